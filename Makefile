@@ -1,0 +1,69 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Both set up .venv first.
+#
+#   TORCH=...  what to install as torch, default torch==2.13.0; TORCH= keeps the one that PYTHON has
+#   PYTHON=... the interpreter that .venv is made from
+#   PY=...     run with this interpreter as it is (for example on a machine with a GPU): no set-up
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+TRITON36 := .triton36
+
+ifdef PY
+READY :=
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+
+PYTEST := $(PY) -m pytest -q
+# Tests run in two processes of one thread each: quicker, and no threads that wait for each other.
+PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadgroup
+
+.PHONY: help setup demo test test-all test-gpu lint check-triton bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: $(READY) ## make .venv with torch and everything the targets need
+
+demo: $(READY) ## train CE, NormFace, NTCE and NONL on digits; table and out/demo/demo.png
+	$(PY) -m nckernels demo --out out/demo
+
+test: lint check-triton ## lint, types, offline Triton compilation, all quick tests
+	$(PARALLEL) tests --ignore tests/triton -m "not slow and not cuda"
+	$(PARALLEL) tests/triton -m "not slow and not cuda"
+
+test-all: lint check-triton ## everything, the slow tests too
+	$(PARALLEL) tests --ignore tests/triton -m "not cuda"
+	$(PARALLEL) tests/triton -m "not cuda"
+
+test-gpu: $(READY) ## the tests that need a CUDA device (make test-gpu PY=python3)
+	$(PYTEST) tests --ignore tests/triton -m cuda
+
+lint: $(READY) ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+check-triton: $(READY) $(TRITON36)/.ready ## compile every Triton kernel for sm_80, sm_90 and sm_100, no GPU needed
+	$(PY) tools/check_triton.py
+	PYTHONPATH=$(TRITON36) $(PY) tools/check_triton.py
+
+bench: $(READY) ## the quick benchmark suite on this machine
+	$(PY) -m benchmarks --suite quick --out out/benchmarks
+
+clean: ## remove everything that make and the tools produced
+	rm -rf $(VENV) $(TRITON36) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+
+$(VENV)/.ready: pyproject.toml setup.py
+	$(PYTHON) -m venv $(if $(TORCH),,--system-site-packages) $(VENV)
+	$(VENV)/bin/pip install -q --upgrade pip setuptools
+	$(if $(TORCH),$(VENV)/bin/pip install -q $(TORCH))
+	$(VENV)/bin/pip install -q --editable ".[dev]"
+	@touch $@
+
+# The oldest Triton that we support (torch 2.11 ships it), beside the newest one in .venv.
+$(TRITON36)/.ready: $(READY)
+	$(PY) -m pip install -q --target $(TRITON36) triton==3.6.0 "numpy<2.4"
+	@touch $@
