@@ -1,0 +1,148 @@
+"""Argument checks: every message names the argument, what came and what was expected.
+
+Only what the host knows is checked here (types, shapes, dtypes, devices, Python numbers, and tensors that
+live on the CPU). Reading a tensor on a GPU would make the host wait for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def is_tensor(name: str, value: object) -> None:
+    """A plain tensor: no other type, and no DTensor, whose shards a kernel would mistake for the whole."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if type(value).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} is a DTensor, which the kernels do not take; pass the local tensor, "
+            f"{name}.to_local(), or the whole one, {name}.full_tensor()"
+        )
+
+
+def matrix(name: str, value: Tensor, rows: str, columns: str) -> None:
+    """A (rows, columns) float tensor."""
+    is_tensor(name, value)
+    if value.dim() != 2:
+        raise ValueError(f"{name} must have shape ({rows}, {columns}), got {tuple(value.shape)}")
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"{name} must be of a floating dtype (float32, bfloat16, float16, float64), got {value.dtype}"
+        )
+
+
+def features_and_prototypes(
+    features: Tensor, prototypes: Tensor, feature_name: str = "features", *, mixed: bool = False
+) -> None:
+    """(M, d) and (K, d), K and d at least 1, one device and, unless ``mixed``, one dtype."""
+    matrix(feature_name, features, "M", "d")
+    matrix("prototypes", prototypes, "K", "d")
+    if features.shape[1] != prototypes.shape[1]:
+        raise ValueError(
+            f"{feature_name} and prototypes must have the same number of columns d, "
+            f"got {tuple(features.shape)} and {tuple(prototypes.shape)}"
+        )
+    if features.shape[1] == 0:
+        raise ValueError(f"{feature_name} must have d >= 1 columns, got {tuple(features.shape)}")
+    if prototypes.shape[0] == 0:
+        raise ValueError(f"prototypes must have K >= 1 rows, got {tuple(prototypes.shape)}")
+    same_device(feature_name, features, "prototypes", prototypes)
+    if features.dtype != prototypes.dtype and not mixed:
+        raise TypeError(
+            f"{feature_name} and prototypes must have the same dtype outside autocast, "
+            f"got {features.dtype} and {prototypes.dtype}"
+        )
+
+
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Both on one device."""
+    if value.device != other.device:
+        raise ValueError(
+            f"{name} and {other_name} must be on the same device, got {value.device} and {other.device}"
+        )
+
+
+def target(value: Tensor, features: Tensor, feature_name: str = "features") -> None:
+    """(M,) integers on the device of the features. Values are checked where the kernels read them."""
+    is_tensor("target", value)
+    if value.dtype not in _INTEGER_DTYPES:
+        raise TypeError(f"target must hold class indices of an integer dtype (int64), got {value.dtype}")
+    if value.shape != features.shape[:1]:
+        raise ValueError(
+            f"target must have shape ({features.shape[0]},), one class index per row of {feature_name}, "
+            f"got {tuple(value.shape)}"
+        )
+    same_device("target", value, feature_name, features)
+
+
+def vector(name: str, value: Tensor, size: int, like: Tensor) -> None:
+    """A (size,) float tensor on the device of ``like``."""
+    is_tensor(name, value)
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name} must be of a floating dtype, got {value.dtype}")
+    if value.shape != (size,):
+        raise ValueError(f"{name} must have shape ({size},), got {tuple(value.shape)}")
+    if value.device != like.device:
+        raise ValueError(
+            f"{name} must be on the same device as the features, {like.device}, got {value.device}"
+        )
+
+
+def positive_scalar(name: str, value: float | Tensor, like: Tensor) -> None:
+    """A finite number > 0, or a 0-dimensional float tensor on the device of ``like``."""
+    if isinstance(value, Tensor):
+        is_tensor(name, value)
+        if value.dim() != 0:
+            raise ValueError(
+                f"{name} must be a number or a 0-dimensional tensor, got shape {tuple(value.shape)}"
+            )
+        if not value.dtype.is_floating_point:
+            raise TypeError(f"{name} must be of a floating dtype, got a tensor of {value.dtype}")
+        if value.device != like.device:
+            raise ValueError(
+                f"{name} must be on the same device as the features, {like.device}, got {value.device}"
+            )
+        if value.device.type != "cpu" or torch.compiler.is_compiling():
+            return  # the value is checked where it is read, see primitive._check_values
+        value = float(value.detach())
+    number(name, value)
+    if not 0.0 < value < float("inf"):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def number(name: str, value: object) -> None:
+    """A Python number (no bool)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+
+
+def in_range(name: str, value: float, low: float, high: float) -> None:
+    """A number in [low, high]."""
+    number(name, value)
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be between {low:g} and {high:g}, got {value}")
+
+
+def integer(name: str, value: object) -> None:
+    """A Python int (no bool)."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+
+
+def positive_integer(name: str, value: object) -> None:
+    """A Python int of at least 1."""
+    integer(name, value)
+    if int(value) < 1:  # type: ignore[call-overload]
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """One of the given strings."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

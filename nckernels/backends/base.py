@@ -1,0 +1,153 @@
+"""The contract between the primitive and its backends.
+
+A backend computes :func:`nckernels.cosine_lse` and its gradient for plain tensors: no autograd, no
+argument checking, no policy. All of that lives one level up, in :mod:`nckernels.primitive`.
+
+Notation, used in every backend: ``M`` samples (rows) with features ``z`` of size ``d``, ``K`` classes
+(columns) with prototypes ``w``; ``u = z / |z|``, ``v = w / |w|``, ``S[j, c] = u_j . v_c`` and the logits
+``t = beta * S`` with ``beta`` the inverse temperature.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Direction = Literal["class", "instance", "both"]
+Exclude = Literal["none", "target", "self", "same_label"]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Everything about a call that is not a tensor. See :func:`nckernels.cosine_lse` for the meaning."""
+
+    direction: Direction
+    exclude: Exclude
+    present_only: bool
+    ignore_index: int
+    workspace: int
+    """Bytes of scratch a backend may use beyond inputs, gradients and O(M + K) vectors."""
+
+    @property
+    def by_class(self) -> bool:
+        """Whether the log-sum-exp over the batch (one value per class) is wanted."""
+        return self.direction != "instance"
+
+    @property
+    def by_instance(self) -> bool:
+        """Whether the log-sum-exp over the classes (one value per sample) is wanted."""
+        return self.direction != "class"
+
+    @property
+    def square(self) -> bool:
+        """Whether row i and column i are the same sample, so that K = M and ignoring drops both."""
+        return self.exclude in ("self", "same_label")
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call, validated and on one device."""
+
+    features: Tensor
+    """(M, d), any float dtype."""
+    prototypes: Tensor
+    """(K, d), the dtype of ``features``."""
+    target: Tensor
+    """(M,) int64; ``spec.ignore_index`` marks a sample that is left out everywhere."""
+    inv_temperature: Tensor
+    """0-dimensional, accumulation dtype."""
+    sample_bias: Tensor | None
+    """(M,) in the accumulation dtype or None: added to row j of the logits in the class direction."""
+    class_bias: Tensor | None
+    """(K,) in the accumulation dtype or None: added to column c of the logits in the instance direction."""
+
+
+class Forward(NamedTuple):
+    """Results of the forward pass; everything that the backward needs besides the inputs.
+
+    A direction that was not asked for gives an empty tensor. All but ``kept`` are in the accumulation
+    dtype.
+    """
+
+    class_lse: Tensor
+    """(K,) or (0,): log-sum-exp over the batch; -inf for an empty set."""
+    instance_lse: Tensor
+    """(M,) or (0,): log-sum-exp over the classes; -inf for an empty set."""
+    pos: Tensor
+    """(M,): beta * cos(feature_i, its positive prototype); 0 for ignored samples."""
+    feature_rnorm: Tensor
+    """(M,): 1 / max(|z|, eps)."""
+    prototype_rnorm: Tensor
+    """(K,): 1 / max(|w|, eps). With ``present_only`` entries of absent classes are unspecified but finite."""
+    kept: Tensor
+    """(n,): scratch that the backend wants back in its backward, n = ``Backend.kept_numel(...)``."""
+
+
+class OutputGrads(NamedTuple):
+    """Upstream gradients, in the accumulation dtype; None where nothing flows back."""
+
+    class_lse: Tensor | None
+    instance_lse: Tensor | None
+    pos: Tensor | None
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    features: bool
+    prototypes: bool
+    inv_temperature: bool
+    sample_bias: bool
+    class_bias: bool
+
+
+class Gradients(NamedTuple):
+    """One gradient per differentiable input (its shape; its dtype), None where not wanted."""
+
+    features: Tensor | None
+    prototypes: Tensor | None
+    inv_temperature: Tensor | None
+    sample_bias: Tensor | None
+    class_bias: Tensor | None
+
+
+class Backend(ABC):
+    """One implementation of the primitive."""
+
+    name: ClassVar[str]
+
+    def missing(self) -> str | None:
+        """Why this backend cannot run on this machine at all, or None."""
+        return None
+
+    @abstractmethod
+    def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why this backend cannot take features of this kind, or None."""
+
+    def kept_numel(self, device: torch.device, dtype: torch.dtype, m: int, k: int, spec: Spec) -> int:
+        """Elements (of ``dtype``'s accumulation dtype) that the forward keeps for the backward."""
+        return 0
+
+    @abstractmethod
+    def forward(self, inputs: Inputs, spec: Spec, keep: bool) -> Forward:
+        """Compute the forward pass; ``keep`` is False where no backward will follow."""
+
+    @abstractmethod
+    def backward(
+        self, inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, needs: Needs
+    ) -> Gradients:
+        """Compute the wanted gradients. Neither ``inputs`` nor ``saved`` may be changed."""
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Float64 for float64, float32 for everything smaller."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def norm_eps(dtype: torch.dtype) -> float:
+    """The ``eps`` of :func:`torch.nn.functional.normalize`; float16's smallest normal number for float16,
+    where 1e-12 is zero and a zero vector would divide by it."""
+    return 2.0**-14 if dtype == torch.float16 else 1e-12

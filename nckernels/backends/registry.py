@@ -1,0 +1,158 @@
+"""Which backend runs: an explicit choice, or the fastest one that can.
+
+The choice is process-wide: :func:`set_backend`, the context manager :func:`use_backend`, or the environment
+variable ``NCKERNELS_BACKEND`` read at import. Likewise the workspace: :func:`set_workspace`,
+:func:`use_workspace`, ``NCKERNELS_WORKSPACE``.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from .base import Backend
+from .chunked import ChunkedBackend
+from .triton import TritonBackend
+
+REFERENCE = "reference"
+DEFAULT_WORKSPACE = 32 * 2**20
+
+#: Everything but the reference, which is not a Backend: PyTorch differentiates it by itself.
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (TritonBackend(), ChunkedBackend())}
+
+#: Per device type the backends to try, fastest first; "any" for the rest. The last one always runs.
+PREFERENCE: dict[str, tuple[str, ...]] = {"cuda": ("triton", "chunked"), "any": ("chunked",)}
+
+
+@dataclass
+class _Settings:
+    backend: str | None
+    workspace: int | str
+    warned: bool = False
+
+
+_settings = _Settings(
+    os.environ.get("NCKERNELS_BACKEND") or None, os.environ.get("NCKERNELS_WORKSPACE") or DEFAULT_WORKSPACE
+)
+
+
+def backend_names() -> tuple[str, ...]:
+    """All backends by name."""
+    return (REFERENCE, *BACKENDS)
+
+
+def chosen() -> str | None:
+    """The explicit choice, or None for the automatic one."""
+    return _settings.backend
+
+
+def set_backend(name: str | None) -> None:
+    """Run every following call of the process on one backend; None returns to the automatic choice.
+
+    Raises:
+        ValueError: if there is no such backend, or it cannot run on this machine at all.
+    """
+    if name is not None:
+        reason = _get(name, "backend").missing() if name != REFERENCE else None
+        if reason is not None:
+            raise ValueError(f"backend {name!r} cannot run here: {reason}")
+    _settings.backend = name
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Context manager form of :func:`set_backend`."""
+    previous = _settings.backend
+    set_backend(name)
+    try:
+        yield
+    finally:
+        _settings.backend = previous
+
+
+def set_workspace(size: int) -> None:
+    """Bound the scratch memory of every following call of the process.
+
+    Args:
+        size: bytes, positive. Default 32 MiB. Larger tiles are a little faster, and a problem whose whole
+            matrix of similarities fits half of it keeps that matrix for the backward pass.
+
+    Raises:
+        ValueError: if ``size`` is not a positive integer.
+    """
+    _settings.workspace = _checked_workspace(size, "size")
+
+
+@contextmanager
+def use_workspace(size: int) -> Iterator[None]:
+    """Context manager form of :func:`set_workspace`."""
+    previous = _settings.workspace
+    set_workspace(size)
+    try:
+        yield
+    finally:
+        _settings.workspace = previous
+
+
+def get_workspace() -> int:
+    """The bound in bytes."""
+    if isinstance(_settings.workspace, str):  # from the environment, not checked yet
+        text = _settings.workspace
+        _settings.workspace = _checked_workspace(
+            int(text) if text.isdecimal() else text, "NCKERNELS_WORKSPACE"
+        )
+    return _settings.workspace
+
+
+def resolve(device: torch.device, dtype: torch.dtype) -> str:
+    """The backend for features of this kind.
+
+    Raises:
+        ValueError: if the chosen backend does not exist or cannot take them; the message says why.
+    """
+    name = _settings.backend
+    if name == REFERENCE:
+        return name
+    if name is not None:
+        backend = _get(name, "NCKERNELS_BACKEND or set_backend")
+        reason = backend.missing() or backend.why_not(device, dtype)
+        if reason is not None:
+            raise ValueError(f"backend {name!r} was chosen but cannot run: {reason}")
+        return name
+    for candidate in PREFERENCE.get(device.type, PREFERENCE["any"]):
+        backend = BACKENDS[candidate]
+        missing = backend.missing()
+        if missing is not None:
+            _warn_once(candidate, missing)
+        elif backend.why_not(device, dtype) is None:
+            return candidate
+    raise ValueError(f"no backend takes {dtype} on {device}: " + "; ".join(explain(device, dtype).values()))
+
+
+def explain(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """For each backend "ready", or why it does not take features of this kind."""
+    reasons = {name: b.missing() or b.why_not(device, dtype) or "ready" for name, b in BACKENDS.items()}
+    return {REFERENCE: "ready"} | reasons
+
+
+def _get(name: str, origin: str) -> Backend:
+    if name not in BACKENDS:
+        raise ValueError(f"{origin}: unknown backend {name!r}, expected one of {', '.join(backend_names())}")
+    return BACKENDS[name]
+
+
+def _checked_workspace(size: object, name: str) -> int:
+    if not isinstance(size, int) or isinstance(size, bool) or size <= 0:
+        raise ValueError(f"{name} must be a positive number of bytes, got {size!r}")
+    return size
+
+
+def _warn_once(name: str, reason: str) -> None:
+    if not _settings.warned and not torch.compiler.is_compiling():
+        _settings.warned = True
+        warnings.warn(f"nckernels: falling back from backend {name!r}: {reason}", stacklevel=2)

@@ -1,0 +1,245 @@
+"""The losses, each a few lines on :func:`nckernels.cosine_lse`.
+
+Every function replaces ``F.cross_entropy(head(x), y)`` by ``loss(x, head.weight, y)``. With features
+:math:`z_i`, prototypes :math:`w_c`, :math:`S_{ic} = \\cos(z_i, w_c)`, labels :math:`y_i` and temperature
+:math:`\\tau`, sample i contributes a uniformity term minus the alignment :math:`S_{i,y_i} / \\tau`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _checks
+from .backends.base import Direction, norm_eps
+from .primitive import DIRECTIONS, cosine_lse
+
+Reduction = Literal["none", "mean", "sum"]
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def nonl_loss(
+    input: Tensor,
+    prototypes: Tensor,
+    target: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    direction: Direction = "class",
+) -> Tensor:
+    r"""Negatives-only normalised loss, NONL ([NCD] Eq. 5).
+
+    .. math::
+        \ell_i = \log \sum_{j : y_j \neq y_i} e^{S_{j,y_i} / \tau} - S_{i,y_i} / \tau
+
+    Each class prototype is contrasted with the samples of the other classes in the batch. The gradient does
+    not fade once the data is separated, which is why it collapses faster than NTCE and NormFace.
+
+    Args:
+        input: (M, d) features, any scale; float32, bfloat16, float16 or float64.
+        prototypes: (K, d) class prototypes, e.g. ``head.weight``; any scale, same dtype.
+        target: (M,) class indices in [0, K), or ``ignore_index``.
+        temperature: :math:`\tau > 0`, a number or a 0-dimensional tensor, which may require grad.
+        weight: (K,) rescaling of each class's samples, as in :func:`torch.nn.functional.cross_entropy`.
+        ignore_index: samples with this target contribute nothing, neither as anchor nor as negative.
+        reduction: ``"none"`` for one value per sample, ``"sum"``, or ``"mean"``, weighted by ``weight``.
+        direction: ``"class"`` is the paper's loss. The authors' code has two variants: ``"instance"``, whose
+            sum runs over the other classes of the sample, :math:`\sum_{c \neq y_i} e^{S_{ic}/\tau}`, and
+            ``"both"``, which adds the two sums inside the logarithm.
+
+    Returns:
+        A scalar, or (M,) for ``reduction="none"`` (0 where ignored); float32 (float64 for float64 input).
+        A sample without negatives contributes its alignment term only. An empty batch, or one that is
+        ignored whole, gives 0 for ``"sum"`` and NaN for ``"mean"``, as F.cross_entropy does.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+
+    Example:
+        >>> x, head = torch.randn(32, 64, requires_grad=True), torch.nn.Linear(64, 10, bias=False)
+        >>> y = torch.randint(10, (32,))
+        >>> nckernels.nonl_loss(x, head.weight, y).backward()
+    """
+    beta = _inverse_temperature(input, prototypes, target, weight, temperature, reduction)
+    _checks.choice("direction", direction, DIRECTIONS)
+    if direction == "class":
+        lse, pos = cosine_lse(
+            input, prototypes, target, beta, exclude="target", present_only=True, ignore_index=ignore_index
+        )
+        lse = _of_class(lse, target, ignore_index)
+    elif direction == "instance":
+        lse, pos = cosine_lse(
+            input, prototypes, target, beta, direction="instance", exclude="target", ignore_index=ignore_index
+        )
+    else:
+        (class_lse, instance_lse), pos = cosine_lse(
+            input, prototypes, target, beta, direction="both", exclude="target", ignore_index=ignore_index
+        )
+        lse = _logaddexp(_of_class(class_lse, target, ignore_index), instance_lse)
+    uniformity = lse.masked_fill(lse == -torch.inf, 0.0)  # no negatives: alignment only
+    return _reduce(uniformity - pos, target, weight, ignore_index, reduction)
+
+
+def ntce_loss(
+    input: Tensor,
+    prototypes: Tensor,
+    target: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Normalised temperature-scaled cross-entropy over the batch, NTCE ([NCD] Eq. 4).
+
+    .. math::
+        \ell_i = \log \sum_{j=1}^{M} e^{S_{j,y_i} / \tau} - S_{i,y_i} / \tau
+
+    Each class prototype is contrasted with all samples of the batch. Arguments, results and errors are those
+    of :func:`nonl_loss`, without ``direction``.
+    """
+    beta = _inverse_temperature(input, prototypes, target, weight, temperature, reduction)
+    lse, pos = cosine_lse(input, prototypes, target, beta, present_only=True, ignore_index=ignore_index)
+    return _reduce(_of_class(lse, target, ignore_index) - pos, target, weight, ignore_index, reduction)
+
+
+def normface_loss(
+    input: Tensor,
+    prototypes: Tensor,
+    target: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    angular_margin: float = 0.0,
+    cosine_margin: float = 0.0,
+) -> Tensor:
+    r"""NormFace, the softmax cross-entropy of cosine logits ([NCD] Eq. 3).
+
+    .. math::
+        \ell_i = \log \sum_{c=1}^{K} e^{S_{ic} / \tau} - S_{i,y_i} / \tau
+
+    This is ``F.cross_entropy(logits, target, ...)`` of the logits :math:`S / \tau`, which are never stored.
+
+    Args:
+        input, prototypes, target, temperature, weight, ignore_index, reduction: as in :func:`nonl_loss`.
+        label_smoothing: in [0, 1], as in :func:`torch.nn.functional.cross_entropy`.
+        angular_margin: ArcFace's additive margin in radians, in [0, pi]: the target's cosine becomes
+            :math:`\cos(\theta + m)`, and :math:`\cos\theta - m \sin m` where :math:`\theta + m > \pi`, so
+            that it stays decreasing in :math:`\theta`.
+        cosine_margin: CosFace's additive margin, in [0, 2], subtracted from the target's cosine.
+
+    Returns, Raises: as in :func:`nonl_loss`.
+    """
+    beta = _inverse_temperature(input, prototypes, target, weight, temperature, reduction)
+    _checks.in_range("label_smoothing", label_smoothing, 0.0, 1.0)
+    _checks.in_range("angular_margin", angular_margin, 0.0, math.pi)
+    _checks.in_range("cosine_margin", cosine_margin, 0.0, 2.0)
+    if angular_margin or cosine_margin:
+        others, cosine = cosine_lse(
+            input, prototypes, target, beta, direction="instance", exclude="target", ignore_index=ignore_index
+        )
+        pos = beta * _add_margins(cosine / beta, angular_margin, cosine_margin)
+        lse = _logaddexp(others, pos)
+    else:
+        lse, pos = cosine_lse(
+            input, prototypes, target, beta, direction="instance", ignore_index=ignore_index
+        )
+    lse = lse.masked_fill(target == ignore_index, 0.0)
+    loss = lse - pos
+    if label_smoothing == 0.0:
+        return _reduce(loss, target, weight, ignore_index, reduction)
+
+    # (1 - eps) w_y (lse - t_y) + eps/K sum_c w_c (lse - t_c). The last sum needs one weighted mean of the
+    # unit prototypes, not the logits; a margin moves its target's term as well.
+    k, dtype = prototypes.shape[0], loss.dtype
+    class_weight = torch.ones(k, dtype=dtype, device=input.device) if weight is None else weight.to(dtype)
+    with torch.autocast(input.device.type, enabled=False):
+        unit = F.normalize(input.to(dtype), dim=1, eps=norm_eps(input.dtype))
+        mean = class_weight @ F.normalize(prototypes.to(dtype), dim=1, eps=norm_eps(prototypes.dtype)) / k
+        spread = class_weight.mean() * lse - beta * (unit @ mean)
+    if angular_margin or cosine_margin:
+        spread = spread - class_weight[_safe(target, ignore_index)] / k * (pos - cosine)
+    spread = spread.masked_fill(target == ignore_index, 0.0)
+    hard = loss if weight is None else loss * class_weight[_safe(target, ignore_index)]
+    smoothed = (1.0 - label_smoothing) * hard + label_smoothing * spread
+    return _reduce(smoothed, target, weight, ignore_index, reduction, weighted=True)
+
+
+# --- shared steps -----------------------------------------------------------------------------------------
+
+
+def _inverse_temperature(
+    input: Tensor,
+    prototypes: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    temperature: float | Tensor,
+    reduction: str,
+) -> float | Tensor:
+    """Check what all losses share; return beta = 1 / temperature."""
+    _checks.is_tensor("input", input)
+    mixed = torch.is_autocast_enabled(input.device.type)
+    _checks.features_and_prototypes(input, prototypes, "input", mixed=mixed)
+    _checks.target(target, input, "input")
+    _checks.positive_scalar("temperature", temperature, input)
+    _checks.choice("reduction", reduction, REDUCTIONS)
+    if weight is not None:
+        _checks.vector("weight", weight, prototypes.shape[0], input)
+    return temperature.reciprocal() if isinstance(temperature, Tensor) else 1.0 / temperature
+
+
+def _safe(target: Tensor, ignore_index: int) -> Tensor:
+    """Targets that index classes, 0 in place of the ignored."""
+    return target.long().masked_fill(target == ignore_index, 0)
+
+
+def _of_class(lse: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """Each sample's class's value; 0 for ignored samples."""
+    return lse.index_select(0, _safe(target, ignore_index)).masked_fill(target == ignore_index, 0.0)
+
+
+def _logaddexp(a: Tensor, b: Tensor) -> Tensor:
+    """log(e^a + e^b), whose gradient is finite where both are -inf (PyTorch's is NaN)."""
+    empty = (a == -torch.inf) & (b == -torch.inf)
+    return torch.logaddexp(a, b.masked_fill(empty, 0.0)).masked_fill(empty, -torch.inf)
+
+
+def _add_margins(cosine: Tensor, angular: float, additive: float) -> Tensor:
+    """cos(theta + angular) - additive, continued linearly beyond theta + angular = pi."""
+    if angular:
+        # the sine's gradient is infinite at +-1, where rounding can push the cosine
+        sine = (1.0 - cosine * cosine).clamp_min(torch.finfo(cosine.dtype).eps).sqrt()
+        turned = cosine * math.cos(angular) - sine * math.sin(angular)
+        cosine = torch.where(cosine > -math.cos(angular), turned, cosine - angular * math.sin(angular))
+    return cosine - additive
+
+
+def _reduce(
+    loss: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: Reduction,
+    *,
+    weighted: bool = False,
+) -> Tensor:
+    """Weight and reduce per-sample losses (0 where ignored) as F.cross_entropy does."""
+    per_sample = None if weight is None else weight.to(loss.dtype)[_safe(target, ignore_index)]
+    if per_sample is not None and not weighted:
+        loss = loss * per_sample
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    kept = target != ignore_index
+    total = kept.sum() if per_sample is None else per_sample.where(kept, 0.0).sum()
+    return loss.sum() / total

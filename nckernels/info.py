@@ -1,0 +1,76 @@
+"""What ``python -m nckernels info`` prints: everything a bug report needs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+
+import torch
+
+from . import __version__
+from .backends import registry
+
+
+def main(argv: list[str]) -> int:
+    """Print the report; return the exit status."""
+    argparse.ArgumentParser(
+        prog="python -m nckernels info", description="Versions, devices and backends of this machine."
+    ).parse_args(argv)
+    print(report())
+    return 0
+
+
+def report() -> str:
+    """The text of the report."""
+    lines = ["versions"]
+    lines += [f"  {name:<10} {version}" for name, version in _versions().items()]
+    devices = _devices()
+    lines += ["devices"]
+    lines += [f"  {device!s:<10} {description}" for device, description in devices.items()]
+    lines += [
+        "settings",
+        f"  backend    {registry.chosen() or 'automatic'}",
+        f"  workspace  {registry.get_workspace() / 2**20:g} MiB",
+        "backends (the one that runs is marked *)",
+    ]
+    for device in devices:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            lines += _row(device, dtype)
+    return "\n".join(lines)
+
+
+def _row(device: torch.device, dtype: torch.dtype) -> list[str]:
+    try:
+        chosen, note = registry.resolve(device, dtype), ""
+    except ValueError as error:
+        chosen, note = "", f"    {error}"
+    states = registry.explain(device, dtype)
+    names = "  ".join(
+        f"{'*' if name == chosen else ''}{name}" for name, why in states.items() if why == "ready"
+    )
+    lines = [f"  {device!s:<6} {str(dtype).removeprefix('torch.'):<9} {names}"]
+    lines += [f"    not {name}: {why}" for name, why in states.items() if why != "ready"]
+    return lines + ([note] if note else [])
+
+
+def _versions() -> dict[str, str]:
+    versions = {"nckernels": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    for package in ("triton", "numpy"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    versions["CUDA"] = torch.version.cuda or "torch was built without it"
+    return versions
+
+
+def _devices() -> dict[torch.device, str]:
+    devices = {torch.device("cpu"): f"{platform.machine()}, {torch.get_num_threads()} threads"}
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        devices[torch.device("cuda", index)] = (
+            f"{properties.name}, sm_{properties.major}{properties.minor}, "
+            f"{properties.total_memory / 2**30:.0f} GiB, {properties.multi_processor_count} SMs"
+        )
+    return devices

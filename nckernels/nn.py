@@ -1,0 +1,234 @@
+"""The losses as modules that own their prototypes, and a classifier to train with them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from . import _checks, functional
+from .backends.base import Direction, norm_eps
+from .functional import Reduction
+from .primitive import DIRECTIONS
+
+
+class LossOptions(TypedDict, total=False):
+    """Keyword arguments that all loss modules share; see :class:`NONLLoss`."""
+
+    prototypes: Tensor | None
+    temperature: float | Tensor
+    weight: Tensor | None
+    ignore_index: int
+    reduction: Reduction
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+
+
+class _PrototypeLoss(nn.Module):
+    """What the three losses share: prototypes, temperature and the options of F.cross_entropy."""
+
+    prototypes: Tensor
+    temperature: float | Tensor
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int | None = None,
+        num_classes: int | None = None,
+        *,
+        prototypes: Tensor | None = None,
+        temperature: float | Tensor = 0.1,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if prototypes is None:
+            if in_features is None or num_classes is None:
+                raise ValueError("give in_features and num_classes, or prototypes of shape (K, d)")
+            _checks.positive_integer("in_features", in_features)
+            _checks.positive_integer("num_classes", num_classes)
+            prototypes = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
+            nn.init.normal_(prototypes, std=1.0 / math.sqrt(in_features))  # rows of about unit norm
+        _checks.matrix("prototypes", prototypes, "K", "d")
+        if in_features not in (None, prototypes.shape[1]) or num_classes not in (None, prototypes.shape[0]):
+            raise ValueError(
+                f"prototypes of shape {tuple(prototypes.shape)} do not fit "
+                f"num_classes={num_classes} and in_features={in_features}"
+            )
+        _checks.choice("reduction", reduction, functional.REDUCTIONS)
+        _checks.integer("ignore_index", ignore_index)
+        _checks.positive_scalar("temperature", temperature, prototypes)
+        if weight is not None:
+            _checks.vector("weight", weight, prototypes.shape[0], prototypes)
+        _register(self, "prototypes", prototypes)
+        _register(self, "temperature", temperature)
+        self.register_buffer("weight", weight)
+        self.ignore_index, self.reduction = ignore_index, reduction
+
+    def _shared(self) -> dict[str, Any]:
+        """The keyword arguments that every loss function takes."""
+        return {
+            "temperature": self.temperature,
+            "weight": self.weight,
+            "ignore_index": self.ignore_index,
+            "reduction": self.reduction,
+        }
+
+    def extra_repr(self) -> str:
+        k, d = self.prototypes.shape
+        learnt = isinstance(self.temperature, nn.Parameter)
+        temperature = "learnable" if learnt else f"{float(self.temperature):g}"
+        return f"in_features={d}, num_classes={k}, temperature={temperature}, reduction={self.reduction!r}"
+
+
+class NONLLoss(_PrototypeLoss):
+    r"""Module form of :func:`nckernels.nonl_loss` ([NCD] Eq. 5).
+
+    Args:
+        in_features: d; with ``num_classes`` it makes learnable prototypes, initialised to nearly unit rows.
+        num_classes: K.
+        prototypes: instead of making them: a Parameter (K, d) to share, for example ``head.weight``, or a
+            plain tensor, which stays fixed (a buffer), for example :func:`nckernels.geometry.simplex_etf`.
+        temperature: a number; a tensor for a buffer; a Parameter to learn it.
+        weight, ignore_index, reduction, direction: as in the function.
+        device, dtype: of prototypes made here.
+
+    Shape:
+        input (M, d), target (M,) -> scalar, or (M,) for ``reduction="none"``.
+
+    Example:
+        >>> criterion = nckernels.NONLLoss(64, 10, temperature=0.1)
+        >>> loss = criterion(torch.randn(32, 64), torch.randint(10, (32,)))
+    """
+
+    def __init__(
+        self,
+        in_features: int | None = None,
+        num_classes: int | None = None,
+        *,
+        direction: Direction = "class",
+        **options: Unpack[LossOptions],
+    ) -> None:
+        super().__init__(in_features, num_classes, **options)
+        _checks.choice("direction", direction, DIRECTIONS)
+        self.direction = direction
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of features (M, d) with class indices (M,)."""
+        return functional.nonl_loss(
+            input, self.prototypes, target, direction=self.direction, **self._shared()
+        )
+
+
+class NTCELoss(_PrototypeLoss):
+    """Module form of :func:`nckernels.ntce_loss` ([NCD] Eq. 4); arguments as in :class:`NONLLoss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of features (M, d) with class indices (M,)."""
+        return functional.ntce_loss(input, self.prototypes, target, **self._shared())
+
+
+class NormFaceLoss(_PrototypeLoss):
+    """Module form of :func:`nckernels.normface_loss` ([NCD] Eq. 3).
+
+    Arguments as in :class:`NONLLoss`, and the function's ``label_smoothing``, ``angular_margin`` and
+    ``cosine_margin``.
+    """
+
+    def __init__(
+        self,
+        in_features: int | None = None,
+        num_classes: int | None = None,
+        *,
+        label_smoothing: float = 0.0,
+        angular_margin: float = 0.0,
+        cosine_margin: float = 0.0,
+        **options: Unpack[LossOptions],
+    ) -> None:
+        super().__init__(in_features, num_classes, **options)
+        _checks.in_range("label_smoothing", label_smoothing, 0.0, 1.0)
+        _checks.in_range("angular_margin", angular_margin, 0.0, math.pi)
+        _checks.in_range("cosine_margin", cosine_margin, 0.0, 2.0)
+        self.label_smoothing = label_smoothing
+        self.angular_margin, self.cosine_margin = angular_margin, cosine_margin
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of features (M, d) with class indices (M,)."""
+        return functional.normface_loss(
+            input,
+            self.prototypes,
+            target,
+            label_smoothing=self.label_smoothing,
+            angular_margin=self.angular_margin,
+            cosine_margin=self.cosine_margin,
+            **self._shared(),
+        )
+
+
+LOSSES: dict[str, type[_PrototypeLoss]] = {"nonl": NONLLoss, "ntce": NTCELoss, "normface": NormFaceLoss}
+
+
+class PrototypeClassifier(nn.Module):
+    r"""A cosine classifier: forward gives logits, :meth:`loss` trains it.
+
+    Takes the place of the last ``nn.Linear`` of a network. The decision is the nearest prototype in angle.
+
+    Args:
+        in_features: d.
+        num_classes: K.
+        loss: ``"nonl"``, ``"ntce"`` or ``"normface"``.
+        **options: ``temperature``, ``weight``, ``prototypes`` and the others of :class:`LossOptions`.
+
+    Shape:
+        input (M, d) or (..., d) -> logits (M, K) or (..., K), :math:`\cos(z_i, w_c) / \tau`.
+
+    Example:
+        >>> head = nckernels.PrototypeClassifier(64, 10, loss="nonl")
+        >>> x, y = torch.randn(32, 64), torch.randint(10, (32,))
+        >>> head.loss(x, y).backward()
+        >>> head(x).argmax(1)
+    """
+
+    def __init__(
+        self,
+        in_features: int | None = None,
+        num_classes: int | None = None,
+        *,
+        loss: Literal["nonl", "ntce", "normface"] = "nonl",
+        **options: Unpack[LossOptions],
+    ) -> None:
+        super().__init__()
+        _checks.choice("loss", loss, tuple(LOSSES))
+        self.criterion = LOSSES[loss](in_features, num_classes, **options)
+
+    @property
+    def prototypes(self) -> Tensor:
+        """(K, d), as learnt; not normalised."""
+        return self.criterion.prototypes
+
+    def forward(self, input: Tensor) -> Tensor:
+        eps = norm_eps(input.dtype)
+        unit = F.normalize(input, dim=-1, eps=eps)
+        cosine = F.linear(unit, F.normalize(self.prototypes, dim=1, eps=eps))
+        return cosine / self.criterion.temperature
+
+    def loss(self, input: Tensor, target: Tensor) -> Tensor:
+        """The training loss of features (M, d) with labels (M,)."""
+        loss = self.criterion(input, target)
+        assert isinstance(loss, Tensor)
+        return loss
+
+
+def _register(module: nn.Module, name: str, value: object) -> None:
+    """A Parameter as a parameter, a plain tensor as a buffer (fixed), anything else as an attribute."""
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        module.register_buffer(name, value)
+    else:
+        setattr(module, name, value)
