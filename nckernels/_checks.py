@@ -26,6 +26,11 @@ def is_tensor(name: str, value: object) -> None:
         )
 
 
+def autocast_enabled(x: Tensor) -> bool:
+    """Whether autocast is on for x's device (asking about the meta device is an error in PyTorch)."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def matrix(name: str, value: Tensor, rows: str, columns: str) -> None:
     """A (rows, columns) float tensor."""
     is_tensor(name, value)

@@ -11,7 +11,6 @@ import math
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks
@@ -131,7 +130,8 @@ def normface_loss(
 
     Args:
         input, prototypes, target, temperature, weight, ignore_index, reduction: as in :func:`nonl_loss`.
-        label_smoothing: in [0, 1], as in :func:`torch.nn.functional.cross_entropy`.
+        label_smoothing: in [0, 1], as in :func:`torch.nn.functional.cross_entropy`. It is a term of its own,
+            in plain PyTorch, which takes up to three copies of ``input`` and of ``prototypes`` in float32.
         angular_margin: ArcFace's additive margin in radians, in [0, pi]: the target's cosine becomes
             :math:`\cos(\theta + m)`, and :math:`\cos\theta - m \sin m` where :math:`\theta + m > \pi`, so
             that it stays decreasing in :math:`\theta`.
@@ -153,22 +153,23 @@ def normface_loss(
         lse, pos = cosine_lse(
             input, prototypes, target, beta, direction="instance", ignore_index=ignore_index
         )
-    lse = lse.masked_fill(target == ignore_index, 0.0)
-    loss = lse - pos
+    ignored = target == ignore_index
+    lse = lse.masked_fill(ignored, 0.0)
+    loss = (lse - pos).masked_fill(ignored, 0.0)
     if label_smoothing == 0.0:
         return _reduce(loss, target, weight, ignore_index, reduction)
 
-    # (1 - eps) w_y (lse - t_y) + eps/K sum_c w_c (lse - t_c). The last sum needs one weighted mean of the
-    # unit prototypes, not the logits; a margin moves its target's term as well.
+    # (1 - eps) w_y (lse - t_y) + eps/K sum_c w_c (lse - t_c); the last sum needs a weighted mean of the unit
+    # prototypes, not the logits. A margin moves its target's term as well.
     k, dtype = prototypes.shape[0], loss.dtype
     class_weight = torch.ones(k, dtype=dtype, device=input.device) if weight is None else weight.to(dtype)
     with torch.autocast(input.device.type, enabled=False):
-        unit = F.normalize(input.to(dtype), dim=1, eps=norm_eps(input.dtype))
-        mean = class_weight @ F.normalize(prototypes.to(dtype), dim=1, eps=norm_eps(prototypes.dtype)) / k
-        spread = class_weight.mean() * lse - beta * (unit @ mean)
+        rows, columns = input.to(dtype).masked_fill(ignored[:, None], 0.0), prototypes.to(dtype)
+        mean = (class_weight / _norms(columns, prototypes)) @ columns / k
+        spread = class_weight.mean() * lse - beta * (rows @ mean) / _norms(rows, input)
     if angular_margin or cosine_margin:
         spread = spread - class_weight[_safe(target, ignore_index)] / k * (pos - cosine)
-    spread = spread.masked_fill(target == ignore_index, 0.0)
+    spread = spread.masked_fill(ignored, 0.0)
     hard = loss if weight is None else loss * class_weight[_safe(target, ignore_index)]
     smoothed = (1.0 - label_smoothing) * hard + label_smoothing * spread
     return _reduce(smoothed, target, weight, ignore_index, reduction, weighted=True)
@@ -187,7 +188,7 @@ def _inverse_temperature(
 ) -> float | Tensor:
     """Check what all losses share; return beta = 1 / temperature."""
     _checks.is_tensor("input", input)
-    mixed = torch.is_autocast_enabled(input.device.type)
+    mixed = _checks.autocast_enabled(input)
     _checks.features_and_prototypes(input, prototypes, "input", mixed=mixed)
     _checks.target(target, input, "input")
     _checks.positive_scalar("temperature", temperature, input)
@@ -195,6 +196,11 @@ def _inverse_temperature(
     if weight is not None:
         _checks.vector("weight", weight, prototypes.shape[0], input)
     return temperature.reciprocal() if isinstance(temperature, Tensor) else 1.0 / temperature
+
+
+def _norms(x: Tensor, original: Tensor) -> Tensor:
+    """Row norms, at least the eps of the dtype that x was given in."""
+    return torch.linalg.vector_norm(x, dim=1).clamp_min(norm_eps(original.dtype))
 
 
 def _safe(target: Tensor, ignore_index: int) -> Tensor:

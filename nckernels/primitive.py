@@ -124,7 +124,7 @@ def cosine_lse(
     _checks.choice("direction", direction, DIRECTIONS)
     _checks.choice("exclude", exclude, EXCLUDES)
     _checks.is_tensor("features", features)
-    autocast = torch.is_autocast_enabled(features.device.type)
+    autocast = _checks.autocast_enabled(features)
     _checks.features_and_prototypes(features, prototypes, mixed=autocast)
     _checks.target(target, features)
     _checks.positive_scalar("inv_temperature", inv_temperature, features)

@@ -42,8 +42,6 @@ class ChunkedBackend(Backend):
     name = "chunked"
 
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        if device.type == "meta":
-            return "meta tensors hold no data"
         return None if dtype in _DTYPES else f"no support for {dtype}"
 
     def kept_numel(self, device: torch.device, dtype: torch.dtype, m: int, k: int, spec: Spec) -> int:
@@ -74,6 +72,7 @@ class ChunkedBackend(Backend):
                 if by_instance is not None:
                     by_instance.update(t, 1, rows, cols)
 
+        kept[tiles.m * tiles.k :] = 0.0  # where there was room for classes that do not occur
         return Forward(
             z.new_empty(0, dtype=acc)
             if by_class is None
@@ -177,7 +176,6 @@ class _Tiles:
         self.acc = accumulation_dtype(z.dtype)
         self.on_cpu = z.device.type == "cpu"
         self.m, self.num_classes = z.shape[0], w.shape[0]
-        self.z_rnorm = _rnorm(z, self.acc) if saved is None else saved.feature_rnorm
         self.w_rnorm = _rnorm(w, self.acc) if saved is None else saved.prototype_rnorm
         self.shift_free = self.on_cpu and self._small_logits()
 
@@ -185,6 +183,7 @@ class _Tiles:
         self.valid: Tensor | None = target != spec.ignore_index
         if self.on_cpu and bool(self.valid.all()):
             self.valid = None
+        self.z_rnorm = saved.feature_rnorm if saved is not None else _rnorm(z, self.acc, self.valid)
         label = target if self.valid is None else target.where(self.valid, 0)
         self.classes, column = self._compact(label) if spec.present_only else (None, label)
         self.k = self.num_classes if self.classes is None else self.classes.shape[0]
@@ -254,7 +253,10 @@ class _Tiles:
         if self._u is None or self._u[0] != rows:
             self._u = None  # free the old tile before the new one is made
             scale = self.z_rnorm[rows] * self.inputs.inv_temperature
-            self._u = (rows, self.inputs.features[rows] * scale[:, None])
+            u = self.inputs.features[rows] * scale[:, None]
+            if self.valid is not None:  # ignored features may hold anything, NaN too
+                u.masked_fill_(~self.valid[rows, None], 0.0)
+            self._u = (rows, u)
         return self._u[1]
 
     def _class_ids(self, cols: slice) -> Tensor | slice:
@@ -337,9 +339,10 @@ class _Tiles:
             full.index_add_(0, self.classes[cols].clamp_max(self.num_classes - 1), values.to(full.dtype))
 
 
-def _rnorm(x: Tensor, acc: torch.dtype) -> Tensor:
-    """1 / max(|x|, eps) of each row."""
-    return torch.linalg.vector_norm(x, dim=1, dtype=acc).clamp_min_(norm_eps(x.dtype)).reciprocal_()
+def _rnorm(x: Tensor, acc: torch.dtype, valid: Tensor | None = None) -> Tensor:
+    """1 / max(|x|, eps) of each row; 1 where ``valid`` is False."""
+    rnorm = torch.linalg.vector_norm(x, dim=1, dtype=acc).clamp_min_(norm_eps(x.dtype)).reciprocal_()
+    return rnorm if valid is None else rnorm.masked_fill_(~valid, 1.0)
 
 
 class _PlainLSE:

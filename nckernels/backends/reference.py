@@ -17,11 +17,17 @@ def cosine_lse(inputs: Inputs, spec: Spec) -> tuple[Tensor | None, Tensor | None
     """Class-direction and instance-direction log-sum-exp (None where not wanted) and positive logits."""
     z, w, target, beta, sample_bias, class_bias = inputs
     acc, eps = beta.dtype, norm_eps(z.dtype)
+    valid = target != spec.ignore_index
+    # What takes no part may hold anything, NaN too.
+    z = z.masked_fill(~valid[:, None], 0.0)
+    if spec.present_only:
+        w = w.masked_fill(~present_classes(target, valid, w.shape[0])[:, None], 0.0)
+    if spec.exclude == "same_label":  # with "self" an ignored row can still be another's positive
+        w = w.masked_fill(~valid[:, None], 0.0)
     u = F.normalize(z.to(acc), dim=1, eps=eps)
     v = F.normalize(w.to(acc), dim=1, eps=eps)
     logits = beta * (u @ v.T)
 
-    valid = target != spec.ignore_index
     allowed = allowed_entries(target, valid, w.shape[0], spec)
 
     class_lse = instance_lse = None

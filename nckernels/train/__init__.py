@@ -1,0 +1,8 @@
+"""A thin trainer that shows the losses at work: ``python -m nckernels train`` and ``... demo``.
+
+Needs tqdm, scikit-learn (for the digits) and matplotlib (for the plots) besides torch.
+"""
+
+from .trainer import History, Run, TrainConfig, fit
+
+__all__ = ["History", "Run", "TrainConfig", "fit"]

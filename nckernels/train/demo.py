@@ -1,0 +1,144 @@
+"""``python -m nckernels demo``: four losses side by side, one table and one picture.
+
+Every loss trains the same network from the same initialisation on the same batches with the same optimiser,
+learning rate and schedule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from nckernels.metrics import first_reach, optimum
+
+from . import plots
+from .models import FEATURES, LOSSES
+from .trainer import History, TrainConfig, fit
+
+DEFAULTS = TrainConfig(eval_every=5)
+NAMES = {"ce": "CE", "normface": "NormFace", "ntce": "NTCE", "nonl": "NONL"}
+
+# Column heading, metric, format; first the definitions of [NCD] Table 3, then the direct measurements.
+PUBLISHED = (
+    ("intra", "intra_erank", ".1f"),
+    ("inter", "inter_erank", ".2f"),
+    ("weights", "weights_erank", ".2f"),
+    ("w-align", "weight_alignment", ".3f"),
+    ("i-align", "instance_alignment", ".3f"),
+    ("MIR", "mir", ".3f"),
+    ("HDR", "hdr", ".3f"),
+)
+DIRECT = (
+    ("NC1", "nc1", ".1e"),
+    ("scatter", "within_scatter", ".1e"),
+    ("NC2norm", "nc2_norms", ".1e"),
+    ("NC2cos", "nc2_cosines", ".1e"),
+    ("offset", "offset", ".3f"),
+    ("HDRctr", "hdr_centred", ".3f"),
+)
+WIDTH = 8
+NOTES = """\
+optimum: the value at exact neural collapse. like CE after: the share of CE's iterations until the (smoothed)
+metric is as close to the optimum as CE's final value and stays there. intra counts directions of scatter and
+ignores its size: NC1 and scatter measure that. offset: distance of the centre of the means from the origin,
+1/sqrt(K) for the orthogonal frame of ReLU features. HDR subtracts the direction of the global mean, which is
+noise near collapse; HDRctr subtracts the mean itself.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, print the table, write the picture and the histories; returns the exit status."""
+    parser = make_parser()
+    arguments = parser.parse_args(argv)
+    shared = {key: value for key, value in vars(arguments).items() if key not in ("out", "quiet")}
+    runs = []
+    try:
+        for loss in LOSSES:
+            config = TrainConfig(**{**asdict(DEFAULTS), **shared, "loss": loss})
+            runs.append(fit(config, progress=not arguments.quiet))
+    except ValueError as error:
+        parser.error(str(error))
+    except FloatingPointError as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+
+    print(table([run.history for run in runs], runs[0].data.num_classes))
+    print(NOTES)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for run in runs:
+        run.history.save(arguments.out / f"{run.history.config.loss}.json")
+    picture = arguments.out / "demo.png"
+    plots.demo_figure(runs, NAMES, picture)
+    print(f"written: {picture} and one JSON history per loss")
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m nckernels demo",
+        description="Train cross-entropy, NormFace, NTCE and NONL on the digits and compare their geometry.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("demo"), help="folder for the picture and the histories")
+    add("--epochs", type=int, default=DEFAULTS.epochs, help="passes over the training set, for each loss")
+    add("--batch-size", type=int, default=DEFAULTS.batch_size, help="samples per iteration")
+    add("--lr", type=float, default=DEFAULTS.lr, help="initial learning rate of all losses")
+    add("--temperature", type=float, default=DEFAULTS.temperature, help="of the normalised losses")
+    add(
+        "--features", choices=FEATURES, default=DEFAULTS.features,
+        help="linear: signed features; relu: non-negative ones, which cannot reach neural collapse",
+    )  # fmt: skip
+    add("--seed", type=int, default=DEFAULTS.seed, help="of initialisation and batches")
+    add("--device", default=DEFAULTS.device, help="cpu, cuda, mps, ...; auto: accelerator if any")
+    add("--threads", type=int, default=DEFAULTS.threads, help="CPU threads; more gain little here")
+    add("--quiet", action="store_true", help="no progress bars")
+    return parser
+
+
+def table(histories: Sequence[History], num_classes: int) -> str:
+    """Final values of every loss, the optimum, and how soon the others match cross-entropy.
+
+    Under each of the other losses stands the share of the iterations of cross-entropy after which its
+    smoothed metric is and stays at least as close to the optimum as that of cross-entropy at the end.
+    """
+    best = asdict(optimum(num_classes))
+    baseline = histories[0]
+    columns = PUBLISHED + DIRECT
+
+    def row(label: str, test: str, cells: Sequence[str], seconds: str) -> str:
+        cells = [f"{cell:>{WIDTH}}" for cell in cells]
+        left, right = "".join(cells[: len(PUBLISHED)]), "".join(cells[len(PUBLISHED) :])
+        return f"{label:<15}{test:>7} |{left} |{right} |{seconds:>6}".rstrip()
+
+    def values(metrics: dict[str, float]) -> list[str]:
+        return [_number(metrics[name], style) for _, name, style in columns]
+
+    titles = (" as in [NCD] Table 3", " measured directly")
+    lines = [
+        f"{'':22} |{titles[0]:<{WIDTH * len(PUBLISHED)}} |{titles[1]:<{WIDTH * len(DIRECT)}} |",
+        row("loss", "test %", [heading for heading, _, _ in columns], "s"),
+        row("optimum", "", values(best), ""),
+    ]
+    lines.append("".join("+" if c == "|" else "-" for c in lines[1].ljust(len(lines[0]))))
+    for history in histories:
+        final = {name: series[-1] for name, series in history.metrics.items()}
+        test, seconds = f"{history.test_accuracy[-1]:.1%}"[:-1], f"{history.seconds:.1f}"
+        lines.append(row(NAMES[history.config.loss], test, values(final), seconds))
+        if history is not baseline:
+            shares = [_share(history, baseline, name, best[name]) for _, name, _ in columns]
+            lines.append(row("  like CE after", "", shares, ""))
+    return "\n".join(lines)
+
+
+def _number(value: float, style: str) -> str:
+    if math.isnan(value):
+        return "-"
+    return "0" if value == 0 else format(value, style)
+
+
+def _share(history: History, baseline: History, name: str, best: float) -> str:
+    step = first_reach(history.steps, history.metrics[name], baseline.metrics[name][-1], best)
+    return "never" if step is None else f"{step / baseline.steps[-1]:.0%}"

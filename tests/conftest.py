@@ -1,0 +1,66 @@
+"""Backends under test: each test that takes `backend` runs once per (device, backend) pair."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import nckernels
+
+CPU_BACKENDS = ["reference", "chunked"]
+CUDA_BACKENDS = ["triton", "chunked"]
+NO_FLOAT64 = {"triton"}  # kernels without float64
+SINGLE_BACKWARD = {"chunked", "triton"}  # everything but the reference raises on double backward
+
+# The problems are small: a second thread only waits, for milliseconds per call where cores are shared. The
+# tests of threading ask for theirs.
+torch.set_num_threads(1)
+
+SMALL_WORKSPACE = 64 * 1024  # bytes; the "tiles" shapes below need several ragged tiles under it
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    name: str
+    device: str
+
+    def require(self, dtype: torch.dtype) -> None:
+        if dtype == torch.float64 and self.name in NO_FLOAT64:
+            pytest.skip(f"{self.name} has no float64")
+
+
+def _pairs(names: list[str], device: str) -> list:
+    marks = []
+    if device == "cuda":
+        marks = [
+            pytest.mark.cuda,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+        ]
+    return [pytest.param(Backend(name, device), marks=marks, id=f"{device}-{name}") for name in names]
+
+
+CPU_PAIRS = _pairs(CPU_BACKENDS, "cpu")
+ALL_PAIRS = CPU_PAIRS + _pairs(CUDA_BACKENDS, "cuda")
+
+
+@pytest.fixture(params=ALL_PAIRS)
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Every backend on every device."""
+    with nckernels.use_backend(request.param.name):
+        yield request.param
+
+
+@pytest.fixture(params=CPU_PAIRS)
+def cpu_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Every CPU backend, for tests in float64 and of host behaviour."""
+    with nckernels.use_backend(request.param.name):
+        yield request.param
+
+
+@pytest.fixture
+def small_workspace() -> Iterator[None]:
+    with nckernels.use_workspace(SMALL_WORKSPACE):
+        yield

@@ -1,0 +1,497 @@
+"""With the rest of PyTorch: torch.compile, opcheck, meta and fake tensors, autocast, threads, training."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ALL_PAIRS, Backend
+from oracle import (
+    DIRECTIONS,
+    EXCLUDES,
+    LOSSES,
+    check,
+    dense,
+    loss,
+    make_problem,
+    package,
+    package_loss,
+    run,
+    worst,
+)
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import nckernels
+
+losses = pytest.mark.parametrize("name", LOSSES)
+# The backends behind the registered operator; the reference is plain PyTorch.
+operators = pytest.mark.parametrize(
+    "backend", [p for p in ALL_PAIRS if p.values[0].name != "reference"], indirect=True
+)
+
+
+def batch(
+    samples: int, classes: int, dim: int, device: str = "cpu", seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    x, w = torch.randn(samples, dim, generator=g), torch.randn(classes, dim, generator=g)
+    y = torch.randint(classes, (samples,), generator=g)
+    y[::5] = -100
+    return x.to(device).requires_grad_(), w.to(device).requires_grad_(), y.to(device)
+
+
+# --------------------------------------------------------------------------------------------------
+# torch.compile
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+# One compilation each is fair where a backend treats fewer and more classes than samples differently.
+FIRST_SHAPES = [(40, 11, 8), (21, 30, 8)]
+LATER_SHAPES = [(33, 17, 8), (90, 12, 8), (16, 70, 8), (64, 5, 8)]
+
+
+def compiled_equals_eager(function: Callable[..., Tensor], backend: str, device: str) -> None:
+    """Forward and backward of the compiled function equal eager's, and later shapes compile nothing."""
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
+    for seed, size in enumerate(FIRST_SHAPES + LATER_SHAPES):
+        x, w, y = batch(*size, device=device, seed=seed)
+        expected = function(x, w, y)
+        with torch.compiler.set_stance("default" if size in FIRST_SHAPES else "fail_on_recompile"):
+            got = compiled(x, w, y)
+        # The same operator inside; the few pointwise operations around it may be fused and round differently.
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+        grads = [torch.autograd.grad(value.sum(), (x, w)) for value in (got, expected)]
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+COMPILED: dict[str, tuple[str, dict[str, Any]]] = {
+    "nonl": ("nonl", {}),
+    "nonl-both": ("nonl", {"direction": "both"}),
+    "ntce-none": ("ntce", {"reduction": "none"}),
+    "normface": ("normface", {"label_smoothing": 0.1}),
+    "margins": ("normface", {"angular_margin": 0.2, "cosine_margin": 0.1}),
+}
+
+
+@pytest.mark.parametrize("case", COMPILED)
+@operators
+def test_compiled_losses(backend: Backend, case: str) -> None:
+    name, options = COMPILED[case]
+    compiled_equals_eager(lambda x, w, y: package_loss(name)(x, w, y, **options), "aot_eager", backend.device)
+
+
+def test_compiled_reference() -> None:
+    """No operator of its own: traced through to its PyTorch calls."""
+    with nckernels.use_backend("reference"):
+        compiled_equals_eager(lambda x, w, y: nckernels.nonl_loss(x, w, y), "aot_eager", "cpu")
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@operators
+def test_compiled_primitive(backend: Backend, direction: str) -> None:
+    def function(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        lse, pos = nckernels.cosine_lse(x, w, y, 7.0, direction=direction, exclude="target")
+        parts = [*(lse if direction == "both" else (lse,)), pos]
+        return torch.cat([part.masked_fill(part == -torch.inf, 0.0) for part in parts])
+
+    compiled_equals_eager(function, "aot_eager", backend.device)
+
+
+@operators
+def test_compiled_by_inductor(backend: Backend) -> None:
+    compiled_equals_eager(lambda x, w, y: nckernels.nonl_loss(x, w, y), "inductor", backend.device)
+
+
+def test_compiled_with_everything_a_tensor(backend: Backend) -> None:
+    """Class weights and a learnable temperature in the graph."""
+    weight = (torch.rand(11, generator=torch.Generator().manual_seed(0)) + 0.5).to(backend.device)
+    temperature = torch.tensor(0.3, device=backend.device, requires_grad=True)
+
+    def function(x: Tensor, w: Tensor, y: Tensor, temperature: Tensor) -> Tensor:
+        return nckernels.ntce_loss(x, w, y, temperature=temperature, weight=weight, reduction="sum")
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    x, w, y = batch(40, 11, 8, backend.device)
+    expected, got = (f(x, w, y, temperature) for f in (function, compiled))
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
+    for a, b in zip(
+        torch.autograd.grad(got, (x, w, temperature)),
+        torch.autograd.grad(expected, (x, w, temperature)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_training_step(backend: Backend) -> None:
+    """A whole module: linear layer, classifier head and its loss in one graph."""
+    torch.manual_seed(0)
+    body, head = nn.Linear(6, 8), nckernels.PrototypeClassifier(8, 5, loss="nonl")
+    body.to(backend.device)
+    head.to(backend.device)
+    x = torch.randn(20, 6, device=backend.device)
+    y = torch.arange(20, device=backend.device) % 5
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        return head.loss(body(x), y)
+
+    parameters = [*body.parameters(), *head.parameters()]
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(step(x, y), parameters)
+    for a, b in zip(torch.autograd.grad(compiled(x, y), parameters), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------
+# the operator's registration
+
+
+def operator_arguments(
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    direction: str,
+    exclude: str,
+    bias: bool,
+    present_only: bool,
+) -> tuple[Any, ...]:
+    """Arguments by the schema's names, so that the order is the schema's business."""
+    p = make_problem(12, 7, 5, direction=direction, exclude=exclude, bias=bias, present_only=present_only)
+    p = p.to(dtype, device)
+    leaves = {name: t.clone().requires_grad_() for name, t in p.inputs().items()}
+    values = {
+        "features": None,
+        "prototypes": None,
+        "sample_bias": None,
+        "class_bias": None,
+        **leaves,
+        **p.options,
+        "target": p.target,
+        "workspace": 2**20,
+        "backend": backend,
+        "keep": True,
+    }
+    schema = torch.ops.nckernels.cosine_lse.default._schema
+    unknown = {argument.name for argument in schema.arguments} - values.keys()
+    assert not unknown, f"the schema has arguments this test does not know: {unknown}"
+    return tuple(values[argument.name] for argument in schema.arguments)
+
+
+@pytest.mark.parametrize(
+    ("direction", "exclude", "bias", "present_only"),
+    [
+        ("class", "target", False, False),
+        ("class", "none", True, True),
+        ("instance", "none", True, False),
+        ("both", "same_label", False, False),
+        ("both", "self", True, False),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@operators
+def test_opcheck(
+    backend: Backend, dtype: torch.dtype, direction: str, exclude: str, bias: bool, present_only: bool
+) -> None:
+    """Schema, autograd registration, fake implementation and dynamic shapes agree with the kernel."""
+    arguments = operator_arguments(
+        backend.name, backend.device, dtype, direction, exclude, bias, present_only
+    )
+    torch.library.opcheck(torch.ops.nckernels.cosine_lse.default, arguments)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Deterministic mode fills every torch.empty with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("present_only", [False, True], ids=["all", "present"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@operators
+def test_operator_outputs_are_initialised(
+    backend: Backend, poisoned: None, dtype: torch.dtype, present_only: bool
+) -> None:
+    """What an operator returns may be saved, compared and hashed: no garbage in it."""
+    arguments = operator_arguments(backend.name, backend.device, dtype, "class", "target", True, present_only)
+    schema = torch.ops.nckernels.cosine_lse.default._schema
+    outputs = torch.ops.nckernels.cosine_lse(*arguments)
+    dirty = [
+        r.name
+        for r, out in zip(schema.returns, outputs, strict=True)
+        if out.is_floating_point() and out.isnan().any()
+    ]
+    assert not dirty, f"uninitialised memory in {dirty}"
+
+
+@pytest.mark.parametrize("present_only", [False, True], ids=["all", "present"])
+@pytest.mark.parametrize("exclude", EXCLUDES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_nothing_depends_on_uninitialised_memory(
+    backend: Backend, poisoned: None, small_workspace: None, direction: str, exclude: str, present_only: bool
+) -> None:
+    if present_only and (direction != "class" or exclude in ("self", "same_label")):
+        pytest.skip("present_only is for the class direction")
+    for size in ((70, 90, 9), (9, 5, 3)):
+        p = make_problem(*size, direction=direction, exclude=exclude, bias=True, present_only=present_only)
+        check(p, torch.float32, backend.device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("exclude", EXCLUDES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_meta_tensors(direction: str, exclude: str, dtype: torch.dtype) -> None:
+    """Shapes and dtypes without data, forward and backward."""
+    p = make_problem(12, 7, 5, direction=direction, exclude=exclude, bias=True)
+    expected, grads = run(package, p.to(dtype))
+    got, meta_grads = run(package, p.to(dtype, "meta"))
+    for values, metas in ((expected, got), (grads, meta_grads)):
+        for name, value in values.items():
+            meta = metas[name]
+            assert value is not None
+            assert meta is not None
+            assert meta.is_meta, name
+            assert (meta.shape, meta.dtype, meta.stride()) == (value.shape, value.dtype, value.stride()), name
+
+
+@losses
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_fake_tensors(name: str, reduction: str) -> None:
+    with FakeTensorMode():
+        x = torch.empty(9, 4, requires_grad=True)
+        w = torch.empty(6, 4, requires_grad=True)
+        value = package_loss(name)(x, w, torch.empty(9, dtype=torch.int64), reduction=reduction)
+        assert value.shape == ((9,) if reduction == "none" else ())
+        assert value.dtype == torch.float32
+        grads = torch.autograd.grad(value.sum(), (x, w))
+    assert [g.shape for g in grads] == [(9, 4), (6, 4)]
+
+
+# --------------------------------------------------------------------------------------------------
+# autocast
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@losses
+def test_autocast(backend: Backend, name: str, dtype: torch.dtype) -> None:
+    """Half features from an autocast layer, float32 prototypes: float32 loss, float32 parameter gradients.
+
+    The error against float64 is at most that of eager PyTorch under the same autocast, plus 2 roundings.
+    """
+    g = torch.Generator().manual_seed(0)
+    layer = nn.Linear(12, 8)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(8, 12, generator=g))
+    layer.to(backend.device)
+    data = torch.randn(40, 12, generator=g).to(backend.device)
+    w = torch.randn(9, 8, generator=g).to(backend.device).requires_grad_()
+    y = torch.randint(9, (40,), generator=g).to(backend.device)
+
+    def grads(function: Callable[..., Tensor], enabled: bool = True) -> tuple[Tensor, ...]:
+        with torch.autocast(backend.device, dtype, enabled=enabled):
+            z = layer(data)
+            assert not enabled or z.dtype == dtype
+            value = function(z, w, y)
+        return value.detach(), *torch.autograd.grad(value, (layer.weight, w))
+
+    got = grads(package_loss(name))
+    eager = grads(lambda z, w, y: loss(name, z, w, y))
+    layer.double()
+    data, w = data.double(), w.detach().double().requires_grad_()
+    truth = grads(lambda z, w, y: loss(name, z, w, y), enabled=False)
+    for what, value, reference, rival in zip(("loss", "layer", "prototypes"), got, truth, eager, strict=True):
+        assert value.dtype == torch.float32, f"{what} is {value.dtype}"
+        scale = reference.abs().max()
+        error, allowed = (worst((v.double() - reference).abs() / scale) for v in (value, rival))
+        assert error <= allowed + 2 * torch.finfo(dtype).eps, (
+            f"{what}: error {error:.3g}, eager {allowed:.3g}"
+        )
+
+
+def test_autocast_off_inside_keeps_the_inputs_dtype(cpu_backend: Backend) -> None:
+    """Mixed dtypes are an error again where autocast is disabled."""
+    x, w, y = batch(12, 5, 4)
+    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
+        with pytest.raises((ValueError, TypeError), match="prototypes"):
+            nckernels.ntce_loss(x.bfloat16(), w, y)
+        assert torch.equal(nckernels.ntce_loss(x, w, y), nckernels.ntce_loss(x.detach(), w, y))
+
+
+@losses
+def test_autocast_leaves_float64_alone(cpu_backend: Backend, name: str) -> None:
+    """As PyTorch's own autocast does: float64 is never lowered."""
+    x, w, y = batch(12, 5, 4)
+    x, w = x.detach().double(), w.detach().double()
+    expected = package_loss(name)(x, w, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = package_loss(name)(x, w, y)
+    assert got.dtype == torch.float64
+    assert torch.equal(got, expected)
+
+
+# --------------------------------------------------------------------------------------------------
+# threads and determinism
+
+
+def result(name: str, backend: Backend, size: tuple[int, int, int] = (700, 300, 16)) -> tuple[Tensor, ...]:
+    x, w, y = batch(*size, device=backend.device)
+    value = package_loss(name)(x, w, y)
+    return value.detach(), *torch.autograd.grad(value, (x, w))
+
+
+@losses
+def test_bitwise_repeatable(backend: Backend, small_workspace: None, name: str) -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        first = result(name, backend)
+        for _ in range(3):
+            assert all(torch.equal(a, b) for a, b in zip(first, result(name, backend), strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@losses
+def test_results_from_several_threads(backend: Backend, small_workspace: None, name: str) -> None:
+    """No scratch memory is shared between calls in flight."""
+    sizes = [(700, 300, 16), (333, 200, 16), (500, 40, 16), (90, 700, 16)]
+    expected = [result(name, backend, size) for size in sizes]
+    found: list[list[tuple[Tensor, ...]]] = [[] for _ in sizes]
+    errors: list[BaseException] = []
+    barrier = threading.Barrier(len(sizes))
+
+    def work(i: int) -> None:
+        try:
+            barrier.wait(60)
+            found[i].extend(result(name, backend, sizes[i]) for _ in range(5))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(sizes))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors
+    for wanted, results in zip(expected, found, strict=True):
+        assert len(results) == 5
+        for got in results:
+            for a, b in zip(got, wanted, strict=True):
+                # A new thread may use another number of intra-op threads, so sums in another order.
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * float(b.abs().max()))
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", ["nonl", "normface"])
+def test_number_of_threads(cpu_backend: Backend, restore_threads: None, name: str) -> None:
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        with nckernels.use_workspace(2**18):
+            results.append(result(name, cpu_backend, (500, 200, 32)))
+    for one, two in zip(*results, strict=True):
+        # The same sums in another order.
+        torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-6 * float(one.abs().max()))
+
+
+def test_settings_in_force_are_those_of_the_forward(cpu_backend: Backend) -> None:
+    """A backward that runs after the context managers have ended is the forward's own."""
+    p = make_problem(200, 90, 8, direction="both", exclude="target")
+    _, expected = run(package, p)
+    leaves = {name: t.clone().requires_grad_() for name, t in p.inputs().items()}
+    with nckernels.use_backend(cpu_backend.name), nckernels.use_workspace(2**14):
+        outputs = package(p, leaves)
+    with nckernels.use_backend("reference"), nckernels.use_workspace(2**22):
+        grads = torch.autograd.grad(
+            list(outputs.values()), list(leaves.values()), [p.upstream[n] for n in outputs]
+        )
+    for name, grad in zip(leaves, grads, strict=True):
+        truth = expected[name]
+        assert truth is not None
+        torch.testing.assert_close(grad, truth, rtol=1e-11, atol=1e-12)
+
+
+# --------------------------------------------------------------------------------------------------
+# in use
+
+
+@losses
+def test_data_parallel_halves_with_normface_equal_the_whole(cpu_backend: Backend, name: str) -> None:
+    """Row losses split over a batch; column losses do not: they need the whole batch's denominators."""
+    x, w, y = batch(40, 6, 5)
+    y = torch.arange(40) % 6
+    whole = package_loss(name)(x, w, y, reduction="sum")
+    halves = sum(package_loss(name)(x[i : i + 20], w, y[i : i + 20], reduction="sum") for i in (0, 20))
+    assert torch.allclose(whole, halves, rtol=1e-5) == (name == "normface")
+
+
+@losses
+def test_checkpointing(cpu_backend: Backend, name: str) -> None:
+    """Recomputation by torch.utils.checkpoint gives the same gradients."""
+    from torch.utils.checkpoint import checkpoint
+
+    x, w, y = batch(30, 6, 5)
+    expected = torch.autograd.grad(package_loss(name)(x, w, y), (x, w))
+    got = torch.autograd.grad(checkpoint(package_loss(name), x, w, y, use_reentrant=False), (x, w))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@losses
+def test_training_reaches_what_eager_training_reaches(cpu_backend: Backend, name: str) -> None:
+    """Thirty SGD steps follow the dense form's path in float64, to its roundings."""
+    x, w, y = batch(60, 5, 4)
+    y = torch.arange(60) % 5
+    paths = []
+    for function in (package_loss(name), lambda *a: loss(name, *a)):
+        z, v = (t.detach().double().requires_grad_() for t in (x, w))
+        optimiser = torch.optim.SGD([z, v], lr=0.5, momentum=0.9)
+        for _ in range(30):
+            optimiser.zero_grad()
+            function(z, v, y).backward()
+            optimiser.step()
+        paths.append((z.detach(), v.detach()))
+    for a, b in itertools.chain(zip(*paths, strict=True)):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
+@losses
+def test_no_host_synchronisation(name: str) -> None:
+    x, w, y = batch(64, 10, 8, "cuda")
+    package_loss(name)(x, w, y).backward()  # compilation and allocation
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        package_loss(name)(x, w, y).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_dense_form_is_what_users_would_write() -> None:
+    """Guards the oracle's half of the comparisons above: its NormFace is F.cross_entropy on cosine logits."""
+    x, w, y = batch(30, 6, 5)
+    expected = F.cross_entropy(F.normalize(x) @ F.normalize(w).T / 0.1, y)
+    torch.testing.assert_close(loss("normface", x, w, y), expected)
+    p = make_problem(30, 6, 5, direction="instance", ignored=0.0)
+    outputs, _ = run(dense, p, ())
+    logits = 10 * F.normalize(p.features) @ F.normalize(p.prototypes).T
+    torch.testing.assert_close(outputs["instance"], logits.logsumexp(1), rtol=1e-12, atol=0)

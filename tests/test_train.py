@@ -1,0 +1,296 @@
+"""The trainer, its command line and the demo, in runs of a few iterations."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+from nckernels.metrics import NeuralCollapse, optimum
+from nckernels.train import History, TrainConfig, cli, data, demo, fit
+from nckernels.train.models import LOSSES, ConvNet, make_head
+from nckernels.train.trainer import cosine_lr, extract
+
+TINY = TrainConfig(epochs=1, batch_size=512, eval_every=1, dim=16, device="cpu")
+METRICS = {field.name for field in dataclasses.fields(NeuralCollapse)}
+
+
+def tiny(**changes: object) -> TrainConfig:
+    return dataclasses.replace(TINY, **changes)
+
+
+# Data
+
+
+def test_digits_are_split_and_standardised() -> None:
+    digits = data.load("digits")
+    assert digits.train_images.shape == (1437, 1, 8, 8)
+    assert digits.test_images.shape == (360, 1, 8, 8)
+    assert digits.train_images.dtype == torch.float32
+    assert digits.train_labels.dtype == torch.int64
+    assert digits.train_images.mean().item() == pytest.approx(0, abs=1e-5)
+    assert digits.train_images.std().item() == pytest.approx(1, abs=1e-3)
+    shares = torch.bincount(digits.test_labels) / torch.bincount(digits.train_labels)
+    assert shares.min() > 0.24
+    assert shares.max() < 0.26
+    assert torch.equal(digits.train_images, data.load("digits").train_images)
+
+
+def test_batches_are_disjoint_and_of_one_size() -> None:
+    parts = list(data.batches(23, 5, torch.Generator().manual_seed(0)))
+    assert [len(part) for part in parts] == [5, 5, 5, 5]
+    assert len(set(torch.cat(parts).tolist())) == 20
+    with pytest.raises(
+        ValueError, match="batch_size: expected 1 to 23, the size of the training set, got 24"
+    ):
+        next(data.batches(23, 24, torch.Generator()))
+
+
+def test_a_dataset_can_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "DATASETS", dict(data.DATASETS))
+
+    @data.register("noise")
+    def noise() -> data.Dataset:
+        g = torch.Generator().manual_seed(0)
+        images, labels = torch.randn(40, 3, 6, 6, generator=g), torch.arange(40) % 4
+        return data.Dataset(images[:32], labels[:32], images[32:], labels[32:], num_classes=4)
+
+    run = fit(tiny(dataset="noise", batch_size=16), progress=False)
+    assert run.head.prototypes.shape == (4, 16)
+    assert run.history.steps == [0, 1, 2]
+
+
+# Models
+
+
+@pytest.mark.parametrize("shape", [(5, 1, 8, 8), (5, 3, 32, 32)])
+@pytest.mark.parametrize("features", ["linear", "relu"])
+def test_features(features: str, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    out = ConvNet(shape[1], 24, features)(torch.randn(shape))
+    assert out.shape == (5, 24)
+    assert (out.min() < 0) == (features == "linear")
+
+
+def test_cross_entropy_head_is_the_plain_thing() -> None:
+    head = make_head("ce", 6, 4, temperature=0.1)
+    x, y = torch.randn(9, 6), torch.arange(9) % 4
+    assert torch.equal(head.prototypes, head.weight)
+    assert torch.equal(head.loss(x, y), F.cross_entropy(x @ head.weight.T + head.bias, y))
+
+
+# Trainer
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_history_of_a_run(loss: str) -> None:
+    run = fit(tiny(loss=loss), progress=False)
+    history = run.history
+    assert history.steps == [0, 1, 2]
+    assert math.isnan(history.loss[0])
+    assert all(math.isfinite(value) for value in history.loss[1:])
+    assert set(history.metrics) == METRICS
+    series = [history.loss, history.train_accuracy, history.test_accuracy, *history.metrics.values()]
+    assert {len(values) for values in series} == {3}
+    assert history.seconds > 0
+
+
+def test_relu_features_are_never_negative() -> None:
+    run = fit(tiny(features="relu"), progress=False)
+    features = extract(run.model, run.data.test_images)
+    assert features.min() >= 0
+    assert features.shape == (360, 16)
+
+
+def test_nonl_collapses_where_cross_entropy_does_not() -> None:
+    config = TrainConfig(epochs=8, batch_size=256, eval_every=1000, device="cpu", lr=0.1)
+    ce, nonl = (
+        fit(dataclasses.replace(config, loss=loss), progress=False).history for loss in ("ce", "nonl")
+    )
+    assert nonl.train_accuracy[-1] > 0.9
+    assert nonl.metrics["nc1"][-1] < 0.5 * ce.metrics["nc1"][-1]
+    assert nonl.metrics["nc2_cosines"][-1] < 0.5 * ce.metrics["nc2_cosines"][-1]
+    assert nonl.metrics["inter_erank"][-1] > ce.metrics["inter_erank"][-1]
+
+
+def untimed(history: History) -> str:
+    return json.dumps(dataclasses.asdict(dataclasses.replace(history, seconds=0)))
+
+
+def test_seed_fixes_the_run() -> None:
+    first, again, other = (fit(tiny(seed=seed), progress=False).history for seed in (1, 1, 2))
+    assert untimed(first) == untimed(again)
+    assert first.metrics != other.metrics
+
+
+def test_losses_start_alike_and_leave_the_global_seed_alone() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    ce, nonl = (fit(tiny(loss=loss), progress=False).history for loss in ("ce", "nonl"))
+    assert torch.equal(torch.rand(1), expected)
+    assert ce.metrics["inter_erank"][0] == nonl.metrics["inter_erank"][0]
+
+
+def test_amp_and_backend() -> None:
+    assert math.isfinite(fit(tiny(amp=True), progress=False).history.loss[-1])
+    reference = fit(tiny(backend="reference"), progress=False).history
+    assert reference.loss[-1] == pytest.approx(fit(tiny(), progress=False).history.loss[-1], rel=1e-3)
+
+
+def test_cosine_schedule() -> None:
+    assert cosine_lr(0.2, 0, 100) == pytest.approx(0.2)
+    assert cosine_lr(0.2, 100, 100) == pytest.approx(0.2 * 0.1**3)
+    assert cosine_lr(0.2, 50, 100) == pytest.approx(0.2 * (1 + 0.1**3) / 2)
+
+
+def test_a_run_that_diverges_says_so() -> None:
+    with pytest.raises(FloatingPointError, match=r"training diverged before iteration \d+"):
+        fit(tiny(loss="ce", lr=1e30, epochs=3), progress=False)
+
+
+def test_history_round_trip(tmp_path: Path) -> None:
+    history = fit(tiny(), progress=False).history
+    history.save(tmp_path / "history.json")
+    loaded = History.load(tmp_path / "history.json")
+    assert loaded.config == history.config
+    assert math.isnan(loaded.loss[0])
+    assert untimed(loaded) == untimed(history)
+    assert "NaN" not in (tmp_path / "history.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dataset", "mnist"),
+        ("loss", "hinge"),
+        ("features", "tanh"),
+        ("epochs", 0),
+        ("batch_size", 0),
+        ("dim", -1),
+        ("eval_every", 0),
+        ("threads", 0),
+        ("temperature", 0.0),
+        ("temperature", math.nan),
+        ("lr", -0.1),
+        ("lr", math.inf),
+        ("weight_decay", -1e-4),
+    ],
+)
+def test_bad_settings_are_named(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}: expected .* got '?{value}'?$"):
+        tiny(**{name: value})
+
+
+def test_bad_settings_found_later_are_named() -> None:
+    with pytest.raises(ValueError, match="batch_size: expected 1 to 1437"):
+        fit(tiny(batch_size=1438), progress=False)
+    with pytest.raises(ValueError, match="device: 'quantum' cannot be used here"):
+        fit(tiny(device="quantum"), progress=False)
+    with pytest.raises(ValueError, match="no-such-backend"):
+        fit(tiny(backend="no-such-backend"), progress=False)
+
+
+# Command line
+
+
+def test_train_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "--loss ntce --epochs 1 --batch-size 512 --dim 16 --device cpu --temperature 0.2 --quiet"
+    out = tmp_path / "new" / "run"
+    assert cli.main([*arguments.split(), "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("ntce on digits: 2 iterations")
+    assert all(name in printed for name in METRICS)
+    history = History.load(out / "history.json")
+    assert history.config == TrainConfig(
+        loss="ntce", epochs=1, batch_size=512, dim=16, device="cpu", temperature=0.2
+    )
+    checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert TrainConfig(**checkpoint["config"]) == history.config
+    model, head = ConvNet(1, 16), make_head("ntce", 16, 10, 0.2)
+    model.load_state_dict(checkpoint["model"])
+    head.load_state_dict(checkpoint["head"])
+    digits = data.load("digits")
+    predicted = head(extract(model, digits.test_images)).argmax(1)
+    assert (predicted == digits.test_labels).float().mean().item() == history.test_accuracy[-1]
+
+
+def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    for field in dataclasses.fields(TrainConfig):
+        assert f"--{field.name.replace('_', '-')}" in printed
+    assert cli.make_parser().parse_args([]).lr == TrainConfig().lr
+
+
+@pytest.mark.parametrize("command", [cli.main, demo.main])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--epochs 0", "epochs: expected at least 1, got 0"),
+        ("--batch-size 5000 --quiet", "batch_size: expected 1 to 1437"),
+        ("--lr much", "argument --lr: invalid float value: 'much'"),
+        ("--features tanh", "argument --features: invalid choice: 'tanh'"),
+        ("--device quantum --quiet", "device: 'quantum' cannot be used here"),
+    ],
+)
+def test_bad_arguments(
+    command: object, arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert callable(command)
+    with pytest.raises(SystemExit) as stop:
+        command(arguments.split())
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_divergence_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--loss", "ce", "--lr", "1e30", "--epochs", "2", "--device", "cpu", "--quiet"])
+    assert stop.value.code == 1
+    assert "training diverged" in capsys.readouterr().err
+
+
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = f"--epochs 1 --batch-size 512 --device cpu --quiet --out {tmp_path}"
+    assert demo.main(arguments.split()) == 0
+    printed = capsys.readouterr().out
+    assert f"written: {tmp_path / 'demo.png'}" in printed
+    lines = printed.splitlines()
+    labels = [line[:15].strip() for line in lines[1:]]
+    like = "like CE after"
+    assert labels[:3] == ["loss", "optimum", "-" * 15]
+    assert labels[3:10] == ["CE", "NormFace", like, "NTCE", like, "NONL", like]
+    assert {len(line) for line in lines[:10] if line.endswith("|")} == {len(lines[0])}
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    for loss in LOSSES:
+        assert History.load(tmp_path / f"{loss}.json").config.loss == loss
+
+
+def test_demo_table() -> None:
+    best = dataclasses.asdict(optimum(10))
+
+    def history(loss: str, inter: list[float], seconds: float) -> History:
+        metrics = {name: [value] * 3 for name, value in best.items()} | {"inter_erank": inter}
+        return History(tiny(loss=loss), [0, 10, 20], [1.0] * 3, [1.0] * 3, [0.5, 0.9, 0.98], metrics, seconds)
+
+    table = demo.table(
+        [history("ce", [3, 4, 5], 1.5), history("nonl", [3, 9, 9], 2), history("ntce", [3, 3, 3], 2)], 10
+    )
+    ce, nonl, nonl_share, _, ntce_share = table.splitlines()[4:]
+    assert ce.split()[:2] == ["CE", "98.0"]
+    assert ce.split()[-1] == "1.5"
+    assert nonl.split()[4] == "9.00"
+    assert nonl_share.split()[5] == "50%"  # smoothed: 3, 6, 7.5
+    assert ntce_share.split()[5] == "never"
