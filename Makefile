@@ -31,15 +31,15 @@ demo: $(READY) ## train CE, NormFace, NTCE and NONL on digits; table and out/dem
 	$(PY) -m nckernels demo --out out/demo
 
 test: lint check-triton ## lint, types, offline Triton compilation, all quick tests
-	$(PARALLEL) tests --ignore tests/triton -m "not slow and not cuda"
-	$(PARALLEL) tests/triton -m "not slow and not cuda"
+	$(PARALLEL) tests --ignore tests/interpreter -m "not slow and not cuda"
+	TRITON_INTERPRET=1 $(PARALLEL) tests/interpreter -m "not slow and not cuda"
 
 test-all: lint check-triton ## everything, the slow tests too
-	$(PARALLEL) tests --ignore tests/triton -m "not cuda"
-	$(PARALLEL) tests/triton -m "not cuda"
+	$(PARALLEL) tests --ignore tests/interpreter -m "not cuda"
+	TRITON_INTERPRET=1 $(PARALLEL) tests/interpreter -m "not cuda"
 
 test-gpu: $(READY) ## the tests that need a CUDA device (make test-gpu PY=python3)
-	$(PYTEST) tests --ignore tests/triton -m cuda
+	$(PYTEST) tests --ignore tests/interpreter -m cuda
 
 lint: $(READY) ## ruff and mypy
 	$(PY) -m ruff check .

@@ -1,0 +1,66 @@
+"""The Triton backend: tiles of similarities on the GPU that are reduced and dropped.
+
+Reading order: ``tiles`` (the vocabulary), ``lse`` (the forward pass), ``grad`` and ``finish`` (the
+backward pass), ``norms``, then ``launch`` (what runs when) and ``config`` (tile sizes).
+
+Importing this package does not import Triton: whether that is there is what ``missing`` answers.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.util import find_spec
+
+import torch
+
+from ..base import Backend, Forward, Gradients, Inputs, Needs, OutputGrads, Spec
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MISSING = None if find_spec("triton") else "the package triton is not installed"
+
+
+def _interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter: on the CPU, slowly, for tests."""
+    launch = sys.modules.get(f"{__name__}.launch")
+    if launch is not None:
+        return bool(launch.INTERPRETED)  # decided when the kernels were loaded
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+class TritonBackend(Backend):
+    """float32, bfloat16 and float16 on CUDA (compute capability 8.0 and newer) and ROCm devices."""
+
+    name = "triton"
+
+    def missing(self) -> str | None:
+        return _MISSING
+
+    def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        if _MISSING is not None:
+            return _MISSING
+        if dtype not in _DTYPES:
+            return f"supports float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+        if device.type == "cpu":
+            return None if _interpreted() else "runs on the CPU only in its interpreter (TRITON_INTERPRET=1)"
+        if device.type != "cuda":
+            return f"supports CUDA and ROCm devices, not {device.type}"
+        if torch.version.hip is None and torch.cuda.get_device_properties(device).major < 8:
+            return "needs compute capability 8.0 or newer"
+        return None
+
+    def kept_numel(self, device: torch.device, dtype: torch.dtype, m: int, k: int, spec: Spec) -> int:
+        # The list of classes that occur and its length, as 32-bit integers.
+        return min(m, k) + 1 if spec.present_only and m else 0
+
+    def forward(self, inputs: Inputs, spec: Spec, keep: bool) -> Forward:
+        from . import launch
+
+        return launch.forward(inputs, spec, keep)
+
+    def backward(
+        self, inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, needs: Needs
+    ) -> Gradients:
+        from . import launch
+
+        return launch.backward(inputs, saved, grads, spec, needs)

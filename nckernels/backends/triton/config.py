@@ -1,0 +1,249 @@
+"""Tile sizes and launch shapes: one small table per kernel, chosen offline, no search at run time.
+
+The tables are checked by ``tools/check_triton.py``, which compiles every kernel with the entry it would
+get and fails on a register spill or on more shared or tensor memory than the device has. Rules of thumb
+behind the numbers:
+
+* A tile of float32 products costs ``p * q / (32 * warps)`` registers a thread, and its epilogue about as
+  much again unless it is done in column ``parts``. 255 is the limit; 128 lets two programs share a
+  multiprocessor, so that one computes exponentials while the other feeds the tensor cores.
+* Shared memory holds ``stages`` blocks of both operands: ``stages * (p + q) * d * itemsize`` bytes.
+* Rows of at most ``whole`` columns fit on the chip; then a program reads its anchors once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["half", "tf32", "ieee"]
+
+
+@dataclass(frozen=True)
+class Arch:
+    """What a device offers; ``generation`` is 80, 90, 100, ... or 0 for anything but NVIDIA."""
+
+    generation: int
+    multiprocessors: int
+    shared: int
+    """Bytes of shared memory that one program may use."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    p: int
+    """Anchors of a program."""
+    q: int
+    """Rows of the reduced operand a step."""
+    d: int
+    """Columns a step; at least the row length where rows are kept whole."""
+    warps: int
+    stages: int
+    parts: int = 1
+    """The epilogue handles q / parts columns at a time."""
+    resident: int = 1
+    """Programs that fit on a multiprocessor."""
+
+
+INTERPRETER = Arch(generation=0, multiprocessors=4, shared=1 << 30)
+
+MIN_PANEL = 64
+"""The smallest side of a panel of gradient entries, however small the workspace."""
+
+
+@cache
+def _cuda_arch(index: int) -> Arch:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        return Arch(0, properties.multi_processor_count, 64 << 10)
+    generation = 10 * properties.major + properties.minor
+    # The opt-in limit has no name in older versions of torch; 99 KB is what the smallest parts offer.
+    shared = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
+    return Arch(generation, properties.multi_processor_count, shared)
+
+
+def arch_of(device: torch.device) -> Arch:
+    if device.type != "cuda":
+        return INTERPRETER
+    return _cuda_arch(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def kind_of(x: Tensor) -> Kind:
+    """How products are computed: float32 follows torch's setting for float32 matrix products."""
+    if x.dtype != torch.float32:
+        return "half"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def padded(d: int) -> int:
+    """The block of columns that holds whole rows of d: a power of two, 16 at least (tensor cores)."""
+    return max(16, 1 << (d - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the choice of a tile depends on."""
+
+    arch: Arch
+    kind: Kind
+    d: int
+    aligned: bool
+    """Whether rows start and end at multiples of 16 bytes, as asynchronous copies in full width need."""
+    heavy: bool
+    """Whether registers are short: two directions at once, 64-bit labels to compare, gathered anchors."""
+    entries: int = 0
+    """Entries of the matrix that the tiles cover."""
+
+    @property
+    def whole(self) -> int:
+        return padded(self.d)
+
+    @property
+    def family(self) -> int:
+        """The tensor cores: 90 wgmma, 100 tcgen05, 80 mma (and consumer parts of any age), 0 not NVIDIA."""
+        generation = self.arch.generation
+        return generation // 10 * 10 if generation in range(90, 120) else min(generation, 80)
+
+    @property
+    def fills_device(self) -> bool:
+        """Whether there are enough 128 x 256 tiles for every multiprocessor to get one."""
+        return self.entries >= 128 * 256 * self.arch.multiprocessors
+
+
+def lse_tile(shape: Shape) -> Tile:
+    """For ``lse_kernel``."""
+    whole, heavy = shape.whole, shape.heavy
+    if not shape.aligned:
+        # Loads pass through registers; a small tile leaves room for them. Padding d to 8 numbers is faster.
+        return Tile(64, 64, min(whole, 32), 8, 1)
+    if shape.family == 0:
+        return Tile(64, 64, min(whole, 64 if shape.kind == "half" else 32), 4, 2)
+    if shape.kind == "ieee":
+        return Tile(64, 64, min(whole, 16), 8, 2, parts=2)
+    if shape.kind == "tf32":
+        if shape.family == 80:
+            return Tile(64, 64, min(whole, 32), 4, 3, resident=2)
+        return Tile(128, 64, min(whole, 32), 8, 3, parts=2, resident=1 if heavy or shape.family == 100 else 2)
+    if shape.family == 80:
+        # Warps lie in both directions of the tile, so the epilogue's sums over q cross them.
+        if whole <= 64:
+            return Tile(64, 128, whole, 4, 3, parts=2, resident=2)
+        if whole <= 256:
+            return Tile(64, 64, whole, 4, 2, resident=2 if whole == 128 else 1)
+        return Tile(64, 128, 32, 4, 4, parts=2, resident=2)
+    stages = 2 if whole in (128, 256) else 3
+    if shape.family == 100:
+        if heavy:
+            return Tile(128, 64, whole if whole <= 256 else 64, 8, stages)
+        if whole <= 128:
+            # A thread of four warps holds one row of the tile: no sum crosses threads.
+            return Tile(128, 64, whole, 4, stages, parts=2, resident=2)
+        return Tile(128, 128, whole if whole == 256 else 64, 8, stages, parts=4)
+    if heavy or whole == 256:
+        return Tile(128, 128, whole if whole <= 256 else 64, 8, stages, parts=4)
+    if whole <= 64:
+        return Tile(128, 64, whole, 8, stages, parts=2, resident=2)
+    if whole == 128:
+        return Tile(128, 128, 128, 8, stages, parts=4, resident=2)
+    return Tile(128, 128, 64, 8, stages, parts=8, resident=2)
+
+
+def bias_tile(shape: Shape) -> Tile:
+    """For ``bias_grad_kernel``, which is rarely wanted: one that compiles well everywhere."""
+    if not shape.aligned or shape.family == 0:
+        return lse_tile(shape)
+    if shape.kind == "half":
+        return Tile(64, 32, min(shape.whole, 64), 8, 2)
+    return Tile(64, 64, min(shape.whole, 32 if shape.kind == "tf32" else 16), 8, 2, parts=2)
+
+
+def entries_tile(shape: Shape) -> Tile:
+    """For ``entries_kernel``; whatever d is, it steps over the columns."""
+    heavy = shape.heavy
+    if not shape.aligned:
+        return Tile(64, 64, 32, 8, 1)
+    if shape.family == 0:
+        return Tile(64, 64, 64 if shape.kind == "half" else 32, 4, 2)
+    if shape.kind == "ieee":
+        return Tile(64, 64, 16, 8, 2, parts=4)
+    if shape.kind == "tf32":
+        if shape.family == 80:
+            return Tile(64, 64, 32, 4, 3, resident=2)
+        return Tile(128, 64, 32, 8, 3, parts=2, resident=1 if heavy else 2)
+    if shape.family == 80:
+        return Tile(64, 128, 32, 4, 4, parts=4, resident=3)
+    if shape.family == 90 and shape.d >= 1024 and shape.fills_device and not heavy:
+        # A third less traffic from the L2 cache; with rows this long the idle epilogue matters less.
+        return Tile(128, 256, 64, 8, 3, parts=4)
+    return Tile(128, 128, 64, 8, 3, parts=8, resident=2)
+
+
+def grad_tile(shape: Shape) -> Tile | None:
+    """For ``grad_kernel``, or None where rows are too long for it: then panels of entries are used."""
+    whole, heavy = shape.whole, shape.heavy
+    if not shape.aligned:
+        return Tile(32, 32, whole, 8, 1) if whole <= 128 and shape.kind != "ieee" else None
+    if shape.family == 0:
+        return Tile(64, 32, whole, 4, 1) if whole <= 128 and shape.kind == "half" else None
+    if shape.kind == "ieee":
+        return Tile(32, 32, whole, 4, 2) if whole <= 64 else None
+    if shape.kind == "tf32":
+        return Tile(64, 32, whole, 8, 2) if whole <= 128 else None
+    if whole > 256:
+        return None
+    if shape.family == 80:
+        if whole <= 64:
+            return Tile(64, 32, whole, 8 if heavy else 4, 3)
+        if whole == 128:
+            return Tile(64, 32, 128, 8 if heavy else 4, 2)
+        return Tile(32, 32, 256, 8, 2) if heavy else Tile(64, 32, 256, 8, 2)
+    if whole <= 128:
+        return Tile(128, 32 if heavy else 64, whole, 8, 3 if heavy else 2)
+    return Tile(64, 32 if heavy and shape.family == 90 else 64, 256, 8, 2)
+
+
+@lru_cache(maxsize=1024)
+def split_count(p_blocks: int, q_blocks: int, slots: int, least: int, most: int) -> int:
+    """How many programs share the Q blocks of one block of anchors.
+
+    Minimises the time of the longest chain of blocks on one of ``slots`` places, where a program costs
+    a third of a block on top of its blocks. ``most`` bounds the memory of the partial results; ``least``
+    keeps programs that run together on few anchors when these are re-read from the L2 cache.
+    """
+    most = max(1, min(most, q_blocks))
+    least = max(1, min(least, most))
+    best, best_time = most, float("inf")
+    for split in range(least, min(most, max(least, 4 * slots)) + 1):
+        rounds = -(-p_blocks * split // slots)
+        time = rounds * (-(-q_blocks // split) + 1 / 3)
+        if time < best_time:
+            best, best_time = split, time
+    return best
+
+
+def panel_shape(
+    n_p: int, n_q: int, p_row_bytes: int, q_row_bytes: int, itemsize: int, budget: int
+) -> tuple[int, int]:
+    """Anchors and reduced rows of a panel of gradient entries, so that everything it needs fits ``budget``.
+
+    A panel of (p, q) takes ``p * q * itemsize + p * p_row_bytes + q * q_row_bytes`` bytes. Both sides are
+    inner dimensions of a matrix product whose result is accumulated, so the shorter one decides the
+    speed: take the panel whose shorter side is longest. Powers of two fill the device evenly.
+    """
+    best = (min(n_p, MIN_PANEL), min(n_q, MIN_PANEL))
+    candidates = [n_q] + [1 << i for i in range(n_q.bit_length()) if MIN_PANEL <= 1 << i < n_q]
+    for q in candidates:
+        p = (budget - q * q_row_bytes) // (pad16(q) * itemsize + p_row_bytes)
+        p = n_p if p >= n_p else 1 << (p.bit_length() - 1) if p >= MIN_PANEL else 0
+        if p and (min(p, q), p) > (min(best), best[0]):
+            best = (p, q)
+    return best
+
+
+def pad16(n: int) -> int:
+    """Leading dimensions that are multiples of 16 keep rows aligned for vector loads and tensor cores."""
+    return -(-n // 16) * 16

@@ -1,0 +1,194 @@
+"""What turns accumulated sums into gradients, and the gradient of the biases."""
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    LOG2E,
+    column_parts,
+    dot,
+    dot_rows,
+    load_lse,
+    load_rows,
+    mask_tag,
+    row_bias,
+    slot_rows,
+)
+
+
+@triton.jit
+def summand_rnorm(rnorm, NORM_LIMIT: tl.constexpr):
+    """The factor of a row that is summed up: its inverse norm, except 1 for float16 rows shorter than eps.
+
+    Their 1 / eps = 16384 would push a tile's entries out of float16's range, for rows that are zero for
+    all practical purposes. ``finish_kernel`` puts the true factor back for the row's own gradient.
+    """
+    if NORM_LIMIT > 0:
+        rnorm = tl.where(rnorm >= NORM_LIMIT, 1.0, rnorm)
+    return rnorm
+
+
+@triton.jit
+def radial(rnorm, along, EPS: tl.constexpr):
+    """The multiple of a row x to take from its sum: ``(u . acc) r``, given ``along = x . acc``.
+
+    Nothing for rows shorter than eps, which F.normalize divides by a constant. The norm is compared
+    through its inverse, with room for the rounding of two reciprocals. NaN norms count as normal: their
+    results are NaN anyway.
+    """
+    return tl.where(rnorm >= 0.999999 / EPS, 0.0, rnorm * rnorm * along)
+
+
+@triton.jit
+def project(acc, x, rnorm, weight, EPS: tl.constexpr):
+    """``weight (acc - (u . acc) u)`` for whole rows, and ``x . acc``."""
+    along = tl.sum(acc * x, 1)
+    return weight[:, None] * tl.fma(-radial(rnorm, along, EPS)[:, None], x, acc), along
+
+
+@triton.jit(do_not_specialize=["start", "stop", "parts", "part_stride", "d", "x_stride", "skip"])
+def finish_kernel(
+    Acc, X, Rnorm, Label, Count, Beta, Scale, Out, Dot,
+    start, stop, parts, part_stride, d, x_stride, skip,
+    GATHER: tl.constexpr, NORM_INSIDE: tl.constexpr, WHOLE_D: tl.constexpr,
+    UNIT: tl.constexpr, EPS: tl.constexpr, NORM_LIMIT: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the slots [start, stop) from float32 sums: add the partials, project, scale, cast.
+
+    ``Acc[part, slot - start]`` holds a_p, or r_p a_p with ``NORM_INSIDE``. ``Dot[slot]`` becomes the
+    slot's share of the gradient of beta. ``Out`` may be ``Acc`` itself (float32, one part).
+    """
+    d *= UNIT
+    x_stride *= UNIT
+    part_stride *= UNIT
+    first = start + tl.program_id(0) * BR
+    local = tl.program_id(0) * BR + tl.arange(0, BR)  # counted from `start`: seen to be aligned
+    used = stop
+    if Count is not None:
+        used = tl.minimum(tl.load(Count), stop)
+    row, _, valid = slot_rows(Label, first, used, skip, GATHER, BR)
+    slot = first + tl.arange(0, BR)
+    written = valid
+    if not GATHER:
+        written = slot < stop
+    rnorm = tl.load(Rnorm + row, mask=valid, other=0.0)
+    weight = rnorm
+    if NORM_INSIDE:
+        # Already in the sums, but for the rows whose factor was left at 1.
+        weight = tl.where(rnorm == summand_rnorm(rnorm, NORM_LIMIT), 1.0, rnorm)
+    if Scale is not None:
+        weight = weight / tl.load(Scale)
+    scale = weight * tl.load(Beta)
+
+    col = tl.arange(0, BD)
+    acc_ptr = Acc + local.to(tl.int64)[:, None] * d + col[None, :]
+    x_ptr = X + row.to(tl.int64)[:, None] * x_stride + col[None, :]
+    if Out is not None:
+        out_ptr = Out + row.to(tl.int64)[:, None] * d + col[None, :]
+    if WHOLE_D:
+        mask = valid[:, None] & (col < d)[None, :]
+        acc = tl.zeros((BR, BD), tl.float32)
+        for _ in range(parts):
+            acc += tl.load(acc_ptr, mask=mask, other=0.0)
+            acc_ptr += part_stride
+        x = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
+        grad, along = project(acc, x, rnorm, scale, EPS)
+        if Out is not None:
+            grad = tl.where(valid[:, None], grad, 0.0).to(Out.dtype.element_ty)
+            tl.store(out_ptr, grad, mask=written[:, None] & (col < d)[None, :])
+    else:
+        # Rows too long for one block of registers: once for the dot product, once for the result.
+        sums = tl.zeros((BR, BD), tl.float32)
+        for k in range(0, d, BD):
+            mask = valid[:, None] & (col < d - k)[None, :]
+            x = tl.load(x_ptr + k, mask=mask, other=0.0).to(tl.float32)
+            sums = tl.fma(tl.load(acc_ptr + k, mask=mask, other=0.0), x, sums)
+        along = tl.sum(sums, 1)
+        if Out is not None:
+            factor = radial(rnorm, along, EPS)
+            for k in range(0, d, BD):
+                mask = valid[:, None] & (col < d - k)[None, :]
+                x = tl.load(x_ptr + k, mask=mask, other=0.0).to(tl.float32)
+                acc = tl.load(acc_ptr + k, mask=mask, other=0.0)
+                grad = scale[:, None] * tl.fma(-factor[:, None], x, acc)
+                grad = tl.where(valid[:, None], grad, 0.0).to(Out.dtype.element_ty)
+                tl.store(out_ptr + k, grad, mask=written[:, None] & (col < d - k)[None, :])
+    if Dot is not None:
+        tl.store(Dot + slot, tl.where(valid, weight * along, 0.0), mask=slot < stop)
+
+
+@triton.jit(do_not_specialize=["start", "stop", "d", "x_stride", "skip"])
+def gather_kernel(
+    X, Label, Count, Out, start, stop, d, x_stride, skip,
+    UNIT: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """``Out[slot - start] = X[row of slot]``, zeros for unused slots: a dense operand for a matrix product."""
+    d *= UNIT
+    x_stride *= UNIT
+    first = start + tl.program_id(0) * BR
+    row, _, valid = slot_rows(Label, first, tl.minimum(tl.load(Count), stop), skip, True, BR)
+    local = tl.program_id(0) * BR + tl.arange(0, BR)
+    col = tl.program_id(1) * BD + tl.arange(0, BD)
+    inside = (col < d)[None, :]
+    x = tl.load(
+        X + row.to(tl.int64)[:, None] * x_stride + col[None, :], mask=valid[:, None] & inside, other=0.0
+    )
+    at = Out + local.to(tl.int64)[:, None] * d + col[None, :]
+    tl.store(at, x, mask=(local < stop - start)[:, None] & inside)
+
+
+@triton.jit(do_not_specialize=["n_p", "n_q", "d", "p_stride", "q_stride", "skip_p", "skip_q", "split"])
+def bias_grad_kernel(
+    P, P_rnorm, P_label, P_bias,
+    Q, Q_rnorm, Q_label, Q_count, Q_lse, Q_grad,
+    Beta, Part,
+    n_p, n_q, d, p_stride, q_stride, skip_p, skip_q, split,
+    EXCLUDE: tl.constexpr, P_SAMPLES: tl.constexpr, Q_GATHER: tl.constexpr,
+    BP: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr, UNIT: tl.constexpr,
+    WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``Part[s, p] = sum over q of g_q exp(t_pq + bias_p - lse_q)``: the gradient of p's bias.
+
+    A pass of its own, with the loop of ``lse_kernel``: few callers learn a bias, and the gradient kernels
+    have no registers to spare for it.
+    """
+    d *= UNIT
+    p_stride *= UNIT
+    q_stride *= UNIT
+    B: tl.constexpr = BQ // PARTS
+    block = tl.program_id(0) // split
+    part = tl.program_id(0) % split
+    p_first = block * BP
+    if Q_count is not None:
+        n_q = tl.load(Q_count)
+    p_row, p_label, p_valid = slot_rows(P_label, p_first, n_p, skip_p, False, BP)
+    p_tag = mask_tag(p_row, p_label, EXCLUDE, P_SAMPLES)
+    p_scale = tl.load(P_rnorm + p_row, mask=p_valid, other=0.0) * (tl.load(Beta) * LOG2E)
+    p_bias = row_bias(P_bias, p_row, p_valid)
+    if WHOLE_D:
+        p = load_rows(P, p_row, p_valid, p_stride, d, BD, EVEN_D)
+    total = tl.zeros((BP,), tl.float32)
+    for q_block in range(part, tl.cdiv(n_q, BQ), split):
+        q_first = q_block * BQ
+        q_row, _, q_valid = slot_rows(Q_label, q_first, n_q, skip_q, Q_GATHER, BQ)
+        if WHOLE_D:
+            q = load_rows(Q, q_row, q_valid, q_stride, d, BD, EVEN_D)
+            acc = dot(p, tl.trans(q), tl.zeros((BP, BQ), tl.float32), PRECISION)
+        else:
+            acc = dot_rows(
+                P, p_row, p_valid, p_stride, Q, q_row, q_valid, q_stride, d, d, BD, EVEN_D, PRECISION
+            )
+        products = column_parts(acc, PARTS)
+        for i in tl.static_range(PARTS):
+            row, label, valid = slot_rows(Q_label, q_first + i * B, n_q, skip_q, Q_GATHER, B)
+            tag = mask_tag(row, label, EXCLUDE, not P_SAMPLES)
+            rnorm = tl.load(Q_rnorm + row, mask=valid, other=0.0)
+            lse, grad = load_lse(Q_lse, Q_grad, row, valid)
+            t = tl.fma(products[i] * p_scale[:, None], rnorm[None, :], p_bias[:, None])
+            e = grad[None, :] * tl.exp2(t - lse[None, :])
+            if EXCLUDE != "none":
+                e = tl.where(p_tag[:, None] == tag[None, :], 0.0, e)
+            total += tl.sum(e, 1)
+    slot = p_first + tl.arange(0, BP)
+    # p_valid, not a product with 0: NaN anywhere in Q has reached the sums of left-out rows.
+    tl.store(Part + part.to(tl.int64) * n_p + slot, tl.where(p_valid, total, 0.0), mask=slot < n_p)

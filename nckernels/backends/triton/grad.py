@@ -1,0 +1,254 @@
+"""The backward pass: gradient tiles that are recomputed, used on the chip or in a small panel, and dropped.
+
+With ``A = dL/dt`` for the logits ``t = beta S`` and ``u = r p`` a normalised row,
+
+    A_pq  = g_p exp(t_pq + bias_q - lse_p)      the anchors' own log-sum-exp runs over q
+          + g_q exp(t_pq + bias_p - lse_q)      the other direction: q's log-sum-exp runs over p
+          + g_pos where (p, q) is a positive pair, which is never masked
+    a_p   = sum_q A_pq r_q q                    a matrix product on the raw rows
+    dL/dp = beta r_p (a_p - (u_p . a_p) u_p)    the second term is the derivative of the norm
+    dL/dbeta = sum_p u_p . a_p                  the same dot products
+
+The projection is taken from ``a_p`` as it was accumulated, after any rounding of A. Summing A * S over a
+tile's entries would give the same number in exact arithmetic, but then the rounding errors in the
+direction of u_p, which are large where features have collapsed, would stay in the gradient.
+
+Two ways to get there:
+
+* ``grad_kernel`` for short rows: recompute a tile, multiply it with the Q rows that are on the chip anyway.
+* ``entries_kernel`` for long rows, whose gradient does not fit on the chip: write ``H = A r_p r_q`` for a
+  panel, let the vendor's matrix product do ``H Q`` and ``H^T P``, then ``finish_kernel`` (finish.py).
+"""
+
+import triton
+import triton.language as tl
+
+from .finish import project, summand_rnorm
+from .tiles import (
+    LOG2E,
+    column_parts,
+    dot,
+    dot_rows,
+    load_lse,
+    load_rows,
+    mask_tag,
+    paired_rows,
+    partner_tag,
+    row_bias,
+    slot_rows,
+)
+
+
+@triton.jit
+def load_terms(Bias, Lse, Grad, Pos, Other_grad, row, valid):
+    """What A needs of one side's rows: bias, lse, upstream gradient, gradient of the positive logit.
+
+    Each is loaded only where it is used; the bias belongs to the sums over these rows, which are the
+    other side's. What is not used is a placeholder that the compiler removes.
+    """
+    bias = tl.zeros(row.shape, tl.float32)
+    lse = bias
+    grad = bias
+    pos = bias
+    if Other_grad is not None:
+        bias = row_bias(Bias, row, valid)
+    if Grad is not None:
+        lse, grad = load_lse(Lse, Grad, row, valid)
+    if Pos is not None:
+        pos = tl.load(Pos + row, mask=valid, other=0.0)
+    return bias, lse, grad, pos
+
+
+@triton.jit
+def entries(
+    s, q_rnorm,
+    p_tag, p_partner, p_bias, p_lse, p_grad, p_pos,
+    q_tag, q_partner, q_bias, q_lse, q_grad, q_pos,
+    EXCLUDE: tl.constexpr, USE_P: tl.constexpr, USE_Q: tl.constexpr,
+    USE_P_POS: tl.constexpr, USE_Q_POS: tl.constexpr,
+):  # fmt: skip
+    """A tile of A, from ``s = (p . q) r_p beta log2 e``."""
+    a = tl.zeros(s.shape, tl.float32)
+    if USE_P:
+        t = tl.fma(s, q_rnorm[None, :], q_bias[None, :])
+        a = p_grad[:, None] * tl.exp2(t - p_lse[:, None])
+    if USE_Q:
+        t = tl.fma(s, q_rnorm[None, :], p_bias[:, None])
+        a = tl.fma(q_grad[None, :], tl.exp2(t - q_lse[None, :]), a)
+    # Selected, not multiplied by 0: a masked entry can be any size, inf included.
+    if EXCLUDE != "none":
+        a = tl.where(p_tag[:, None] == q_tag[None, :], 0.0, a)
+    if USE_P_POS:
+        a = tl.where(p_partner[:, None] == q_partner[None, :], a + p_pos[:, None], a)
+    if USE_Q_POS:
+        a = tl.where(p_partner[:, None] == q_partner[None, :], a + q_pos[None, :], a)
+    return a
+
+
+@triton.jit(
+    do_not_specialize=["n_p", "n_q", "slots_p", "d", "p_stride", "q_stride", "skip_p", "skip_q", "split"]
+)
+def grad_kernel(
+    P, P_rnorm, P_label, P_count, P_bias, P_lse, P_grad, P_pos,
+    Q, Q_rnorm, Q_label, Q_count, Q_bias, Q_lse, Q_grad, Q_pos,
+    Beta, Scale,
+    Out, Dot, Part,
+    n_p, n_q, slots_p, d, p_stride, q_stride, skip_p, skip_q, split,
+    EXCLUDE: tl.constexpr, P_SAMPLES: tl.constexpr, P_GATHER: tl.constexpr, Q_GATHER: tl.constexpr,
+    BP: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr, UNIT: tl.constexpr, EVEN_D: tl.constexpr,
+    EPS: tl.constexpr, NORM_LIMIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of one block of anchors, rows of at most BD columns: flash attention's backward, one side.
+
+    ``split`` programs share a block when there are too few blocks to fill the device. Each then writes
+    its float32 sum to ``Part[s, slot]`` for ``finish_kernel``; alone it finishes the rows itself.
+    """
+    d *= UNIT
+    p_stride *= UNIT
+    q_stride *= UNIT
+    block = tl.program_id(0) // split
+    part = tl.program_id(0) % split
+    p_first = block * BP
+    if P_count is not None:
+        n_p = tl.load(P_count)
+        if p_first >= n_p:
+            return
+    if Q_count is not None:
+        n_q = tl.load(Q_count)
+    p_row, p_label, p_valid = slot_rows(P_label, p_first, n_p, skip_p, P_GATHER, BP)
+    p_here = paired_rows(p_valid, p_first, n_p, EXCLUDE, P_SAMPLES, BP)
+    p_tag = mask_tag(p_row, p_label, EXCLUDE, P_SAMPLES)
+    p_partner = partner_tag(p_row, p_label, EXCLUDE, P_SAMPLES)
+    p_rnorm = tl.load(P_rnorm + p_row, mask=p_here, other=0.0)
+    p_bias, p_lse, p_grad, p_pos = load_terms(P_bias, P_lse, P_grad, P_pos, Q_grad, p_row, p_valid)
+    beta = tl.load(Beta)
+    p_scale = p_rnorm * (beta * LOG2E)
+    scale = 1.0
+    if Scale is not None:
+        scale = tl.load(Scale)
+    p = load_rows(P, p_row, p_here, p_stride, d, BD, EVEN_D)
+    acc = tl.zeros((BP, BD), tl.float32)
+
+    for q_block in range(part, tl.cdiv(n_q, BQ), split):
+        q_row, q_label, q_valid = slot_rows(Q_label, q_block * BQ, n_q, skip_q, Q_GATHER, BQ)
+        q_here = paired_rows(q_valid, q_block * BQ, n_q, EXCLUDE, not P_SAMPLES, BQ)
+        q = load_rows(Q, q_row, q_here, q_stride, d, BD, EVEN_D)
+        s = dot(p, tl.trans(q), tl.zeros((BP, BQ), tl.float32), PRECISION) * p_scale[:, None]
+        q_tag = mask_tag(q_row, q_label, EXCLUDE, not P_SAMPLES)
+        q_partner = partner_tag(q_row, q_label, EXCLUDE, not P_SAMPLES)
+        q_rnorm = tl.load(Q_rnorm + q_row, mask=q_here, other=0.0)
+        q_bias, q_lse, q_grad, q_pos = load_terms(Q_bias, Q_lse, Q_grad, Q_pos, P_grad, q_row, q_valid)
+        a = entries(
+            s, q_rnorm,
+            p_tag, p_partner, p_bias, p_lse, p_grad, p_pos,
+            q_tag, q_partner, q_bias, q_lse, q_grad, q_pos,
+            EXCLUDE, P_grad is not None, Q_grad is not None, P_pos is not None, Q_pos is not None,
+        )  # fmt: skip
+        a *= (summand_rnorm(q_rnorm, NORM_LIMIT) * scale)[None, :]
+        acc = dot(a.to(q.dtype), q, acc, PRECISION)
+
+    slot = p_first + tl.arange(0, BP)
+    col = tl.arange(0, BD)
+    if Part is not None:
+        at = Part + (part.to(tl.int64) * slots_p + slot)[:, None] * d + col[None, :]
+        tl.store(at, acc, mask=(slot < n_p)[:, None] & (col < d)[None, :])
+    else:
+        # Loaded once more: kept through the loop, the rows would hold registers or shared memory twice.
+        x = load_rows(P, p_row, p_here, p_stride, d, BD, EVEN_D).to(tl.float32)
+        weight = p_rnorm / scale
+        grad, along = project(acc, x, p_rnorm, weight * beta, EPS)
+        if Out is not None:
+            written = p_here
+            if not P_GATHER:
+                written = slot < n_p
+            # Left-out rows are zero by selection: NaN anywhere in Q has reached their sums as well.
+            grad = tl.where(p_here[:, None], grad, 0.0)
+            at = Out + p_row.to(tl.int64)[:, None] * d + col[None, :]
+            tl.store(at, grad.to(Out.dtype.element_ty), mask=written[:, None] & (col < d)[None, :])
+        if Dot is not None:
+            tl.store(Dot + slot, tl.where(p_here, weight * along, 0.0), mask=slot < n_p)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "p_start", "p_stop", "q_start", "q_stop", "d", "p_stride", "q_stride", "h_stride", "skip_p", "skip_q",
+    ]
+)  # fmt: skip
+def entries_kernel(
+    P, P_rnorm, P_label, P_count, P_bias, P_lse, P_grad, P_pos,
+    Q, Q_rnorm, Q_label, Q_count, Q_bias, Q_lse, Q_grad, Q_pos,
+    Beta, Scale,
+    H,
+    p_start, p_stop, q_start, q_stop, d, p_stride, q_stride, h_stride, skip_p, skip_q,
+    EXCLUDE: tl.constexpr, P_SAMPLES: tl.constexpr, P_GATHER: tl.constexpr, Q_GATHER: tl.constexpr,
+    BP: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr, UNIT: tl.constexpr, EVEN_D: tl.constexpr,
+    PARTS: tl.constexpr, GROUP: tl.constexpr, NORM_LIMIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of ``H = A r_p r_q`` (times ``Scale``) for the panel [p_start, p_stop) x [q_start, q_stop).
+
+    ``h_stride`` counts in 16s. With both norms inside, one H serves both products: ``H Q`` is r_p a_p and ``H^T P`` is r_q a_q.
+    """
+    d *= UNIT
+    p_stride *= UNIT
+    q_stride *= UNIT
+    # Tiles in groups of GROUP block rows, column by column: neighbours share operands in the L2 cache.
+    p_blocks = tl.cdiv(p_stop - p_start, BP)
+    q_blocks = tl.cdiv(q_stop - q_start, BQ)
+    group = tl.program_id(0) // (GROUP * q_blocks)
+    inner = tl.program_id(0) % (GROUP * q_blocks)
+    height = tl.minimum(p_blocks - group * GROUP, GROUP)
+    # Counted from the panel's corner: what is added to the pointers into H must be seen to be aligned.
+    p_local = (group * GROUP + inner % height) * BP
+    q_local = inner // height * BQ
+    p_first = p_start + p_local
+    q_first = q_start + q_local
+    # Slots beyond the count have no rows, but the matrix product reads their entries: they become zeros,
+    # at no cost, since a tile without rows takes no steps over d.
+    p_used = p_stop
+    q_used = q_stop
+    stop = d
+    if P_count is not None:
+        p_used = tl.minimum(tl.load(P_count), p_stop)
+        stop = tl.where(p_first < p_used, stop, 0)
+    if Q_count is not None:
+        q_used = tl.minimum(tl.load(Q_count), q_stop)
+        stop = tl.where(q_first < q_used, stop, 0)
+
+    p_row, p_label, p_valid = slot_rows(P_label, p_first, p_used, skip_p, P_GATHER, BP)
+    p_here = paired_rows(p_valid, p_first, p_used, EXCLUDE, P_SAMPLES, BP)
+    q_row, _, q_valid = slot_rows(Q_label, q_first, q_used, skip_q, Q_GATHER, BQ)
+    q_here = paired_rows(q_valid, q_first, q_used, EXCLUDE, not P_SAMPLES, BQ)
+    acc = dot_rows(
+        P, p_row, p_here, p_stride, Q, q_row, q_here, q_stride, d, stop, BD, EVEN_D, PRECISION
+    )
+
+    p_tag = mask_tag(p_row, p_label, EXCLUDE, P_SAMPLES)
+    p_partner = partner_tag(p_row, p_label, EXCLUDE, P_SAMPLES)
+    p_rnorm = tl.load(P_rnorm + p_row, mask=p_here, other=0.0)
+    p_bias, p_lse, p_grad, p_pos = load_terms(P_bias, P_lse, P_grad, P_pos, Q_grad, p_row, p_valid)
+    p_scale = p_rnorm * (tl.load(Beta) * LOG2E)
+    p_factor = summand_rnorm(p_rnorm, NORM_LIMIT)
+    if Scale is not None:
+        p_factor *= tl.load(Scale)
+
+    B: tl.constexpr = BQ // PARTS
+    rows = p_local + tl.arange(0, BP)
+    h_ptr = H + rows.to(tl.int64)[:, None] * (h_stride * 16)
+    products = column_parts(acc, PARTS)
+    for i in tl.static_range(PARTS):
+        row, label, valid = slot_rows(Q_label, q_first + i * B, q_used, skip_q, Q_GATHER, B)
+        here = paired_rows(valid, q_first + i * B, q_used, EXCLUDE, not P_SAMPLES, B)
+        q_tag = mask_tag(row, label, EXCLUDE, not P_SAMPLES)
+        q_partner = partner_tag(row, label, EXCLUDE, not P_SAMPLES)
+        q_rnorm = tl.load(Q_rnorm + row, mask=here, other=0.0)
+        q_bias, q_lse, q_grad, q_pos = load_terms(Q_bias, Q_lse, Q_grad, Q_pos, P_grad, row, valid)
+        a = entries(
+            products[i] * p_scale[:, None], q_rnorm,
+            p_tag, p_partner, p_bias, p_lse, p_grad, p_pos,
+            q_tag, q_partner, q_bias, q_lse, q_grad, q_pos,
+            EXCLUDE, P_grad is not None, Q_grad is not None, P_pos is not None, Q_pos is not None,
+        )  # fmt: skip
+        h = a * p_factor[:, None] * summand_rnorm(q_rnorm, NORM_LIMIT)[None, :]
+        columns = q_local + i * B + tl.arange(0, B)
+        inside = (rows < p_stop - p_start)[:, None] & (columns < q_stop - q_start)[None, :]
+        tl.store(h_ptr + columns[None, :], h.to(H.dtype.element_ty), mask=inside)

@@ -1,0 +1,166 @@
+"""The forward pass: log-sum-exp of similarity tiles that are never stored.
+
+``lse_kernel`` is a matrix product whose epilogue keeps, for each anchor, the largest logit seen so far and
+the sum of exponentials relative to it, as flash attention does. Two numbers an anchor are all that leaves
+the chip. The pair (max, sum), rather than a sum relative to the constant beta >= t, is right for any
+temperature: with beta = 1000 every term of the latter could underflow.
+
+Logits live in base 2 inside the kernels (t * log2 e), since exp2 is what the hardware has.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    INF,
+    LN2,
+    LOG2E,
+    column_parts,
+    dot,
+    dot_rows,
+    load_rows,
+    mask_tag,
+    row_bias,
+    slot_rows,
+)
+
+
+@triton.jit
+def shift_of(largest):
+    """The maximum to subtract: 0 for an empty set, where -inf - -inf would be NaN."""
+    return tl.where(largest == -INF, 0.0, largest)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "first_block", "n_p", "n_q", "slots_p", "d", "p_stride", "q_stride", "skip_p", "skip_q", "split",
+    ]
+)  # fmt: skip
+def lse_kernel(
+    P, P_rnorm, P_label, P_bias, P_count,
+    Q, Q_rnorm, Q_label, Q_bias,
+    Beta,
+    Out, P_max, P_sum, Q_max, Q_sum,
+    first_block, n_p, n_q, slots_p, d, p_stride, q_stride, skip_p, skip_q, split,
+    EXCLUDE: tl.constexpr, P_SAMPLES: tl.constexpr, P_GATHER: tl.constexpr,
+    BP: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr, UNIT: tl.constexpr,
+    WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Block ``pid // split`` of the anchors against the Q blocks ``pid % split``, + split, + 2 split, ...
+
+    Programs that run at the same time thus read neighbouring blocks of both operands, which stay in the
+    L2 cache, and the number of partial results is ``split`` an anchor whatever the size of Q.
+
+    Results for the anchors: ``Out`` (the natural log-sum-exp; split = 1) or the partials ``P_max[s, slot]``
+    and ``P_sum[s, slot]``. With ``Q_max`` the same tiles also serve the other direction: each program
+    writes what its anchors contribute to every row of Q, ``Q_max[1 + block, slot]`` (row 0 belongs to
+    ``combine_kernel``).
+    """
+    d *= UNIT
+    p_stride *= UNIT
+    q_stride *= UNIT
+    B: tl.constexpr = BQ // PARTS
+    block = tl.program_id(0) // split
+    part = tl.program_id(0) % split
+    p_first = (first_block + block) * BP
+    if P_count is not None:
+        n_p = tl.load(P_count)  # how many slots are in use is known on the device only
+        if p_first >= n_p:
+            return
+    p_row, p_label, p_valid = slot_rows(P_label, p_first, n_p, skip_p, P_GATHER, BP)
+    p_tag = mask_tag(p_row, p_label, EXCLUDE, P_SAMPLES)
+    # beta and log2 e ride on the anchors' norms: they cost nothing per entry.
+    p_scale = tl.load(P_rnorm + p_row, mask=p_valid, other=0.0) * (tl.load(Beta) * LOG2E)
+    if WHOLE_D:
+        p = load_rows(P, p_row, p_valid, p_stride, d, BD, EVEN_D)
+    largest = tl.full((BP,), -INF, tl.float32)
+    total = tl.zeros((BP,), tl.float32)
+
+    for q_block in range(part, tl.cdiv(n_q, BQ), split):
+        q_first = q_block * BQ
+        q_row, _, q_valid = slot_rows(Q_label, q_first, n_q, skip_q, False, BQ)
+        if WHOLE_D:
+            q = load_rows(Q, q_row, q_valid, q_stride, d, BD, EVEN_D)
+            acc = dot(p, tl.trans(q), tl.zeros((BP, BQ), tl.float32), PRECISION)
+        else:
+            acc = dot_rows(
+                P, p_row, p_valid, p_stride, Q, q_row, q_valid, q_stride, d, d, BD, EVEN_D, PRECISION
+            )
+        products = column_parts(acc, PARTS)
+        for i in tl.static_range(PARTS):
+            row, label, valid = slot_rows(Q_label, q_first + i * B, n_q, skip_q, False, B)
+            tag = mask_tag(row, label, EXCLUDE, not P_SAMPLES)
+            rnorm = tl.load(Q_rnorm + row, mask=valid, other=0.0)
+            s = products[i] * p_scale[:, None]
+            # One fused multiply-add for norm, bias and tail: the bias of left-out rows is -inf.
+            t = tl.fma(s, rnorm[None, :], row_bias(Q_bias, row, valid)[None, :])
+            if EXCLUDE != "none":
+                t = tl.where(p_tag[:, None] == tag[None, :], -INF, t)
+            new = tl.maximum(largest, tl.max(t, 1))
+            shift = shift_of(new)
+            total = tl.fma(total, tl.exp2(largest - shift), tl.sum(tl.exp2(t - shift[:, None]), 1))
+            largest = new
+            if Q_max is not None:
+                t = tl.fma(s, rnorm[None, :], row_bias(P_bias, p_row, p_valid)[:, None])
+                if EXCLUDE != "none":
+                    t = tl.where(p_tag[:, None] == tag[None, :], -INF, t)
+                q_largest = tl.max(t, 0)
+                q_total = tl.sum(tl.exp2(t - shift_of(q_largest)[None, :]), 0)
+                slot = q_first + i * B + tl.arange(0, B)
+                at = (1 + block).to(tl.int64) * n_q + slot
+                tl.store(Q_max + at, tl.where(valid, q_largest, -INF), mask=slot < n_q)
+                tl.store(Q_sum + at, tl.where(valid, q_total, 0.0), mask=slot < n_q)
+
+    # Anchors that are left out met real rows of Q with a product of zero: their sum means nothing.
+    largest = tl.where(p_valid, largest, -INF)
+    total = tl.where(p_valid, total, 0.0)
+    slot = p_first + tl.arange(0, BP)
+    if Out is not None:
+        lse = (largest + tl.log2(total)) * LN2  # empty: -inf + log2(0) = -inf
+        if P_GATHER:
+            tl.store(Out + p_row, lse, mask=p_valid)
+        else:
+            tl.store(Out + slot, lse, mask=slot < n_p)
+    else:
+        at = part.to(tl.int64) * slots_p + slot
+        tl.store(P_max + at, largest, mask=slot < n_p)
+        tl.store(P_sum + at, total, mask=slot < n_p)
+
+
+@triton.jit(do_not_specialize=["first", "parts", "n", "skip"])
+def combine_kernel(
+    Max, Sum, Label, Count, Out, first, parts, n, skip,
+    GATHER: tl.constexpr, KEEP: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """``Out[row of slot]``: the log-sum-exp of the partials ``first <= part < parts``, in a fixed order.
+
+    With ``KEEP`` the combined pair replaces part 0, where the next panel of anchors finds it.
+    """
+    used = n
+    if Count is not None:
+        used = tl.load(Count)
+    slot = tl.program_id(0) * BN + tl.arange(0, BN)
+    inside = slot < used
+    largest = tl.full((BN,), -INF, tl.float32)
+    total = tl.zeros((BN,), tl.float32)
+    for part in range(first, parts, BR):
+        index = part + tl.arange(0, BR)
+        at = index.to(tl.int64)[:, None] * n + slot[None, :]
+        mask = (index < parts)[:, None] & inside[None, :]
+        new_max = tl.load(Max + at, mask=mask, other=-INF)
+        new_sum = tl.load(Sum + at, mask=mask, other=0.0)
+        new = tl.maximum(largest, tl.max(new_max, 0))
+        shift = shift_of(new)
+        total = tl.fma(
+            total, tl.exp2(largest - shift), tl.sum(new_sum * tl.exp2(new_max - shift[None, :]), 0)
+        )
+        largest = new
+    if KEEP:
+        tl.store(Max + slot, largest, mask=inside)
+        tl.store(Sum + slot, total, mask=inside)
+    row, _, valid = slot_rows(Label, tl.program_id(0) * BN, used, skip, GATHER, BN)
+    lse = (largest + tl.log2(total)) * LN2
+    if GATHER:
+        tl.store(Out + row, lse, mask=valid)
+    else:
+        tl.store(Out + slot, lse, mask=inside)

@@ -1,0 +1,166 @@
+"""Row norms, positives, and the list of classes that occur: everything that is O(M d) or O(K).
+
+The similarity of two rows is ``S = (z . w) r_z r_w`` with ``r = 1 / max(|row|, eps)``. Storing the two
+vectors ``r`` instead of normalised copies of the matrices saves a write and a read of both, and the
+tensor cores see the caller's exact numbers.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import INF
+
+
+@triton.jit
+def inverse_norm(square_sum, EPS: tl.constexpr):
+    # NaN must survive the maximum (by default the other operand would win): NaN rows give NaN results.
+    return 1.0 / tl.maximum(tl.sqrt(square_sum), EPS, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit(do_not_specialize=["n", "d", "stride"])
+def row_rnorm_kernel(
+    X, Rnorm, n, d, stride, UNIT: tl.constexpr, EPS: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr
+):
+    """``Rnorm[i] = 1 / max(|X[i]|, EPS)``; a program takes BR rows."""
+    d *= UNIT
+    stride *= UNIT
+    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    valid = row < n
+    col = tl.arange(0, BD)
+    ptr = X + row.to(tl.int64)[:, None] * stride + col[None, :]
+    # One running sum a column, reduced across threads once at the end rather than at every step.
+    total = tl.zeros((BR, BD), tl.float32)
+    for k in range(0, d, BD):
+        x = tl.load(ptr + k, mask=valid[:, None] & (col < d - k)[None, :], other=0.0).to(tl.float32)
+        total = tl.fma(x, x, total)
+    tl.store(Rnorm + row, inverse_norm(tl.sum(total, 1), EPS), mask=valid)
+
+
+@triton.jit(do_not_specialize=["m", "k", "d", "z_stride", "w_stride", "skip"])
+def prepare_samples_kernel(
+    Z, W, Target, Beta,
+    Z_rnorm, Pos, W_rnorm, Mark,
+    m, k, d, z_stride, w_stride, skip,
+    SAME_LABEL: tl.constexpr, UNIT: tl.constexpr, EPS: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """One pass over the samples and their positive prototypes.
+
+    Writes each sample's inverse norm and its positive logit ``beta cos(z, w_partner)``. The partner's norm
+    comes from the same loads, so nothing here waits for a pass over the prototypes. With ``Mark`` (only
+    the classes that occur are wanted) it also writes ``Mark[class] = class`` and the class's inverse norm:
+    samples of one class write the same values, so the order does not matter.
+
+    The assertions are compiled in with Triton's debug option, which this kernel is launched with.
+    """
+    beta = tl.load(Beta)
+    tl.device_assert((beta > 0) & (beta < INF), "the inverse temperature must be positive and finite")
+    d *= UNIT
+    z_stride *= UNIT
+    w_stride *= UNIT
+    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    inside = row < m
+    target = tl.load(Target + row, mask=inside, other=skip)
+    valid = target != skip
+    if SAME_LABEL:
+        partner = row
+    else:
+        in_range = (target >= 0) & (target < k)
+        tl.device_assert(in_range | (target == skip), "target is out of range [0, number of prototypes)")
+        # A failing assert stops the grid, not this very instruction: the mask keeps the loads in bounds.
+        valid = valid & in_range
+        partner = tl.where(valid, target, 0).to(tl.int32)
+
+    col = tl.arange(0, BD)
+    z_ptr = Z + row.to(tl.int64)[:, None] * z_stride + col[None, :]
+    w_ptr = W + partner.to(tl.int64)[:, None] * w_stride + col[None, :]
+    zz = tl.zeros((BR, BD), tl.float32)
+    ww = tl.zeros((BR, BD), tl.float32)
+    zw = tl.zeros((BR, BD), tl.float32)
+    for step in range(0, d, BD):
+        columns = (col < d - step)[None, :]
+        z = tl.load(z_ptr + step, mask=inside[:, None] & columns, other=0.0).to(tl.float32)
+        w = tl.load(w_ptr + step, mask=valid[:, None] & columns, other=0.0).to(tl.float32)
+        zz = tl.fma(z, z, zz)
+        ww = tl.fma(w, w, ww)
+        zw = tl.fma(z, w, zw)
+    r_z = inverse_norm(tl.sum(zz, 1), EPS)
+    r_w = inverse_norm(tl.sum(ww, 1), EPS)
+    # Each norm meets the product separately: r_z * r_w alone can pass float32's range for tiny rows.
+    pos = beta * (tl.sum(zw, 1) * r_z * r_w)
+    tl.store(Z_rnorm + row, r_z, mask=inside)
+    tl.store(Pos + row, tl.where(valid, pos, 0.0), mask=inside)
+    if Mark is not None:
+        tl.store(Mark + partner, partner, mask=valid)
+        tl.store(W_rnorm + partner, r_w, mask=valid)
+
+
+@triton.jit(do_not_specialize=["k", "slots"])
+def compact_kernel(Mark, Rank, Slot, k, slots, B: tl.constexpr):
+    """The marked classes in ascending order, then -1 up to ``slots``, then how many there are.
+
+    ``Rank`` is the inclusive prefix sum of ``Mark >= 0``. Needs ``slots <= k`` and at most ``slots`` marks.
+    """
+    c = tl.program_id(0) * B + tl.arange(0, B)
+    marked = tl.load(Mark + c, mask=c < k, other=-1) >= 0
+    rank = tl.load(Rank + c, mask=c < k, other=0)
+    count = tl.load(Rank + k - 1)
+    # The two stores never meet: marked classes go to slots before `count`, the filling from there on.
+    tl.store(Slot + rank - 1, c, mask=marked)
+    tl.store(Slot + c, -1, mask=(c >= count) & (c < slots))
+    if tl.program_id(0) == 0:
+        tl.store(Slot + slots, count)
+
+
+@triton.jit
+def largest(X, Lse, n, B: tl.constexpr):
+    """max |X|, leaving out what cannot matter: empty sets (lse = -inf), infinities and NaN."""
+    best = tl.zeros((B,), tl.float32)
+    for i in range(0, n, B):
+        index = i + tl.arange(0, B)
+        x = tl.abs(tl.load(X + index, mask=index < n, other=0.0))
+        keep = x < INF
+        if Lse is not None:
+            keep = keep & (tl.load(Lse + index, mask=index < n, other=-INF) > -INF)
+        best = tl.maximum(best, tl.where(keep, x, 0.0))
+    return tl.max(best, 0)
+
+
+@triton.jit
+def largest_rnorm(Rnorm, n, LIMIT: tl.constexpr, B: tl.constexpr):
+    best = tl.zeros((B,), tl.float32)
+    for i in range(0, n, B):
+        index = i + tl.arange(0, B)
+        r = tl.load(Rnorm + index, mask=index < n, other=0.0)
+        best = tl.maximum(best, tl.where(r < LIMIT, r, 0.0))
+    best = tl.max(best, 0)
+    return tl.where(best > 0, best, 1.0)
+
+
+@triton.jit(do_not_specialize=["m", "k"])
+def half_scale_kernel(
+    Class_grad, Class_lse, Instance_grad, Instance_lse, Pos_grad, Z_rnorm, W_rnorm, Scale,
+    m, k, LIMIT: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """``Scale[0..3]``: powers of two that bring float16 tiles of the gradient to the top of their range.
+
+    The entries ``A r`` of the gradient's tiles are of the size of the upstream gradients, usually 1 / M,
+    and smaller by the softmax: in float16 they would vanish. No entry of A exceeds the sum of the largest
+    upstream gradients, so with the largest norms this scale takes every ``A r`` to at most 2^14, a
+    quarter of what float16 holds; [0] is for tiles scaled by r_w, [1] by r_z, [2] by both. Rows shorter
+    than eps (r >= LIMIT) are left out; see ``summand_rnorm`` in grad.py. One program: no host involved.
+    """
+    bound = 0.0
+    if Class_grad is not None:
+        bound += largest(Class_grad, Class_lse, k, B)
+    if Instance_grad is not None:
+        bound += largest(Instance_grad, Instance_lse, m, B)
+    if Pos_grad is not None:
+        bound += largest(Pos_grad, None, m, B)
+    r_z = largest_rnorm(Z_rnorm, m, LIMIT, B)
+    r_w = largest_rnorm(W_rnorm, k, LIMIT, B)
+    # Upstream gradients of zero: any finite scale will do. The clamp keeps the scale itself finite.
+    bound = tl.where(bound > 0, bound, 1.0)
+    top = 14.0 - tl.log2(bound)
+    tl.store(Scale, tl.exp2(tl.clamp(tl.floor(top - tl.log2(r_w)), -100.0, 100.0)))
+    tl.store(Scale + 1, tl.exp2(tl.clamp(tl.floor(top - tl.log2(r_z)), -100.0, 100.0)))
+    tl.store(Scale + 2, tl.exp2(tl.clamp(tl.floor(top - tl.log2(r_z) - tl.log2(r_w)), -100.0, 100.0)))

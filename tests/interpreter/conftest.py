@@ -1,0 +1,35 @@
+"""Triton's interpreter must be on before anything imports the kernels: TRITON_INTERPRET=1 pytest tests/interpreter."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+
+import pytest
+
+import nckernels
+
+if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
+    collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Blocks of 16: several of them, and a ragged tail, in problems that the interpreter finishes quickly."""
+    from nckernels.backends.triton import config
+
+    def shrunk(choose: Callable, whole_rows: bool) -> Callable:
+        def chosen(*args: object) -> object:
+            tile = choose(*args)
+            if tile is None:
+                return None
+            return dataclasses.replace(tile, p=16, q=16, d=tile.d if whole_rows else min(tile.d, 16))
+
+        return chosen
+
+    for name in ("lse_tile", "entries_tile", "grad_tile"):
+        monkeypatch.setattr(config, name, shrunk(getattr(config, name), name == "grad_tile"))
+    with nckernels.use_backend("triton"):
+        yield

@@ -1,0 +1,121 @@
+"""The Triton kernels in the interpreter, on the CPU, against the float64 oracle.
+
+``oracle.check`` compares values and all gradients: error at most that of eager PyTorch in the same dtype and a
+few roundings. Blocks are 16 x 16 here, so 37 samples and 21 classes are several ragged tiles.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import check, make_problem, simplex
+
+import nckernels
+
+DIRECTIONS = ("class", "instance", "both")
+EXCLUDES = ("none", "target", "self", "same_label")
+SHORT, LONG = 20, 300  # row lengths of the two gradient kernels: whole rows on the chip, and panels of entries
+
+
+def classes_of(exclude: str, classes: int = 21) -> int:
+    return 37 if exclude in ("self", "same_label") else classes
+
+
+@pytest.mark.parametrize("d", [SHORT, pytest.param(LONG, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("exclude", EXCLUDES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_masks_and_directions(direction: str, exclude: str, d: int) -> None:
+    check(
+        make_problem(37, classes_of(exclude), d, direction=direction, exclude=exclude, bias=True), torch.float32
+    )
+
+
+@pytest.mark.parametrize("exclude", ["target", "self"])
+def test_long_rows(exclude: str) -> None:
+    direction = "class" if exclude == "target" else "both"
+    check(
+        make_problem(37, classes_of(exclude), LONG, direction=direction, exclude=exclude, bias=True),
+        torch.float32,
+    )
+
+
+@pytest.mark.parametrize("d", [SHORT, LONG])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_types(dtype: torch.dtype, d: int) -> None:
+    check(make_problem(37, 21, d, direction="both", exclude="target", bias=False), dtype)
+
+
+@pytest.mark.parametrize("beta", [1.0, 100.0, 1000.0])
+@pytest.mark.parametrize("direction", ["class", "instance"])
+def test_temperatures(direction: str, beta: float) -> None:
+    problem = make_problem(37, 21, SHORT, direction=direction, exclude="target", bias=False, beta=beta)
+    check(problem, torch.float32)
+
+
+@pytest.mark.parametrize("d", [SHORT, LONG])
+@pytest.mark.parametrize(("samples", "classes"), [(37, 21), (20, 90)], ids=["masked", "compacted"])
+def test_present_classes(samples: int, classes: int, d: int) -> None:
+    """With more classes than samples the prototypes are gathered through the list of present classes."""
+    problem = make_problem(
+        samples, classes, d, direction="class", exclude="target", bias=True, present_only=True
+    )
+    check(problem, torch.float32)
+
+
+@pytest.mark.parametrize(("samples", "classes", "d"), [(1, 5, 7), (5, 1, 7), (1, 1, 1), (0, 4, 3), (33, 17, 16)])
+@pytest.mark.parametrize("direction", ["class", "both"])
+def test_edge_shapes(direction: str, samples: int, classes: int, d: int) -> None:
+    problem = make_problem(samples, classes, d, direction=direction, exclude="target", bias=False)
+    check(problem, torch.float32)
+
+
+@pytest.mark.parametrize("d", [SHORT, LONG])
+def test_small_workspace(d: int) -> None:
+    """Column panels in the forward pass and panels of entries in the backward pass."""
+    with nckernels.use_workspace(4096):
+        check(make_problem(70, 90, d, direction="both", exclude="target", bias=False), torch.float32)
+
+
+@pytest.mark.parametrize("loss", ["nonl_loss", "ntce_loss", "normface_loss"])
+def test_collapsed_features(loss: str) -> None:
+    """The simplex at temperature 0.01, where sums relative to beta would all underflow."""
+    w = simplex(6, 12)
+    y = torch.arange(6).repeat(5)
+    value = getattr(nckernels, loss)(w[y].float(), w.float(), y, temperature=0.01)
+    exact = getattr(nckernels, loss)
+    with nckernels.use_backend("reference"):
+        expected = exact(w[y].float().double(), w.float().double(), y, temperature=0.01)
+    assert abs(float(value) - float(expected)) < 1e-4  # logits of 120 have float32 roundings of 4e-6 each
+
+
+def test_nan_and_zero_rows() -> None:
+    z, w, y = torch.randn(20, SHORT), torch.randn(5, SHORT), torch.randint(5, (20,))
+    zero = z.clone()
+    zero[3] = 0
+    zero.requires_grad_()
+    nckernels.nonl_loss(zero, w, y).backward()
+    assert zero.grad is not None
+    assert zero.grad.isfinite().all()
+    z[3] = torch.nan
+    assert nckernels.nonl_loss(z, w, y).isnan()
+
+
+def test_target_out_of_range_is_caught() -> None:
+    """On a device this is an assertion of the kernel; the interpreter raises it."""
+    z, w = torch.randn(20, SHORT), torch.randn(5, SHORT)
+    with pytest.raises(Exception, match="out of range"):
+        nckernels.nonl_loss(z, w, torch.full((20,), 5))
+
+
+def test_nothing_is_modified_and_backward_repeats() -> None:
+    z = torch.randn(37, SHORT, requires_grad=True)
+    w = torch.randn(21, SHORT, requires_grad=True)
+    y = torch.randint(21, (37,))
+    before = z.detach().clone(), w.detach().clone()
+    loss = nckernels.nonl_loss(z, w, y)
+    first = torch.autograd.grad(loss, (z, w), retain_graph=True)
+    second = torch.autograd.grad(loss, (z, w))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(before, (z, w), strict=True):
+        assert torch.equal(a, b)
