@@ -20,7 +20,7 @@ PYTEST := $(PY) -m pytest -q
 # Tests run in two processes of one thread each: quicker, and no threads that wait for each other.
 PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadgroup
 
-.PHONY: help setup demo test test-all test-gpu lint check-triton bench clean
+.PHONY: help setup demo test test-all test-gpu lint check-triton check-triton-quick bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -30,7 +30,7 @@ setup: $(READY) ## make .venv with torch and everything the targets need
 demo: $(READY) ## train CE, NormFace, NTCE and NONL on digits; table and out/demo/demo.png
 	$(PY) -m nckernels demo --out out/demo
 
-test: lint check-triton ## lint, types, offline Triton compilation, all quick tests
+test: lint check-triton-quick ## lint, types, offline Triton compilation, all quick tests
 	$(PARALLEL) tests --ignore tests/interpreter -m "not slow and not cuda"
 	TRITON_INTERPRET=1 $(PARALLEL) tests/interpreter -m "not slow and not cuda"
 
@@ -49,6 +49,10 @@ lint: $(READY) ## ruff and mypy
 check-triton: $(READY) $(TRITON36)/.ready ## compile every Triton kernel for sm_80, sm_90 and sm_100, no GPU needed
 	$(PY) tools/check_triton.py
 	PYTHONPATH=$(TRITON36) $(PY) tools/check_triton.py
+
+check-triton-quick: $(READY) $(TRITON36)/.ready ## the same for one specialisation of each kernel
+	$(PY) tools/check_triton.py --quick
+	PYTHONPATH=$(TRITON36) $(PY) tools/check_triton.py --quick
 
 bench: $(READY) ## the quick benchmark suite on this machine
 	$(PY) -m benchmarks --suite quick --out out/benchmarks

@@ -61,9 +61,14 @@ def measure(
             steps[variant.name] = _step(function, *problem.tensors(device, dtype))
         results[variant.name].absent = absent
 
-    for name, step in steps.items():
+    for name, step in list(steps.items()):
         progress(f"{problem}: warming up {name}")
-        step()  # compiles, fills caches
+        try:
+            step()  # compiles, fills caches
+        except Exception as error:  # out of memory, or a compiler that fails at this size
+            results[name].absent = _failure(error)
+            del steps[name]
+            continue
         results[name].extra_bytes = peak_extra_bytes(step, device) if name != GEMM else None
     deadline, rounds = time.perf_counter() + seconds, 0
     while rounds < 3 or time.perf_counter() < deadline:
@@ -85,13 +90,17 @@ def check(loss: str, function: LossFunction, device: torch.device, dtype: torch.
     try:
         ours = (value := function(z, w, y)).detach(), *torch.autograd.grad(value, (z, w))
     except Exception as error:  # a rival that fails is reported, not fatal
-        return f"fails: {type(error).__name__}: {str(error).splitlines()[0][:100]}"
+        return _failure(error)
     z64, w64 = (x.detach().double().requires_grad_() for x in (z, w))
     with nckernels.use_backend("reference"):
         exact = getattr(nckernels, f"{loss}_loss")(z64, w64, y)
     expected = exact.detach(), *torch.autograd.grad(exact, (z64, w64))
     errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(ours, expected, strict=True)]
     return None if max(errors) < _TOLERANCE[dtype] else f"wrong: relative errors {errors}"
+
+
+def _failure(error: Exception) -> str:
+    return f"fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
 
 
 def peak_extra_bytes(step: Callable[[], None], device: torch.device) -> int:

@@ -24,9 +24,7 @@ class Problem:
         """6MKd: the similarities and the two gradients, without any recomputation."""
         return 6 * self.m * self.k * self.d
 
-    def tensors(
-        self, device: torch.device, dtype: torch.dtype, seed: int = 0
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def tensors(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Features and prototypes that require grad, and targets."""
         generator = torch.Generator().manual_seed(seed)
         z = torch.randn(self.m, self.d, generator=generator)

@@ -37,9 +37,7 @@ def matrix(name: str, value: Tensor, rows: str, columns: str) -> None:
     if value.dim() != 2:
         raise ValueError(f"{name} must have shape ({rows}, {columns}), got {tuple(value.shape)}")
     if value.dtype not in FLOAT_DTYPES:
-        raise TypeError(
-            f"{name} must be of a floating dtype (float32, bfloat16, float16, float64), got {value.dtype}"
-        )
+        raise TypeError(f"{name} must be of a floating dtype (float32, bfloat16, float16, float64), got {value.dtype}")
 
 
 def features_and_prototypes(
@@ -68,9 +66,7 @@ def features_and_prototypes(
 def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     """Both on one device."""
     if value.device != other.device:
-        raise ValueError(
-            f"{name} and {other_name} must be on the same device, got {value.device} and {other.device}"
-        )
+        raise ValueError(f"{name} and {other_name} must be on the same device, got {value.device} and {other.device}")
 
 
 def target(value: Tensor, features: Tensor, feature_name: str = "features") -> None:
@@ -94,9 +90,7 @@ def vector(name: str, value: Tensor, size: int, like: Tensor) -> None:
     if value.shape != (size,):
         raise ValueError(f"{name} must have shape ({size},), got {tuple(value.shape)}")
     if value.device != like.device:
-        raise ValueError(
-            f"{name} must be on the same device as the features, {like.device}, got {value.device}"
-        )
+        raise ValueError(f"{name} must be on the same device as the features, {like.device}, got {value.device}")
 
 
 def positive_scalar(name: str, value: float | Tensor, like: Tensor) -> None:
@@ -104,15 +98,11 @@ def positive_scalar(name: str, value: float | Tensor, like: Tensor) -> None:
     if isinstance(value, Tensor):
         is_tensor(name, value)
         if value.dim() != 0:
-            raise ValueError(
-                f"{name} must be a number or a 0-dimensional tensor, got shape {tuple(value.shape)}"
-            )
+            raise ValueError(f"{name} must be a number or a 0-dimensional tensor, got shape {tuple(value.shape)}")
         if not value.dtype.is_floating_point:
             raise TypeError(f"{name} must be of a floating dtype, got a tensor of {value.dtype}")
         if value.device != like.device:
-            raise ValueError(
-                f"{name} must be on the same device as the features, {like.device}, got {value.device}"
-            )
+            raise ValueError(f"{name} must be on the same device as the features, {like.device}, got {value.device}")
         if value.device.type != "cpu" or torch.compiler.is_compiling():
             return  # the value is checked where it is read, see primitive._check_values
         value = float(value.detach())

@@ -150,9 +150,7 @@ def normface_loss(
         pos = beta * _add_margins(cosine / beta, angular_margin, cosine_margin)
         lse = _logaddexp(others, pos)
     else:
-        lse, pos = cosine_lse(
-            input, prototypes, target, beta, direction="instance", ignore_index=ignore_index
-        )
+        lse, pos = cosine_lse(input, prototypes, target, beta, direction="instance", ignore_index=ignore_index)
     ignored = target == ignore_index
     lse = lse.masked_fill(ignored, 0.0)
     loss = (lse - pos).masked_fill(ignored, 0.0)

@@ -46,9 +46,7 @@ def _row(device: torch.device, dtype: torch.dtype) -> list[str]:
     except ValueError as error:
         chosen, note = "", f"    {error}"
     states = registry.explain(device, dtype)
-    names = "  ".join(
-        f"{'*' if name == chosen else ''}{name}" for name, why in states.items() if why == "ready"
-    )
+    names = "  ".join(f"{'*' if name == chosen else ''}{name}" for name, why in states.items() if why == "ready")
     lines = [f"  {device!s:<6} {str(dtype).removeprefix('torch.'):<9} {names}"]
     lines += [f"    not {name}: {why}" for name, why in states.items() if why != "ready"]
     return lines + ([note] if note else [])

@@ -396,8 +396,7 @@ def _check(features: Tensor, target: Tensor, prototypes: Tensor | None, num_clas
         )
     if target.shape != features.shape[:1] or target.dtype not in _INTEGERS:
         raise ValueError(
-            f"target: expected {len(features)} integer labels, got {target.dtype} of shape "
-            f"{tuple(target.shape)}"
+            f"target: expected {len(features)} integer labels, got {target.dtype} of shape {tuple(target.shape)}"
         )
     if not features.isfinite().all():
         raise ValueError("features: expected finite values, got inf or NaN")
@@ -408,9 +407,7 @@ def _check(features: Tensor, target: Tensor, prototypes: Tensor | None, num_clas
             f"prototypes: expected shape (num_classes, {features.shape[1]}), got {tuple(prototypes.shape)}"
         )
     if num_classes is not None and num_classes != len(prototypes):
-        raise ValueError(
-            f"num_classes: expected {len(prototypes)}, the number of prototypes, got {num_classes}"
-        )
+        raise ValueError(f"num_classes: expected {len(prototypes)}, the number of prototypes, got {num_classes}")
     if not prototypes.isfinite().all():
         raise ValueError("prototypes: expected finite values, got inf or NaN")
 

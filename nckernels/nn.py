@@ -122,9 +122,7 @@ class NONLLoss(_PrototypeLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of features (M, d) with class indices (M,)."""
-        return functional.nonl_loss(
-            input, self.prototypes, target, direction=self.direction, **self._shared()
-        )
+        return functional.nonl_loss(input, self.prototypes, target, direction=self.direction, **self._shared())
 
 
 class NTCELoss(_PrototypeLoss):

@@ -165,9 +165,7 @@ def cosine_lse(
     return cast(Tensor, class_lse if direction == "class" else instance_lse), pos
 
 
-def _split_bias(
-    bias: Bias | BiasPair, direction: Direction, features: Tensor, prototypes: Tensor
-) -> BiasPair:
+def _split_bias(bias: Bias | BiasPair, direction: Direction, features: Tensor, prototypes: Tensor) -> BiasPair:
     """``logit_bias`` as (over the samples, over the classes), checked."""
     if direction == "both":
         if bias is not None and not (isinstance(bias, tuple) and len(bias) == 2):
@@ -201,12 +199,10 @@ def _run(inputs: Inputs, spec: Spec, backend: str) -> tuple[Tensor | None, Tenso
 
 _SPEC_SCHEMA = "str direction, str exclude, bool present_only, int ignore_index, int workspace, str backend"
 _INPUT_SCHEMA = (
-    "Tensor features, Tensor prototypes, Tensor target, Tensor inv_temperature, "
-    "Tensor? sample_bias, Tensor? class_bias"
+    "Tensor features, Tensor prototypes, Tensor target, Tensor inv_temperature, Tensor? sample_bias, Tensor? class_bias"
 )
 _SAVED_SCHEMA = (
-    "Tensor class_lse, Tensor instance_lse, Tensor pos, "
-    "Tensor feature_rnorm, Tensor prototype_rnorm, Tensor kept"
+    "Tensor class_lse, Tensor instance_lse, Tensor pos, Tensor feature_rnorm, Tensor prototype_rnorm, Tensor kept"
 )
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
@@ -279,15 +275,12 @@ def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad
     needs = [wanted[0], wanted[1], wanted[3], wanted[4], wanted[5]]
     result = torch.ops.nckernels.cosine_lse_backward(*ctx.saved_tensors, *grads[:3], *ctx.options, needs)
-    z, w, beta, sample_bias, class_bias = (
-        grad if need else None for grad, need in zip(result, needs, strict=True)
-    )
+    z, w, beta, sample_bias, class_bias = (grad if need else None for grad, need in zip(result, needs, strict=True))
     return z, w, None, beta, sample_bias, class_bias, *nothing[6:]
 
 
 _ONLY_REFERENCE = (
-    "nckernels: {} runs under the reference backend only; "
-    "wrap the forward pass in nckernels.use_backend('reference')"
+    "nckernels: {} runs under the reference backend only; wrap the forward pass in nckernels.use_backend('reference')"
 )
 
 
@@ -312,9 +305,7 @@ torch.library.register_autograd("nckernels::cosine_lse_backward", _no_double_bac
 def _no_autocast(like: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Autocast was honoured on entry; inside, dtypes are chosen with care."""
     kind = like.device.type
-    return (
-        torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
-    )
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 def _check_values(inputs: Inputs, spec: Spec) -> None:
@@ -323,20 +314,15 @@ def _check_values(inputs: Inputs, spec: Spec) -> None:
     check_target = spec.exclude != "same_label" and target.numel() > 0
     if target.device.type == "cpu":
         if not 0.0 < float(beta.detach()) < float("inf"):
-            raise ValueError(
-                f"the inverse temperature must be positive and finite, got {float(beta.detach())}"
-            )
+            raise ValueError(f"the inverse temperature must be positive and finite, got {float(beta.detach())}")
         if check_target:
             bad = ((target < 0) | (target >= k)) & (target != spec.ignore_index)
             if bool(bad.any()):
                 raise ValueError(
-                    f"target must lie in [0, {k}) or equal ignore_index={spec.ignore_index}, "
-                    f"got {int(target[bad][0])}"
+                    f"target must lie in [0, {k}) or equal ignore_index={spec.ignore_index}, got {int(target[bad][0])}"
                 )
     elif target.device.type == "cuda":
-        torch._assert_async(
-            (beta > 0) & beta.isfinite(), "the inverse temperature must be positive and finite"
-        )
+        torch._assert_async((beta > 0) & beta.isfinite(), "the inverse temperature must be positive and finite")
         if check_target:
             good = ((target >= 0) & (target < k)) | (target == spec.ignore_index)
             torch._assert_async(good.all(), f"target must lie in [0, {k}) or equal ignore_index")

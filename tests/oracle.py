@@ -40,9 +40,7 @@ def masked_logsumexp(logits: Tensor, mask: Tensor, dim: int) -> Tensor:
     filled = logits.masked_fill(~mask, -math.inf)
     nonempty = mask.any(dim)
     safe = torch.where(nonempty.unsqueeze(dim), filled, torch.zeros_like(filled))
-    return torch.where(
-        nonempty, safe.logsumexp(dim), torch.full_like(nonempty, -math.inf, dtype=logits.dtype)
-    )
+    return torch.where(nonempty, safe.logsumexp(dim), torch.full_like(nonempty, -math.inf, dtype=logits.dtype))
 
 
 def mask_of(target: Tensor, classes: int, exclude: str, ignore_index: int) -> Tensor:
@@ -260,9 +258,7 @@ def masses(p: Problem) -> dict[str, Tensor]:
     logits.requires_grad_()
     biases = [p.inputs().get(n) for n in ("sample_bias", "class_bias")]
     outputs = reduce_logits(logits, p.target, *biases, **p.options)
-    mass = torch.autograd.grad(list(outputs.values()), logits, [p.upstream[name].abs() for name in outputs])[
-        0
-    ]
+    mass = torch.autograd.grad(list(outputs.values()), logits, [p.upstream[name].abs() for name in outputs])[0]
     return {
         "features": mass.sum(1),
         "prototypes": mass.sum(0),
@@ -285,9 +281,7 @@ def as_exact_as_eager(
     """Error of `got` in units of `scale` <= that of eager PyTorch (never more than cap) + tol."""
     got_error = worst((got.cpu().double() - truth).abs() / scale)
     eager_error = min(worst((eager.cpu().double() - truth).abs() / scale), cap)
-    assert got_error <= eager_error + tol, (
-        f"{name}: error {got_error:.3g}, eager {eager_error:.3g}, allowed +{tol:.3g}"
-    )
+    assert got_error <= eager_error + tol, f"{name}: error {got_error:.3g}, eager {eager_error:.3g}, allowed +{tol:.3g}"
 
 
 def check(problem: Problem, dtype: torch.dtype, device: str = "cpu", wrt: Iterable[str] = INPUTS) -> None:
@@ -351,9 +345,7 @@ def check(problem: Problem, dtype: torch.dtype, device: str = "cpu", wrt: Iterab
 # the losses as printed
 
 
-def normface_logits(
-    s: Tensor, target: Tensor, beta: Tensor | float, angular: float, cosine_margin: float
-) -> Tensor:
+def normface_logits(s: Tensor, target: Tensor, beta: Tensor | float, angular: float, cosine_margin: float) -> Tensor:
     """beta * S with the target entry replaced by beta * (cos(theta + angular) - cosine_margin)."""
     if angular or cosine_margin:
         entry = s.gather(1, target[:, None])

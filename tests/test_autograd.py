@@ -74,16 +74,12 @@ def loss_inputs(name: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tenso
     ],
     ids=str,
 )
-def test_gradcheck_of_the_losses(
-    cpu_backend: Backend, name: str, options: dict[str, Any], reduction: str
-) -> None:
+def test_gradcheck_of_the_losses(cpu_backend: Backend, name: str, options: dict[str, Any], reduction: str) -> None:
     x, w, y, temperature = loss_inputs(name)
     weight = torch.tensor([0.5, 2.0, 1.0, 0.3], dtype=torch.float64)
 
     def function(x: Tensor, w: Tensor, temperature: Tensor) -> Tensor:
-        return package_loss(name)(
-            x, w, y, temperature=temperature, weight=weight, reduction=reduction, **options
-        )
+        return package_loss(name)(x, w, y, temperature=temperature, weight=weight, reduction=reduction, **options)
 
     assert gradcheck(function, (x, w, temperature))
 
@@ -93,12 +89,8 @@ def test_gradcheck_of_the_losses(
 
 
 @directions
-def test_backward_twice_over_a_retained_graph(
-    backend: Backend, small_workspace: None, direction: str
-) -> None:
-    p = make_problem(150, 90, 9, direction=direction, exclude="target", bias=True).to(
-        torch.float32, backend.device
-    )
+def test_backward_twice_over_a_retained_graph(backend: Backend, small_workspace: None, direction: str) -> None:
+    p = make_problem(150, 90, 9, direction=direction, exclude="target", bias=True).to(torch.float32, backend.device)
     leaves = {name: t.clone().requires_grad_() for name, t in p.inputs().items()}
     outputs = package(p, leaves)
     upstream = [p.upstream[name] for name in outputs]
@@ -171,9 +163,7 @@ def test_double_backward_elsewhere_is_a_clear_error(backend: Backend, name: str)
     x = torch.randn(6, 4, device=backend.device, requires_grad=True)
     w = torch.randn(3, 4, device=backend.device, requires_grad=True)
     y = torch.arange(6, device=backend.device) % 3
-    value = (
-        nckernels.cosine_lse(x, w, y, 3.0)[0].sum() if name == "cosine_lse" else package_loss(name)(x, w, y)
-    )
+    value = nckernels.cosine_lse(x, w, y, 3.0)[0].sum() if name == "cosine_lse" else package_loss(name)(x, w, y)
     with pytest.raises(NotImplementedError, match="reference"):
         penalise(value, x)
 

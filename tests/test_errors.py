@@ -81,12 +81,8 @@ COMMON = [
         shape(M, 0),
         r">= ?1|at least|empty|non-?zero|positive",
     ),
-    Refused(
-        "features-integer", {"features": torch.ones(M, D, dtype=torch.int64)}, "features", "int64", "float"
-    ),
-    Refused(
-        "features-complex", {"features": randn(M, D, dtype=torch.complex64)}, "features", "complex64", "float"
-    ),
+    Refused("features-integer", {"features": torch.ones(M, D, dtype=torch.int64)}, "features", "int64", "float"),
+    Refused("features-complex", {"features": randn(M, D, dtype=torch.complex64)}, "features", "complex64", "float"),
     Refused("features-bool", {"features": torch.ones(M, D, dtype=torch.bool)}, "features", "bool", "float"),
     Refused(
         "prototypes-integer",
@@ -96,9 +92,7 @@ COMMON = [
         "float",
     ),
     Refused("dtypes", {"prototypes": randn(K, D, dtype=torch.float64)}, "prototypes", "float64", "float32"),
-    Refused(
-        "dtypes-half", {"features": randn(M, D, dtype=torch.bfloat16)}, "features", "bfloat16", "float32"
-    ),
+    Refused("dtypes-half", {"features": randn(M, D, dtype=torch.bfloat16)}, "features", "bfloat16", "float32"),
     Refused("features-list", {"features": [[1.0] * D] * M}, "features", "list", "[Tt]ensor"),
     Refused("features-numpy", {"features": randn(M, D).numpy()}, "features", "ndarray", "[Tt]ensor"),
     Refused("features-none", {"features": None}, "features", "None", "[Tt]ensor"),
@@ -111,33 +105,21 @@ COMMON = [
     Refused("target-short", {"target": TARGET[:4]}, "target", shape(4) + r"|\b4\b", r"\b6\b"),
     Refused("target-float", {"target": TARGET.float()}, "target", "float32", "integer|int64"),
     Refused("target-bool", {"target": TARGET.bool()}, "target", "bool", "integer|int64"),
-    Refused(
-        "target-soft", {"target": randn(M, K)}, "target", shape(M, K) + "|float32", shape(M) + r"|integer"
-    ),
-    Refused(
-        "target-too-large", {"target": TARGET + 1}, "target", r"\b5\b", r"\[0, 5\)|\[0, 4\]|< 5|\[0, K\)"
-    ),
+    Refused("target-soft", {"target": randn(M, K)}, "target", shape(M, K) + "|float32", shape(M) + r"|integer"),
+    Refused("target-too-large", {"target": TARGET + 1}, "target", r"\b5\b", r"\[0, 5\)|\[0, 4\]|< 5|\[0, K\)"),
     Refused("target-negative", {"target": TARGET - 1}, "target", r"-1\b", r"\[0, 5\)|\[0, 4\]|>= 0|\[0, K\)"),
-    Refused(
-        "target-int32", {"target": (TARGET + 1).int()}, "target", r"\b5\b", r"\[0, 5\)|\[0, 4\]|< 5|\[0, K\)"
-    ),
+    Refused("target-int32", {"target": (TARGET + 1).int()}, "target", r"\b5\b", r"\[0, 5\)|\[0, 4\]|< 5|\[0, K\)"),
     Refused("beta-bool", {"inv_temperature": True}, "inv_temperature", "bool|True", "number|float|Tensor"),
     Refused("beta-str", {"inv_temperature": "hot"}, "inv_temperature", "str|hot", "number|float|Tensor"),
     Refused("beta-none", {"inv_temperature": None}, "inv_temperature", "None", "number|float|Tensor"),
-    Refused(
-        "beta-zero", {"inv_temperature": 0.0}, "inv_temperature", r"\b0(\.0)?\b", "positive|> ?0|greater"
-    ),
+    Refused("beta-zero", {"inv_temperature": 0.0}, "inv_temperature", r"\b0(\.0)?\b", "positive|> ?0|greater"),
     Refused("beta-negative", {"inv_temperature": -1.5}, "inv_temperature", r"-1\.5", "positive|> ?0|greater"),
     Refused("beta-nan", {"inv_temperature": NAN}, "inv_temperature", "nan", "positive|> ?0|finite"),
     Refused("beta-inf", {"inv_temperature": INF}, "inv_temperature", "inf", "finite"),
     Refused("beta-1d", {"inv_temperature": torch.ones(1)}, "inv_temperature", shape(1), r"0-?d|scalar|\(\)"),
-    Refused(
-        "beta-rows", {"inv_temperature": torch.ones(M)}, "inv_temperature", shape(M), r"0-?d|scalar|\(\)"
-    ),
+    Refused("beta-rows", {"inv_temperature": torch.ones(M)}, "inv_temperature", shape(M), r"0-?d|scalar|\(\)"),
     Refused("beta-integer", {"inv_temperature": torch.tensor(3)}, "inv_temperature", "int64", "float"),
-    Refused(
-        "beta-meta", {"inv_temperature": torch.ones((), device="meta")}, "inv_temperature", "meta", "cpu"
-    ),
+    Refused("beta-meta", {"inv_temperature": torch.ones((), device="meta")}, "inv_temperature", "meta", "cpu"),
     Refused("ignore-float", {"ignore_index": 1.5}, "ignore_index", r"float|1\.5", "int"),
     Refused("ignore-none", {"ignore_index": None}, "ignore_index", "None", "int"),
     Refused("ignore-str", {"ignore_index": "pad"}, "ignore_index", "str|pad", "int"),
@@ -192,9 +174,7 @@ PRIMITIVE = [
         shape(K) + r"|\b5\b",
     ),
     Refused("bias-matrix", {"logit_bias": randn(M, 1)}, "logit_bias", shape(M, 1), shape(M) + r"|\b6\b"),
-    Refused(
-        "bias-not-a-pair", {"logit_bias": randn(M), "direction": "both"}, "logit_bias", "Tensor", "pair|tuple"
-    ),
+    Refused("bias-not-a-pair", {"logit_bias": randn(M), "direction": "both"}, "logit_bias", "Tensor", "pair|tuple"),
     Refused("bias-pair", {"logit_bias": (randn(M), None)}, "logit_bias", "tuple", "[Tt]ensor"),
     Refused(
         "bias-pair-shapes",
@@ -241,9 +221,7 @@ NORMFACE = [
         r"1\.1",
         r"\[0(\.0)?, 1(\.0)?\]|between",
     ),
-    Refused(
-        "smoothing-nan", {"label_smoothing": NAN}, "label_smoothing", "nan", r"\[0(\.0)?, 1(\.0)?\]|between"
-    ),
+    Refused("smoothing-nan", {"label_smoothing": NAN}, "label_smoothing", "nan", r"\[0(\.0)?, 1(\.0)?\]|between"),
     Refused("smoothing-str", {"label_smoothing": "some"}, "label_smoothing", "str|some", "number|float"),
     Refused(
         "angular-negative",
@@ -252,9 +230,7 @@ NORMFACE = [
         r"-0\.1",
         r"\[0|>= ?0|between 0|non-?negative",
     ),
-    Refused(
-        "angular-nan", {"angular_margin": NAN}, "angular_margin", "nan", r"\[0|>= ?0|between 0|non-?negative"
-    ),
+    Refused("angular-nan", {"angular_margin": NAN}, "angular_margin", "nan", r"\[0|>= ?0|between 0|non-?negative"),
     Refused("angular-inf", {"angular_margin": INF}, "angular_margin", "inf", r"\[0|between 0|finite"),
     Refused(
         "cosine-negative",
@@ -263,9 +239,7 @@ NORMFACE = [
         r"-0\.1",
         r"\[0|>= ?0|between 0|non-?negative",
     ),
-    Refused(
-        "cosine-nan", {"cosine_margin": NAN}, "cosine_margin", "nan", r"\[0|>= ?0|between 0|non-?negative"
-    ),
+    Refused("cosine-nan", {"cosine_margin": NAN}, "cosine_margin", "nan", r"\[0|>= ?0|between 0|non-?negative"),
     Refused("cosine-str", {"cosine_margin": "some"}, "cosine_margin", "str|some", "number|float"),
 ]
 
@@ -399,9 +373,7 @@ def test_distributed_tensors_are_refused(mesh: Any, name: str, argument: str) ->
     ids=str,
 )
 @pytest.mark.parametrize("module", ["NONLLoss", "NTCELoss", "NormFaceLoss", "PrototypeClassifier"])
-def test_modules_refuse_bad_construction(
-    module: str, arguments: dict[str, Any], name: str, came: str
-) -> None:
+def test_modules_refuse_bad_construction(module: str, arguments: dict[str, Any], name: str, came: str) -> None:
     """At construction, where the mistake is, not at the first batch."""
     with pytest.raises((ValueError, TypeError)) as info:
         getattr(nckernels, module)(**arguments)

@@ -41,9 +41,7 @@ def test_orientation_is_uniform() -> None:
     generator = torch.Generator().manual_seed(0)
     draws = torch.stack([simplex_etf(2, 3, generator=generator, dtype=torch.float64)[0] for _ in range(4000)])
     assert draws.mean(0).abs().max().item() < 0.05
-    torch.testing.assert_close(
-        draws.T @ draws / 4000, torch.eye(3, dtype=torch.float64) / 3, atol=0.03, rtol=0
-    )
+    torch.testing.assert_close(draws.T @ draws / 4000, torch.eye(3, dtype=torch.float64) / 3, atol=0.03, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -31,14 +31,10 @@ import nckernels
 
 losses = pytest.mark.parametrize("name", LOSSES)
 # The backends behind the registered operator; the reference is plain PyTorch.
-operators = pytest.mark.parametrize(
-    "backend", [p for p in ALL_PAIRS if p.values[0].name != "reference"], indirect=True
-)
+operators = pytest.mark.parametrize("backend", [p for p in ALL_PAIRS if p.values[0].name != "reference"], indirect=True)
 
 
-def batch(
-    samples: int, classes: int, dim: int, device: str = "cpu", seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
+def batch(samples: int, classes: int, dim: int, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
     x, w = torch.randn(samples, dim, generator=g), torch.randn(classes, dim, generator=g)
     y = torch.randint(classes, (samples,), generator=g)
@@ -205,9 +201,7 @@ def test_opcheck(
     backend: Backend, dtype: torch.dtype, direction: str, exclude: str, bias: bool, present_only: bool
 ) -> None:
     """Schema, autograd registration, fake implementation and dynamic shapes agree with the kernel."""
-    arguments = operator_arguments(
-        backend.name, backend.device, dtype, direction, exclude, bias, present_only
-    )
+    arguments = operator_arguments(backend.name, backend.device, dtype, direction, exclude, bias, present_only)
     torch.library.opcheck(torch.ops.nckernels.cosine_lse.default, arguments)
 
 
@@ -230,9 +224,7 @@ def test_operator_outputs_are_initialised(
     schema = torch.ops.nckernels.cosine_lse.default._schema
     outputs = torch.ops.nckernels.cosine_lse(*arguments)
     dirty = [
-        r.name
-        for r, out in zip(schema.returns, outputs, strict=True)
-        if out.is_floating_point() and out.isnan().any()
+        r.name for r, out in zip(schema.returns, outputs, strict=True) if out.is_floating_point() and out.isnan().any()
     ]
     assert not dirty, f"uninitialised memory in {dirty}"
 
@@ -316,9 +308,7 @@ def test_autocast(backend: Backend, name: str, dtype: torch.dtype) -> None:
         assert value.dtype == torch.float32, f"{what} is {value.dtype}"
         scale = reference.abs().max()
         error, allowed = (worst((v.double() - reference).abs() / scale) for v in (value, rival))
-        assert error <= allowed + 2 * torch.finfo(dtype).eps, (
-            f"{what}: error {error:.3g}, eager {allowed:.3g}"
-        )
+        assert error <= allowed + 2 * torch.finfo(dtype).eps, f"{what}: error {error:.3g}, eager {allowed:.3g}"
 
 
 def test_autocast_off_inside_keeps_the_inputs_dtype(cpu_backend: Backend) -> None:
@@ -420,9 +410,7 @@ def test_settings_in_force_are_those_of_the_forward(cpu_backend: Backend) -> Non
     with nckernels.use_backend(cpu_backend.name), nckernels.use_workspace(2**14):
         outputs = package(p, leaves)
     with nckernels.use_backend("reference"), nckernels.use_workspace(2**22):
-        grads = torch.autograd.grad(
-            list(outputs.values()), list(leaves.values()), [p.upstream[n] for n in outputs]
-        )
+        grads = torch.autograd.grad(list(outputs.values()), list(leaves.values()), [p.upstream[n] for n in outputs])
     for name, grad in zip(leaves, grads, strict=True):
         truth = expected[name]
         assert truth is not None

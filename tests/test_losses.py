@@ -137,15 +137,11 @@ def check_loss(
             scale, tol = reference.abs().max() + beta, 8 * unit
         elif key == "temperature":
             scale = torch.tensor(anchors(b.to(torch.float64), truth["loss"], options) * beta**2)
-        elif (
-            dtype in HALF
-        ):  # these gradients and the tiles of weights behind them are rounded to the input dtype
+        elif dtype in HALF:  # these gradients and the tiles of weights behind them are rounded to the input dtype
             tol += 2 * torch.finfo(dtype).eps
         error = worst((got[key].cpu().double() - reference).abs() / scale)
         eager_error = min(worst((eager[key].cpu().double() - reference).abs() / scale), 0.1)
-        assert error <= eager_error + tol, (
-            f"{key}: error {error:.3g}, eager {eager_error:.3g}, allowed +{tol:.3g}"
-        )
+        assert error <= eager_error + tol, f"{key}: error {error:.3g}, eager {eager_error:.3g}, allowed +{tol:.3g}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -171,17 +167,14 @@ def test_oracle_equals_equations_as_loops() -> None:
         "nonl-instance": [lse(row[i]) - pos[i] for i in samples],
         "nonl-both": [lse(row[i] + column[i]) - pos[i] for i in samples],
         "arcface": [
-            lse(row[i] + [math.cos(math.acos(s[i][y[i]]) + 0.5)])
-            - beta * math.cos(math.acos(s[i][y[i]]) + 0.5)
+            lse(row[i] + [math.cos(math.acos(s[i][y[i]]) + 0.5)]) - beta * math.cos(math.acos(s[i][y[i]]) + 0.5)
             for i in samples
         ],
         "cosface": [lse(row[i] + [s[i][y[i]] - 0.35]) - beta * (s[i][y[i]] - 0.35) for i in samples],
     }
     for variant, values in expected.items():
         name, options = VARIANTS[variant]
-        got = loss(
-            name, b.input, b.prototypes, b.target, temperature=b.temperature, reduction="none", **options
-        )
+        got = loss(name, b.input, b.prototypes, b.target, temperature=b.temperature, reduction="none", **options)
         assert got.tolist() == pytest.approx(values, rel=1e-12), variant
 
 
@@ -233,9 +226,7 @@ def test_every_temperature(backend: Backend, variant: str, temperature: float) -
 def test_ignore_index_anywhere(backend: Backend, variant: str, reduction: str, ignore_index: int) -> None:
     name, options = VARIANTS[variant]
     batch = make_batch(weight=True, ignore_index=ignore_index)
-    check_loss(
-        name, batch, torch.float32, backend.device, reduction=reduction, ignore_index=ignore_index, **options
-    )
+    check_loss(name, batch, torch.float32, backend.device, reduction=reduction, ignore_index=ignore_index, **options)
 
 
 @reductions
@@ -247,16 +238,12 @@ def test_ignored_samples_are_as_if_dropped(backend: Backend, variant: str, reduc
     keep = b.target != -100
     dropped = dataclasses.replace(b, input=b.input[keep], target=b.target[keep])
     whole = value_and_grads(name, b, True, reduction="sum" if reduction == "none" else reduction, **options)
-    rest = value_and_grads(
-        name, dropped, True, reduction="sum" if reduction == "none" else reduction, **options
-    )
+    rest = value_and_grads(name, dropped, True, reduction="sum" if reduction == "none" else reduction, **options)
     assert not whole["input"][~keep].any()
     whole["input"] = whole["input"][keep]
     if reduction == "none":
         args = (b.prototypes, b.target)
-        samples = package_loss(name)(
-            b.input, *args, temperature=0.2, weight=b.weight, reduction="none", **options
-        )
+        samples = package_loss(name)(b.input, *args, temperature=0.2, weight=b.weight, reduction="none", **options)
         assert not samples[~keep].any()
         alone = package_loss(name)(
             b.input[keep],
@@ -320,9 +307,7 @@ def test_temperature_as_a_number(backend: Backend, variant: str) -> None:
         for kw in ({}, {"temperature": 0.1}, {"temperature": b.temperature})
     ]
     assert torch.equal(values[0], values[1])
-    torch.testing.assert_close(
-        values[2], values[0], rtol=2**-21, atol=0
-    )  # 0.1 differs by its float32 rounding
+    torch.testing.assert_close(values[2], values[0], rtol=2**-21, atol=0)  # 0.1 differs by its float32 rounding
 
 
 @variants
@@ -335,9 +320,7 @@ def test_per_sample_upstream_gradients_are_used_one_by_one(backend: Backend, var
         grads = []
         for batch, function in ((b, package_loss(name)), (oracle, lambda *a, **k: loss(name, *a, **k))):
             x = batch.input.clone().requires_grad_()
-            samples = function(
-                x, batch.prototypes, batch.target, temperature=0.2, reduction="none", **options
-            )
+            samples = function(x, batch.prototypes, batch.target, temperature=0.2, reduction="none", **options)
             grads.append(torch.autograd.grad(samples[i], x)[0].cpu().double())
         # Float32 weights of logits of size 5.
         torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=5e-6 * float(grads[1].abs().max() + 1))
@@ -349,8 +332,7 @@ def test_reductions_agree(backend: Backend, variant: str) -> None:
     b = make_batch(weight=True).to(torch.float32, backend.device)
     assert b.weight is not None
     none, mean, total = (
-        package_loss(name)(b.input, b.prototypes, b.target, weight=b.weight, reduction=r, **options)
-        for r in REDUCTIONS
+        package_loss(name)(b.input, b.prototypes, b.target, weight=b.weight, reduction=r, **options) for r in REDUCTIONS
     )
     keep = b.target != -100
     assert none.shape == b.target.shape
@@ -399,9 +381,7 @@ def test_weights_as_in_cross_entropy(cpu_backend: Backend, name: str) -> None:
     assert (b.target == 2).any()
     function, args = package_loss(name), (b.input, b.prototypes, b.target)
     samples = function(*args, reduction="none")
-    torch.testing.assert_close(
-        function(*args, weight=weight), samples[b.target != 2].mean(), rtol=1e-12, atol=0
-    )
+    torch.testing.assert_close(function(*args, weight=weight), samples[b.target != 2].mean(), rtol=1e-12, atol=0)
     assert function(*args, weight=torch.zeros_like(weight)).isnan()
 
 
@@ -430,9 +410,7 @@ def test_margins_at_the_poles(backend: Backend, dtype: torch.dtype, pole: float,
         logit = 10 * (math.cos(angular) - 0.1)
         expected = torch.full((2,), math.log1p(math.exp(-logit)), dtype=dtype)
         # Roundings of S near a pole are square roots of roundings in theta: sqrt(8 eps), times beta sin(m).
-        atol = (
-            10 * math.sin(angular) * math.sqrt(8 * torch.finfo(dtype).eps) + 8 * torch.finfo(dtype).eps * 10
-        )
+        atol = 10 * math.sin(angular) * math.sqrt(8 * torch.finfo(dtype).eps) + 8 * torch.finfo(dtype).eps * 10
         torch.testing.assert_close(samples.detach().cpu(), expected, rtol=0, atol=atol)
     assert torch.autograd.grad(samples.sum(), x)[0].isfinite().all()
 
@@ -440,9 +418,7 @@ def test_margins_at_the_poles(backend: Backend, dtype: torch.dtype, pole: float,
 @pytest.mark.parametrize("margin", [0.3, 1.0])
 def test_angular_margin_is_cos_of_theta_plus_margin(cpu_backend: Backend, margin: float) -> None:
     x, prototypes, target = sphere(0.99, 0.5, 0.0, -0.4)
-    got = nckernels.normface_loss(
-        x, prototypes, target, temperature=0.5, reduction="none", angular_margin=margin
-    )
+    got = nckernels.normface_loss(x, prototypes, target, temperature=0.5, reduction="none", angular_margin=margin)
     logits = [2 * math.cos(math.acos(c) + margin) for c in (0.99, 0.5, 0.0, -0.4)]
     assert got.tolist() == pytest.approx([math.log1p(math.exp(-t)) for t in logits], rel=1e-12)
 
@@ -450,9 +426,7 @@ def test_angular_margin_is_cos_of_theta_plus_margin(cpu_backend: Backend, margin
 def test_angular_margin_beyond_pi(cpu_backend: Backend) -> None:
     """theta + m > pi: ArcFace's continuation cos(theta) - m sin(m), which keeps falling with theta."""
     x, prototypes, target = sphere(-0.95)
-    got = nckernels.normface_loss(
-        x, prototypes, target, temperature=0.5, reduction="none", angular_margin=0.5
-    )
+    got = nckernels.normface_loss(x, prototypes, target, temperature=0.5, reduction="none", angular_margin=0.5)
     assert got.item() == pytest.approx(math.log1p(math.exp(-2 * (-0.95 - 0.5 * math.sin(0.5)))), rel=1e-12)
 
 
@@ -494,9 +468,7 @@ def test_degenerate_batches(backend: Backend, variant: str, reduction: str, case
     batch = degenerate()[case]
     norms = torch.cat([batch.input.norm(dim=1), batch.prototypes.norm(dim=1)])
     cancelled = float(1 / batch.temperature / norms.min())
-    check_loss(
-        name, batch, torch.float32, backend.device, reduction=reduction, cancelled=cancelled, **options
-    )
+    check_loss(name, batch, torch.float32, backend.device, reduction=reduction, cancelled=cancelled, **options)
 
 
 @pytest.mark.parametrize("direction", ["class", "instance", "both"])

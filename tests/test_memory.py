@@ -77,16 +77,12 @@ HALF = [Case(form, 4096, 2000, 128, MIB, "bfloat16") for form in ("nonl", "normf
 # A copy of the prototypes would be 24 MiB.
 MANY_CLASSES = [Case(form, 512, 100_000, 64, MIB) for form in ("nonl", "ntce")]
 CASES = NAIVE + DEFAULT + SMALL + OPTIONS + SMOOTHING + PARTIAL + FLOAT64 + HALF + MANY_CLASSES
-LARGE = [
-    Case(f, 32768, 8000, 64, 8 * MIB, dtype) for f in ("nonl", "normface") for dtype in ("float32", "float64")
-]
+LARGE = [Case(f, 32768, 8000, 64, 8 * MIB, dtype) for f in ("nonl", "normface") for dtype in ("float32", "float64")]
 
 
 def replay(call: Callable[[], object]) -> tuple[int, int]:
     """Bytes allocated above those at the start of call: the most at any time, and those left after it."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     assert profile.profiler is not None
     assert profile.profiler.kineto_results is not None
@@ -117,9 +113,7 @@ def measure(cases: list[Case]) -> list[int]:
     """Peaks of forward and backward beyond inputs and gradients."""
     peaks, left = [], 0
     for case in cases:
-        workspace = (
-            contextlib.nullcontext() if case.workspace is None else nckernels.use_workspace(case.workspace)
-        )
+        workspace = contextlib.nullcontext() if case.workspace is None else nckernels.use_workspace(case.workspace)
         with nckernels.use_backend("chunked"), workspace:
             step(case.form, *make(case, 8, 4))  # lazy initialisation
             x, w, y = make(case, case.samples, case.classes)
@@ -136,9 +130,7 @@ def measured(cases: list[Case]) -> dict[Case, int]:
     environment["PYTHONPATH"] = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
     arguments = json.dumps([dataclasses.asdict(case) for case in cases])
     command = [sys.executable, __file__, arguments]
-    result = subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=600, check=False
-    )
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
     assert result.returncode == 0, result.stderr
     return dict(zip(cases, json.loads(result.stdout.strip().splitlines()[-1]), strict=True))
 
@@ -149,9 +141,7 @@ def peaks() -> dict[Case, int]:
 
 
 def assert_within(case: Case, peak: int, bound: int) -> None:
-    assert peak <= bound, (
-        f"{case}: {peak / MIB:.2f} MiB beyond inputs and gradients, allowed {bound / MIB:.2f}"
-    )
+    assert peak <= bound, f"{case}: {peak / MIB:.2f} MiB beyond inputs and gradients, allowed {bound / MIB:.2f}"
 
 
 def id_of(case: Case) -> str:

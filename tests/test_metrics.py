@@ -192,9 +192,7 @@ def test_intra_class_rank_ignores_the_size_of_the_scatter() -> None:
         assert size(shrunk, target) == pytest.approx(1e-8 * size(features, target))
 
 
-problems = st.builds(
-    random_problem, st.integers(0, 2**16), st.integers(3, 6), st.integers(2, 12), st.integers(20, 60)
-)
+problems = st.builds(random_problem, st.integers(0, 2**16), st.integers(3, 6), st.integers(2, 12), st.integers(20, 60))
 
 
 @settings(max_examples=25, deadline=None)

@@ -80,9 +80,7 @@ def test_oracle_equals_python_loops(exclude: str, present_only: bool) -> None:
     if present_only and exclude not in ("none", "target"):
         pytest.skip("present_only is defined for exclude none and target")
     direction = "class" if present_only else "both"
-    p = make_problem(
-        9, 6, 4, direction=direction, exclude=exclude, bias=True, present_only=present_only, ignored=0.3
-    )
+    p = make_problem(9, 6, 4, direction=direction, exclude=exclude, bias=True, present_only=present_only, ignored=0.3)
     outputs, _ = run(dense, p, ())
     s = cosine(p.features, p.prototypes).tolist()
     y, beta, ignore = p.target.tolist(), float(p.inv_temperature), p.ignore_index
@@ -135,9 +133,7 @@ def test_equals_the_oracle(
     shape: str,
 ) -> None:
     backend.require(dtype)
-    check(
-        make_problem(*SHAPES[shape], direction=direction, exclude=exclude, bias=bias), dtype, backend.device
-    )
+    check(make_problem(*SHAPES[shape], direction=direction, exclude=exclude, bias=bias), dtype, backend.device)
 
 
 @pytest.mark.parametrize("shape", EDGES)
@@ -206,9 +202,7 @@ def test_half_precision_logits_are_not_rounded_to_half(backend: Backend, directi
         got, _ = run(package, half, ())
         for name in truth:
             # 8 float32 roundings of a logit of size beta.
-            torch.testing.assert_close(
-                got[name].cpu().double(), truth[name], rtol=0, atol=8 * 2.0**-23 * beta
-            )
+            torch.testing.assert_close(got[name].cpu().double(), truth[name], rtol=0, atol=8 * 2.0**-23 * beta)
 
 
 @pytest.mark.parametrize("ignore_index", [0, 2, -1])
@@ -279,9 +273,7 @@ def test_both_directions_with_one_bias(backend: Backend, given: tuple[bool, bool
 
 @excludes
 def test_both_equals_the_two_directions(backend: Backend, small_workspace: None, exclude: str) -> None:
-    both = make_problem(120, 75, 9, direction="both", exclude=exclude, bias=True).to(
-        torch.float32, backend.device
-    )
+    both = make_problem(120, 75, 9, direction="both", exclude=exclude, bias=True).to(torch.float32, backend.device)
     outputs, _ = run(package, both, ())
     for direction in ("class", "instance"):
         one, _ = run(package, dataclasses.replace(both, direction=direction), ())
@@ -365,9 +357,7 @@ def test_expanded_and_strided_upstream(backend: Backend) -> None:
         upstream = []
         for out in outputs.values():
             ones = torch.ones_like(out)
-            upstream.append(
-                torch.ones(2 * len(out), device=out.device)[::2] if stride else ones[:1].expand_as(out)
-            )
+            upstream.append(torch.ones(2 * len(out), device=out.device)[::2] if stride else ones[:1].expand_as(out))
         return torch.autograd.grad(list(outputs.values()), [leaves[n] for n in wrt], upstream)
 
     plain = dataclasses.replace(p, upstream={n: torch.ones_like(g) for n, g in p.upstream.items()})
@@ -434,17 +424,13 @@ def test_non_contiguous_inputs(
 def test_expanded_inputs(backend: Backend) -> None:
     """Stride 0: one feature for the whole batch, one prototype for every class."""
     p = make_problem(24, 9, 5, direction="both", exclude="target").to(torch.float32, backend.device)
-    p = dataclasses.replace(
-        p, features=p.features[:1].expand(24, 5), prototypes=p.prototypes[:1].expand(9, 5)
-    )
+    p = dataclasses.replace(p, features=p.features[:1].expand(24, 5), prototypes=p.prototypes[:1].expand(9, 5))
     leaves = {"features": p.features[:1].clone(), "prototypes": p.prototypes[:1].clone()}
     for leaf in leaves.values():
         leaf.requires_grad_()
     spread = {"features": leaves["features"].expand(24, 5), "prototypes": leaves["prototypes"].expand(9, 5)}
     outputs = package(p, {**p.inputs(), **spread})
-    grads = torch.autograd.grad(
-        list(outputs.values()), list(leaves.values()), [p.upstream[n] for n in outputs]
-    )
+    grads = torch.autograd.grad(list(outputs.values()), list(leaves.values()), [p.upstream[n] for n in outputs])
     truth, expected = run(dense, p.to(torch.float64))
     for name, value in truth.items():
         torch.testing.assert_close(outputs[name].detach().cpu().double(), value, rtol=1e-6, atol=1e-5)
@@ -526,9 +512,7 @@ def test_nan_prototype_reaches_its_own_class_only(backend: Backend) -> None:
 @pytest.mark.parametrize("exclude", EXCLUDES)
 @directions
 def test_the_workspace_does_not_change_the_result(backend: Backend, direction: str, exclude: str) -> None:
-    p = make_problem(257, 190, 12, direction=direction, exclude=exclude, bias=True).to(
-        torch.float32, backend.device
-    )
+    p = make_problem(257, 190, 12, direction=direction, exclude=exclude, bias=True).to(torch.float32, backend.device)
     with nckernels.use_workspace(2**26):
         whole = run(package, p)
     for workspace in (2**14, 2**16, 2**18):

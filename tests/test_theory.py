@@ -67,9 +67,7 @@ def test_minimum_at_the_collapsed_simplex(
 @pytest.mark.parametrize("name", LOSSES)
 def test_package_simplex_is_one(cpu_backend: Backend, name: str) -> None:
     """The package's own simplex_etf reaches the minimum too."""
-    prototypes = nckernels.geometry.simplex_etf(
-        6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    )
+    prototypes = nckernels.geometry.simplex_etf(6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     target = balanced(6, 3)
     value = package_loss(name)(prototypes[target], prototypes, target, temperature=0.2)
     assert value.item() == pytest.approx(minimum(name, 6, 3, 0.2), abs=1e-9)
@@ -179,9 +177,7 @@ def lemma_bound(x: Tensor, w: Tensor, y: Tensor, temperature: float, others_only
 @pytest.mark.parametrize("name", ["ntce", "nonl"])
 @given(seed=seeds, classes=st.integers(2, 6), per_class=st.integers(1, 5))
 @prop
-def test_lemmas_on_class_means(
-    cpu_backend: Backend, name: str, seed: int, classes: int, per_class: int
-) -> None:
+def test_lemmas_on_class_means(cpu_backend: Backend, name: str, seed: int, classes: int, per_class: int) -> None:
     y, temperature = balanced(classes, per_class), 0.1 + (seed % 50) / 50
     x, w = randn(len(y), 4, seed=seed), randn(classes, 4, seed=seed + 1)
     value = package_loss(name)(x, w, y, temperature=temperature).item()
@@ -206,9 +202,7 @@ def test_nonl_still_pulls_where_ntce_and_normface_have_stopped(cpu_backend: Back
     norms = {}
     for name in LOSSES:
         leaf = x.clone().requires_grad_()
-        norms[name] = torch.autograd.grad(package_loss(name)(leaf, w, y, temperature=temperature), leaf)[
-            0
-        ].norm(dim=1)
+        norms[name] = torch.autograd.grad(package_loss(name)(leaf, w, y, temperature=temperature), leaf)[0].norm(dim=1)
     for name in ("ntce", "normface"):
         assert float(norms[name].max()) < 1e-13  # e^-63 is left, and the float64 roundings of logits of 50
     expected = torch.full_like(norms["nonl"], math.sin(phi) / temperature / len(y) * classes / (classes - 1))
@@ -259,9 +253,7 @@ def test_permuting_the_batch_permutes_the_losses(cpu_backend: Backend, name: str
     x, w, y = draw(seed)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     before = package_loss(name)(x, w, y, reduction="none")
-    torch.testing.assert_close(
-        package_loss(name)(x[order], w, y[order], reduction="none"), before[order], **EXACT
-    )
+    torch.testing.assert_close(package_loss(name)(x[order], w, y[order], reduction="none"), before[order], **EXACT)
 
 
 @losses

@@ -49,9 +49,7 @@ def test_batches_are_disjoint_and_of_one_size() -> None:
     parts = list(data.batches(23, 5, torch.Generator().manual_seed(0)))
     assert [len(part) for part in parts] == [5, 5, 5, 5]
     assert len(set(torch.cat(parts).tolist())) == 20
-    with pytest.raises(
-        ValueError, match="batch_size: expected 1 to 23, the size of the training set, got 24"
-    ):
+    with pytest.raises(ValueError, match="batch_size: expected 1 to 23, the size of the training set, got 24"):
         next(data.batches(23, 24, torch.Generator()))
 
 
@@ -113,9 +111,7 @@ def test_relu_features_are_never_negative() -> None:
 
 def test_nonl_collapses_where_cross_entropy_does_not() -> None:
     config = TrainConfig(epochs=8, batch_size=256, eval_every=1000, device="cpu", lr=0.1)
-    ce, nonl = (
-        fit(dataclasses.replace(config, loss=loss), progress=False).history for loss in ("ce", "nonl")
-    )
+    ce, nonl = (fit(dataclasses.replace(config, loss=loss), progress=False).history for loss in ("ce", "nonl"))
     assert nonl.train_accuracy[-1] > 0.9
     assert nonl.metrics["nc1"][-1] < 0.5 * ce.metrics["nc1"][-1]
     assert nonl.metrics["nc2_cosines"][-1] < 0.5 * ce.metrics["nc2_cosines"][-1]
@@ -211,9 +207,7 @@ def test_train_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert printed.startswith("ntce on digits: 2 iterations")
     assert all(name in printed for name in METRICS)
     history = History.load(out / "history.json")
-    assert history.config == TrainConfig(
-        loss="ntce", epochs=1, batch_size=512, dim=16, device="cpu", temperature=0.2
-    )
+    assert history.config == TrainConfig(loss="ntce", epochs=1, batch_size=512, dim=16, device="cpu", temperature=0.2)
     checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
     assert TrainConfig(**checkpoint["config"]) == history.config
     model, head = ConvNet(1, 16), make_head("ntce", 16, 10, 0.2)
@@ -245,9 +239,7 @@ def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
         ("--device quantum --quiet", "device: 'quantum' cannot be used here"),
     ],
 )
-def test_bad_arguments(
-    command: object, arguments: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_arguments(command: object, arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert callable(command)
     with pytest.raises(SystemExit) as stop:
         command(arguments.split())

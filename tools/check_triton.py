@@ -133,7 +133,11 @@ def job_of(kernel: Any, arch: int, scenario: Scenario, args: tuple[Any, ...], op
     flags += ["parts"] if values.get("Part") is not None or values.get("P_max") is not None else []
     flags += [n.lower() for n in ("P_GATHER", "Q_GATHER", "GATHER") if values.get(n)]
     flags += ["bias"] if values.get("P_bias") is not None or values.get("Q_bias") is not None else []
-    compile_options = {"num_warps": options.pop("warps", 4), "num_stages": options.pop("stages", 2), **options}
+    compile_options = {
+        "num_warps": options.pop("warps", 4),
+        "num_stages": options.pop("stages", 2),
+        **options,
+    }
     return Job(
         f"{kernel.__name__:22} {' '.join(f for f in flags if f)}",
         kernel,
@@ -157,7 +161,7 @@ def record(scenario: Scenario, arch: int) -> list[Job]:
     device = config.Arch(arch, 1 if scenario.busy else 132, SHARED_KB[arch] << 10)
     launch.launch = recorder
     launch.matmul = lambda *_, **__: None
-    config.arch_of = lambda _: device
+    config.arch_of = lambda _: device  # type: ignore[assignment]
     torch.set_float32_matmul_precision(scenario.precision)
     m, k, d = scenario.m, scenario.k, scenario.d
     spec = Spec(scenario.direction, scenario.exclude, scenario.present_only, -100, 32 << 20)  # type: ignore[arg-type]
@@ -172,7 +176,9 @@ def record(scenario: Scenario, arch: int) -> list[Job]:
     backend = TritonBackend()
     saved = backend.forward(inputs, spec, True)
     grads = OutputGrads(
-        torch.zeros(k) if spec.by_class else None, torch.zeros(m) if spec.by_instance else None, torch.zeros(m)
+        torch.zeros(k) if spec.by_class else None,
+        torch.zeros(m) if spec.by_instance else None,
+        torch.zeros(m),
     )
     needs = Needs(True, True, True, inputs.sample_bias is not None, inputs.class_bias is not None)
     backend.backward(inputs, saved, grads, spec, needs)
@@ -199,7 +205,14 @@ def usage(cubin: bytes, ptx: str, arch: int) -> tuple[int, int]:
         # A stack frame is a spill or a function call's (the failing assertion's): the assembler tells.
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
-        command = [get_ptxas(arch).path, "-v", f"--gpu-name={sm_arch_from_capability(arch)}", source, "-o", path]
+        command = [
+            get_ptxas(arch).path,
+            "-v",
+            f"--gpu-name={sm_arch_from_capability(arch)}",
+            source,
+            "-o",
+            path,
+        ]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         return registers, sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
 
@@ -250,6 +263,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_KB), help="default: 80 90 100")
     parser.add_argument("--only", default="", help="a part of the label: a kernel, a dtype, a mask")
+    parser.add_argument("--quick", action="store_true", help="one specialisation of each kernel, dtype and arch")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
 
@@ -265,7 +279,10 @@ def main() -> int:
                     continue
                 per_kernel[name, arch, job.tile] += 1
                 unique[key] = job
-    JOBS.extend(job for job in unique.values() if options.only in job.label)
+    jobs = list(unique.values())
+    if options.quick:  # the last one of each group, since scenarios go from plain to rich
+        jobs = list({(job.kernel.__name__, job.label.split()[1], job.arch): job for job in jobs}.values())
+    JOBS.extend(job for job in jobs if options.only in job.label)
     JOBS.sort(key=lambda job: (job.label, job.arch))
 
     print(f"triton {triton.__version__}, {len(JOBS)} kernels")

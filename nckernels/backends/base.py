@@ -136,9 +136,7 @@ class Backend(ABC):
         """Compute the forward pass; ``keep`` is False where no backward will follow."""
 
     @abstractmethod
-    def backward(
-        self, inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, needs: Needs
-    ) -> Gradients:
+    def backward(self, inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, needs: Needs) -> Gradients:
         """Compute the wanted gradients. Neither ``inputs`` nor ``saved`` may be changed."""
 
 

@@ -52,9 +52,7 @@ class ChunkedBackend(Backend):
 
     def forward(self, inputs: Inputs, spec: Spec, keep: bool) -> Forward:
         z, acc = inputs.features, inputs.inv_temperature.dtype
-        numel = (
-            self.kept_numel(z.device, z.dtype, z.shape[0], inputs.prototypes.shape[0], spec) if keep else 0
-        )
+        numel = self.kept_numel(z.device, z.dtype, z.shape[0], inputs.prototypes.shape[0], spec) if keep else 0
         kept = z.new_empty(numel, dtype=acc)
         tiles = _Tiles(inputs, spec, numel)
         pos = z.new_zeros(tiles.m, dtype=acc)
@@ -74,9 +72,7 @@ class ChunkedBackend(Backend):
 
         kept[tiles.m * tiles.k :] = 0.0  # where there was room for classes that do not occur
         return Forward(
-            z.new_empty(0, dtype=acc)
-            if by_class is None
-            else tiles.all_classes(by_class.result(), -torch.inf),
+            z.new_empty(0, dtype=acc) if by_class is None else tiles.all_classes(by_class.result(), -torch.inf),
             z.new_empty(0, dtype=acc) if by_instance is None else by_instance.result(),
             pos,
             tiles.z_rnorm,
@@ -84,17 +80,13 @@ class ChunkedBackend(Backend):
             kept,
         )
 
-    def backward(
-        self, inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, needs: Needs
-    ) -> Gradients:
+    def backward(self, inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, needs: Needs) -> Gradients:
         tiles = _Tiles(inputs, spec, saved.kept.numel(), saved)
         weights = _Weights(tiles, saved, grads, spec, needs)
         z, w, beta = inputs.features, inputs.prototypes, inputs.inv_temperature
         g_pos = tiles.only_valid(grads.pos)
         need_u = needs.features or (needs.inv_temperature and not needs.prototypes)
-        grad_z = (
-            torch.zeros_like(z, dtype=tiles.acc, memory_format=torch.contiguous_format) if need_u else None
-        )
+        grad_z = torch.zeros_like(z, dtype=tiles.acc, memory_format=torch.contiguous_format) if need_u else None
         grad_w = torch.zeros_like(w, memory_format=torch.contiguous_format) if needs.prototypes else None
         # sum of A * t = sum_j u_j . dL/du_j = sum_c v_c . dL/dv_c: the gradient of beta times beta
         energy = beta.new_zeros(())
@@ -145,9 +137,7 @@ class ChunkedBackend(Backend):
         )
 
 
-def _through_normalisation(
-    grad: Tensor, unit: Tensor, rnorm: Tensor, x: Tensor, beta: Tensor | None = None
-) -> Tensor:
+def _through_normalisation(grad: Tensor, unit: Tensor, rnorm: Tensor, x: Tensor, beta: Tensor | None = None) -> Tensor:
     """Turn dL/du into dL/dx for u = x / |x|, in place: (dL/du - (dL/du . u) u) / |x|. Returns dL/du . u.
 
     ``unit`` and ``grad`` are u and dL/du, or with ``beta`` both are beta u and dL/d(beta u). Where |x| was
@@ -443,9 +433,7 @@ class _Weights:
         return e.mul_(_outer(self.class_outer, rows, cols) + _outer(self.instance_outer, rows, cols))
 
     def _shifted_tile(self, rows: slice, cols: slice) -> Tensor:
-        t = self.tiles.logits(
-            rows, cols, self.saved.pos.new_empty(rows.stop - rows.start, cols.stop - cols.start)
-        )
+        t = self.tiles.logits(rows, cols, self.saved.pos.new_empty(rows.stop - rows.start, cols.stop - cols.start))
         a = None
         if self.g_class is not None:
             a = t - _finite(self.class_lse[cols])

@@ -103,9 +103,7 @@ def get_workspace() -> int:
     """The bound in bytes."""
     if isinstance(_settings.workspace, str):  # from the environment, not checked yet
         text = _settings.workspace
-        _settings.workspace = _checked_workspace(
-            int(text) if text.isdecimal() else text, "NCKERNELS_WORKSPACE"
-        )
+        _settings.workspace = _checked_workspace(int(text) if text.isdecimal() else text, "NCKERNELS_WORKSPACE")
     return _settings.workspace
 
 

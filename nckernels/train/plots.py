@@ -60,9 +60,7 @@ def demo_figure(runs: Sequence[Run], names: Mapping[str, str], path: Path) -> No
 # Left half: one small panel per metric.
 
 
-def _curves(
-    area: SubFigure, histories: Sequence[History], names: Mapping[str, str], num_classes: int
-) -> None:
+def _curves(area: SubFigure, histories: Sequence[History], names: Mapping[str, str], num_classes: int) -> None:
     config, best = histories[0].config, asdict(optimum(num_classes))
     spans = ranges(num_classes, config.dim)
     axes = area.subplots(3, 3, sharex=True, gridspec_kw=LEFT_MARGINS)
@@ -195,9 +193,7 @@ def _projection(ax: Axes, view: _View, limit: float, name: str) -> None:
     ax.plot(ring[:, 0], ring[:, 1], color=MUTED, ls="--", lw=1.2, zorder=3)
     samples, means, prototypes = view.samples_2d, view.means_2d, view.prototypes_2d
     ax.scatter(samples[:, 0], samples[:, 1], s=9, c=colours[view.labels], alpha=0.3, lw=0, zorder=2)
-    ax.scatter(
-        prototypes[:, 0], prototypes[:, 1], s=420, marker="*", c=colours, edgecolors=INK, lw=0.8, zorder=4
-    )
+    ax.scatter(prototypes[:, 0], prototypes[:, 1], s=420, marker="*", c=colours, edgecolors=INK, lw=0.8, zorder=4)
     ax.scatter(means[:, 0], means[:, 1], s=130, c=colours, edgecolors="white", lw=1.2, zorder=5)
     for c, (x, y) in enumerate(means.tolist()):
         text = ax.text(x, y, str(c), ha="center", va="center_baseline", zorder=6)

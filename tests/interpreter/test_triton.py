@@ -14,7 +14,10 @@ import nckernels
 
 DIRECTIONS = ("class", "instance", "both")
 EXCLUDES = ("none", "target", "self", "same_label")
-SHORT, LONG = 20, 300  # row lengths of the two gradient kernels: whole rows on the chip, and panels of entries
+SHORT, LONG = (
+    20,
+    300,
+)  # row lengths of the two gradient kernels: whole rows on the chip, and panels of entries
 
 
 def classes_of(exclude: str, classes: int = 21) -> int:
@@ -26,7 +29,8 @@ def classes_of(exclude: str, classes: int = 21) -> int:
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_masks_and_directions(direction: str, exclude: str, d: int) -> None:
     check(
-        make_problem(37, classes_of(exclude), d, direction=direction, exclude=exclude, bias=True), torch.float32
+        make_problem(37, classes_of(exclude), d, direction=direction, exclude=exclude, bias=True),
+        torch.float32,
     )
 
 
@@ -56,9 +60,7 @@ def test_temperatures(direction: str, beta: float) -> None:
 @pytest.mark.parametrize(("samples", "classes"), [(37, 21), (20, 90)], ids=["masked", "compacted"])
 def test_present_classes(samples: int, classes: int, d: int) -> None:
     """With more classes than samples the prototypes are gathered through the list of present classes."""
-    problem = make_problem(
-        samples, classes, d, direction="class", exclude="target", bias=True, present_only=True
-    )
+    problem = make_problem(samples, classes, d, direction="class", exclude="target", bias=True, present_only=True)
     check(problem, torch.float32)
 
 

@@ -58,9 +58,7 @@ class TritonBackend(Backend):
 
         return launch.forward(inputs, spec, keep)
 
-    def backward(
-        self, inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, needs: Needs
-    ) -> Gradients:
+    def backward(self, inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, needs: Needs) -> Gradients:
         from . import launch
 
         return launch.backward(inputs, saved, grads, spec, needs)

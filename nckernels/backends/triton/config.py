@@ -225,9 +225,7 @@ def split_count(p_blocks: int, q_blocks: int, slots: int, least: int, most: int)
     return best
 
 
-def panel_shape(
-    n_p: int, n_q: int, p_row_bytes: int, q_row_bytes: int, itemsize: int, budget: int
-) -> tuple[int, int]:
+def panel_shape(n_p: int, n_q: int, p_row_bytes: int, q_row_bytes: int, itemsize: int, budget: int) -> tuple[int, int]:
     """Anchors and reduced rows of a panel of gradient entries, so that everything it needs fits ``budget``.
 
     A panel of (p, q) takes ``p * q * itemsize + p * p_row_bytes + q * q_row_bytes`` bytes. Both sides are

@@ -130,9 +130,7 @@ def gather_kernel(
     local = tl.program_id(0) * BR + tl.arange(0, BR)
     col = tl.program_id(1) * BD + tl.arange(0, BD)
     inside = (col < d)[None, :]
-    x = tl.load(
-        X + row.to(tl.int64)[:, None] * x_stride + col[None, :], mask=valid[:, None] & inside, other=0.0
-    )
+    x = tl.load(X + row.to(tl.int64)[:, None] * x_stride + col[None, :], mask=valid[:, None] & inside, other=0.0)
     at = Out + local.to(tl.int64)[:, None] * d + col[None, :]
     tl.store(at, x, mask=(local < stop - start)[:, None] & inside)
 
@@ -175,9 +173,7 @@ def bias_grad_kernel(
             q = load_rows(Q, q_row, q_valid, q_stride, d, BD, EVEN_D)
             acc = dot(p, tl.trans(q), tl.zeros((BP, BQ), tl.float32), PRECISION)
         else:
-            acc = dot_rows(
-                P, p_row, p_valid, p_stride, Q, q_row, q_valid, q_stride, d, d, BD, EVEN_D, PRECISION
-            )
+            acc = dot_rows(P, p_row, p_valid, p_stride, Q, q_row, q_valid, q_stride, d, d, BD, EVEN_D, PRECISION)
         products = column_parts(acc, PARTS)
         for i in tl.static_range(PARTS):
             row, label, valid = slot_rows(Q_label, q_first + i * B, n_q, skip_q, Q_GATHER, B)

@@ -85,9 +85,7 @@ def entries(
     return a
 
 
-@triton.jit(
-    do_not_specialize=["n_p", "n_q", "slots_p", "d", "p_stride", "q_stride", "skip_p", "skip_q", "split"]
-)
+@triton.jit(do_not_specialize=["n_p", "n_q", "slots_p", "d", "p_stride", "q_stride", "skip_p", "skip_q", "split"])
 def grad_kernel(
     P, P_rnorm, P_label, P_count, P_bias, P_lse, P_grad, P_pos,
     Q, Q_rnorm, Q_label, Q_count, Q_bias, Q_lse, Q_grad, Q_pos,
@@ -186,7 +184,8 @@ def entries_kernel(
 ):  # fmt: skip
     """One tile of ``H = A r_p r_q`` (times ``Scale``) for the panel [p_start, p_stop) x [q_start, q_stop).
 
-    ``h_stride`` counts in 16s. With both norms inside, one H serves both products: ``H Q`` is r_p a_p and ``H^T P`` is r_q a_q.
+    ``h_stride`` counts in 16s. With both norms inside, one H serves both products: ``H Q`` is r_p a_p and
+    ``H^T P`` is r_q a_q.
     """
     d *= UNIT
     p_stride *= UNIT
@@ -218,9 +217,7 @@ def entries_kernel(
     p_here = paired_rows(p_valid, p_first, p_used, EXCLUDE, P_SAMPLES, BP)
     q_row, _, q_valid = slot_rows(Q_label, q_first, q_used, skip_q, Q_GATHER, BQ)
     q_here = paired_rows(q_valid, q_first, q_used, EXCLUDE, not P_SAMPLES, BQ)
-    acc = dot_rows(
-        P, p_row, p_here, p_stride, Q, q_row, q_here, q_stride, d, stop, BD, EVEN_D, PRECISION
-    )
+    acc = dot_rows(P, p_row, p_here, p_stride, Q, q_row, q_here, q_stride, d, stop, BD, EVEN_D, PRECISION)
 
     p_tag = mask_tag(p_row, p_label, EXCLUDE, P_SAMPLES)
     p_partner = partner_tag(p_row, p_label, EXCLUDE, P_SAMPLES)

@@ -181,7 +181,14 @@ def _prepare(z: Tensor, w: Tensor, target: Tensor, call: Call, new: Any) -> tupl
 
 
 def _sides(
-    z: Tensor, w: Tensor, target: Tensor, z_rnorm: Tensor, w_rnorm: Tensor, kept: Tensor, inputs: Inputs, spec: Spec
+    z: Tensor,
+    w: Tensor,
+    target: Tensor,
+    z_rnorm: Tensor,
+    w_rnorm: Tensor,
+    kept: Tensor,
+    inputs: Inputs,
+    spec: Spec,
 ) -> tuple[Side, Side]:
     """Both operands; ``kept`` are the prototypes' labels if only present classes count."""
     m, k = z.shape[0], w.shape[0]
@@ -248,7 +255,13 @@ def _log_sum_exp(p: Side, q: Side, p_out: Tensor, q_out: Tensor | None, call: Ca
 
 
 def _combine(
-    largest: Tensor | None, total: Tensor | None, side: Side, out: Tensor, first: int, parts: int, keep: bool = False
+    largest: Tensor | None,
+    total: Tensor | None,
+    side: Side,
+    out: Tensor,
+    first: int,
+    parts: int,
+    keep: bool = False,
 ) -> None:
     launch(
         lse.combine_kernel, (triton.cdiv(side.slots, 64),),
@@ -314,7 +327,13 @@ def _backward(inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, ne
 
 
 def _no_gradients(inputs: Inputs, needs: Needs) -> Gradients:
-    tensors = (inputs.features, inputs.prototypes, inputs.inv_temperature, inputs.sample_bias, inputs.class_bias)
+    tensors = (
+        inputs.features,
+        inputs.prototypes,
+        inputs.inv_temperature,
+        inputs.sample_bias,
+        inputs.class_bias,
+    )
     zeros = [torch.zeros_like(x) if need and x is not None else None for x, need in zip(tensors, needs, strict=True)]
     return Gradients(*zeros)
 

@@ -83,9 +83,7 @@ def lse_kernel(
             q = load_rows(Q, q_row, q_valid, q_stride, d, BD, EVEN_D)
             acc = dot(p, tl.trans(q), tl.zeros((BP, BQ), tl.float32), PRECISION)
         else:
-            acc = dot_rows(
-                P, p_row, p_valid, p_stride, Q, q_row, q_valid, q_stride, d, d, BD, EVEN_D, PRECISION
-            )
+            acc = dot_rows(P, p_row, p_valid, p_stride, Q, q_row, q_valid, q_stride, d, d, BD, EVEN_D, PRECISION)
         products = column_parts(acc, PARTS)
         for i in tl.static_range(PARTS):
             row, label, valid = slot_rows(Q_label, q_first + i * B, n_q, skip_q, False, B)
@@ -151,9 +149,7 @@ def combine_kernel(
         new_sum = tl.load(Sum + at, mask=mask, other=0.0)
         new = tl.maximum(largest, tl.max(new_max, 0))
         shift = shift_of(new)
-        total = tl.fma(
-            total, tl.exp2(largest - shift), tl.sum(new_sum * tl.exp2(new_max - shift[None, :]), 0)
-        )
+        total = tl.fma(total, tl.exp2(largest - shift), tl.sum(new_sum * tl.exp2(new_max - shift[None, :]), 0))
         largest = new
     if KEEP:
         tl.store(Max + slot, largest, mask=inside)

@@ -18,9 +18,7 @@ def inverse_norm(square_sum, EPS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["n", "d", "stride"])
-def row_rnorm_kernel(
-    X, Rnorm, n, d, stride, UNIT: tl.constexpr, EPS: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr
-):
+def row_rnorm_kernel(X, Rnorm, n, d, stride, UNIT: tl.constexpr, EPS: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):
     """``Rnorm[i] = 1 / max(|X[i]|, EPS)``; a program takes BR rows."""
     d *= UNIT
     stride *= UNIT
