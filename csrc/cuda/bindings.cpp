@@ -1,0 +1,242 @@
+// The kernels as PyTorch operators nckernels_cuda::*, through PyTorch's stable ABI: one binary serves many
+// versions of torch. Every operator writes to tensors that its caller has allocated, launches on the current
+// stream of their device and returns at once. Shapes are the caller's business (nckernels/backends/cuda.py).
+//
+// With NCK_HOST the same file binds the emulated kernels of the tests, for tensors on the CPU.
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "args.h"
+
+namespace {
+
+using namespace nck;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+using torch::headeronly::ScalarType;
+
+#if defined(NCK_HOST)
+#define NCK_DISPATCH_KEY CPU
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor&) {}
+  Stream stream() const { return nullptr; }
+};
+#else
+#define NCK_DISPATCH_KEY CUDA
+// Makes a tensor's device the current one, and knows its current stream.
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor& x) : index_(x.get_device_index()), guard_(index_) {}
+  Stream stream() const {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    return stream;
+  }
+
+ private:
+  int32_t index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+#endif
+
+template <class T>
+T* pointer(const Tensor& x) {
+  return static_cast<T*>(x.data_ptr());
+}
+template <class T>
+T* pointer(const MaybeTensor& x) {
+  return x ? static_cast<T*>(x->data_ptr()) : nullptr;
+}
+
+Kind kind_of(const Tensor& x, bool exact = false) {
+  switch (x.scalar_type()) {
+    case ScalarType::BFloat16:
+      return Kind::kBf16;
+    case ScalarType::Half:
+      return Kind::kF16;
+    case ScalarType::Float:
+      return exact ? Kind::kTf32x3 : Kind::kTf32;
+    default:
+      STD_TORCH_CHECK(false, "nckernels_cuda: expected float32, bfloat16 or float16 rows");
+  }
+}
+
+int rows_of(const Tensor& x) { return int(x.size(0)); }
+int width_of(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 2 && (x.stride(1) == 1 || x.size(1) == 1),
+                  "nckernels_cuda: rows must be contiguous");
+  return int(x.size(1));
+}
+
+// The arguments of an operand, in C++ and in the schemas.
+#define NCK_SIDE(P)                                                                                       \
+  const Tensor &P, const Tensor &P##_rnorm, const MaybeTensor &P##_label, const MaybeTensor &P##_count,   \
+      const MaybeTensor &P##_bias, const MaybeTensor &P##_lse, const MaybeTensor &P##_grad,               \
+      const MaybeTensor &P##_pos, int64_t P##_slots, int64_t P##_skip, bool P##_samples, bool P##_gather, \
+      bool P##_unsummed
+#define NCK_SIDE_SCHEMA(P)                                                                   \
+  "Tensor " P ", Tensor " P "_rnorm, Tensor? " P "_label, Tensor? " P "_count, Tensor? " P   \
+  "_bias, Tensor? " P "_lse, Tensor? " P "_grad, Tensor? " P "_pos, int " P "_slots, int " P \
+  "_skip, bool " P "_samples, bool " P "_gather, bool " P "_unsummed, "
+#define NCK_MAKE_SIDE(P)                                                                               \
+  Side {                                                                                               \
+    P.data_ptr(), pointer<float>(P##_rnorm), pointer<int64_t>(P##_label), pointer<int64_t>(P##_count), \
+        pointer<float>(P##_bias), pointer<float>(P##_lse), pointer<float>(P##_grad),                   \
+        pointer<float>(P##_pos), P.stride(0), P##_skip, int(P##_slots), P##_samples, P##_gather,       \
+        P##_unsummed                                                                                   \
+  }
+
+void op_row_rnorm(const Tensor& x, const Tensor& rnorm, double eps) {
+  OnDevice device(x);
+  row_rnorm(
+      {x.data_ptr(), pointer<float>(rnorm), x.stride(0), rows_of(x), width_of(x), float(eps), kind_of(x)},
+      device.stream());
+}
+
+void op_prepare_samples(const Tensor& z, const Tensor& w, const Tensor& target, const Tensor& beta,
+                        const Tensor& z_rnorm, const Tensor& pos, const MaybeTensor& w_rnorm,
+                        const MaybeTensor& mark, int64_t skip, bool same_label, double eps) {
+  OnDevice device(z);
+  width_of(w);
+  prepare_samples(
+      {z.data_ptr(), w.data_ptr(), pointer<int64_t>(target), pointer<float>(beta), pointer<float>(z_rnorm),
+       pointer<float>(pos), pointer<float>(w_rnorm), pointer<int64_t>(mark), z.stride(0), w.stride(0), skip,
+       rows_of(z), rows_of(w), width_of(z), float(eps), kind_of(z), same_label},
+      device.stream());
+}
+
+void op_compact(const Tensor& mark, const Tensor& rank, const Tensor& list, int64_t k, int64_t slots) {
+  OnDevice device(mark);
+  compact({pointer<int64_t>(mark), pointer<int64_t>(rank), pointer<int64_t>(list), int(k), int(slots)},
+          device.stream());
+}
+
+void op_half_scale(const MaybeTensor& class_grad, const MaybeTensor& class_lse,
+                   const MaybeTensor& instance_grad, const MaybeTensor& instance_lse,
+                   const MaybeTensor& pos_grad, const Tensor& z_rnorm, const Tensor& w_rnorm,
+                   const Tensor& scale, double limit) {
+  OnDevice device(scale);
+  half_scale(
+      {pointer<float>(class_grad), pointer<float>(class_lse), pointer<float>(instance_grad),
+       pointer<float>(instance_lse), pointer<float>(pos_grad), pointer<float>(z_rnorm),
+       pointer<float>(w_rnorm), pointer<float>(scale), rows_of(z_rnorm), rows_of(w_rnorm), float(limit)},
+      device.stream());
+}
+
+void op_log_sum_exp(NCK_SIDE(p), NCK_SIDE(q), const Tensor& beta, const MaybeTensor& out,
+                    const MaybeTensor& p_max, const MaybeTensor& p_sum, const MaybeTensor& q_max,
+                    const MaybeTensor& q_sum, int64_t first_tile, int64_t tiles, int64_t split,
+                    int64_t exclude, bool exact) {
+  OnDevice device(p);
+  log_sum_exp({NCK_MAKE_SIDE(p), NCK_MAKE_SIDE(q), pointer<float>(beta), pointer<float>(out),
+               pointer<float>(p_max), pointer<float>(p_sum), pointer<float>(q_max), pointer<float>(q_sum),
+               int(first_tile), int(tiles), int(split), width_of(p), kind_of(p, exact), Exclude(exclude)},
+              device.stream());
+}
+
+void op_combine(const Tensor& max, const Tensor& sum, const MaybeTensor& label, const MaybeTensor& count,
+                const MaybeTensor& out, int64_t skip, int64_t first, int64_t parts, int64_t slots,
+                bool gather, bool keep) {
+  OnDevice device(max);
+  combine({pointer<float>(max), pointer<float>(sum), pointer<int64_t>(label), pointer<int64_t>(count),
+           pointer<float>(out), skip, int(first), int(parts), int(slots), gather, keep},
+          device.stream());
+}
+
+void op_bias_grad(NCK_SIDE(p), NCK_SIDE(q), const Tensor& beta, const Tensor& part, int64_t split,
+                  int64_t exclude, bool exact) {
+  OnDevice device(p);
+  bias_grad({NCK_MAKE_SIDE(p), NCK_MAKE_SIDE(q), pointer<float>(beta), pointer<float>(part), int(split),
+             width_of(p), kind_of(p, exact), Exclude(exclude)},
+            device.stream());
+}
+
+void op_entries(NCK_SIDE(p), NCK_SIDE(q), const Tensor& beta, const MaybeTensor& scale, const Tensor& h,
+                int64_t p_start, int64_t p_stop, int64_t q_start, int64_t q_stop, int64_t exclude,
+                double norm_limit, bool exact) {
+  OnDevice device(p);
+  entries({NCK_MAKE_SIDE(p), NCK_MAKE_SIDE(q), pointer<float>(beta), pointer<float>(scale), h.data_ptr(),
+           h.stride(0), int(p_start), int(p_stop), int(q_start), int(q_stop), width_of(p), float(norm_limit),
+           kind_of(p, exact), Exclude(exclude)},
+          device.stream());
+}
+
+void op_short_grad(NCK_SIDE(p), NCK_SIDE(q), const Tensor& beta, const MaybeTensor& scale,
+                   const MaybeTensor& out, const MaybeTensor& dot, const MaybeTensor& part, int64_t split,
+                   int64_t exclude, double eps, double norm_limit) {
+  OnDevice device(p);
+  STD_TORCH_CHECK(width_of(p) <= 256 && kind_of(p) != Kind::kTf32, "nckernels_cuda: rows are too long");
+  short_grad({NCK_MAKE_SIDE(p), NCK_MAKE_SIDE(q), pointer<float>(beta), pointer<float>(scale),
+              pointer<void>(out), pointer<float>(dot), pointer<float>(part), int(split), width_of(p),
+              float(eps), float(norm_limit), kind_of(p), Exclude(exclude)},
+             device.stream());
+}
+
+void op_finish(NCK_SIDE(p), const Tensor& acc, const Tensor& beta, const MaybeTensor& scale,
+               const MaybeTensor& out, const MaybeTensor& dot, int64_t start, int64_t stop, int64_t parts,
+               int64_t part_stride, double eps, double norm_limit, bool norm_inside) {
+  OnDevice device(p);
+  finish({NCK_MAKE_SIDE(p), pointer<float>(acc), pointer<float>(beta), pointer<float>(scale),
+          pointer<void>(out), pointer<float>(dot), part_stride, int(start), int(stop), int(parts),
+          width_of(p), float(eps), float(norm_limit), kind_of(p), norm_inside},
+         device.stream());
+}
+
+void op_gather(NCK_SIDE(p), const Tensor& out, int64_t start, int64_t stop) {
+  OnDevice device(p);
+  gather({NCK_MAKE_SIDE(p), out.data_ptr(), int(start), int(stop), width_of(p), kind_of(p)}, device.stream());
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(nckernels_cuda, m) {
+  m.def("row_rnorm(Tensor x, Tensor(a!) rnorm, float eps) -> ()");
+  m.def(
+      "prepare_samples(Tensor z, Tensor w, Tensor target, Tensor beta, Tensor(a!) z_rnorm, Tensor(b!) pos, "
+      "Tensor(c!)? w_rnorm, Tensor(d!)? mark, int skip, bool same_label, float eps) -> ()");
+  m.def("compact(Tensor mark, Tensor rank, Tensor(a!) list, int k, int slots) -> ()");
+  m.def(
+      "half_scale(Tensor? class_grad, Tensor? class_lse, Tensor? instance_grad, Tensor? instance_lse, "
+      "Tensor? pos_grad, Tensor z_rnorm, Tensor w_rnorm, Tensor(a!) scale, float limit) -> ()");
+  m.def("log_sum_exp(" NCK_SIDE_SCHEMA("p") NCK_SIDE_SCHEMA(
+      "q") "Tensor beta, Tensor(a!)? out, Tensor(b!)? p_max, Tensor(c!)? p_sum, Tensor(d!)? q_max, "
+           "Tensor(e!)? q_sum, int first_tile, int tiles, int split, int exclude, bool exact) -> ()");
+  m.def(
+      "combine(Tensor(a!) max, Tensor(b!) sum, Tensor? label, Tensor? count, Tensor(c!)? out, int skip, "
+      "int first, int parts, int slots, bool gather, bool keep) -> ()");
+  m.def("bias_grad(" NCK_SIDE_SCHEMA("p")
+            NCK_SIDE_SCHEMA("q") "Tensor beta, Tensor(a!) part, int split, int exclude, bool exact) -> ()");
+  m.def("entries(" NCK_SIDE_SCHEMA("p") NCK_SIDE_SCHEMA(
+      "q") "Tensor beta, Tensor? scale, Tensor(a!) h, int p_start, int p_stop, int q_start, int q_stop, "
+           "int exclude, float norm_limit, bool exact) -> ()");
+  m.def("short_grad(" NCK_SIDE_SCHEMA("p") NCK_SIDE_SCHEMA(
+      "q") "Tensor beta, Tensor? scale, Tensor(a!)? out, Tensor(b!)? dot, Tensor(c!)? part, int split, "
+           "int exclude, float eps, float norm_limit) -> ()");
+  // `acc` may be `out`.
+  m.def("finish(" NCK_SIDE_SCHEMA(
+      "p") "Tensor(a!) acc, Tensor beta, Tensor? scale, Tensor(a!)? out, Tensor(b!)? dot, int start, int "
+           "stop, "
+           "int parts, int part_stride, float eps, float norm_limit, bool norm_inside) -> ()");
+  m.def("gather(" NCK_SIDE_SCHEMA("p") "Tensor(a!) out, int start, int stop) -> ()");
+}
+
+#define NCK_IMPL_FOR(KEY)                                      \
+  STABLE_TORCH_LIBRARY_IMPL(nckernels_cuda, KEY, m) {          \
+    m.impl("row_rnorm", TORCH_BOX(&op_row_rnorm));             \
+    m.impl("prepare_samples", TORCH_BOX(&op_prepare_samples)); \
+    m.impl("compact", TORCH_BOX(&op_compact));                 \
+    m.impl("half_scale", TORCH_BOX(&op_half_scale));           \
+    m.impl("log_sum_exp", TORCH_BOX(&op_log_sum_exp));         \
+    m.impl("combine", TORCH_BOX(&op_combine));                 \
+    m.impl("bias_grad", TORCH_BOX(&op_bias_grad));             \
+    m.impl("entries", TORCH_BOX(&op_entries));                 \
+    m.impl("short_grad", TORCH_BOX(&op_short_grad));           \
+    m.impl("finish", TORCH_BOX(&op_finish));                   \
+    m.impl("gather", TORCH_BOX(&op_gather));                   \
+  }
+NCK_IMPL_FOR(NCK_DISPATCH_KEY)

@@ -1,0 +1,155 @@
+"""Compile every file of csrc/cuda for GPUs that need not be here, and judge what the compiler made of it.
+
+    python tools/check_cuda.py [--quick] [--arch 80] [--only lse.cu] [--jobs 2] [--all-rows]
+
+Prints registers and spills of the kernels (the worst instantiation of each, or all) and exits with 1 if one
+spills or uses a stack, or if a file does not compile; the bindings are compiled against torch's headers, a
+CPU build's will do. Shared memory is dynamic: what each launch asks for is checked in tests/cuda_host.
+``--quick`` compiles for sm_90a only. Without nvcc there is nothing to check: a note, and exit code 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from nckernels.backends.cuda import CXX_FLAGS, NVCC_FLAGS, SOURCES
+
+CSRC = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
+TORCH_INCLUDE = Path(torch.__file__).parent / "include"
+ARCHES = tuple(re.findall(r"code=sm_(\w+)", " ".join(NVCC_FLAGS)))
+KINDS = ("bf16", "fp16", "tf32", "tf32x3")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    name: str
+    arch: str
+    registers: int
+    spills: int
+    stack: int
+    static_shared: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    label: str
+    seconds: float
+    kernels: list[Kernel]
+    error: str = ""
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc") or shutil.which("nvcc", path=str(Path(home) / "bin"))
+
+
+def readable(symbol: str) -> str:
+    """'lse_kernel<bf16, int, false>' from a demangled signature that says '(nck::Kind)0'."""
+    name = re.sub(r"\(anonymous namespace\)::|^void |nck::", "", symbol)
+    name = re.sub(r"\(Kind\)(\d)", lambda match: KINDS[int(match[1])], name)
+    return re.sub(r"\(int\)", "", re.sub(r"\([A-Z]\w+Args\)$", "", name))
+
+
+def parse(log: str, arch: str) -> list[Kernel]:
+    """The kernels that ``ptxas -v`` tells of."""
+    blocks = re.split(r"Compiling entry function '", log)[1:]
+    symbols = [block.split("'", 1)[0] for block in blocks]
+    filt = shutil.which("c++filt")
+    if filt and symbols:
+        listing = subprocess.run([filt, *symbols], capture_output=True, text=True, check=True).stdout
+        symbols = listing.splitlines()
+
+    def number(pattern: str, block: str) -> int:
+        return sum(int(n) for n in re.findall(pattern, block))
+
+    return [
+        Kernel(
+            readable(symbol),
+            arch,
+            number(r"Used (\d+) registers", block),
+            number(r"(\d+) bytes spill", block),
+            number(r"(\d+) bytes stack frame", block),
+            number(r"(\d+) bytes smem", block),
+        )
+        for symbol, block in zip(symbols, blocks, strict=True)
+    ]
+
+
+def compile_one(nvcc: str, source: str, arch: str) -> Outcome:
+    flags = [f for f in CXX_FLAGS if not f.startswith("-O")] + [f"-I{TORCH_INCLUDE}"]
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        command = [nvcc, *flags, "-c", str(CSRC / source), "-o", f"{folder}/object.o"]
+        if source.endswith(".cu"):
+            command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v"]
+        result = subprocess.run(command, capture_output=True, text=True)
+    label = f"{source} sm_{arch}" if source.endswith(".cu") else source
+    log = result.stdout + result.stderr
+    error = log if result.returncode else ""
+    return Outcome(label, time.perf_counter() - begin, [] if error else parse(log, arch), error)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", action="append", choices=ARCHES)
+    parser.add_argument("--quick", action="store_true", help="the newest architecture only")
+    parser.add_argument("--only", default="", help="a part of the file name")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--all-rows", action="store_true", help="every instantiation, not the worst of a kernel")
+    options = parser.parse_args()
+
+    nvcc = find_nvcc()
+    if nvcc is None:
+        print("nvcc not found (PATH, CUDA_HOME): the CUDA kernels are not checked")
+        return 0
+    arches = ARCHES[-1:] if options.quick else options.arch or ARCHES
+    # Longest first; the bindings are plain C++, the same for all architectures.
+    sources = sorted((s for s in SOURCES if options.only in s), key=lambda s: -(CSRC / s).stat().st_size)
+    jobs = [(s, a) for s in sources for a in (arches if s.endswith(".cu") else arches[:1])]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        outcomes = list(pool.map(lambda job: compile_one(nvcc, *job), jobs))
+
+    kernels = [kernel for outcome in outcomes for kernel in outcome.kernels]
+    rows = kernels if options.all_rows else worst_of_each(kernels)
+    print(f"{'kernel':56} {'arch':7} {'registers':>9} {'spills':>7} {'stack':>6} {'static shared':>14}")
+    for k in sorted(rows, key=lambda k: (k.name, k.arch)):
+        print(f"{k.name:56} sm_{k.arch:4} {k.registers:9} {k.spills:7} {k.stack:6} {k.static_shared:14}")
+    failed = False
+    for outcome in outcomes:
+        print(f"{outcome.label:32} {len(outcome.kernels):3} kernels {outcome.seconds:6.1f} s")
+        if outcome.error:
+            print(outcome.error)
+            failed = True
+    for k in kernels:
+        if k.spills or k.stack:
+            print(f"FAILED {k.name} sm_{k.arch}: {k.spills} bytes of spills, {k.stack} bytes of stack")
+            failed = True
+    print("failed" if failed else f"all good: {len(kernels)} kernels, no spills")
+    return int(failed)
+
+
+def worst_of_each(kernels: list[Kernel]) -> list[Kernel]:
+    """Per kernel, number format and architecture the instantiation with most spills, then registers."""
+    worst: dict[tuple[str, ...], Kernel] = {}
+    for k in kernels:
+        key = (*k.name.split(",")[0:1], k.arch)
+        if key not in worst or (k.spills, k.registers) > (worst[key].spills, worst[key].registers):
+            worst[key] = k
+    return list(worst.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

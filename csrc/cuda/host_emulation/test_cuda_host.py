@@ -1,0 +1,273 @@
+"""The CUDA backend, kernels and all, on the CPU: csrc/cuda on top of an emulator of the GPU's primitives.
+
+Every CUDA thread runs as a fiber, in an order drawn at random. Shared memory, destinations of unfinished
+copies and all of the backend's uninitialised tensors hold NaN: what is read too early or never written shows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import subprocess
+from collections.abc import Iterator
+
+import host_build
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+import nckernels
+from nckernels.backends import cuda, registry
+
+pytestmark = [
+    pytest.mark.skipif(host_build.missing() is not None, reason=str(host_build.missing())),
+    pytest.mark.xdist_group("cuda_host"),  # one process builds and loads the library
+]
+
+ROUND_ROBIN, UNIFORM, RUN_AHEAD = SCHEDULES = range(3)
+NAN, LARGE = 0xFFFFFFFF, 0x7E007E00
+"""Poisons: NaN in every format; and large but finite, since a maximum swallows NaN."""
+FAULTS = {"missing barrier": 1, "missing wait": 2, "wrong fragment": 3, "missing tail mask": 4}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TWO = (torch.bfloat16, torch.float32)
+"""Where float16, which differs from bfloat16 in its scaling only, is not worth its time."""
+
+
+class HostBackend(cuda.CudaBackend):
+    """The CUDA backend for tensors on the CPU."""
+
+    def missing(self) -> str | None:
+        return None
+
+    def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        return None
+
+
+class Emulator:
+    def __init__(self) -> None:
+        path = host_build.library()
+        torch.ops.load_library(path)
+        self._configure = ctypes.CDLL(str(path)).emu_configure
+        self._configure.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_int, ctypes.c_uint32]
+
+    def configure(self, schedule: int = UNIFORM, seed: int = 1, fault: int = 0, poison: int = NAN) -> None:
+        self._configure(schedule, seed, fault, poison)
+
+
+@pytest.fixture(scope="session")
+def loaded() -> Emulator:
+    return Emulator()
+
+
+@pytest.fixture
+def emulator(loaded: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
+    """The backend "cuda" is the emulated one, and the tensors that it allocates hold NaN."""
+    monkeypatch.setitem(registry.BACKENDS, "cuda", HostBackend())
+    loaded.configure()
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns
+    with nckernels.use_backend("cuda"):
+        yield loaded
+    torch.use_deterministic_algorithms(before)
+    loaded.configure()
+
+
+# --- against the oracle -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exclude", oracle.EXCLUDES)
+@pytest.mark.parametrize("direction", oracle.DIRECTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masks_and_directions(emulator: Emulator, dtype: torch.dtype, direction: str, exclude: str) -> None:
+    """Two tiles and a ragged tail on both sides, rows short enough for the chip (16-bit) or not (32-bit)."""
+    for schedule, poison, d in ((UNIFORM, LARGE, 40), (RUN_AHEAD, NAN, 77)):
+        emulator.configure(schedule, seed=d, poison=poison)
+        problem = oracle.make_problem(150, 140, d, direction=direction, exclude=exclude, bias=d == 77, seed=d)
+        oracle.check(problem, dtype)
+
+
+@pytest.mark.parametrize("exclude", oracle.EXCLUDES)
+@pytest.mark.parametrize("dtype", TWO, ids=str)
+def test_long_rows(emulator: Emulator, dtype: torch.dtype, exclude: str) -> None:
+    """Rows too long for the chip: several panels, aligned rows and others."""
+    with nckernels.use_workspace(64 << 10):
+        for d, direction in ((264, "class"), (301, "both")):
+            emulator.configure(RUN_AHEAD, seed=d)
+            problem = oracle.make_problem(150, 135, d, direction=direction, exclude=exclude, bias=True)
+            oracle.check(problem, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("m", "k", "d"), [(1, 1, 1), (2, 300, 8), (300, 2, 130), (129, 127, 256), (64, 64, 64), (128, 256, 31)]
+)
+def test_shapes(emulator: Emulator, m: int, k: int, d: int, dtype: torch.dtype) -> None:
+    for direction in oracle.DIRECTIONS:
+        oracle.check(oracle.make_problem(m, k, d, direction=direction, exclude="target", ignored=0.1), dtype)
+
+
+@pytest.mark.parametrize("dtype", TWO, ids=str)
+@pytest.mark.parametrize(("m", "k"), [(150, 400), (300, 140)])
+def test_present_only(emulator: Emulator, m: int, k: int, dtype: torch.dtype) -> None:
+    for d, exclude in itertools.product((48, 296), ("none", "target")):
+        problem = oracle.make_problem(m, k, d, exclude=exclude, present_only=True, bias=True)
+        oracle.check(problem, dtype)
+
+
+@pytest.mark.parametrize("places", [1, 132])
+@pytest.mark.parametrize("dtype", TWO, ids=str)
+def test_splits(emulator: Emulator, dtype: torch.dtype, places: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread block for all tiles of Q, and one for each."""
+    monkeypatch.setattr(cuda, "_device", lambda device: (places, 227 << 10))
+    for d, direction in ((64, "class"), (130, "both")):
+        oracle.check(oracle.make_problem(260, 150, d, direction=direction, exclude="target", bias=True), dtype)
+
+
+def test_little_shared_memory(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the smallest devices rows of 256 go through panels."""
+    monkeypatch.setattr(cuda, "_device", lambda device: (4, 99 << 10))
+    oracle.check(oracle.make_problem(140, 130, 256, exclude="target"), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("beta", [0.5, 100.0, 1000.0])
+def test_temperatures(emulator: Emulator, beta: float, dtype: torch.dtype) -> None:
+    oracle.check(oracle.make_problem(140, 130, 48, direction="both", exclude="target", beta=beta), dtype)
+
+
+@pytest.mark.parametrize("wanted", oracle.INPUTS)
+def test_single_gradients(emulator: Emulator, wanted: str) -> None:
+    for d, direction in itertools.product((32, 264), oracle.DIRECTIONS):
+        problem = oracle.make_problem(140, 150, d, direction=direction, exclude="target", bias=True)
+        if wanted in problem.inputs():
+            oracle.check(problem, torch.bfloat16, wrt=(wanted,))
+
+
+def test_everything_ignored_and_nothing_at_all(emulator: Emulator) -> None:
+    for dtype in DTYPES:
+        for direction in oracle.DIRECTIONS:
+            oracle.check(oracle.make_problem(5, 4, 8, direction=direction, exclude="target", ignored=1.1), dtype)
+            oracle.check(oracle.make_problem(0, 4, 8, direction=direction), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zero_rows(emulator: Emulator, dtype: torch.dtype) -> None:
+    problem = oracle.make_problem(140, 130, 40, direction="both", exclude="target")
+    problem.features[::7] = 0
+    problem.prototypes[3] = 0
+    for upstream in problem.upstream.values():
+        upstream *= 1e-3  # the gradient of a zero row is up to 1 / eps times that: float16 must hold it
+    oracle.check(problem, dtype)
+
+
+def test_tf32(emulator: Emulator) -> None:
+    """Products of float32 rounded to tf32, as torch is told to allow: as exact as tf32 is."""
+    problem = oracle.make_problem(150, 140, 72, direction="both", exclude="target", ignored=0).to(torch.float32)
+    exact = oracle.run(oracle.dense, problem.to(torch.float64))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        got = oracle.run(oracle.package, problem)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for ours, truth in zip(got, exact, strict=True):
+        for name, value in ours.items():
+            assert value is not None
+            error = (value.double() - truth[name]).norm() / truth[name].norm()
+            assert 1e-7 < error < 2e-3 or name == "pos", (name, float(error))
+
+
+# --- reads and writes that must not be --------------------------------------------------------------------
+
+
+def _in_nan(x: Tensor, columns: int) -> Tensor:
+    """The same matrix inside a larger one of NaN."""
+    big = torch.full((x.shape[0] + 2, x.shape[1] + columns), torch.nan, dtype=x.dtype)
+    big[1:-1, : x.shape[1]] = x
+    return big[1:-1, : x.shape[1]]
+
+
+@pytest.mark.parametrize("columns", [8, 7])
+@pytest.mark.parametrize("d", [64, 41, 280])
+def test_nothing_is_read_past_the_rows(emulator: Emulator, d: int, columns: int) -> None:
+    """Rows in a sea of NaN, aligned and not: the same bits come out."""
+    for dtype in TWO:
+        problem = oracle.make_problem(140, 130, d, direction="both", exclude="target").to(dtype)
+        leaves = {name: t.clone().requires_grad_() for name, t in problem.inputs().items()}
+        plain = oracle.package(problem, leaves)
+        padded = dict(leaves)
+        for name in ("features", "prototypes"):
+            padded[name] = _in_nan(leaves[name].detach(), columns).requires_grad_()
+        sea = oracle.package(problem, padded)
+        for name, value in plain.items():
+            assert torch.equal(value, sea[name]), name
+        upstream = [problem.upstream[name] for name in plain]
+        grads = torch.autograd.grad(list(plain.values()), list(leaves.values()), upstream)
+        others = torch.autograd.grad(list(sea.values()), list(padded.values()), upstream)
+        for one, other in zip(grads, others, strict=True):
+            # Aligned float32 panels of other shapes may add in another order in the library's product.
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_ignored_rows_are_never_touched(emulator: Emulator) -> None:
+    for d, dtype in itertools.product((48, 264), DTYPES):
+        problem = oracle.make_problem(150, 140, d, direction="both", exclude="target")
+        clean = oracle.run(oracle.package, problem.to(dtype))
+        problem.features[problem.target == problem.ignore_index] = torch.nan
+        outputs, grads = oracle.run(oracle.package, problem.to(dtype))
+        for name, value in clean[0].items():
+            assert torch.equal(value, outputs[name]), (d, dtype, name)
+        if d == 48 and dtype != torch.float32:  # no library products, in which 0 * NaN is NaN
+            for name, grad in clean[1].items():
+                assert torch.equal(grad, grads[name]), (d, dtype, name)
+
+
+@pytest.mark.parametrize("d", [64, 264])
+def test_order_of_threads_does_not_matter(emulator: Emulator, d: int) -> None:
+    """Bit for bit the same under every schedule: nothing depends on who comes first."""
+    problem = oracle.make_problem(150, 140, d, direction="both", exclude="target", bias=True).to(torch.bfloat16)
+    results = []
+    for schedule, seed in ((UNIFORM, 1), (UNIFORM, 2), (ROUND_ROBIN, 1), (RUN_AHEAD, 1)):
+        emulator.configure(schedule, seed)
+        outputs, grads = oracle.run(oracle.package, problem)
+        results.append({**outputs, **{f"grad {name}": g for name, g in grads.items()}})
+    for other in results[1:]:
+        for name, value in results[0].items():
+            assert torch.equal(value, other[name]), name
+
+
+# --- does it notice? --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_caught(emulator: Emulator, fault: str, schedule: int) -> None:
+    problem = oracle.make_problem(150, 140, 304, direction="class", exclude="target", ignored=0)
+    emulator.configure(schedule)
+    oracle.check(problem, torch.bfloat16, wrt=())
+    emulator.configure(schedule, fault=FAULTS[fault])
+    with pytest.raises((AssertionError, RuntimeError)):
+        oracle.check(problem, torch.bfloat16, wrt=())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", host_build.SANITIZERS)
+def test_sanitizers(sanitizer: str) -> None:
+    """No data race and no access out of bounds; and those that are planted are reported."""
+    program = host_build.program(sanitizer)
+    environment = {**os.environ, "TSAN_OPTIONS": "exitcode=66", "ASAN_OPTIONS": "detect_leaks=0:exitcode=66"}
+
+    def run(fault: int) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([str(program), str(fault)], env=environment, capture_output=True, text=True, timeout=280)
+
+    clean = run(0)
+    assert clean.returncode == 0, clean.stderr[-4000:]
+    fault, report = {
+        "thread": ("missing barrier", "data race"),
+        "address": ("missing tail mask", "heap-buffer-overflow"),
+    }[sanitizer]
+    caught = run(FAULTS[fault])
+    assert caught.returncode != 0
+    assert report in caught.stderr, caught.stderr[-4000:]

@@ -1,0 +1,151 @@
+// Row norms, positives, and the list of classes that occur: everything that is O(M d) or O(K).
+//
+// The similarity of two rows is (z . w) r_z r_w with r = 1 / max(|row|, eps). Storing the two vectors r
+// instead of normalised copies of the matrices saves a write and a read of both, and the tensor cores see
+// the caller's exact numbers.
+
+#include "vectors.h"
+
+namespace nck {
+namespace {
+
+constexpr int kThreads = 256;
+
+template <class T>
+NCK_KERNEL(kThreads, 4)
+row_rnorm_kernel(const __grid_constant__ NormArgs a) {
+  RowTeam team = RowTeam::of(a.d, kThreads);
+  bool aligned = rows_aligned<T>(a.x, a.stride);
+  const T* row = static_cast<const T*>(a.x) + team.row * a.stride;
+  float total = 0.0f;
+  if (team.row < a.rows) {
+    for (int c = team.column; c < a.d; c += team.step) {
+      float x[8];
+      load8(x, row, c, a.d, aligned);
+#pragma unroll
+      for (int i = 0; i < 8; i++) total = fmaf(x[i], x[i], total);
+    }
+  }
+  total = team.sum(total);  // by all lanes, the idle ones too: a shuffle wants the whole warp
+  if (team.row < a.rows && team.column == 0) a.rnorm[team.row] = inverse_norm(total, a.eps);
+}
+
+// The partner's norm comes from the same loads, so that nothing waits for a pass over the prototypes.
+// Samples of one class write the same marks and norms: the order does not matter.
+template <class T>
+NCK_KERNEL(kThreads, 3)
+prepare_samples_kernel(const __grid_constant__ PrepareArgs a) {
+  RowTeam team = RowTeam::of(a.d, kThreads);
+  bool inside = team.row < a.m;
+  int64_t target = inside ? a.target[team.row] : a.skip;
+  // Targets out of range are reported elsewhere; here they must only not be followed.
+  bool valid = target != a.skip && (a.same_label || (target >= 0 && target < a.k));
+  int64_t partner = !valid ? 0 : a.same_label ? team.row : target;
+  const T* z_row = static_cast<const T*>(a.z) + team.row * a.z_stride;
+  const T* w_row = static_cast<const T*>(a.w) + partner * a.w_stride;
+  bool z_aligned = rows_aligned<T>(a.z, a.z_stride), w_aligned = rows_aligned<T>(a.w, a.w_stride);
+  float zz = 0.0f, ww = 0.0f, zw = 0.0f;
+  if (inside) {
+    for (int c = team.column; c < a.d; c += team.step) {
+      float z[8], w[8] = {};
+      load8(z, z_row, c, a.d, z_aligned);
+      if (valid) load8(w, w_row, c, a.d, w_aligned);
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        zz = fmaf(z[i], z[i], zz);
+        ww = fmaf(w[i], w[i], ww);
+        zw = fmaf(z[i], w[i], zw);
+      }
+    }
+  }
+  zz = team.sum(zz);
+  ww = team.sum(ww);
+  zw = team.sum(zw);
+  if (inside && team.column == 0) {
+    float z_rnorm = inverse_norm(zz, a.eps), w_rnorm = inverse_norm(ww, a.eps);
+    a.z_rnorm[team.row] = z_rnorm;
+    // Each norm meets the product by itself: z_rnorm * w_rnorm can pass float32's range for tiny rows.
+    a.pos[team.row] = valid ? *a.beta * (zw * z_rnorm * w_rnorm) : 0.0f;
+    if (a.mark && valid) {
+      store_relaxed(a.mark + partner, partner);
+      store_relaxed(a.w_rnorm + partner, w_rnorm);
+    }
+  }
+}
+
+NCK_KERNEL(kThreads, 4) compact_kernel(const __grid_constant__ CompactArgs a) {
+  int c = int(blockIdx.x) * kThreads + int(threadIdx.x);
+  int64_t count = a.rank[a.k - 1];
+  // The two stores never meet: marked classes go to slots before `count`, the filling from there on.
+  if (c < a.k && a.mark[c] >= 0) a.list[a.rank[c] - 1] = c;
+  if (c >= count && c < a.slots) a.list[c] = -1;
+  if (c == 0) a.list[a.slots] = count;
+}
+
+constexpr int kScaleThreads = 1024;
+
+NCK_DEVICE float block_max(float x, float* scratch) {
+  for (int mask = 1; mask < 32; mask *= 2) x = fmaxf(x, shfl_xor(x, mask));
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+  block_sync();
+  for (int i = 0; i < kScaleThreads / 32; i++) x = fmaxf(x, scratch[i]);
+  block_sync();  // before the next call writes to scratch
+  return x;
+}
+
+// max |x|, without what cannot matter: empty sets (lse = -inf), infinities and NaN.
+NCK_DEVICE float largest(const float* x, const float* lse, int n, float limit) {
+  float best = 0.0f;
+  for (int i = int(threadIdx.x); x && i < n; i += kScaleThreads) {
+    float value = fabsf(x[i]);
+    if (value < limit && (!lse || lse[i] > -infinity())) best = fmaxf(best, value);
+  }
+  return best;
+}
+
+// The entries A r of the gradient's tiles are of the size of the upstream gradients, usually 1 / M, and
+// smaller by the softmax: in float16 they would vanish. No entry of A exceeds the sum of the largest
+// upstream gradients, so with the largest norms these scales take every A r to at most 2^14, a quarter of
+// what float16 holds. Rows shorter than eps (r >= limit) are left out, see summand_rnorm. One block.
+NCK_KERNEL(kScaleThreads, 1) half_scale_kernel(const __grid_constant__ HalfScaleArgs a) {
+  SharedArena arena;
+  float* scratch = arena.take<float>(kScaleThreads / 32);
+  float bound = block_max(largest(a.class_grad, a.class_lse, a.k, infinity()), scratch);
+  bound += block_max(largest(a.instance_grad, a.instance_lse, a.m, infinity()), scratch);
+  bound += block_max(largest(a.pos_grad, nullptr, a.m, infinity()), scratch);
+  float z = block_max(largest(a.z_rnorm, nullptr, a.m, a.limit), scratch);
+  float w = block_max(largest(a.w_rnorm, nullptr, a.k, a.limit), scratch);
+  if (threadIdx.x == 0) {
+    // Where there is nothing, any finite scale will do. The clamp keeps the scale itself finite.
+    float top = 14.0f - log2f(bound > 0 ? bound : 1.0f);
+    float z_bits = log2f(z > 0 ? z : 1.0f), w_bits = log2f(w > 0 ? w : 1.0f);
+    float exponent[3] = {top - w_bits, top - z_bits, top - z_bits - w_bits};
+    for (int i = 0; i < 3; i++) a.scale[i] = exp2f(fminf(fmaxf(floorf(exponent[i]), -100.0f), 100.0f));
+  }
+}
+
+}  // namespace
+
+void row_rnorm(const NormArgs& args, Stream stream) {
+  int rows = rows_per_block(args.d, kThreads);
+  with_row_type(args.kind, [&](auto number) {
+    launch(row_rnorm_kernel<decltype(number)>, (args.rows + rows - 1) / rows, kThreads, 0, stream, args);
+  });
+}
+
+void prepare_samples(const PrepareArgs& args, Stream stream) {
+  int rows = rows_per_block(args.d, kThreads);
+  with_row_type(args.kind, [&](auto number) {
+    launch(prepare_samples_kernel<decltype(number)>, (args.m + rows - 1) / rows, kThreads, 0, stream, args);
+  });
+}
+
+void compact(const CompactArgs& args, Stream stream) {
+  launch(compact_kernel, (args.k + kThreads - 1) / kThreads, kThreads, 0, stream, args);
+}
+
+void half_scale(const HalfScaleArgs& args, Stream stream) {
+  launch(half_scale_kernel, 1, kScaleThreads, kScaleThreads / 32 * sizeof(float), stream, args);
+}
+
+}  // namespace nck

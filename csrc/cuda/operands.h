@@ -1,0 +1,109 @@
+// Device functions about the rows of an operand: which they are, whether they take part, what they carry.
+#pragma once
+
+#include "args.h"
+#include "primitives.h"
+
+namespace nck {
+
+inline constexpr float kLog2e = 1.4426950408889634f;
+inline constexpr float kLn2 = 0.6931471805599453f;
+
+NCK_DEVICE float infinity() { return bits_float(0x7f800000u); }
+
+// NaN survives the maximum here (fmaxf prefers the number): rows with NaN must give NaN.
+NCK_DEVICE float inverse_norm(float square_sum, float eps) {
+  float norm = sqrtf(square_sum);
+  return 1.0f / (norm < eps ? eps : norm);
+}
+
+// log2(0) = -inf, which an empty sum relies on.
+NCK_DEVICE float log2_of(float x) { return log2f(x); }
+
+// The maximum to subtract: 0 for an empty set, where -inf - -inf would be NaN.
+NCK_DEVICE float shift_of(float largest) { return largest == -infinity() ? 0.0f : largest; }
+
+NCK_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
+
+NCK_DEVICE int used_slots(const Side& side) {
+  return side.count ? min_of(int(*side.count), side.slots) : side.slots;
+}
+
+struct Slot {
+  int64_t label;
+  int row;
+  bool summed;  // takes part in sums
+  bool here;    // has a row at all: summed, or perhaps someone's positive
+};
+
+NCK_DEVICE Slot slot_at(const Side& side, int slot, int used) {
+  bool inside = slot < used;
+  if (planted(Fault::kMissingTailMask)) inside = true;
+  Slot s;
+  // The tail reads as `skip`: one comparison answers for tail and left-out rows alike.
+  s.label = !inside ? side.skip : side.label ? side.label[slot] : slot;
+  s.summed = inside && (!side.label || s.label != side.skip);
+  s.here = s.summed || (inside && side.unsummed);
+  s.row = side.gather ? (s.summed ? int(s.label) : 0) : slot;
+  return s;
+}
+
+// The number that an entry's two sides must not share: equal tags are left out of the sums. Labels for
+// "same_label" can be any 64-bit integers, all other tags are rows.
+template <class Tag>
+NCK_DEVICE Tag mask_tag(const Side& side, const Slot& s, Exclude exclude) {
+  switch (exclude) {
+    case Exclude::kNone:
+      return side.samples ? Tag(-1) : Tag(-2);
+    case Exclude::kTarget:
+      return side.samples ? Tag(int(s.label)) : Tag(s.row);
+    case Exclude::kSelf:
+      return Tag(s.row);
+    default:
+      return Tag(s.label);
+  }
+}
+
+// The number that a sample and its positive prototype share, and no other pair.
+NCK_DEVICE int partner_tag(const Side& side, const Slot& s, Exclude exclude) {
+  return side.samples && exclude != Exclude::kSameLabel ? int(s.label) : s.row;
+}
+
+// What is added to the logits of a row where it is summed over, in base-2 units; -inf: left out.
+NCK_DEVICE float summand_bias(const Side& side, const Slot& s) {
+  if (!s.summed) return -infinity();
+  return side.bias ? side.bias[s.row] * kLog2e : 0.0f;
+}
+
+NCK_DEVICE float rnorm_of(const Side& side, const Slot& s) { return s.here ? side.rnorm[s.row] : 0.0f; }
+
+struct Upstream {
+  float lse;  // in base 2
+  float grad;
+};
+
+// A row's log-sum-exp and its gradient, made harmless where there is nothing. An empty set has lse = -inf:
+// +inf in its place makes every exp(t - lse) zero, where -inf would give inf or NaN.
+NCK_DEVICE Upstream upstream_of(const Side& side, const Slot& s) {
+  Upstream u{infinity(), 0.0f};
+  if (side.grad && s.summed) {
+    float lse = side.lse[s.row];
+    if (lse != -infinity()) u = {lse * kLog2e, side.grad[s.row]};
+  }
+  return u;
+}
+
+// The factor of a row that is summed up: its inverse norm, except 1 for float16 rows shorter than eps. Their
+// 1 / eps = 16384 would push entries out of float16's range, for rows that are zero for all practical
+// purposes. `finish` puts the true factor back for the row's own gradient.
+NCK_DEVICE float summand_rnorm(float rnorm, float norm_limit) {
+  return norm_limit > 0 && rnorm >= norm_limit ? 1.0f : rnorm;
+}
+
+// The multiple of a row x to take from its sum, (u . acc) r, given along = x . acc. Nothing for rows shorter
+// than eps, which are divided by a constant; the comparison leaves room for the rounding of two reciprocals.
+NCK_DEVICE float radial(float rnorm, float along, float eps) {
+  return rnorm >= 0.999999f / eps ? 0.0f : rnorm * rnorm * along;
+}
+
+}  // namespace nck

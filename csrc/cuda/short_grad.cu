@@ -1,0 +1,246 @@
+// The gradient for short rows of 16 bits: everything stays on the chip.
+//
+// A block keeps 128 rows of P, walks over tiles of 64 rows of Q, recomputes the entries A of each tile and
+// adds A Q to the sums in its registers, as the backward pass of flash attention does. Each of eight warps
+// has 16 rows of P and whole rows of sums, so that warps meet only where a tile of Q is exchanged.
+
+#include <type_traits>
+
+#include "gradient.h"
+
+namespace nck {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kRowsP = 128;
+constexpr int kRowsQ = 64;
+
+// Rows of kD numbers; the exclusive or keeps eight neighbouring rows' pieces on different banks.
+template <int kD>
+NCK_DEVICE int row_offset(int row, int piece) {
+  return row * (2 * kD) + ((piece ^ (row & 7)) << 4);
+}
+
+// Starts copying slots [first, first + kRows) to shared memory, zeros past column d and for left-out rows.
+template <class T, int kRows, int kD>
+NCK_DEVICE void copy_rows(unsigned char* to, const Side& side, int first, int used, int d, bool aligned) {
+  constexpr int kPieces = kD / 8;
+#pragma unroll 2
+  for (int i = int(threadIdx.x); i < kRows * kPieces; i += kThreads) {
+    int row = i / kPieces, piece = i % kPieces, left = d - 8 * piece;
+    Slot s = slot_at(side, first + row, used);
+    int count = !s.here || left < 0 ? 0 : left < 8 ? left : 8;
+    const T* from = static_cast<const T*>(side.x) + (count ? int64_t(s.row) * side.stride + 8 * piece : 0);
+    unsigned char* at = to + row_offset<kD>(row, piece);
+    if (aligned) {
+      cp_async16(at, from, 2 * count);
+    } else {
+      union {
+        T number[8];
+        Vec16 vec;
+      } raw;
+      raw.vec = Vec16{};
+#pragma unroll
+      for (int n = 0; n < 8; n++) {
+        if (n < count) raw.number[n] = from[n];
+      }
+      *reinterpret_cast<Vec16*>(at) = raw.vec;
+    }
+  }
+}
+
+template <class T>
+NCK_DEVICE bool side_aligned(const Side& side) {
+  return (reinterpret_cast<uintptr_t>(side.x) | uintptr_t(side.stride * int64_t(sizeof(T)))) % 16 == 0;
+}
+
+template <int kD, class Tag, bool kBoth>
+constexpr size_t short_grad_shared() {
+  return 2 * kD * (kRowsP + 2 * kRowsQ) + 2 * kRowsQ * sizeof(Terms<Tag, kBoth>);
+}
+
+static_assert(short_grad_shared<128, int64_t, true>() <= 99 << 10, "what the smallest devices have");
+static_assert(short_grad_shared<256, int64_t, true>() <= 163 << 10, "what compute capability 8.0 has");
+
+// `split` blocks share an anchor tile when there are too few tiles to fill the device. Each then writes its
+// float32 sum to part[s, slot] for finish.cu; alone it finishes the rows itself.
+template <Kind K, int kD, class Tag, bool kBoth>
+NCK_KERNEL(kThreads, 1)
+short_grad_kernel(const __grid_constant__ GradArgs a) {
+  using T = Number<K>;
+  SharedArena arena;
+  auto* p_rows = arena.take<unsigned char>(2 * kD * kRowsP);
+  auto* q_rows = arena.take<unsigned char>(2 * 2 * kD * kRowsQ);
+  auto* columns = arena.take<Terms<Tag, kBoth>>(2 * kRowsQ);
+  const int lane = int(threadIdx.x) & 31, warp = int(threadIdx.x) >> 5, g = lane >> 2, t = lane & 3;
+  const int part = int(blockIdx.x) % a.split, p_first = int(blockIdx.x) / a.split * kRowsP;
+  const int p_used = used_slots(a.p), q_used = used_slots(a.q);
+  if (p_first >= p_used) return;
+  const bool p_aligned = side_aligned<T>(a.p), q_aligned = side_aligned<T>(a.q);
+  const int tiles = (q_used + kRowsQ - 1) / kRowsQ;
+  const float scale = a.scale ? *a.scale : 1.0f;
+
+  auto load_q = [&](int tile, int buffer) {
+    if (tile < tiles) {
+      copy_rows<T, kRowsQ, kD>(q_rows + buffer * 2 * kD * kRowsQ, a.q, tile * kRowsQ, q_used, a.d, q_aligned);
+    }
+    cp_commit();
+  };
+  copy_rows<T, kRowsP, kD>(p_rows, a.p, p_first, p_used, a.d, p_aligned);
+  load_q(part, 0);
+
+  Slot slot[2];
+  Terms<Tag, kBoth> row[2];
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    slot[h] = slot_at(a.p, p_first + 16 * warp + 8 * h + g, p_used);
+    row[h] = terms_of<Tag, kBoth>(a.p, slot[h], a.q.grad, a.exclude, a.norm_limit);
+    row[h].rnorm *= *a.beta * kLog2e;
+  }
+  float sum[kD / 8][4] = {};
+
+  int buffer = 0;
+  for (int tile = part; tile < tiles; tile += a.split) {
+    if (threadIdx.x < kRowsQ) {
+      Slot s = slot_at(a.q, tile * kRowsQ + int(threadIdx.x), q_used);
+      auto terms = terms_of<Tag, kBoth>(a.q, s, a.p.grad, a.exclude, a.norm_limit);
+      terms.factor *= scale;
+      columns[buffer * kRowsQ + threadIdx.x] = terms;
+    }
+    cp_wait<0>();
+    block_sync();  // this tile is there, and all are done with the other buffer
+    load_q(tile + a.split, buffer ^ 1);
+    const unsigned char* q_tile = q_rows + buffer * 2 * kD * kRowsQ;
+
+    float acc[8][4] = {};
+#pragma unroll
+    for (int k = 0; k < kD / 16; k++) {
+      uint32_t left[4];
+      ldmatrix(left, p_rows + row_offset<kD>(16 * warp + (lane & 15), 2 * k + (lane >> 4)));
+      Part<K, 4> x = prepare<K>(left);
+#pragma unroll
+      for (int j = 0; j < 8; j += 2) {
+        uint32_t right[4];
+        int q_row = 8 * j + (lane & 7) + 8 * (lane >> 4);
+        ldmatrix(right, q_tile + row_offset<kD>(q_row, 2 * k + ((lane >> 3) & 1)));
+        Part<K, 4> y = prepare<K>(right);
+        multiply<K>(acc[j], x, y, 0);
+        multiply<K>(acc[j + 1], x, y, 2);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        const Terms<Tag, kBoth> column = columns[buffer * kRowsQ + 8 * j + 2 * t + e];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          float& x = acc[j][2 * h + e];
+          x = entry(x, row[h], column) * column.factor;
+        }
+      }
+    }
+    // Products of two 8-column tiles lie in the registers as one 16-column left operand does.
+#pragma unroll
+    for (int k = 0; k < kRowsQ / 16; k++) {
+      Part<K, 4> x;
+      x.main[0] = pack(acc[2 * k][0], acc[2 * k][1], T{});
+      x.main[1] = pack(acc[2 * k][2], acc[2 * k][3], T{});
+      x.main[2] = pack(acc[2 * k + 1][0], acc[2 * k + 1][1], T{});
+      x.main[3] = pack(acc[2 * k + 1][2], acc[2 * k + 1][3], T{});
+#pragma unroll
+      for (int n = 0; n < kD / 16; n++) {
+        uint32_t right[4];
+        ldmatrix_transposed(right, q_tile + row_offset<kD>(16 * k + (lane & 15), 2 * n + (lane >> 4)));
+        Part<K, 4> y = prepare<K>(right);
+        multiply<K>(sum[2 * n], x, y, 0);
+        multiply<K>(sum[2 * n + 1], x, y, 2);
+      }
+    }
+    buffer ^= 1;
+  }
+  cp_wait<0>();
+  block_sync();  // P may have been waited for nowhere yet, if this block had no tile
+
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    int local = 16 * warp + 8 * h + g, s = p_first + local;
+    if (a.part) {
+      float* to = a.part + (int64_t(part) * a.p.slots + s) * a.d;
+#pragma unroll
+      for (int n = 0; n < kD / 8; n++) {
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          int column = 8 * n + 2 * t + e;
+          if (s < p_used && column < a.d) to[column] = sum[n][2 * h + e];
+        }
+      }
+      continue;
+    }
+    // The row itself is still in shared memory.
+    auto number = [&](int n, int e) {
+      const T* piece = reinterpret_cast<const T*>(p_rows + row_offset<kD>(local, n));
+      return to_float(piece[2 * t + e]);
+    };
+    float along = 0.0f;
+#pragma unroll
+    for (int n = 0; n < kD / 8; n++) {
+      along = fmaf(sum[n][2 * h], number(n, 0), along);
+      along = fmaf(sum[n][2 * h + 1], number(n, 1), along);
+    }
+    along += shfl_xor(along, 1);
+    along += shfl_xor(along, 2);
+    if (s >= p_used) continue;
+    bool here = slot[h].here;
+    float rnorm = rnorm_of(a.p, slot[h]), weight = rnorm / scale, factor = radial(rnorm, along, a.eps);
+    if (a.dot && t == 0) a.dot[s] = here ? weight * along : 0.0f;
+    if (!a.out || (a.p.gather && !here)) continue;
+    T* to = static_cast<T*>(a.out) + int64_t(slot[h].row) * a.d;
+#pragma unroll
+    for (int n = 0; n < kD / 8; n++) {
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        int column = 8 * n + 2 * t + e;
+        // Chosen, not multiplied by 0: NaN anywhere in Q has reached the sums of left-out rows.
+        float grad = here ? weight * *a.beta * fmaf(-factor, number(n, e), sum[n][2 * h + e]) : 0.0f;
+        if (column < a.d) to[column] = T{uint16_t(pack(grad, 0.0f, T{}))};
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void short_grad(const GradArgs& args, Stream stream) {
+  int64_t blocks = int64_t((args.p.slots + kRowsP - 1) / kRowsP) * args.split;
+  bool both = args.p.grad && args.q.grad;
+  auto with_all = [&](auto kind, auto width, auto tag) {
+    using Tag = decltype(tag);
+    constexpr int kD = width.value;
+    if (both) {
+      launch(short_grad_kernel<kind.value, kD, Tag, true>, blocks, kThreads,
+             short_grad_shared<kD, Tag, true>(), stream, args);
+    } else {
+      launch(short_grad_kernel<kind.value, kD, Tag, false>, blocks, kThreads,
+             short_grad_shared<kD, Tag, false>(), stream, args);
+    }
+  };
+  auto with_width = [&](auto kind) {
+    with_tag(args.exclude, [&](auto tag) {
+      if (args.d <= 64) {
+        with_all(kind, std::integral_constant<int, 64>{}, tag);
+      } else if (args.d <= 128) {
+        with_all(kind, std::integral_constant<int, 128>{}, tag);
+      } else {
+        with_all(kind, std::integral_constant<int, 256>{}, tag);
+      }
+    });
+  };
+  if (args.kind == Kind::kBf16) {
+    with_width(KindConstant<Kind::kBf16>{});
+  } else {
+    with_width(KindConstant<Kind::kF16>{});
+  }
+}
+
+}  // namespace nck
