@@ -105,7 +105,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _vector(x: Tensor | None) -> Tensor | None:
-    """Upstream gradients may be expanded scalars; the kernels index vectors directly."""
+    """Biases and upstream gradients may be expanded or strided; the kernels index plain vectors."""
     return None if x is None else x.contiguous()
 
 
@@ -192,15 +192,16 @@ def _sides(
 ) -> tuple[Side, Side]:
     """Both operands; ``kept`` are the prototypes' labels if only present classes count."""
     m, k = z.shape[0], w.shape[0]
-    samples = Side(z, z_rnorm, True, m, target, spec.ignore_index, bias=inputs.sample_bias)
+    sample_bias, class_bias = _vector(inputs.sample_bias), _vector(inputs.class_bias)
+    samples = Side(z, z_rnorm, True, m, target, spec.ignore_index, bias=sample_bias)
     if spec.square:
-        classes = Side(w, w_rnorm, False, k, target, spec.ignore_index, bias=inputs.class_bias)
+        classes = Side(w, w_rnorm, False, k, target, spec.ignore_index, bias=class_bias)
     elif kept.numel():
         slots = min(m, k)
         count = kept[slots:] if k > m else None
-        classes = Side(w, w_rnorm, False, slots, kept, -1, k > m, count, inputs.class_bias)
+        classes = Side(w, w_rnorm, False, slots, kept, -1, k > m, count, class_bias)
     else:
-        classes = Side(w, w_rnorm, False, k, bias=inputs.class_bias)
+        classes = Side(w, w_rnorm, False, k, bias=class_bias)
     return samples, classes
 
 
