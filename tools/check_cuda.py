@@ -25,6 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+
 from nckernels.backends.cuda import CXX_FLAGS, NVCC_FLAGS, SOURCES
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
