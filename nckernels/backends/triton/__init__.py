@@ -1,7 +1,8 @@
 """The Triton backend: tiles of similarities on the GPU that are reduced and dropped.
 
 Reading order: ``tiles`` (the vocabulary), ``lse`` (the forward pass), ``grad`` and ``finish`` (the
-backward pass), ``norms``, then ``launch`` (what runs when) and ``config`` (tile sizes).
+backward pass), ``norms``, then ``config`` (tile sizes) and ``launch`` (arguments). What runs when is shared
+with the CUDA backend, in ``tiled``.
 
 Importing this package does not import Triton: whether that is there is what ``missing`` answers.
 """
@@ -14,6 +15,7 @@ from importlib.util import find_spec
 
 import torch
 
+from .. import tiled
 from ..base import Backend, Forward, Gradients, Inputs, Needs, OutputGrads, Spec
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -56,9 +58,11 @@ class TritonBackend(Backend):
     def forward(self, inputs: Inputs, spec: Spec, keep: bool) -> Forward:
         from . import launch
 
-        return launch.forward(inputs, spec, keep)
+        with launch.on_device(inputs.features):
+            return tiled.forward(launch.TritonKernels(inputs, spec), keep)
 
     def backward(self, inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, needs: Needs) -> Gradients:
         from . import launch
 
-        return launch.backward(inputs, saved, grads, spec, needs)
+        with launch.on_device(inputs.features):
+            return tiled.backward(launch.TritonKernels(inputs, spec), saved, grads, needs)

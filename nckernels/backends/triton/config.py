@@ -14,7 +14,7 @@ behind the numbers:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from typing import Literal
 
 import torch
@@ -50,9 +50,6 @@ class Tile:
 
 
 INTERPRETER = Arch(generation=0, multiprocessors=4, shared=1 << 30)
-
-MIN_PANEL = 64
-"""The smallest side of a panel of gradient entries, however small the workspace."""
 
 
 @cache
@@ -204,44 +201,3 @@ def grad_tile(shape: Shape) -> Tile | None:
     if whole <= 128:
         return Tile(128, 32 if heavy else 64, whole, 8, 3 if heavy else 2)
     return Tile(64, 32 if heavy and shape.family == 90 else 64, 256, 8, 2)
-
-
-@lru_cache(maxsize=1024)
-def split_count(p_blocks: int, q_blocks: int, slots: int, least: int, most: int) -> int:
-    """How many programs share the Q blocks of one block of anchors.
-
-    Minimises the time of the longest chain of blocks on one of ``slots`` places, where a program costs
-    a third of a block on top of its blocks. ``most`` bounds the memory of the partial results; ``least``
-    keeps programs that run together on few anchors when these are re-read from the L2 cache.
-    """
-    most = max(1, min(most, q_blocks))
-    least = max(1, min(least, most))
-    best, best_time = most, float("inf")
-    for split in range(least, min(most, max(least, 4 * slots)) + 1):
-        rounds = -(-p_blocks * split // slots)
-        time = rounds * (-(-q_blocks // split) + 1 / 3)
-        if time < best_time:
-            best, best_time = split, time
-    return best
-
-
-def panel_shape(n_p: int, n_q: int, p_row_bytes: int, q_row_bytes: int, itemsize: int, budget: int) -> tuple[int, int]:
-    """Anchors and reduced rows of a panel of gradient entries, so that everything it needs fits ``budget``.
-
-    A panel of (p, q) takes ``p * q * itemsize + p * p_row_bytes + q * q_row_bytes`` bytes. Both sides are
-    inner dimensions of a matrix product whose result is accumulated, so the shorter one decides the
-    speed: take the panel whose shorter side is longest. Powers of two fill the device evenly.
-    """
-    best = (min(n_p, MIN_PANEL), min(n_q, MIN_PANEL))
-    candidates = [n_q] + [1 << i for i in range(n_q.bit_length()) if MIN_PANEL <= 1 << i < n_q]
-    for q in candidates:
-        p = (budget - q * q_row_bytes) // (pad16(q) * itemsize + p_row_bytes)
-        p = n_p if p >= n_p else 1 << (p.bit_length() - 1) if p >= MIN_PANEL else 0
-        if p and (min(p, q), p) > (min(best), best[0]):
-            best = (p, q)
-    return best
-
-
-def pad16(n: int) -> int:
-    """Leading dimensions that are multiples of 16 keep rows aligned for vector loads and tensor cores."""
-    return -(-n // 16) * 16

@@ -1,0 +1,128 @@
+"""What a backend of fused kernels implements: one method a kernel.
+
+Every kernel writes to tensors that its caller has allocated. ``a_p`` below is the sum of the gradient's
+entries times the normalised rows of Q, see ``triton/grad.py`` or ``csrc/cuda/gradient.h`` for the algebra.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..base import Inputs, Spec, norm_eps
+from .plan import Blocks
+from .sides import Result, Side, plain
+
+Partial = tuple[Tensor, Tensor] | tuple[None, None]
+"""Largest logits and sums relative to them, (parts, slots) each; or nothing of the kind."""
+
+
+class Kernels(ABC):
+    """The kernels of a backend, ready for one call."""
+
+    index_dtype: ClassVar[torch.dtype]
+    """Of the list of classes that occur."""
+
+    def __init__(self, inputs: Inputs, spec: Spec) -> None:
+        self.inputs = plain(inputs)
+        self.spec = spec
+        self.beta = inputs.inv_temperature
+        self.eps = norm_eps(inputs.features.dtype)
+        half = inputs.features.dtype == torch.float16
+        self.norm_limit = 0.999999 / self.eps if half else 0.0
+        """Inverse norms from here on belong to rows shorter than eps; 0 where it does not matter."""
+
+    def matmul(self, a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+        """``out = a @ b`` (+ out) with a float32 result, by the vendor's library."""
+        if a.dtype != torch.float32 and a.device.type == "cpu":
+            a, b = a.float(), b.float()  # in the interpreter and in the emulation
+        if a.dtype == torch.float32:
+            torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
+        elif torch.version.hip is not None:
+            product = torch.mm(a, b)
+            out.add_(product) if accumulate else out.copy_(product)
+        # The library's own float32 output: nothing is rounded to half precision between panels.
+        elif accumulate:
+            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        else:
+            torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+    # --- O(M d) and O(K)
+
+    @abstractmethod
+    def row_rnorm(self, x: Tensor, rnorm: Tensor) -> None:
+        """``rnorm[i] = 1 / max(|x[i]|, eps)``."""
+
+    @abstractmethod
+    def prepare_samples(self, z_rnorm: Tensor, pos: Tensor, w_rnorm: Tensor | None, mark: Tensor | None) -> None:
+        """Every sample's inverse norm and positive logit; with ``mark``, also ``mark[class] = class`` and the
+        class's inverse norm for the classes that occur."""
+
+    @abstractmethod
+    def compact(self, mark: Tensor, rank: Tensor, present: Tensor, k: int, slots: int) -> None:
+        """``present``: the marked classes in ascending order, then -1 up to ``slots``, then their number.
+        ``rank`` is the inclusive prefix sum of ``mark >= 0``."""
+
+    @abstractmethod
+    def half_scale(self, samples: Side, classes: Side, scale: Tensor) -> None:
+        """Powers of two that bring float16 entries to the top of their range: for entries that carry the
+        prototypes' norms, the samples' norms, and both."""
+
+    # --- the forward pass
+
+    @abstractmethod
+    def lse_blocks(self, p: Side, q: Side, both: bool) -> Blocks:
+        """For ``log_sum_exp``; ``both``: in the two directions at once."""
+
+    @abstractmethod
+    def log_sum_exp(
+        self, p: Side, q: Side, out: Tensor | None, p_partial: Partial, q_partial: Partial,
+        first: int, count: int, split: int, blocks: Blocks,
+    ) -> None:  # fmt: skip
+        """Log-sum-exp over q of the anchor blocks [first, first + count): into ``out``, or in ``split``
+        partials. With ``q_partial`` the same tiles also give each anchor block's contribution to the
+        log-sum-exp of q's rows, from part 1 on."""
+
+    @abstractmethod
+    def combine(self, partial: Partial, side: Side, out: Tensor, first: int, parts: int, keep: bool) -> None:
+        """``out``: the log-sum-exp of the partials [first, parts); with ``keep`` they also become part 0."""
+
+    # --- the backward pass
+
+    @abstractmethod
+    def short_blocks(self, samples: Side, classes: Side) -> Blocks | None:
+        """For ``short_grad``; None where rows are too long for it: then panels of entries are used."""
+
+    @abstractmethod
+    def short_grad(
+        self, result: Result, q: Side, part: Tensor | None, scale: Tensor | None, split: int, blocks: Blocks
+    ) -> None:
+        """One side's gradient, accumulated on the chip; or ``split`` partial sums ``part`` of a_p."""
+
+    @abstractmethod
+    def entries(
+        self, p: Side, q: Side, h: Tensor, start: int, stop: int, begin: int, end: int, scale: Tensor | None
+    ) -> None:
+        """The gradient's entries times both inverse norms for p's slots [start, stop), q's [begin, end)."""
+
+    @abstractmethod
+    def gather(self, side: Side, out: Tensor, start: int, stop: int) -> None:
+        """The rows of the slots [start, stop) as a matrix."""
+
+    @abstractmethod
+    def finish(
+        self, result: Result, sums: Tensor, start: int, stop: int, parts: int, scale: Tensor | None, norm_inside: bool
+    ) -> None:
+        """Gradients of the slots [start, stop) from ``parts`` float32 sums of a_p (r_p a_p if
+        ``norm_inside``): add up, project, scale, cast. ``sums`` may be the gradient itself."""
+
+    @abstractmethod
+    def bias_blocks(self, p: Side, q: Side) -> Blocks:
+        """For ``bias_grad``."""
+
+    @abstractmethod
+    def bias_grad(self, p: Side, q: Side, part: Tensor, split: int, blocks: Blocks) -> None:
+        """``split`` partial sums of the gradient of p's bias, which sits in the log-sum-exps of q's rows."""
