@@ -4,13 +4,19 @@
 
 Prints registers and spills of the kernels (the worst instantiation of each, or all) and exits with 1 if one
 spills or uses a stack, or if a file does not compile; the bindings are compiled against torch's headers, a
-CPU build's will do. Shared memory is dynamic: what each launch asks for is checked in tests/cuda_host.
-``--quick`` compiles for sm_90a only. Without nvcc there is nothing to check: a note, and exit code 0.
+CPU build's will do. Shared memory is dynamic: static assertions beside the kernels bound what a launch asks
+for, and the emulator of tests/cuda_host checks that the kernel stays within it.
+
+``--quick`` compiles for sm_90a only. What the compiler said is kept in out/check_cuda and not asked again
+until a source, a header, a flag or the compiler changes. Without nvcc there is nothing to check: a note, and
+exit code 0.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -19,7 +25,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -28,7 +34,9 @@ import torch
 
 from nckernels.backends.cuda import CXX_FLAGS, NVCC_FLAGS, SOURCES
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = ROOT / "csrc" / "cuda"
+KEPT = ROOT / "out" / "check_cuda"
 TORCH_INCLUDE = Path(torch.__file__).parent / "include"
 ARCHES = tuple(re.findall(r"code=sm_(\w+)", " ".join(NVCC_FLAGS)))
 KINDS = ("bf16", "fp16", "tf32", "tf32x3")
@@ -89,18 +97,27 @@ def parse(log: str, arch: str) -> list[Kernel]:
     ]
 
 
-def compile_one(nvcc: str, source: str, arch: str) -> Outcome:
+def compile_one(nvcc: str, version: str, source: str, arch: str) -> Outcome:
     flags = [f for f in CXX_FLAGS if not f.startswith("-O")] + [f"-I{TORCH_INCLUDE}"]
+    if source.endswith(".cu"):
+        flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v"]
+    label = f"{source} sm_{arch}" if source.endswith(".cu") else source
+    texts = [path.read_text() for path in (CSRC / source, *sorted(CSRC.glob("*.h")), Path(__file__))]
+    key = hashlib.sha256("\0".join([*texts, *flags, version, torch.__version__]).encode()).hexdigest()[:16]
+    kept = KEPT / f"{Path(source).stem}_{key}.json"
+    if kept.exists():
+        return Outcome(label, 0.0, [Kernel(**row) for row in json.loads(kept.read_text())])
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         command = [nvcc, *flags, "-c", str(CSRC / source), "-o", f"{folder}/object.o"]
-        if source.endswith(".cu"):
-            command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v"]
         result = subprocess.run(command, capture_output=True, text=True)
-    label = f"{source} sm_{arch}" if source.endswith(".cu") else source
-    log = result.stdout + result.stderr
-    error = log if result.returncode else ""
-    return Outcome(label, time.perf_counter() - begin, [] if error else parse(log, arch), error)
+    seconds, log = time.perf_counter() - begin, result.stdout + result.stderr
+    if result.returncode:
+        return Outcome(label, seconds, [], log)
+    kernels = parse(log, arch)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps([asdict(kernel) for kernel in kernels]))
+    return Outcome(label, seconds, kernels)
 
 
 def main() -> int:
@@ -120,8 +137,9 @@ def main() -> int:
     # Longest first; the bindings are plain C++, the same for all architectures.
     sources = sorted((s for s in SOURCES if options.only in s), key=lambda s: -(CSRC / s).stat().st_size)
     jobs = [(s, a) for s in sources for a in (arches if s.endswith(".cu") else arches[:1])]
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     with ThreadPoolExecutor(options.jobs) as pool:
-        outcomes = list(pool.map(lambda job: compile_one(nvcc, *job), jobs))
+        outcomes = list(pool.map(lambda job: compile_one(nvcc, version, *job), jobs))
 
     kernels = [kernel for outcome in outcomes for kernel in outcome.kernels]
     rows = kernels if options.all_rows else worst_of_each(kernels)
@@ -130,7 +148,8 @@ def main() -> int:
         print(f"{k.name:56} sm_{k.arch:4} {k.registers:9} {k.spills:7} {k.stack:6} {k.static_shared:14}")
     failed = False
     for outcome in outcomes:
-        print(f"{outcome.label:32} {len(outcome.kernels):3} kernels {outcome.seconds:6.1f} s")
+        time_taken = f"{outcome.seconds:6.1f} s" if outcome.seconds else "  as kept"
+        print(f"{outcome.label:32} {len(outcome.kernels):3} kernels {time_taken}")
         if outcome.error:
             print(outcome.error)
             failed = True
@@ -143,10 +162,10 @@ def main() -> int:
 
 
 def worst_of_each(kernels: list[Kernel]) -> list[Kernel]:
-    """Per kernel, number format and architecture the instantiation with most spills, then registers."""
+    """Per kernel, number format, row length and architecture the instantiation that is nearest to spilling."""
     worst: dict[tuple[str, ...], Kernel] = {}
     for k in kernels:
-        key = (*k.name.split(",")[0:1], k.arch)
+        key = (re.sub(r", (int|long).*", "", k.name), k.arch)
         if key not in worst or (k.spills, k.registers) > (worst[key].spills, worst[key].registers):
             worst[key] = k
     return list(worst.values())
