@@ -107,8 +107,9 @@ short_grad_kernel(const __grid_constant__ GradArgs a) {
       terms.factor *= scale;
       columns[buffer * kRowsQ + threadIdx.x] = terms;
     }
-    cp_wait<0>();
-    block_sync();  // this tile is there, and all are done with the other buffer
+    if (!planted(Fault::kMissingWait)) cp_wait<0>();
+    // After the barrier this tile is there, and all are done with the other buffer.
+    if (!planted(Fault::kMissingBarrier)) block_sync();
     load_q(tile + a.split, buffer ^ 1);
     const unsigned char* q_tile = q_rows + buffer * 2 * kD * kRowsQ;
 
@@ -124,8 +125,9 @@ short_grad_kernel(const __grid_constant__ GradArgs a) {
         int q_row = 8 * j + (lane & 7) + 8 * (lane >> 4);
         ldmatrix(right, q_tile + row_offset<kD>(q_row, 2 * k + ((lane >> 3) & 1)));
         Part<K, 4> y = prepare<K>(right);
-        multiply<K>(acc[j], x, y, 0);
-        multiply<K>(acc[j + 1], x, y, 2);
+        bool swapped = planted(Fault::kWrongFragment);
+        multiply<K>(acc[j], x, y, swapped ? 2 : 0);
+        multiply<K>(acc[j + 1], x, y, swapped ? 0 : 2);
       }
     }
 #pragma unroll

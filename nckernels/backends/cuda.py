@@ -57,7 +57,7 @@ def _load() -> str | None:
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        return f"its library does not load: {error}"
+        return f"its library does not load: {error.__cause__ or error}"
     return None
 
 

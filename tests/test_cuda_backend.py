@@ -1,0 +1,49 @@
+"""What the CUDA backend says where it cannot run. Its kernels are tested in tests/cuda_host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from nckernels.backends import cuda
+
+
+@pytest.fixture(autouse=True)
+def unloaded() -> Iterator[None]:
+    """The library is looked for anew, before and after."""
+    cuda._load.cache_clear()
+    yield
+    cuda._load.cache_clear()
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_without_cuda() -> None:
+    backend = cuda.CudaBackend()
+    assert backend.missing() == "this build of torch has no CUDA"
+    assert "not cpu" in str(backend.why_not(torch.device("cpu"), torch.float32))
+    assert "not float64" in str(backend.why_not(torch.device("cuda"), torch.float64))
+
+
+def test_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cuda, "_library", lambda: None)
+    assert cuda.CudaBackend().missing() == "its library has not been built"
+
+
+def test_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "_cuda.so"
+    broken.write_text("not a library")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cuda, "_library", lambda: broken)
+    reason = str(cuda.CudaBackend().missing())
+    assert "does not load" in reason
+    assert str(broken) in reason
+
+
+def test_every_source_is_listed() -> None:
+    """What is compiled is what lies in csrc/cuda."""
+    folder = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
+    assert sorted(cuda.SOURCES) == sorted(path.name for path in folder.iterdir() if path.suffix in (".cu", ".cpp"))

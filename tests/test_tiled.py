@@ -1,0 +1,157 @@
+"""The host side of the GPU backends, with kernels that do nothing: memory, and the plans of work."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_memory import BYTES_PER_ROW, MIB, replay
+
+from nckernels.backends import tiled
+from nckernels.backends.base import Inputs, Needs, OutputGrads, Spec
+from nckernels.backends.tiled import plan
+from nckernels.backends.tiled.kernels import Kernels
+from nckernels.backends.tiled.plan import Blocks
+
+
+class NoKernels(Kernels):
+    """Remembers what would have been launched."""
+
+    index_dtype = torch.int64
+    short = False
+    """Whether rows count as short enough for the kernel that accumulates on the chip."""
+
+    def __init__(self, inputs: Inputs, spec: Spec) -> None:
+        super().__init__(inputs, spec)
+        self.launched: list[str] = []
+
+    def lse_blocks(self, *_: Any) -> Blocks:
+        return Blocks(128, 128, 264, plan.FULL_WAVE)
+
+    bias_blocks = lse_blocks
+
+    def short_blocks(self, *_: Any) -> Blocks | None:
+        return Blocks(128, 64, 132) if self.short else None
+
+
+def _nothing(name: str) -> Any:
+    def launch(self: NoKernels, *_: Any, **__: Any) -> None:
+        self.launched.append(name)
+
+    return launch
+
+
+# Methods of an abstract class: they must be there when the class is made.
+NAMES = [name for name in Kernels.__abstractmethods__ if not name.endswith("_blocks")] + ["matmul"]
+Stub = type("Stub", (NoKernels,), {name: _nothing(name) for name in NAMES})
+
+
+def step(m: int, k: int, d: int, dtype: torch.dtype, spec: Spec, needs: Needs, short: bool) -> list[str]:
+    """A forward and a backward pass; the launches in order."""
+    inputs = Inputs(
+        torch.empty(m, d, dtype=dtype),
+        torch.empty(k, d, dtype=dtype),
+        torch.zeros(m, dtype=torch.int64),
+        torch.tensor(10.0),
+        torch.zeros(m) if needs.sample_bias else None,
+        torch.zeros(k) if needs.class_bias else None,
+    )
+    forward = Stub(inputs, spec)
+    saved = tiled.forward(forward, True)
+    grads = OutputGrads(
+        torch.zeros(k) if spec.by_class else None, torch.zeros(m) if spec.by_instance else None, torch.zeros(m)
+    )
+    backward = Stub(inputs, spec)
+    backward.short = short
+    tiled.backward(backward, saved, grads, needs)
+    return forward.launched + backward.launched
+
+
+EVERYTHING = Needs(True, True, True, True, True)
+
+
+@pytest.mark.parametrize("short", [True, False], ids=["short", "long"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("m", "k", "d"), [(4096, 2000, 128), (1024, 768, 512), (512, 50_000, 64), (20_000, 7, 64)])
+def test_memory(m: int, k: int, d: int, dtype: torch.dtype, short: bool) -> None:
+    """The workspace and O(M + K) vectors beyond inputs and gradients, these in float32 while they accumulate."""
+    for direction, present_only in (("class", False), ("class", True), ("instance", False), ("both", False)):
+        spec = Spec(direction, "target", present_only, -100, MIB)  # type: ignore[arg-type]
+        needs = EVERYTHING._replace(sample_bias=spec.by_class, class_bias=spec.by_instance)
+        peak, _ = replay(lambda spec=spec, needs=needs: step(m, k, d, dtype, spec, needs, short))  # type: ignore[misc]
+        rows, itemsize = m + k, dtype.itemsize
+        tensors = 2 * rows * d * itemsize + (4 * min(m, k) * d if itemsize < 4 and not short else 0)
+        if itemsize == 4 and k > m and present_only and not short:
+            tensors += 4 * m * d  # compacted prototypes: their sums are not where their gradients will be
+        assert peak <= tensors + MIB + BYTES_PER_ROW * rows, (direction, present_only)
+        assert peak > tensors / 2  # the measurement measures
+
+
+@pytest.mark.parametrize("wanted", range(3))
+def test_only_what_is_wanted_is_launched(wanted: int) -> None:
+    """One gradient at a time: one matrix product a panel, or the bias kernel alone."""
+    needs = (
+        Needs(True, False, False, False, False),
+        Needs(False, True, False, False, False),
+        Needs(False, False, False, True, False),
+    )[wanted]
+    spec = Spec("class", "target", False, -100, 32 * MIB)
+    launched = step(256, 128, 512, torch.float32, spec, needs, short=False)
+    expected = ["entries", "matmul", "finish"] if wanted < 2 else ["bias_grad"]
+    assert [name for name in launched if name in ("entries", "matmul", "finish", "bias_grad")] == expected
+
+
+def test_few_launches() -> None:
+    """A small problem costs at most ten launches, forward and backward."""
+    for direction, short in itertools.product(("class", "instance", "both"), (True, False)):
+        spec = Spec(direction, "target", False, -100, 32 * MIB)  # type: ignore[arg-type]
+        needs = EVERYTHING._replace(sample_bias=False, class_bias=False)
+        assert len(step(512, 100, 128, torch.bfloat16, spec, needs, short)) <= 10
+
+
+def test_small_workspace_takes_panels() -> None:
+    """Directions at once need partial results of every block of anchors: panel by panel if they are many."""
+    few = Spec("both", "target", False, -100, 64 << 10)
+    launched = step(3000, 2000, 64, torch.float32, few, EVERYTHING, short=False)
+    assert launched.count("combine") >= launched.count("log_sum_exp") > 1
+    assert launched.count("entries") > 4
+    many = Spec("both", "target", False, -100, 256 * MIB)
+    assert step(3000, 2000, 64, torch.float32, many, EVERYTHING, short=False).count("log_sum_exp") == 1
+
+
+sizes = st.integers(1, 5000)
+
+
+@given(sizes, sizes, st.integers(1, 1000), st.integers(1, 32), st.integers(0, 10_000))
+def test_split(p_blocks: int, q_blocks: int, places: int, least: int, most: int) -> None:
+    split = plan.split_count(p_blocks, q_blocks, places, least, most)
+    assert 1 <= split <= max(1, min(q_blocks, most))
+    assert split >= min(least, q_blocks, max(1, most))
+
+
+def test_split_fills_the_device() -> None:
+    assert plan.split_count(1, 1000, 132, 1, 10_000) > 120  # one block of anchors alone would use one place
+    assert plan.split_count(1320, 1000, 132, 1, 10_000) == 1  # ten full rounds as it is
+    assert plan.split_count(2, 1, 132, 1, 10_000) == 1  # nothing to share
+
+
+@given(
+    st.integers(1, 200_000),
+    st.integers(1, 200_000),
+    st.sampled_from([0, 256, 8192]),
+    st.sampled_from([0, 1024]),
+    st.sampled_from([2, 4]),
+    st.integers(1, 1 << 26),
+)
+def test_panels_fit(n_p: int, n_q: int, p_row: int, q_row: int, itemsize: int, budget: int) -> None:
+    p, q = plan.panel_shape(n_p, n_q, p_row, q_row, itemsize, budget)
+    assert 1 <= p <= n_p
+    assert 1 <= q <= n_q
+    smallest = p <= plan.MIN_PANEL and q <= plan.MIN_PANEL
+    assert smallest or p * plan.pad16(q) * itemsize + p * p_row + q * q_row <= budget
+    if not smallest and n_p * plan.pad16(n_q) * itemsize + n_p * p_row + n_q * q_row <= budget:
+        assert (p, q) == (n_p, n_q)  # one panel where one is enough
