@@ -8,6 +8,7 @@ with their fake (shape) implementations and the autograd formula, and the checks
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any, Literal, cast, overload
 
 import torch
@@ -25,6 +26,8 @@ from .backends.base import (
     OutputGrads,
     Spec,
     accumulation_dtype,
+    bad_target,
+    bad_temperature,
 )
 
 DIRECTIONS = ("class", "instance", "both")
@@ -188,11 +191,29 @@ def _run(inputs: Inputs, spec: Spec, backend: str) -> tuple[Tensor | None, Tenso
             if not torch.compiler.is_compiling():
                 _check_values(inputs, spec)
             return reference.cosine_lse(inputs, spec)
-    if not torch.compiler.is_compiling():
-        _no_transforms(inputs)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    result = torch.ops.nckernels.cosine_lse(*inputs, *_spec_args(spec), backend, keep)
+    arguments = (*inputs, *_spec_args(spec), backend, keep)
+    if torch.compiler.is_compiling():
+        result = torch.ops.nckernels.cosine_lse(*arguments)
+    else:
+        _no_transforms(inputs)
+        if not _plain(inputs):
+            result = torch.ops.nckernels.cosine_lse(*arguments)
+        elif keep:
+            result = _Eager.apply(*arguments)
+        else:
+            result = _forward(*arguments)
     return cast(tuple[Tensor, Tensor, Tensor], result[:3])
+
+
+def _plain(inputs: Inputs) -> bool:
+    """Whether nobody but autograd needs to know of the call: no tensor subclass, no tracing or logging mode."""
+    kinds = (Tensor, torch.nn.Parameter, type(None))
+    return torch._C._len_torch_dispatch_stack() == 0 and all(type(x) in kinds and not _is_meta(x) for x in inputs)
+
+
+def _is_meta(x: Tensor | None) -> bool:
+    return x is not None and x.is_meta
 
 
 # --- operators --------------------------------------------------------------------------------------------
@@ -223,13 +244,13 @@ def _spec_args(spec: Spec) -> tuple[str, str, bool, int, int]:
     return spec.direction, spec.exclude, spec.present_only, spec.ignore_index, spec.workspace
 
 
-@torch.library.impl("nckernels::cosine_lse", "CompositeExplicitAutograd")
 def _forward(*args: Any) -> Forward:
     inputs, spec, backend, keep = Inputs(*args[:6]), Spec(*args[6:11]), args[11], args[12]
     with _no_autocast(inputs.features):
-        if backend != "triton":  # its kernels check on the way
+        chosen = registry.BACKENDS[backend]
+        if not chosen.checks_values:
             _check_values(inputs, spec)
-        return registry.BACKENDS[backend].forward(inputs, spec, keep)
+        return chosen.forward(inputs, spec, keep)
 
 
 @torch.library.register_fake("nckernels::cosine_lse")
@@ -241,7 +262,6 @@ def _forward_fake(*args: Any) -> Forward:
     return Forward(*(z.new_empty(size, dtype=accumulation_dtype(z.dtype)) for size in sizes))
 
 
-@torch.library.impl("nckernels::cosine_lse_backward", "CompositeExplicitAutograd")
 def _backward(*args: Any) -> tuple[Tensor, ...]:
     inputs, saved, grads = Inputs(*args[:6]), Forward(*args[6:12]), OutputGrads(*args[12:15])
     spec, backend, needs = Spec(*args[15:20]), args[20], Needs(*args[21])
@@ -269,14 +289,37 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
 
 
 def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _differentiate(torch.ops.nckernels.cosine_lse_backward, ctx, *grads)
+
+
+def _differentiate(
+    backward: Callable[..., tuple[Tensor, ...]], ctx: Any, *grads: Tensor | None
+) -> tuple[Tensor | None, ...]:
     nothing = (None,) * 13
     if all(grad is None for grad in grads[:3]):
         return nothing
     wanted = ctx.needs_input_grad
     needs = [wanted[0], wanted[1], wanted[3], wanted[4], wanted[5]]
-    result = torch.ops.nckernels.cosine_lse_backward(*ctx.saved_tensors, *grads[:3], *ctx.options, needs)
+    result = backward(*ctx.saved_tensors, *grads[:3], *ctx.options, needs)
     z, w, beta, sample_bias, class_bias = (grad if need else None for grad, need in zip(result, needs, strict=True))
     return z, w, None, beta, sample_bias, class_bias, *nothing[6:]
+
+
+class _Eager(torch.autograd.Function):
+    """The operator's autograd formula without the operator: the way of plain tensors, for the sake of small
+    problems, where PyTorch's dispatch of an operator written in Python takes longer than the computation."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        result = _forward(*args)
+        _setup_context(ctx, args, result)
+        ctx.mark_non_differentiable(*result[3:])
+        return tuple(result)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        # Under create_graph the operator takes over: its own derivative is an error that says what to do.
+        return _differentiate(_backward, ctx, *grads) if not torch.is_grad_enabled() else _autograd(ctx, *grads)
 
 
 _ONLY_REFERENCE = (
@@ -298,6 +341,8 @@ def _no_transforms(inputs: Inputs) -> None:
         raise NotImplementedError(_ONLY_REFERENCE.format("forward-mode differentiation"))
 
 
+torch.library.impl("nckernels::cosine_lse", "CompositeExplicitAutograd", _forward)
+torch.library.impl("nckernels::cosine_lse_backward", "CompositeExplicitAutograd", _backward)
 torch.library.register_autograd("nckernels::cosine_lse", _autograd, setup_context=_setup_context)
 torch.library.register_autograd("nckernels::cosine_lse_backward", _no_double_backward)
 
@@ -311,18 +356,15 @@ def _no_autocast(like: Tensor) -> contextlib.AbstractContextManager[Any]:
 def _check_values(inputs: Inputs, spec: Spec) -> None:
     """Targets in range and a positive temperature: errors on a CPU, device-side assertions on CUDA."""
     target, beta, k = inputs.target, inputs.inv_temperature, inputs.prototypes.shape[0]
-    check_target = spec.exclude != "same_label" and target.numel() > 0
-    if target.device.type == "cpu":
-        if not 0.0 < float(beta.detach()) < float("inf"):
-            raise ValueError(f"the inverse temperature must be positive and finite, got {float(beta.detach())}")
-        if check_target:
-            bad = ((target < 0) | (target >= k)) & (target != spec.ignore_index)
-            if bool(bad.any()):
-                raise ValueError(
-                    f"target must lie in [0, {k}) or equal ignore_index={spec.ignore_index}, got {int(target[bad][0])}"
-                )
-    elif target.device.type == "cuda":
+    if beta.device.type == "cpu":
+        if not 0.0 < beta.item() < float("inf"):
+            raise bad_temperature(beta.item())
+    elif beta.device.type == "cuda":
         torch._assert_async((beta > 0) & beta.isfinite(), "the inverse temperature must be positive and finite")
-        if check_target:
-            good = ((target >= 0) & (target < k)) | (target == spec.ignore_index)
-            torch._assert_async(good.all(), f"target must lie in [0, {k}) or equal ignore_index")
+    if spec.exclude == "same_label" or target.numel() == 0:
+        return
+    good = ((target >= 0) & (target < k)) | (target == spec.ignore_index)
+    if target.device.type == "cpu" and not bool(good.all()):
+        raise bad_target(target, k, spec.ignore_index)
+    if target.device.type == "cuda":
+        torch._assert_async(good.all(), f"target must lie in [0, {k}) or equal ignore_index")

@@ -9,18 +9,15 @@
 #include "tiles.hpp"
 
 namespace nckernels {
-namespace NCK_ISA {
-
 template <class T, int NV>
 class BackwardPass {
     using Tl = Tiles<T, NV>;
     using G = Gemm<T, NV>;
     static constexpr int NR = Tl::NR, W = Tl::W;
-    static constexpr T longest = T(0.999999) / T(1e-12);  // inverse norms from here on were clamped
 
 public:
     BackwardPass(const Problem& p, const Columns& columns, const Gradients& g)
-        : p_(p), columns_(columns), g_(g), s_(p, columns),
+        : p_(p), columns_(columns), g_(g), s_(p, columns), longest_(T(0.999999) / T(p.eps)),
           need_rows_(g.z || (g.beta && !g.w)),
           class_scale_(s_.all_panels * NR), class_shift_(s_.all_panels * NR), row_scale_(p.m), row_shift_(p.m) {
         prepare();
@@ -37,7 +34,9 @@ public:
         Buffer<T> v(widest * p_.d), v_rows(need_rows_ ? widest * d_pad : 0), grad_v(g_.w ? widest * d_pad : 0);
         const int64_t group = std::min(s_.group, tiles);
         Buffer<T> entries(group * s_.tile_m * widest), u_rows(g_.w ? group * s_.tile_m * d_pad : 0);
+        Buffer<T> bias_shares(g_.class_bias && g_.instance_lse ? group * widest : 0);
         T* const all_entries = entries;
+        T* const bias = bias_shares;
         T* const all_u = u_rows;
         if (!columns_.count && need_rows_) std::fill(grad_z, grad_z + p_.m * p_.d, T(0));
 
@@ -57,9 +56,12 @@ public:
                     T* by_feature = g_.w ? all_u + i * s_.tile_m * d_pad : nullptr;
                     Buffer<T> u(s_.tile_m * p_.d);
                     s_.pack_features(tile, u, by_feature);
-                    fill_entries(tile, first, count, u, v, a);
+                    fill_entries(tile, first, count, u, v, a, bias ? bias + i * widest : nullptr);
                     if (need_rows_) add_rows(tile, first == 0, last, panels, a, v_rows, grad_z, energy[tile]);
                 });
+                for (int64_t i = 0; i < here && bias; i++)
+                    for (int64_t c = 0; c < count; c++)
+                        static_cast<T*>(g_.class_bias)[columns_.class_of(first + c)] += bias[i * widest + c];
                 if (g_.w) add_columns(begin, here, panels, widest, all_entries, all_u, grad_v);
             }
             if (g_.w)
@@ -96,7 +98,8 @@ private:
             put(row_scale_[j], row_shift_[j], g_instance[j], static_cast<const T*>(p_.instance_lse)[j]);
     }
 
-    void fill_entries(int64_t tile, int64_t first, int64_t count, const T* u, const T* v, T* a) {
+    // A of one tile and block of columns, and its column sums for the classes' biases.
+    void fill_entries(int64_t tile, int64_t first, int64_t count, const T* u, const T* v, T* a, T* bias_share) {
         const int64_t n = s_.rows(tile), padded = s_.padded_rows(tile), row0 = s_.first_row(tile);
         const bool is_kept = tile < s_.kept_tiles;
         const T* e = is_kept ? s_.kept_tile(tile, first / NR) : a;
@@ -106,9 +109,9 @@ private:
         for (int64_t q = 0; q < panels; q++) {
             T* to = a + q * padded * NR;
             if (s_.shift_free)
-                scaled(q, first, count, n, row0, e + q * padded * NR, to, is_kept, by_class, by_row);
+                scaled(q, first, count, n, row0, e + q * padded * NR, to, is_kept, by_class, by_row, bias_share);
             else
-                shifted(q, first, count, n, row0, to, by_class, by_row);
+                shifted(q, first, count, n, row0, e + q * padded * NR, to, by_class, by_row, bias_share);
             for (int64_t r = n; r < padded; r++)
                 for (int64_t x = 0; x < NR; x++) to[r * NR + x] = T(0);
         }
@@ -123,9 +126,9 @@ private:
     // One panel, A = exp(t) (exp(b_j) class_scale_c + row_scale_j exp(b_c)).
     void scaled(
         int64_t q, int64_t first, int64_t count, int64_t n, int64_t row0, const T* e, T* a, bool is_kept, bool by_class,
-        bool by_row
+        bool by_row, T* bias_share
     ) {
-        Vec<T> scale[NV], weight[NV], column[NV];
+        Vec<T> scale[NV], weight[NV], column[NV];  // `column`: what flows to the classes' biases
         for (int v = 0; v < NV; v++) {
             scale[v] = load(class_scale_.data() + first + q * NR + v * W);
             T factor[W];
@@ -156,12 +159,13 @@ private:
             }
             if (g_.sample_bias && by_class) static_cast<T*>(g_.sample_bias)[row0 + r] += sum<T>(class_part);
         }
-        add_class_bias(q, first, count, column, by_row);
+        for (int v = 0; v < NV && bias_share; v++) store(bias_share + q * NR + v * W, column[v]);
     }
 
     // One panel, A = g_c exp(t + b_j - lse_c) + g_j exp(t + b_c - lse_j).
     void shifted(
-        int64_t q, int64_t first, int64_t count, int64_t n, int64_t row0, T* a, bool by_class, bool by_row
+        int64_t q, int64_t first, int64_t count, int64_t n, int64_t row0, const T* kept, T* a, bool by_class,
+        bool by_row, T* bias_share
     ) {
         Vec<T> scale[NV], shift[NV], bias[NV], inside[NV], column[NV];
         for (int v = 0; v < NV; v++) {
@@ -181,7 +185,7 @@ private:
             const T sample_bias = s_.sample_bias ? s_.sample_bias[row0 + r] : T(0);
             Vec<T> class_part{};
             for (int v = 0; v < NV; v++) {
-                const Vec<T> t = load(a + r * NR + v * W);
+                const Vec<T> t = load(kept + r * NR + v * W);
                 Vec<T> out{};
                 if (by_class) {
                     out = scale[v] * exponential<T>(t + sample_bias - shift[v]);
@@ -197,15 +201,7 @@ private:
             }
             if (g_.sample_bias && by_class) static_cast<T*>(g_.sample_bias)[row0 + r] += sum<T>(class_part);
         }
-        add_class_bias(q, first, count, column, by_row);
-    }
-
-    // The row tiles of a group run in parallel: their shares of a class's bias meet here.
-    void add_class_bias(int64_t q, int64_t first, int64_t count, const Vec<T>* column, bool by_row) {
-        if (!g_.class_bias || !by_row) return;
-#pragma omp critical(nckernels_class_bias)
-        for (int64_t c = q * NR; c < std::min(count, (q + 1) * NR); c++)
-            static_cast<T*>(g_.class_bias)[columns_.class_of(first + c)] += column[(c % NR) / W][c % W];
+        for (int v = 0; v < NV && bias_share; v++) store(bias_share + q * NR + v * W, column[v]);
     }
 
     // dL/dU of a tile: A V, added up over column blocks in grad_z; after the last one through the normalisation.
@@ -214,7 +210,7 @@ private:
         double& energy
     ) {
         const int64_t n = s_.rows(tile), padded = s_.padded_rows(tile), d = p_.d, d_pad = s_.d_pad;
-        Buffer<T> product(padded * d_pad);
+        Buffer<T> product(padded * d_pad), line(s_.z.line());
         G::times_prototypes(padded, panels, s_.d_panels, a, v, product);
         for (int64_t r = 0; r < n; r++) {
             const int64_t j = s_.first_row(tile) + r;
@@ -227,10 +223,10 @@ private:
                 continue;
             }
             // x = dL/d(beta u), unit = u: dL/dz = beta r (x - (x . u) u)
-            const T* row = s_.z + j * p_.z_stride;
+            const T* row = s_.z.get(j, line);
             const T rnorm = s_.z_rnorm[j];
             const T along = dot(x, row, d) * rnorm;
-            const T radial = rnorm >= longest ? T(0) : along * rnorm, scale = s_.beta * rnorm;
+            const T radial = rnorm >= longest_ ? T(0) : along * rnorm, scale = s_.beta * rnorm;
             for (int64_t i = 0; i < d; i++) out[i] = scale * (x[i] - radial * row[i]);
             energy += static_cast<double>(along) * p_.beta;
         }
@@ -240,38 +236,40 @@ private:
     void add_columns(
         int64_t begin, int64_t here, int64_t panels, int64_t widest, const T* entries, const T* u, T* grad_v
     ) {
-        const int64_t padded = panels * NR;
-        // Enough pieces for the threads, each of whole panels.
-        const int64_t wanted = std::max<int64_t>(1, 4 * p_.threads / s_.d_panels);
-        const int64_t piece = round_up((padded + wanted - 1) / wanted, NR), pieces = (padded + piece - 1) / piece;
-        parallel(p_.threads, s_.d_panels * pieces, [&](int64_t i) {
-            const int64_t f = i / pieces, c = i % pieces * piece, stop = std::min(padded, c + piece);
+        // One piece is a block of columns, whose entries stay in the L2 cache, by a few panels of features; there
+        // are enough of them for the threads.
+        const int64_t padded = panels * NR, blocks = (panels + G::BLOCK - 1) / G::BLOCK;
+        const int64_t shares = std::min(s_.d_panels, (4 * p_.threads + blocks - 1) / blocks);
+        parallel(p_.threads, blocks * shares, [&](int64_t i) {
+            const int64_t c = i % blocks * G::BLOCK * NR, stop = std::min(padded, c + G::BLOCK * NR);
+            const int64_t share = i / blocks;
             for (int64_t tile = 0; tile < here; tile++) {
                 const int64_t rows = s_.padded_rows(begin + tile);
                 const T* a = entries + tile * s_.tile_m * widest;
-                const T* x = u + tile * s_.tile_m * s_.d_pad + f * rows * NR;
-                G::times_features(rows, c, stop, a, x, grad_v + f * padded * NR);
+                const T* x = u + tile * s_.tile_m * s_.d_pad;
+                for (int64_t f = share * s_.d_panels / shares; f < (share + 1) * s_.d_panels / shares; f++)
+                    G::times_features(rows, c, stop, a, x + f * rows * NR, grad_v + f * padded * NR);
             }
         });
     }
 
     void finish_columns(int64_t first, int64_t count, int64_t panel, const T* grad_v, double& energy) {
         const int64_t d = p_.d, padded = round_up(count, NR);
-        Buffer<T> line(s_.d_pad);
+        Buffer<T> line(s_.d_pad), row_line(s_.w.line());
         T* x = line;
         for (int64_t c = panel * NR; c < std::min(count, (panel + 1) * NR); c++) {
             const int64_t id = columns_.class_of(first + c);
             T* out = static_cast<T*>(g_.w) + id * d;
-            if (s_.square() && p_.exclude == kSameLabel && !s_.valid(first + c)) {
+            if (!columns_.reads(first + c)) {
                 std::fill(out, out + d, T(0));
                 continue;
             }
             for (int64_t f = 0; f < s_.d_panels; f++)
                 for (int64_t i = 0; i < NR; i++) x[f * NR + i] = grad_v[(f * padded + c) * NR + i];
-            const T* row = s_.w + id * p_.w_stride;
+            const T* row = s_.w.get(id, row_line);
             const T rnorm = s_.w_rnorm[id];
             const T along = dot(x, row, d) * rnorm;
-            const T radial = rnorm >= longest ? T(0) : along * rnorm;
+            const T radial = rnorm >= longest_ ? T(0) : along * rnorm;
             for (int64_t i = 0; i < d; i++) out[i] = rnorm * (x[i] - radial * row[i]);
             energy += along;
         }
@@ -290,9 +288,9 @@ private:
     const Columns& columns_;
     const Gradients& g_;
     Tl s_;
+    T longest_;  // inverse norms from here on were clamped
     bool need_rows_;
     std::vector<T> class_scale_, class_shift_, row_scale_, row_shift_;
 };
 
-}  // namespace NCK_ISA
 }  // namespace nckernels

@@ -4,8 +4,6 @@
 #include "tiles.hpp"
 
 namespace nckernels {
-namespace NCK_ISA {
-
 // Largest logit and sum of exponentials relative to it. Shift-free, the largest stays 0.
 template <class T>
 struct Sums {
@@ -34,7 +32,8 @@ public:
         std::fill(pos, pos + p_.m, T(0));
         // Chunks of row tiles sum into places of their own, which are merged in order: the result does not depend
         // on which thread was quicker.
-        const int64_t chunks = std::min<int64_t>(s.tiles, 32), n = s.all_panels * NR;
+        const int64_t n = s.all_panels * NR, fit = p_.workspace / 8 / std::max<int64_t>(2 * n * sizeof(T), 1);
+        const int64_t chunks = std::min(s.tiles, std::clamp<int64_t>(fit, 1, 4 * std::max(p_.threads, 2)));
         const bool sums_rows = p_.by_instance;
         Buffer<T> column_sums(p_.by_class ? 2 * chunks * n : 0), row_sums(sums_rows ? 2 * p_.m : 0);
         Sums<T> by_row{row_sums, row_sums + p_.m};
@@ -66,6 +65,7 @@ public:
                 }
             });
         }
+        clear_rest_of_kept();
         if (p_.by_class) finish_classes(chunks, n, column_sums);
         if (sums_rows) {
             T* out = static_cast<T*>(p_.instance_lse);
@@ -79,16 +79,28 @@ private:
         const Tl& s = tiles_;
         constexpr int64_t step = 64;
         parallel(p_.threads, (p_.m + step - 1) / step, [&](int64_t b) {
+            Buffer<T> line(s.z.line());
             for (int64_t j = b * step; j < std::min(p_.m, (b + 1) * step); j++)
-                s.z_rnorm[j] = Tl::inverse_norm(s.z + j * p_.z_stride, p_.d);
+                s.z_rnorm[j] = s.inverse_norm(s.z.get(j, line));
         });
         if (columns_.compact) std::fill(s.w_rnorm, s.w_rnorm + p_.k, T(1));
         parallel(p_.threads, (columns_.count + step - 1) / step, [&](int64_t b) {
+            Buffer<T> line(s.w.line());
             for (int64_t c = b * step; c < std::min(columns_.count, (b + 1) * step); c++) {
                 const int64_t id = columns_.class_of(c);
-                s.w_rnorm[id] = Tl::inverse_norm(s.w + id * p_.w_stride, p_.d);
+                s.w_rnorm[id] = s.inverse_norm(s.w.get(id, line));
             }
         });
+    }
+
+    // What is kept is an output: nothing in it may be left to chance, though nobody reads the padding.
+    void clear_rest_of_kept() const {
+        const Tl& s = tiles_;
+        if (!s.kept) return;
+        const int64_t per_tile = s.tile_m * s.all_panels * NR;
+        int64_t used = s.kept_tiles * per_tile;
+        if (used && s.kept_tiles == s.tiles) used -= (s.tile_m - s.padded_rows(s.tiles - 1)) * s.all_panels * NR;
+        std::fill(s.kept + used, s.kept + p_.kept_size, T(0));
     }
 
     // Shift-free: e = exp(t) in place (where it is kept), summed with the exponentials of the biases as weights.
@@ -189,5 +201,4 @@ private:
     const Columns& columns_;
 };
 
-}  // namespace NCK_ISA
 }  // namespace nckernels

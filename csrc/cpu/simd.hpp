@@ -1,7 +1,7 @@
 // Vectors of the width that this file is compiled for, and the exponential.
 //
-// GCC's and clang's vector extensions: one source for AVX-512, AVX2, SSE2 and NEON. The build compiles
-// kernels.cpp once per instruction set and library.cpp picks one when the library is loaded.
+// GCC's and clang's vector extensions: one source for AVX-512, AVX2, SSE2 and NEON. The build makes one library
+// per instruction set (nckernels/backends/build.py), and Python loads the one for the CPU at hand.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +18,6 @@
 #define NCK_INLINE inline __attribute__((always_inline))
 
 namespace nckernels {
-namespace NCK_ISA {
-
 template <class T>
 struct Simd;
 
@@ -132,5 +130,4 @@ NCK_INLINE Vec<T> exponential(Vec<T> x) {
     return underflow ? Vec<T>{} : p;
 }
 
-}  // namespace NCK_ISA
 }  // namespace nckernels

@@ -5,8 +5,6 @@
 #include "problem.hpp"
 
 namespace nckernels {
-namespace NCK_ISA {
-
 template <class T>
 constexpr T minus_infinity = -std::numeric_limits<T>::infinity();
 
@@ -17,7 +15,8 @@ struct Tiles {
 
     const Problem& p;
     const Columns& columns;
-    const T *z, *w, *sample_bias, *class_bias;
+    Rows<T> z, w;
+    const T *sample_bias, *class_bias;
     T *z_rnorm, *w_rnorm, *kept;
     T beta;
     bool shift_free;
@@ -25,12 +24,12 @@ struct Tiles {
     int64_t tile_m, tiles;   // rows of a tile (a multiple of MR), number of tiles
     int64_t block_k;         // columns of a block (a multiple of NR)
     int64_t all_panels;      // of all columns
-    int64_t kept_tiles;      // the first tiles whose exp(t) is kept from forward to backward
+    int64_t kept_tiles;      // the first tiles, which are kept from forward to backward: exp(t) or, not shift_free, t
     int64_t group;           // row tiles that the backward pass has in flight
 
     Tiles(const Problem& problem, const Columns& cols)
         : p(problem), columns(cols),
-          z(static_cast<const T*>(p.z)), w(static_cast<const T*>(p.w)),
+          z(p.z, p.z_stride, p.d, p.half), w(p.w, p.w_stride, p.d, p.half),
           sample_bias(static_cast<const T*>(p.sample_bias)), class_bias(static_cast<const T*>(p.class_bias)),
           z_rnorm(static_cast<T*>(p.z_rnorm)), w_rnorm(static_cast<T*>(p.w_rnorm)), kept(static_cast<T*>(p.kept)),
           beta(static_cast<T>(p.beta)) {
@@ -43,24 +42,22 @@ struct Tiles {
 
     // The workspace, in numbers of T: a quarter for a block of columns (V in two layouts and its gradient), a
     // quarter for row tiles (U packed and its gradient per thread, U in panels and the entries per tile of a group);
-    // the other half is what may be kept. Tiles do not depend on the number of threads unless that is very large,
-    // so results do not either.
+    // the other half is what may be kept.
     void plan() {
         const int64_t quarter = std::max<int64_t>(p.workspace / static_cast<int64_t>(sizeof(T)) / 4, 1);
         const int64_t columns_padded = std::max<int64_t>(all_panels * NR, NR);
-        int64_t most = std::max<int64_t>(quarter / (3 * d_pad) / NR * NR, NR);
+        const int64_t most = std::max<int64_t>(quarter / (3 * d_pad) / NR * NR, NR);
         const int64_t blocks = (columns_padded + most - 1) / most;
         block_k = round_up((columns_padded + blocks - 1) / blocks, NR);
         const int64_t threads = std::max(p.threads, 1);
         group = 2 * threads;
         const int64_t per_row = threads * 2 * d_pad + group * (d_pad + block_k);
-        tile_m = std::clamp<int64_t>(quarter / per_row, MR, 192) / MR * MR;
-        // At least four tiles a thread of two, so that none waits long for the last one.
-        const int64_t even = round_up((p.m + 7) / 8, MR);
-        tile_m = std::max<int64_t>(std::min(tile_m, even), MR);
+        // Four tiles a thread, so that none waits long for the last one; eight at least.
+        const int64_t even = round_up((p.m + 4 * std::max<int64_t>(threads, 2) - 1) / (4 * std::max<int64_t>(threads, 2)), MR);
+        tile_m = std::clamp<int64_t>(std::min(quarter / per_row, even), MR, 192) / MR * MR;
         tiles = (p.m + tile_m - 1) / tile_m;
         const int64_t per_tile = tile_m * all_panels * NR;
-        kept_tiles = shift_free && kept && per_tile ? std::min(tiles, p.kept_size / per_tile) : 0;
+        kept_tiles = kept && per_tile ? std::min(tiles, p.kept_size / per_tile) : 0;
     }
 
     double largest_bias() const {
@@ -85,7 +82,8 @@ struct Tiles {
         return kept + (tile * all_panels + first_panel) * tile_m * NR;
     }
 
-    static T inverse_norm(const T* x, int64_t d) {
+    T inverse_norm(const T* x) const {
+        const int64_t d = p.d;
         Vec<T> total{};
         int64_t i = 0;
         for (; i + W <= d; i += W) {
@@ -95,56 +93,72 @@ struct Tiles {
         T s = sum<T>(total);
         for (; i < d; i++) s += x[i] * x[i];
         const T norm = std::sqrt(s);
-        return T(1) / (norm < T(1e-12) ? T(1e-12) : norm);  // NaN stays NaN
+        return T(1) / (norm < T(p.eps) ? T(p.eps) : norm);  // NaN stays NaN
     }
 
     // Unit prototypes of the columns [first, first + count) as [panel][d][NR], and, if `by_feature` is given, as
-    // [d panel][column][NR] too. Padding is zero.
+    // [d panel][column][NR] too. Padding and columns that nobody may read are zero.
     void pack_prototypes(int64_t first, int64_t count, int64_t panel, T* by_class, T* by_feature) const {
-        const int64_t padded = round_up(count, NR);
-        T* out = by_class + panel * p.d * NR;
+        Buffer<T> lines(w.line() * NR);
+        const int64_t padded = round_up(count, NR), begin = panel * NR;
+        const T* rows[NR];
+        T scale[NR];
         for (int64_t q = 0; q < NR; q++) {
-            const int64_t c = panel * NR + q;
-            const bool real = c < count;
-            const int64_t id = real ? columns.class_of(first + c) : 0;
-            const T* row = w + id * p.w_stride;
-            const T scale = real ? w_rnorm[id] : T(0);
-            for (int64_t i = 0; i < p.d; i++) out[i * NR + q] = real ? row[i] * scale : T(0);
-            if (!by_feature) continue;
-            for (int64_t n = 0; n < d_panels; n++) {
-                T* to = by_feature + (n * padded + c) * NR;
-                for (int64_t i = 0; i < NR; i++)
-                    to[i] = real && n * NR + i < p.d ? row[n * NR + i] * scale : T(0);
-            }
+            const int64_t c = first + begin + q;
+            const bool here = begin + q < count && columns.reads(c);
+            const int64_t id = here ? columns.class_of(c) : 0;
+            rows[q] = here ? w.get(id, lines + q * w.line()) : nullptr;
+            scale[q] = here ? w_rnorm[id] : T(0);
         }
+        interleave<NR>(rows, scale, by_class + panel * p.d * NR);
+        if (!by_feature) return;
+        for (int64_t q = 0; q < NR; q++) to_panels(rows[q], scale[q], padded, by_feature + (begin + q) * NR);
     }
 
     // beta times the unit features of a tile in blocks [MR rows][d][MR]; in `by_feature`, unless null, as
-    // [d panel][padded rows][NR]. Rows past the end are zero.
+    // [d panel][padded rows][NR]. Rows past the end and samples that are left out are zero.
     void pack_features(int64_t tile, T* packed, T* by_feature) const {
-        const int64_t n = rows(tile), padded = padded_rows(tile), row0 = first_row(tile);
+        Buffer<T> lines(z.line() * MR);
+        const int64_t n = this->rows(tile), padded = padded_rows(tile), row0 = first_row(tile);
         for (int64_t i = 0; i < padded; i += MR) {
-            T* out = packed + i * p.d;
+            const T* rows[MR];
+            T scale[MR];
             for (int64_t r = 0; r < MR; r++) {
-                if (i + r >= n) {
-                    for (int64_t x = 0; x < p.d; x++) out[x * MR + r] = T(0);
-                    continue;
-                }
-                const T* row = z + (row0 + i + r) * p.z_stride;
-                const T scale = z_rnorm[row0 + i + r] * beta;
-                for (int64_t x = 0; x < p.d; x++) out[x * MR + r] = row[x] * scale;
+                const int64_t j = row0 + i + r;
+                const bool here = i + r < n && valid(j);
+                rows[r] = here ? z.get(j, lines + r * z.line()) : nullptr;
+                scale[r] = here ? z_rnorm[j] * beta : T(0);
             }
+            interleave<MR>(rows, scale, packed + i * p.d);
+            if (!by_feature) continue;
+            for (int64_t r = 0; r < MR; r++) to_panels(rows[r], scale[r], padded, by_feature + (i + r) * NR);
         }
-        if (!by_feature) return;
+    }
+
+    // out[x][N] = scale_r row_r[x], 0 for rows that are null. Square blocks go through `block`, so that rows are read
+    // in whole vectors and `out` is written in order.
+    template <int N>
+    void interleave(const T* const* rows, const T* scale, T* out) const {
+        T block[N][W];
+        int64_t x = 0;
+        for (; x + W <= p.d; x += W) {
+#pragma GCC unroll 32
+            for (int r = 0; r < N; r++) store(block[r], rows[r] ? load(rows[r] + x) * scale[r] : Vec<T>{});
+            for (int i = 0; i < W; i++)
+#pragma GCC unroll 32
+                for (int r = 0; r < N; r++) out[(x + i) * N + r] = block[r][i];
+        }
+        for (; x < p.d; x++)
+            for (int r = 0; r < N; r++) out[x * N + r] = rows[r] ? rows[r][x] * scale[r] : T(0);
+    }
+
+    // One row, scaled, in pieces of NR at a distance of `padded` pieces; 0 past its end, and all of it if it is null.
+    void to_panels(const T* row, T scale, int64_t padded, T* out) const {
         for (int64_t f = 0; f < d_panels; f++) {
-            const int64_t width = std::min<int64_t>(NR, p.d - f * NR);
-            for (int64_t r = 0; r < padded; r++) {
-                T* out = by_feature + (f * padded + r) * NR;
-                const T scale = r < n ? z_rnorm[row0 + r] * beta : T(0);
-                const T* row = z + (row0 + std::min(r, n - 1)) * p.z_stride + f * NR;
-                for (int64_t x = 0; x < width; x++) out[x] = r < n ? row[x] * scale : T(0);
-                for (int64_t x = width; x < NR; x++) out[x] = T(0);
-            }
+            const int64_t width = row ? std::min<int64_t>(NR, p.d - f * NR) : 0;
+            T* to = out + f * padded * NR;
+            for (int64_t x = 0; x < width; x++) to[x] = row[f * NR + x] * scale;
+            for (int64_t x = width; x < NR; x++) to[x] = T(0);
         }
     }
 
@@ -186,5 +200,4 @@ void parallel(int threads, int64_t n, F&& body) {
     for (int64_t i = 0; i < n; i++) body(i);
 }
 
-}  // namespace NCK_ISA
 }  // namespace nckernels

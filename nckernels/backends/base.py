@@ -118,6 +118,8 @@ class Backend(ABC):
     """One implementation of the primitive."""
 
     name: ClassVar[str]
+    checks_values: ClassVar[bool] = False
+    """Whether ``forward`` itself notices bad targets and temperatures; else they are checked before the call."""
 
     def missing(self) -> str | None:
         """Why this backend cannot run on this machine at all, or None."""
@@ -138,6 +140,17 @@ class Backend(ABC):
     @abstractmethod
     def backward(self, inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, needs: Needs) -> Gradients:
         """Compute the wanted gradients. Neither ``inputs`` nor ``saved`` may be changed."""
+
+
+def bad_temperature(value: float) -> ValueError:
+    """The error for an inverse temperature that is not positive and finite."""
+    return ValueError(f"the inverse temperature must be positive and finite, got {value}")
+
+
+def bad_target(target: Tensor, k: int, ignore_index: int) -> ValueError:
+    """The error for targets of which at least one is neither a class nor ``ignore_index``."""
+    bad = ((target < 0) | (target >= k)) & (target != ignore_index)
+    return ValueError(f"target must lie in [0, {k}) or equal ignore_index={ignore_index}, got {int(target[bad][0])}")
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

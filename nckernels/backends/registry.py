@@ -17,16 +17,23 @@ import torch
 
 from .base import Backend
 from .chunked import ChunkedBackend
+from .native import NativeBackend
 from .triton import TritonBackend
 
 REFERENCE = "reference"
 DEFAULT_WORKSPACE = 32 * 2**20
 
 #: Everything but the reference, which is not a Backend: PyTorch differentiates it by itself.
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (TritonBackend(), ChunkedBackend())}
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (TritonBackend(), NativeBackend(), ChunkedBackend())
+}
 
 #: Per device type the backends to try, fastest first; "any" for the rest. The last one always runs.
-PREFERENCE: dict[str, tuple[str, ...]] = {"cuda": ("triton", "chunked"), "any": ("chunked",)}
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "cuda": ("triton", "chunked"),
+    "cpu": ("native", "chunked"),
+    "any": ("chunked",),
+}
 
 
 @dataclass

@@ -34,6 +34,7 @@ class TritonBackend(Backend):
     """float32, bfloat16 and float16 on CUDA (compute capability 8.0 and newer) and ROCm devices."""
 
     name = "triton"
+    checks_values = True
 
     def missing(self) -> str | None:
         return _MISSING

@@ -1,0 +1,6 @@
+#include "kernels.hpp"
+
+namespace nckernels {
+Status forward_float32(const Problem& p) { return forward<float>(p); }
+Status backward_float32(const Problem& p, const Gradients& g) { return backward<float>(p, g); }
+}  // namespace nckernels

@@ -1,0 +1,242 @@
+"""Compiles the C++ of ``csrc/``: when the package is installed (setup.py), or else on first use.
+
+Only the standard library and the programs ``ninja`` and a C++ compiler (``$CXX``, else g++ or c++) are needed:
+setup.py loads this file by its path, in environments that have no torch.
+
+A library is looked for beside the package (``nckernels/lib``, where setup.py puts it), then in torch's
+extension cache (``$TORCH_EXTENSIONS_DIR``, default ``~/.cache/torch_extensions``), and built there if need be.
+It is used only if its stamp, a file beside it, has the hash of the sources and flags that would build it now
+and the hash of the library's own bytes: whatever is stale, truncated or corrupted is built again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1]
+INSTALLED = PACKAGE / "lib"
+# The sources travel inside an installed package; in a checkout they lie beside it.
+CSRC = next((p for p in (PACKAGE / "csrc", PACKAGE.parent / "csrc") if p.is_dir()), PACKAGE / "csrc")
+
+
+class BuildError(RuntimeError):
+    """A library cannot be built here; the message says why, with the compiler's own words."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """What makes one shared library."""
+
+    name: str
+    folder: str
+    """Of ``csrc``; changes to any file in it make the library stale."""
+    sources: tuple[str, ...]
+    flags: tuple[str, ...]
+    link: tuple[str, ...]
+
+    @property
+    def file(self) -> str:
+        """The library's file name."""
+        return f"nckernels_{self.name}.so"
+
+    def key(self) -> str:
+        """A hash of everything that goes into the library."""
+        digest = hashlib.sha256(repr((self, platform.machine())).encode())
+        for path in sorted((CSRC / self.folder).iterdir()):
+            if path.is_file():
+                digest.update(path.name.encode() + b"\0" + path.read_bytes())
+        return digest.hexdigest()[:16]
+
+
+# Strict IEEE arithmetic but for contraction to fused multiply-adds, and sqrt without errno.
+_CPU_FLAGS = (
+    *("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
+    *("-fno-math-errno", "-ffp-contract=fast", "-Wall", "-Wextra"),
+)
+_INSTRUCTIONS = {
+    "avx512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
+    "avx2": ("-mavx2", "-mfma"),
+    "default": (),
+}
+
+CPU = {
+    name: Library(
+        f"cpu_{name}", "cpu", ("float32.cpp", "float64.cpp", "library.cpp"), (*_CPU_FLAGS, *flags), ("-fopenmp",)
+    )
+    for name, flags in _INSTRUCTIONS.items()
+}
+"""The kernels for CPUs, per instruction set."""
+
+
+def cpu_libraries() -> list[Library]:
+    """Those that make sense on this kind of machine."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return [CPU["avx512"], CPU["avx2"], CPU["default"]] if x86 else [CPU["default"]]
+
+
+def find(library: Library) -> Path | None:
+    """The library if it is there and sound, without building it."""
+    key = library.key()
+    folders = (INSTALLED, _cache() / f"{library.name}_{key}")
+    return next((folder / library.file for folder in folders if _sound(folder / library.file, key)), None)
+
+
+def find_or_build(library: Library) -> Path:
+    """The library, built in the cache first if it is nowhere to be found.
+
+    Raises:
+        BuildError: if it cannot be built.
+    """
+    path = find(library)
+    if path is not None:
+        return path
+    folder = _cache() / f"{library.name}_{library.key()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder / "lock"):
+            path = find(library)  # another process may have been quicker
+            if path is None:
+                print(
+                    f"nckernels: compiling {library.file} for this machine, once (takes some 20 seconds) ...",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                path = build(library, folder)
+                print(f"nckernels: compiled to {path}", file=sys.stderr, flush=True)
+            return path
+    except OSError as error:
+        raise BuildError(
+            f"cannot write to the cache of compiled code, {folder}: {error}; set TORCH_EXTENSIONS_DIR to a folder "
+            "that is writable"
+        ) from error
+
+
+def build(library: Library, folder: Path) -> Path:
+    """Compile ``library`` into ``folder``, unless a sound one is there.
+
+    Raises:
+        BuildError: with everything that the compiler said.
+        OSError: if the folder cannot be written.
+    """
+    key, target = library.key(), folder / library.file
+    if _sound(target, key):
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="build_") as name:
+        work = Path(name)
+        (work / "build.ninja").write_text(_ninja_file(library))
+        # "-k 0": all errors at once.
+        result = subprocess.run([_ninja(), "-k", "0"], cwd=work, capture_output=True, text=True)
+        if result.returncode:
+            raise BuildError(f"{library.file} does not compile:\n{result.stdout}{result.stderr}")
+        fresh = work / library.file
+        stamp = work / "stamp"
+        stamp.write_text(json.dumps({"key": key, "sha256": _digest(fresh), "compiler": _compiler_version()}))
+        # Moved at once: nobody ever sees half a library. Until the stamp is there too, it counts as stale.
+        os.replace(fresh, target)
+        os.replace(stamp, _stamp(target))
+    return target
+
+
+def compiled_by(path: Path) -> str:
+    """The compiler that made a library, as it calls itself."""
+    return str(json.loads(_stamp(path).read_text())["compiler"])
+
+
+def _ninja_file(library: Library) -> str:
+    """The build as ninja wants it: what changed is compiled, in parallel; ``CXX="ccache g++"`` works."""
+    flags = " ".join(library.flags)
+    lines = [
+        "rule compile",
+        f"  command = {_compiler()} {flags} -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "rule link",
+        f"  command = {_compiler()} -shared $in {' '.join(library.link)} -o $out",
+    ]
+    objects = []
+    for source in library.sources:
+        path = str(CSRC / library.folder / source).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+        objects.append(f"{source}.o")
+        lines.append(f"build {objects[-1]}: compile {path}")
+    lines.append(f"build {library.file}: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+def _ninja() -> str:
+    """The program: of the Python package if there is one, else on the PATH."""
+    if importlib.util.find_spec("ninja"):
+        import ninja
+
+        bundled = Path(ninja.BIN_DIR) / "ninja"
+        if bundled.exists():
+            return str(bundled)
+    found = shutil.which("ninja")
+    if found is None:
+        raise BuildError("ninja is not installed: pip install ninja")
+    return found
+
+
+def _compiler() -> str:
+    """The C++ compiler's command, which may have several words."""
+    command = os.environ.get("CXX")
+    if command:
+        return command
+    return next((name for name in ("g++", "c++") if shutil.which(name)), "c++")
+
+
+def _compiler_version() -> str:
+    command = [*_compiler().split(), "--version"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0]
+    except OSError:
+        return _compiler()
+
+
+def _cache() -> Path:
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if root:
+        return Path(root).expanduser() / "nckernels"
+    base = Path("~/Library/Caches") if sys.platform == "darwin" else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
+    return base.expanduser() / "torch_extensions" / "nckernels"
+
+
+def _stamp(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _sound(path: Path, key: str) -> bool:
+    """Whether the library is there, built from today's sources and flags, and whole."""
+    try:
+        stamp = json.loads(_stamp(path).read_text())
+        return bool(stamp["key"] == key and stamp["sha256"] == _digest(path))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Only one process at a time. The lock goes with the process: one that was killed leaves nobody waiting."""
+    try:
+        import fcntl
+    except ImportError:  # not POSIX: two processes may both build, and the later one's library stays
+        yield
+        return
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

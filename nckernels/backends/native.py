@@ -1,0 +1,202 @@
+"""The primitive in C++ (csrc/cpu): float32 and float64 on the CPU.
+
+The library has a plain C interface and is loaded with ctypes: it depends on no version of Python or torch. It
+shares the OpenMP threads that torch has started.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import build
+from .base import (
+    Backend,
+    Forward,
+    Gradients,
+    Inputs,
+    Needs,
+    OutputGrads,
+    Spec,
+    accumulation_dtype,
+    bad_target,
+    bad_temperature,
+    norm_eps,
+)
+
+_HALF = {torch.bfloat16: 1, torch.float16: 2}
+_EXCLUDE = {"none": 0, "target": 1, "self": 2, "same_label": 3}
+_KEPT_PADDING = (191, 31)  # rows and columns by which tiles can exceed the matrix, see tiles.hpp
+_BAD_TARGET, _NO_MEMORY = 1, 2
+
+_P, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+
+
+class _Problem(ctypes.Structure):
+    """``nckernels::Problem`` in problem.hpp."""
+
+    _fields_ = [
+        *((name, _I64) for name in ("m", "k", "d", "z_stride", "w_stride")),
+        *((name, _P) for name in ("z", "w", "target", "sample_bias", "class_bias")),
+        ("ignore_index", _I64),
+        ("workspace", _I64),
+        ("beta", ctypes.c_double),
+        *(
+            (name, _I32)
+            for name in ("by_class", "by_instance", "exclude", "present_only", "threads", "is_double", "half")
+        ),
+        ("eps", ctypes.c_double),
+        *((name, _P) for name in ("class_lse", "instance_lse", "pos", "z_rnorm", "w_rnorm", "kept")),
+        ("kept_size", _I64),
+    ]
+
+
+class _Gradients(ctypes.Structure):
+    """``nckernels::Gradients`` in problem.hpp."""
+
+    _fields_ = [
+        (name, _P) for name in ("class_lse", "instance_lse", "pos", "z", "w", "sample_bias", "class_bias", "beta")
+    ]
+
+
+_SIZES = (ctypes.sizeof(_Problem) << 16) | ctypes.sizeof(_Gradients)
+
+
+def library() -> build.Library:
+    """The library for this CPU: torch's own choice of instructions, which ATEN_CPU_CAPABILITY can lower."""
+    return build.CPU.get(torch.backends.cpu.get_cpu_capability().lower(), build.CPU["default"])
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | str:
+    """The library, compiled first if need be; or why there is none."""
+    try:
+        path = build.find_or_build(library())
+        loaded = ctypes.CDLL(str(path))
+    except (build.BuildError, OSError) as error:
+        return str(error)
+    loaded.nckernels_sizes.restype = loaded.nckernels_peak_scratch.restype = _I64
+    if loaded.nckernels_sizes() != _SIZES:
+        return f"{path} is of another version of the package"
+    return loaded
+
+
+def _library() -> ctypes.CDLL:
+    loaded = _load()
+    assert isinstance(loaded, ctypes.CDLL), loaded
+    return loaded
+
+
+@torch.compiler.assume_constant_result
+def _missing() -> str | None:
+    loaded = _load()
+    return loaded if isinstance(loaded, str) else None
+
+
+def peak_scratch() -> int:
+    """Highest number of bytes of scratch in use since the last call of this function."""
+    return int(_library().nckernels_peak_scratch())
+
+
+class NativeBackend(Backend):
+    """C++ kernels for the CPU; 16-bit features are computed with in float32."""
+
+    name = "native"
+    checks_values = True
+
+    def missing(self) -> str | None:
+        return _missing()
+
+    def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        return None if device.type == "cpu" else f"runs on the CPU, not on {device.type}"
+
+    def kept_numel(self, device: torch.device, dtype: torch.dtype, m: int, k: int, spec: Spec) -> int:
+        """As much of the matrix as half of the workspace holds."""
+        columns = min(m, k) if spec.present_only else k
+        padded = (m + _KEPT_PADDING[0]) * (columns + _KEPT_PADDING[1])
+        return min(padded, spec.workspace // 2 // accumulation_dtype(dtype).itemsize)
+
+    def forward(self, inputs: Inputs, spec: Spec, keep: bool) -> Forward:
+        z = inputs.features
+        m, k, dtype = z.shape[0], inputs.prototypes.shape[0], accumulation_dtype(z.dtype)
+        numel = self.kept_numel(z.device, z.dtype, m, k, spec) if keep else 0
+        sizes = (k if spec.by_class else 0, m if spec.by_instance else 0, m, m, k, numel)
+        result = Forward(*(z.new_empty(size, dtype=dtype) for size in sizes))
+        problem, _alive = _problem(inputs, result, spec)
+        if not 0.0 < problem.beta < math.inf:
+            raise bad_temperature(problem.beta)
+        status = _library().nckernels_forward(ctypes.byref(problem))
+        if status == _BAD_TARGET:
+            raise bad_target(inputs.target, k, spec.ignore_index)
+        _check(status)
+        return result
+
+    def backward(self, inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, needs: Needs) -> Gradients:
+        z, w, sample_bias, class_bias = inputs.features, inputs.prototypes, inputs.sample_bias, inputs.class_bias
+        problem, _alive = _problem(inputs, saved, spec)
+        dtype = accumulation_dtype(z.dtype)
+        upstream = [None if g is None else g.contiguous() for g in grads]
+        # Classes that do not occur are not written.
+        make = torch.zeros if spec.present_only else torch.empty
+        out = Gradients(
+            torch.empty(z.shape, dtype=dtype) if needs.features else None,
+            make(w.shape, dtype=dtype) if needs.prototypes else None,
+            torch.zeros((), dtype=torch.float64) if needs.inv_temperature else None,
+            torch.zeros_like(sample_bias) if needs.sample_bias and sample_bias is not None else None,
+            torch.zeros_like(class_bias) if needs.class_bias and class_bias is not None else None,
+        )
+        results = (out.features, out.prototypes, out.sample_bias, out.class_bias, out.inv_temperature)
+        pointers = _Gradients(*(None if t is None else t.data_ptr() for t in (*upstream, *results)))
+        _check(_library().nckernels_backward(ctypes.byref(problem), ctypes.byref(pointers)))
+        of_inputs = (z, w, inputs.inv_temperature, sample_bias, class_bias)
+        return Gradients(
+            *(None if g is None or x is None else g.to(x.dtype) for g, x in zip(out, of_inputs, strict=True))
+        )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """A matrix with contiguous rows."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _problem(inputs: Inputs, forward: Forward, spec: Spec) -> tuple[_Problem, list[Any]]:
+    """The C structure, and the tensors that it points into."""
+    z, w, target = _rows(inputs.features), _rows(inputs.prototypes), inputs.target.contiguous()
+    biases = [None if b is None else b.contiguous() for b in (inputs.sample_bias, inputs.class_bias)]
+    problem = _Problem(
+        z.shape[0],
+        w.shape[0],
+        z.shape[1],
+        z.stride(0),
+        w.stride(0),
+        z.data_ptr(),
+        w.data_ptr(),
+        target.data_ptr(),
+        *(None if b is None else b.data_ptr() for b in biases),
+        spec.ignore_index,
+        spec.workspace,
+        inputs.inv_temperature.item(),
+        spec.by_class,
+        spec.by_instance,
+        _EXCLUDE[spec.exclude],
+        spec.present_only,
+        torch.get_num_threads(),
+        z.dtype == torch.float64,
+        _HALF.get(z.dtype, 0),
+        norm_eps(z.dtype),
+        *(t.data_ptr() or None for t in forward),
+        forward.kept.numel(),
+    )
+    return problem, [z, w, target, *biases]
+
+
+def _check(status: int) -> None:
+    if status == _NO_MEMORY:
+        raise MemoryError("nckernels: no memory for the scratch buffers of the native backend")
+    if status:
+        raise RuntimeError(f"nckernels: the native backend failed with status {status}")
