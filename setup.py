@@ -1,5 +1,61 @@
-"""Everything is declared in pyproject.toml; this file is where native extensions are built."""
+"""Builds the native code into the package where there is a compiler; everything else is in pyproject.toml.
 
-from setuptools import setup
+Without a compiler the package installs all the same: it compiles on first use, or runs without native code.
+"""
 
-setup()
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import Distribution, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+
+
+def load_build():
+    """nckernels/backends/build.py on its own: the package itself needs torch, which may not be there."""
+    spec = importlib.util.spec_from_file_location("nckernels_build", ROOT / "nckernels" / "backends" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look it up
+    spec.loader.exec_module(module)
+    return module
+
+
+class BuildWithNative(build_py):
+    """Python files, the C++ sources, and what the compiler here can make of them."""
+
+    def run(self):
+        super().run()
+        if self.editable_mode:
+            return  # a checkout compiles on first use, and again whenever csrc changes
+        package = Path(self.build_lib) / "nckernels"
+        shutil.copytree(ROOT / "csrc", package / "csrc", dirs_exist_ok=True)
+        build = load_build()
+        for library in build.cpu_libraries():
+            print(f"nckernels: compiling {library.file}", flush=True)
+            try:
+                build.build(library, package / "lib")
+            except (build.BuildError, OSError) as error:
+                print(f"nckernels: not built, {library.file} will be compiled on first use: {error}", flush=True)
+                break
+
+
+class Binary(Distribution):
+    """Libraries are not setuptools' extensions: tell it that there may be some."""
+
+    def has_ext_modules(self):
+        return True
+
+
+class PlatformWheel(bdist_wheel):
+    """The libraries have a plain C interface: a wheel is for one platform, and for any Python on it."""
+
+    def get_tag(self):
+        built = any(Path(self.bdist_dir).rglob("*.so"))
+        return "py3", "none", super().get_tag()[2] if built else "any"
+
+
+setup(distclass=Binary, cmdclass={"build_py": BuildWithNative, "bdist_wheel": PlatformWheel})

@@ -9,7 +9,9 @@ import platform
 import torch
 
 from . import __version__
-from .backends import registry
+from .backends import build, native, registry
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def main(argv: list[str]) -> int:
@@ -22,33 +24,36 @@ def main(argv: list[str]) -> int:
 
 
 def report() -> str:
-    """The text of the report."""
-    lines = ["versions"]
-    lines += [f"  {name:<10} {version}" for name, version in _versions().items()]
+    """The text of the report. To know what runs is to try: what is compiled on first use is compiled for it."""
     devices = _devices()
-    lines += ["devices"]
-    lines += [f"  {device!s:<10} {description}" for device, description in devices.items()]
-    lines += [
-        "settings",
-        f"  backend    {registry.chosen() or 'automatic'}",
-        f"  workspace  {registry.get_workspace() / 2**20:g} MiB",
-        "backends (the one that runs is marked *)",
-    ]
-    for device in devices:
-        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            lines += _row(device, dtype)
-    return "\n".join(lines)
+    rows = [line for device in devices for dtype in DTYPES for line in _row(device, dtype)]
+    sections = {
+        "versions": [f"{name:<10} {version}" for name, version in _versions().items()],
+        "devices": [f"{device!s:<10} {description}" for device, description in devices.items()],
+        "settings": [
+            f"backend    {registry.chosen() or 'automatic'}",
+            f"workspace  {registry.get_workspace() / 2**20:g} MiB",
+        ],
+        "native code (the library that runs is marked *)": _libraries(),
+        "backends (the one that runs is marked *)": rows,
+    }
+    return "\n".join(line for title, lines in sections.items() for line in (title, *(f"  {x}" for x in lines)))
+
+
+def _libraries() -> list[str]:
+    mine = native.library()
+    return [f"{'*' if x == mine else ' '}{x.name:<11} {build.describe(x)}" for x in build.cpu_libraries()]
 
 
 def _row(device: torch.device, dtype: torch.dtype) -> list[str]:
     try:
         chosen, note = registry.resolve(device, dtype), ""
     except ValueError as error:
-        chosen, note = "", f"    {error}"
+        chosen, note = "", f"  {error}"
     states = registry.explain(device, dtype)
     names = "  ".join(f"{'*' if name == chosen else ''}{name}" for name, why in states.items() if why == "ready")
-    lines = [f"  {device!s:<6} {str(dtype).removeprefix('torch.'):<9} {names}"]
-    lines += [f"    not {name}: {why}" for name, why in states.items() if why != "ready"]
+    lines = [f"{device!s:<6} {str(dtype).removeprefix('torch.'):<9} {names}"]
+    lines += [f"  not {name}: {why}" for name, why in states.items() if why != "ready"]
     return lines + ([note] if note else [])
 
 

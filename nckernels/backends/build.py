@@ -1,7 +1,7 @@
 """Compiles the C++ of ``csrc/``: when the package is installed (setup.py), or else on first use.
 
 Only the standard library and the programs ``ninja`` and a C++ compiler (``$CXX``, else g++ or c++) are needed:
-setup.py loads this file by its path, in environments that have no torch.
+setup.py loads this file by its path, in environments that have no torch. ``$NCKERNELS_CXXFLAGS`` adds flags.
 
 A library is looked for beside the package (``nckernels/lib``, where setup.py puts it), then in torch's
 extension cache (``$TORCH_EXTENSIONS_DIR``, default ``~/.cache/torch_extensions``), and built there if need be.
@@ -53,7 +53,7 @@ class Library:
 
     def key(self) -> str:
         """A hash of everything that goes into the library."""
-        digest = hashlib.sha256(repr((self, platform.machine())).encode())
+        digest = hashlib.sha256(repr((self, platform.machine(), _extra_flags())).encode())
         for path in sorted((CSRC / self.folder).iterdir()):
             if path.is_file():
                 digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -150,20 +150,22 @@ def build(library: Library, folder: Path) -> Path:
     return target
 
 
-def compiled_by(path: Path) -> str:
-    """The compiler that made a library, as it calls itself."""
-    return str(json.loads(_stamp(path).read_text())["compiler"])
+def describe(library: Library) -> str:
+    """Where a library is and which compiler made it, or that it has not been built."""
+    path = find(library)
+    if path is None:
+        return "not built"
+    return f"{path}, by {json.loads(_stamp(path).read_text())['compiler']}"
 
 
 def _ninja_file(library: Library) -> str:
-    """The build as ninja wants it: what changed is compiled, in parallel; ``CXX="ccache g++"`` works."""
-    flags = " ".join(library.flags)
+    """The build as ninja wants it: sources compile in parallel, one by one as ``CXX="ccache g++"`` likes it."""
+    flags = " ".join((*library.flags, _extra_flags()))
     lines = [
         "rule compile",
-        f"  command = {_compiler()} {flags} -MMD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
+        f"  command = {_compiler()} {flags} -c $in -o $out",
         "rule link",
-        f"  command = {_compiler()} -shared $in {' '.join(library.link)} -o $out",
+        f"  command = {_compiler()} -shared $in {' '.join(library.link)} {_extra_flags()} -o $out",
     ]
     objects = []
     for source in library.sources:
@@ -194,6 +196,10 @@ def _compiler() -> str:
     if command:
         return command
     return next((name for name in ("g++", "c++") if shutil.which(name)), "c++")
+
+
+def _extra_flags() -> str:
+    return os.environ.get("NCKERNELS_CXXFLAGS", "")
 
 
 def _compiler_version() -> str:

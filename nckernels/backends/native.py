@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import os
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ _HALF = {torch.bfloat16: 1, torch.float16: 2}
 _EXCLUDE = {"none": 0, "target": 1, "self": 2, "same_label": 3}
 _KEPT_PADDING = (191, 31)  # rows and columns by which tiles can exceed the matrix, see tiles.hpp
 _BAD_TARGET, _NO_MEMORY = 1, 2
+_OWNER = os.getpid()
 
 _P, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
@@ -159,6 +161,9 @@ class NativeBackend(Backend):
         )
 
 
+BACKEND = NativeBackend()
+
+
 def _rows(x: Tensor) -> Tensor:
     """A matrix with contiguous rows."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
@@ -185,7 +190,8 @@ def _problem(inputs: Inputs, forward: Forward, spec: Spec) -> tuple[_Problem, li
         spec.by_instance,
         _EXCLUDE[spec.exclude],
         spec.present_only,
-        torch.get_num_threads(),
+        # OpenMP's threads do not survive fork(): a child runs on its own thread.
+        torch.get_num_threads() if os.getpid() == _OWNER else 1,
         z.dtype == torch.float64,
         _HALF.get(z.dtype, 0),
         norm_eps(z.dtype),

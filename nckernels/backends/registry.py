@@ -160,4 +160,6 @@ def _checked_workspace(size: object, name: str) -> int:
 def _warn_once(name: str, reason: str) -> None:
     if not _settings.warned and not torch.compiler.is_compiling():
         _settings.warned = True
-        warnings.warn(f"nckernels: falling back from backend {name!r}: {reason}", stacklevel=2)
+        first, _, more = reason.partition("\n")
+        advice = f" (nckernels.set_backend({name!r}) shows all of it)" if more else ""
+        warnings.warn(f"nckernels: falling back from backend {name!r}: {first}{advice}", stacklevel=2)
