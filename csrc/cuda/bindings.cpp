@@ -139,6 +139,17 @@ void op_log_sum_exp(NCK_SIDE(p), NCK_SIDE(q), const Tensor& beta, const MaybeTen
               device.stream());
 }
 
+void op_log_sum_exp_wgmma(NCK_SIDE(p), NCK_SIDE(q), const Tensor& beta, const MaybeTensor& out,
+                          const MaybeTensor& p_max, const MaybeTensor& p_sum, int64_t first_tile, int64_t tiles,
+                          int64_t split, int64_t exclude) {
+  OnDevice device(p);
+  STD_TORCH_CHECK(kind_of(p) == Kind::kBf16 || kind_of(p) == Kind::kF16, "nckernels_cuda: expected 16-bit rows");
+  log_sum_exp_wgmma({NCK_MAKE_SIDE(p), NCK_MAKE_SIDE(q), pointer<float>(beta), pointer<float>(out),
+                     pointer<float>(p_max), pointer<float>(p_sum), nullptr, nullptr, int(first_tile), int(tiles),
+                     int(split), width_of(p), kind_of(p), Exclude(exclude)},
+                    device.stream());
+}
+
 void op_combine(const Tensor& max, const Tensor& sum, const MaybeTensor& label, const MaybeTensor& count,
                 const MaybeTensor& out, int64_t skip, int64_t first, int64_t parts, int64_t slots,
                 bool gather, bool keep) {
@@ -206,6 +217,9 @@ STABLE_TORCH_LIBRARY(nckernels_cuda, m) {
   m.def("log_sum_exp(" NCK_SIDE_SCHEMA("p") NCK_SIDE_SCHEMA(
       "q") "Tensor beta, Tensor(a!)? out, Tensor(b!)? p_max, Tensor(c!)? p_sum, Tensor(d!)? q_max, "
            "Tensor(e!)? q_sum, int first_tile, int tiles, int split, int exclude, bool exact) -> ()");
+  m.def("log_sum_exp_wgmma(" NCK_SIDE_SCHEMA("p") NCK_SIDE_SCHEMA(
+      "q") "Tensor beta, Tensor(a!)? out, Tensor(b!)? p_max, Tensor(c!)? p_sum, int first_tile, int tiles, "
+           "int split, int exclude) -> ()");
   m.def(
       "combine(Tensor(a!) max, Tensor(b!) sum, Tensor? label, Tensor? count, Tensor(c!)? out, int skip, "
       "int first, int parts, int slots, bool gather, bool keep) -> ()");
@@ -225,18 +239,19 @@ STABLE_TORCH_LIBRARY(nckernels_cuda, m) {
   m.def("gather(" NCK_SIDE_SCHEMA("p") "Tensor(a!) out, int start, int stop) -> ()");
 }
 
-#define NCK_IMPL_FOR(KEY)                                      \
-  STABLE_TORCH_LIBRARY_IMPL(nckernels_cuda, KEY, m) {          \
-    m.impl("row_rnorm", TORCH_BOX(&op_row_rnorm));             \
-    m.impl("prepare_samples", TORCH_BOX(&op_prepare_samples)); \
-    m.impl("compact", TORCH_BOX(&op_compact));                 \
-    m.impl("half_scale", TORCH_BOX(&op_half_scale));           \
-    m.impl("log_sum_exp", TORCH_BOX(&op_log_sum_exp));         \
-    m.impl("combine", TORCH_BOX(&op_combine));                 \
-    m.impl("bias_grad", TORCH_BOX(&op_bias_grad));             \
-    m.impl("entries", TORCH_BOX(&op_entries));                 \
-    m.impl("short_grad", TORCH_BOX(&op_short_grad));           \
-    m.impl("finish", TORCH_BOX(&op_finish));                   \
-    m.impl("gather", TORCH_BOX(&op_gather));                   \
+#define NCK_IMPL_FOR(KEY)                                          \
+  STABLE_TORCH_LIBRARY_IMPL(nckernels_cuda, KEY, m) {              \
+    m.impl("row_rnorm", TORCH_BOX(&op_row_rnorm));                 \
+    m.impl("prepare_samples", TORCH_BOX(&op_prepare_samples));     \
+    m.impl("compact", TORCH_BOX(&op_compact));                     \
+    m.impl("half_scale", TORCH_BOX(&op_half_scale));               \
+    m.impl("log_sum_exp", TORCH_BOX(&op_log_sum_exp));             \
+    m.impl("log_sum_exp_wgmma", TORCH_BOX(&op_log_sum_exp_wgmma)); \
+    m.impl("combine", TORCH_BOX(&op_combine));                     \
+    m.impl("bias_grad", TORCH_BOX(&op_bias_grad));                 \
+    m.impl("entries", TORCH_BOX(&op_entries));                     \
+    m.impl("short_grad", TORCH_BOX(&op_short_grad));               \
+    m.impl("finish", TORCH_BOX(&op_finish));                       \
+    m.impl("gather", TORCH_BOX(&op_gather));                       \
   }
 NCK_IMPL_FOR(NCK_DISPATCH_KEY)

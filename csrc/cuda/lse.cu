@@ -1,44 +1,25 @@
 // The forward pass: log-sum-exp of similarity tiles that are never stored.
 //
 // A matrix product whose epilogue keeps, for each anchor, the largest logit so far and the sum of
-// exponentials relative to it. The pair, rather than a sum relative to the constant beta >= t, is right for
-// any temperature: with beta = 1000 every term of the latter could underflow. Sums are added in a fixed
-// order, without atomics: the same inputs always give the same bits.
+// exponentials relative to it. Sums are added in a fixed order, without atomics: the same inputs always give
+// the same bits.
 //
 // Logits live in base 2 inside the kernels (t log2 e), since exp2 is what the hardware has.
 
+#include "pairs.h"
 #include "tile_loop.h"
 
 namespace nck {
 namespace {
 
-// (largest logit, sum of 2^(logit - largest)): what a set of logits amounts to.
-struct Pair {
-  float largest, total;
-};
-
-NCK_DEVICE Pair join(Pair a, Pair b) {
-  float largest = fmaxf(a.largest, b.largest), shift = shift_of(largest);
-  return {largest, a.total * exp2_fast(a.largest - shift) + b.total * exp2_fast(b.largest - shift)};
-}
-
-NCK_DEVICE Pair join_lanes(Pair pair, int mask) {
-  return join(pair, {shfl_xor(pair.largest, mask), shfl_xor(pair.total, mask)});
-}
-
-// What the rows of a Q tile carry, one array an item.
 template <class Tag>
-struct Columns {
-  float rnorm[kTile];
-  float bias[kTile];
-  Tag tag[kTile];
-};
+using TileColumns = Columns<Tag, kTile>;
 
 constexpr int kPairBytes = 4 * kTile * int(sizeof(Pair));
 
 template <class Tag>
 constexpr size_t lse_shared() {
-  return kLoopBytes + 2 * sizeof(Columns<Tag>) + kPairBytes;
+  return kLoopBytes + 2 * sizeof(TileColumns<Tag>) + kPairBytes;
 }
 static_assert(lse_shared<int64_t>() <= 99 << 10, "what the smallest devices have");
 
@@ -49,7 +30,7 @@ NCK_KERNEL(kThreads, kHalf<K> && !kBoth ? 2 : 1)
 lse_kernel(const __grid_constant__ LseArgs a) {
   SharedArena arena;
   auto* stages = arena.take<unsigned char>(kLoopBytes);
-  auto* columns = arena.take<Columns<Tag>>(2);
+  auto* columns = arena.take<TileColumns<Tag>>(2);
   auto* pairs = arena.take<Pair>(4 * kTile);
   const Lane me;
   const int tile_p = int(blockIdx.x) / a.split, part = int(blockIdx.x) % a.split;
@@ -67,21 +48,17 @@ lse_kernel(const __grid_constant__ LseArgs a) {
     scale[r] = rnorm_of(a.p, s) * (*a.beta * kLog2e);
     tag[r] = mask_tag<Tag>(a.p, s, a.exclude);
     if constexpr (kBoth) p_bias[r] = summand_bias(a.p, s);
-    sum[r] = {-infinity(), 0.0f};
+    sum[r] = empty_pair();
   }
 
   auto prologue = [&](int tile) {
     if (threadIdx.x >= kTile) return;
     int c = int(threadIdx.x);
-    Columns<Tag>& column = columns[tile / a.split & 1];
-    Slot s = slot_at(a.q, tile * kTile + c, q_used);
-    column.rnorm[c] = rnorm_of(a.q, s);
-    column.bias[c] = summand_bias(a.q, s);
-    column.tag[c] = mask_tag<Tag>(a.q, s, a.exclude);
+    columns[tile / a.split & 1].set(c, a.q, slot_at(a.q, tile * kTile + c, q_used), a.exclude);
   };
 
   auto epilogue = [&](int tile, float(&acc)[2][8][4]) {
-    const Columns<Tag>& column = columns[tile / a.split & 1];
+    const TileColumns<Tag>& column = columns[tile / a.split & 1];
     // The products become logits in place; without the bias where both directions need one.
 #pragma unroll
     for (int j = 0; j < 8; j++) {
@@ -126,7 +103,7 @@ lse_kernel(const __grid_constant__ LseArgs a) {
       for (int j = 0; j < 8; j++) {
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-          Pair over{-infinity(), 0.0f};
+          Pair over = empty_pair();
 #pragma unroll
           for (int r = 0; r < 4; r++) {
             over.largest = fmaxf(over.largest, acc[r / 2][j][2 * (r % 2) + e] + p_bias[r]);
@@ -167,24 +144,14 @@ lse_kernel(const __grid_constant__ LseArgs a) {
   block_sync();
   int slot = p_first + int(threadIdx.x);
   if (threadIdx.x >= kTile || slot >= p_used) return;
-  Pair pair = join(pairs[threadIdx.x], pairs[kTile + threadIdx.x]);
-  Slot s = slot_at(a.p, slot, p_used);
-  if (!s.summed) pair = {-infinity(), 0.0f};
-  if (a.out) {
-    // Empty: -inf + log2(0) = -inf.
-    if (s.summed || !a.p.gather) a.out[s.row] = (pair.largest + log2_of(pair.total)) * kLn2;
-  } else {
-    int64_t at = int64_t(part) * a.p.slots + slot;
-    a.p_max[at] = pair.largest;
-    a.p_sum[at] = pair.total;
-  }
+  store_result(a, part, slot, p_used, join(pairs[threadIdx.x], pairs[kTile + threadIdx.x]));
 }
 
 NCK_KERNEL(kThreads, 4) combine_kernel(const __grid_constant__ CombineArgs a) {
   int slot = int(blockIdx.x) * kThreads + int(threadIdx.x);
   int used = a.count ? min_of(int(*a.count), a.slots) : a.slots;
   if (slot >= used) return;
-  Pair pair{-infinity(), 0.0f};
+  Pair pair = empty_pair();
   for (int part = a.first; part < a.parts; part++) {
     int64_t at = int64_t(part) * a.slots + slot;
     pair = join(pair, {a.max[at], a.sum[at]});
@@ -196,7 +163,7 @@ NCK_KERNEL(kThreads, 4) combine_kernel(const __grid_constant__ CombineArgs a) {
   if (!a.out) return;
   bool summed = !a.label || a.label[slot] != a.skip;
   if (a.gather && !summed) return;
-  a.out[a.gather ? a.label[slot] : slot] = (pair.largest + log2_of(pair.total)) * kLn2;
+  a.out[a.gather ? a.label[slot] : slot] = log_sum(pair);
 }
 
 }  // namespace

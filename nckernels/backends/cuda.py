@@ -7,6 +7,7 @@ inputs always give the same bits.
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,10 @@ from .tiled.kernels import Kernels, Partial
 from .tiled.plan import FULL_WAVE, Blocks
 from .tiled.sides import Result, Side
 
-SOURCES = ("norms.cu", "lse.cu", "bias_grad.cu", "entries.cu", "short_grad.cu", "finish.cu", "bindings.cpp")
+SOURCES = (
+    *("norms.cu", "lse.cu", "lse_wgmma.cu", "bias_grad.cu", "entries.cu", "short_grad.cu", "finish.cu"),
+    "bindings.cpp",
+)
 """The files of csrc/cuda that make up the library."""
 
 CXX_FLAGS = ("-std=c++20", "-O2", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000")
@@ -37,6 +41,9 @@ SHORT = 256
 
 LONG = 256
 """Rows longer than this share every block of anchors among several thread blocks, see ``FULL_WAVE``."""
+
+WGMMA = "NCKERNELS_CUDA_WGMMA"
+"""Set to 1, this environment variable chooses Hopper's own units for the forward pass where they apply."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _EXCLUDE = {"none": 0, "target": 1, "self": 2, "same_label": 3}
@@ -92,13 +99,14 @@ class CudaBackend(Backend):
 
 
 @cache
-def _device(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors, and bytes of shared memory that a thread block may use."""
+def _device(device: torch.device) -> tuple[int, int, bool]:
+    """Multiprocessors, bytes of shared memory that a thread block may use, whether it is a Hopper."""
     if device.type != "cuda":
-        return 4, 227 << 10  # the emulation that the tests use
+        return 4, 227 << 10, True  # the emulation that the tests use
     properties = torch.cuda.get_device_properties(device)
     # The opt-in limit has no name in older versions of torch; 99 KB is what the smallest parts offer.
-    return properties.multi_processor_count, getattr(properties, "shared_memory_per_block_optin", 99 << 10)
+    shared = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
+    return properties.multi_processor_count, shared, (properties.major, properties.minor) == (9, 0)
 
 
 class CudaKernels(Kernels):
@@ -114,7 +122,8 @@ class CudaKernels(Kernels):
         self.half = z.dtype != torch.float32
         self.exact = not self.half and torch.get_float32_matmul_precision() == "highest"
         """float32 products as exact as float32; else rounded to tf32, as torch is set to do."""
-        self.multiprocessors, self.shared = _device(z.device)
+        self.multiprocessors, self.shared, hopper = _device(z.device)
+        self.hopper = hopper and os.environ.get(WGMMA) == "1"
 
     def _side(self, side: Side) -> tuple[Any, ...]:
         """``Side`` of args.h. Prototypes that the mask "self" leaves out can still be someone's positive."""
@@ -169,10 +178,16 @@ class CudaKernels(Kernels):
         self, p: Side, q: Side, out: Tensor | None, p_partial: Partial, q_partial: Partial,
         first: int, count: int, split: int, blocks: Blocks,
     ) -> None:  # fmt: skip
-        self.ops.log_sum_exp(
-            *self._side(p), *self._side(q), self.beta, out, *p_partial, *q_partial,
-            first, count, split, self.exclude, self.exact,
-        )  # fmt: skip
+        both = q_partial[0] is not None
+        if self.hopper and self.half and not both and _fits_boxes(p) and _fits_boxes(q):
+            self.ops.log_sum_exp_wgmma(
+                *self._side(p), *self._side(q), self.beta, out, *p_partial, first, count, split, self.exclude
+            )
+        else:
+            self.ops.log_sum_exp(
+                *self._side(p), *self._side(q), self.beta, out, *p_partial, *q_partial,
+                first, count, split, self.exclude, self.exact,
+            )  # fmt: skip
 
     def combine(self, partial: Partial, side: Side, out: Tensor, first: int, parts: int, keep: bool) -> None:
         self.ops.combine(*partial, side.label, side.count, out, side.skip, first, parts, side.slots, side.gather, keep)
@@ -210,3 +225,8 @@ class CudaKernels(Kernels):
             *self._side(side), sums, self.beta, scale, result.out, result.dot, start, stop, parts,
             side.slots * side.x.shape[1], self.eps, self.norm_limit, norm_inside,
         )  # fmt: skip
+
+
+def _fits_boxes(side: Side) -> bool:
+    """Whether rows can be fetched in boxes: neighbours in memory, at multiples of 16 bytes."""
+    return not side.gather and side.x.data_ptr() % 16 == 0 and side.x.stride(0) % 8 == 0

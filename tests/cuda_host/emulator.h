@@ -31,6 +31,14 @@ struct Settings {
 };
 inline Settings settings;
 
+// What other asynchronous units have to say (hopper_host.h). `deliver` does one thing that is under way, if
+// anything is; `leftovers` tells what is still under way when a block ends, and forgets it.
+struct Hooks {
+  bool (*deliver)() = nullptr;
+  const char* (*leftovers)() = nullptr;
+};
+inline Hooks hooks;
+
 struct Copy {
   void* to;
   const void* from;
@@ -221,13 +229,19 @@ EMU_UNCHECKED inline void run_block(Block& b, int threads, size_t shared_limit) 
   reset(b);  // the kernel allocates, and so poisons, its arrays anew
   b.live = threads;
   b.at_barrier = 0;
-  while (Thread* t = next_thread(b)) {
+  for (;;) {
+    if (hooks.deliver && draw(64) == 0) hooks.deliver();
+    Thread* t = next_thread(b);
+    if (!t && hooks.deliver && hooks.deliver()) continue;
+    if (!t) break;
     state.thread = t;
     threadIdx.x = unsigned(t->index);
     t->fiber.enter();
     state.thread = nullptr;
-    if (!state.failure.empty()) return;
+    if (!state.failure.empty()) break;
   }
+  const char* under_way = hooks.leftovers ? hooks.leftovers() : nullptr;
+  if (!state.failure.empty()) return;
   if (b.live) {
     std::string where = "deadlock: threads wait at";
     const char* last = nullptr;
@@ -236,6 +250,7 @@ EMU_UNCHECKED inline void run_block(Block& b, int threads, size_t shared_limit) 
     }
     fail(where);
   }
+  if (under_way && !b.live) fail(under_way);
   size_t total = 0;
   for (auto& array : b.shared) {
     total += (array.size + 127) & ~size_t(127);

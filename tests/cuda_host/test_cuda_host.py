@@ -12,6 +12,7 @@ import itertools
 import os
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import host_build
 import oracle
@@ -121,14 +122,14 @@ def test_present_only(emulator: Emulator, m: int, k: int, dtype: torch.dtype) ->
 @pytest.mark.parametrize("dtype", TWO, ids=str)
 def test_splits(emulator: Emulator, dtype: torch.dtype, places: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One thread block for all tiles of Q, and one for each."""
-    monkeypatch.setattr(cuda, "_device", lambda device: (places, 227 << 10))
+    monkeypatch.setattr(cuda, "_device", lambda device: (places, 227 << 10, True))
     for d, direction in ((64, "class"), (130, "both")):
         oracle.check(oracle.make_problem(260, 150, d, direction=direction, exclude="target", bias=True), dtype)
 
 
 def test_little_shared_memory(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the smallest devices rows of 256 go through panels."""
-    monkeypatch.setattr(cuda, "_device", lambda device: (4, 99 << 10))
+    monkeypatch.setattr(cuda, "_device", lambda device: (4, 99 << 10, True))
     oracle.check(oracle.make_problem(140, 130, 256, exclude="target"), torch.bfloat16)
 
 
@@ -178,6 +179,89 @@ def test_tf32(emulator: Emulator) -> None:
             assert value is not None
             error = (value.double() - truth[name]).norm() / truth[name].norm()
             assert 1e-7 < error < 2e-3 or name == "pos", (name, float(error))
+
+
+# --- Hopper's own units -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wgmma(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The opt-in forward kernel is on; collects the row length of every launch of it."""
+    monkeypatch.setenv(cuda.WGMMA, "1")
+    launches: list[int] = []
+    operator = torch.ops.nckernels_cuda.log_sum_exp_wgmma
+
+    def counted(*args: Any) -> None:
+        launches.append(args[0].shape[1])
+        operator(*args)
+
+    monkeypatch.setattr(torch.ops.nckernels_cuda, "log_sum_exp_wgmma", counted)
+    return launches
+
+
+@pytest.mark.parametrize("exclude", oracle.EXCLUDES)
+@pytest.mark.parametrize("direction", ["class", "instance"])
+@pytest.mark.parametrize("dtype", oracle.HALF, ids=str)
+def test_wgmma(emulator: Emulator, wgmma: list[int], dtype: torch.dtype, direction: str, exclude: str) -> None:
+    """One slice of columns, several, more than there are stages; ragged tails on all sides."""
+    for schedule, poison, d in ((UNIFORM, LARGE, 40), (RUN_AHEAD, NAN, 136), (ROUND_ROBIN, NAN, 328)):
+        emulator.configure(schedule, seed=d, poison=poison)
+        problem = oracle.make_problem(300, 140, d, direction=direction, exclude=exclude, bias=d == 136, seed=d)
+        oracle.check(problem, dtype, wrt=())
+    assert wgmma == [40, 136, 328]
+
+
+@pytest.mark.parametrize("places", [1, 4, 132])
+def test_wgmma_splits(emulator: Emulator, wgmma: list[int], places: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_device", lambda device: (places, 227 << 10, True))
+    for m, k in ((1, 1), (700, 3), (129, 257)):
+        oracle.check(oracle.make_problem(m, k, 72, exclude="target", beta=300.0), torch.bfloat16, wrt=())
+    assert len(wgmma) == 3
+
+
+def test_wgmma_only_where_it_applies(emulator: Emulator, wgmma: list[int]) -> None:
+    """Rows that do not start at multiples of 16 bytes, compacted prototypes, both directions, float32."""
+    for problem, dtype in (
+        (oracle.make_problem(40, 30, 41), torch.bfloat16),
+        (oracle.make_problem(40, 90, 48, present_only=True), torch.bfloat16),
+        (oracle.make_problem(40, 30, 48, direction="both"), torch.bfloat16),
+        (oracle.make_problem(40, 30, 48), torch.float32),
+    ):
+        oracle.check(problem, dtype, wrt=())
+    assert not wgmma
+
+
+def test_wgmma_does_not_look_at_ignored_rows(emulator: Emulator, wgmma: list[int]) -> None:
+    """They are fetched with the others; whatever they hold, the same bits come out."""
+    for direction in ("class", "instance"):
+        problem = oracle.make_problem(150, 140, 72, direction=direction, exclude="target")
+        clean, _ = oracle.run(oracle.package, problem.to(torch.bfloat16), ())
+        problem.features[problem.target == problem.ignore_index] = torch.nan
+        outputs, _ = oracle.run(oracle.package, problem.to(torch.bfloat16), ())
+        for name, value in clean.items():
+            assert torch.equal(value, outputs[name]), name
+    assert len(wgmma) == 4
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_wgmma_faults_are_caught(emulator: Emulator, wgmma: list[int], fault: str) -> None:
+    """Each of them under some order of the warps: these wait for each other so rarely that not every one shows."""
+    problem = oracle.make_problem(300, 280, 72, exclude="target", ignored=0).to(torch.bfloat16)
+    problem = dataclasses.replace(problem, target=_with_room(problem.target))
+    leaves = {name: _with_room(x) if x.dim() else x for name, x in problem.inputs().items()}
+
+    def forward(**options: int) -> Tensor | str:
+        emulator.configure(RUN_AHEAD, **options)
+        try:
+            return oracle.package(problem, leaves)["class"]
+        except RuntimeError as error:
+            return str(error)
+
+    right = forward()
+    assert isinstance(right, Tensor)
+    wrong = [forward(seed=seed, fault=FAULTS[fault]) for seed in range(1, 5)]
+    assert any(_differ([x], [right]) if isinstance(x, Tensor) else x.startswith("emulator") for x in wrong)
+    assert len(wgmma) == 5
 
 
 # --- reads and writes that must not be --------------------------------------------------------------------
