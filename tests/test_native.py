@@ -177,7 +177,8 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16):
         for exclude in oracle.EXCLUDES:
             for beta in (10.0, 100.0):
                 shape = (70, 70, 37) if exclude in ("self", "same_label") else (150, 43, 37)
-                oracle.check(oracle.make_problem(*shape, direction=direction, exclude=exclude, beta=beta, bias=True), dtype)
+                case = oracle.make_problem(*shape, direction=direction, exclude=exclude, beta=beta, bias=True)
+                oracle.check(case, dtype)
 """
     result = run_python(code, ATEN_CPU_CAPABILITY=capability)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -273,7 +274,7 @@ def test_two_processes_build_once(fake: tuple[dict[str, str], Path]) -> None:
 def test_a_killed_build_leaves_no_lock(fake: tuple[dict[str, str], Path], tmp_path: Path) -> None:
     environment, log = fake
     slow = tmp_path / "slow"
-    slow.write_text("#!/bin/sh\necho run >> {log}\nexec sleep 600\n".format(log=log))
+    slow.write_text(f"#!/bin/sh\necho run >> {log}\nexec sleep 600\n")
     slow.chmod(0o755)
     process = subprocess.Popen([sys.executable, "-c", USE], env=os.environ | environment | {"CXX": str(slow)})
     end = time.monotonic() + 60

@@ -1,0 +1,57 @@
+"""Which engine should multiply the tiles of csrc/cpu? Rates of three, single-threaded, at the tiles' shapes.
+
+    python -m benchmarks.tile_gemm
+
+Needs a C++ compiler; takes about a minute, most of it for compiling against torch's headers. The rates are
+those of a tile that stays in the caches; what a whole forward and backward pass makes of them is for
+``python -m benchmarks`` to tell.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from nckernels.backends import build, native
+
+HERE = Path(__file__).resolve().parent
+ENGINES = ("csrc/cpu, tile packed", "csrc/cpu, with packing", "oneDNN brgemm (ATen)", "BLAS of torch")
+SHAPES = ((192, 1000, 128), (192, 1000, 512), (192, 1000, 2048), (96, 1000, 512), (192, 64, 512))
+TORCH = Path(torch.__file__).parent
+
+
+def main() -> int:
+    """Print the table."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        rate = compile_into(Path(folder)).tile_gemm_rate
+        rate.restype = ctypes.c_double
+        rate.argtypes = [ctypes.c_int, *[ctypes.c_int64] * 3]
+        name = native.library().name
+        print(f"GFLOP/s of one thread, float32, {name}, torch {torch.__version__}")
+        print(f"{'rows, columns, d':>18}  " + "  ".join(ENGINES))
+        for shape in SHAPES:
+            rates = [rate(engine, *shape) for engine in range(len(ENGINES))]
+            cells = (f"{x:{len(title)}.1f}" for x, title in zip(rates, ENGINES, strict=True))
+            print(f"{', '.join(map(str, shape)):>18}  " + "  ".join(cells), flush=True)
+    return 0
+
+
+def compile_into(folder: Path) -> ctypes.CDLL:
+    """The benchmark's library, with the flags of the package's own."""
+    target = folder / "tile_gemm.so"
+    flags = [flag.replace("c++17", "c++20") for flag in native.library().flags if flag not in ("-Wall", "-Wextra")]
+    includes = [f"-I{build.CSRC / 'cpu'}", f"-I{TORCH / 'include'}"]
+    link = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{TORCH / 'lib'}"]
+    command = ["g++", *flags, *includes, "-shared", str(HERE / "tile_gemm.cpp"), *link, "-o", str(target)]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(target))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
