@@ -68,24 +68,27 @@ def _load() -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
+def _missing() -> str | None:
+    return "this build of torch has no CUDA" if torch.version.cuda is None else _load()
+
+
 class CudaBackend(Backend):
     """float32, bfloat16 and float16 on CUDA devices of compute capability 8.x and 9.0."""
 
     name = "cuda"
 
     def missing(self) -> str | None:
-        if torch.version.cuda is None:
-            return "this build of torch has no CUDA"
-        return _load()
+        return _missing()
 
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if dtype not in _DTYPES:
             return f"supports float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
         if device.type != "cuda":
             return f"supports CUDA devices, not {device.type}"
-        if torch.cuda.get_device_capability(device)[0] not in (8, 9):
+        if torch.cuda.get_device_properties(device).major not in (8, 9):
             return "needs compute capability 8.x or 9.0"
-        return self.missing()
+        return _missing()
 
     def kept_numel(self, device: torch.device, dtype: torch.dtype, m: int, k: int, spec: Spec) -> int:
         # The list of classes that occur and its length, as 64-bit integers.

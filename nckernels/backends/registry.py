@@ -17,6 +17,7 @@ import torch
 
 from .base import Backend
 from .chunked import ChunkedBackend
+from .cuda import CudaBackend
 from .native import NativeBackend
 from .triton import TritonBackend
 
@@ -25,12 +26,12 @@ DEFAULT_WORKSPACE = 32 * 2**20
 
 #: Everything but the reference, which is not a Backend: PyTorch differentiates it by itself.
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (TritonBackend(), NativeBackend(), ChunkedBackend())
+    backend.name: backend for backend in (TritonBackend(), CudaBackend(), NativeBackend(), ChunkedBackend())
 }
 
 #: Per device type the backends to try, fastest first; "any" for the rest. The last one always runs.
 PREFERENCE: dict[str, tuple[str, ...]] = {
-    "cuda": ("triton", "chunked"),
+    "cuda": ("triton", "cuda", "chunked"),
     "cpu": ("native", "chunked"),
     "any": ("chunked",),
 }
@@ -129,11 +130,12 @@ def resolve(device: torch.device, dtype: torch.dtype) -> str:
         if reason is not None:
             raise ValueError(f"backend {name!r} was chosen but cannot run: {reason}")
         return name
-    for candidate in PREFERENCE.get(device.type, PREFERENCE["any"]):
+    for rank, candidate in enumerate(PREFERENCE.get(device.type, PREFERENCE["any"])):
         backend = BACKENDS[candidate]
         missing = backend.missing()
         if missing is not None:
-            _warn_once(candidate, missing)
+            if rank == 0:  # a second choice that is not there is nothing to tell of
+                _warn_once(candidate, missing)
         elif backend.why_not(device, dtype) is None:
             return candidate
     raise ValueError(f"no backend takes {dtype} on {device}: " + "; ".join(explain(device, dtype).values()))
