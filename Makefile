@@ -20,7 +20,7 @@ PYTEST := $(PY) -m pytest -q
 # Tests run in two processes of one thread each: quicker, and no threads that wait for each other.
 PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadgroup
 
-.PHONY: help setup demo test test-all test-gpu lint check-triton check-triton-quick bench clean
+.PHONY: help setup demo test test-all test-gpu sanitize lint check-triton check-triton-quick bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -40,6 +40,12 @@ test-all: lint check-triton ## everything, the slow tests too
 
 test-gpu: $(READY) ## the tests that need a CUDA device (make test-gpu PY=python3)
 	$(PYTEST) tests --ignore tests/interpreter -m cuda
+
+sanitize: $(READY) ## the native backend's tests under the address and undefined-behaviour sanitizers
+	NCKERNELS_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1" \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 NCKERNELS_BACKEND=native \
+	$(PYTEST) tests/test_primitive.py tests/test_losses.py tests/test_autograd.py tests/test_native.py -k native
 
 lint: $(READY) ## ruff and mypy
 	$(PY) -m ruff check .

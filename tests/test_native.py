@@ -1,5 +1,4 @@
-"""The native backend: exactness, instruction sets, threads, forks, scratch memory; and building it, with all
-that can go wrong there."""
+"""The native backend: exactness, instruction sets, threads, forks, scratch memory."""
 
 from __future__ import annotations
 
@@ -7,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import oracle
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor
 
 import nckernels
-from nckernels.backends import build, native, registry
+from nckernels.backends import native, registry
 
 pytestmark = pytest.mark.skipif(native.BACKEND.missing() is not None, reason=str(native.BACKEND.missing()))
 
@@ -202,164 +200,6 @@ def test_scratch_stays_within_the_workspace(loss: str, workspace: int, threads: 
             kept = 4 * native.BACKEND.kept_numel(torch.device("cpu"), torch.float32, m, k, dense)
             vectors = 256 * (m + k)
             assert native.peak_scratch() + kept <= workspace + vectors, (m, k, d)
-
-
-# --- building ---------------------------------------------------------------------------------------------
-
-USE = """
-import warnings, torch, nckernels
-warnings.simplefilter("always")
-loss = nckernels.nonl_loss(torch.eye(4), torch.eye(4), torch.arange(4))
-loss = nckernels.nonl_loss(torch.eye(4), torch.eye(4), torch.arange(4))
-from nckernels.backends import registry
-print(registry.resolve(torch.device("cpu"), torch.float32))
-"""
-
-
-@pytest.fixture(scope="session")
-def compiled() -> Path:
-    """The library of this machine."""
-    path = build.find(native.library())
-    assert path is not None
-    return path
-
-
-# A compiler that takes no time: it "compiles" by copying the library that is there already.
-FAKE_COMPILER = """#!/bin/sh
-for last; do :; done
-case "$*" in *--version*) echo fake 1.0; exit;; esac
-sleep 0.2
-echo run >> {log}
-cp {library} "$last"
-"""
-
-
-@pytest.fixture
-def fake(tmp_path: Path, compiled: Path) -> tuple[dict[str, str], Path]:
-    """An empty cache, a compiler that takes no time, and its log: one line a run."""
-    script, log = tmp_path / "cxx", tmp_path / "log"
-    script.write_text(FAKE_COMPILER.format(library=compiled, log=log))
-    script.chmod(0o755)
-    return {"CXX": str(script), "TORCH_EXTENSIONS_DIR": str(tmp_path / "cache")}, log
-
-
-RUNS = len(native.library().sources) + 1  # of the compiler: each source, and the link
-
-
-def test_a_second_process_uses_what_the_first_one_built(fake: tuple[dict[str, str], Path]) -> None:
-    environment, log = fake
-    first = run_python(USE, **environment)
-    assert first.stdout.split() == ["native"], first.stderr
-    assert "compiling" in first.stderr
-    second = run_python(USE, **environment)
-    assert second.stdout.split() == ["native"]
-    assert "compiling" not in second.stderr
-    assert len(log.read_text().split()) == RUNS
-
-
-def test_two_processes_build_once(fake: tuple[dict[str, str], Path]) -> None:
-    environment, log = fake
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", USE], env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        for _ in range(2)
-    ]
-    for process in processes:
-        out, err = process.communicate(timeout=120)
-        assert out.split() == [b"native"], err
-    assert len(log.read_text().split()) == RUNS
-
-
-def test_a_killed_build_leaves_no_lock(fake: tuple[dict[str, str], Path], tmp_path: Path) -> None:
-    environment, log = fake
-    slow = tmp_path / "slow"
-    slow.write_text(f"#!/bin/sh\necho run >> {log}\nexec sleep 600\n")
-    slow.chmod(0o755)
-    process = subprocess.Popen([sys.executable, "-c", USE], env=os.environ | environment | {"CXX": str(slow)})
-    end = time.monotonic() + 60
-    while not log.exists() and time.monotonic() < end:
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
-    result = run_python(USE, **environment)
-    assert result.stdout.split() == ["native"], result.stderr
-
-
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "stale", "no stamp", "stamp is garbage"])
-def test_damaged_caches_are_built_again(
-    fake: tuple[dict[str, str], Path], compiled: Path, damage: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    environment, log = fake
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    path = build.find_or_build(native.library())
-    content, stamp = compiled.read_bytes(), path.with_suffix(".json")
-    assert path.read_bytes() == content
-    if damage == "no stamp":
-        stamp.unlink()
-    elif damage == "stamp is garbage":
-        stamp.write_text("{")
-    elif damage == "stale":
-        stamp.write_text(stamp.read_text().replace(native.library().key(), "0" * 16))
-    else:
-        flipped = content[:5000] + bytes([content[5000] ^ 255]) + content[5001:]
-        path.write_bytes({"truncated": content[: len(content) // 2], "flipped": flipped, "empty": b""}[damage])
-    assert build.find(native.library()) is None
-    assert build.find_or_build(native.library()) == path
-    assert path.read_bytes() == content
-    assert len(log.read_text().split()) == 2 * RUNS
-    assert build.find_or_build(native.library()) == path
-    assert len(log.read_text().split()) == 2 * RUNS
-
-
-def fall_back(environment: dict[str, str], reason: str) -> None:
-    """Automatically: one warning, and the next backend. By name: an error with the reason in full."""
-    result = run_python(USE, **environment)
-    assert result.stdout.split() == ["chunked"], result.stderr
-    assert result.stderr.count("falling back from backend 'native'") == 1, result.stderr
-    explicit = run_python("import nckernels; nckernels.set_backend('native')", **environment)
-    assert explicit.returncode == 1
-    assert "ValueError: backend 'native' cannot run here: " in explicit.stderr
-    assert reason in explicit.stderr, explicit.stderr
-
-
-def test_a_compiler_that_fails(tmp_path: Path) -> None:
-    script = tmp_path / "cxx"
-    script.write_text("#!/bin/sh\necho first line >&2\necho 'tiles.hpp:1: error: no such luck' >&2\nexit 1\n")
-    script.chmod(0o755)
-    environment = {"CXX": str(script), "TORCH_EXTENSIONS_DIR": str(tmp_path / "cache")}
-    fall_back(environment, "error: no such luck")
-
-
-def test_no_compiler(tmp_path: Path) -> None:
-    environment = {"CXX": str(tmp_path / "no-such-compiler"), "TORCH_EXTENSIONS_DIR": str(tmp_path / "cache")}
-    fall_back(environment, "no-such-compiler")
-
-
-def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "cache").write_text("a file where a folder should be")
-    fall_back({"TORCH_EXTENSIONS_DIR": str(tmp_path / "cache")}, "set TORCH_EXTENSIONS_DIR")
-
-
-def test_a_library_that_does_not_load(tmp_path: Path) -> None:
-    """A compiler that makes something else of it."""
-    script = tmp_path / "cxx"
-    script.write_text('#!/bin/sh\nfor last; do :; done\necho not a library > "$last"\n')
-    script.chmod(0o755)
-    fall_back({"CXX": str(script), "TORCH_EXTENSIONS_DIR": str(tmp_path / "cache")}, "nckernels_cpu")
-
-
-def test_changed_sources_are_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = native.library().key()
-    sources = tmp_path / "cpu"
-    sources.mkdir()
-    for path in (build.CSRC / "cpu").iterdir():
-        (sources / path.name).write_bytes(path.read_bytes())
-    monkeypatch.setattr(build, "CSRC", tmp_path)
-    assert native.library().key() == before
-    (sources / "simd.hpp").write_text((sources / "simd.hpp").read_text() + "\n")
-    assert native.library().key() != before
 
 
 def test_registry_prefers_native_on_the_cpu() -> None:

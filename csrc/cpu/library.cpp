@@ -17,9 +17,14 @@ namespace scratch {
 static std::mutex mutex;
 static std::multimap<size_t, void*> free_buffers;
 static size_t free_bytes = 0, used_bytes = 0, peak_bytes = 0;
-constexpr size_t kept_at_most = size_t(64) << 20;
+#if defined(__SANITIZE_ADDRESS__)
+// Nothing is used again and nothing rounded up further than must be, so that the sanitizer sees every slip.
+constexpr size_t kept_at_most = 0, alignment = 64;
+#else
+constexpr size_t kept_at_most = size_t(64) << 20, alignment = 4096;
+#endif
 
-static size_t rounded(size_t bytes) { return (bytes + 4095) / 4096 * 4096; }
+static size_t rounded(size_t bytes) { return (bytes + alignment - 1) / alignment * alignment; }
 
 void* acquire(size_t bytes) {
     const size_t size = rounded(bytes);
@@ -36,7 +41,7 @@ void* acquire(size_t bytes) {
             return p;
         }
     }
-    void* p = std::aligned_alloc(4096, size);
+    void* p = std::aligned_alloc(alignment, size);
     if (!p) throw std::bad_alloc();
     return p;
 }
