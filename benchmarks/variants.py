@@ -117,6 +117,8 @@ BASELINE = "naive eager"
 
 VARIANTS = (
     _ours("triton"),
+    _ours("cuda"),
+    _ours("native"),
     _ours("chunked"),
     Variant(BASELINE, "M x K logits, masked logsumexp, autograd", _naive),
     Variant("naive torch.compile", "the same through inductor", _compiled),

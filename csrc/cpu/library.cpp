@@ -21,7 +21,7 @@ static size_t free_bytes = 0, used_bytes = 0, peak_bytes = 0;
 // Nothing is used again and nothing rounded up further than must be, so that the sanitizer sees every slip.
 constexpr size_t kept_at_most = 0, alignment = 64;
 #else
-constexpr size_t kept_at_most = size_t(64) << 20, alignment = 4096;
+constexpr size_t kept_at_most = size_t(32) << 20, alignment = 4096;
 #endif
 
 static size_t rounded(size_t bytes) { return (bytes + alignment - 1) / alignment * alignment; }

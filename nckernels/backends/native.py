@@ -101,8 +101,8 @@ def _missing() -> str | None:
 
 
 def peak_scratch() -> int:
-    """Highest number of bytes of scratch in use since the last call of this function."""
-    return int(_library().nckernels_peak_scratch())
+    """Highest number of bytes of scratch in use since the last call of this function; 0 without the library."""
+    return 0 if _missing() else int(_library().nckernels_peak_scratch())
 
 
 class NativeBackend(Backend):
