@@ -12,6 +12,7 @@
 #endif
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #define EMU_ASAN 1
 #endif
@@ -95,6 +96,10 @@ class Fiber {
         mmap(nullptr, kGuard + kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     if (memory_ == MAP_FAILED) abort();
     mprotect(memory_, kGuard, PROT_NONE);
+#if defined(EMU_ASAN)
+    // The stack of an earlier fiber may have been here, abandoned with its red zones.
+    __asan_unpoison_memory_region(memory_ + kGuard, kStack);
+#endif
     void** top = reinterpret_cast<void**>(memory_ + kGuard + kStack - colour % 64 * 64) - 2;
     *top = reinterpret_cast<void*>(body);
     stack_pointer_ = top - 6;  // the six registers that the switch pops
