@@ -31,7 +31,7 @@ public:
         std::vector<double> energy(std::max<int64_t>(tiles, 1), 0.0);
         std::vector<double> class_energy(s_.all_panels, 0.0);
         const int64_t widest = std::min(s_.block_k, s_.all_panels * NR);
-        Buffer<T> v(widest * p_.d), v_rows(need_rows_ ? widest * d_pad : 0), grad_v(g_.w ? widest * d_pad : 0);
+        Buffer<T> v(s_.kept_tiles < tiles ? widest * p_.d : 0), v_rows(need_rows_ ? widest * d_pad : 0), grad_v(g_.w ? widest * d_pad : 0);
         const int64_t group = std::min(s_.group, tiles);
         Buffer<T> entries(group * s_.tile_m * widest), u_rows(g_.w ? group * s_.tile_m * d_pad : 0);
         Buffer<T> bias_shares(g_.class_bias && g_.instance_lse ? group * widest : 0);
@@ -54,8 +54,9 @@ public:
                     const int64_t tile = begin + i;
                     T* a = all_entries + i * s_.tile_m * widest;
                     T* by_feature = g_.w ? all_u + i * s_.tile_m * d_pad : nullptr;
-                    Buffer<T> u(s_.tile_m * p_.d);
-                    s_.pack_features(tile, u, by_feature);
+                    const bool is_kept = tile < s_.kept_tiles;  // then there is no product to make again
+                    Buffer<T> u(is_kept ? 0 : s_.tile_m * p_.d);
+                    if (!is_kept || by_feature) s_.pack_features(tile, u, by_feature);
                     fill_entries(tile, first, count, u, v, a, bias ? bias + i * widest : nullptr);
                     if (need_rows_) add_rows(tile, first == 0, last, panels, a, v_rows, grad_z, energy[tile]);
                 });

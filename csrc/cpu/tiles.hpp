@@ -96,8 +96,8 @@ struct Tiles {
         return T(1) / (norm < T(p.eps) ? T(p.eps) : norm);  // NaN stays NaN
     }
 
-    // Unit prototypes of the columns [first, first + count) as [panel][d][NR], and, if `by_feature` is given, as
-    // [d panel][column][NR] too. Padding and columns that nobody may read are zero.
+    // Unit prototypes of the columns [first, first + count) as [panel][d][NR] and as [d panel][column][NR], each unless
+    // null. Padding and columns that nobody may read are zero.
     void pack_prototypes(int64_t first, int64_t count, int64_t panel, T* by_class, T* by_feature) const {
         Buffer<T> lines(w.line() * NR);
         const int64_t padded = round_up(count, NR), begin = panel * NR;
@@ -110,13 +110,13 @@ struct Tiles {
             rows[q] = here ? w.get(id, lines + q * w.line()) : nullptr;
             scale[q] = here ? w_rnorm[id] : T(0);
         }
-        interleave<NR>(rows, scale, by_class + panel * p.d * NR);
+        if (by_class) interleave<NR>(rows, scale, by_class + panel * p.d * NR);
         if (!by_feature) return;
         for (int64_t q = 0; q < NR; q++) to_panels(rows[q], scale[q], padded, by_feature + (begin + q) * NR);
     }
 
-    // beta times the unit features of a tile in blocks [MR rows][d][MR]; in `by_feature`, unless null, as
-    // [d panel][padded rows][NR]. Rows past the end and samples that are left out are zero.
+    // beta times the unit features of a tile in blocks [MR rows][d][MR] and as [d panel][padded rows][NR], each unless
+    // null. Rows past the end and samples that are left out are zero.
     void pack_features(int64_t tile, T* packed, T* by_feature) const {
         Buffer<T> lines(z.line() * MR);
         const int64_t n = this->rows(tile), padded = padded_rows(tile), row0 = first_row(tile);
@@ -129,7 +129,7 @@ struct Tiles {
                 rows[r] = here ? z.get(j, lines + r * z.line()) : nullptr;
                 scale[r] = here ? z_rnorm[j] * beta : T(0);
             }
-            interleave<MR>(rows, scale, packed + i * p.d);
+            if (packed) interleave<MR>(rows, scale, packed + i * p.d);
             if (!by_feature) continue;
             for (int64_t r = 0; r < MR; r++) to_panels(rows[r], scale[r], padded, by_feature + (i + r) * NR);
         }
