@@ -170,7 +170,8 @@ void prepare_samples(const PrepareArgs&, Stream);
 void compact(const CompactArgs&, Stream);
 void half_scale(const HalfScaleArgs&, Stream);
 void log_sum_exp(const LseArgs&, Stream);
-// Compute capability 9.0, 16-bit types, one direction, no compacted rows; rows and stride multiples of 16 bytes.
+// Compute capability 9.0, 16-bit types, one direction, no compacted rows; rows and stride multiples of 16
+// bytes.
 void log_sum_exp_wgmma(const LseArgs&, Stream);
 void combine(const CombineArgs&, Stream);
 void bias_grad(const BiasGradArgs&, Stream);

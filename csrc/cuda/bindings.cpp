@@ -140,13 +140,14 @@ void op_log_sum_exp(NCK_SIDE(p), NCK_SIDE(q), const Tensor& beta, const MaybeTen
 }
 
 void op_log_sum_exp_wgmma(NCK_SIDE(p), NCK_SIDE(q), const Tensor& beta, const MaybeTensor& out,
-                          const MaybeTensor& p_max, const MaybeTensor& p_sum, int64_t first_tile, int64_t tiles,
-                          int64_t split, int64_t exclude) {
+                          const MaybeTensor& p_max, const MaybeTensor& p_sum, int64_t first_tile,
+                          int64_t tiles, int64_t split, int64_t exclude) {
   OnDevice device(p);
-  STD_TORCH_CHECK(kind_of(p) == Kind::kBf16 || kind_of(p) == Kind::kF16, "nckernels_cuda: expected 16-bit rows");
+  STD_TORCH_CHECK(kind_of(p) == Kind::kBf16 || kind_of(p) == Kind::kF16,
+                  "nckernels_cuda: expected 16-bit rows");
   log_sum_exp_wgmma({NCK_MAKE_SIDE(p), NCK_MAKE_SIDE(q), pointer<float>(beta), pointer<float>(out),
-                     pointer<float>(p_max), pointer<float>(p_sum), nullptr, nullptr, int(first_tile), int(tiles),
-                     int(split), width_of(p), kind_of(p), Exclude(exclude)},
+                     pointer<float>(p_max), pointer<float>(p_sum), nullptr, nullptr, int(first_tile),
+                     int(tiles), int(split), width_of(p), kind_of(p), Exclude(exclude)},
                     device.stream());
 }
 

@@ -40,9 +40,9 @@ inline TensorMap tensor_map(const void* x, Kind kind, int rows, int d, int64_t s
   auto type = kind == Kind::kBf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   cuuint64_t size[2] = {cuuint64_t(d), cuuint64_t(rows)}, row_bytes[1] = {cuuint64_t(stride) * 2};
   cuuint32_t box[2] = {64, cuuint32_t(box_rows)}, step[2] = {1, 1};
-  CUresult result =
-      encode(&map, type, 2, const_cast<void*>(x), size, row_bytes, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  CUresult result = encode(&map, type, 2, const_cast<void*>(x), size, row_bytes, box, step,
+                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) throw std::runtime_error("nckernels: the driver refuses a tensor map");
   return map;
 }
@@ -57,9 +57,7 @@ NCK_DEVICE void mbarrier_init(Mbarrier* b, int count) {
 }
 
 // After the last mbarrier_init and before a block_sync: the copy unit sees them too.
-NCK_DEVICE void mbarrier_init_done() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
+NCK_DEVICE void mbarrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 NCK_DEVICE void mbarrier_arrive(Mbarrier* b) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
@@ -106,14 +104,10 @@ NCK_DEVICE BoxOperand box_operand(const void* rows) {
 }
 
 // Before the first product of a group: the registers that it adds to are in order.
-NCK_DEVICE void wgmma_begin() {
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
+NCK_DEVICE void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 // Products issued since the last commit form a group; wgmma_wait<N> waits for all groups but the youngest N.
-NCK_DEVICE void wgmma_commit() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
+NCK_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 template <int N>
 NCK_DEVICE void wgmma_wait() {
@@ -131,19 +125,19 @@ NCK_DEVICE void wgmma_wait(float (&c)[64]) {
 
 // c += a b' for the 64 rows of a and the 128 rows of b, over 16 columns. Warp w of the four holds the rows
 // 16 w + (0 .. 15): c[4 j + 2 h + e] is row 8 h + lane / 4 of them, column 8 j + 2 (lane % 4) + e.
-#define NCK_C8(I)                                                                                  \
+#define NCK_C8(I)                                                                             \
   "+f"(c[I]), "+f"(c[I + 1]), "+f"(c[I + 2]), "+f"(c[I + 3]), "+f"(c[I + 4]), "+f"(c[I + 5]), \
       "+f"(c[I + 6]), "+f"(c[I + 7])
-#define NCK_WGMMA(TYPE, NAME)                                                                              \
-  NCK_DEVICE void wgmma(float(&c)[64], BoxOperand a, BoxOperand b, TYPE) {                                 \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." NAME                                       \
-                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18,"  \
-                 " %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35,"   \
-                 " %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52,"   \
-                 " %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, 1, 1, 1, 0, 0;"       \
-                 : NCK_C8(0), NCK_C8(8), NCK_C8(16), NCK_C8(24), NCK_C8(32), NCK_C8(40), NCK_C8(48),       \
-                   NCK_C8(56)                                                                              \
-                 : "l"(a), "l"(b));                                                                        \
+#define NCK_WGMMA(TYPE, NAME)                                                                             \
+  NCK_DEVICE void wgmma(float(&c)[64], BoxOperand a, BoxOperand b, TYPE) {                                \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." NAME                                      \
+                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18," \
+                 " %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35,"  \
+                 " %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52,"  \
+                 " %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, 1, 1, 1, 0, 0;"      \
+                 : NCK_C8(0), NCK_C8(8), NCK_C8(16), NCK_C8(24), NCK_C8(32), NCK_C8(40), NCK_C8(48),      \
+                   NCK_C8(56)                                                                             \
+                 : "l"(a), "l"(b));                                                                       \
   }
 NCK_WGMMA(bf16, "bf16.bf16")
 NCK_WGMMA(f16, "f16.f16")

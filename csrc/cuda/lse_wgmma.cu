@@ -27,8 +27,8 @@
 namespace nck {
 namespace {
 
-constexpr int kTile = 128;         // rows of a tile of either operand
-constexpr int kBoxColumns = 64;    // 128 bytes of a row
+constexpr int kTile = 128;       // rows of a tile of either operand
+constexpr int kBoxColumns = 64;  // 128 bytes of a row
 constexpr int kBoxBytes = kTile * kBoxColumns * 2;
 constexpr int kStageBytes = 2 * kBoxBytes;
 constexpr int kStages = 3;
@@ -78,7 +78,7 @@ lse_wgmma_kernel(const __grid_constant__ WgmmaArgs args) {
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; s++) {
-      mbarrier_init(full + s, 1);                // the producer, and the bytes that it announces
+      mbarrier_init(full + s, 1);                 // the producer, and the bytes that it announces
       mbarrier_init(empty + s, kConsumers / 32);  // a lane of every warp
     }
     mbarrier_init_done();

@@ -9,29 +9,16 @@ from __future__ import annotations
 
 import os
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import tiled
+from . import build, tiled
 from .base import Backend, Forward, Gradients, Inputs, Needs, OutputGrads, Spec
 from .tiled.kernels import Kernels, Partial
 from .tiled.plan import FULL_WAVE, Blocks
 from .tiled.sides import Result, Side
-
-SOURCES = (
-    *("norms.cu", "lse.cu", "lse_wgmma.cu", "bias_grad.cu", "entries.cu", "short_grad.cu", "finish.cu"),
-    "bindings.cpp",
-)
-"""The files of csrc/cuda that make up the library."""
-
-CXX_FLAGS = ("-std=c++20", "-O2", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000")
-"""For every source; the version is that of the oldest supported torch, 2.10, as its stable ABI wants it."""
-
-NVCC_FLAGS = ("-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90a,code=sm_90a")
-"""For the .cu files. sm_80 code runs on all 8.x devices, sm_90a on Hopper."""
 
 TILE = 128
 """Rows of both operands' tiles; in the kernel for short rows those of Q are half as many."""
@@ -49,28 +36,32 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _EXCLUDE = {"none": 0, "target": 1, "self": 2, "same_label": 3}
 
 
-def _library() -> Path | None:
-    """The built library, or None."""
-    path = Path(__file__).with_name("_cuda.so")
-    return path if path.exists() else None
-
-
 @cache
-def _load() -> str | None:
-    """Load the operators; why that failed, or None."""
-    path = _library()
+def _load() -> bool:
+    """Load the operators.
+
+    Raises:
+        OSError: if there is no library that loads; nothing is cached then.
+    """
+    path = build.find(build.CUDA)
     if path is None:
-        return "its library has not been built"
+        raise OSError("its library has not been built; nckernels.set_backend('cuda') compiles it where nvcc is")
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        return f"its library does not load: {error.__cause__ or error}"
-    return None
+        raise OSError(f"its library does not load: {error.__cause__ or error}") from error
+    return True
 
 
 @torch.compiler.assume_constant_result
 def _missing() -> str | None:
-    return "this build of torch has no CUDA" if torch.version.cuda is None else _load()
+    if torch.version.cuda is None:
+        return "this build of torch has no CUDA"
+    try:
+        _load()
+    except OSError as error:
+        return str(error)
+    return None
 
 
 class CudaBackend(Backend):
@@ -80,6 +71,10 @@ class CudaBackend(Backend):
 
     def missing(self) -> str | None:
         return _missing()
+
+    def prepare(self) -> None:
+        if torch.version.cuda is not None:
+            build.find_or_build(build.CUDA)
 
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if dtype not in _DTYPES:
@@ -231,5 +226,6 @@ class CudaKernels(Kernels):
 
 
 def _fits_boxes(side: Side) -> bool:
-    """Whether rows can be fetched in boxes: neighbours in memory, at multiples of 16 bytes."""
-    return not side.gather and side.x.data_ptr() % 16 == 0 and side.x.stride(0) % 8 == 0
+    """Whether rows can be fetched in boxes: one after the other in memory, at multiples of 16 bytes."""
+    x, distance = side.x, side.x.stride(0)
+    return not side.gather and x.data_ptr() % 16 == 0 and distance % 8 == 0 and distance >= x.shape[1]

@@ -16,7 +16,8 @@ struct TensorMap {
 };
 
 inline TensorMap tensor_map(const void* x, Kind kind, int rows, int d, int64_t stride, int box_rows) {
-  if (kind != Kind::kBf16 && kind != Kind::kF16) throw std::runtime_error("emulator: a box has 16-bit numbers");
+  if (kind != Kind::kBf16 && kind != Kind::kF16)
+    throw std::runtime_error("emulator: a box has 16-bit numbers");
   if (uintptr_t(x) % 16 || stride % 8) throw std::runtime_error("emulator: a tensor map wants aligned rows");
   return {static_cast<const unsigned char*>(x), rows, d, box_rows, stride};
 }
@@ -131,7 +132,7 @@ inline const bool registered = [] {
 }();
 
 EMU_UNCHECKED inline void execute(const Product& product, int warp) {
-  auto row_of = [&](const unsigned char* rows, int r, float (&out)[16]) {
+  auto row_of = [&](const unsigned char* rows, int r, float(&out)[16]) {
     for (int k = 0; k < 16; k++) {
       auto* at = reinterpret_cast<unsigned char*>(swizzled(uintptr_t(rows + r * 128 + k * 2)));
       if (k % 8 == 0 && !find_shared(at, 16)) fail("wgmma: an operand outside shared memory");
@@ -155,7 +156,9 @@ EMU_UNCHECKED inline void execute(const Product& product, int warp) {
 
 namespace nck {
 
-inline void mbarrier_init(Mbarrier* b, int count) { *b = {emu::kValid, uint8_t(count), uint8_t(count), 0, 0}; }
+inline void mbarrier_init(Mbarrier* b, int count) {
+  *b = {emu::kValid, uint8_t(count), uint8_t(count), 0, 0};
+}
 inline void mbarrier_init_done() {}
 
 EMU_UNCHECKED inline void mbarrier_expect(Mbarrier* b, int bytes) {
@@ -231,7 +234,8 @@ EMU_UNCHECKED void wgmma(float (&c)[64], BoxOperand a, BoxOperand b, T, EMU_LINE
     for (int l = 0; l < 32; l++) {
       emu::Thread* lane = warp.lanes[size_t(l)];
       product.sum[l] = static_cast<float*>(lane->slot[0]);
-      if (lane->slot[1] != first->slot[1] || lane->slot[2] != first->slot[2]) emu::fail("wgmma: lanes disagree");
+      if (lane->slot[1] != first->slot[1] || lane->slot[2] != first->slot[2])
+        emu::fail("wgmma: lanes disagree");
     }
     emu::hopper.open[first->warp].push_back(product);
   });

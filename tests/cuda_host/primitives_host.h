@@ -75,8 +75,7 @@ uint32_t pack(float low, float high, T type) {
   return round_bits(low, type) | round_bits(high, type) << 16;
 }
 
-// --- asynchronous copies: undefined from issue to wait, delivered as late as allowed
-// ------------------------
+// --- asynchronous copies: undefined from issue to wait, delivered as late as allowed -----------------------
 
 // A store that the sanitizers see.
 inline void store16(void* to, const unsigned char (&bytes)[16]) {
@@ -127,8 +126,7 @@ void cp_wait() {
   }
 }
 
-// --- warp-wide instructions
-// ---------------------------------------------------------------------------------
+// --- warp-wide instructions --------------------------------------------------------------------------------
 
 #define EMU_LINE int line = __builtin_LINE()
 

@@ -122,8 +122,8 @@ uint64_t run(const Problem& o) {
   Array<float> boxes_lse(k);
   for (int i = 0; i < k; i++) boxes_lse[i] = 0.0f;
   if (half && d % 8 == 0) {
-    log_sum_exp_wgmma({classes_side, samples, beta, boxes_lse, nullptr, nullptr, nullptr, nullptr, 0, w_tiles, 1,
-                       d, o.kind, o.exclude},
+    log_sum_exp_wgmma({classes_side, samples, beta, boxes_lse, nullptr, nullptr, nullptr, nullptr, 0, w_tiles,
+                       1, d, o.kind, o.exclude},
                       nullptr);
   }
   half_scale({w_grad, w_lse, z_grad, z_lse, pos_grad, z_rnorm, w_rnorm, scale, m, k, 1e12f}, nullptr);

@@ -220,7 +220,7 @@ def test_wgmma_splits(emulator: Emulator, wgmma: list[int], places: int, monkeyp
 
 
 def test_wgmma_only_where_it_applies(emulator: Emulator, wgmma: list[int]) -> None:
-    """Rows that do not start at multiples of 16 bytes, compacted prototypes, both directions, float32."""
+    """Not for rows off multiples of 16 bytes, compacted prototypes, both directions, float32, one row repeated."""
     for problem, dtype in (
         (oracle.make_problem(40, 30, 41), torch.bfloat16),
         (oracle.make_problem(40, 90, 48, present_only=True), torch.bfloat16),
@@ -228,7 +228,11 @@ def test_wgmma_only_where_it_applies(emulator: Emulator, wgmma: list[int]) -> No
         (oracle.make_problem(40, 30, 48), torch.float32),
     ):
         oracle.check(problem, dtype, wrt=())
+    z, w, y = torch.randn(1, 48).bfloat16().expand(40, 48), torch.randn(5, 48).bfloat16(), torch.arange(40) % 5
+    repeated, _ = nckernels.cosine_lse(z, w, y, 10.0)
     assert not wgmma
+    assert torch.allclose(repeated, nckernels.cosine_lse(z.contiguous(), w, y, 10.0)[0])
+    assert wgmma
 
 
 def test_wgmma_does_not_look_at_ignored_rows(emulator: Emulator, wgmma: list[int]) -> None:
