@@ -4,6 +4,7 @@ Without a compiler the package installs all the same: it compiles on first use, 
 """
 
 import importlib.util
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -24,6 +25,15 @@ def load_build():
     return module
 
 
+def wants_cuda():
+    """Where torch has CUDA, which takes `pip install --no-build-isolation`, or where NCKERNELS_CUDA=1 says so."""
+    try:
+        import torch
+    except ImportError:
+        return False
+    return torch.version.cuda is not None or os.environ.get("NCKERNELS_CUDA") == "1"
+
+
 class BuildWithNative(build_py):
     """Python files, the C++ sources, and what the compiler here can make of them."""
 
@@ -34,13 +44,12 @@ class BuildWithNative(build_py):
         package = Path(self.build_lib) / "nckernels"
         shutil.copytree(ROOT / "csrc", package / "csrc", dirs_exist_ok=True)
         build = load_build()
-        for library in build.cpu_libraries():
+        for library in build.cpu_libraries() + ([build.CUDA] if wants_cuda() else []):
             print(f"nckernels: compiling {library.file}", flush=True)
             try:
                 build.build(library, package / "lib")
             except (build.BuildError, OSError) as error:
-                print(f"nckernels: not built, {library.file} will be compiled on first use: {error}", flush=True)
-                break
+                print(f"nckernels: {library.file} is not built, but may be on first use: {error}", flush=True)
 
 
 class Binary(Distribution):

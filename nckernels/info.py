@@ -41,8 +41,8 @@ def report() -> str:
 
 
 def _libraries() -> list[str]:
-    mine = native.library()
-    return [f"{'*' if x == mine else ' '}{x.name:<11} {build.describe(x)}" for x in build.cpu_libraries()]
+    mine, libraries = native.library(), (*build.cpu_libraries(), build.CUDA)
+    return [f"{'*' if x == mine else ' '}{x.name:<11} {build.describe(x)}" for x in libraries]
 
 
 def _row(device: torch.device, dtype: torch.dtype) -> list[str]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nckernels.backends import cuda
+import nckernels
+from nckernels.backends import build, cuda
 
 
 @pytest.fixture(autouse=True)
@@ -29,15 +30,33 @@ def test_without_cuda() -> None:
 
 def test_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(cuda, "_library", lambda: None)
-    assert cuda.CudaBackend().missing() == "its library has not been built"
+    monkeypatch.setattr(build, "find", lambda library: None)
+    assert "has not been built" in str(cuda.CudaBackend().missing())
+
+
+def test_built_when_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling takes minutes: the automatic choice does not start it, an explicit one does, and says what failed."""
+    asked: list[str] = []
+
+    def find_or_build(library: build.Library) -> Path:
+        asked.append(library.name)
+        raise build.BuildError("no CUDA compiler, and this is the whole reason")
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(build, "find", lambda library: None)
+    monkeypatch.setattr(build, "find_or_build", find_or_build)
+    assert "has not been built" in str(cuda.CudaBackend().missing())
+    assert asked == []
+    with pytest.raises(ValueError, match=r"'cuda' cannot run here: no CUDA compiler, and this is the whole reason"):
+        nckernels.set_backend("cuda")
+    assert asked == ["cuda"]
 
 
 def test_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken = tmp_path / "_cuda.so"
     broken.write_text("not a library")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(cuda, "_library", lambda: broken)
+    monkeypatch.setattr(build, "find", lambda library: broken)
     reason = str(cuda.CudaBackend().missing())
     assert "does not load" in reason
     assert str(broken) in reason
@@ -46,4 +65,6 @@ def test_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_every_source_is_listed() -> None:
     """What is compiled is what lies in csrc/cuda."""
     folder = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
-    assert sorted(cuda.SOURCES) == sorted(path.name for path in folder.iterdir() if path.suffix in (".cu", ".cpp"))
+    assert sorted(build.CUDA.sources) == sorted(
+        path.name for path in folder.iterdir() if path.suffix in (".cu", ".cpp")
+    )

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -33,13 +32,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from nckernels.backends.cuda import CXX_FLAGS, NVCC_FLAGS, SOURCES
+from nckernels.backends import build
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc" / "cuda"
 KEPT = ROOT / "out" / "check_cuda"
 TORCH_INCLUDE = Path(torch.__file__).parent / "include"
-ARCHES = tuple(re.findall(r"code=sm_(\w+)", " ".join(NVCC_FLAGS)))
+ARCHES = build.CUDA_ARCHITECTURES
+FLAGS = tuple(flag for flag in build.CUDA.flags if flag.startswith(("-std", "-D")))
 KINDS = ("bf16", "fp16", "tf32", "tf32x3")
 
 
@@ -59,11 +59,6 @@ class Outcome:
     seconds: float
     kernels: list[Kernel]
     error: str = ""
-
-
-def find_nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("nvcc") or shutil.which("nvcc", path=str(Path(home) / "bin"))
 
 
 def readable(symbol: str) -> str:
@@ -99,7 +94,7 @@ def parse(log: str, arch: str) -> list[Kernel]:
 
 
 def compile_one(nvcc: str, version: str, source: str, arch: str) -> Outcome:
-    flags = [f for f in CXX_FLAGS if not f.startswith("-O")] + [f"-I{TORCH_INCLUDE}"]
+    flags = [*FLAGS, f"-I{TORCH_INCLUDE}"]
     if source.endswith(".cu"):
         flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v"]
     label = f"{source} sm_{arch}" if source.endswith(".cu") else source
@@ -130,13 +125,14 @@ def main() -> int:
     parser.add_argument("--all-rows", action="store_true", help="every instantiation, not the worst of a kernel")
     options = parser.parse_args()
 
-    nvcc = find_nvcc()
-    if nvcc is None:
-        print("nvcc not found (PATH, CUDA_HOME): the CUDA kernels are not checked")
+    try:
+        nvcc = build.nvcc()
+    except build.BuildError as error:
+        print(f"the CUDA kernels are not checked: {error}")
         return 0
     arches = ARCHES[-1:] if options.quick else options.arch or ARCHES
     # Longest first; the bindings are plain C++, the same for all architectures.
-    sources = sorted((s for s in SOURCES if options.only in s), key=lambda s: -(CSRC / s).stat().st_size)
+    sources = sorted((s for s in build.CUDA.sources if options.only in s), key=lambda s: -(CSRC / s).stat().st_size)
     jobs = [(s, a) for s in sources for a in (arches if s.endswith(".cu") else arches[:1])]
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     with ThreadPoolExecutor(options.jobs) as pool:

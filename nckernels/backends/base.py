@@ -125,6 +125,14 @@ class Backend(ABC):
         """Why this backend cannot run on this machine at all, or None."""
         return None
 
+    def prepare(self) -> None:
+        """Called when this backend is chosen by name: what takes minutes, such as compiling for a GPU, happens here.
+
+        Raises:
+            RuntimeError: if it fails, with the whole reason.
+        """
+        return
+
     @abstractmethod
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why this backend cannot take features of this kind, or None."""

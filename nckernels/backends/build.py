@@ -2,6 +2,7 @@
 
 Only the standard library and the programs ``ninja`` and a C++ compiler (``$CXX``, else g++ or c++) are needed:
 setup.py loads this file by its path, in environments that have no torch. ``$NCKERNELS_CXXFLAGS`` adds flags.
+The CUDA library needs nvcc (of ``$CUDA_HOME``, else on the PATH) and torch, whose headers it is compiled with.
 
 A library is looked for beside the package (``nckernels/lib``, where setup.py puts it), then in torch's
 extension cache (``$TORCH_EXTENSIONS_DIR``, default ``~/.cache/torch_extensions``), and built there if need be.
@@ -45,6 +46,14 @@ class Library:
     sources: tuple[str, ...]
     flags: tuple[str, ...]
     link: tuple[str, ...]
+    uses_torch: bool = False
+    seconds: int = 20
+    """About how long the compiler takes, for the message."""
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether nvcc compiles it."""
+        return any(source.endswith(".cu") for source in self.sources)
 
     @property
     def file(self) -> str:
@@ -80,6 +89,28 @@ CPU = {
 """The kernels for CPUs, per instruction set."""
 
 
+CUDA_ARCHITECTURES = ("80", "90a")
+"""sm_80 code runs on all devices of compute capability 8.x, sm_90a on Hopper."""
+
+CUDA = Library(
+    "cuda",
+    "cuda",
+    (
+        *("norms.cu", "lse.cu", "lse_wgmma.cu", "bias_grad.cu", "entries.cu", "short_grad.cu", "finish.cu"),
+        "bindings.cpp",
+    ),
+    # Torch's stable ABI, that of the oldest supported version: one library serves all later ones.
+    (
+        *("-std=c++20", "-O2", "-Xcompiler", "-fPIC", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
+        *(word for arch in CUDA_ARCHITECTURES for word in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")),
+    ),
+    (),
+    uses_torch=True,
+    seconds=300,
+)
+"""The kernels for NVIDIA GPUs."""
+
+
 def cpu_libraries() -> list[Library]:
     """Those that make sense on this kind of machine."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -108,19 +139,19 @@ def find_or_build(library: Library) -> Path:
         with _locked(folder / "lock"):
             path = find(library)  # another process may have been quicker
             if path is None:
-                print(
-                    f"nckernels: compiling {library.file} for this machine, once (takes some 20 seconds) ...",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                _say(f"compiling {library.file} for this machine, once (takes some {library.seconds} seconds) ...")
                 path = build(library, folder)
-                print(f"nckernels: compiled to {path}", file=sys.stderr, flush=True)
+                _say(f"compiled to {path}")
             return path
     except OSError as error:
         raise BuildError(
             f"cannot write to the cache of compiled code, {folder}: {error}; set TORCH_EXTENSIONS_DIR to a folder "
             "that is writable"
         ) from error
+
+
+def _say(text: str) -> None:
+    print(f"nckernels: {text}", file=sys.stderr, flush=True)
 
 
 def build(library: Library, folder: Path) -> Path:
@@ -143,7 +174,7 @@ def build(library: Library, folder: Path) -> Path:
             raise BuildError(f"{library.file} does not compile:\n{result.stdout}{result.stderr}")
         fresh = work / library.file
         stamp = work / "stamp"
-        stamp.write_text(json.dumps({"key": key, "sha256": _digest(fresh), "compiler": _compiler_version()}))
+        stamp.write_text(json.dumps({"key": key, "sha256": _digest(fresh), "compiler": _version(library)}))
         # Moved at once: nobody ever sees half a library. Until the stamp is there too, it counts as stale.
         os.replace(fresh, target)
         os.replace(stamp, _stamp(target))
@@ -160,20 +191,52 @@ def describe(library: Library) -> str:
 
 def _ninja_file(library: Library) -> str:
     """The build as ninja wants it: sources compile in parallel, one by one as ``CXX="ccache g++"`` likes it."""
-    flags = " ".join((*library.flags, _extra_flags()))
+    compiler = nvcc() if library.is_cuda else _compiler()
+    flags, link = [*library.flags, _extra_flags()], [*library.link, _extra_flags()]
+    if library.uses_torch:
+        torch = _torch()
+        present = (name for name in TORCH_LIBRARIES if (torch / "lib" / f"lib{name}.so").exists())
+        flags += [f"-I{_escaped(torch / 'include')}"]
+        link += [f"-L{_escaped(torch / 'lib')}", *(f"-l{name}" for name in present)]
     lines = [
         "rule compile",
-        f"  command = {_compiler()} {flags} -c $in -o $out",
+        f"  command = {compiler} {' '.join(flags)} -c $in -o $out",
         "rule link",
-        f"  command = {_compiler()} -shared $in {' '.join(library.link)} {_extra_flags()} -o $out",
+        f"  command = {compiler} -shared $in {' '.join(link)} -o $out",
     ]
     objects = []
     for source in library.sources:
-        path = str(CSRC / library.folder / source).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
         objects.append(f"{source}.o")
-        lines.append(f"build {objects[-1]}: compile {path}")
+        lines.append(f"build {objects[-1]}: compile {_escaped(CSRC / library.folder / source)}")
     lines.append(f"build {library.file}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
+
+
+TORCH_LIBRARIES = ("torch_cpu", "torch_cuda", "torch", "c10", "c10_cuda")
+
+
+def _torch() -> Path:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise BuildError("torch is not installed, whose headers are needed")
+    return Path(spec.origin).parent
+
+
+def _escaped(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def nvcc() -> str:
+    """The CUDA compiler's command.
+
+    Raises:
+        BuildError: if there is none.
+    """
+    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+    found = shutil.which("nvcc", path=str(home / "bin")) or shutil.which("nvcc")
+    if found is None:
+        raise BuildError("no CUDA compiler: nvcc is neither in $CUDA_HOME/bin nor on the PATH")
+    return found
 
 
 def _ninja() -> str:
@@ -202,12 +265,16 @@ def _extra_flags() -> str:
     return os.environ.get("NCKERNELS_CXXFLAGS", "")
 
 
-def _compiler_version() -> str:
-    command = [*_compiler().split(), "--version"]
+def _version(library: Library) -> str:
+    """What the compiler says of itself, and for which devices it compiled."""
+    compiler = nvcc() if library.is_cuda else _compiler()
     try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0]
+        said = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True).stdout.splitlines()
     except OSError:
-        return _compiler()
+        return compiler
+    lines = [line for line in said if "release" in line] or said[:1] or [compiler]
+    devices = f" for sm_{', sm_'.join(CUDA_ARCHITECTURES)}" if library.is_cuda else ""
+    return lines[0] + devices
 
 
 def _cache() -> Path:

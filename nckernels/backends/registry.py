@@ -65,8 +65,8 @@ def set_backend(name: str | None) -> None:
     Raises:
         ValueError: if there is no such backend, or it cannot run on this machine at all.
     """
-    if name is not None:
-        reason = _get(name, "backend").missing() if name != REFERENCE else None
+    if name is not None and name != REFERENCE:
+        reason = _prepared(_get(name, "backend"))
         if reason is not None:
             raise ValueError(f"backend {name!r} cannot run here: {reason}")
     _settings.backend = name
@@ -126,7 +126,7 @@ def resolve(device: torch.device, dtype: torch.dtype) -> str:
         return name
     if name is not None:
         backend = _get(name, "NCKERNELS_BACKEND or set_backend")
-        reason = backend.missing() or backend.why_not(device, dtype)
+        reason = _prepared(backend) or backend.why_not(device, dtype)
         if reason is not None:
             raise ValueError(f"backend {name!r} was chosen but cannot run: {reason}")
         return name
@@ -145,6 +145,17 @@ def explain(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """For each backend "ready", or why it does not take features of this kind."""
     reasons = {name: b.missing() or b.why_not(device, dtype) or "ready" for name, b in BACKENDS.items()}
     return {REFERENCE: "ready"} | reasons
+
+
+def _prepared(backend: Backend) -> str | None:
+    """Why a backend that was asked for by name cannot run at all, or None."""
+    if backend.missing() is None:
+        return None
+    try:
+        backend.prepare()
+    except RuntimeError as error:
+        return str(error)
+    return backend.missing()
 
 
 def _get(name: str, origin: str) -> Backend:
