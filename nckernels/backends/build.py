@@ -168,10 +168,7 @@ def build(library: Library, folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder, prefix="build_") as name:
         work = Path(name)
         (work / "build.ninja").write_text(_ninja_file(library))
-        # "-k 0": all errors at once.
-        result = subprocess.run([_ninja(), "-k", "0"], cwd=work, capture_output=True, text=True)
-        if result.returncode:
-            raise BuildError(f"{library.file} does not compile:\n{result.stdout}{result.stderr}")
+        _run_ninja(library, work)
         fresh = work / library.file
         stamp = work / "stamp"
         stamp.write_text(json.dumps({"key": key, "sha256": _digest(fresh), "compiler": _version(library)}))
@@ -189,6 +186,21 @@ def describe(library: Library) -> str:
     return f"{path}, by {json.loads(_stamp(path).read_text())['compiler']}"
 
 
+def _run_ninja(library: Library, folder: Path) -> None:
+    log = []
+    # "-k 0": all errors at once.
+    with subprocess.Popen(
+        [_ninja(), "-k", "0"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            log.append(line)
+            if line.startswith("["):  # [1/4] float32.cpp.o
+                _say(line.rstrip())
+    if process.returncode:
+        raise BuildError(f"{library.file} does not compile:\n{''.join(log)}")
+
+
 def _ninja_file(library: Library) -> str:
     """The build as ninja wants it: sources compile in parallel, one by one as ``CXX="ccache g++"`` likes it."""
     compiler = nvcc() if library.is_cuda else _compiler()
@@ -201,8 +213,10 @@ def _ninja_file(library: Library) -> str:
     lines = [
         "rule compile",
         f"  command = {compiler} {' '.join(flags)} -c $in -o $out",
+        "  description = $out",
         "rule link",
         f"  command = {compiler} -shared $in {' '.join(link)} -o $out",
+        "  description = $out",
     ]
     objects = []
     for source in library.sources:
