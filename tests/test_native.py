@@ -161,9 +161,16 @@ def test_fork_after_use() -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("capability", ["default", pytest.param("avx2", marks=pytest.mark.slow)])
-def test_instruction_sets(capability: str) -> None:
-    """Every library that this CPU can run gives the oracle's results."""
+@pytest.mark.parametrize(
+    ("capability", "flags"),
+    [
+        ("default", ""),
+        pytest.param("avx2", "", marks=pytest.mark.slow),
+        pytest.param("default", "-O1 -DNCK_VECTOR_BYTES=64", id="vectors and tiles of AVX-512 in halves"),
+    ],
+)
+def test_instruction_sets(capability: str, flags: str) -> None:
+    """Every library that this CPU can run gives the oracle's results, and so do AVX-512's shapes on any CPU."""
     code = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 import oracle, torch, nckernels
@@ -178,7 +185,7 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16):
                 case = oracle.make_problem(*shape, direction=direction, exclude=exclude, beta=beta, bias=True)
                 oracle.check(case, dtype)
 """
-    result = run_python(code, ATEN_CPU_CAPABILITY=capability)
+    result = run_python(code, ATEN_CPU_CAPABILITY=capability, NCKERNELS_CXXFLAGS=flags)
     assert result.returncode == 0, result.stderr[-3000:]
 
 

@@ -10,7 +10,7 @@
 
 namespace nckernels {
 // Rows of the accumulator that fit the registers: MR x 2 vectors, two of B and a broadcast.
-#if defined(__AVX512F__) || defined(__aarch64__)
+#if NCK_VECTOR_BYTES == 64 || defined(__aarch64__)
 constexpr int MR = 12;
 #else
 constexpr int MR = 6;

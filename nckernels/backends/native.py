@@ -10,6 +10,7 @@ import ctypes
 import functools
 import math
 import os
+import sys
 from typing import Any
 
 import torch
@@ -35,6 +36,9 @@ _EXCLUDE = {"none": 0, "target": 1, "self": 2, "same_label": 3}
 _KEPT_PADDING = (191, 31)  # rows and columns by which tiles can exceed the matrix, see tiles.hpp
 _BAD_TARGET, _NO_MEMORY = 1, 2
 _OWNER = os.getpid()
+
+SUPPORTED = sys.platform == "linux"
+"""Whether the compiler flags and OpenMP are what the build expects; elsewhere the choice falls on other backends."""
 
 _P, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
@@ -77,6 +81,8 @@ def library() -> build.Library:
 @functools.cache
 def _load() -> ctypes.CDLL | str:
     """The library, compiled first if need be; or why there is none."""
+    if not SUPPORTED:
+        return f"is built on Linux only, not on {sys.platform}"
     try:
         path = build.find_or_build(library())
         loaded = ctypes.CDLL(str(path))

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
+from . import native
 from .base import Backend
 from .chunked import ChunkedBackend
 from .cuda import CudaBackend
-from .native import NativeBackend
 from .triton import TritonBackend
 
 REFERENCE = "reference"
@@ -26,13 +26,13 @@ DEFAULT_WORKSPACE = 32 * 2**20
 
 #: Everything but the reference, which is not a Backend: PyTorch differentiates it by itself.
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (TritonBackend(), CudaBackend(), NativeBackend(), ChunkedBackend())
+    backend.name: backend for backend in (TritonBackend(), CudaBackend(), native.BACKEND, ChunkedBackend())
 }
 
 #: Per device type the backends to try, fastest first; "any" for the rest. The last one always runs.
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "cuda": ("triton", "cuda", "chunked"),
-    "cpu": ("native", "chunked"),
+    "cpu": ("native", "chunked") if native.SUPPORTED else ("chunked",),
     "any": ("chunked",),
 }
 
