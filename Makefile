@@ -20,6 +20,8 @@ PYTEST := $(PY) -m pytest -q
 # Tests run in two processes of one thread each: quicker, and no threads that wait for each other.
 PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadgroup
 
+CXX_FILES := $(wildcard csrc/*/*.[ch]* tests/cuda_host/*.h tests/cuda_host/*.cpp benchmarks/*.cpp)
+
 .PHONY: help setup demo test test-all test-gpu sanitize lint check-triton check-triton-quick bench clean
 
 help: ## list the targets
@@ -47,10 +49,11 @@ sanitize: $(READY) ## the native backend's tests under the address and undefined
 	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 NCKERNELS_BACKEND=native \
 	$(PYTEST) tests/test_primitive.py tests/test_losses.py tests/test_autograd.py tests/test_native.py -k native
 
-lint: $(READY) ## ruff and mypy
+lint: $(READY) ## ruff, mypy and clang-format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(PY) -c "from clang_format import clang_format; clang_format()" --dry-run -Werror $(CXX_FILES)
 
 check-triton: $(READY) $(TRITON36)/.ready ## compile every Triton kernel for sm_80, sm_90 and sm_100, no GPU needed
 	$(PY) tools/check_triton.py

@@ -7,53 +7,55 @@
 
 #include "gemm.hpp"
 
-extern "C" void sgemm_(const char*, const char*, const int*, const int*, const int*, const float*, const float*,
-                       const int*, const float*, const int*, const float*, float*, const int*);
+extern "C" void sgemm_(const char*, const char*, const int*, const int*, const int*, const float*,
+                       const float*, const int*, const float*, const int*, const float*, float*, const int*);
 
 using nckernels::Gemm;
 using nckernels::MR;
 
 template <class F>
 static double seconds(F&& run) {
-    using clock = std::chrono::steady_clock;
+  using clock = std::chrono::steady_clock;
+  run();
+  double best = 1e30;
+  for (int i = 0; i < 15; i++) {
+    const auto start = clock::now();
     run();
-    double best = 1e30;
-    for (int i = 0; i < 15; i++) {
-        const auto start = clock::now();
-        run();
-        best = std::min(best, std::chrono::duration<double>(clock::now() - start).count());
-    }
-    return best;
+    best = std::min(best, std::chrono::duration<double>(clock::now() - start).count());
+  }
+  return best;
 }
 
-// GFLOP/s of our micro-kernel with its operands packed already (0), of the same with the row tile packed each time,
-// as the kernels do (1), of oneDNN's brgemm as ATen exports it (2), and of the BLAS that torch has (3).
-extern "C" __attribute__((visibility("default"))) double tile_gemm_rate(int engine, int64_t m, int64_t n, int64_t d) {
-    using G = Gemm<float, 2>;
-    constexpr int64_t NR = G::NR;
-    const int64_t panels = (n + NR - 1) / NR, padded = panels * NR;
-    std::vector<float> u(m * d, 0.5f), packed(m * d, 0.5f), v(padded * d, 0.25f), t(m * padded);
-    auto ours = [&] { G::logits(m, panels, d, packed.data(), v.data(), t.data()); };
-    auto pack = [&] {
-        for (int64_t i = 0; i < m; i += MR)
-            for (int64_t x = 0; x < d; x++)
-                for (int64_t r = 0; r < MR; r++) packed[i * d + x * MR + r] = u[(i + r) * d + x];
-    };
-    auto brgemm = [&] {
-        // V as (d, n), in blocks of 64 columns: what oneDNN likes best.
-        for (int64_t c = 0; c < n; c += 64)
-            at::native::cpublas::brgemm(m, std::min<int64_t>(64, n - c), d, d, n, n, false, u.data(), v.data() + c,
-                                        t.data() + c);
-    };
-    auto blas = [&] {
-        const int rows = m, columns = n, inner = d;  // Fortran's order: the transpose of everything
-        const float one = 1.0f, zero = 0.0f;
-        sgemm_("T", "N", &columns, &rows, &inner, &one, v.data(), &inner, u.data(), &inner, &zero, t.data(), &columns);
-    };
-    double time = 0;
-    if (engine == 0) time = seconds(ours);
-    if (engine == 1) time = seconds([&] { pack(), ours(); });
-    if (engine == 2) time = seconds(brgemm);
-    if (engine == 3) time = seconds(blas);
-    return 2e-9 * double(m) * double(n) * double(d) / time;
+// GFLOP/s of our micro-kernel with its operands packed already (0), of the same with the row tile packed each
+// time, as the kernels do (1), of oneDNN's brgemm as ATen exports it (2), and of the BLAS that torch has (3).
+extern "C" __attribute__((visibility("default"))) double tile_gemm_rate(int engine, int64_t m, int64_t n,
+                                                                        int64_t d) {
+  using G = Gemm<float, 2>;
+  constexpr int64_t NR = G::NR;
+  const int64_t panels = (n + NR - 1) / NR, padded = panels * NR;
+  std::vector<float> u(m * d, 0.5f), packed(m * d, 0.5f), v(padded * d, 0.25f), t(m * padded);
+  auto ours = [&] { G::logits(m, panels, d, packed.data(), v.data(), t.data()); };
+  auto pack = [&] {
+    for (int64_t i = 0; i < m; i += MR)
+      for (int64_t x = 0; x < d; x++)
+        for (int64_t r = 0; r < MR; r++) packed[i * d + x * MR + r] = u[(i + r) * d + x];
+  };
+  auto brgemm = [&] {
+    // V as (d, n), in blocks of 64 columns: what oneDNN likes best.
+    for (int64_t c = 0; c < n; c += 64)
+      at::native::cpublas::brgemm(m, std::min<int64_t>(64, n - c), d, d, n, n, false, u.data(), v.data() + c,
+                                  t.data() + c);
+  };
+  auto blas = [&] {
+    const int rows = m, columns = n, inner = d;  // Fortran's order: the transpose of everything
+    const float one = 1.0f, zero = 0.0f;
+    sgemm_("T", "N", &columns, &rows, &inner, &one, v.data(), &inner, u.data(), &inner, &zero, t.data(),
+           &columns);
+  };
+  double time = 0;
+  if (engine == 0) time = seconds(ours);
+  if (engine == 1) time = seconds([&] { pack(), ours(); });
+  if (engine == 2) time = seconds(brgemm);
+  if (engine == 3) time = seconds(blas);
+  return 2e-9 * double(m) * double(n) * double(d) / time;
 }

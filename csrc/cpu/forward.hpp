@@ -7,198 +7,200 @@ namespace nckernels {
 // Largest logit and sum of exponentials relative to it. Shift-free, the largest stays 0.
 template <class T>
 struct Sums {
-    T *largest, *total;
+  T *largest, *total;
 
-    void merge(int64_t i, T other_largest, T other_total) {
-        const T top = std::max(largest[i], other_largest);
-        const T shift = top == minus_infinity<T> ? T(0) : top;
-        total[i] = total[i] * std::exp(largest[i] - shift) + other_total * std::exp(other_largest - shift);
-        largest[i] = top;
-    }
+  void merge(int64_t i, T other_largest, T other_total) {
+    const T top = std::max(largest[i], other_largest);
+    const T shift = top == minus_infinity<T> ? T(0) : top;
+    total[i] = total[i] * std::exp(largest[i] - shift) + other_total * std::exp(other_largest - shift);
+    largest[i] = top;
+  }
 };
 
 template <class T, int NV>
 class ForwardPass {
-    using Tl = Tiles<T, NV>;
-    static constexpr int NR = Tl::NR, W = Tl::W;
+  using Tl = Tiles<T, NV>;
+  static constexpr int NR = Tl::NR, W = Tl::W;
 
-public:
-    ForwardPass(const Problem& p, const Columns& columns) : p_(p), tiles_(p, columns), columns_(columns) {}
+ public:
+  ForwardPass(const Problem& p, const Columns& columns) : p_(p), tiles_(p, columns), columns_(columns) {}
 
-    void run() {
-        const Tl& s = tiles_;
-        norms();
-        T* pos = static_cast<T*>(p_.pos);
-        std::fill(pos, pos + p_.m, T(0));
-        // Chunks of row tiles sum into places of their own, which are merged in order: the result does not depend
-        // on which thread was quicker.
-        const int64_t n = s.all_panels * NR, fit = p_.workspace / 8 / std::max<int64_t>(2 * n * sizeof(T), 1);
-        const int64_t chunks = std::min(s.tiles, std::clamp<int64_t>(fit, 1, 4 * std::max(p_.threads, 2)));
-        const bool sums_rows = p_.by_instance;
-        Buffer<T> column_sums(p_.by_class ? 2 * chunks * n : 0), row_sums(sums_rows ? 2 * p_.m : 0);
-        Sums<T> by_row{row_sums, row_sums + p_.m};
-        const T start = s.shift_free ? T(0) : minus_infinity<T>;
-        if (sums_rows) {
-            std::fill(by_row.largest, by_row.largest + p_.m, start);
-            std::fill(by_row.total, by_row.total + p_.m, T(0));
+  void run() {
+    const Tl& s = tiles_;
+    norms();
+    T* pos = static_cast<T*>(p_.pos);
+    std::fill(pos, pos + p_.m, T(0));
+    // Chunks of row tiles sum into places of their own, which are merged in order: the result does not depend
+    // on which thread was quicker.
+    const int64_t n = s.all_panels * NR, fit = p_.workspace / 8 / std::max<int64_t>(2 * n * sizeof(T), 1);
+    const int64_t chunks = std::min(s.tiles, std::clamp<int64_t>(fit, 1, 4 * std::max(p_.threads, 2)));
+    const bool sums_rows = p_.by_instance;
+    Buffer<T> column_sums(p_.by_class ? 2 * chunks * n : 0), row_sums(sums_rows ? 2 * p_.m : 0);
+    Sums<T> by_row{row_sums, row_sums + p_.m};
+    const T start = s.shift_free ? T(0) : minus_infinity<T>;
+    if (sums_rows) {
+      std::fill(by_row.largest, by_row.largest + p_.m, start);
+      std::fill(by_row.total, by_row.total + p_.m, T(0));
+    }
+    if (p_.by_class) {
+      std::fill(static_cast<T*>(column_sums), column_sums + chunks * n, start);
+      std::fill(column_sums + chunks * n, column_sums + 2 * chunks * n, T(0));
+    }
+    Buffer<T> v(std::min(s.block_k, n) * p_.d);
+    for (int64_t first = 0; first < columns_.count; first += s.block_k) {
+      const int64_t count = std::min(s.block_k, columns_.count - first);
+      const int64_t panels = (count + NR - 1) / NR;
+      parallel(p_.threads, panels, [&](int64_t q) { s.pack_prototypes(first, count, q, v, nullptr); });
+      parallel(p_.threads, chunks, [&](int64_t chunk) {
+        Buffer<T> u(s.tile_m * p_.d), own(s.tile_m * panels * NR), rows(s.tile_m * W);
+        Sums<T> by_column{column_sums + chunk * n + first, column_sums + (chunks + chunk) * n + first};
+        for (int64_t tile = chunk * s.tiles / chunks; tile < (chunk + 1) * s.tiles / chunks; tile++) {
+          T* t = tile < s.kept_tiles ? s.kept_tile(tile, first / NR) : own;
+          s.pack_features(tile, u, nullptr);
+          s.logits(tile, first, count, u, v, t, pos);
+          if (s.shift_free)
+            exponentials(tile, first, count, t, rows, by_column, by_row, tile < s.kept_tiles);
+          else
+            streaming(tile, first, count, t, by_column, by_row);
         }
-        if (p_.by_class) {
-            std::fill(static_cast<T*>(column_sums), column_sums + chunks * n, start);
-            std::fill(column_sums + chunks * n, column_sums + 2 * chunks * n, T(0));
+      });
+    }
+    clear_rest_of_kept();
+    if (p_.by_class) finish_classes(chunks, n, column_sums);
+    if (sums_rows) {
+      T* out = static_cast<T*>(p_.instance_lse);
+      for (int64_t j = 0; j < p_.m; j++)
+        out[j] = s.valid(j) ? by_row.largest[j] + std::log(by_row.total[j]) : minus_infinity<T>;
+    }
+  }
+
+ private:
+  void norms() {
+    const Tl& s = tiles_;
+    constexpr int64_t step = 64;
+    parallel(p_.threads, (p_.m + step - 1) / step, [&](int64_t b) {
+      Buffer<T> line(s.z.line());
+      for (int64_t j = b * step; j < std::min(p_.m, (b + 1) * step); j++)
+        s.z_rnorm[j] = s.inverse_norm(s.z.get(j, line));
+    });
+    if (columns_.compact) std::fill(s.w_rnorm, s.w_rnorm + p_.k, T(1));
+    parallel(p_.threads, (columns_.count + step - 1) / step, [&](int64_t b) {
+      Buffer<T> line(s.w.line());
+      for (int64_t c = b * step; c < std::min(columns_.count, (b + 1) * step); c++) {
+        const int64_t id = columns_.class_of(c);
+        s.w_rnorm[id] = s.inverse_norm(s.w.get(id, line));
+      }
+    });
+  }
+
+  // What is kept is an output: nothing in it may be left to chance, though nobody reads the padding.
+  void clear_rest_of_kept() const {
+    const Tl& s = tiles_;
+    if (!s.kept) return;
+    const int64_t per_tile = s.tile_m * s.all_panels * NR;
+    int64_t used = s.kept_tiles * per_tile;
+    if (used && s.kept_tiles == s.tiles) used -= (s.tile_m - s.padded_rows(s.tiles - 1)) * s.all_panels * NR;
+    std::fill(s.kept + used, s.kept + p_.kept_size, T(0));
+  }
+
+  // Shift-free: e = exp(t) in place (where it is kept), summed with the exponentials of the biases as
+  // weights.
+  void exponentials(int64_t tile, int64_t first, int64_t count, T* t, T* row_vectors, Sums<T>& by_column,
+                    Sums<T>& by_row, bool keep) const {
+    const Tl& s = tiles_;
+    const int64_t n = s.rows(tile), padded = s.padded_rows(tile), row0 = s.first_row(tile);
+    if (p_.by_instance) std::fill(row_vectors, row_vectors + n * W, T(0));
+    for (int64_t q = 0; q * NR < count; q++) {
+      T* e = t + q * padded * NR;
+      // Columns past the end have t = 0 and must not count.
+      Vec<T> lane[NV], weight[NV], column[NV];
+      for (int v = 0; v < NV; v++) {
+        T inside[W], factor[W];
+        for (int x = 0; x < W; x++) {
+          const int64_t c = q * NR + v * W + x;
+          inside[x] = c < count ? T(1) : T(0);
+          factor[x] =
+              s.class_bias && c < count ? std::exp(s.class_bias[columns_.class_of(first + c)]) : inside[x];
         }
-        Buffer<T> v(std::min(s.block_k, n) * p_.d);
-        for (int64_t first = 0; first < columns_.count; first += s.block_k) {
-            const int64_t count = std::min(s.block_k, columns_.count - first);
-            const int64_t panels = (count + NR - 1) / NR;
-            parallel(p_.threads, panels, [&](int64_t q) { s.pack_prototypes(first, count, q, v, nullptr); });
-            parallel(p_.threads, chunks, [&](int64_t chunk) {
-                Buffer<T> u(s.tile_m * p_.d), own(s.tile_m * panels * NR), rows(s.tile_m * W);
-                Sums<T> by_column{column_sums + chunk * n + first, column_sums + (chunks + chunk) * n + first};
-                for (int64_t tile = chunk * s.tiles / chunks; tile < (chunk + 1) * s.tiles / chunks; tile++) {
-                    T* t = tile < s.kept_tiles ? s.kept_tile(tile, first / NR) : own;
-                    s.pack_features(tile, u, nullptr);
-                    s.logits(tile, first, count, u, v, t, pos);
-                    if (s.shift_free)
-                        exponentials(tile, first, count, t, rows, by_column, by_row, tile < s.kept_tiles);
-                    else
-                        streaming(tile, first, count, t, by_column, by_row);
-                }
-            });
+        lane[v] = load(inside);
+        weight[v] = load(factor);
+        column[v] = Vec<T>{};
+      }
+      for (int64_t r = 0; r < n; r++) {
+        const T row_weight = s.sample_bias ? std::exp(s.sample_bias[row0 + r]) : T(1);
+        Vec<T> row{};
+        for (int v = 0; v < NV; v++) {
+          const Vec<T> x = exponential<T>(load(e + r * NR + v * W)) * lane[v];
+          if (keep) store(e + r * NR + v * W, x);
+          column[v] += x * row_weight;
+          row += x * weight[v];
         }
-        clear_rest_of_kept();
-        if (p_.by_class) finish_classes(chunks, n, column_sums);
-        if (sums_rows) {
-            T* out = static_cast<T*>(p_.instance_lse);
-            for (int64_t j = 0; j < p_.m; j++)
-                out[j] = s.valid(j) ? by_row.largest[j] + std::log(by_row.total[j]) : minus_infinity<T>;
+        if (p_.by_instance) store(row_vectors + r * W, load(row_vectors + r * W) + row);
+      }
+      if (p_.by_class)
+        for (int v = 0; v < NV; v++) {
+          T* to = by_column.total + q * NR + v * W;
+          store(to, load(to) + column[v]);
         }
     }
+    if (p_.by_instance)
+      for (int64_t r = 0; r < n; r++) by_row.total[row0 + r] += sum<T>(load(row_vectors + r * W));
+  }
 
-private:
-    void norms() {
-        const Tl& s = tiles_;
-        constexpr int64_t step = 64;
-        parallel(p_.threads, (p_.m + step - 1) / step, [&](int64_t b) {
-            Buffer<T> line(s.z.line());
-            for (int64_t j = b * step; j < std::min(p_.m, (b + 1) * step); j++)
-                s.z_rnorm[j] = s.inverse_norm(s.z.get(j, line));
-        });
-        if (columns_.compact) std::fill(s.w_rnorm, s.w_rnorm + p_.k, T(1));
-        parallel(p_.threads, (columns_.count + step - 1) / step, [&](int64_t b) {
-            Buffer<T> line(s.w.line());
-            for (int64_t c = b * step; c < std::min(columns_.count, (b + 1) * step); c++) {
-                const int64_t id = columns_.class_of(c);
-                s.w_rnorm[id] = s.inverse_norm(s.w.get(id, line));
-            }
-        });
+  // Running maximum, for temperatures and biases whose exponentials could leave the range of T.
+  void streaming(int64_t tile, int64_t first, int64_t count, const T* t, Sums<T>& by_column,
+                 Sums<T>& by_row) const {
+    const Tl& s = tiles_;
+    const int64_t n = s.rows(tile), padded = s.padded_rows(tile), row0 = s.first_row(tile);
+    for (int64_t q = 0; q * NR < count && p_.by_class; q++)
+      for (int v = 0; v < NV; v++) {
+        const T* x = t + q * padded * NR + v * W;
+        Vec<T> top = splat(minus_infinity<T>), total{};
+        auto biased = [&](int64_t r) {
+          return s.sample_bias ? load(x + r * NR) + s.sample_bias[row0 + r] : load(x + r * NR);
+        };
+        for (int64_t r = 0; r < n; r++) top = maximum<T>(biased(r), top);
+        const Vec<T> shift = top == splat(minus_infinity<T>) ? Vec<T>{} : top;
+        for (int64_t r = 0; r < n; r++) total += exponential<T>(biased(r) - shift);
+        for (int i = 0; i < W && q * NR + v * W + i < count; i++)
+          by_column.merge(q * NR + v * W + i, top[i], total[i]);
+      }
+    for (int64_t r = 0; r < n && p_.by_instance; r++) {
+      auto biased = [&](int64_t c) {
+        const T x = t[(c / NR) * padded * NR + r * NR + c % NR];
+        return s.class_bias ? x + s.class_bias[columns_.class_of(first + c)] : x;
+      };
+      T top = minus_infinity<T>, total = 0;
+      for (int64_t c = 0; c < count; c++) top = std::max(top, biased(c));
+      const T shift = top == minus_infinity<T> ? T(0) : top;
+      for (int64_t c = 0; c < count; c++) total += std::exp(biased(c) - shift);
+      by_row.merge(row0 + r, top, total);
     }
+  }
 
-    // What is kept is an output: nothing in it may be left to chance, though nobody reads the padding.
-    void clear_rest_of_kept() const {
-        const Tl& s = tiles_;
-        if (!s.kept) return;
-        const int64_t per_tile = s.tile_m * s.all_panels * NR;
-        int64_t used = s.kept_tiles * per_tile;
-        if (used && s.kept_tiles == s.tiles) used -= (s.tile_m - s.padded_rows(s.tiles - 1)) * s.all_panels * NR;
-        std::fill(s.kept + used, s.kept + p_.kept_size, T(0));
+  void finish_classes(int64_t chunks, int64_t n, T* sums) const {
+    T* out = static_cast<T*>(p_.class_lse);
+    if (columns_.compact) std::fill(out, out + p_.k, minus_infinity<T>);
+    for (int64_t c = 0; c < columns_.count; c++) {
+      T value;
+      if (tiles_.shift_free) {
+        T total = 0;
+        for (int64_t i = 0; i < chunks; i++) total += sums[(chunks + i) * n + c];
+        value = std::log(total);
+      } else {
+        T largest = minus_infinity<T>, total = 0;
+        Sums<T> merged{&largest, &total};
+        for (int64_t i = 0; i < chunks; i++) merged.merge(0, sums[i * n + c], sums[(chunks + i) * n + c]);
+        value = largest + std::log(total);
+      }
+      const bool left_out = tiles_.square() && !tiles_.valid(c);
+      out[columns_.class_of(c)] = left_out ? minus_infinity<T> : value;
     }
+  }
 
-    // Shift-free: e = exp(t) in place (where it is kept), summed with the exponentials of the biases as weights.
-    void exponentials(
-        int64_t tile, int64_t first, int64_t count, T* t, T* row_vectors, Sums<T>& by_column, Sums<T>& by_row, bool keep
-    ) const {
-        const Tl& s = tiles_;
-        const int64_t n = s.rows(tile), padded = s.padded_rows(tile), row0 = s.first_row(tile);
-        if (p_.by_instance) std::fill(row_vectors, row_vectors + n * W, T(0));
-        for (int64_t q = 0; q * NR < count; q++) {
-            T* e = t + q * padded * NR;
-            // Columns past the end have t = 0 and must not count.
-            Vec<T> lane[NV], weight[NV], column[NV];
-            for (int v = 0; v < NV; v++) {
-                T inside[W], factor[W];
-                for (int x = 0; x < W; x++) {
-                    const int64_t c = q * NR + v * W + x;
-                    inside[x] = c < count ? T(1) : T(0);
-                    factor[x] = s.class_bias && c < count ? std::exp(s.class_bias[columns_.class_of(first + c)]) : inside[x];
-                }
-                lane[v] = load(inside);
-                weight[v] = load(factor);
-                column[v] = Vec<T>{};
-            }
-            for (int64_t r = 0; r < n; r++) {
-                const T row_weight = s.sample_bias ? std::exp(s.sample_bias[row0 + r]) : T(1);
-                Vec<T> row{};
-                for (int v = 0; v < NV; v++) {
-                    const Vec<T> x = exponential<T>(load(e + r * NR + v * W)) * lane[v];
-                    if (keep) store(e + r * NR + v * W, x);
-                    column[v] += x * row_weight;
-                    row += x * weight[v];
-                }
-                if (p_.by_instance) store(row_vectors + r * W, load(row_vectors + r * W) + row);
-            }
-            if (p_.by_class)
-                for (int v = 0; v < NV; v++) {
-                    T* to = by_column.total + q * NR + v * W;
-                    store(to, load(to) + column[v]);
-                }
-        }
-        if (p_.by_instance)
-            for (int64_t r = 0; r < n; r++) by_row.total[row0 + r] += sum<T>(load(row_vectors + r * W));
-    }
-
-    // Running maximum, for temperatures and biases whose exponentials could leave the range of T.
-    void streaming(int64_t tile, int64_t first, int64_t count, const T* t, Sums<T>& by_column, Sums<T>& by_row) const {
-        const Tl& s = tiles_;
-        const int64_t n = s.rows(tile), padded = s.padded_rows(tile), row0 = s.first_row(tile);
-        for (int64_t q = 0; q * NR < count && p_.by_class; q++)
-            for (int v = 0; v < NV; v++) {
-                const T* x = t + q * padded * NR + v * W;
-                Vec<T> top = splat(minus_infinity<T>), total{};
-                auto biased = [&](int64_t r) {
-                    return s.sample_bias ? load(x + r * NR) + s.sample_bias[row0 + r] : load(x + r * NR);
-                };
-                for (int64_t r = 0; r < n; r++) top = maximum<T>(biased(r), top);
-                const Vec<T> shift = top == splat(minus_infinity<T>) ? Vec<T>{} : top;
-                for (int64_t r = 0; r < n; r++) total += exponential<T>(biased(r) - shift);
-                for (int i = 0; i < W && q * NR + v * W + i < count; i++)
-                    by_column.merge(q * NR + v * W + i, top[i], total[i]);
-            }
-        for (int64_t r = 0; r < n && p_.by_instance; r++) {
-            auto biased = [&](int64_t c) {
-                const T x = t[(c / NR) * padded * NR + r * NR + c % NR];
-                return s.class_bias ? x + s.class_bias[columns_.class_of(first + c)] : x;
-            };
-            T top = minus_infinity<T>, total = 0;
-            for (int64_t c = 0; c < count; c++) top = std::max(top, biased(c));
-            const T shift = top == minus_infinity<T> ? T(0) : top;
-            for (int64_t c = 0; c < count; c++) total += std::exp(biased(c) - shift);
-            by_row.merge(row0 + r, top, total);
-        }
-    }
-
-    void finish_classes(int64_t chunks, int64_t n, T* sums) const {
-        T* out = static_cast<T*>(p_.class_lse);
-        if (columns_.compact) std::fill(out, out + p_.k, minus_infinity<T>);
-        for (int64_t c = 0; c < columns_.count; c++) {
-            T value;
-            if (tiles_.shift_free) {
-                T total = 0;
-                for (int64_t i = 0; i < chunks; i++) total += sums[(chunks + i) * n + c];
-                value = std::log(total);
-            } else {
-                T largest = minus_infinity<T>, total = 0;
-                Sums<T> merged{&largest, &total};
-                for (int64_t i = 0; i < chunks; i++) merged.merge(0, sums[i * n + c], sums[(chunks + i) * n + c]);
-                value = largest + std::log(total);
-            }
-            const bool left_out = tiles_.square() && !tiles_.valid(c);
-            out[columns_.class_of(c)] = left_out ? minus_infinity<T> : value;
-        }
-    }
-
-    const Problem& p_;
-    Tl tiles_;
-    const Columns& columns_;
+  const Problem& p_;
+  Tl tiles_;
+  const Columns& columns_;
 };
 
 }  // namespace nckernels

@@ -18,95 +18,95 @@ constexpr int MR = 6;
 
 // C[R x NV vectors] (+)= sum over blocks p < count and k < depth of
 //     A[p * a_block + r * RS + k * CS] * B[(p * depth + k) * NR + .]
-// The sum starts from zero and is added to C as a whole: rounding errors of a long sum grow with the length of its
-// parts, not with its own.
+// The sum starts from zero and is added to C as a whole: rounding errors of a long sum grow with the length
+// of its parts, not with its own.
 template <class T, int R, int NV, int RS, int CS, bool ACCUMULATE>
 NCK_INLINE void micro(long count, long depth, const T* a, long a_block, const T* b, T* c, long c_stride) {
-    constexpr int W = lanes<T>;
-    Vec<T> acc[R][NV];
+  constexpr int W = lanes<T>;
+  Vec<T> acc[R][NV];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++)
+  for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
-        for (int v = 0; v < NV; v++) acc[r][v] = Vec<T>{};
-    for (long p = 0; p < count; p++) {
-        const T* x = a + p * a_block;
-        for (long k = 0; k < depth; k++) {
-            Vec<T> y[NV];
+    for (int v = 0; v < NV; v++) acc[r][v] = Vec<T>{};
+  for (long p = 0; p < count; p++) {
+    const T* x = a + p * a_block;
+    for (long k = 0; k < depth; k++) {
+      Vec<T> y[NV];
 #pragma GCC unroll 2
-            for (int v = 0; v < NV; v++) y[v] = load(b + v * W);
+      for (int v = 0; v < NV; v++) y[v] = load(b + v * W);
 #pragma GCC unroll 16
-            for (int r = 0; r < R; r++)
+      for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
-                for (int v = 0; v < NV; v++) acc[r][v] += x[r * RS] * y[v];
-            x += CS;
-            b += NV * W;
-        }
+        for (int v = 0; v < NV; v++) acc[r][v] += x[r * RS] * y[v];
+      x += CS;
+      b += NV * W;
     }
+  }
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++)
+  for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
-        for (int v = 0; v < NV; v++) {
-            T* to = c + r * c_stride + v * W;
-            store(to, ACCUMULATE ? load(to) + acc[r][v] : acc[r][v]);
-        }
+    for (int v = 0; v < NV; v++) {
+      T* to = c + r * c_stride + v * W;
+      store(to, ACCUMULATE ? load(to) + acc[r][v] : acc[r][v]);
+    }
 }
 
-// Inner dimensions go in blocks of DEPTH: DEPTH x NR numbers of B stay in the L1 cache while all rows of the tile
-// pass, and the tile's part of A, 192 x DEPTH numbers, in the L2 cache while all panels of B pass.
+// Inner dimensions go in blocks of DEPTH: DEPTH x NR numbers of B stay in the L1 cache while all rows of the
+// tile pass, and the tile's part of A, 192 x DEPTH numbers, in the L2 cache while all panels of B pass.
 constexpr long DEPTH = 128;
 
 template <class T, int NV>
 struct Gemm {
-    static constexpr int W = lanes<T>;
-    static constexpr int NR = NV * W;
-    // Rows of dV at a time: as many as the registers hold, and a divisor of NR.
-    static constexpr int PR = NR < 8 || MR == 6 ? 4 : 8;
-    static constexpr long BLOCK = DEPTH < NR ? 1 : DEPTH / NR;  // panels of columns that make up DEPTH
+  static constexpr int W = lanes<T>;
+  static constexpr int NR = NV * W;
+  // Rows of dV at a time: as many as the registers hold, and a divisor of NR.
+  static constexpr int PR = NR < 8 || MR == 6 ? 4 : 8;
+  static constexpr long BLOCK = DEPTH < NR ? 1 : DEPTH / NR;  // panels of columns that make up DEPTH
 
-    // t[panels][m][NR] = U V^T; m a multiple of MR. u: [m / MR][d][MR], v: [panels][d][NR].
-    static void logits(long m, long panels, long d, const T* u, const T* v, T* t) {
-        for (long k = 0; k < d; k += DEPTH)
-            for (long p = 0; p < panels; p++) {
-                const long n = d - k < DEPTH ? d - k : DEPTH;
-                const T* b = v + (p * d + k) * NR;
-                T* c = t + p * m * NR;
-                for (long i = 0; i < m; i += MR) {
-                    const T* a = u + i * d + k * MR;
-                    if (k == 0)
-                        micro<T, MR, NV, 1, MR, false>(1, n, a, 0, b, c + i * NR, NR);
-                    else
-                        micro<T, MR, NV, 1, MR, true>(1, n, a, 0, b, c + i * NR, NR);
-                }
-            }
-    }
-
-    // out[m][d_panels * NR] = A V. a: [panels][m][NR], v: [d_panels][panels * NR][NR].
-    static void times_prototypes(long m, long panels, long d_panels, const T* a, const T* v, T* out) {
-        for (long p = 0; p < panels; p += BLOCK)
-            for (long n = 0; n < d_panels; n++) {
-                const long count = panels - p < BLOCK ? panels - p : BLOCK;
-                const T* b = v + (n * panels + p) * NR * NR;
-                for (long i = 0; i < m; i += MR) {
-                    const T* x = a + p * m * NR + i * NR;
-                    T* c = out + i * d_panels * NR + n * NR;
-                    if (p == 0)
-                        micro<T, MR, NV, NR, 1, false>(count, NR, x, m * NR, b, c, d_panels * NR);
-                    else
-                        micro<T, MR, NV, NR, 1, true>(count, NR, x, m * NR, b, c, d_panels * NR);
-                }
-            }
-    }
-
-    // Panel `n` of the features, classes [first, last): out[c][NR] += A^T U. u: one panel, [m][NR].
-    static void times_features(long m, long first, long last, const T* a, const T* u, T* out) {
-        for (long c = first; c < last; c += PR) {
-            const T* x = a + (c / NR) * m * NR + c % NR;
-            for (long r = 0; r < m; r += DEPTH) {
-                const long n = m - r < DEPTH ? m - r : DEPTH;
-                micro<T, PR, NV, 1, NR, true>(1, n, x + r * NR, 0, u + r * NR, out + c * NR, NR);
-            }
+  // t[panels][m][NR] = U V^T; m a multiple of MR. u: [m / MR][d][MR], v: [panels][d][NR].
+  static void logits(long m, long panels, long d, const T* u, const T* v, T* t) {
+    for (long k = 0; k < d; k += DEPTH)
+      for (long p = 0; p < panels; p++) {
+        const long n = d - k < DEPTH ? d - k : DEPTH;
+        const T* b = v + (p * d + k) * NR;
+        T* c = t + p * m * NR;
+        for (long i = 0; i < m; i += MR) {
+          const T* a = u + i * d + k * MR;
+          if (k == 0)
+            micro<T, MR, NV, 1, MR, false>(1, n, a, 0, b, c + i * NR, NR);
+          else
+            micro<T, MR, NV, 1, MR, true>(1, n, a, 0, b, c + i * NR, NR);
         }
+      }
+  }
+
+  // out[m][d_panels * NR] = A V. a: [panels][m][NR], v: [d_panels][panels * NR][NR].
+  static void times_prototypes(long m, long panels, long d_panels, const T* a, const T* v, T* out) {
+    for (long p = 0; p < panels; p += BLOCK)
+      for (long n = 0; n < d_panels; n++) {
+        const long count = panels - p < BLOCK ? panels - p : BLOCK;
+        const T* b = v + (n * panels + p) * NR * NR;
+        for (long i = 0; i < m; i += MR) {
+          const T* x = a + p * m * NR + i * NR;
+          T* c = out + i * d_panels * NR + n * NR;
+          if (p == 0)
+            micro<T, MR, NV, NR, 1, false>(count, NR, x, m * NR, b, c, d_panels * NR);
+          else
+            micro<T, MR, NV, NR, 1, true>(count, NR, x, m * NR, b, c, d_panels * NR);
+        }
+      }
+  }
+
+  // Panel `n` of the features, classes [first, last): out[c][NR] += A^T U. u: one panel, [m][NR].
+  static void times_features(long m, long first, long last, const T* a, const T* u, T* out) {
+    for (long c = first; c < last; c += PR) {
+      const T* x = a + (c / NR) * m * NR + c % NR;
+      for (long r = 0; r < m; r += DEPTH) {
+        const long n = m - r < DEPTH ? m - r : DEPTH;
+        micro<T, PR, NV, 1, NR, true>(1, n, x + r * NR, 0, u + r * NR, out + c * NR, NR);
+      }
     }
+  }
 };
 
 }  // namespace nckernels

@@ -9,26 +9,26 @@ namespace nckernels {
 // Panels of two vectors, or of one where a single vector holds all classes.
 template <class T, class F>
 void with_panels(const Columns& columns, F&& run) {
-    if (columns.count <= lanes<T>)
-        run(std::integral_constant<int, 1>{});
-    else
-        run(std::integral_constant<int, 2>{});
+  if (columns.count <= lanes<T>)
+    run(std::integral_constant<int, 1>{});
+  else
+    run(std::integral_constant<int, 2>{});
 }
 
 template <class T>
 Status forward(const Problem& p) {
-    Columns columns;
-    if (!find_columns(p, columns)) return kBadTarget;
-    with_panels<T>(columns, [&](auto vectors) { ForwardPass<T, vectors>(p, columns).run(); });
-    return kOk;
+  Columns columns;
+  if (!find_columns(p, columns)) return kBadTarget;
+  with_panels<T>(columns, [&](auto vectors) { ForwardPass<T, vectors>(p, columns).run(); });
+  return kOk;
 }
 
 template <class T>
 Status backward(const Problem& p, const Gradients& g) {
-    Columns columns;
-    if (!find_columns(p, columns)) return kBadTarget;
-    with_panels<T>(columns, [&](auto vectors) { BackwardPass<T, vectors>(p, columns, g).run(); });
-    return kOk;
+  Columns columns;
+  if (!find_columns(p, columns)) return kBadTarget;
+  with_panels<T>(columns, [&](auto vectors) { BackwardPass<T, vectors>(p, columns, g).run(); });
+  return kOk;
 }
 
 }  // namespace nckernels

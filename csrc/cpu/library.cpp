@@ -27,48 +27,48 @@ constexpr size_t kept_at_most = size_t(32) << 20, alignment = 4096;
 static size_t rounded(size_t bytes) { return (bytes + alignment - 1) / alignment * alignment; }
 
 void* acquire(size_t bytes) {
-    const size_t size = rounded(bytes);
-    {
-        std::lock_guard<std::mutex> lock(mutex);
-        used_bytes += size;
-        peak_bytes = std::max(peak_bytes, used_bytes);
-        // The smallest that is large enough, unless it is far too large.
-        const auto found = free_buffers.lower_bound(size);
-        if (found != free_buffers.end() && found->first <= size + size / 4) {
-            void* p = found->second;
-            free_bytes -= found->first;
-            free_buffers.erase(found);
-            return p;
-        }
+  const size_t size = rounded(bytes);
+  {
+    std::lock_guard<std::mutex> lock(mutex);
+    used_bytes += size;
+    peak_bytes = std::max(peak_bytes, used_bytes);
+    // The smallest that is large enough, unless it is far too large.
+    const auto found = free_buffers.lower_bound(size);
+    if (found != free_buffers.end() && found->first <= size + size / 4) {
+      void* p = found->second;
+      free_bytes -= found->first;
+      free_buffers.erase(found);
+      return p;
     }
-    void* p = std::aligned_alloc(alignment, size);
-    if (!p) throw std::bad_alloc();
-    return p;
+  }
+  void* p = std::aligned_alloc(alignment, size);
+  if (!p) throw std::bad_alloc();
+  return p;
 }
 
 void release(void* p, size_t bytes) {
-    const size_t size = rounded(bytes);
-    std::lock_guard<std::mutex> lock(mutex);
-    used_bytes -= size;
-    if (free_bytes + size > kept_at_most) {
-        std::free(p);
-        return;
-    }
-    free_buffers.emplace(size, p);
-    free_bytes += size;
+  const size_t size = rounded(bytes);
+  std::lock_guard<std::mutex> lock(mutex);
+  used_bytes -= size;
+  if (free_bytes + size > kept_at_most) {
+    std::free(p);
+    return;
+  }
+  free_buffers.emplace(size, p);
+  free_bytes += size;
 }
 
 }  // namespace scratch
 
 template <class F>
 static int32_t guarded(Problem p, F&& run) {
-    // Some problems are over before other threads would have woken.
-    if (6.0 * double(p.m) * double(p.k) * double(p.d) < 1e6) p.threads = 1;
-    try {
-        return run(p);
-    } catch (const std::bad_alloc&) {
-        return kNoMemory;
-    }
+  // Some problems are over before other threads would have woken.
+  if (6.0 * double(p.m) * double(p.k) * double(p.d) < 1e6) p.threads = 1;
+  try {
+    return run(p);
+  } catch (const std::bad_alloc&) {
+    return kNoMemory;
+  }
 }
 
 }  // namespace nckernels
@@ -76,26 +76,28 @@ static int32_t guarded(Problem p, F&& run) {
 #define NCK_EXPORT extern "C" __attribute__((visibility("default")))
 
 NCK_EXPORT int32_t nckernels_forward(const nckernels::Problem* problem) {
-    return nckernels::guarded(*problem, [](const nckernels::Problem& p) {
-        return p.is_double ? nckernels::forward_float64(p) : nckernels::forward_float32(p);
-    });
+  return nckernels::guarded(*problem, [](const nckernels::Problem& p) {
+    return p.is_double ? nckernels::forward_float64(p) : nckernels::forward_float32(p);
+  });
 }
 
-NCK_EXPORT int32_t nckernels_backward(const nckernels::Problem* problem, const nckernels::Gradients* gradients) {
-    return nckernels::guarded(*problem, [&](const nckernels::Problem& p) {
-        return p.is_double ? nckernels::backward_float64(p, *gradients) : nckernels::backward_float32(p, *gradients);
-    });
+NCK_EXPORT int32_t nckernels_backward(const nckernels::Problem* problem,
+                                      const nckernels::Gradients* gradients) {
+  return nckernels::guarded(*problem, [&](const nckernels::Problem& p) {
+    return p.is_double ? nckernels::backward_float64(p, *gradients)
+                       : nckernels::backward_float32(p, *gradients);
+  });
 }
 
 // The sizes of the structures, so that Python notices if it describes others.
 NCK_EXPORT int64_t nckernels_sizes() {
-    return (int64_t(sizeof(nckernels::Problem)) << 16) | int64_t(sizeof(nckernels::Gradients));
+  return (int64_t(sizeof(nckernels::Problem)) << 16) | int64_t(sizeof(nckernels::Gradients));
 }
 
 // Highest number of scratch bytes in use since the last call.
 NCK_EXPORT int64_t nckernels_peak_scratch() {
-    std::lock_guard<std::mutex> lock(nckernels::scratch::mutex);
-    const auto peak = static_cast<int64_t>(nckernels::scratch::peak_bytes);
-    nckernels::scratch::peak_bytes = nckernels::scratch::used_bytes;
-    return peak;
+  std::lock_guard<std::mutex> lock(nckernels::scratch::mutex);
+  const auto peak = static_cast<int64_t>(nckernels::scratch::peak_bytes);
+  nckernels::scratch::peak_bytes = nckernels::scratch::used_bytes;
+  return peak;
 }

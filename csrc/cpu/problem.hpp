@@ -15,31 +15,31 @@ namespace nckernels {
 enum Half : int32_t { kFull = 0, kBfloat16 = 1, kFloat16 = 2 };
 enum Exclude : int32_t { kNone = 0, kTarget = 1, kSelf = 2, kSameLabel = 3 };
 
-// Plain C structure: pointers may be null where a comment says so. Matrices have rows of d contiguous numbers at a
-// distance of `*_stride`. Everything is of one type T, float or double, but targets (int64) and the features and
-// prototypes if `half` says so: T is float then.
+// Plain C structure: pointers may be null where a comment says so. Matrices have rows of d contiguous numbers
+// at a distance of `*_stride`. Everything is of one type T, float or double, but targets (int64) and the
+// features and prototypes if `half` says so: T is float then.
 struct Problem {
-    int64_t m, k, d, z_stride, w_stride;
-    const void *z, *w;
-    const int64_t* target;
-    const void *sample_bias, *class_bias;  // (m), (k) or null
-    int64_t ignore_index, workspace;       // bytes
-    double beta;
-    int32_t by_class, by_instance, exclude, present_only, threads, is_double;
-    int32_t half;  // enum Half
-    double eps;    // of the norms
-    // results of the forward pass, inputs of the backward pass
-    void *class_lse, *instance_lse;  // (k), (m) or null
-    void *pos, *z_rnorm, *w_rnorm;   // (m), (m), (k)
-    void* kept;                      // `kept_size` numbers for exp(t) of the first row tiles, or null
-    int64_t kept_size;
+  int64_t m, k, d, z_stride, w_stride;
+  const void *z, *w;
+  const int64_t* target;
+  const void *sample_bias, *class_bias;  // (m), (k) or null
+  int64_t ignore_index, workspace;       // bytes
+  double beta;
+  int32_t by_class, by_instance, exclude, present_only, threads, is_double;
+  int32_t half;  // enum Half
+  double eps;    // of the norms
+  // results of the forward pass, inputs of the backward pass
+  void *class_lse, *instance_lse;  // (k), (m) or null
+  void *pos, *z_rnorm, *w_rnorm;   // (m), (m), (k)
+  void* kept;                      // `kept_size` numbers for exp(t) of the first row tiles, or null
+  int64_t kept_size;
 };
 
 struct Gradients {
-    const void *class_lse, *instance_lse, *pos;  // upstream, (k), (m), (m) or null
-    void *z, *w;                                 // (m, d), (k, d) contiguous, or null; w zeros if classes can be absent
-    void *sample_bias, *class_bias;              // (m), (k), zeros, or null
-    double* beta;                                // or null
+  const void *class_lse, *instance_lse, *pos;  // upstream, (k), (m), (m) or null
+  void *z, *w;                     // (m, d), (k, d) contiguous, or null; w zeros if classes can be absent
+  void *sample_bias, *class_bias;  // (m), (k), zeros, or null
+  double* beta;                    // or null
 };
 
 enum Status : int32_t { kOk = 0, kBadTarget = 1, kNoMemory = 2 };
@@ -52,113 +52,116 @@ void release(void* p, size_t bytes);
 
 template <class T>
 class Buffer {
-public:
-    explicit Buffer(size_t n) : bytes_(n * sizeof(T)), p_(n ? static_cast<T*>(scratch::acquire(bytes_)) : nullptr) {}
-    ~Buffer() {
-        if (p_) scratch::release(p_, bytes_);
-    }
-    Buffer(const Buffer&) = delete;
-    Buffer& operator=(const Buffer&) = delete;
-    operator T*() { return p_; }
+ public:
+  explicit Buffer(size_t n)
+      : bytes_(n * sizeof(T)), p_(n ? static_cast<T*>(scratch::acquire(bytes_)) : nullptr) {}
+  ~Buffer() {
+    if (p_) scratch::release(p_, bytes_);
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  operator T*() { return p_; }
 
-private:
-    size_t bytes_;
-    T* p_;
+ private:
+  size_t bytes_;
+  T* p_;
 };
 
 inline float from_bits(uint32_t bits) {
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
 }
 
 // bfloat16 is the upper half of a float.
 inline float from_bfloat16(uint16_t h) { return from_bits(uint32_t(h) << 16); }
 
-// float16 has a smaller exponent, whose bias is 15 instead of 127; the product sets it right for subnormals too.
+// float16 has a smaller exponent, whose bias is 15 instead of 127; the product sets it right for subnormals
+// too.
 inline float from_float16(uint16_t h) {
-    const uint32_t sign = uint32_t(h & 0x8000) << 16, magnitude = uint32_t(h & 0x7fff) << 13;
-    const bool finite = (h & 0x7c00) != 0x7c00;
-    const float x = finite ? from_bits(magnitude) * 0x1p112f : from_bits(magnitude | 0x7f800000);
-    return sign ? -x : x;
+  const uint32_t sign = uint32_t(h & 0x8000) << 16, magnitude = uint32_t(h & 0x7fff) << 13;
+  const bool finite = (h & 0x7c00) != 0x7c00;
+  const float x = finite ? from_bits(magnitude) * 0x1p112f : from_bits(magnitude | 0x7f800000);
+  return sign ? -x : x;
 }
 
 // The rows of a matrix of T or of 16-bit numbers.
 template <class T>
 class Rows {
-public:
-    Rows(const void* data, int64_t stride, int64_t d, int32_t half)
-        : data_(data), stride_(stride), d_(d), half_(half) {}
+ public:
+  Rows(const void* data, int64_t stride, int64_t d, int32_t half)
+      : data_(data), stride_(stride), d_(d), half_(half) {}
 
-    // Room that `get` needs for each row held at a time.
-    int64_t line() const { return half_ ? d_ : 0; }
+  // Room that `get` needs for each row held at a time.
+  int64_t line() const { return half_ ? d_ : 0; }
 
-    // Row j where it lies, or converted into `line`.
-    const T* get(int64_t j, T* line) const {
-        if (!half_) return static_cast<const T*>(data_) + j * stride_;
-        const uint16_t* row = static_cast<const uint16_t*>(data_) + j * stride_;
-        if (half_ == kBfloat16)
-            for (int64_t i = 0; i < d_; i++) line[i] = from_bfloat16(row[i]);
-        else
-            for (int64_t i = 0; i < d_; i++) line[i] = from_float16(row[i]);
-        return line;
-    }
+  // Row j where it lies, or converted into `line`.
+  const T* get(int64_t j, T* line) const {
+    if (!half_) return static_cast<const T*>(data_) + j * stride_;
+    const uint16_t* row = static_cast<const uint16_t*>(data_) + j * stride_;
+    if (half_ == kBfloat16)
+      for (int64_t i = 0; i < d_; i++) line[i] = from_bfloat16(row[i]);
+    else
+      for (int64_t i = 0; i < d_; i++) line[i] = from_float16(row[i]);
+    return line;
+  }
 
-private:
-    const void* data_;
-    int64_t stride_, d_;
-    int32_t half_;
+ private:
+  const void* data_;
+  int64_t stride_, d_;
+  int32_t half_;
 };
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // The columns that take part, which samples do, and which column each sample's positive is.
 struct Columns {
-    int64_t count;                  // columns
-    bool compact;                   // whether they are the classes `ids`, rather than all in order
-    std::vector<int64_t> ids;
-    std::vector<int64_t> positive;  // per sample, -1 if it is left out
-    std::vector<char> unread;       // columns whose prototype nobody may look at; empty if there are none
+  int64_t count;  // columns
+  bool compact;   // whether they are the classes `ids`, rather than all in order
+  std::vector<int64_t> ids;
+  std::vector<int64_t> positive;  // per sample, -1 if it is left out
+  std::vector<char> unread;       // columns whose prototype nobody may look at; empty if there are none
 
-    int64_t class_of(int64_t c) const { return compact ? ids[c] : c; }
-    bool reads(int64_t c) const { return unread.empty() || !unread[c]; }
+  int64_t class_of(int64_t c) const { return compact ? ids[c] : c; }
+  bool reads(int64_t c) const { return unread.empty() || !unread[c]; }
 };
 
-// Fills `columns`; false if a target is out of range (callers check, with better words: this is the last line).
+// Fills `columns`; false if a target is out of range (callers check, with better words: this is the last
+// line).
 inline bool find_columns(const Problem& p, Columns& columns) {
-    columns.positive.resize(p.m);
-    columns.count = p.k;
-    columns.compact = p.present_only;
-    for (int64_t j = 0; j < p.m; j++) {
-        const int64_t y = p.target[j];
-        if (y == p.ignore_index)
-            columns.positive[j] = -1;
-        else if (p.exclude == kSameLabel)
-            columns.positive[j] = j;
-        else if (y < 0 || y >= p.k)
-            return false;
-        else
-            columns.positive[j] = y;
+  columns.positive.resize(p.m);
+  columns.count = p.k;
+  columns.compact = p.present_only;
+  for (int64_t j = 0; j < p.m; j++) {
+    const int64_t y = p.target[j];
+    if (y == p.ignore_index)
+      columns.positive[j] = -1;
+    else if (p.exclude == kSameLabel)
+      columns.positive[j] = j;
+    else if (y < 0 || y >= p.k)
+      return false;
+    else
+      columns.positive[j] = y;
+  }
+  if (p.exclude == kSelf || p.exclude == kSameLabel) {
+    // Column i is sample i: one that is left out is nobody's negative, and read only if it is a positive.
+    columns.unread.assign(p.k, 1);
+    for (int64_t j = 0; j < p.m; j++)
+      if (columns.positive[j] >= 0) columns.unread[j] = columns.unread[columns.positive[j]] = 0;
+  }
+  if (!p.present_only) return true;
+  std::vector<int64_t> column(p.k, -1);
+  for (int64_t c : columns.positive)
+    if (c >= 0) column[c] = 0;
+  for (int64_t c = 0; c < p.k; c++)
+    if (column[c] == 0) {
+      column[c] = static_cast<int64_t>(columns.ids.size());
+      columns.ids.push_back(c);
     }
-    if (p.exclude == kSelf || p.exclude == kSameLabel) {
-        // Column i is sample i: one that is left out is nobody's negative, and read only if it is a positive.
-        columns.unread.assign(p.k, 1);
-        for (int64_t j = 0; j < p.m; j++)
-            if (columns.positive[j] >= 0) columns.unread[j] = columns.unread[columns.positive[j]] = 0;
-    }
-    if (!p.present_only) return true;
-    std::vector<int64_t> column(p.k, -1);
-    for (int64_t c : columns.positive)
-        if (c >= 0) column[c] = 0;
-    for (int64_t c = 0; c < p.k; c++)
-        if (column[c] == 0) {
-            column[c] = static_cast<int64_t>(columns.ids.size());
-            columns.ids.push_back(c);
-        }
-    for (int64_t& c : columns.positive)
-        if (c >= 0) c = column[c];
-    columns.count = static_cast<int64_t>(columns.ids.size());
-    return true;
+  for (int64_t& c : columns.positive)
+    if (c >= 0) c = column[c];
+  columns.count = static_cast<int64_t>(columns.ids.size());
+  return true;
 }
 
 }  // namespace nckernels

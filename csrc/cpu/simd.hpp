@@ -1,14 +1,14 @@
 // Vectors of the width that this file is compiled for, and the exponential.
 //
-// GCC's and clang's vector extensions: one source for AVX-512, AVX2, SSE2 and NEON. The build makes one library
-// per instruction set (nckernels/backends/build.py), and Python loads the one for the CPU at hand.
+// GCC's and clang's vector extensions: one source for AVX-512, AVX2, SSE2 and NEON. The build makes one
+// library per instruction set (nckernels/backends/build.py), and Python loads the one for the CPU at hand.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-// A test sets it to 64 where there is no AVX-512: the compiler makes two halves of each vector, and every other line is
-// the same.
+// A test sets it to 64 where there is no AVX-512: the compiler makes two halves of each vector, and every
+// other line is the same.
 #if defined(NCK_VECTOR_BYTES)
 #elif defined(__AVX512F__)
 #define NCK_VECTOR_BYTES 64
@@ -26,24 +26,25 @@ struct Simd;
 
 template <>
 struct Simd<float> {
-    typedef float V __attribute__((vector_size(NCK_VECTOR_BYTES), aligned(4), may_alias));
-    typedef int32_t I __attribute__((vector_size(NCK_VECTOR_BYTES)));
-    using Int = int32_t;
-    static constexpr int mantissa = 23, bias = 127;
-    static constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-    static constexpr float lowest = -87.3f, highest = 88.7f;
-    static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+  typedef float V __attribute__((vector_size(NCK_VECTOR_BYTES), aligned(4), may_alias));
+  typedef int32_t I __attribute__((vector_size(NCK_VECTOR_BYTES)));
+  using Int = int32_t;
+  static constexpr int mantissa = 23, bias = 127;
+  static constexpr float round =
+      12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  static constexpr float lowest = -87.3f, highest = 88.7f;
+  static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
 };
 
 template <>
 struct Simd<double> {
-    typedef double V __attribute__((vector_size(NCK_VECTOR_BYTES), aligned(8), may_alias));
-    typedef int64_t I __attribute__((vector_size(NCK_VECTOR_BYTES)));
-    using Int = int64_t;
-    static constexpr int mantissa = 52, bias = 1023;
-    static constexpr double round = 6755399441055744.0;  // 1.5 * 2^52
-    static constexpr double lowest = -708.3, highest = 709.7;
-    static constexpr double ln2_high = 6.93145751953125e-1, ln2_low = 1.42860682030941723212e-6;
+  typedef double V __attribute__((vector_size(NCK_VECTOR_BYTES), aligned(8), may_alias));
+  typedef int64_t I __attribute__((vector_size(NCK_VECTOR_BYTES)));
+  using Int = int64_t;
+  static constexpr int mantissa = 52, bias = 1023;
+  static constexpr double round = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double lowest = -708.3, highest = 709.7;
+  static constexpr double ln2_high = 6.93145751953125e-1, ln2_low = 1.42860682030941723212e-6;
 };
 
 template <class T>
@@ -54,83 +55,84 @@ constexpr int lanes = NCK_VECTOR_BYTES / sizeof(T);
 
 template <class T>
 NCK_INLINE Vec<T> load(const T* p) {
-    return *reinterpret_cast<const Vec<T>*>(p);
+  return *reinterpret_cast<const Vec<T>*>(p);
 }
 
 template <class T>
 NCK_INLINE void store(T* p, Vec<T> v) {
-    *reinterpret_cast<Vec<T>*>(p) = v;
+  *reinterpret_cast<Vec<T>*>(p) = v;
 }
 
 template <class T>
 NCK_INLINE Vec<T> splat(T x) {
-    return x - Vec<T>{};
+  return x - Vec<T>{};
 }
 
 template <class T>
 NCK_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
-    return a > b ? a : b;
+  return a > b ? a : b;
 }
 
 template <class T>
 NCK_INLINE T sum(Vec<T> v) {
-    T total = 0;
-    for (int i = 0; i < lanes<T>; i++) total += v[i];
-    return total;
+  T total = 0;
+  for (int i = 0; i < lanes<T>; i++) total += v[i];
+  return total;
 }
 
 template <class T>
 NCK_INLINE T largest(Vec<T> v) {
-    T best = v[0];
-    for (int i = 1; i < lanes<T>; i++) best = v[i] > best ? v[i] : best;
-    return best;
+  T best = v[0];
+  for (int i = 1; i < lanes<T>; i++) best = v[i] > best ? v[i] : best;
+  return best;
 }
 
 // e^x to about one unit in the last place; 0 below the smallest normal number, NaN for NaN.
 // x = n ln 2 + r with |r| <= ln 2 / 2; a Taylor polynomial for e^r, whose remainder is below rounding.
 template <class T>
 NCK_INLINE Vec<T> exponential(Vec<T> x) {
-    using S = Simd<T>;
-    const auto underflow = x < splat(S::lowest);
-    Vec<T> y = underflow ? splat(S::lowest) : x;
-    y = y > splat(S::highest) ? splat(S::highest) : y;
-    const Vec<T> shifted = y * T(1.44269504088896340736) + S::round;
-    const Vec<T> n = shifted - S::round;
-    Vec<T> r = y - n * S::ln2_high;
-    r = r - n * S::ln2_low;
-    Vec<T> p;
-    if constexpr (sizeof(T) == 4) {
-        p = splat(T(1.0 / 5040));
-    } else {
-        p = splat(T(1.0 / 6227020800.0));  // 1 / 13!
-        p = p * r + T(1.0 / 479001600.0);
-        p = p * r + T(1.0 / 39916800.0);
-        p = p * r + T(1.0 / 3628800.0);
-        p = p * r + T(1.0 / 362880.0);
-        p = p * r + T(1.0 / 40320.0);
-        p = p * r + T(1.0 / 5040.0);
-    }
-    p = p * r + T(1.0 / 720);
-    p = p * r + T(1.0 / 120);
-    p = p * r + T(1.0 / 24);
-    p = p * r + T(1.0 / 6);
-    p = p * r + T(0.5);
-    p = p * r + T(1.0);
-    p = p * r + T(1.0);
-    // 2^n: n stands in the low bits of `shifted`; move it into the exponent. n = 128 (1024) needs two steps.
-    typename S::I bits;
-    std::memcpy(&bits, &shifted, sizeof bits);
-    typename S::Int base;
-    const T round = S::round;
-    std::memcpy(&base, &round, sizeof base);
-    const typename S::I power = bits - base;
-    const typename S::I half = power >> 1;
-    const typename S::I first = (half + S::bias) << S::mantissa, second = (power - half + S::bias) << S::mantissa;
-    Vec<T> a, b;
-    std::memcpy(&a, &first, sizeof a);
-    std::memcpy(&b, &second, sizeof b);
-    p = p * a * b;
-    return underflow ? Vec<T>{} : p;
+  using S = Simd<T>;
+  const auto underflow = x < splat(S::lowest);
+  Vec<T> y = underflow ? splat(S::lowest) : x;
+  y = y > splat(S::highest) ? splat(S::highest) : y;
+  const Vec<T> shifted = y * T(1.44269504088896340736) + S::round;
+  const Vec<T> n = shifted - S::round;
+  Vec<T> r = y - n * S::ln2_high;
+  r = r - n * S::ln2_low;
+  Vec<T> p;
+  if constexpr (sizeof(T) == 4) {
+    p = splat(T(1.0 / 5040));
+  } else {
+    p = splat(T(1.0 / 6227020800.0));  // 1 / 13!
+    p = p * r + T(1.0 / 479001600.0);
+    p = p * r + T(1.0 / 39916800.0);
+    p = p * r + T(1.0 / 3628800.0);
+    p = p * r + T(1.0 / 362880.0);
+    p = p * r + T(1.0 / 40320.0);
+    p = p * r + T(1.0 / 5040.0);
+  }
+  p = p * r + T(1.0 / 720);
+  p = p * r + T(1.0 / 120);
+  p = p * r + T(1.0 / 24);
+  p = p * r + T(1.0 / 6);
+  p = p * r + T(0.5);
+  p = p * r + T(1.0);
+  p = p * r + T(1.0);
+  // 2^n: n stands in the low bits of `shifted`; move it into the exponent. n = 128 (1024) needs two steps.
+  typename S::I bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  typename S::Int base;
+  const T round = S::round;
+  std::memcpy(&base, &round, sizeof base);
+  const typename S::I power = bits - base;
+  const typename S::I half = power >> 1;
+  const typename S::I first = (half + S::bias) << S::mantissa, second = (power - half + S::bias)
+                                                                        << S::mantissa;
+  Vec<T> a, b;
+  std::memcpy(&a, &first, sizeof a);
+  std::memcpy(&b, &second, sizeof b);
+  p = p * a * b;
+  return underflow ? Vec<T>{} : p;
 }
 
 }  // namespace nckernels

@@ -1,6 +1,8 @@
 // Row tiles and column blocks of one call: sizes, packing, and the tile of logits with its mask.
 #pragma once
 
+#include <exception>
+
 #include "gemm.hpp"
 #include "problem.hpp"
 
@@ -10,194 +12,212 @@ constexpr T minus_infinity = -std::numeric_limits<T>::infinity();
 
 template <class T, int NV>
 struct Tiles {
-    using G = Gemm<T, NV>;
-    static constexpr int W = G::W, NR = G::NR;
+  using G = Gemm<T, NV>;
+  static constexpr int W = G::W, NR = G::NR;
 
-    const Problem& p;
-    const Columns& columns;
-    Rows<T> z, w;
-    const T *sample_bias, *class_bias;
-    T *z_rnorm, *w_rnorm, *kept;
-    T beta;
-    bool shift_free;
-    int64_t d_pad, d_panels;
-    int64_t tile_m, tiles;   // rows of a tile (a multiple of MR), number of tiles
-    int64_t block_k;         // columns of a block (a multiple of NR)
-    int64_t all_panels;      // of all columns
-    int64_t kept_tiles;      // the first tiles, which are kept from forward to backward: exp(t) or, not shift_free, t
-    int64_t group;           // row tiles that the backward pass has in flight
+  const Problem& p;
+  const Columns& columns;
+  Rows<T> z, w;
+  const T *sample_bias, *class_bias;
+  T *z_rnorm, *w_rnorm, *kept;
+  T beta;
+  bool shift_free;
+  int64_t d_pad, d_panels;
+  int64_t tile_m, tiles;  // rows of a tile (a multiple of MR), number of tiles
+  int64_t block_k;        // columns of a block (a multiple of NR)
+  int64_t all_panels;     // of all columns
+  int64_t
+      kept_tiles;  // the first tiles, which are kept from forward to backward: exp(t) or, not shift_free, t
+  int64_t group;   // row tiles that the backward pass has in flight
 
-    Tiles(const Problem& problem, const Columns& cols)
-        : p(problem), columns(cols),
-          z(p.z, p.z_stride, p.d, p.half), w(p.w, p.w_stride, p.d, p.half),
-          sample_bias(static_cast<const T*>(p.sample_bias)), class_bias(static_cast<const T*>(p.class_bias)),
-          z_rnorm(static_cast<T*>(p.z_rnorm)), w_rnorm(static_cast<T*>(p.w_rnorm)), kept(static_cast<T*>(p.kept)),
-          beta(static_cast<T>(p.beta)) {
-        d_pad = round_up(p.d, NR);
-        d_panels = d_pad / NR;
-        all_panels = (columns.count + NR - 1) / NR;
-        shift_free = p.beta + largest_bias() <= 30.0;
-        plan();
+  Tiles(const Problem& problem, const Columns& cols)
+      : p(problem),
+        columns(cols),
+        z(p.z, p.z_stride, p.d, p.half),
+        w(p.w, p.w_stride, p.d, p.half),
+        sample_bias(static_cast<const T*>(p.sample_bias)),
+        class_bias(static_cast<const T*>(p.class_bias)),
+        z_rnorm(static_cast<T*>(p.z_rnorm)),
+        w_rnorm(static_cast<T*>(p.w_rnorm)),
+        kept(static_cast<T*>(p.kept)),
+        beta(static_cast<T>(p.beta)) {
+    d_pad = round_up(p.d, NR);
+    d_panels = d_pad / NR;
+    all_panels = (columns.count + NR - 1) / NR;
+    shift_free = p.beta + largest_bias() <= 30.0;
+    plan();
+  }
+
+  // The workspace, in numbers of T: a quarter for a block of columns (V in two layouts and its gradient), a
+  // quarter for row tiles (U packed and its gradient per thread, U in panels and the entries per tile of a
+  // group); the other half is what may be kept.
+  void plan() {
+    const int64_t quarter = std::max<int64_t>(p.workspace / static_cast<int64_t>(sizeof(T)) / 4, 1);
+    const int64_t columns_padded = std::max<int64_t>(all_panels * NR, NR);
+    const int64_t most = std::max<int64_t>(quarter / (3 * d_pad) / NR * NR, NR);
+    const int64_t blocks = (columns_padded + most - 1) / most;
+    block_k = round_up((columns_padded + blocks - 1) / blocks, NR);
+    const int64_t threads = std::max(p.threads, 1);
+    group = 2 * threads;
+    const int64_t per_row = threads * 2 * d_pad + group * (d_pad + block_k);
+    // Four tiles a thread, so that none waits long for the last one; eight at least.
+    const int64_t even =
+        round_up((p.m + 4 * std::max<int64_t>(threads, 2) - 1) / (4 * std::max<int64_t>(threads, 2)), MR);
+    tile_m = std::clamp<int64_t>(std::min(quarter / per_row, even), MR, 192) / MR * MR;
+    tiles = (p.m + tile_m - 1) / tile_m;
+    const int64_t per_tile = tile_m * all_panels * NR;
+    kept_tiles = kept && per_tile ? std::min(tiles, p.kept_size / per_tile) : 0;
+  }
+
+  double largest_bias() const {
+    double best = 0;
+    auto scan = [&](const T* b, int64_t n) {
+      if (!b) return;
+      for (int64_t i = 0; i < n; i++)
+        if (b[i] != minus_infinity<T>) best = std::fabs(b[i]) <= best ? best : std::fabs(b[i]);
+    };
+    scan(sample_bias, p.m);
+    scan(class_bias, p.k);
+    return best;
+  }
+
+  int64_t first_row(int64_t tile) const { return tile * tile_m; }
+  int64_t rows(int64_t tile) const { return std::min(tile_m, p.m - tile * tile_m); }
+  int64_t padded_rows(int64_t tile) const { return round_up(rows(tile), MR); }
+  bool square() const { return p.exclude == kSelf || p.exclude == kSameLabel; }
+  bool valid(int64_t j) const { return columns.positive[j] >= 0; }
+
+  T* kept_tile(int64_t tile, int64_t first_panel) const {
+    return kept + (tile * all_panels + first_panel) * tile_m * NR;
+  }
+
+  T inverse_norm(const T* x) const {
+    const int64_t d = p.d;
+    Vec<T> total{};
+    int64_t i = 0;
+    for (; i + W <= d; i += W) {
+      const Vec<T> v = load(x + i);
+      total += v * v;
     }
+    T s = sum<T>(total);
+    for (; i < d; i++) s += x[i] * x[i];
+    const T norm = std::sqrt(s);
+    return T(1) / (norm < T(p.eps) ? T(p.eps) : norm);  // NaN stays NaN
+  }
 
-    // The workspace, in numbers of T: a quarter for a block of columns (V in two layouts and its gradient), a
-    // quarter for row tiles (U packed and its gradient per thread, U in panels and the entries per tile of a group);
-    // the other half is what may be kept.
-    void plan() {
-        const int64_t quarter = std::max<int64_t>(p.workspace / static_cast<int64_t>(sizeof(T)) / 4, 1);
-        const int64_t columns_padded = std::max<int64_t>(all_panels * NR, NR);
-        const int64_t most = std::max<int64_t>(quarter / (3 * d_pad) / NR * NR, NR);
-        const int64_t blocks = (columns_padded + most - 1) / most;
-        block_k = round_up((columns_padded + blocks - 1) / blocks, NR);
-        const int64_t threads = std::max(p.threads, 1);
-        group = 2 * threads;
-        const int64_t per_row = threads * 2 * d_pad + group * (d_pad + block_k);
-        // Four tiles a thread, so that none waits long for the last one; eight at least.
-        const int64_t even = round_up((p.m + 4 * std::max<int64_t>(threads, 2) - 1) / (4 * std::max<int64_t>(threads, 2)), MR);
-        tile_m = std::clamp<int64_t>(std::min(quarter / per_row, even), MR, 192) / MR * MR;
-        tiles = (p.m + tile_m - 1) / tile_m;
-        const int64_t per_tile = tile_m * all_panels * NR;
-        kept_tiles = kept && per_tile ? std::min(tiles, p.kept_size / per_tile) : 0;
+  // Unit prototypes of the columns [first, first + count) as [panel][d][NR] and as [d panel][column][NR],
+  // each unless null. Padding and columns that nobody may read are zero.
+  void pack_prototypes(int64_t first, int64_t count, int64_t panel, T* by_class, T* by_feature) const {
+    Buffer<T> lines(w.line() * NR);
+    const int64_t padded = round_up(count, NR), begin = panel * NR;
+    const T* rows[NR];
+    T scale[NR];
+    for (int64_t q = 0; q < NR; q++) {
+      const int64_t c = first + begin + q;
+      const bool here = begin + q < count && columns.reads(c);
+      const int64_t id = here ? columns.class_of(c) : 0;
+      rows[q] = here ? w.get(id, lines + q * w.line()) : nullptr;
+      scale[q] = here ? w_rnorm[id] : T(0);
     }
+    if (by_class) interleave<NR>(rows, scale, by_class + panel * p.d * NR);
+    if (!by_feature) return;
+    for (int64_t q = 0; q < NR; q++) to_panels(rows[q], scale[q], padded, by_feature + (begin + q) * NR);
+  }
 
-    double largest_bias() const {
-        double best = 0;
-        auto scan = [&](const T* b, int64_t n) {
-            if (!b) return;
-            for (int64_t i = 0; i < n; i++)
-                if (b[i] != minus_infinity<T>) best = std::fabs(b[i]) <= best ? best : std::fabs(b[i]);
-        };
-        scan(sample_bias, p.m);
-        scan(class_bias, p.k);
-        return best;
+  // beta times the unit features of a tile in blocks [MR rows][d][MR] and as [d panel][padded rows][NR], each
+  // unless null. Rows past the end and samples that are left out are zero.
+  void pack_features(int64_t tile, T* packed, T* by_feature) const {
+    Buffer<T> lines(z.line() * MR);
+    const int64_t n = this->rows(tile), padded = padded_rows(tile), row0 = first_row(tile);
+    for (int64_t i = 0; i < padded; i += MR) {
+      const T* rows[MR];
+      T scale[MR];
+      for (int64_t r = 0; r < MR; r++) {
+        const int64_t j = row0 + i + r;
+        const bool here = i + r < n && valid(j);
+        rows[r] = here ? z.get(j, lines + r * z.line()) : nullptr;
+        scale[r] = here ? z_rnorm[j] * beta : T(0);
+      }
+      if (packed) interleave<MR>(rows, scale, packed + i * p.d);
+      if (!by_feature) continue;
+      for (int64_t r = 0; r < MR; r++) to_panels(rows[r], scale[r], padded, by_feature + (i + r) * NR);
     }
+  }
 
-    int64_t first_row(int64_t tile) const { return tile * tile_m; }
-    int64_t rows(int64_t tile) const { return std::min(tile_m, p.m - tile * tile_m); }
-    int64_t padded_rows(int64_t tile) const { return round_up(rows(tile), MR); }
-    bool square() const { return p.exclude == kSelf || p.exclude == kSameLabel; }
-    bool valid(int64_t j) const { return columns.positive[j] >= 0; }
-
-    T* kept_tile(int64_t tile, int64_t first_panel) const {
-        return kept + (tile * all_panels + first_panel) * tile_m * NR;
-    }
-
-    T inverse_norm(const T* x) const {
-        const int64_t d = p.d;
-        Vec<T> total{};
-        int64_t i = 0;
-        for (; i + W <= d; i += W) {
-            const Vec<T> v = load(x + i);
-            total += v * v;
-        }
-        T s = sum<T>(total);
-        for (; i < d; i++) s += x[i] * x[i];
-        const T norm = std::sqrt(s);
-        return T(1) / (norm < T(p.eps) ? T(p.eps) : norm);  // NaN stays NaN
-    }
-
-    // Unit prototypes of the columns [first, first + count) as [panel][d][NR] and as [d panel][column][NR], each unless
-    // null. Padding and columns that nobody may read are zero.
-    void pack_prototypes(int64_t first, int64_t count, int64_t panel, T* by_class, T* by_feature) const {
-        Buffer<T> lines(w.line() * NR);
-        const int64_t padded = round_up(count, NR), begin = panel * NR;
-        const T* rows[NR];
-        T scale[NR];
-        for (int64_t q = 0; q < NR; q++) {
-            const int64_t c = first + begin + q;
-            const bool here = begin + q < count && columns.reads(c);
-            const int64_t id = here ? columns.class_of(c) : 0;
-            rows[q] = here ? w.get(id, lines + q * w.line()) : nullptr;
-            scale[q] = here ? w_rnorm[id] : T(0);
-        }
-        if (by_class) interleave<NR>(rows, scale, by_class + panel * p.d * NR);
-        if (!by_feature) return;
-        for (int64_t q = 0; q < NR; q++) to_panels(rows[q], scale[q], padded, by_feature + (begin + q) * NR);
-    }
-
-    // beta times the unit features of a tile in blocks [MR rows][d][MR] and as [d panel][padded rows][NR], each unless
-    // null. Rows past the end and samples that are left out are zero.
-    void pack_features(int64_t tile, T* packed, T* by_feature) const {
-        Buffer<T> lines(z.line() * MR);
-        const int64_t n = this->rows(tile), padded = padded_rows(tile), row0 = first_row(tile);
-        for (int64_t i = 0; i < padded; i += MR) {
-            const T* rows[MR];
-            T scale[MR];
-            for (int64_t r = 0; r < MR; r++) {
-                const int64_t j = row0 + i + r;
-                const bool here = i + r < n && valid(j);
-                rows[r] = here ? z.get(j, lines + r * z.line()) : nullptr;
-                scale[r] = here ? z_rnorm[j] * beta : T(0);
-            }
-            if (packed) interleave<MR>(rows, scale, packed + i * p.d);
-            if (!by_feature) continue;
-            for (int64_t r = 0; r < MR; r++) to_panels(rows[r], scale[r], padded, by_feature + (i + r) * NR);
-        }
-    }
-
-    // out[x][N] = scale_r row_r[x], 0 for rows that are null. Square blocks go through `block`, so that rows are read
-    // in whole vectors and `out` is written in order.
-    template <int N>
-    void interleave(const T* const* rows, const T* scale, T* out) const {
-        T block[N][W];
-        int64_t x = 0;
-        for (; x + W <= p.d; x += W) {
+  // out[x][N] = scale_r row_r[x], 0 for rows that are null. Square blocks go through `block`, so that rows
+  // are read in whole vectors and `out` is written in order.
+  template <int N>
+  void interleave(const T* const* rows, const T* scale, T* out) const {
+    T block[N][W];
+    int64_t x = 0;
+    for (; x + W <= p.d; x += W) {
 #pragma GCC unroll 32
-            for (int r = 0; r < N; r++) store(block[r], rows[r] ? load(rows[r] + x) * scale[r] : Vec<T>{});
-            for (int i = 0; i < W; i++)
+      for (int r = 0; r < N; r++) store(block[r], rows[r] ? load(rows[r] + x) * scale[r] : Vec<T>{});
+      for (int i = 0; i < W; i++)
 #pragma GCC unroll 32
-                for (int r = 0; r < N; r++) out[(x + i) * N + r] = block[r][i];
-        }
-        for (; x < p.d; x++)
-            for (int r = 0; r < N; r++) out[x * N + r] = rows[r] ? rows[r][x] * scale[r] : T(0);
+        for (int r = 0; r < N; r++) out[(x + i) * N + r] = block[r][i];
     }
+    for (; x < p.d; x++)
+      for (int r = 0; r < N; r++) out[x * N + r] = rows[r] ? rows[r][x] * scale[r] : T(0);
+  }
 
-    // One row, scaled, in pieces of NR at a distance of `padded` pieces; 0 past its end, and all of it if it is null.
-    void to_panels(const T* row, T scale, int64_t padded, T* out) const {
-        for (int64_t f = 0; f < d_panels; f++) {
-            const int64_t width = row ? std::min<int64_t>(NR, p.d - f * NR) : 0;
-            T* to = out + f * padded * NR;
-            for (int64_t x = 0; x < width; x++) to[x] = row[f * NR + x] * scale;
-            for (int64_t x = width; x < NR; x++) to[x] = T(0);
-        }
+  // One row, scaled, in pieces of NR at a distance of `padded` pieces; 0 past its end, and all of it if it is
+  // null.
+  void to_panels(const T* row, T scale, int64_t padded, T* out) const {
+    for (int64_t f = 0; f < d_panels; f++) {
+      const int64_t width = row ? std::min<int64_t>(NR, p.d - f * NR) : 0;
+      T* to = out + f * padded * NR;
+      for (int64_t x = 0; x < width; x++) to[x] = row[f * NR + x] * scale;
+      for (int64_t x = width; x < NR; x++) to[x] = T(0);
     }
+  }
 
-    // The tile of t for the columns [first, first + count), -inf where excluded; positives are picked up in `pos`
-    // unless null.
-    void logits(int64_t tile, int64_t first, int64_t count, const T* u, const T* v, T* t, T* pos) const {
-        const int64_t padded = padded_rows(tile), n = rows(tile), row0 = first_row(tile);
-        const int64_t panels = (count + NR - 1) / NR;
-        G::logits(padded, panels, p.d, u, v, t);
-        auto at = [&](int64_t r, int64_t c) -> T& { return t[(c / NR) * padded * NR + r * NR + c % NR]; };
-        for (int64_t r = 0; r < n; r++) {
-            const int64_t j = row0 + r, c = columns.positive[j] - first;
-            const bool here = columns.positive[j] >= 0 && c >= 0 && c < count;
-            if (pos && here) pos[j] = at(r, c);
-            if (p.exclude == kTarget && here) at(r, c) = minus_infinity<T>;
-            if (p.exclude == kSelf && j >= first && j < first + count) at(r, j - first) = minus_infinity<T>;
-            if (p.exclude == kSameLabel)
-                for (int64_t q = 0; q < count; q++)
-                    if (p.target[first + q] == p.target[j]) at(r, q) = minus_infinity<T>;
-            if (!valid(j))
-                for (int64_t q = 0; q < panels; q++)
-                    for (int64_t x = 0; x < NR; x++) t[q * padded * NR + r * NR + x] = minus_infinity<T>;
-        }
-        if (square())
-            for (int64_t q = 0; q < count; q++)
-                if (!valid(first + q))
-                    for (int64_t r = 0; r < n; r++) at(r, q) = minus_infinity<T>;
+  // The tile of t for the columns [first, first + count), -inf where excluded; positives are picked up in
+  // `pos` unless null.
+  void logits(int64_t tile, int64_t first, int64_t count, const T* u, const T* v, T* t, T* pos) const {
+    const int64_t padded = padded_rows(tile), n = rows(tile), row0 = first_row(tile);
+    const int64_t panels = (count + NR - 1) / NR;
+    G::logits(padded, panels, p.d, u, v, t);
+    auto at = [&](int64_t r, int64_t c) -> T& { return t[(c / NR) * padded * NR + r * NR + c % NR]; };
+    for (int64_t r = 0; r < n; r++) {
+      const int64_t j = row0 + r, c = columns.positive[j] - first;
+      const bool here = columns.positive[j] >= 0 && c >= 0 && c < count;
+      if (pos && here) pos[j] = at(r, c);
+      if (p.exclude == kTarget && here) at(r, c) = minus_infinity<T>;
+      if (p.exclude == kSelf && j >= first && j < first + count) at(r, j - first) = minus_infinity<T>;
+      if (p.exclude == kSameLabel)
+        for (int64_t q = 0; q < count; q++)
+          if (p.target[first + q] == p.target[j]) at(r, q) = minus_infinity<T>;
+      if (!valid(j))
+        for (int64_t q = 0; q < panels; q++)
+          for (int64_t x = 0; x < NR; x++) t[q * padded * NR + r * NR + x] = minus_infinity<T>;
     }
+    if (square())
+      for (int64_t q = 0; q < count; q++)
+        if (!valid(first + q))
+          for (int64_t r = 0; r < n; r++) at(r, q) = minus_infinity<T>;
+  }
 };
 
-// A parallel loop over [0, n), dynamically scheduled; serial where threads would cost more than they save.
+// A parallel loop over [0, n), dynamically scheduled; serial for one thread. OpenMP lets no exception out of a
+// loop: the first one (there is no memory left) is kept and thrown again behind it.
 template <class F>
 void parallel(int threads, int64_t n, F&& body) {
-    if (threads <= 1 || n <= 1) {
-        for (int64_t i = 0; i < n; i++) body(i);
-        return;
-    }
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  if (threads <= 1 || n <= 1) {
     for (int64_t i = 0; i < n; i++) body(i);
+    return;
+  }
+  std::exception_ptr error;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (int64_t i = 0; i < n; i++) {
+    try {
+      body(i);
+    } catch (...) {
+#pragma omp critical(nckernels_error)
+      error = std::current_exception();
+    }
+  }
+  if (error) std::rethrow_exception(error);
 }
 
 }  // namespace nckernels
