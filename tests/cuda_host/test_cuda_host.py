@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import itertools
+import math
 import os
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
@@ -111,6 +112,38 @@ def test_shapes(emulator: Emulator, m: int, k: int, d: int, dtype: torch.dtype) 
         oracle.check(oracle.make_problem(m, k, d, direction=direction, exclude="target", ignored=0.1), dtype)
 
 
+@pytest.mark.parametrize("d", [40, 264])
+def test_float16_small_gradients(emulator: Emulator, d: int) -> None:
+    """Upstream gradients of a mean: entries that float16 does not hold unless they are scaled."""
+    problem = oracle.make_problem(150, 135, d, direction="both", exclude="target")
+    for upstream in problem.upstream.values():
+        upstream *= 0.01
+    oracle.check(problem, torch.float16)
+
+
+@pytest.mark.parametrize("schedule", [UNIFORM, RUN_AHEAD])
+def test_half_scale(emulator: Emulator, schedule: int) -> None:
+    """Powers of two that take the largest possible entry to 2^13 .. 2^14, whatever the order of the threads."""
+    g, h, r_z, r_w = (factor * torch.rand(n) for factor, n in ((3.0, 50), (0.01, 1300), (5.0, 1300), (0.2, 50)))
+    scale = torch.empty(3)
+    bound = float(g.max() + h.max())
+    for seed in range(5):
+        emulator.configure(schedule, seed=seed)
+        lse = torch.zeros(1300)
+        torch.ops.nckernels_cuda.half_scale(g, lse[:50], h, lse, None, r_z, r_w, scale, 0.9e4)
+        for factor, largest in zip(scale.tolist(), (r_w.max(), r_z.max(), r_w.max() * r_z.max()), strict=True):
+            assert 2.0**13 * 0.99 < factor * bound * float(largest) < 2.0**14 * 1.01
+            assert math.log2(factor).is_integer()
+
+
+@pytest.mark.parametrize("d", [48, 264])
+def test_few_classes_present(emulator: Emulator, d: int) -> None:
+    """Many slots for prototypes and few in use: thread blocks that find nothing to do."""
+    problem = oracle.make_problem(200, 300, d, exclude="target", present_only=True)
+    problem.target[problem.target != problem.ignore_index] %= 5
+    oracle.check(problem, torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", TWO, ids=str)
 @pytest.mark.parametrize(("m", "k"), [(150, 400), (300, 140)])
 def test_present_only(emulator: Emulator, m: int, k: int, dtype: torch.dtype) -> None:
@@ -155,9 +188,10 @@ def test_everything_ignored_and_nothing_at_all(emulator: Emulator) -> None:
             oracle.check(oracle.make_problem(0, 4, 8, direction=direction), dtype)
 
 
+@pytest.mark.parametrize("d", [40, 264])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_zero_rows(emulator: Emulator, dtype: torch.dtype) -> None:
-    problem = oracle.make_problem(140, 130, 40, direction="both", exclude="target")
+def test_zero_rows(emulator: Emulator, dtype: torch.dtype, d: int) -> None:
+    problem = oracle.make_problem(140, 130, d, direction="both", exclude="target")
     problem.features[::7] = 0
     problem.prototypes[3] = 0
     for upstream in problem.upstream.values():
@@ -312,6 +346,21 @@ def test_ignored_rows_are_never_touched(emulator: Emulator) -> None:
         if d == 48 and dtype != torch.float32:  # no library products, in which 0 * NaN is NaN
             for name, grad in clean[1].items():
                 assert torch.equal(grad, grads[name]), (d, dtype, name)
+
+
+@pytest.mark.parametrize("d", [48, 264])
+def test_ignored_samples_get_no_gradient_beside_nan(emulator: Emulator, d: int) -> None:
+    """A prototype of NaN reaches all sums over the prototypes, but not what is zero by definition."""
+    problem = oracle.make_problem(150, 140, d, direction="both", exclude="target", bias=True)
+    problem.prototypes[3] = torch.nan
+    ignored = problem.target == problem.ignore_index
+    for dtype in DTYPES:
+        _, grads = oracle.run(oracle.package, problem.to(dtype))
+        for name in ("features", "sample_bias"):
+            grad = grads[name]
+            assert grad is not None
+            assert not grad[ignored].any(), (dtype, name)
+            assert grad[~ignored].isnan().any(), (dtype, name)
 
 
 @pytest.mark.parametrize("d", [64, 264])
