@@ -142,6 +142,11 @@ def test_few_classes_present(emulator: Emulator, d: int) -> None:
     problem = oracle.make_problem(200, 300, d, exclude="target", present_only=True)
     problem.target[problem.target != problem.ignore_index] %= 5
     oracle.check(problem, torch.bfloat16)
+    outputs, grads = oracle.run(oracle.package, problem.to(torch.bfloat16))
+    assert (outputs["class"][5:] == -math.inf).all()
+    assert outputs["class"][:5].isfinite().all()
+    assert grads["prototypes"] is not None
+    assert not grads["prototypes"][5:].any()
 
 
 @pytest.mark.parametrize("dtype", TWO, ids=str)
