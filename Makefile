@@ -22,7 +22,7 @@ PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadgroup
 
 CXX_FILES := $(wildcard csrc/*/*.[ch]* tests/cuda_host/*.h tests/cuda_host/*.cpp benchmarks/*.cpp)
 
-.PHONY: help setup demo test test-all test-gpu sanitize lint check-triton check-triton-quick bench clean
+.PHONY: help setup demo test test-all test-gpu sanitize lint check-cuda check-triton check-triton-quick bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -32,11 +32,11 @@ setup: $(READY) ## make .venv with torch and everything the targets need
 demo: $(READY) ## train CE, NormFace, NTCE and NONL on digits; table and out/demo/demo.png
 	$(PY) -m nckernels demo --out out/demo
 
-test: lint check-triton-quick ## lint, types, offline Triton compilation, all quick tests
+test: lint check-cuda check-triton-quick ## lint, types, offline compilation of GPU kernels, all quick tests
 	$(PARALLEL) tests --ignore tests/interpreter -m "not slow and not cuda"
 	TRITON_INTERPRET=1 $(PARALLEL) tests/interpreter -m "not slow and not cuda"
 
-test-all: lint check-triton ## everything, the slow tests too
+test-all: lint check-cuda check-triton ## everything, the slow tests too
 	$(PARALLEL) tests --ignore tests/interpreter -m "not cuda"
 	TRITON_INTERPRET=1 $(PARALLEL) tests/interpreter -m "not cuda"
 
@@ -54,6 +54,9 @@ lint: $(READY) ## ruff, mypy and clang-format
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) -c "from clang_format import clang_format; clang_format()" --dry-run -Werror $(CXX_FILES)
+
+check-cuda: $(READY) ## compile every CUDA kernel for sm_80 and sm_90a, no GPU needed
+	$(PY) tools/check_cuda.py
 
 check-triton: $(READY) $(TRITON36)/.ready ## compile every Triton kernel for sm_80, sm_90 and sm_100, no GPU needed
 	$(PY) tools/check_triton.py

@@ -11,9 +11,9 @@ import torch
 import nckernels
 
 CPU_BACKENDS = ["reference", "chunked", "native"]
-CUDA_BACKENDS = ["triton", "chunked"]
-NO_FLOAT64 = {"triton"}  # kernels without float64
-SINGLE_BACKWARD = {"chunked", "native", "triton"}  # everything but the reference raises on double backward
+CUDA_BACKENDS = ["triton", "cuda", "chunked"]
+NO_FLOAT64 = {"triton", "cuda"}  # kernels without float64
+SINGLE_BACKWARD = {"chunked", "native", "triton", "cuda"}  # everything but the reference raises on double backward
 
 # The problems are small: a second thread only waits, for milliseconds per call where cores are shared. The
 # tests of threading ask for theirs.

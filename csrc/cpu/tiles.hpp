@@ -199,8 +199,8 @@ struct Tiles {
   }
 };
 
-// A parallel loop over [0, n), dynamically scheduled; serial for one thread. OpenMP lets no exception out of a
-// loop: the first one (there is no memory left) is kept and thrown again behind it.
+// A parallel loop over [0, n), dynamically scheduled; serial for one thread. OpenMP lets no exception out of
+// a loop: the first one (there is no memory left) is kept and thrown again behind it.
 template <class F>
 void parallel(int threads, int64_t n, F&& body) {
   if (threads <= 1 || n <= 1) {

@@ -45,7 +45,7 @@ bias_grad_kernel(const __grid_constant__ BiasGradArgs a) {
     column.grad[c] = up.grad;
     column.tag[c] = mask_tag<Tag>(a.q, s, a.exclude);
   };
-  auto epilogue = [&](int tile, float(&acc)[2][8][4]) {
+  auto epilogue = [&](int tile, float (&acc)[2][8][4]) {
     const BiasColumns<Tag>& column = columns[tile / a.split & 1];
 #pragma unroll
     for (int j = 0; j < 8; j++) {

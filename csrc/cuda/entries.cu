@@ -79,7 +79,7 @@ entries_kernel(const __grid_constant__ EntriesArgs a) {
     Slot s = slot_at(a.q, q_first + int(threadIdx.x), q_used);
     columns[threadIdx.x] = terms_of<Tag, kBoth>(a.q, s, a.p.grad, a.exclude, a.norm_limit);
   };
-  auto epilogue = [&](int, float(&acc)[2][8][4]) {
+  auto epilogue = [&](int, float (&acc)[2][8][4]) {
 #pragma unroll
     for (int j = 0; j < 8; j++) {
 #pragma unroll

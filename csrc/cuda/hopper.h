@@ -129,7 +129,7 @@ NCK_DEVICE void wgmma_wait(float (&c)[64]) {
   "+f"(c[I]), "+f"(c[I + 1]), "+f"(c[I + 2]), "+f"(c[I + 3]), "+f"(c[I + 4]), "+f"(c[I + 5]), \
       "+f"(c[I + 6]), "+f"(c[I + 7])
 #define NCK_WGMMA(TYPE, NAME)                                                                             \
-  NCK_DEVICE void wgmma(float(&c)[64], BoxOperand a, BoxOperand b, TYPE) {                                \
+  NCK_DEVICE void wgmma(float (&c)[64], BoxOperand a, BoxOperand b, TYPE) {                               \
     asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." NAME                                      \
                  " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18," \
                  " %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35,"  \

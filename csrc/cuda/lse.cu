@@ -57,7 +57,7 @@ lse_kernel(const __grid_constant__ LseArgs a) {
     columns[tile / a.split & 1].set(c, a.q, slot_at(a.q, tile * kTile + c, q_used), a.exclude);
   };
 
-  auto epilogue = [&](int tile, float(&acc)[2][8][4]) {
+  auto epilogue = [&](int tile, float (&acc)[2][8][4]) {
     const TileColumns<Tag>& column = columns[tile / a.split & 1];
     // The products become logits in place; without the bias where both directions need one.
 #pragma unroll

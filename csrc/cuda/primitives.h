@@ -97,12 +97,12 @@ NCK_DEVICE void ldmatrix_transposed(uint32_t (&reg)[4], const void* row) {
 // c += a b for a 16 x 16 (tf32: 16 x 8) a and a 16 x 8 (8 x 8) b. With g = lane / 4 and t = lane % 4, in
 // units of 4 bytes along the inner dimension: a[0..3] = (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4);
 // b = (t, g), (t + 4, g); and c[0..3] = (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
-#define NCK_MMA(NAME, SHAPE_AND_TYPES)                                                  \
-  NCK_DEVICE void NAME(float(&c)[4], const uint32_t(&a)[4], uint32_t b0, uint32_t b1) { \
-    asm volatile("mma.sync.aligned." SHAPE_AND_TYPES                                    \
-                 " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"     \
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                       \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));       \
+#define NCK_MMA(NAME, SHAPE_AND_TYPES)                                                    \
+  NCK_DEVICE void NAME(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { \
+    asm volatile("mma.sync.aligned." SHAPE_AND_TYPES                                      \
+                 " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"       \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                         \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));         \
   }
 NCK_MMA(mma_bf16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 NCK_MMA(mma_f16, "m16n8k16.row.col.f32.f16.f16.f32")

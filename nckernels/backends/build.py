@@ -62,7 +62,8 @@ class Library:
 
     def key(self) -> str:
         """A hash of everything that goes into the library."""
-        digest = hashlib.sha256(repr((self, platform.machine(), _extra_flags())).encode())
+        libraries = _torch_libraries() if self.uses_torch else []  # one linked beside a torch without CUDA is another
+        digest = hashlib.sha256(repr((self, platform.machine(), _extra_flags(), libraries)).encode())
         for path in sorted((CSRC / self.folder).iterdir()):
             if path.is_file():
                 digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -207,9 +208,8 @@ def _ninja_file(library: Library) -> str:
     flags, link = [*library.flags, _extra_flags()], [*library.link, _extra_flags()]
     if library.uses_torch:
         torch = _torch()
-        present = (name for name in TORCH_LIBRARIES if (torch / "lib" / f"lib{name}.so").exists())
         flags += [f"-I{_escaped(torch / 'include')}"]
-        link += [f"-L{_escaped(torch / 'lib')}", *(f"-l{name}" for name in present)]
+        link += [f"-L{_escaped(torch / 'lib')}", *(f"-l{name}" for name in _torch_libraries())]
     lines = [
         "rule compile",
         f"  command = {compiler} {' '.join(flags)} -c $in -o $out",
@@ -226,14 +226,17 @@ def _ninja_file(library: Library) -> str:
     return "\n".join(lines) + "\n"
 
 
-TORCH_LIBRARIES = ("torch_cpu", "torch_cuda", "torch", "c10", "c10_cuda")
-
-
 def _torch() -> Path:
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         raise BuildError("torch is not installed, whose headers are needed")
     return Path(spec.origin).parent
+
+
+def _torch_libraries() -> list[str]:
+    """Those of torch's libraries that hold its stable interface: Python loads them where only a link finds them."""
+    names = ("torch_cpu", "torch_cuda", "torch", "c10", "c10_cuda")
+    return [name for name in names if (_torch() / "lib" / f"lib{name}.so").exists()]
 
 
 def _escaped(path: Path) -> str:

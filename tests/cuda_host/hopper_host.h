@@ -132,7 +132,7 @@ inline const bool registered = [] {
 }();
 
 EMU_UNCHECKED inline void execute(const Product& product, int warp) {
-  auto row_of = [&](const unsigned char* rows, int r, float(&out)[16]) {
+  auto row_of = [&](const unsigned char* rows, int r, float (&out)[16]) {
     for (int k = 0; k < 16; k++) {
       auto* at = reinterpret_cast<unsigned char*>(swizzled(uintptr_t(rows + r * 128 + k * 2)));
       if (k % 8 == 0 && !find_shared(at, 16)) fail("wgmma: an operand outside shared memory");
