@@ -213,12 +213,13 @@ class BackwardPass {
   void add_rows(int64_t tile, bool is_first, bool is_last, int64_t panels, const T* a, const T* v, T* grad_z,
                 double& energy) {
     const int64_t n = s_.rows(tile), padded = s_.padded_rows(tile), d = p_.d, d_pad = s_.d_pad;
-    Buffer<T> product(padded * d_pad), line(s_.z.line());
+    Buffer<T> product(padded * d_pad), sum(d_pad), line(s_.z.line());
+    T* const x = sum;
     G::times_prototypes(padded, panels, s_.d_panels, a, v, product);
     for (int64_t r = 0; r < n; r++) {
       const int64_t j = s_.first_row(tile) + r;
-      T* x = product + r * d_pad;
       T* out = grad_z + j * d;
+      for (int64_t f = 0; f < s_.d_panels; f++) std::copy_n(product + (f * padded + r) * NR, NR, x + f * NR);
       if (!is_first)
         for (int64_t i = 0; i < d; i++) x[i] += out[i];
       if (!is_last || !s_.valid(j)) {

@@ -63,15 +63,16 @@ struct Gemm {
   static constexpr int PR = NR < 8 || MR == 6 ? 4 : 8;
   static constexpr long BLOCK = DEPTH < NR ? 1 : DEPTH / NR;  // panels of columns that make up DEPTH
 
-  // t[panels][m][NR] = U V^T; m a multiple of MR. u: [m / MR][d][MR], v: [panels][d][NR].
+  // t[panels][m][NR] = U V^T; m a multiple of MR. u: [m / MR][d][MR], v: [panels][d][NR], both in blocks of
+  // DEPTH along d, one after the other, so that what is used together lies together whatever d is.
   static void logits(long m, long panels, long d, const T* u, const T* v, T* t) {
     for (long k = 0; k < d; k += DEPTH)
       for (long p = 0; p < panels; p++) {
         const long n = d - k < DEPTH ? d - k : DEPTH;
-        const T* b = v + (p * d + k) * NR;
+        const T* b = v + (k * panels + p * n) * NR;
         T* c = t + p * m * NR;
         for (long i = 0; i < m; i += MR) {
-          const T* a = u + i * d + k * MR;
+          const T* a = u + k * m + i * n;
           if (k == 0)
             micro<T, MR, NV, 1, MR, false>(1, n, a, 0, b, c + i * NR, NR);
           else
@@ -80,7 +81,7 @@ struct Gemm {
       }
   }
 
-  // out[m][d_panels * NR] = A V. a: [panels][m][NR], v: [d_panels][panels * NR][NR].
+  // out[d_panels][m][NR] = A V. a: [panels][m][NR], v: [d_panels][panels * NR][NR].
   static void times_prototypes(long m, long panels, long d_panels, const T* a, const T* v, T* out) {
     for (long p = 0; p < panels; p += BLOCK)
       for (long n = 0; n < d_panels; n++) {
@@ -88,11 +89,11 @@ struct Gemm {
         const T* b = v + (n * panels + p) * NR * NR;
         for (long i = 0; i < m; i += MR) {
           const T* x = a + p * m * NR + i * NR;
-          T* c = out + i * d_panels * NR + n * NR;
+          T* c = out + (n * m + i) * NR;
           if (p == 0)
-            micro<T, MR, NV, NR, 1, false>(count, NR, x, m * NR, b, c, d_panels * NR);
+            micro<T, MR, NV, NR, 1, false>(count, NR, x, m * NR, b, c, NR);
           else
-            micro<T, MR, NV, NR, 1, true>(count, NR, x, m * NR, b, c, d_panels * NR);
+            micro<T, MR, NV, NR, 1, true>(count, NR, x, m * NR, b, c, NR);
         }
       }
   }

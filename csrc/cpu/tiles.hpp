@@ -105,8 +105,8 @@ struct Tiles {
     return T(1) / (norm < T(p.eps) ? T(p.eps) : norm);  // NaN stays NaN
   }
 
-  // Unit prototypes of the columns [first, first + count) as [panel][d][NR] and as [d panel][column][NR],
-  // each unless null. Padding and columns that nobody may read are zero.
+  // Unit prototypes of the columns [first, first + count) as V for `Gemm::logits` and as [d
+  // panel][column][NR], each unless null. Padding and columns that nobody may read are zero.
   void pack_prototypes(int64_t first, int64_t count, int64_t panel, T* by_class, T* by_feature) const {
     Buffer<T> lines(w.line() * NR);
     const int64_t padded = round_up(count, NR), begin = panel * NR;
@@ -119,12 +119,12 @@ struct Tiles {
       rows[q] = here ? w.get(id, lines + q * w.line()) : nullptr;
       scale[q] = here ? w_rnorm[id] : T(0);
     }
-    if (by_class) interleave<NR>(rows, scale, by_class + panel * p.d * NR);
+    if (by_class) interleave<NR>(rows, scale, padded, begin, by_class);
     if (!by_feature) return;
     for (int64_t q = 0; q < NR; q++) to_panels(rows[q], scale[q], padded, by_feature + (begin + q) * NR);
   }
 
-  // beta times the unit features of a tile in blocks [MR rows][d][MR] and as [d panel][padded rows][NR], each
+  // beta times the unit features of a tile as U for `Gemm::logits` and as [d panel][padded rows][NR], each
   // unless null. Rows past the end and samples that are left out are zero.
   void pack_features(int64_t tile, T* packed, T* by_feature) const {
     Buffer<T> lines(z.line() * MR);
@@ -138,27 +138,33 @@ struct Tiles {
         rows[r] = here ? z.get(j, lines + r * z.line()) : nullptr;
         scale[r] = here ? z_rnorm[j] * beta : T(0);
       }
-      if (packed) interleave<MR>(rows, scale, packed + i * p.d);
+      if (packed) interleave<MR>(rows, scale, padded, i, packed);
       if (!by_feature) continue;
       for (int64_t r = 0; r < MR; r++) to_panels(rows[r], scale[r], padded, by_feature + (i + r) * NR);
     }
   }
 
-  // out[x][N] = scale_r row_r[x], 0 for rows that are null. Square blocks go through `block`, so that rows
-  // are read in whole vectors and `out` is written in order.
+  // N rows side by side, out[x][N] = scale_r row_r[x], 0 for rows that are null; in blocks of DEPTH along x,
+  // each of which holds all `padded` rows, of which these are number `first` and following. Square blocks go
+  // through `block`, so that rows are read in whole vectors and `out` is written in order.
   template <int N>
-  void interleave(const T* const* rows, const T* scale, T* out) const {
+  void interleave(const T* const* rows, const T* scale, int64_t padded, int64_t first, T* out) const {
+    static_assert(DEPTH % W == 0);
     T block[N][W];
-    int64_t x = 0;
-    for (; x + W <= p.d; x += W) {
+    for (int64_t begin = 0; begin < p.d; begin += DEPTH) {
+      const int64_t end = std::min<int64_t>(begin + DEPTH, p.d);
+      T* to = out + begin * padded + first * (end - begin);
+      int64_t x = begin;
+      for (; x + W <= end; x += W, to += W * N) {
 #pragma GCC unroll 32
-      for (int r = 0; r < N; r++) store(block[r], rows[r] ? load(rows[r] + x) * scale[r] : Vec<T>{});
-      for (int i = 0; i < W; i++)
+        for (int r = 0; r < N; r++) store(block[r], rows[r] ? load(rows[r] + x) * scale[r] : Vec<T>{});
+        for (int i = 0; i < W; i++)
 #pragma GCC unroll 32
-        for (int r = 0; r < N; r++) out[(x + i) * N + r] = block[r][i];
+          for (int r = 0; r < N; r++) to[i * N + r] = block[r][i];
+      }
+      for (; x < end; x++, to += N)
+        for (int r = 0; r < N; r++) to[r] = rows[r] ? rows[r][x] * scale[r] : T(0);
     }
-    for (; x < p.d; x++)
-      for (int r = 0; r < N; r++) out[x * N + r] = rows[r] ? rows[r][x] * scale[r] : T(0);
   }
 
   // One row, scaled, in pieces of NR at a distance of `padded` pieces; 0 past its end, and all of it if it is
