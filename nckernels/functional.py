@@ -67,11 +67,12 @@ def nonl_loss(
     """
     beta = _inverse_temperature(input, prototypes, target, weight, temperature, reduction)
     _checks.choice("direction", direction, DIRECTIONS)
+    ignored = target == ignore_index
     if direction == "class":
         lse, pos = cosine_lse(
             input, prototypes, target, beta, exclude="target", present_only=True, ignore_index=ignore_index
         )
-        lse = _of_class(lse, target, ignore_index)
+        lse = lse.index_select(0, _safe(target, ignored))
     elif direction == "instance":
         lse, pos = cosine_lse(
             input, prototypes, target, beta, direction="instance", exclude="target", ignore_index=ignore_index
@@ -80,9 +81,9 @@ def nonl_loss(
         (class_lse, instance_lse), pos = cosine_lse(
             input, prototypes, target, beta, direction="both", exclude="target", ignore_index=ignore_index
         )
-        lse = _logaddexp(_of_class(class_lse, target, ignore_index), instance_lse)
-    uniformity = lse.masked_fill(lse == -torch.inf, 0.0)  # no negatives: alignment only
-    return _reduce(uniformity - pos, target, weight, ignore_index, reduction)
+        lse = _logaddexp(class_lse.index_select(0, _safe(target, ignored)), instance_lse)
+    uniformity = lse.masked_fill(ignored | (lse == -torch.inf), 0.0)  # no negatives: alignment only
+    return _reduce(uniformity - pos, target, weight, ignored, reduction)
 
 
 def ntce_loss(
@@ -105,7 +106,9 @@ def ntce_loss(
     """
     beta = _inverse_temperature(input, prototypes, target, weight, temperature, reduction)
     lse, pos = cosine_lse(input, prototypes, target, beta, present_only=True, ignore_index=ignore_index)
-    return _reduce(_of_class(lse, target, ignore_index) - pos, target, weight, ignore_index, reduction)
+    ignored = target == ignore_index
+    uniformity = lse.index_select(0, _safe(target, ignored)).masked_fill(ignored, 0.0)
+    return _reduce(uniformity - pos, target, weight, ignored, reduction)
 
 
 def normface_loss(
@@ -155,7 +158,7 @@ def normface_loss(
     lse = lse.masked_fill(ignored, 0.0)
     loss = (lse - pos).masked_fill(ignored, 0.0)
     if label_smoothing == 0.0:
-        return _reduce(loss, target, weight, ignore_index, reduction)
+        return _reduce(loss, target, weight, ignored, reduction)
 
     # (1 - eps) w_y (lse - t_y) + eps/K sum_c w_c (lse - t_c); the last sum needs a weighted mean of the unit
     # prototypes, not the logits. A margin moves its target's term as well.
@@ -166,11 +169,11 @@ def normface_loss(
         mean = (class_weight / _norms(columns, prototypes)) @ columns / k
         spread = class_weight.mean() * lse - beta * (rows @ mean) / _norms(rows, input)
     if angular_margin or cosine_margin:
-        spread = spread - class_weight[_safe(target, ignore_index)] / k * (pos - cosine)
+        spread = spread - class_weight[_safe(target, ignored)] / k * (pos - cosine)
     spread = spread.masked_fill(ignored, 0.0)
-    hard = loss if weight is None else loss * class_weight[_safe(target, ignore_index)]
+    hard = loss if weight is None else loss * class_weight[_safe(target, ignored)]
     smoothed = (1.0 - label_smoothing) * hard + label_smoothing * spread
-    return _reduce(smoothed, target, weight, ignore_index, reduction, weighted=True)
+    return _reduce(smoothed, target, weight, ignored, reduction, weighted=True)
 
 
 # --- shared steps -----------------------------------------------------------------------------------------
@@ -201,14 +204,9 @@ def _norms(x: Tensor, original: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=1).clamp_min(norm_eps(original.dtype))
 
 
-def _safe(target: Tensor, ignore_index: int) -> Tensor:
+def _safe(target: Tensor, ignored: Tensor) -> Tensor:
     """Targets that index classes, 0 in place of the ignored."""
-    return target.long().masked_fill(target == ignore_index, 0)
-
-
-def _of_class(lse: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """Each sample's class's value; 0 for ignored samples."""
-    return lse.index_select(0, _safe(target, ignore_index)).masked_fill(target == ignore_index, 0.0)
+    return target.long().masked_fill(ignored, 0)
 
 
 def _logaddexp(a: Tensor, b: Tensor) -> Tensor:
@@ -231,19 +229,19 @@ def _reduce(
     loss: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    ignore_index: int,
+    ignored: Tensor,
     reduction: Reduction,
     *,
     weighted: bool = False,
 ) -> Tensor:
     """Weight and reduce per-sample losses (0 where ignored) as F.cross_entropy does."""
-    per_sample = None if weight is None else weight.to(loss.dtype)[_safe(target, ignore_index)]
+    per_sample = None if weight is None else weight.to(loss.dtype)[_safe(target, ignored)]
     if per_sample is not None and not weighted:
         loss = loss * per_sample
     if reduction == "none":
         return loss
     if reduction == "sum":
         return loss.sum()
-    kept = target != ignore_index
+    kept = ~ignored
     total = kept.sum() if per_sample is None else per_sample.where(kept, 0.0).sum()
     return loss.sum() / total

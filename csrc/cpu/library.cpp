@@ -63,7 +63,7 @@ void release(void* p, size_t bytes) {
 template <class F>
 static int32_t guarded(Problem p, F&& run) {
   // Some problems are over before other threads would have woken.
-  if (6.0 * double(p.m) * double(p.k) * double(p.d) < 1e6) p.threads = 1;
+  if (6.0 * double(p.m) * double(p.k) * double(p.d) < 1e7) p.threads = 1;
   try {
     return run(p);
   } catch (const std::bad_alloc&) {
