@@ -193,27 +193,21 @@ def _run(inputs: Inputs, spec: Spec, backend: str) -> tuple[Tensor | None, Tenso
             return reference.cosine_lse(inputs, spec)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     arguments = (*inputs, *_spec_args(spec), backend, keep)
-    if torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        _no_transforms(inputs)
+    if compiling or not _plain(inputs):
         result = torch.ops.nckernels.cosine_lse(*arguments)
     else:
-        _no_transforms(inputs)
-        if not _plain(inputs):
-            result = torch.ops.nckernels.cosine_lse(*arguments)
-        elif keep:
-            result = _Eager.apply(*arguments)
-        else:
-            result = _forward(*arguments)
+        result = _Eager.apply(*arguments) if keep else _forward(*arguments)
     return cast(tuple[Tensor, Tensor, Tensor], result[:3])
 
 
 def _plain(inputs: Inputs) -> bool:
     """Whether nobody but autograd needs to know of the call: no tensor subclass, no tracing or logging mode."""
-    kinds = (Tensor, torch.nn.Parameter, type(None))
-    return torch._C._len_torch_dispatch_stack() == 0 and all(type(x) in kinds and not _is_meta(x) for x in inputs)
-
-
-def _is_meta(x: Tensor | None) -> bool:
-    return x is not None and x.is_meta
+    kinds = (Tensor, torch.nn.Parameter)
+    tensors = (x for x in inputs if x is not None)
+    return torch._C._len_torch_dispatch_stack() == 0 and all(type(x) in kinds and not x.is_meta for x in tensors)
 
 
 # --- operators --------------------------------------------------------------------------------------------

@@ -37,31 +37,21 @@ _EXCLUDE = {"none": 0, "target": 1, "self": 2, "same_label": 3}
 
 
 @cache
-def _load() -> bool:
-    """Load the operators.
-
-    Raises:
-        OSError: if there is no library that loads; nothing is cached then.
-    """
+def _load() -> str | None:
+    """Load the operators; why that failed, or None. Looking for the library reads all of csrc/cuda: once is enough."""
     path = build.find(build.CUDA)
     if path is None:
-        raise OSError("its library has not been built; nckernels.set_backend('cuda') compiles it where nvcc is")
+        return "its library has not been built; nckernels.set_backend('cuda') compiles it where nvcc is"
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        raise OSError(f"its library does not load: {error.__cause__ or error}") from error
-    return True
+        return f"its library does not load: {error.__cause__ or error}"
+    return None
 
 
 @torch.compiler.assume_constant_result
 def _missing() -> str | None:
-    if torch.version.cuda is None:
-        return "this build of torch has no CUDA"
-    try:
-        _load()
-    except OSError as error:
-        return str(error)
-    return None
+    return "this build of torch has no CUDA" if torch.version.cuda is None else _load()
 
 
 class CudaBackend(Backend):
@@ -75,6 +65,7 @@ class CudaBackend(Backend):
     def prepare(self) -> None:
         if torch.version.cuda is not None:
             build.find_or_build(build.CUDA)
+            _load.cache_clear()
 
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if dtype not in _DTYPES:
