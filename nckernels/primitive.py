@@ -91,7 +91,9 @@ def cosine_lse(
     Args:
         features: (M, d), float32, bfloat16, float16 or float64; M may be 0. Normalised inside, as by
             :func:`torch.nn.functional.normalize` (``eps`` 1e-12; 2**-14 in float16).
-        prototypes: (K, d), same dtype and device; normalised inside.
+        prototypes: (K, d), same dtype and device; normalised inside. Under ``exclude`` "self" or
+            "same_label" give ``features`` itself to compare samples with samples: one tensor in both places
+            makes the matrix symmetric, which saves up to half of the work.
         target: (M,) integers: the index of each sample's positive prototype (for ``exclude="same_label"``
             any label).
         inv_temperature: :math:`\beta > 0`, a number or a 0-dimensional float tensor, which may require grad.
@@ -144,6 +146,7 @@ def cosine_lse(
         )
     sample_bias, class_bias = _split_bias(logit_bias, direction, features, prototypes)
 
+    symmetric = features is prototypes and direction != "both" and exclude in ("self", "same_label")
     if autocast and features.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(features.device.type)
         features, prototypes = features.to(dtype), prototypes.to(dtype)
@@ -161,7 +164,7 @@ def cosine_lse(
         None if class_bias is None else class_bias.to(acc),
     )
     backend = registry.resolve(features.device, features.dtype)
-    spec = Spec(direction, exclude, present_only, ignore_index, registry.get_workspace())
+    spec = Spec(direction, exclude, present_only, ignore_index, registry.get_workspace(), symmetric)
     class_lse, instance_lse, pos = _run(inputs, spec, backend)
     if direction == "both":
         return (cast(Tensor, class_lse), cast(Tensor, instance_lse)), pos
@@ -212,7 +215,9 @@ def _plain(inputs: Inputs) -> bool:
 
 # --- operators --------------------------------------------------------------------------------------------
 
-_SPEC_SCHEMA = "str direction, str exclude, bool present_only, int ignore_index, int workspace, str backend"
+_SPEC_SCHEMA = (
+    "str direction, str exclude, bool present_only, int ignore_index, int workspace, bool symmetric, str backend"
+)
 _INPUT_SCHEMA = (
     "Tensor features, Tensor prototypes, Tensor target, Tensor inv_temperature, Tensor? sample_bias, Tensor? class_bias"
 )
@@ -234,12 +239,12 @@ torch.library.define(
 )
 
 
-def _spec_args(spec: Spec) -> tuple[str, str, bool, int, int]:
-    return spec.direction, spec.exclude, spec.present_only, spec.ignore_index, spec.workspace
+def _spec_args(spec: Spec) -> tuple[str, str, bool, int, int, bool]:
+    return spec.direction, spec.exclude, spec.present_only, spec.ignore_index, spec.workspace, spec.symmetric
 
 
 def _forward(*args: Any) -> Forward:
-    inputs, spec, backend, keep = Inputs(*args[:6]), Spec(*args[6:11]), args[11], args[12]
+    inputs, spec, backend, keep = Inputs(*args[:6]), Spec(*args[6:12]), args[12], args[13]
     with _no_autocast(inputs.features):
         chosen = registry.BACKENDS[backend]
         if not chosen.checks_values:
@@ -249,7 +254,7 @@ def _forward(*args: Any) -> Forward:
 
 @torch.library.register_fake("nckernels::cosine_lse")
 def _forward_fake(*args: Any) -> Forward:
-    inputs, spec, backend, keep = Inputs(*args[:6]), Spec(*args[6:11]), args[11], args[12]
+    inputs, spec, backend, keep = Inputs(*args[:6]), Spec(*args[6:12]), args[12], args[13]
     z, (m, k) = inputs.features, (inputs.features.shape[0], inputs.prototypes.shape[0])
     kept = registry.BACKENDS[backend].kept_numel(z.device, z.dtype, m, k, spec) if keep else 0
     sizes = (k if spec.by_class else 0, m if spec.by_instance else 0, m, m, k, kept)
@@ -258,7 +263,7 @@ def _forward_fake(*args: Any) -> Forward:
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:
     inputs, saved, grads = Inputs(*args[:6]), Forward(*args[6:12]), OutputGrads(*args[12:15])
-    spec, backend, needs = Spec(*args[15:20]), args[20], Needs(*args[21])
+    spec, backend, needs = Spec(*args[15:21]), args[21], Needs(*args[22])
     with _no_autocast(inputs.features):
         result = registry.BACKENDS[backend].backward(inputs, saved, grads, spec, needs)
     return tuple(inputs.features.new_empty(0) if grad is None else grad for grad in result)
@@ -266,7 +271,7 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake("nckernels::cosine_lse_backward")
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
-    inputs, needs = Inputs(*args[:6]), Needs(*args[21])
+    inputs, needs = Inputs(*args[:6]), Needs(*args[22])
     differentiable = (*inputs[:2], *inputs[3:])
     return tuple(
         torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -279,7 +284,7 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:6], *output)
-    ctx.options = inputs[6:12]
+    ctx.options = inputs[6:13]
 
 
 def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -289,11 +294,12 @@ def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 def _differentiate(
     backward: Callable[..., tuple[Tensor, ...]], ctx: Any, *grads: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 13
+    nothing = (None,) * 14
     if all(grad is None for grad in grads[:3]):
         return nothing
     wanted = ctx.needs_input_grad
-    needs = [wanted[0], wanted[1], wanted[3], wanted[4], wanted[5]]
+    symmetric = ctx.options[5]
+    needs = [wanted[0], wanted[1] and not symmetric, wanted[3], wanted[4], wanted[5]]
     result = backward(*ctx.saved_tensors, *grads[:3], *ctx.options, needs)
     z, w, beta, sample_bias, class_bias = (grad if need else None for grad, need in zip(result, needs, strict=True))
     return z, w, None, beta, sample_bias, class_bias, *nothing[6:]

@@ -111,6 +111,7 @@ class Problem:
     exclude: str = "none"
     present_only: bool = False
     ignore_index: int = -100
+    itself: bool = False  # features against themselves: one leaf stands for both operands
 
     def to(self, dtype: torch.dtype, device: str = "cpu") -> Problem:
         """Inputs in dtype; temperature, biases and upstream gradients in the dtype of the outputs."""
@@ -145,7 +146,9 @@ class Problem:
         return {
             name: t
             for name, t in named.items()
-            if t is not None and ("bias" not in name or name in used[self.direction])
+            if t is not None
+            and ("bias" not in name or name in used[self.direction])
+            and not (self.itself and name == "prototypes")
         }
 
 
@@ -161,6 +164,7 @@ def make_problem(
     beta: float = 10.0,
     ignored: float = 0.2,
     ignore_index: int = -100,
+    itself: bool = False,
     seed: int = 0,
 ) -> Problem:
     """Random float64 problem: row norms over two decades, a share of ignored samples, random upstream."""
@@ -176,9 +180,11 @@ def make_problem(
         labels = torch.tensor([-7, 0, 3, 10**9, -(2**40)])  # any integers are labels here
         target = labels[torch.randint(len(labels), (samples,), generator=g)]
     target[torch.rand(samples, generator=g) < ignored] = ignore_index
+    features = randn(samples, dim) * 10 ** (randn(samples, 1).clamp(-1, 1))
+    prototypes = randn(classes, dim) * 10 ** (randn(classes, 1).clamp(-1, 1))
     return Problem(
-        features=randn(samples, dim) * 10 ** (randn(samples, 1).clamp(-1, 1)),
-        prototypes=randn(classes, dim) * 10 ** (randn(classes, 1).clamp(-1, 1)),
+        features=features,
+        prototypes=features if itself else prototypes,
         target=target,
         inv_temperature=torch.tensor(beta, dtype=torch.float64),
         sample_bias=randn(samples) if bias else None,
@@ -188,12 +194,14 @@ def make_problem(
         exclude=exclude,
         present_only=present_only,
         ignore_index=ignore_index,
+        itself=itself,
     )
 
 
 def dense(p: Problem, leaves: dict[str, Tensor], eps: float) -> dict[str, Tensor]:
     dtype = leaves["features"].dtype
-    logits = leaves["inv_temperature"] * cosine(leaves["features"], leaves["prototypes"], eps)
+    prototypes = leaves["features" if p.itself else "prototypes"]
+    logits = leaves["inv_temperature"] * cosine(leaves["features"], prototypes, eps)
     biases = [None if leaves.get(n) is None else leaves[n].to(dtype) for n in ("sample_bias", "class_bias")]
     return reduce_logits(logits, p.target, *biases, **p.options)
 
@@ -208,7 +216,7 @@ def package(p: Problem, leaves: dict[str, Tensor], eps: float = 0.0) -> dict[str
         bias = None
     lse, pos = nckernels.cosine_lse(
         leaves["features"],
-        leaves["prototypes"],
+        leaves["features" if p.itself else "prototypes"],
         p.target,
         leaves["inv_temperature"],
         logit_bias=bias,
@@ -260,7 +268,7 @@ def masses(p: Problem) -> dict[str, Tensor]:
     outputs = reduce_logits(logits, p.target, *biases, **p.options)
     mass = torch.autograd.grad(list(outputs.values()), logits, [p.upstream[name].abs() for name in outputs])[0]
     return {
-        "features": mass.sum(1),
+        "features": mass.sum(1) + mass.sum(0) if p.itself else mass.sum(1),
         "prototypes": mass.sum(0),
         "inv_temperature": mass.sum(),
         "sample_bias": mass.sum(1),

@@ -136,6 +136,38 @@ def test_equals_the_oracle(
     check(make_problem(*SHAPES[shape], direction=direction, exclude=exclude, bias=bias), dtype, backend.device)
 
 
+@pytest.mark.parametrize("samples", [1, 7, 161])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("beta", [10.0, 61.0])
+@pytest.mark.parametrize("exclude", ["self", "same_label"])
+@directions
+@dtypes
+def test_features_against_themselves(
+    backend: Backend,
+    small_workspace: None,
+    dtype: torch.dtype,
+    direction: str,
+    exclude: str,
+    beta: float,
+    bias: bool,
+    samples: int,
+) -> None:
+    """One tensor as both operands: its gradient is that of rows and columns together."""
+    backend.require(dtype)
+    problem = make_problem(
+        samples, samples, 24, direction=direction, exclude=exclude, bias=bias, beta=beta, itself=True
+    )
+    check(problem, dtype, backend.device)
+
+
+@pytest.mark.parametrize("wrt", INPUTS[:1] + INPUTS[2:])
+def test_single_gradients_of_features_against_themselves(backend: Backend, small_workspace: None, wrt: str) -> None:
+    for direction in ("class", "instance"):
+        problem = make_problem(90, 90, 24, direction=direction, exclude="self", bias=True, itself=True)
+        if wrt in problem.inputs():
+            check(problem, torch.float32, backend.device, wrt=(wrt,))
+
+
 @pytest.mark.parametrize("shape", EDGES)
 @excludes
 @directions

@@ -31,6 +31,10 @@ class Spec:
     ignore_index: int
     workspace: int
     """Bytes of scratch a backend may use beyond inputs, gradients and O(M + K) vectors."""
+    symmetric: bool = False
+    """Whether features and prototypes are one tensor, which implies ``square`` and one direction. Then S is
+    symmetric, and the tensor's whole gradient is wanted as that of the features: with A = dL/dt, (A + A^T) U
+    takes one matrix product, where A U and A^T U take two."""
 
     @property
     def by_class(self) -> bool:
