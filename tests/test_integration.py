@@ -106,6 +106,17 @@ def test_compiled_primitive(backend: Backend, direction: str) -> None:
     compiled_equals_eager(function, "aot_eager", backend.device)
 
 
+@pytest.mark.parametrize("exclude", ["self", "same_label"])
+@operators
+def test_compiled_features_against_themselves(backend: Backend, exclude: str) -> None:
+    def function(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        u = x @ w.T  # also one tensor in the graph
+        lse, pos = nckernels.cosine_lse(u, u, y.clamp_min(0) % 2, 7.0, direction="instance", exclude=exclude)
+        return lse.masked_fill(lse == -torch.inf, 0.0) - pos
+
+    compiled_equals_eager(function, "aot_eager", backend.device)
+
+
 @operators
 def test_compiled_by_inductor(backend: Backend) -> None:
     compiled_equals_eager(lambda x, w, y: nckernels.nonl_loss(x, w, y), "inductor", backend.device)
@@ -162,10 +173,12 @@ def operator_arguments(
     exclude: str,
     bias: bool,
     present_only: bool,
+    itself: bool = False,
 ) -> tuple[Any, ...]:
     """Arguments by the schema's names, so that the order is the schema's business."""
-    p = make_problem(12, 7, 5, direction=direction, exclude=exclude, bias=bias, present_only=present_only)
-    p = p.to(dtype, device)
+    p = make_problem(
+        12, 7, 5, direction=direction, exclude=exclude, bias=bias, present_only=present_only, itself=itself
+    ).to(dtype, device)
     leaves = {name: t.clone().requires_grad_() for name, t in p.inputs().items()}
     values = {
         "features": None,
@@ -173,7 +186,9 @@ def operator_arguments(
         "sample_bias": None,
         "class_bias": None,
         **leaves,
+        **({"prototypes": leaves["features"]} if itself else {}),
         **p.options,
+        "symmetric": itself,
         "target": p.target,
         "workspace": 2**20,
         "backend": backend,
@@ -202,6 +217,13 @@ def test_opcheck(
 ) -> None:
     """Schema, autograd registration, fake implementation and dynamic shapes agree with the kernel."""
     arguments = operator_arguments(backend.name, backend.device, dtype, direction, exclude, bias, present_only)
+    torch.library.opcheck(torch.ops.nckernels.cosine_lse.default, arguments)
+
+
+@pytest.mark.parametrize("direction", ["class", "instance"])
+@operators
+def test_opcheck_of_features_against_themselves(backend: Backend, direction: str) -> None:
+    arguments = operator_arguments(backend.name, backend.device, torch.float32, direction, "self", True, False, True)
     torch.library.opcheck(torch.ops.nckernels.cosine_lse.default, arguments)
 
 

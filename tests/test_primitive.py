@@ -271,6 +271,23 @@ def test_ignored_rows_may_hold_anything(backend: Backend, exclude: str, fill: fl
             torch.testing.assert_close(got[name], value, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("itself", [False, True], ids=["apart", "itself"])
+@pytest.mark.parametrize("exclude", ["self", "same_label"])
+def test_ignored_samples_may_hold_anything(backend: Backend, small_workspace: None, exclude: str, itself: bool) -> None:
+    """The same where samples are columns too; only a sample that is another's positive is read."""
+    p = make_problem(90, 90, 24, exclude=exclude, ignored=0.3, itself=itself).to(torch.float32, backend.device)
+    hidden = p.target == p.ignore_index
+    if exclude == "self":
+        hidden[p.target[~hidden]] = False
+    assert hidden.any()
+    spoilt = {name: getattr(p, name).masked_fill(hidden[:, None], math.nan) for name in ("features", "prototypes")}
+    for expected, got in zip(run(package, p), run(package, dataclasses.replace(p, **spoilt)), strict=True):
+        for name, value in expected.items():
+            assert value is not None
+            assert got[name] is not None
+            assert torch.equal(got[name], value), name
+
+
 @directions
 def test_minus_infinity_bias_leaves_the_entry_out(backend: Backend, direction: str) -> None:
     """log n_c with n_c = 0, as the prototype loss has it."""

@@ -22,8 +22,11 @@ def cosine_lse(inputs: Inputs, spec: Spec) -> tuple[Tensor | None, Tensor | None
     z = z.masked_fill(~valid[:, None], 0.0)
     if spec.present_only:
         w = w.masked_fill(~present_classes(target, valid, w.shape[0])[:, None], 0.0)
-    if spec.exclude == "same_label":  # with "self" an ignored row can still be another's positive
-        w = w.masked_fill(~valid[:, None], 0.0)
+    rows = torch.arange(z.shape[0], device=z.device)
+    positive = rows if spec.exclude == "same_label" else target.where(valid, 0)
+    if spec.square:  # with "self" an ignored row can still be another's positive
+        read = valid.long().index_add(0, positive, valid.long()) > 0
+        w = w.masked_fill(~read[:, None], 0.0)
     u = F.normalize(z.to(acc), dim=1, eps=eps)
     v = F.normalize(w.to(acc), dim=1, eps=eps)
     logits = beta * (u @ v.T)
@@ -40,8 +43,6 @@ def cosine_lse(inputs: Inputs, spec: Spec) -> tuple[Tensor | None, Tensor | None
         biased = logits if class_bias is None else logits + class_bias
         instance_lse = masked_logsumexp(biased, allowed, dim=1)
 
-    rows = torch.arange(z.shape[0], device=z.device)
-    positive = rows if spec.exclude == "same_label" else target.where(valid, 0)
     pos = logits[rows, positive].where(valid, 0.0)
     return class_lse, instance_lse, pos
 

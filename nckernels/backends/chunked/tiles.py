@@ -1,0 +1,223 @@
+"""The logits of one call, cut into tiles; norms, masks, and the way back through the normalisation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..base import Forward, Inputs, Spec, accumulation_dtype, norm_eps
+
+_SHIFT_FREE_LIMIT = 30.0  # exp(30) sums over 1e12 entries and exp(-30) / 1e12 are normal float32 numbers
+
+
+class Tiles:
+    """The logits of one call, cut into tiles; masks, norms and the columns that take part."""
+
+    def __init__(self, inputs: Inputs, spec: Spec, kept: int, saved: Forward | None = None) -> None:
+        self.inputs, self.spec = inputs, spec
+        z, w, target = inputs.features, inputs.prototypes, inputs.target
+        self.acc = accumulation_dtype(z.dtype)
+        self.on_cpu = z.device.type == "cpu"
+        self.m, self.num_classes = z.shape[0], w.shape[0]
+        self.shift_free = self.on_cpu and self._small_logits()
+
+        #: which samples take part; None for all (a CPU can tell)
+        self.valid: Tensor | None = target != spec.ignore_index
+        if self.on_cpu and bool(self.valid.all()):
+            self.valid = None
+        self.z_rnorm = saved.feature_rnorm if saved is not None else rnorm_of(z, self.acc, self.valid)
+        label = target if self.valid is None else target.where(self.valid, 0)
+        self.classes, column = self._compact(label) if spec.present_only else (None, label)
+        self.k = self.num_classes if self.classes is None else self.classes.shape[0]
+        row = torch.arange(self.m, device=z.device)
+        self.positive = row if spec.exclude == "same_label" else column
+        self.excluded = {"target": column, "self": row}.get(spec.exclude)
+        #: columns that may be looked at: samples that take part, and positives of such; None for all
+        self.readable: Tensor | None = None
+        if spec.square and self.valid is not None:
+            counts = self.valid.long()  # added up rather than indexed with a mask, for which a GPU's host must wait
+            self.readable = counts.index_add(0, self.positive, counts) > 0
+        self.w_rnorm = saved.prototype_rnorm if saved is not None else rnorm_of(w, self.acc, self.readable)
+
+        # What the kept matrix leaves of the workspace is for four buffers the size of a column tile of
+        # prototypes (2 shares each), four the size of a row tile of features and three tiles of logits (1 share
+        # each). Tiles of logits of a few MiB, which stay in cache between GEMM, exp and GEMM, are the fastest.
+        scratch = spec.workspace // self.acc.itemsize - kept
+        share = max(scratch // 16, 1)
+        tile_k = max(2 * share // z.shape[1], 16)
+        self.tile_k = -(-self.k // max(-(-self.k // tile_k), 1)) or 1  # equal parts
+        self.tile_m = max(min(share // z.shape[1], share // self.tile_k, self.m), 16)
+        if spec.symmetric:  # square tiles; two of unit features and two products beside three of logits
+            self.tile_m = self.tile_k = max(min(share // z.shape[1], math.isqrt(share), self.m), 16)
+        self.several_columns = self.tile_k < self.k
+        self._u: tuple[slice, Tensor] | None = None
+        self._v: tuple[slice, Tensor] | None = None
+
+    def _small_logits(self) -> bool:
+        biases = [b for b in (self.inputs.sample_bias, self.inputs.class_bias) if b is not None and b.numel()]
+        # a bias of -inf removes an entry, which is no reason for a shift
+        finite = [b.masked_fill(b == -torch.inf, 0.0).abs().max() for b in biases]
+        return bool(torch.stack([self.inputs.inv_temperature, *finite]).sum() <= _SHIFT_FREE_LIMIT)
+
+    def _compact(self, label: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The classes that occur, and each sample's position among them.
+
+        On a CPU exactly these; elsewhere their number is unknown to the host, so the list has its largest
+        possible length min(M, K), filled up with K, and is left out where it would not be shorter than K.
+        """
+        k = self.num_classes
+        if not self.on_cpu and k <= self.m:
+            return None, label
+        present = label.new_zeros(k + 1, dtype=torch.bool)
+        present[label if self.valid is None else label.where(self.valid, k)] = True
+        present = present[:k]
+        position = (present.cumsum(0) - 1).clamp_min_(0)
+        if self.on_cpu:
+            classes = present.nonzero().squeeze(1)
+            return (None, label) if classes.shape[0] == k else (classes, position[label])
+        slots = label.new_full((self.m + 1,), k)
+        slots[position.where(present, self.m)] = torch.arange(k, device=label.device)
+        slots[self.m] = k
+        return slots[: self.m], position[label]
+
+    def row_tiles(self) -> Iterator[slice]:
+        return (slice(i, min(i + self.tile_m, self.m)) for i in range(0, self.m, self.tile_m))
+
+    def column_tiles(self) -> Iterator[slice]:
+        return (slice(i, min(i + self.tile_k, self.k)) for i in range(0, self.k, self.tile_k))
+
+    def storage(self, rows: slice, cols: slice, kept: Tensor) -> Tensor:
+        """Memory for one tile: its place in the kept matrix, where each tile is contiguous, or fresh."""
+        shape = (rows.stop - rows.start, cols.stop - cols.start)
+        if not kept.numel():
+            return kept.new_empty(shape)
+        start = cols.start * self.m + rows.start * shape[1]
+        return kept[start : start + shape[0] * shape[1]].view(shape)
+
+    def only_valid(self, values: Tensor) -> Tensor:
+        """(M,) values with 0 for ignored samples."""
+        return where(self.valid, values)
+
+    def u(self, rows: slice) -> Tensor:
+        """beta times the unit features of some rows; the last ones asked for are remembered."""
+        if self._u is None or self._u[0] != rows:
+            self._u = None  # free the old tile before the new one is made
+            scale = self.z_rnorm[rows] * self.inputs.inv_temperature
+            u = self.inputs.features[rows] * scale[:, None]
+            if self.valid is not None:  # ignored features may hold anything, NaN too
+                u.masked_fill_(~self.valid[rows, None], 0.0)
+            self._u = (rows, u)
+        return self._u[1]
+
+    def _class_ids(self, cols: slice) -> Tensor | slice:
+        return cols if self.classes is None else self.classes[cols].clamp_max(self.num_classes - 1)
+
+    def w_rnorm_of(self, cols: slice) -> Tensor:
+        return self.w_rnorm[self._class_ids(cols)]
+
+    def v(self, cols: slice) -> Tensor:
+        """The unit prototypes of some columns; the last ones asked for are remembered."""
+        if self._v is None or self._v[0] != cols:
+            self._v = None  # free the old tile before the new one is made
+            self._v = (cols, self.unit(self._class_ids(cols)))
+        return self._v[1]
+
+    def unit(self, ids: Tensor | slice) -> Tensor:
+        """Unit prototypes; zeros where nobody may look."""
+        v = self.inputs.prototypes[ids] * self.w_rnorm[ids, None]
+        return v if self.readable is None else v.masked_fill_(~self.readable[ids, None], 0.0)
+
+    def within(self, index: Tensor, rows: slice, cols: slice) -> tuple[Tensor | None, Tensor]:
+        """For one column index per row: whether it lies in the tile (and the row takes part; None for all
+        rows), and where in the tile."""
+        valid = None if self.valid is None else self.valid[rows]
+        if not self.several_columns:
+            return valid, index[rows]
+        local = index[rows] - cols.start
+        inside = (local >= 0) & (local < cols.stop - cols.start)
+        return inside if valid is None else inside & valid, local.clamp_(0, cols.stop - cols.start - 1)
+
+    def logits(self, rows: slice, cols: slice, out: Tensor, pos: Tensor | None = None) -> Tensor:
+        """One tile of t, -inf where excluded; on the way the positive logits are picked up into ``pos``."""
+        t = torch.mm(self.u(rows), self.v(cols).T, out=out)
+        if pos is not None:
+            inside, local = self.within(self.positive, rows, cols)
+            picked = t.gather(1, local[:, None]).squeeze(1)
+            pos[rows] = picked if inside is None else picked.where(inside, pos[rows])
+        if self.excluded is not None:
+            inside, local = self.within(self.excluded, rows, cols)
+            if inside is None:
+                t.scatter_(1, local[:, None], -torch.inf)
+            else:
+                picked = t.gather(1, local[:, None]).masked_fill_(inside[:, None], -torch.inf)
+                t.scatter_(1, local[:, None], picked)
+        elif self.spec.exclude == "same_label":
+            target = self.inputs.target
+            t.masked_fill_(target[rows, None] == target[cols], -torch.inf)
+        if self.valid is not None:
+            t.masked_fill_(~self.valid[rows, None], -torch.inf)
+            if self.spec.square:
+                t.masked_fill_(~self.valid[cols], -torch.inf)
+        return t
+
+    def all_classes(self, values: Tensor, absent: float) -> Tensor:
+        """Spread one value per column over all K classes."""
+        if self.classes is not None:
+            full = values.new_full((self.num_classes + 1,), absent)
+            full[self.classes] = values
+            return full[: self.num_classes]
+        if self.spec.present_only:
+            present = torch.zeros(self.num_classes, dtype=torch.int64, device=values.device)
+            present.index_add_(
+                0,
+                self.positive,
+                torch.ones_like(present[:1]).expand(self.m) if self.valid is None else self.valid.long(),
+            )
+            return values.masked_fill(present == 0, absent)
+        return values
+
+    def columns_of(self, values: Tensor, absent: float) -> Tensor:
+        """Pick one value per column out of one per class; ``absent`` in columns that only fill up."""
+        if self.classes is None:
+            return values
+        return values[self.classes.clamp_max(self.num_classes - 1)].masked_fill(
+            self.classes == self.num_classes, absent
+        )
+
+    def put_classes(self, full: Tensor, values: Tensor, cols: slice) -> None:
+        """Write the rows of some columns into their places among all K classes."""
+        if self.classes is None:
+            full[cols] = values.to(full.dtype)
+        elif self.on_cpu:
+            full[self.classes[cols]] = values.to(full.dtype)
+        else:  # columns that only fill up carry zeros and add them to the last class
+            full.index_add_(0, self.classes[cols].clamp_max(self.num_classes - 1), values.to(full.dtype))
+
+
+def rnorm_of(x: Tensor, acc: torch.dtype, valid: Tensor | None = None) -> Tensor:
+    """1 / max(|x|, eps) of each row; 1 where ``valid`` is False."""
+    rnorm = torch.linalg.vector_norm(x, dim=1, dtype=acc).clamp_min_(norm_eps(x.dtype)).reciprocal_()
+    return rnorm if valid is None else rnorm.masked_fill_(~valid, 1.0)
+
+
+def through_normalisation(grad: Tensor, unit: Tensor, rnorm: Tensor, x: Tensor, beta: Tensor | None = None) -> Tensor:
+    """Turn dL/du into dL/dx for u = x / |x|, in place: (dL/du - (dL/du . u) u) / |x|. Returns dL/du . u.
+
+    ``unit`` and ``grad`` are u and dL/du, or with ``beta`` both are beta u and dL/d(beta u). Where |x| was
+    clamped to eps (rnorm at its largest), u is linear in x and nothing is projected out.
+    """
+    dot = torch.linalg.vecdot(grad, unit)
+    radial, scale = dot.masked_fill(rnorm >= 1.0 / norm_eps(x.dtype), 0.0), rnorm
+    if beta is not None:
+        radial, scale = radial / (beta * beta), rnorm * beta
+    grad.addcmul_(unit, radial[:, None], value=-1.0)
+    grad.mul_(scale[:, None])
+    return dot
+
+
+def where(condition: Tensor | None, value: Tensor) -> Tensor:
+    """``value`` where the condition holds, else 0; None holds everywhere."""
+    return value if condition is None else value.where(condition, 0.0)
