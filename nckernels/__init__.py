@@ -1,34 +1,65 @@
-"""Fused losses on the unit hypersphere: NONL, NTCE and NormFace in bounded memory.
+"""Fused losses on the unit hypersphere, in bounded memory.
 
     loss = nckernels.nonl_loss(x, head.weight, y)      # instead of F.cross_entropy(head(x), y)
 
-:mod:`nckernels.functional` holds the losses, :mod:`nckernels.nn` their modules, :func:`cosine_lse` is the
-primitive they stand on. :mod:`nckernels.geometry` and :mod:`nckernels.metrics` have the simplex and the
-measures of neural collapse.
+:mod:`nckernels.functional` holds the losses with prototypes, :mod:`nckernels.contrastive` those without,
+:mod:`nckernels.nn` their modules; :func:`cosine_lse` is the primitive they stand on. :mod:`nckernels.geometry`
+and :mod:`nckernels.metrics` have the simplex and the measures of neural collapse.
 """
 
 from . import geometry, metrics
 from .backends.registry import set_backend, set_workspace, use_backend, use_workspace
+from .contrastive import (
+    alignment_loss,
+    clip_loss,
+    info_nce_loss,
+    prototype_loss,
+    supcon_loss,
+    uniformity_loss,
+)
 from .functional import nonl_loss, normface_loss, ntce_loss
-from .nn import NONLLoss, NormFaceLoss, NTCELoss, PrototypeClassifier
+from .nn import (
+    AlignmentLoss,
+    CLIPLoss,
+    InfoNCELoss,
+    NONLLoss,
+    NormFaceLoss,
+    NTCELoss,
+    PrototypeClassifier,
+    PrototypeLoss,
+    SupConLoss,
+    UniformityLoss,
+)
 from .primitive import cosine_lse
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AlignmentLoss",
+    "CLIPLoss",
+    "InfoNCELoss",
     "NONLLoss",
     "NTCELoss",
     "NormFaceLoss",
     "PrototypeClassifier",
+    "PrototypeLoss",
+    "SupConLoss",
+    "UniformityLoss",
     "__version__",
+    "alignment_loss",
+    "clip_loss",
     "cosine_lse",
     "geometry",
+    "info_nce_loss",
     "metrics",
     "nonl_loss",
     "normface_loss",
     "ntce_loss",
+    "prototype_loss",
     "set_backend",
     "set_workspace",
+    "supcon_loss",
+    "uniformity_loss",
     "use_backend",
     "use_workspace",
 ]

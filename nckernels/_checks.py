@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .backends.base import bad_target
+
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -41,24 +43,29 @@ def matrix(name: str, value: Tensor, rows: str, columns: str) -> None:
 
 
 def features_and_prototypes(
-    features: Tensor, prototypes: Tensor, feature_name: str = "features", *, mixed: bool = False
+    features: Tensor,
+    prototypes: Tensor,
+    feature_name: str = "features",
+    prototype_name: str = "prototypes",
+    *,
+    mixed: bool = False,
 ) -> None:
     """(M, d) and (K, d), K and d at least 1, one device and, unless ``mixed``, one dtype."""
     matrix(feature_name, features, "M", "d")
-    matrix("prototypes", prototypes, "K", "d")
+    matrix(prototype_name, prototypes, "K", "d")
     if features.shape[1] != prototypes.shape[1]:
         raise ValueError(
-            f"{feature_name} and prototypes must have the same number of columns d, "
+            f"{feature_name} and {prototype_name} must have the same number of columns d, "
             f"got {tuple(features.shape)} and {tuple(prototypes.shape)}"
         )
     if features.shape[1] == 0:
         raise ValueError(f"{feature_name} must have d >= 1 columns, got {tuple(features.shape)}")
     if prototypes.shape[0] == 0:
-        raise ValueError(f"prototypes must have K >= 1 rows, got {tuple(prototypes.shape)}")
-    same_device(feature_name, features, "prototypes", prototypes)
+        raise ValueError(f"{prototype_name} must have K >= 1 rows, got {tuple(prototypes.shape)}")
+    same_device(feature_name, features, prototype_name, prototypes)
     if features.dtype != prototypes.dtype and not mixed:
         raise TypeError(
-            f"{feature_name} and prototypes must have the same dtype outside autocast, "
+            f"{feature_name} and {prototype_name} must have the same dtype outside autocast, "
             f"got {features.dtype} and {prototypes.dtype}"
         )
 
@@ -80,6 +87,14 @@ def target(value: Tensor, features: Tensor, feature_name: str = "features") -> N
             f"got {tuple(value.shape)}"
         )
     same_device("target", value, feature_name, features)
+
+
+def in_classes(target: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Values of ``target`` in [0, num_classes) or ``ignore_index``, where looking at them stalls nobody."""
+    if target.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if not bool((((target >= 0) & (target < num_classes)) | (target == ignore_index)).all()):
+        raise bad_target(target, num_classes, ignore_index)
 
 
 def vector(name: str, value: Tensor, size: int, like: Tensor) -> None:

@@ -8,17 +8,14 @@ Every function replaces ``F.cross_entropy(head(x), y)`` by ``loss(x, head.weight
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from . import _checks
+from ._common import REDUCTIONS, Reduction, inverse, logaddexp
 from .backends.base import Direction, norm_eps
 from .primitive import DIRECTIONS, cosine_lse
-
-Reduction = Literal["none", "mean", "sum"]
-REDUCTIONS = ("none", "mean", "sum")
 
 
 def nonl_loss(
@@ -81,7 +78,7 @@ def nonl_loss(
         (class_lse, instance_lse), pos = cosine_lse(
             input, prototypes, target, beta, direction="both", exclude="target", ignore_index=ignore_index
         )
-        lse = _logaddexp(class_lse.index_select(0, _safe(target, ignored)), instance_lse)
+        lse = logaddexp(class_lse.index_select(0, _safe(target, ignored)), instance_lse)
     uniformity = lse.masked_fill(ignored | (lse == -torch.inf), 0.0)  # no negatives: alignment only
     return _reduce(uniformity - pos, target, weight, ignored, reduction)
 
@@ -151,7 +148,7 @@ def normface_loss(
             input, prototypes, target, beta, direction="instance", exclude="target", ignore_index=ignore_index
         )
         pos = beta * _add_margins(cosine / beta, angular_margin, cosine_margin)
-        lse = _logaddexp(others, pos)
+        lse = logaddexp(others, pos)
     else:
         lse, pos = cosine_lse(input, prototypes, target, beta, direction="instance", ignore_index=ignore_index)
     ignored = target == ignore_index
@@ -176,7 +173,7 @@ def normface_loss(
     return _reduce(smoothed, target, weight, ignored, reduction, weighted=True)
 
 
-# --- shared steps -----------------------------------------------------------------------------------------
+# --- steps -------------------------------------------------------------------------------------------------
 
 
 def _inverse_temperature(
@@ -196,7 +193,7 @@ def _inverse_temperature(
     _checks.choice("reduction", reduction, REDUCTIONS)
     if weight is not None:
         _checks.vector("weight", weight, prototypes.shape[0], input)
-    return temperature.reciprocal() if isinstance(temperature, Tensor) else 1.0 / temperature
+    return inverse(temperature)
 
 
 def _norms(x: Tensor, original: Tensor) -> Tensor:
@@ -207,12 +204,6 @@ def _norms(x: Tensor, original: Tensor) -> Tensor:
 def _safe(target: Tensor, ignored: Tensor) -> Tensor:
     """Targets that index classes, 0 in place of the ignored."""
     return target.long().masked_fill(ignored, 0)
-
-
-def _logaddexp(a: Tensor, b: Tensor) -> Tensor:
-    """log(e^a + e^b), whose gradient is finite where both are -inf (PyTorch's is NaN)."""
-    empty = (a == -torch.inf) & (b == -torch.inf)
-    return torch.logaddexp(a, b.masked_fill(empty, 0.0)).masked_fill(empty, -torch.inf)
 
 
 def _add_margins(cosine: Tensor, angular: float, additive: float) -> Tensor:

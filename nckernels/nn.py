@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from . import _checks, functional
+from . import _checks, contrastive, functional
+from ._common import REDUCTIONS, Reduction
 from .backends.base import Direction, norm_eps
-from .functional import Reduction
 from .primitive import DIRECTIONS
 
 
@@ -62,7 +62,7 @@ class _PrototypeLoss(nn.Module):
                 f"prototypes of shape {tuple(prototypes.shape)} do not fit "
                 f"num_classes={num_classes} and in_features={in_features}"
             )
-        _checks.choice("reduction", reduction, functional.REDUCTIONS)
+        _checks.choice("reduction", reduction, REDUCTIONS)
         _checks.integer("ignore_index", ignore_index)
         _checks.positive_scalar("temperature", temperature, prototypes)
         if weight is not None:
@@ -83,9 +83,8 @@ class _PrototypeLoss(nn.Module):
 
     def extra_repr(self) -> str:
         k, d = self.prototypes.shape
-        learnt = isinstance(self.temperature, nn.Parameter)
-        temperature = "learnable" if learnt else f"{float(self.temperature):g}"
-        return f"in_features={d}, num_classes={k}, temperature={temperature}, reduction={self.reduction!r}"
+        shown = f"in_features={d}, num_classes={k}, temperature={_shown(self.temperature)}"
+        return f"{shown}, reduction={self.reduction!r}"
 
 
 class NONLLoss(_PrototypeLoss):
@@ -222,6 +221,167 @@ class PrototypeClassifier(nn.Module):
         loss = self.criterion(input, target)
         assert isinstance(loss, Tensor)
         return loss
+
+
+class ContrastiveOptions(TypedDict, total=False):
+    """Keyword arguments that the contrastive loss modules share; see :class:`SupConLoss`."""
+
+    temperature: float | Tensor
+    reduction: Reduction
+
+
+class _ContrastiveLoss(nn.Module):
+    """What the losses without prototypes share."""
+
+    temperature: float | Tensor
+
+    def __init__(self, *, temperature: float | Tensor = 0.1, reduction: Reduction = "mean") -> None:
+        super().__init__()
+        _checks.positive_scalar("temperature", temperature, torch.empty(0))
+        _checks.choice("reduction", reduction, REDUCTIONS)
+        _register(self, "temperature", temperature)
+        self.reduction: Reduction = reduction
+
+    def extra_repr(self) -> str:
+        return f"temperature={_shown(self.temperature)}, reduction={self.reduction!r}"
+
+
+class SupConLoss(_ContrastiveLoss):
+    """Module form of :func:`nckernels.supcon_loss` ([NCD] Eq. 2).
+
+    Args:
+        temperature: a number; a tensor for a buffer; a Parameter to learn it.
+        ignore_index, reduction, decoupled: as in the function.
+
+    Shape:
+        input (N, d) or (B, V, d), target (N,) or (B,) or None -> scalar, or (N,), (B, V).
+    """
+
+    def __init__(
+        self, *, ignore_index: int = -100, decoupled: bool = False, **options: Unpack[ContrastiveOptions]
+    ) -> None:
+        super().__init__(**options)
+        _checks.integer("ignore_index", ignore_index)
+        self.ignore_index, self.decoupled = ignore_index, decoupled
+
+    def forward(self, input: Tensor, target: Tensor | None = None, sample_weight: Tensor | None = None) -> Tensor:
+        """The loss of features with labels, or of views without."""
+        return contrastive.supcon_loss(
+            input,
+            target,
+            temperature=self.temperature,
+            ignore_index=self.ignore_index,
+            sample_weight=sample_weight,
+            reduction=self.reduction,
+            decoupled=self.decoupled,
+        )
+
+
+class PrototypeLoss(_ContrastiveLoss):
+    """Module form of :func:`nckernels.prototype_loss` ([NCD] Eq. 6); arguments as in :class:`SupConLoss`."""
+
+    def __init__(
+        self, *, num_classes: int | None = None, ignore_index: int = -100, **options: Unpack[ContrastiveOptions]
+    ) -> None:
+        super().__init__(**options)
+        _checks.integer("ignore_index", ignore_index)
+        self.num_classes, self.ignore_index = num_classes, ignore_index
+
+    def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        """The loss of features with labels."""
+        return contrastive.prototype_loss(
+            input,
+            target,
+            temperature=self.temperature,
+            num_classes=self.num_classes,
+            ignore_index=self.ignore_index,
+            sample_weight=sample_weight,
+            reduction=self.reduction,
+        )
+
+
+class InfoNCELoss(_ContrastiveLoss):
+    """Module form of :func:`nckernels.info_nce_loss`; arguments as in :class:`SupConLoss`."""
+
+    def __init__(
+        self, *, ignore_index: int = -100, decoupled: bool = False, **options: Unpack[ContrastiveOptions]
+    ) -> None:
+        super().__init__(**options)
+        _checks.integer("ignore_index", ignore_index)
+        self.ignore_index, self.decoupled = ignore_index, decoupled
+
+    def forward(
+        self, query: Tensor, key: Tensor, target: Tensor | None = None, sample_weight: Tensor | None = None
+    ) -> Tensor:
+        """The loss of queries (M, d) against keys (K, d)."""
+        return contrastive.info_nce_loss(
+            query,
+            key,
+            target,
+            temperature=self.temperature,
+            ignore_index=self.ignore_index,
+            sample_weight=sample_weight,
+            reduction=self.reduction,
+            decoupled=self.decoupled,
+        )
+
+
+class CLIPLoss(_ContrastiveLoss):
+    """Module form of :func:`nckernels.clip_loss`, temperature 0.07; arguments as in :class:`SupConLoss`."""
+
+    def __init__(
+        self, *, temperature: float | Tensor = 0.07, reduction: Reduction = "mean", decoupled: bool = False
+    ) -> None:
+        super().__init__(temperature=temperature, reduction=reduction)
+        self.decoupled = decoupled
+
+    def forward(self, a: Tensor, b: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        """The loss of pairs (N, d), (N, d)."""
+        return contrastive.clip_loss(
+            a,
+            b,
+            temperature=self.temperature,
+            sample_weight=sample_weight,
+            reduction=self.reduction,
+            decoupled=self.decoupled,
+        )
+
+
+class UniformityLoss(nn.Module):
+    """Module form of :func:`nckernels.uniformity_loss`."""
+
+    def __init__(self, *, t: float = 2.0) -> None:
+        super().__init__()
+        _checks.positive_scalar("t", t, torch.empty(0))
+        self.t = t
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The potential of features (N, d)."""
+        return contrastive.uniformity_loss(input, t=self.t)
+
+    def extra_repr(self) -> str:
+        return f"t={self.t:g}"
+
+
+class AlignmentLoss(nn.Module):
+    """Module form of :func:`nckernels.alignment_loss`."""
+
+    def __init__(self, *, alpha: float = 2.0, reduction: Reduction = "mean") -> None:
+        super().__init__()
+        _checks.positive_scalar("alpha", alpha, torch.empty(0))
+        _checks.choice("reduction", reduction, REDUCTIONS)
+        self.alpha, self.reduction = alpha, reduction
+
+    def forward(self, input: Tensor, other: Tensor) -> Tensor:
+        """The distance of pairs (N, d), (N, d)."""
+        return contrastive.alignment_loss(input, other, alpha=self.alpha, reduction=self.reduction)
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha:g}, reduction={self.reduction!r}"
+
+
+def _shown(temperature: float | Tensor) -> str:
+    return "learnable" if isinstance(temperature, nn.Parameter) else f"{float(temperature):g}"
 
 
 def _register(module: nn.Module, name: str, value: object) -> None:

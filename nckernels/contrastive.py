@@ -1,0 +1,400 @@
+"""Losses without prototypes: samples contrasted with samples, each a few lines on :func:`nckernels.cosine_lse`.
+
+With unit rows :math:`a_i`, cosines :math:`s_{ij} = a_i \\cdot a_j`, labels :math:`y_i`, temperature :math:`\\tau` and
+:math:`C(i) = \\{l \\neq i : y_l = y_i\\}` the samples that share i's label. Rows are normalised inside; rows that
+are of unit length already give the same loss and, through their own normalisation, the same gradient.
+
+All but the pairs' losses take one tensor, whose similarity matrix is symmetric: the kernels compute half of it on
+a CPU, and its gradient in one product. Positives need no pairs at all, only the sum of each class ([NCD] Eq. 2).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _checks
+from ._common import REDUCTIONS, Reduction, inverse, logaddexp
+from .backends.base import accumulation_dtype, norm_eps
+from .primitive import cosine_lse
+
+_LEFT_OUT = -1  # in place of the index of a sample that takes no part
+
+
+def supcon_loss(
+    input: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.1,
+    ignore_index: int = -100,
+    sample_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    decoupled: bool = False,
+) -> Tensor:
+    r"""Supervised contrastive loss, SupCon or SCL ([NCD] Eq. 2; the "out" form of Khosla et al. 2020).
+
+    .. math::
+        \ell_i = \log \sum_{j \neq i} e^{s_{ij} / \tau} - \frac{1}{|C(i)|} \sum_{l \in C(i)} s_{il} / \tau
+
+    Without labels every sample is a class of its own and its views are the positives: SimCLR's NT-Xent loss.
+
+    Args:
+        input: (N, d), or (B, V, d) with V views of every sample; any scale; float32, bfloat16, float16, float64.
+        target: (N,) or (B,) labels, any integers. None: needs (B, V, d) with at least two views.
+        temperature: :math:`\tau > 0`, a number or a 0-dimensional tensor, which may require grad.
+        ignore_index: samples with this label are neither anchors nor positives nor negatives.
+        sample_weight: (N,) or (B,) weights >= 0 of the anchors.
+        reduction: ``"none"`` for one value per row of ``input``, ``"sum"``, or ``"mean"`` over the samples that
+            have a positive, weighted by ``sample_weight``.
+        decoupled: sum over the negatives only, :math:`y_j \neq y_i` (Yeh et al. 2022; what NONL is to NTCE).
+
+    Returns:
+        A scalar, or (N,), (B, V) for ``reduction="none"``; float32 (float64 for float64 input). A sample without
+        a positive has loss 0 and is left out of the mean; the mean of nothing is 0, without gradient.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+
+    Example:
+        >>> views = torch.randn(32, 2, 64, requires_grad=True)  # two augmentations of 32 images
+        >>> nckernels.supcon_loss(views, torch.randint(10, (32,))).backward()
+        >>> nckernels.supcon_loss(views)  # SimCLR
+    """
+    rows, labels, weight = _samples(input, target, temperature, sample_weight, reduction)
+    beta, shape, n = inverse(temperature), input.shape[:-1], len(rows)
+    if n == 0:
+        return _nothing(shape, reduction, input)
+    ignored = labels == ignore_index if target is not None else torch.zeros_like(labels, dtype=torch.bool)
+    if decoupled:
+        lse, _ = cosine_lse(
+            rows, rows, labels, beta, direction="instance", exclude="same_label",
+            ignore_index=ignore_index if target is not None else _LEFT_OUT,
+        )  # fmt: skip
+    else:
+        index = torch.arange(n, device=rows.device).masked_fill(ignored, _LEFT_OUT)
+        lse, _ = cosine_lse(rows, rows, index, beta, direction="instance", exclude="self", ignore_index=_LEFT_OUT)
+    cosine, has_positive = _mean_positive(rows, labels, ignored)
+    loss = _uniformity(lse) - beta * cosine
+    return _reduce(loss, has_positive, weight, reduction, shape)
+
+
+def prototype_loss(
+    input: Tensor,
+    target: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    num_classes: int | None = None,
+    ignore_index: int = -100,
+    sample_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""SupCon with class means in place of samples ([NCD] Eq. 6); it has the same minimisers ([NCD] Theorem 4.2).
+
+    .. math::
+        \ell_i = \log\Big( \sum_c n_c e^{a_i \cdot \mu_c / \tau} - e^{a_i \cdot \mu_{y_i} / \tau} \Big)
+                 - a_i \cdot \mu_{y_i} / \tau
+
+    with :math:`\mu_c` the mean of the :math:`n_c` unit rows of class c, through which gradients flow.
+
+    Args:
+        num_classes: K, with labels in [0, K): spares grouping the labels, and on a GPU, where the host does not
+            know how many classes occur, the room for as many of them as there are samples.
+        input, target, temperature, ignore_index, sample_weight, reduction: as in :func:`supcon_loss`; ``target``
+            cannot be None.
+
+    Returns, Raises: as in :func:`supcon_loss`; the mean runs over all samples that are not ignored.
+    """
+    _checks.is_tensor("target", target)
+    rows, labels, weight = _samples(input, target, temperature, sample_weight, reduction)
+    if num_classes is not None:
+        _checks.positive_integer("num_classes", num_classes)
+    beta, shape = inverse(temperature), input.shape[:-1]
+    if len(rows) == 0:
+        return _nothing(shape, reduction, input)
+    ignored = labels == ignore_index
+    if num_classes is None:
+        group, classes = _groups(labels, ignored)
+    else:
+        _checks.in_classes(labels, num_classes, ignore_index)
+        group, classes = labels, num_classes
+    index = group.masked_fill(ignored, _LEFT_OUT)
+    _, sums, counts = _class_sums(rows, group, ignored, classes)
+    # Means lie inside the unit ball. One more coordinate, 0 for the samples, lifts them onto the sphere and leaves
+    # the inner products as they are. (Several, so that rows stay aligned in memory.)
+    means = sums / counts.clamp_min(1.0)[:, None]
+    extra = 8 - rows.shape[1] % 8
+    lifted = F.pad(torch.cat([means, _height(means, rows.dtype)[:, None]], 1), (0, extra - 1)).to(rows.dtype)
+    lse, pos = cosine_lse(
+        F.pad(rows, (0, extra)), lifted, index, beta, direction="instance", exclude="target",
+        logit_bias=counts.log(), ignore_index=_LEFT_OUT,
+    )  # fmt: skip
+    own = counts[group.masked_fill(ignored, 0)] - 1.0
+    lse = logaddexp(lse, own.log() + pos)
+    return _reduce(_uniformity(lse) - pos, ~ignored, weight, reduction, shape)
+
+
+def info_nce_loss(
+    query: Tensor,
+    key: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.1,
+    ignore_index: int = -100,
+    sample_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    decoupled: bool = False,
+) -> Tensor:
+    r"""InfoNCE: each query against all keys, one of which is its positive (van den Oord et al. 2018).
+
+    .. math::
+        \ell_i = \log \sum_{c} e^{\cos(q_i, k_c) / \tau} - \cos(q_i, k_{t_i}) / \tau
+
+    Args:
+        query: (M, d), any scale.
+        key: (K, d), same dtype; for example the batch's keys followed by a queue of older ones.
+        target: (M,) index of every query's positive in ``key``. None: the i-th key, which needs K = M.
+        temperature: :math:`\tau > 0`, a number or a 0-dimensional tensor, which may require grad.
+        ignore_index: queries with this target are left out.
+        sample_weight: (M,) weights >= 0 of the queries.
+        reduction: ``"none"``, ``"sum"`` or ``"mean"``, weighted by ``sample_weight``.
+        decoupled: leave the positive out of the sum.
+
+    Returns:
+        A scalar, or (M,); float32 (float64 for float64 input). The mean of nothing is 0.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+    """
+    _check_options(query, temperature, reduction, "query")
+    _checks.features_and_prototypes(query, key, "query", "key", mixed=_checks.autocast_enabled(query))
+    if target is None:
+        _same_pairs("query", query, "key", key, "; give target if there are other keys than positives")
+        target = torch.arange(len(query), device=query.device)
+    else:
+        _checks.target(target, query, "query")
+    if sample_weight is not None:
+        _checks.vector("sample_weight", sample_weight, len(query), query)
+    lse, pos = cosine_lse(
+        query, key, target, inverse(temperature), direction="instance",
+        exclude="target" if decoupled else "none", ignore_index=ignore_index,
+    )  # fmt: skip
+    return _reduce(_uniformity(lse) - pos, target != ignore_index, sample_weight, reduction, query.shape[:1])
+
+
+def clip_loss(
+    a: Tensor,
+    b: Tensor,
+    *,
+    temperature: float | Tensor = 0.07,
+    sample_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    decoupled: bool = False,
+) -> Tensor:
+    r"""InfoNCE in both directions in one pass over the matrix, as CLIP trains (Radford et al. 2021).
+
+    .. math::
+        \ell_i = \tfrac12 \Big( \log \sum_j e^{\cos(a_i, b_j) / \tau} + \log \sum_j e^{\cos(a_j, b_i) / \tau} \Big)
+                 - \cos(a_i, b_i) / \tau
+
+    Args:
+        a, b: (N, d) each; row i of one and row i of the other are a pair.
+        temperature: :math:`\tau > 0`, a number or a 0-dimensional tensor, which may require grad. CLIP learns
+            the logarithm of its inverse: pass ``torch.exp(-logit_scale)``.
+        sample_weight, reduction, decoupled: as in :func:`info_nce_loss`.
+
+    Returns, Raises: as in :func:`info_nce_loss`.
+    """
+    _check_options(a, temperature, reduction, "a")
+    _checks.matrix("a", a, "N", "d")
+    _checks.matrix("b", b, "N", "d")
+    _same_pairs("a", a, "b", b)
+    if sample_weight is not None:
+        _checks.vector("sample_weight", sample_weight, len(a), a)
+    if len(a) == 0:
+        return _nothing(a.shape[:1], reduction, a, b)
+    _checks.features_and_prototypes(a, b, "a", "b", mixed=_checks.autocast_enabled(a))
+    index = torch.arange(len(a), device=a.device)
+    (per_b, per_a), pos = cosine_lse(
+        a, b, index, inverse(temperature), direction="both", exclude="target" if decoupled else "none"
+    )
+    loss = 0.5 * (_uniformity(per_a) + _uniformity(per_b)) - pos
+    return _reduce(loss, torch.ones_like(index, dtype=torch.bool), sample_weight, reduction, a.shape[:1])
+
+
+def uniformity_loss(input: Tensor, *, t: float = 2.0) -> Tensor:
+    r"""How far unit rows are from a uniform distribution on the sphere (Wang & Isola 2020).
+
+    .. math::
+        \log \frac{1}{N (N - 1)} \sum_{i \neq j} e^{-t \lVert a_i - a_j \rVert^2}
+
+    Args:
+        input: (N, d) with N >= 2, any scale.
+        t: > 0, of the Gaussian potential.
+
+    Returns:
+        A scalar, float32 (float64 for float64 input).
+    """
+    _checks.matrix("input", input, "N", "d")
+    _checks.positive_scalar("t", t, input)
+    n = len(input)
+    if n < 2:
+        raise ValueError(f"input must have at least two rows to have pairs, got {tuple(input.shape)}")
+    index = torch.arange(n, device=input.device)
+    lse, _ = cosine_lse(input, input, index, 2.0 * t, direction="instance", exclude="self")  # |a - b|^2 = 2 - 2 s
+    return torch.logsumexp(lse, 0) - (math.log(n) + math.log(n - 1) + 2.0 * t)
+
+
+def alignment_loss(input: Tensor, other: Tensor, *, alpha: float = 2.0, reduction: Reduction = "mean") -> Tensor:
+    r"""How far the two members of positive pairs are apart (Wang & Isola 2020).
+
+    .. math::
+        \ell_i = \lVert a_i - b_i \rVert^\alpha
+
+    Args:
+        input, other: (N, d) each, any scale; row i of one and row i of the other are a pair.
+        alpha: > 0.
+        reduction: ``"none"``, ``"sum"`` or ``"mean"``; the mean of nothing is 0.
+
+    Returns:
+        A scalar, or (N,); float32 (float64 for float64 input).
+    """
+    _checks.matrix("input", input, "N", "d")
+    _checks.matrix("other", other, "N", "d")
+    _same_pairs("input", input, "other", other)
+    _checks.same_device("input", input, "other", other)
+    _checks.positive_scalar("alpha", alpha, input)
+    _checks.choice("reduction", reduction, REDUCTIONS)
+    squares = (_unit(input) - _unit(other)).square().sum(1)
+    # A power below 1 has an infinite slope at 0, where the distance itself is flat: no gradient there.
+    loss = torch.where(squares > 0, squares.where(squares > 0, 1.0) ** (alpha / 2), 0.0)
+    return _reduce(loss, torch.ones_like(loss, dtype=torch.bool), None, reduction, loss.shape)
+
+
+# --- arguments --------------------------------------------------------------------------------------------
+
+
+def _check_options(input: Tensor, temperature: float | Tensor, reduction: str, name: str) -> None:
+    _checks.is_tensor(name, input)
+    _checks.positive_scalar("temperature", temperature, input)
+    _checks.choice("reduction", reduction, REDUCTIONS)
+
+
+def _same_pairs(name: str, value: Tensor, other_name: str, other: Tensor, hint: str = "") -> None:
+    if value.shape != other.shape:
+        raise ValueError(
+            f"{name} and {other_name} must hold pairs and have the same shape, "
+            f"got {tuple(value.shape)} and {tuple(other.shape)}{hint}"
+        )
+
+
+def _samples(
+    input: Tensor,
+    target: Tensor | None,
+    temperature: float | Tensor,
+    sample_weight: Tensor | None,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Checked arguments as rows (N, d), labels (N,) and weights (N,)."""
+    _check_options(input, temperature, reduction, "input")
+    if input.dim() not in (2, 3):
+        raise ValueError(f"input must have shape (N, d) or (B, V, d), got {tuple(input.shape)}")
+    if input.dim() == 3 and input.shape[1] == 0:
+        raise ValueError(f"input must have at least one view of every sample, got {tuple(input.shape)}")
+    rows = input.flatten(0, -2)
+    _checks.matrix("input", rows, "N", "d")
+    if rows.shape[1] == 0:
+        raise ValueError(f"input must have d >= 1 columns, got {tuple(input.shape)}")
+    count, views = input.shape[0], 1 if input.dim() == 2 else input.shape[1]
+    if target is None:
+        if views < 2:
+            raise ValueError(
+                f"without target the positives are other views: input must be (B, V, d) with V >= 2, "
+                f"got {tuple(input.shape)}"
+            )
+        labels = torch.arange(count, device=input.device)
+    else:
+        _checks.target(target, input, "input")
+        labels = target.long()
+    if sample_weight is not None:
+        _checks.vector("sample_weight", sample_weight, count, input)
+        sample_weight = sample_weight.repeat_interleave(views)
+    return rows, labels.repeat_interleave(views), sample_weight
+
+
+# --- steps ------------------------------------------------------------------------------------------------
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Unit rows in the accumulation dtype."""
+    return F.normalize(rows.to(accumulation_dtype(rows.dtype)), dim=1, eps=norm_eps(rows.dtype))
+
+
+def _groups(labels: Tensor, ignored: Tensor) -> tuple[Tensor, int]:
+    """Labels as indices of classes in the order of the labels, and at least the number of classes.
+
+    A GPU's host does not know how many there are; there it is the number of samples.
+    """
+    ordered, order = labels.masked_fill(ignored, torch.iinfo(torch.int64).max).sort()
+    starts = F.pad(ordered[1:] != ordered[:-1], (1, 0)).cumsum(0)
+    group = torch.empty_like(starts).scatter_(0, order, starts)
+    known = labels.device.type == "cpu" and not torch.compiler.is_compiling()
+    return group, int(starts[-1]) + 1 if known else len(labels)
+
+
+def _class_sums(rows: Tensor, group: Tensor, ignored: Tensor, classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit rows (0 where ignored), (C, d) their sums over every class, and (C,) the numbers of samples."""
+    unit, group = _unit(rows.masked_fill(ignored[:, None], 0.0)), group.masked_fill(ignored, 0)
+    sums = unit.new_zeros(classes, unit.shape[1]).index_add(0, group, unit)
+    counts = unit.new_zeros(classes).index_add(0, group, (~ignored).to(unit.dtype))
+    return unit, sums, counts
+
+
+def _mean_positive(rows: Tensor, labels: Tensor, ignored: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cosine of every sample with the others of its class, and whether there are any.
+
+    The sum of the cosines is one inner product with the sum of the class: O(N d) for all pairs.
+    """
+    group, classes = _groups(labels, ignored)
+    unit, sums, counts = _class_sums(rows, group, ignored, classes)
+    others = counts[group] - 1.0
+    has_positive = (others > 0) & ~ignored
+    total = torch.linalg.vecdot(unit, sums[group] - unit)
+    return total.masked_fill(~has_positive, 0.0) / others.clamp_min(1.0), has_positive
+
+
+def _height(means: Tensor, dtype: torch.dtype) -> Tensor:
+    """sqrt(1 - |mean|^2), the coordinate that lifts a mean onto the sphere.
+
+    Rounding must not make it zero, or the derivative could not undo that of the lifted mean's normalisation; at
+    the least value the lifted mean is still of unit length to the precision of ``dtype``.
+    """
+    square = 1.0 - means.square().sum(1)
+    least = torch.finfo(dtype).eps / 16
+    return (square + (square.clamp_min(least) - square).detach()).sqrt()
+
+
+def _uniformity(lse: Tensor) -> Tensor:
+    """0 for an empty sum: what remains is the alignment."""
+    return lse.masked_fill(lse == -torch.inf, 0.0)
+
+
+def _nothing(shape: torch.Size, reduction: Reduction, *inputs: Tensor) -> Tensor:
+    """The loss of no samples, differentiable all the same."""
+    zero = sum((x.to(accumulation_dtype(x.dtype)).sum() for x in inputs), start=torch.zeros(()))
+    return zero.expand(shape) if reduction == "none" else zero
+
+
+def _reduce(loss: Tensor, counted: Tensor, weight: Tensor | None, reduction: Reduction, shape: torch.Size) -> Tensor:
+    """Weight and reduce the losses of the samples that count; the mean of nothing is 0."""
+    loss = loss.masked_fill(~counted, 0.0)
+    if weight is not None:
+        loss = loss * weight.to(loss.dtype)
+    if reduction == "none":
+        return loss.view(shape)
+    if reduction == "sum":
+        return loss.sum()
+    total = counted.sum() if weight is None else weight.to(loss.dtype).where(counted, 0.0).sum()
+    return loss.sum() / total.masked_fill(total == 0, 1)
