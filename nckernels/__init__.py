@@ -9,6 +9,7 @@ and :mod:`nckernels.metrics` have the simplex and the measures of neural collaps
 
 from . import geometry, metrics
 from .backends.registry import set_backend, set_workspace, use_backend, use_workspace
+from .classifiers import ClassifierResult, FixedPrototypes, LinearProbe, compare_classifiers
 from .contrastive import (
     alignment_loss,
     clip_loss,
@@ -37,7 +38,10 @@ __version__ = "0.1.0"
 __all__ = [
     "AlignmentLoss",
     "CLIPLoss",
+    "ClassifierResult",
+    "FixedPrototypes",
     "InfoNCELoss",
+    "LinearProbe",
     "NONLLoss",
     "NTCELoss",
     "NormFaceLoss",
@@ -48,6 +52,7 @@ __all__ = [
     "__version__",
     "alignment_loss",
     "clip_loss",
+    "compare_classifiers",
     "cosine_lse",
     "geometry",
     "info_nce_loss",

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .backends.base import bad_target
-
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -89,12 +87,16 @@ def target(value: Tensor, features: Tensor, feature_name: str = "features") -> N
     same_device("target", value, feature_name, features)
 
 
-def in_classes(target: Tensor, num_classes: int, ignore_index: int) -> None:
+def in_classes(target: Tensor, num_classes: int, ignore_index: int | None = None) -> None:
     """Values of ``target`` in [0, num_classes) or ``ignore_index``, where looking at them stalls nobody."""
     if target.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    if not bool((((target >= 0) & (target < num_classes)) | (target == ignore_index)).all()):
-        raise bad_target(target, num_classes, ignore_index)
+    bad = (target < 0) | (target >= num_classes)
+    if ignore_index is not None:
+        bad &= target != ignore_index
+    if bool(bad.any()):
+        allowed = "" if ignore_index is None else f" or equal ignore_index={ignore_index}"
+        raise ValueError(f"target must lie in [0, {num_classes}){allowed}, got {int(target[bad][0])}")
 
 
 def vector(name: str, value: Tensor, size: int, like: Tensor) -> None:

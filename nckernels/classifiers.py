@@ -1,0 +1,382 @@
+"""Classifiers for features that were trained without one.
+
+[NCD] section 4.3: after supervised contrastive training the class means already are a classifier, fixed prototypes
+(FP), at the price of one pass over the training set. The baselines train a linear layer on frozen features: linear
+probing (LP) and its normalised form (NLP), [NCD] Table 2. :func:`compare_classifiers` runs all three.
+
+All follow scikit-learn's manner (``fit``, ``predict``, ``score``) and are modules whose forward gives logits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from . import _checks, functional
+from .backends.base import accumulation_dtype, norm_eps
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+Encoder = Callable[[Tensor], Tensor]
+
+_CHUNK = 16384  # rows in float64 at a time
+
+
+class _Classifier(nn.Module):
+    """Data in either form, predictions and accuracy."""
+
+    num_classes: int
+    in_features: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the classifier lives; data is taken there."""
+        return next(iter(self.state_dict().values())).device
+
+    @torch.no_grad()
+    def predict(self, input: Tensor) -> Tensor:
+        """(N, d) features -> (N,) class indices."""
+        prediction: Tensor = self(input).argmax(-1)
+        return prediction
+
+    def score(self, input: Tensor, target: Tensor) -> float:
+        """Share of the samples that are classified as ``target`` says; waits for the device."""
+        self._check(input, target)
+        if len(input) == 0:
+            raise ValueError("input must have at least one row to have an accuracy, got none")
+        prediction = self.predict(input)
+        return float((prediction == target.to(prediction.device)).double().mean())
+
+    def extra_repr(self) -> str:
+        return f"num_classes={self.num_classes}, in_features={self.in_features}"
+
+    def _check(self, input: Tensor, target: Tensor) -> None:
+        _checks.matrix("input", input, "N", "d")
+        if input.shape[1] != self.in_features:
+            raise ValueError(f"input must have in_features={self.in_features} columns, got {tuple(input.shape)}")
+        _checks.target(target, input, "input")
+        _checks.in_classes(target, self.num_classes, ignore_index=0)  # 0 is a class: nothing is ignored
+
+    def _batches(
+        self, input: Tensor | Batches, target: Tensor | None, encoder: Encoder | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Checked batches of features and labels on the classifier's device."""
+        if isinstance(input, Tensor):
+            if target is None:
+                raise TypeError("target must be given with a tensor of features, got None")
+            batches: Batches = ((input, target),)
+        elif target is not None:
+            raise TypeError("target must be None with an iterable of (features, labels), whose labels are taken")
+        else:
+            batches = input
+        for features, labels in batches:
+            features = features.to(self.device)
+            if encoder is not None:
+                features = encoder(features)
+            labels = labels.to(features.device)
+            self._check(features, labels)
+            yield features, labels
+
+
+class FixedPrototypes(_Classifier):
+    r"""The class means of unit features as a classifier, FP ([NCD] section 4.3).
+
+    .. math::
+        \hat{y} = \arg\max_c \; u \cdot \hat\mu_c, \qquad
+        \hat\mu_c = \mu_c / \lVert \mu_c \rVert, \quad \mu_c = \frac{1}{n_c} \sum_{y_i = c} u_i
+
+    with u the unit features. Only sums and counts are kept, in float64, so that any order, any partition into
+    batches and any number of processes give the same prototypes.
+
+    Args:
+        num_classes: K.
+        in_features: d.
+        temperature: of the logits, :math:`u \cdot \hat\mu_c / \tau`; the decision does not depend on it.
+        device: where the sums are kept; data is taken there.
+
+    Shape:
+        input (N, d) or (..., d) -> logits (N, K) or (..., K), -inf for classes without a sample.
+
+    Example:
+        >>> x, y = torch.randn(100, 16), torch.randint(3, (100,))
+        >>> fp = nckernels.FixedPrototypes(3, 16).fit(x, y)  # or .fit(loader, encoder=model)
+        >>> fp.score(x, y)
+    """
+
+    sums: Tensor
+    counts: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_features: int,
+        *,
+        temperature: float = 0.1,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        _checks.positive_integer("num_classes", num_classes)
+        _checks.positive_integer("in_features", in_features)
+        sums = torch.zeros(num_classes, in_features, device=device, dtype=torch.float32)
+        self.register_buffer("sums", sums if sums.device.type == "mps" else sums.double())  # MPS has no float64
+        self.register_buffer("counts", torch.zeros(num_classes, device=device, dtype=torch.int64))
+        _checks.positive_scalar("temperature", temperature, sums)
+        self.num_classes, self.in_features, self.temperature = num_classes, in_features, temperature
+
+    def fit(self, input: Tensor | Batches, target: Tensor | None = None, *, encoder: Encoder | None = None) -> Self:
+        """Forget everything and take one pass over the data.
+
+        Args:
+            input: (N, d) features, or an iterable (a DataLoader) of pairs of features and labels.
+            target: (N,) class indices; None with an iterable.
+            encoder: what turns the first of each pair into features, for example a network, which is put into
+                eval mode for the time being. No gradients are computed.
+        """
+        self.sums.zero_()
+        self.counts.zero_()
+        with _evaluating(encoder):
+            for features, labels in self._batches(input, target, encoder):
+                self._add(features, labels)
+        return self
+
+    def partial_fit(self, input: Tensor, target: Tensor) -> Self:
+        """Add the samples of one batch: (N, d) features, (N,) class indices."""
+        for features, labels in self._batches(input, target, None):
+            self._add(features, labels)
+        return self
+
+    @torch.no_grad()
+    def _add(self, features: Tensor, labels: Tensor) -> None:
+        for rows, classes in zip(features.split(_CHUNK), labels.long().split(_CHUNK), strict=True):
+            self.sums.index_add_(0, classes, _unit(rows).to(self.sums.dtype))
+            self.counts.index_add_(0, classes, torch.ones_like(classes))
+
+    def merge(self, other: FixedPrototypes) -> Self:
+        """Add what another one has seen."""
+        if not isinstance(other, FixedPrototypes):
+            raise TypeError(f"other must be FixedPrototypes, got {type(other).__name__}")
+        mine, theirs = tuple(self.sums.shape), tuple(other.sums.shape)
+        if mine != theirs:
+            raise ValueError(f"other must have the same classes and features, (K, d) = {mine}, got {theirs}")
+        self.sums += other.sums.to(self.sums)
+        self.counts += other.counts.to(self.counts)
+        return self
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> Self:
+        """Merge what all processes of a group have seen, in all of them."""
+        dist.all_reduce(self.sums, group=group)
+        dist.all_reduce(self.counts, group=group)
+        return self
+
+    @property
+    def prototypes(self) -> Tensor:
+        """(K, d) unit rows in float32; zeros for classes without a sample."""
+        return F.normalize(self.sums, dim=1).float()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Cosine logits."""
+        if self.counts.device.type == "cpu" and not bool(self.counts.any()):
+            raise RuntimeError("FixedPrototypes has seen no samples yet; call fit or partial_fit first")
+        unit = _unit(input.to(self.device))
+        logits = F.linear(unit, self.prototypes.to(unit.dtype)) / self.temperature
+        return logits.masked_fill(self.counts == 0, -torch.inf)
+
+
+class LinearProbe(_Classifier):
+    """A linear layer trained on frozen features: LP, or with ``normalize`` NLP ([NCD] section 5 and App. E).
+
+    LP is a layer with bias under cross-entropy on the features as they are; NLP has unit features, unit weight
+    rows and no bias (NormFace, [NCD] Eq. 3).
+
+    Args:
+        num_classes: K.
+        in_features: d.
+        normalize: NLP instead of LP.
+        temperature: of NLP's logits.
+        epochs, lr, gamma, milestones: SGD with momentum 0.9 and no weight decay, whose rate ``lr`` falls by the
+            factor ``gamma`` after these shares of the epochs. The defaults but lr are [NCD]'s for CIFAR, where
+            it is 5.0.
+        batch_size: samples per iteration.
+        seed: of the order of the samples; the layer starts at zero (LP) or from this seed (NLP).
+        device: where the layer is trained; data is taken there.
+
+    Shape:
+        input (N, d) or (..., d) -> logits (N, K) or (..., K).
+
+    Example:
+        >>> x, y = torch.randn(100, 16), torch.randint(3, (100,))
+        >>> nckernels.LinearProbe(3, 16, epochs=5).fit(x, y).score(x, y)
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_features: int,
+        *,
+        normalize: bool = False,
+        temperature: float = 0.1,
+        epochs: int = 100,
+        lr: float = 0.5,
+        gamma: float = 0.2,
+        milestones: tuple[float, ...] = (0.6, 0.75, 0.9),
+        batch_size: int = 512,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("num_classes", num_classes), ("in_features", in_features), ("epochs", epochs), ("batch_size", batch_size),
+        ):  # fmt: skip
+            _checks.positive_integer(name, value)
+        _checks.integer("seed", seed)
+        self.weight = nn.Parameter(torch.zeros(num_classes, in_features, device=device))
+        self.bias = None if normalize else nn.Parameter(torch.zeros(num_classes, device=device))
+        for name, number in (("temperature", temperature), ("lr", lr), ("gamma", gamma)):
+            _checks.positive_scalar(name, number, self.weight)
+        for share in milestones:
+            _checks.in_range("milestones", share, 0.0, 1.0)
+        self.num_classes, self.in_features, self.temperature = num_classes, in_features, temperature
+        self.epochs, self.lr, self.gamma, self.milestones = epochs, lr, gamma, milestones
+        self.batch_size, self.seed = batch_size, seed
+        self._start()
+
+    @torch.no_grad()
+    def _start(self) -> torch.Generator:
+        generator = torch.Generator().manual_seed(self.seed)
+        if self.bias is not None:
+            self.weight.zero_()
+            self.bias.zero_()
+        else:  # directions must not be zero
+            rows = torch.randn(self.weight.shape, generator=generator) / self.in_features**0.5
+            self.weight.copy_(rows)
+        return generator
+
+    def fit(self, input: Tensor | Batches, target: Tensor | None = None, *, encoder: Encoder | None = None) -> Self:
+        """Train from the start on (N, d) features with (N,) class indices, or on all batches of an iterable,
+        which are encoded once and held in memory. Arguments as in :meth:`FixedPrototypes.fit`.
+        """
+        with _evaluating(encoder), torch.no_grad():
+            pairs = [(f.detach(), y.long()) for f, y in self._batches(input, target, encoder)]
+        if not pairs or sum(len(y) for _, y in pairs) == 0:
+            raise ValueError("input must have at least one row to fit to, got none")
+        features, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        features, generator = features.to(self.weight.dtype), self._start()
+        optimiser = torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+        drops = [round(share * self.epochs) for share in self.milestones]
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, drops, self.gamma)
+        for _ in range(self.epochs):
+            for rows in torch.randperm(len(labels), generator=generator).to(self.device).split(self.batch_size):
+                optimiser.zero_grad()
+                with torch.enable_grad():
+                    self._loss(features[rows], labels[rows]).backward()  # type: ignore[no-untyped-call]
+                optimiser.step()
+            schedule.step()
+        return self
+
+    def _loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        if self.bias is None:
+            return functional.normface_loss(features, self.weight, labels, temperature=self.temperature)
+        return F.cross_entropy(F.linear(features, self.weight, self.bias), labels)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Logits."""
+        rows = input.to(self.weight)
+        if self.bias is not None:
+            return F.linear(rows, self.weight, self.bias)
+        return F.linear(F.normalize(rows, dim=-1), F.normalize(self.weight, dim=1)) / self.temperature
+
+
+@dataclass(frozen=True)
+class ClassifierResult:
+    """One classifier on one set of features."""
+
+    name: str
+    """``"FP"``, ``"LP"`` or ``"NLP"``."""
+    accuracy: float
+    """On the test features, between 0 and 1."""
+    seconds: float
+    """Time of ``fit``, without the extraction of the features."""
+
+
+def compare_classifiers(
+    train_input: Tensor,
+    train_target: Tensor,
+    test_input: Tensor,
+    test_target: Tensor,
+    *,
+    train_encoded: Tensor | None = None,
+    test_encoded: Tensor | None = None,
+    num_classes: int | None = None,
+    epochs: int = 100,
+    lr: float = 0.5,
+    batch_size: int = 512,
+    temperature: float = 0.1,
+    seed: int = 0,
+) -> list[ClassifierResult]:
+    """[NCD] Table 2: fixed prototypes, linear probe and normalised probe on the same network.
+
+    Args:
+        train_input, test_input: (N, d) features for the fixed prototypes; of a network that was trained with
+            SupCon the output of its projection head.
+        train_target, test_target: (N,) class indices.
+        train_encoded, test_encoded: (N, D) features for the two probes: the encoder's output below the head.
+            None: the same as the others.
+        num_classes: K; None: one more than the largest label.
+        epochs, lr, batch_size, seed: of the probes, as in :class:`LinearProbe`.
+        temperature: of the normalised probe.
+
+    Returns:
+        FP, LP and NLP, in this order.
+    """
+    if (train_encoded is None) != (test_encoded is None):
+        raise ValueError("train_encoded and test_encoded must be given together")
+    if num_classes is None:
+        num_classes = int(torch.cat([train_target.cpu(), test_target.cpu()]).max()) + 1
+    low = train_input if train_encoded is None else train_encoded
+    low_test = test_input if test_encoded is None else test_encoded
+    device, d, low_d = train_input.device, train_input.shape[1], low.shape[1]
+
+    def probe(normalize: bool) -> LinearProbe:
+        return LinearProbe(
+            num_classes, low_d, normalize=normalize, temperature=temperature, epochs=epochs, lr=lr,
+            batch_size=batch_size, seed=seed, device=device,
+        )  # fmt: skip
+
+    def run(name: str, classifier: FixedPrototypes | LinearProbe, train: Tensor, test: Tensor) -> ClassifierResult:
+        start = time.perf_counter()
+        classifier.fit(train, train_target)
+        next(iter(classifier.state_dict().values())).sum().item()  # waits for the device
+        seconds = time.perf_counter() - start
+        return ClassifierResult(name, classifier.score(test, test_target), seconds)
+
+    return [
+        run("FP", FixedPrototypes(num_classes, d, device=device), train_input, test_input),
+        run("LP", probe(normalize=False), low, low_test),
+        run("NLP", probe(normalize=True), low, low_test),
+    ]
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Unit rows, at least in float32."""
+    return F.normalize(rows.to(accumulation_dtype(rows.dtype)), dim=-1, eps=norm_eps(rows.dtype))
+
+
+@contextmanager
+def _evaluating(encoder: Encoder | None) -> Iterator[None]:
+    """No gradients, and a network in eval mode for the time being."""
+    training = isinstance(encoder, nn.Module) and encoder.training
+    if isinstance(encoder, nn.Module):
+        encoder.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        if isinstance(encoder, nn.Module):
+            encoder.train(training)
