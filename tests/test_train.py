@@ -15,8 +15,9 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
+import nckernels
 from nckernels.metrics import NeuralCollapse, optimum
-from nckernels.train import History, TrainConfig, cli, data, demo, fit
+from nckernels.train import History, TrainConfig, augment, cli, data, demo, fit
 from nckernels.train.models import LOSSES, ConvNet, make_head
 from nckernels.train.trainer import cosine_lr, extract
 
@@ -71,12 +72,71 @@ def test_a_dataset_can_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("shape", [(5, 1, 8, 8), (5, 3, 32, 32)])
-@pytest.mark.parametrize("features", ["linear", "relu"])
+@pytest.mark.parametrize("features", ["linear", "mlp", "relu"])
 def test_features(features: str, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     out = ConvNet(shape[1], 24, features)(torch.randn(shape))
     assert out.shape == (5, 24)
-    assert (out.min() < 0) == (features == "linear")
+    assert (out.min() < 0) == (features != "relu")
+
+
+def test_what_lies_below_the_head() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(5, 1, 8, 8)
+    for features, pooled in (("linear", 64), ("mlp", 64), ("relu", 24)):
+        net = ConvNet(1, 24, features).eval()
+        below = net.encode(images)
+        assert below.shape == (5, pooled)
+        assert below.min() >= 0
+        assert torch.equal(net.head(below), net(images))
+
+
+def test_contrastive_head() -> None:
+    """SupCon of the views to train, class means to classify."""
+    torch.manual_seed(0)
+    head = make_head("scl", 6, 4, temperature=0.2)
+    x, y = torch.randn(9, 2, 6), torch.arange(9) % 4
+    assert torch.equal(head.loss(x, y), nckernels.supcon_loss(x, y, temperature=0.2))
+    assert list(head.parameters()) == []
+    head.fit(x[:, 0], y)
+    means = torch.stack([F.normalize(x[y == c, 0], dim=1).mean(0) for c in range(4)])
+    torch.testing.assert_close(head.prototypes, F.normalize(means, dim=1))
+
+
+# Views
+
+
+def test_views_are_those_of_the_seed() -> None:
+    images = data.load("digits").train_images[:20]
+    first, again, other = (augment.views(images, 3, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert first.shape == (20, 3, 1, 8, 8)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_views_are_of_their_own_image_and_differ() -> None:
+    """A view correlates with its image more than with the average other, and no two views are the same."""
+    images = data.load("digits").train_images[:50]
+    views = augment.views(images, 2, torch.Generator().manual_seed(0))
+    flat, views = (F.normalize(x.flatten(start) - x.mean(), dim=-1) for x, start in ((images, 1), (views, 2)))
+    cosine = views[:, 0] @ flat.T
+    assert cosine.diagonal().mean() > 0.7
+    assert (cosine.diagonal() > cosine.mean(1)).all()
+    assert ((views[:, 0] - views[:, 1]).abs().amax(1) > 1e-3).all()
+
+
+def test_contrastive_run_ends_with_three_classifiers(tmp_path: Path) -> None:
+    run = fit(tiny(loss="scl", epochs=4, batch_size=256), progress=False)
+    history = run.history
+    assert [r.name for r in history.classifiers] == ["FP", "LP", "NLP"]
+    assert all(r.accuracy > 0.6 and r.seconds > 0 for r in history.classifiers)
+    assert history.classifiers[0].accuracy == pytest.approx(history.test_accuracy[-1])
+    assert history.metrics["weight_alignment"][-1] == pytest.approx(0, abs=1e-9)
+    assert history.loss[-1] < history.loss[1]
+    history.save(tmp_path / "history.json")
+    assert History.load(tmp_path / "history.json").classifiers == history.classifiers
+    one = fit(tiny(loss="scl", views=1), progress=False).history
+    assert one.loss[-1] != fit(tiny(loss="scl", views=2), progress=False).history.loss[-1]
 
 
 def test_cross_entropy_head_is_the_plain_thing() -> None:
@@ -119,7 +179,7 @@ def test_nonl_collapses_where_cross_entropy_does_not() -> None:
 
 
 def untimed(history: History) -> str:
-    return json.dumps(dataclasses.asdict(dataclasses.replace(history, seconds=0)))
+    return json.dumps(dataclasses.asdict(dataclasses.replace(history, seconds=0, classifiers=[])))
 
 
 def test_seed_fixes_the_run() -> None:
@@ -175,6 +235,7 @@ def test_history_round_trip(tmp_path: Path) -> None:
         ("dim", -1),
         ("eval_every", 0),
         ("threads", 0),
+        ("views", 0),
         ("temperature", 0.0),
         ("temperature", math.nan),
         ("lr", -0.1),
@@ -263,8 +324,10 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labels = [line[:15].strip() for line in lines[1:]]
     like = "like CE after"
     assert labels[:3] == ["loss", "optimum", "-" * 15]
-    assert labels[3:10] == ["CE", "NormFace", like, "NTCE", like, "NONL", like]
-    assert {len(line) for line in lines[:10] if line.endswith("|")} == {len(lines[0])}
+    assert labels[3:12] == ["CE", "NormFace", like, "NTCE", like, "NONL", like, "SCL, FP", like]
+    assert {len(line) for line in lines[:12] if line.endswith("|")} == {len(lines[0])}
+    for name in ("fixed prototypes (FP)", "linear probe (LP)", "normalised probe (NLP)"):
+        assert any(line.startswith(name) for line in lines)
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     for loss in LOSSES:
         assert History.load(tmp_path / f"{loss}.json").config.loss == loss

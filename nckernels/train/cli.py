@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from nckernels import ClassifierResult
 from nckernels.metrics import optimum
 
-from .data import DATASETS
-from .models import FEATURES, LOSSES
+from .options import add_options
 from .trainer import Run, TrainConfig, fit
 
 DEFAULTS = TrainConfig()
@@ -40,25 +40,8 @@ def make_parser() -> argparse.ArgumentParser:
         description="Train a small network with one loss and measure neural collapse on the way.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    add_options(parser, DEFAULTS)
     add = parser.add_argument
-    add("--dataset", choices=sorted(DATASETS), default=DEFAULTS.dataset, help="what to train on")
-    add("--loss", choices=LOSSES, default=DEFAULTS.loss, help="what to train with")
-    add("--temperature", type=float, default=DEFAULTS.temperature, help="of all losses but ce")
-    add("--epochs", type=int, default=DEFAULTS.epochs, help="passes over the training set")
-    add("--batch-size", type=int, default=DEFAULTS.batch_size, help="samples per iteration, all the same")
-    add("--lr", type=float, default=DEFAULTS.lr, help="initial learning rate; a cosine takes it to lr / 1000")
-    add("--weight-decay", type=float, default=DEFAULTS.weight_decay, help="of SGD with momentum 0.9")
-    add("--dim", type=int, default=DEFAULTS.dim, help="size of the features")
-    add(
-        "--features", choices=FEATURES, default=DEFAULTS.features,
-        help="linear: signed features; relu: non-negative ones, which cannot reach neural collapse",
-    )  # fmt: skip
-    add("--seed", type=int, default=DEFAULTS.seed, help="of initialisation and batches")
-    add("--device", default=DEFAULTS.device, help="cpu, cuda, cuda:1, mps, ...; auto: accelerator if any")
-    add("--threads", type=int, default=DEFAULTS.threads, help="CPU threads; more gain little here")
-    add("--amp", action="store_true", help="train in bfloat16 autocast")
-    add("--eval-every", type=int, default=DEFAULTS.eval_every, help="iterations between evaluations")
-    add("--backend", default=DEFAULTS.backend, help="backend of nckernels; None: the fastest that runs")
     add("--out", type=Path, default=None, help="folder for history.json and checkpoint.pt; None: no files")
     add("--quiet", action="store_true", help="no progress bar")
     return parser
@@ -75,4 +58,16 @@ def summary(run: Run) -> str:
         f"{'training set':>20} {'measured':>10} {'collapse':>10}",
     ]
     lines += [f"{name:>20} {values[-1]:10.4g} {best[name]:10.4g}" for name, values in history.metrics.items()]
+    if history.classifiers:
+        lines += ["", classifier_table(history.classifiers)]
+    return "\n".join(lines)
+
+
+CLASSIFIERS = {"FP": "fixed prototypes (FP)", "LP": "linear probe (LP)", "NLP": "normalised probe (NLP)"}
+
+
+def classifier_table(results: Sequence[ClassifierResult]) -> str:
+    """Accuracies on one network after contrastive training, and what each classifier's own training took."""
+    lines = [f"{'classifier':<22} {'test %':>7} {'s':>7}"]
+    lines += [f"{CLASSIFIERS[r.name]:<22} {100 * r.accuracy:7.1f} {r.seconds:7.3f}" for r in results]
     return "\n".join(lines)

@@ -1,7 +1,8 @@
-"""``python -m nckernels demo``: four losses side by side, one table and one picture.
+"""``python -m nckernels demo``: five losses side by side, two tables and one picture.
 
 Every loss trains the same network from the same initialisation on the same batches with the same optimiser,
-learning rate and schedule.
+learning rate and schedule. SupCon (SCL) sees two random views of every sample instead of the sample itself; its
+classifier are the class means.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from pathlib import Path
 from nckernels.metrics import first_reach, optimum
 
 from . import plots
-from .models import FEATURES, LOSSES
+from .cli import classifier_table
+from .models import LOSSES
+from .options import add_options
 from .trainer import History, TrainConfig, fit
 
 DEFAULTS = TrainConfig(eval_every=5)
-NAMES = {"ce": "CE", "normface": "NormFace", "ntce": "NTCE", "nonl": "NONL"}
+NAMES = {"ce": "CE", "normface": "NormFace", "ntce": "NTCE", "nonl": "NONL", "scl": "SCL, FP"}
 
 # Column heading, metric, format; first the definitions of [NCD] Table 3, then the direct measurements.
 PUBLISHED = (
@@ -45,7 +48,7 @@ optimum: the value at exact neural collapse. like CE after: the share of CE's it
 metric is as close to the optimum as CE's final value and stays there. intra counts directions of scatter and
 ignores its size: NC1 and scatter measure that. offset: distance of the centre of the means from the origin,
 1/sqrt(K) for the orthogonal frame of ReLU features. HDR subtracts the direction of the global mean, which is
-noise near collapse; HDRctr subtracts the mean itself.
+noise near collapse; HDRctr subtracts the mean itself. SCL, FP: SupCon of two views, class means as prototypes.
 """
 
 
@@ -66,6 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     print(table([run.history for run in runs], runs[0].data.num_classes))
     print(NOTES)
+    for run in runs:
+        if run.history.classifiers:
+            print(f"Classifiers on the network that {run.history.config.loss} has trained ([NCD] Table 2):")
+            print(classifier_table(run.history.classifiers), end="\n\n")
     arguments.out.mkdir(parents=True, exist_ok=True)
     for run in runs:
         run.history.save(arguments.out / f"{run.history.config.loss}.json")
@@ -78,22 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m nckernels demo",
-        description="Train cross-entropy, NormFace, NTCE and NONL on the digits and compare their geometry.",
+        description="Train cross-entropy, NormFace, NTCE, NONL and SupCon on the digits and compare their geometry.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    options = ("epochs", "batch_size", "lr", "temperature", "features", "views", "seed", "device", "threads")
+    add_options(parser, DEFAULTS, options)
     add = parser.add_argument
     add("--out", type=Path, default=Path("demo"), help="folder for the picture and the histories")
-    add("--epochs", type=int, default=DEFAULTS.epochs, help="passes over the training set, for each loss")
-    add("--batch-size", type=int, default=DEFAULTS.batch_size, help="samples per iteration")
-    add("--lr", type=float, default=DEFAULTS.lr, help="initial learning rate of all losses")
-    add("--temperature", type=float, default=DEFAULTS.temperature, help="of the normalised losses")
-    add(
-        "--features", choices=FEATURES, default=DEFAULTS.features,
-        help="linear: signed features; relu: non-negative ones, which cannot reach neural collapse",
-    )  # fmt: skip
-    add("--seed", type=int, default=DEFAULTS.seed, help="of initialisation and batches")
-    add("--device", default=DEFAULTS.device, help="cpu, cuda, mps, ...; auto: accelerator if any")
-    add("--threads", type=int, default=DEFAULTS.threads, help="CPU threads; more gain little here")
     add("--quiet", action="store_true", help="no progress bars")
     return parser
 

@@ -1,16 +1,17 @@
-"""A small convolutional network and the classifier heads that sit on its features."""
+"""A small convolutional network and what sits on its features: classifier heads, or SupCon's."""
 
 from __future__ import annotations
 
 from typing import Literal, Protocol, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import nckernels
 
-Features = Literal["linear", "relu"]
-LossName = Literal["ce", "normface", "ntce", "nonl"]
+Features = Literal["linear", "mlp", "relu"]
+LossName = Literal["ce", "normface", "ntce", "nonl", "scl"]
 
 FEATURES: tuple[str, ...] = get_args(Features)
 LOSSES: tuple[str, ...] = get_args(LossName)
@@ -22,7 +23,8 @@ class ConvNet(nn.Module):
     Args:
         in_channels: channels of the images.
         dim: size d of the features.
-        features: ``"linear"`` maps the pooled activations to d signed features. ``"relu"`` returns d pooled
+        features: ``"linear"`` maps the pooled activations to d signed features, ``"mlp"`` does so with a
+            hidden layer, the usual projection head of contrastive training. ``"relu"`` returns d pooled
             activations as they are, the usual last layer of image networks. Those are never negative, and so
             are their cosines: a simplex, whose cosines are -1/(K-1), is out of their reach, and the best they
             can do is an orthogonal frame.
@@ -31,17 +33,26 @@ class ConvNet(nn.Module):
 
     def __init__(self, in_channels: int, dim: int, features: Features = "linear", width: int = 16) -> None:
         super().__init__()
-        pooled = 4 * width if features == "linear" else dim
+        pooled = dim if features == "relu" else 4 * width
         self.blocks = nn.Sequential(
             _block(in_channels, width, stride=1),
             _block(width, 2 * width, stride=2),
             _block(2 * width, pooled, stride=1),
         )
-        self.head = nn.Linear(pooled, dim) if features == "linear" else nn.Identity()
+        self.head: nn.Module = nn.Identity()
+        if features == "linear":
+            self.head = nn.Linear(pooled, dim)
+        elif features == "mlp":
+            self.head = nn.Sequential(nn.Linear(pooled, pooled), nn.ReLU(inplace=True), nn.Linear(pooled, dim))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (N, C, H, W) -> what lies below the head: pooled activations (N, D)."""
+        pooled: Tensor = self.blocks(images).mean(dim=(2, 3))
+        return pooled
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) -> features (N, d)."""
-        features: Tensor = self.head(self.blocks(images).mean(dim=(2, 3)))
+        features: Tensor = self.head(self.encode(images))
         return features
 
 
@@ -77,10 +88,23 @@ class CrossEntropyHead(nn.Linear):
         return F.cross_entropy(self(features), target)
 
 
+class ContrastiveHead(nckernels.FixedPrototypes):
+    """Nothing to learn: SupCon on the features, and the class means of the last ``fit`` as the classifier."""
+
+    def loss(self, features: Tensor, target: Tensor) -> Tensor:
+        """Of all views of the batch: features (B, V, d)."""
+        return nckernels.supcon_loss(features, target, temperature=self.temperature)
+
+
+AnyHead = CrossEntropyHead | nckernels.PrototypeClassifier | ContrastiveHead
+
+
 def make_head(
-    loss: LossName, dim: int, num_classes: int, temperature: float
-) -> CrossEntropyHead | nckernels.PrototypeClassifier:
+    loss: LossName, dim: int, num_classes: int, temperature: float, device: torch.device | None = None
+) -> AnyHead:
     """The classifier that trains with ``loss``; cross-entropy has no temperature."""
+    if loss == "scl":
+        return ContrastiveHead(num_classes, dim, temperature=temperature, device=device)
     if loss == "ce":
-        return CrossEntropyHead(dim, num_classes)
-    return nckernels.PrototypeClassifier(dim, num_classes, loss=loss, temperature=temperature)
+        return CrossEntropyHead(dim, num_classes).to(device)
+    return nckernels.PrototypeClassifier(dim, num_classes, loss=loss, temperature=temperature).to(device)

@@ -26,7 +26,7 @@ from .trainer import History, Run, extract
 
 Array = NDArray[Any]
 
-COLOURS = {"ce": "#4d4d4d", "normface": "#e69f00", "ntce": "#0072b2", "nonl": "#d6336c"}
+COLOURS = {"ce": "#4d4d4d", "normface": "#e69f00", "ntce": "#0072b2", "nonl": "#d6336c", "scl": "#009e73"}
 INK, MUTED, GRID = "#222222", "#8a8a8a", "#e6e6e6"
 
 LEFT_MARGINS = {"left": 0.06, "right": 0.985, "top": 0.85, "bottom": 0.065, "hspace": 0.28, "wspace": 0.2}
@@ -47,13 +47,14 @@ CURVES = (
 
 
 def demo_figure(runs: Sequence[Run], names: Mapping[str, str], path: Path) -> None:
-    """Curves of all runs on the left; the geometry of the first and the last run on the right."""
+    """Curves of all runs on the left; the geometry under CE and NONL on the right."""
     figure = Figure(figsize=(19, 10.2), facecolor="white")
     FigureCanvasAgg(figure)
     halves = figure.subfigures(1, 2, width_ratios=(1.28, 1), wspace=0.0, squeeze=False)[0]
     histories = [run.history for run in runs]
     _curves(halves[0], histories, names, runs[0].data.num_classes)
-    _geometry(halves[1], (runs[0], runs[-1]), names)
+    by_loss = {run.history.config.loss: run for run in runs}
+    _geometry(halves[1], (by_loss["ce"], by_loss["nonl"]), names)
     figure.savefig(path, dpi=110)
 
 
@@ -97,8 +98,8 @@ def _curves(area: SubFigure, histories: Sequence[History], names: Mapping[str, s
         f"Neural collapse during training: {config.dataset}, {histories[0].steps[-1]} iterations each",
         x=0.06, y=0.975, ha="left", fontsize=15, color=INK, weight="bold",
     )  # fmt: skip
-    area.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.052, 0.945), ncols=6, frameon=False,
-                fontsize=11.5, columnspacing=1.4, handlelength=1.6, labelcolor=INK)  # fmt: skip
+    area.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.052, 0.945), ncols=7, frameon=False,
+                fontsize=10.5, columnspacing=1.1, handlelength=1.5, handletextpad=0.5, labelcolor=INK)  # fmt: skip
 
 
 # Right half: per run the cosines of its class means, and a projection that shows a simplex as a polygon.

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import nckernels
+from nckernels import ClassifierResult
 from nckernels.metrics import neural_collapse
 
+from . import augment
 from . import data as datasets
-from .models import FEATURES, LOSSES, ConvNet, CrossEntropyHead, Features, LossName, make_head
+from .models import FEATURES, LOSSES, AnyHead, ContrastiveHead, ConvNet, Features, LossName, make_head
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class TrainConfig:
     loss: LossName = "nonl"
     temperature: float = 0.1
     """Of the normalised losses; cross-entropy has none."""
+    views: int = 2
+    """Random views of each sample in a batch under ``"scl"``; the other losses see the images as they are."""
     epochs: int = 60
     batch_size: int = 256
     lr: float = 0.05
@@ -60,7 +64,7 @@ class TrainConfig:
         for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("epochs", "batch_size", "dim", "eval_every", "threads"):
+        for name in ("epochs", "batch_size", "dim", "eval_every", "threads", "views"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("temperature", "lr"):
@@ -85,6 +89,8 @@ class History:
     """:class:`nckernels.metrics.NeuralCollapse` of the training set in eval mode, field by field."""
     seconds: float = 0.0
     """Time spent on training iterations, evaluations not included."""
+    classifiers: list[ClassifierResult] = field(default_factory=list)
+    """After ``"scl"``: fixed prototypes and the two linear probes on the trained network ([NCD] Table 2)."""
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(_nan_to_null(asdict(self)), indent=1, allow_nan=False) + "\n")
@@ -92,7 +98,8 @@ class History:
     @classmethod
     def load(cls, path: Path) -> History:
         values = _null_to_nan(json.loads(path.read_text()))
-        return cls(**{**values, "config": TrainConfig(**values["config"])})
+        config, results = TrainConfig(**values["config"]), [ClassifierResult(**r) for r in values["classifiers"]]
+        return cls(**{**values, "config": config, "classifiers": results})
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ class Run:
     """A finished training."""
 
     model: ConvNet
-    head: CrossEntropyHead | nckernels.PrototypeClassifier
+    head: AnyHead
     data: datasets.Dataset
     history: History
 
@@ -131,7 +138,7 @@ def fit(config: TrainConfig, *, progress: bool = True) -> Run:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = ConvNet(data.train_images.shape[1], config.dim, config.features).to(device)
-        head = make_head(config.loss, config.dim, data.num_classes, config.temperature).to(device)
+        head = make_head(config.loss, config.dim, data.num_classes, config.temperature, device)
     parameters = [*model.parameters(), *head.parameters()]
     optimiser = torch.optim.SGD(parameters, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay)
     generator = torch.Generator().manual_seed(config.seed)
@@ -150,7 +157,8 @@ def fit(config: TrainConfig, *, progress: bool = True) -> Run:
                 for group in optimiser.param_groups:
                     group["lr"] = cosine_lr(config.lr, step, total)
                 indices = indices.to(device)
-                losses += _train_step(run, data.train_images[indices], data.train_labels[indices], optimiser)
+                images, labels = data.train_images[indices], data.train_labels[indices]
+                losses += _train_step(run, images, labels, optimiser, generator)
                 step, since = step + 1, since + 1
                 bar.update()
                 if step % config.eval_every == 0 or step == total:
@@ -159,7 +167,25 @@ def fit(config: TrainConfig, *, progress: bool = True) -> Run:
                     bar.set_postfix_str(_record(run, step, loss))
                     since, losses = 0, torch.zeros((), device=device)
                     start = time.perf_counter()
+        if isinstance(head, ContrastiveHead):
+            bar.set_postfix_str("linear probes")
+            run.history.classifiers = probe(run)
     return run
+
+
+def probe(run: Run) -> list[ClassifierResult]:
+    """Fixed prototypes on the features, linear probes on what lies below the head."""
+    data, model = run.data, run.model
+    return nckernels.compare_classifiers(
+        extract(model, data.train_images),
+        data.train_labels,
+        extract(model, data.test_images),
+        data.test_labels,
+        train_encoded=extract(model, data.train_images, model.encode),
+        test_encoded=extract(model, data.test_images, model.encode),
+        num_classes=data.num_classes,
+        seed=run.history.config.seed,
+    )
 
 
 def cosine_lr(lr: float, step: int, total: int) -> float:
@@ -168,21 +194,31 @@ def cosine_lr(lr: float, step: int, total: int) -> float:
     return minimum + 0.5 * (lr - minimum) * (1 + math.cos(math.pi * step / total))
 
 
-def _train_step(run: Run, images: Tensor, labels: Tensor, optimiser: torch.optim.Optimizer) -> Tensor:
+def _train_step(
+    run: Run, images: Tensor, labels: Tensor, optimiser: torch.optim.Optimizer, generator: torch.Generator
+) -> Tensor:
     run.model.train()
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=run.history.config.amp):
-        loss = run.head.loss(run.model(images), labels)
+    config = run.history.config
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=config.amp):
+        if isinstance(run.head, ContrastiveHead):
+            views = augment.views(images, config.views, generator)
+            features = run.model(views.flatten(0, 1)).unflatten(0, views.shape[:2])
+        else:
+            features = run.model(images)
+        loss = run.head.loss(features, labels)
     optimiser.zero_grad()
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     optimiser.step()
     return loss.detach()
 
 
 @torch.no_grad()
-def extract(model: nn.Module, images: Tensor, chunk: int = 1024) -> Tensor:
-    """Features in eval mode."""
+def extract(
+    model: nn.Module, images: Tensor, function: Callable[[Tensor], Tensor] | None = None, chunk: int = 1024
+) -> Tensor:
+    """Features in eval mode, or what another ``function`` of the model makes of the images."""
     model.eval()
-    return torch.cat([model(part) for part in images.split(chunk)])
+    return torch.cat([(function or model)(part) for part in images.split(chunk)])
 
 
 @torch.no_grad()
@@ -195,6 +231,8 @@ def _record(run: Run, step: int, loss: float) -> str:
             f"training diverged before iteration {step}: the loss is {loss}, and the features are "
             f"{'finite' if features.isfinite().all() else 'not finite'}; a smaller lr may help"
         )
+    if isinstance(run.head, ContrastiveHead):
+        run.head.fit(features, data.train_labels)
     history.steps.append(step)
     history.loss.append(loss)
     history.train_accuracy.append(_accuracy(run.head(features), data.train_labels))
