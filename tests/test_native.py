@@ -36,6 +36,16 @@ def step(x: Tensor, w: Tensor, y: Tensor, loss: str = "nonl", backend: str = "na
     return value.detach(), *torch.autograd.grad(value, (x, w))
 
 
+def self_step(x: Tensor, y: Tensor, backend: str = "native") -> tuple[Tensor, ...]:
+    """Log-sum-exps and positives of features against themselves, and the gradient."""
+    with nckernels.use_backend(backend):
+        lse, pos = nckernels.cosine_lse(x, x, y, 10.0, exclude="self", direction="instance")
+    weight = torch.linspace(0.5, 1.5, len(x), dtype=x.dtype)
+    valid = y != -100
+    value = (weight * (lse - pos))[valid].sum()
+    return lse.detach(), pos.detach(), *torch.autograd.grad(value, x)
+
+
 def assert_same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
     for one, other in zip(got, expected, strict=True):
         assert torch.equal(one, other)
@@ -65,6 +75,49 @@ def test_both_ways_to_sum_keep_what_fits(beta: float, workspace: int) -> None:
             oracle.check(case, torch.float32)
 
 
+@pytest.mark.parametrize("beta", [1.0, 29.0, 31.0, 500.0])
+@pytest.mark.parametrize("workspace", [1, 64 * 1024, 512 * 1024, 8 * MIB])
+@pytest.mark.parametrize("exclude", ["self", "same_label"])
+def test_triangles_of_all_sizes(exclude: str, workspace: int, beta: float) -> None:
+    """Blocks of one panel up to one block of everything, with nothing, a part or all of the triangle kept."""
+    for samples in (97, 500):
+        for direction in ("class", "instance"):
+            case = oracle.make_problem(
+                samples, samples, 21, direction=direction, exclude=exclude, beta=beta, bias=True, itself=True
+            )
+            with nckernels.use_backend("native"), nckernels.use_workspace(workspace):
+                oracle.check(case, torch.float64)
+                oracle.check(case, torch.float32)
+
+
+@pytest.mark.parametrize("d", [40, 300])
+@pytest.mark.parametrize("workspace", [MIB, 64 * MIB])
+def test_large_triangles_are_within_3e_7(workspace: int, d: int) -> None:
+    """Several blocks of columns and several steps of a tile, or one block that is kept as a whole."""
+    x, _, y = problem(3001, 3001, d)
+    x64 = x.detach().double().requires_grad_()
+    exact = self_step(x64, y, "reference")
+    with nckernels.use_workspace(workspace):
+        for name, got, truth in zip(("lse", "pos", "features"), self_step(x, y), exact, strict=True):
+            error = float((got.double() - truth).norm() / truth.norm())
+            assert error <= 3e-7, (name, error)
+
+
+def test_left_out_samples_of_a_triangle_are_not_read() -> None:
+    """NaN where the target says ignore, unless a positive is there: the same bits as with numbers there."""
+    x, _, y = problem(700, 700, 24)
+    y[::7] = -100
+    with torch.no_grad():
+        named = torch.zeros(700, dtype=torch.bool).index_fill_(0, y[y >= 0], True)
+        unread = (y == -100) & ~named
+        assert unread.any()
+        other = x.detach().clone().requires_grad_()
+        other[unread] = torch.nan
+    for workspace in (64 * 1024, 8 * MIB):
+        with nckernels.use_workspace(workspace):
+            assert_same(self_step(other, y), self_step(x, y))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_16_bit_number_is_converted(dtype: torch.dtype) -> None:
     """All finite numbers as features in rows of one: u is their sign, and the inverse norm shows the number."""
@@ -72,7 +125,7 @@ def test_every_16_bit_number_is_converted(dtype: torch.dtype) -> None:
     x = x[x.isfinite()][:, None]
     y = torch.zeros(len(x), dtype=torch.int64)
     arguments = (x, torch.ones(1, 1, dtype=dtype), y, torch.tensor(1.0), None, None, "instance", "none", False, -100)
-    results = torch.ops.nckernels.cosine_lse(*arguments, MIB, "native", False)
+    results = torch.ops.nckernels.cosine_lse(*arguments, MIB, False, "native", False)
     eps = 2.0**-14 if dtype == torch.float16 else 1e-12
     # The squares of bfloat16's largest numbers leave the range of float32: their norm is inf, as in PyTorch.
     x = x[:, 0].double()
@@ -104,6 +157,23 @@ def test_threads_do_not_change_the_result(loss: str) -> None:
     assert_same(step(x, w, y, loss), many)
     for got, expected in zip(many, one, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.usefixtures("_restore_threads")
+@pytest.mark.parametrize("workspace", [256 * 1024, 32 * MIB])
+def test_threads_do_not_change_a_triangle(workspace: int) -> None:
+    x, _, y = problem(1300, 1300, 72)
+    with nckernels.use_workspace(workspace):
+        torch.set_num_threads(1)
+        one = self_step(x, y)
+        torch.set_num_threads(2)
+        for _ in range(3):
+            assert_same(self_step(x, y), one)
+        torch.set_num_threads(7)
+        many = self_step(x, y)
+        assert_same(self_step(x, y), many)
+    for got, expected in zip(many, one, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.usefixtures("_restore_threads")
@@ -184,6 +254,12 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16):
                 shape = (70, 70, 37) if exclude in ("self", "same_label") else (150, 43, 37)
                 case = oracle.make_problem(*shape, direction=direction, exclude=exclude, beta=beta, bias=True)
                 oracle.check(case, dtype)
+                if shape[0] == shape[1] and direction != "both":
+                    shape = (210, 210, 37)
+                    case = oracle.make_problem(
+                        *shape, direction=direction, exclude=exclude, beta=beta, bias=True, itself=True
+                    )
+                    oracle.check(case, dtype)
 """
     result = run_python(code, ATEN_CPU_CAPABILITY=capability, NCKERNELS_CXXFLAGS=flags)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -207,6 +283,44 @@ def test_scratch_stays_within_the_workspace(loss: str, workspace: int, threads: 
             kept = 4 * native.BACKEND.kept_numel(torch.device("cpu"), torch.float32, m, k, dense)
             vectors = 256 * (m + k)
             assert native.peak_scratch() + kept <= workspace + vectors, (m, k, d)
+
+
+@pytest.mark.usefixtures("_restore_threads")
+@pytest.mark.parametrize("threads", [1, 2, 8])
+@pytest.mark.parametrize("workspace", [2 * MIB, 8 * MIB])
+@pytest.mark.parametrize("wanted", ["features", "inv_temperature", "logit_bias"])
+def test_scratch_of_a_triangle_stays_within_the_workspace(wanted: str, workspace: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    spec = nckernels.backends.base.Spec("instance", "self", False, -100, workspace, symmetric=True)
+    with nckernels.use_backend("native"), nckernels.use_workspace(workspace):
+        for m, d in ((300, 64), (5000, 64), (1500, 512), (9000, 16)):
+            x, _, y = problem(m, m, d)
+            beta, bias = torch.tensor(10.0), torch.zeros(m)
+            leaf = {"features": x, "inv_temperature": beta, "logit_bias": bias}[wanted]
+            for tensor in (x, beta, bias):
+                tensor.requires_grad_(tensor is leaf)
+            native.peak_scratch()
+            lse, pos = nckernels.cosine_lse(x, x, y, beta, exclude="self", direction="instance", logit_bias=bias)
+            torch.autograd.grad((lse - pos).mean(), leaf)
+            kept = 4 * native.BACKEND.kept_numel(x.device, x.dtype, m, m, spec)
+            assert kept <= workspace // 2
+            assert native.peak_scratch() + kept <= workspace + 256 * 2 * m, (m, d)
+
+
+def test_what_is_kept_of_a_triangle_is_half_of_the_matrix() -> None:
+    for m in (1, 200, 3000):
+        whole, half = (
+            native.BACKEND.kept_numel(
+                torch.device("cpu"),
+                torch.float32,
+                m,
+                m,
+                nckernels.backends.base.Spec("instance", "self", False, -100, 2**40, symmetric),
+            )
+            for symmetric in (False, True)
+        )
+        assert half <= whole
+    assert half < 0.65 * whole
 
 
 def test_registry_prefers_native_on_the_cpu() -> None:

@@ -21,7 +21,6 @@ class BackwardPass {
         columns_(columns),
         g_(g),
         s_(p, columns),
-        longest_(T(0.999999) / T(p.eps)),
         need_rows_(g.z || (g.beta && !g.w)),
         class_scale_(s_.all_panels * NR),
         class_shift_(s_.all_panels * NR),
@@ -31,60 +30,85 @@ class BackwardPass {
   }
 
   void run() {
-    const int64_t tiles = s_.tiles, d_pad = s_.d_pad;
-    // dL/dU accumulates over column blocks in the gradient itself.
-    Buffer<T> rows_storage(need_rows_ && !g_.z ? p_.m * p_.d : 0);
-    T* grad_z = g_.z ? static_cast<T*>(g_.z) : static_cast<T*>(rows_storage);
-    std::vector<double> energy(std::max<int64_t>(tiles, 1), 0.0);
-    std::vector<double> class_energy(s_.all_panels, 0.0);
-    const int64_t widest = std::min(s_.block_k, s_.all_panels * NR);
-    Buffer<T> v(s_.kept_tiles < tiles ? widest * p_.d : 0), v_rows(need_rows_ ? widest * d_pad : 0),
-        grad_v(g_.w ? widest * d_pad : 0);
-    const int64_t group = std::min(s_.group, tiles);
-    Buffer<T> entries(group * s_.tile_m * widest), u_rows(g_.w ? group * s_.tile_m * d_pad : 0);
-    Buffer<T> bias_shares(g_.class_bias && g_.instance_lse ? group * widest : 0);
-    T* const all_entries = entries;
-    T* const bias = bias_shares;
-    T* const all_u = u_rows;
-    if (!columns_.count && need_rows_) std::fill(grad_z, grad_z + p_.m * p_.d, T(0));
-
+    Room room(*this);
+    if (!columns_.count && need_rows_) std::fill(room.grad_z, room.grad_z + p_.m * p_.d, T(0));
     for (int64_t first = 0; first < columns_.count; first += s_.block_k) {
-      const int64_t count = std::min(s_.block_k, columns_.count - first);
-      const int64_t panels = (count + NR - 1) / NR;
-      const bool last = first + count == columns_.count;
-      parallel(p_.threads, panels, [&](int64_t q) {
-        s_.pack_prototypes(first, count, q, v, need_rows_ ? static_cast<T*>(v_rows) : nullptr);
+      const Block block(first, std::min(s_.block_k, columns_.count - first),
+                        first + s_.block_k >= columns_.count);
+      parallel(p_.threads, block.panels, [&](int64_t q) {
+        s_.pack_prototypes(first, block.count, q, room.v,
+                           need_rows_ ? static_cast<T*>(room.v_rows) : nullptr);
       });
-      if (g_.w) std::fill(static_cast<T*>(grad_v), grad_v + panels * NR * d_pad, T(0));
-      for (int64_t begin = 0; begin < tiles; begin += group) {
-        const int64_t here = std::min(group, tiles - begin);
-        parallel(p_.threads, here, [&](int64_t i) {
-          const int64_t tile = begin + i;
-          T* a = all_entries + i * s_.tile_m * widest;
-          T* by_feature = g_.w ? all_u + i * s_.tile_m * d_pad : nullptr;
-          const bool is_kept = tile < s_.kept_tiles;  // then there is no product to make again
-          Buffer<T> u(is_kept ? 0 : s_.tile_m * p_.d);
-          if (!is_kept || by_feature) s_.pack_features(tile, u, by_feature);
-          fill_entries(tile, first, count, u, v, a, bias ? bias + i * widest : nullptr);
-          if (need_rows_) add_rows(tile, first == 0, last, panels, a, v_rows, grad_z, energy[tile]);
-        });
-        for (int64_t i = 0; i < here && bias; i++)
-          for (int64_t c = 0; c < count; c++)
-            static_cast<T*>(g_.class_bias)[columns_.class_of(first + c)] += bias[i * widest + c];
-        if (g_.w) add_columns(begin, here, panels, widest, all_entries, all_u, grad_v);
+      if (g_.w) std::fill(static_cast<T*>(room.grad_v), room.grad_v + block.panels * NR * s_.d_pad, T(0));
+      for (int64_t begin = 0; begin < s_.tiles; begin += room.group) {
+        make_rows(room, block, begin);
+        if (g_.w) add_columns(room, block, begin);
       }
-      if (g_.w)
-        parallel(p_.threads, panels,
-                 [&](int64_t q) { finish_columns(first, count, q, grad_v, class_energy[first / NR + q]); });
+      if (g_.w) parallel(p_.threads, block.panels, [&](int64_t q) { finish_columns(room, block, q); });
     }
-    if (g_.beta) {
-      double total = 0;
-      for (double e : need_rows_ ? energy : class_energy) total += e;
-      *g_.beta = total / p_.beta;
-    }
+    if (!g_.beta) return;
+    double total = 0;
+    for (double e : need_rows_ ? room.energy : room.class_energy) total += e;
+    *g_.beta = total / p_.beta;
   }
 
  private:
+  // Columns [first, first + count).
+  struct Block {
+    int64_t first, count, panels;
+    bool is_last;
+
+    Block(int64_t start, int64_t n, bool last)
+        : first(start), count(n), panels((n + NR - 1) / NR), is_last(last) {}
+  };
+
+  // What the pass works in: a block of columns packed in two layouts, with its gradient, and what a group of
+  // row tiles passes on from their own threads to those that add up the columns.
+  struct Room {
+    int64_t widest, group;                     // columns, tiles
+    std::vector<double> energy, class_energy;  // shares of dL/dbeta per row tile, per panel
+    Buffer<T> rows, v, v_rows, grad_v, entries, u_rows, bias_shares;
+    T* grad_z;  // where dL/dU accumulates over column blocks: in the gradient itself if it is wanted
+
+    explicit Room(const BackwardPass& pass) : Room(pass, pass.s_, pass.g_) {}
+    Room(const BackwardPass& pass, const Tl& s, const Gradients& g)
+        : widest(std::min(s.block_k, s.all_panels * NR)),
+          group(std::min(s.group, s.tiles)),
+          energy(std::max<int64_t>(s.tiles, 1), 0.0),
+          class_energy(s.all_panels, 0.0),
+          rows(pass.need_rows_ && !g.z ? s.p.m * s.p.d : 0),
+          v(s.kept_tiles < s.tiles ? widest * s.p.d : 0),
+          v_rows(pass.need_rows_ ? widest * s.d_pad : 0),
+          grad_v(g.w ? widest * s.d_pad : 0),
+          entries(group * s.tile_m * widest),
+          u_rows(g.w ? group * s.tile_m * s.d_pad : 0),
+          bias_shares(g.class_bias && g.instance_lse ? group * widest : 0),
+          grad_z(g.z ? static_cast<T*>(g.z) : static_cast<T*>(rows)) {}
+
+    T* entries_of(int64_t i, const Tl& s) { return entries + i * s.tile_m * widest; }
+    T* u_rows_of(int64_t i, const Tl& s) { return u_rows + i * s.tile_m * s.d_pad; }
+    T* bias_of(int64_t i) { return bias_shares ? bias_shares + i * widest : nullptr; }
+  };
+
+  // The tiles of a group, each by one thread: the entries, and A V for their rows.
+  void make_rows(Room& room, const Block& block, int64_t begin) {
+    const int64_t here = std::min(room.group, s_.tiles - begin);
+    parallel(p_.threads, here, [&](int64_t i) {
+      const int64_t tile = begin + i;
+      const bool is_kept = tile < s_.kept_tiles;  // then there is no product to make again
+      Buffer<T> u(is_kept ? 0 : s_.tile_m * p_.d);
+      T* by_feature = g_.w ? room.u_rows_of(i, s_) : nullptr;
+      if (!is_kept || by_feature) s_.pack_features(tile, u, by_feature);
+      T* a = room.entries_of(i, s_);
+      fill_entries(tile, block.first, block.count, u, room.v, a, room.bias_of(i));
+      if (need_rows_) add_rows(room, block, tile, a);
+    });
+    if (!room.bias_shares) return;
+    for (int64_t i = 0; i < here; i++)
+      for (int64_t c = 0; c < block.count; c++)
+        static_cast<T*>(g_.class_bias)[columns_.class_of(block.first + c)] += room.bias_of(i)[c];
+  }
+
   // Upstream gradients and lse in the order of the columns, made harmless where a sum is empty. Shift-free
   // they become one factor, g / exp(lse), since A = exp(t) g / exp(lse).
   void prepare() {
@@ -210,88 +234,67 @@ class BackwardPass {
 
   // dL/dU of a tile: A V, added up over column blocks in grad_z; after the last one through the
   // normalisation.
-  void add_rows(int64_t tile, bool is_first, bool is_last, int64_t panels, const T* a, const T* v, T* grad_z,
-                double& energy) {
+  void add_rows(Room& room, const Block& block, int64_t tile, const T* a) {
     const int64_t n = s_.rows(tile), padded = s_.padded_rows(tile), d = p_.d, d_pad = s_.d_pad;
     Buffer<T> product(padded * d_pad), sum(d_pad), line(s_.z.line());
     T* const x = sum;
-    G::times_prototypes(padded, panels, s_.d_panels, a, v, product);
+    G::times_prototypes(padded, 0, block.panels, block.panels, s_.d_panels, a, room.v_rows, product, false);
     for (int64_t r = 0; r < n; r++) {
       const int64_t j = s_.first_row(tile) + r;
-      T* out = grad_z + j * d;
+      T* out = room.grad_z + j * d;
       for (int64_t f = 0; f < s_.d_panels; f++) std::copy_n(product + (f * padded + r) * NR, NR, x + f * NR);
-      if (!is_first)
+      if (block.first)
         for (int64_t i = 0; i < d; i++) x[i] += out[i];
-      if (!is_last || !s_.valid(j)) {
-        for (int64_t i = 0; i < d; i++) out[i] = s_.valid(j) ? x[i] : T(0);
-        continue;
-      }
-      // x = dL/d(beta u), unit = u: dL/dz = beta r (x - (x . u) u)
-      const T* row = s_.z.get(j, line);
-      const T rnorm = s_.z_rnorm[j];
-      const T along = dot(x, row, d) * rnorm;
-      const T radial = rnorm >= longest_ ? T(0) : along * rnorm, scale = s_.beta * rnorm;
-      for (int64_t i = 0; i < d; i++) out[i] = scale * (x[i] - radial * row[i]);
-      energy += static_cast<double>(along) * p_.beta;
+      if (!s_.valid(j))
+        std::fill(out, out + d, T(0));
+      else if (!block.is_last)
+        std::copy_n(x, d, out);
+      else
+        room.energy[tile] += p_.beta * through_norm(p_, x, s_.z.get(j, line), s_.z_rnorm[j], s_.beta, out);
     }
   }
 
   // dL/dV of a column block: A^T U of a group of tiles, in their order.
-  void add_columns(int64_t begin, int64_t here, int64_t panels, int64_t widest, const T* entries, const T* u,
-                   T* grad_v) {
+  void add_columns(Room& room, const Block& block, int64_t begin) {
     // One piece is a block of columns, whose entries stay in the L2 cache, by a few panels of features; there
     // are enough of them for the threads.
-    const int64_t padded = panels * NR, blocks = (panels + G::BLOCK - 1) / G::BLOCK;
+    const int64_t here = std::min(room.group, s_.tiles - begin);
+    const int64_t padded = block.panels * NR, blocks = (block.panels + G::BLOCK - 1) / G::BLOCK;
     const int64_t shares = std::min(s_.d_panels, (4 * p_.threads + blocks - 1) / blocks);
     parallel(p_.threads, blocks * shares, [&](int64_t i) {
       const int64_t c = i % blocks * G::BLOCK * NR, stop = std::min(padded, c + G::BLOCK * NR);
       const int64_t share = i / blocks;
       for (int64_t tile = 0; tile < here; tile++) {
         const int64_t rows = s_.padded_rows(begin + tile);
-        const T* a = entries + tile * s_.tile_m * widest;
-        const T* x = u + tile * s_.tile_m * s_.d_pad;
+        const T *a = room.entries_of(tile, s_), *x = room.u_rows_of(tile, s_);
         for (int64_t f = share * s_.d_panels / shares; f < (share + 1) * s_.d_panels / shares; f++)
-          G::times_features(rows, c, stop, a, x + f * rows * NR, grad_v + f * padded * NR);
+          G::times_features(rows, c, stop, a, x + f * rows * NR, room.grad_v + f * padded * NR);
       }
     });
   }
 
-  void finish_columns(int64_t first, int64_t count, int64_t panel, const T* grad_v, double& energy) {
-    const int64_t d = p_.d, padded = round_up(count, NR);
+  void finish_columns(Room& room, const Block& block, int64_t panel) {
+    const int64_t d = p_.d, padded = block.panels * NR;
     Buffer<T> line(s_.d_pad), row_line(s_.w.line());
     T* x = line;
-    for (int64_t c = panel * NR; c < std::min(count, (panel + 1) * NR); c++) {
-      const int64_t id = columns_.class_of(first + c);
+    for (int64_t c = panel * NR; c < std::min(block.count, (panel + 1) * NR); c++) {
+      const int64_t id = columns_.class_of(block.first + c);
       T* out = static_cast<T*>(g_.w) + id * d;
-      if (!columns_.reads(first + c)) {
+      if (!columns_.reads(block.first + c)) {
         std::fill(out, out + d, T(0));
         continue;
       }
       for (int64_t f = 0; f < s_.d_panels; f++)
-        for (int64_t i = 0; i < NR; i++) x[f * NR + i] = grad_v[(f * padded + c) * NR + i];
-      const T* row = s_.w.get(id, row_line);
-      const T rnorm = s_.w_rnorm[id];
-      const T along = dot(x, row, d) * rnorm;
-      const T radial = rnorm >= longest_ ? T(0) : along * rnorm;
-      for (int64_t i = 0; i < d; i++) out[i] = rnorm * (x[i] - radial * row[i]);
-      energy += along;
+        std::copy_n(room.grad_v + (f * padded + c) * NR, NR, x + f * NR);
+      room.class_energy[block.first / NR + panel] +=
+          through_norm(p_, x, s_.w.get(id, row_line), s_.w_rnorm[id], T(1), out);
     }
-  }
-
-  static T dot(const T* a, const T* b, int64_t n) {
-    Vec<T> total{};
-    int64_t i = 0;
-    for (; i + W <= n; i += W) total += load(a + i) * load(b + i);
-    T result = sum<T>(total);
-    for (; i < n; i++) result += a[i] * b[i];
-    return result;
   }
 
   const Problem& p_;
   const Columns& columns_;
   const Gradients& g_;
   Tl s_;
-  T longest_;  // inverse norms from here on were clamped
   bool need_rows_;
   std::vector<T> class_scale_, class_shift_, row_scale_, row_shift_;
 };

@@ -77,20 +77,9 @@ class ForwardPass {
  private:
   void norms() {
     const Tl& s = tiles_;
-    constexpr int64_t step = 64;
-    parallel(p_.threads, (p_.m + step - 1) / step, [&](int64_t b) {
-      Buffer<T> line(s.z.line());
-      for (int64_t j = b * step; j < std::min(p_.m, (b + 1) * step); j++)
-        s.z_rnorm[j] = s.inverse_norm(s.z.get(j, line));
-    });
+    inverse_norms(p_, s.z, p_.m, s.z_rnorm, [](int64_t j) { return j; });
     if (columns_.compact) std::fill(s.w_rnorm, s.w_rnorm + p_.k, T(1));
-    parallel(p_.threads, (columns_.count + step - 1) / step, [&](int64_t b) {
-      Buffer<T> line(s.w.line());
-      for (int64_t c = b * step; c < std::min(columns_.count, (b + 1) * step); c++) {
-        const int64_t id = columns_.class_of(c);
-        s.w_rnorm[id] = s.inverse_norm(s.w.get(id, line));
-      }
-    });
+    inverse_norms(p_, s.w, columns_.count, s.w_rnorm, [&](int64_t c) { return columns_.class_of(c); });
   }
 
   // What is kept is an output: nothing in it may be left to chance, though nobody reads the padding.

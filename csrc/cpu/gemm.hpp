@@ -63,14 +63,15 @@ struct Gemm {
   static constexpr int PR = NR < 8 || MR == 6 ? 4 : 8;
   static constexpr long BLOCK = DEPTH < NR ? 1 : DEPTH / NR;  // panels of columns that make up DEPTH
 
-  // t[panels][m][NR] = U V^T; m a multiple of MR. u: [m / MR][d][MR], v: [panels][d][NR], both in blocks of
-  // DEPTH along d, one after the other, so that what is used together lies together whatever d is.
-  static void logits(long m, long panels, long d, const T* u, const T* v, T* t) {
+  // t[last - first][m][NR] = U V^T for panels [first, last) of the `panels` in V; m a multiple of MR.
+  // u: [m / MR][d][MR], v: [panels][d][NR], both in blocks of DEPTH along d, one after the other, so that
+  // what is used together lies together whatever d is.
+  static void logits(long m, long first, long last, long panels, long d, const T* u, const T* v, T* t) {
     for (long k = 0; k < d; k += DEPTH)
-      for (long p = 0; p < panels; p++) {
+      for (long p = first; p < last; p++) {
         const long n = d - k < DEPTH ? d - k : DEPTH;
         const T* b = v + (k * panels + p * n) * NR;
-        T* c = t + p * m * NR;
+        T* c = t + (p - first) * m * NR;
         for (long i = 0; i < m; i += MR) {
           const T* a = u + k * m + i * n;
           if (k == 0)
@@ -81,16 +82,18 @@ struct Gemm {
       }
   }
 
-  // out[d_panels][m][NR] = A V. a: [panels][m][NR], v: [d_panels][panels * NR][NR].
-  static void times_prototypes(long m, long panels, long d_panels, const T* a, const T* v, T* out) {
-    for (long p = 0; p < panels; p += BLOCK)
+  // out[d_panels][m][NR] = A V for panels [first, last) of the `panels` in V, or `added` to it.
+  // a: [last - first][m][NR], v: [d_panels][panels * NR][NR].
+  static void times_prototypes(long m, long first, long last, long panels, long d_panels, const T* a,
+                               const T* v, T* out, bool added) {
+    for (long p = first; p < last; p += BLOCK)
       for (long n = 0; n < d_panels; n++) {
-        const long count = panels - p < BLOCK ? panels - p : BLOCK;
+        const long count = last - p < BLOCK ? last - p : BLOCK;
         const T* b = v + (n * panels + p) * NR * NR;
         for (long i = 0; i < m; i += MR) {
-          const T* x = a + p * m * NR + i * NR;
+          const T* x = a + ((p - first) * m + i) * NR;
           T* c = out + (n * m + i) * NR;
-          if (p == 0)
+          if (p == first && !added)
             micro<T, MR, NV, NR, 1, false>(count, NR, x, m * NR, b, c, NR);
           else
             micro<T, MR, NV, NR, 1, true>(count, NR, x, m * NR, b, c, NR);

@@ -3,6 +3,7 @@
 
 #include "backward.hpp"
 #include "forward.hpp"
+#include "symmetric.hpp"
 
 namespace nckernels {
 
@@ -19,7 +20,12 @@ template <class T>
 Status forward(const Problem& p) {
   Columns columns;
   if (!find_columns(p, columns)) return kBadTarget;
-  with_panels<T>(columns, [&](auto vectors) { ForwardPass<T, vectors>(p, columns).run(); });
+  with_panels<T>(columns, [&](auto vectors) {
+    if (p.symmetric)
+      SymmetricForward<T, vectors>(p, columns).run();
+    else
+      ForwardPass<T, vectors>(p, columns).run();
+  });
   return kOk;
 }
 
@@ -27,7 +33,12 @@ template <class T>
 Status backward(const Problem& p, const Gradients& g) {
   Columns columns;
   if (!find_columns(p, columns)) return kBadTarget;
-  with_panels<T>(columns, [&](auto vectors) { BackwardPass<T, vectors>(p, columns, g).run(); });
+  with_panels<T>(columns, [&](auto vectors) {
+    if (p.symmetric)
+      SymmetricBackward<T, vectors>(p, columns, g).run();
+    else
+      BackwardPass<T, vectors>(p, columns, g).run();
+  });
   return kOk;
 }
 

@@ -25,7 +25,9 @@ struct Problem {
   const void *sample_bias, *class_bias;  // (m), (k) or null
   int64_t ignore_index, workspace;       // bytes
   double beta;
-  int32_t by_class, by_instance, exclude, present_only, threads, is_double;
+  int32_t by_class, by_instance, exclude, present_only;
+  int32_t symmetric;  // features and prototypes are one matrix, and one direction is asked for
+  int32_t threads, is_double;
   int32_t half;  // enum Half
   double eps;    // of the norms
   // results of the forward pass, inputs of the backward pass
@@ -37,7 +39,8 @@ struct Problem {
 
 struct Gradients {
   const void *class_lse, *instance_lse, *pos;  // upstream, (k), (m), (m) or null
-  void *z, *w;                     // (m, d), (k, d) contiguous, or null; w zeros if classes can be absent
+  void *z, *w;                     // (m, d), (k, d) contiguous, or null; w zeros if classes can be absent,
+                                   // and null if the problem is symmetric: z is all of it
   void *sample_bias, *class_bias;  // (m), (k), zeros, or null
   double* beta;                    // or null
 };

@@ -1,10 +1,8 @@
 // Row tiles and column blocks of one call: sizes, packing, and the tile of logits with its mask.
 #pragma once
 
-#include <exception>
-
 #include "gemm.hpp"
-#include "problem.hpp"
+#include "norms.hpp"
 
 namespace nckernels {
 template <class T>
@@ -91,20 +89,6 @@ struct Tiles {
     return kept + (tile * all_panels + first_panel) * tile_m * NR;
   }
 
-  T inverse_norm(const T* x) const {
-    const int64_t d = p.d;
-    Vec<T> total{};
-    int64_t i = 0;
-    for (; i + W <= d; i += W) {
-      const Vec<T> v = load(x + i);
-      total += v * v;
-    }
-    T s = sum<T>(total);
-    for (; i < d; i++) s += x[i] * x[i];
-    const T norm = std::sqrt(s);
-    return T(1) / (norm < T(p.eps) ? T(p.eps) : norm);  // NaN stays NaN
-  }
-
   // Unit prototypes of the columns [first, first + count) as V for `Gemm::logits` and as [d
   // panel][column][NR], each unless null. Padding and columns that nobody may read are zero.
   void pack_prototypes(int64_t first, int64_t count, int64_t panel, T* by_class, T* by_feature) const {
@@ -125,7 +109,9 @@ struct Tiles {
   }
 
   // beta times the unit features of a tile as U for `Gemm::logits` and as [d panel][padded rows][NR], each
-  // unless null. Rows past the end and samples that are left out are zero.
+  // unless null. Rows past the end and samples that are left out are zero. Of a symmetric problem, where rows
+  // and columns add to one gradient, the panels are without beta as the prototypes' are, and hold what they
+  // hold.
   void pack_features(int64_t tile, T* packed, T* by_feature) const {
     Buffer<T> lines(z.line() * MR);
     const int64_t n = this->rows(tile), padded = padded_rows(tile), row0 = first_row(tile);
@@ -134,13 +120,16 @@ struct Tiles {
       T scale[MR];
       for (int64_t r = 0; r < MR; r++) {
         const int64_t j = row0 + i + r;
-        const bool here = i + r < n && valid(j);
+        const bool here = i + r < n && (p.symmetric ? columns.reads(j) : valid(j));
         rows[r] = here ? z.get(j, lines + r * z.line()) : nullptr;
         scale[r] = here ? z_rnorm[j] * beta : T(0);
       }
       if (packed) interleave<MR>(rows, scale, padded, i, packed);
       if (!by_feature) continue;
-      for (int64_t r = 0; r < MR; r++) to_panels(rows[r], scale[r], padded, by_feature + (i + r) * NR);
+      for (int64_t r = 0; r < MR; r++) {
+        const T factor = p.symmetric && rows[r] ? z_rnorm[row0 + i + r] : scale[r];
+        to_panels(rows[r], factor, padded, by_feature + (i + r) * NR);
+      }
     }
   }
 
@@ -183,7 +172,7 @@ struct Tiles {
   void logits(int64_t tile, int64_t first, int64_t count, const T* u, const T* v, T* t, T* pos) const {
     const int64_t padded = padded_rows(tile), n = rows(tile), row0 = first_row(tile);
     const int64_t panels = (count + NR - 1) / NR;
-    G::logits(padded, panels, p.d, u, v, t);
+    G::logits(padded, 0, panels, panels, p.d, u, v, t);
     auto at = [&](int64_t r, int64_t c) -> T& { return t[(c / NR) * padded * NR + r * NR + c % NR]; };
     for (int64_t r = 0; r < n; r++) {
       const int64_t j = row0 + r, c = columns.positive[j] - first;
@@ -204,26 +193,5 @@ struct Tiles {
           for (int64_t r = 0; r < n; r++) at(r, q) = minus_infinity<T>;
   }
 };
-
-// A parallel loop over [0, n), dynamically scheduled; serial for one thread. OpenMP lets no exception out of
-// a loop: the first one (there is no memory left) is kept and thrown again behind it.
-template <class F>
-void parallel(int threads, int64_t n, F&& body) {
-  if (threads <= 1 || n <= 1) {
-    for (int64_t i = 0; i < n; i++) body(i);
-    return;
-  }
-  std::exception_ptr error;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-  for (int64_t i = 0; i < n; i++) {
-    try {
-      body(i);
-    } catch (...) {
-#pragma omp critical(nckernels_error)
-      error = std::current_exception();
-    }
-  }
-  if (error) std::rethrow_exception(error);
-}
 
 }  // namespace nckernels

@@ -54,7 +54,10 @@ class _Problem(ctypes.Structure):
         ("beta", ctypes.c_double),
         *(
             (name, _I32)
-            for name in ("by_class", "by_instance", "exclude", "present_only", "threads", "is_double", "half")
+            for name in (
+                *("by_class", "by_instance", "exclude", "present_only", "symmetric"),
+                *("threads", "is_double", "half"),
+            )
         ),
         ("eps", ctypes.c_double),
         *((name, _P) for name in ("class_lse", "instance_lse", "pos", "z_rnorm", "w_rnorm", "kept")),
@@ -127,6 +130,8 @@ class NativeBackend(Backend):
         """As much of the matrix as half of the workspace holds."""
         columns = min(m, k) if spec.present_only else k
         padded = (m + _KEPT_PADDING[0]) * (columns + _KEPT_PADDING[1])
+        if spec.symmetric:  # the upper triangle: a tile of up to 192 rows begins at its first diagonal entry
+            padded = min(padded, (m + _KEPT_PADDING[0]) * (m // 2 + sum(_KEPT_PADDING)))
         return min(padded, spec.workspace // 2 // accumulation_dtype(dtype).itemsize)
 
     def forward(self, inputs: Inputs, spec: Spec, keep: bool) -> Forward:
@@ -196,6 +201,7 @@ def _problem(inputs: Inputs, forward: Forward, spec: Spec) -> tuple[_Problem, li
         spec.by_instance,
         _EXCLUDE[spec.exclude],
         spec.present_only,
+        spec.symmetric,
         # OpenMP's threads do not survive fork(): a child runs on its own thread.
         torch.get_num_threads() if os.getpid() == _OWNER else 1,
         z.dtype == torch.float64,

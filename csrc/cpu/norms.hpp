@@ -1,0 +1,47 @@
+// Norms of rows, and what the normalisation does to a gradient.
+#pragma once
+
+#include "parallel.hpp"
+#include "problem.hpp"
+#include "simd.hpp"
+
+namespace nckernels {
+template <class T>
+T dot(const T* a, const T* b, int64_t n) {
+  constexpr int W = lanes<T>;
+  Vec<T> total{};
+  int64_t i = 0;
+  for (; i + W <= n; i += W) total += load(a + i) * load(b + i);
+  T result = sum<T>(total);
+  for (; i < n; i++) result += a[i] * b[i];
+  return result;
+}
+
+template <class T>
+T inverse_norm(const Problem& p, const T* x) {
+  const T norm = std::sqrt(dot(x, x, p.d));
+  return T(1) / (norm < T(p.eps) ? T(p.eps) : norm);  // NaN stays NaN
+}
+
+// dL/dx for u = x / |x| and g = dL/du / factor:  factor / |x| (g - (g . u) u).  Returns g . u.
+template <class T>
+T through_norm(const Problem& p, const T* g, const T* x, T rnorm, T factor, T* out) {
+  const T along = dot(g, x, p.d) * rnorm;
+  // A norm that was clamped is a constant.
+  const T radial = rnorm >= T(0.999999) / T(p.eps) ? T(0) : along * rnorm, scale = factor * rnorm;
+  for (int64_t i = 0; i < p.d; i++) out[i] = scale * (g[i] - radial * x[i]);
+  return along;
+}
+
+// The inverse norms of `count` rows, of which number i is row `at(i)` of `x` and goes to `out[at(i)]`.
+template <class T, class F>
+void inverse_norms(const Problem& p, const Rows<T>& x, int64_t count, T* out, F&& at) {
+  constexpr int64_t step = 64;
+  parallel(p.threads, (count + step - 1) / step, [&](int64_t b) {
+    Buffer<T> line(x.line());
+    for (int64_t i = b * step; i < std::min(count, (b + 1) * step); i++)
+      out[at(i)] = inverse_norm(p, x.get(at(i), line));
+  });
+}
+
+}  // namespace nckernels

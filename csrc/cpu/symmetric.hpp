@@ -1,0 +1,380 @@
+// The two passes over features against themselves. With E = exp(t) without excluded entries, g the upstream
+// gradients and D = exp(lse), the derivative by each pair of samples i < j is
+//     T_ij = E_ij (g_j e^{b_i} / D_j + g_i e^{b_j} / D_i)
+// and the gradient of the unit features T U, T being symmetric: a tile of the upper triangle gives T U to its
+// rows and T^T U to its columns. Three products forward and backward, each over half of the matrix, and one
+// more: T is read twice.
+#pragma once
+
+#include "forward.hpp"
+#include "triangle.hpp"
+
+namespace nckernels {
+template <class T, int NV>
+class SymmetricForward {
+  using Tri = Triangle<T, NV>;
+  static constexpr int NR = Tri::NR, W = Tri::W;
+  static constexpr int64_t STEP = Gemm<T, NV>::BLOCK;  // panels of a tile that stay in the L2 cache
+
+ public:
+  SymmetricForward(const Problem& p, const Columns& columns) : p_(p), s_(p, columns) {}
+
+  void run() {
+    inverse_norms(p_, s_.z, p_.m, s_.z_rnorm, [](int64_t j) { return j; });
+    std::copy_n(s_.z_rnorm, p_.m, s_.w_rnorm);
+    T* pos = static_cast<T*>(p_.pos);
+    std::fill(pos, pos + p_.m, T(0));
+    Buffer<T> sums(2 * p_.m);
+    Sums<T> total{sums, sums + p_.m};
+    clear(total, p_.m);
+
+    // Chunks of row tiles sum their columns into places of their own, which are merged in order.
+    const int64_t widest = std::min(s_.block_k, s_.all_panels * NR);
+    const int64_t fit = p_.workspace / 8 / std::max<int64_t>(2 * widest * sizeof(T), 1);
+    const int64_t most = std::clamp<int64_t>(fit, 1, 4 * std::max(p_.threads, 2));
+    Buffer<T> v(widest * p_.d), column_sums(2 * most * widest);
+    for (int64_t first = 0; first < p_.m; first += s_.block_k) {
+      const int64_t count = std::min(s_.block_k, p_.m - first), panels = (count + NR - 1) / NR;
+      const int64_t tiles = s_.tiles_before(first + count), chunks = std::min(tiles, most);
+      parallel(p_.threads, panels, [&](int64_t q) { s_.pack_prototypes(first, count, q, v, nullptr); });
+      auto of_chunk = [&](int64_t i) {
+        return Sums<T>{column_sums + 2 * i * widest, column_sums + (2 * i + 1) * widest};
+      };
+      parallel(p_.threads, chunks, [&](int64_t i) {
+        Buffer<T> u(s_.tile_m * p_.d), own(s_.tile_m * std::min(STEP, panels) * NR), rows(s_.tile_m * W);
+        Sums<T> by_column = of_chunk(i);
+        clear(by_column, panels * NR);
+        for (int64_t tile = i * tiles / chunks; tile < (i + 1) * tiles / chunks; tile++) {
+          s_.pack_features(tile, u, nullptr);
+          const int64_t last = first / NR + panels;
+          for (int64_t q = std::max(first / NR, s_.first_panel(tile)); q < last; q += STEP) {
+            const int64_t end = std::min(q + STEP, last);
+            const bool keep = tile < s_.kept_tiles;
+            T* t = keep ? s_.kept_panel(tile, q) : own;
+            s_.logits(tile, q, end, first / NR, panels, u, v, t, pos);
+            Sums<T> here{by_column.largest + q * NR - first, by_column.total + q * NR - first};
+            if (s_.shift_free)
+              exponentials(tile, q, end, t, rows, here, total, keep);
+            else
+              streaming(tile, q, end, t, here, total);
+          }
+        }
+      });
+      for (int64_t i = 0; i < chunks; i++)
+        for (int64_t c = 0; c < count; c++)
+          total.merge(first + c, of_chunk(i).largest[c], of_chunk(i).total[c]);
+    }
+
+    // What is kept is an output: nothing in it may be left to chance.
+    if (s_.kept) std::fill(s_.kept + s_.kept_at[s_.kept_tiles], s_.kept + p_.kept_size, T(0));
+    T* lse = static_cast<T*>(p_.by_class ? p_.class_lse : p_.instance_lse);
+    for (int64_t j = 0; j < p_.m; j++)
+      lse[j] = s_.valid(j) ? total.largest[j] + std::log(total.total[j]) : minus_infinity<T>;
+  }
+
+ private:
+  void clear(Sums<T>& sums, int64_t n) const {
+    std::fill_n(sums.largest, n, s_.shift_free ? T(0) : minus_infinity<T>);
+    std::fill_n(sums.total, n, T(0));
+  }
+
+  // Shift-free: e = exp(t) in place (where it is kept), summed with the exponentials of the biases as
+  // weights.
+  void exponentials(int64_t tile, int64_t begin, int64_t end, T* t, T* row_vectors, Sums<T>& by_column,
+                    Sums<T>& by_row, bool keep) const {
+    const int64_t n = s_.rows(tile), padded = s_.padded_rows(tile), row0 = s_.first_row(tile);
+    std::fill_n(row_vectors, n * W, T(0));
+    for (int64_t q = begin; q < end; q++) {
+      T* e = t + (q - begin) * padded * NR;
+      Vec<T> weight[NV], column[NV];
+      for (int v = 0; v < NV; v++) {
+        weight[v] = load(s_.weight.data() + q * NR + v * W);
+        column[v] = Vec<T>{};
+      }
+      for (int64_t r = 0; r < n; r++) {
+        Vec<T> row{};
+        for (int v = 0; v < NV; v++) {
+          const Vec<T> x = exponential<T>(load(e + r * NR + v * W));
+          if (keep) store(e + r * NR + v * W, x);
+          column[v] += x * s_.weight[row0 + r];
+          row += x * weight[v];
+        }
+        store(row_vectors + r * W, load(row_vectors + r * W) + row);
+      }
+      for (int v = 0; v < NV; v++) {
+        T* to = by_column.total + (q - begin) * NR + v * W;
+        store(to, load(to) + column[v]);
+      }
+    }
+    for (int64_t r = 0; r < n; r++) by_row.total[row0 + r] += sum<T>(load(row_vectors + r * W));
+  }
+
+  // Running maximum, for temperatures and biases whose exponentials could leave the range of T.
+  void streaming(int64_t tile, int64_t begin, int64_t end, const T* t, Sums<T>& by_column,
+                 Sums<T>& by_row) const {
+    const int64_t n = s_.rows(tile), padded = s_.padded_rows(tile), row0 = s_.first_row(tile);
+    // The largest of `count` vectors and the sum of exponentials relative to it, in each lane.
+    auto lanes_of = [](int64_t count, auto&& at, Vec<T>& top, Vec<T>& total) {
+      top = splat(minus_infinity<T>);
+      total = Vec<T>{};
+      for (int64_t i = 0; i < count; i++) top = maximum<T>(at(i), top);
+      const Vec<T> shift = top == splat(minus_infinity<T>) ? Vec<T>{} : top;
+      for (int64_t i = 0; i < count; i++) total += exponential<T>(at(i) - shift);
+    };
+    Vec<T> top, total;
+    for (int64_t x = 0; x < (end - begin) * NR; x += W) {
+      const T* column = t + x / NR * padded * NR + x % NR;
+      lanes_of(n, [&](int64_t r) { return load(column + r * NR) + s_.bias[row0 + r]; }, top, total);
+      for (int i = 0; i < W; i++) by_column.merge(x + i, top[i], total[i]);
+    }
+    for (int64_t r = 0; r < n; r++) {
+      const T* row = t + r * NR;
+      auto at = [&](int64_t i) {
+        return load(row + i / NV * padded * NR + i % NV * W) + load(s_.bias.data() + begin * NR + i * W);
+      };
+      lanes_of((end - begin) * NV, at, top, total);
+      const T best = largest<T>(top);
+      if (best == minus_infinity<T>) continue;
+      by_row.merge(row0 + r, best, sum<T>(total * exponential<T>(top - best)));
+    }
+  }
+
+  const Problem& p_;
+  Tri s_;
+};
+
+template <class T, int NV>
+class SymmetricBackward {
+  using Tri = Triangle<T, NV>;
+  using G = Gemm<T, NV>;
+  static constexpr int NR = Tri::NR, W = Tri::W;
+
+ public:
+  SymmetricBackward(const Problem& p, const Columns& columns, const Gradients& g)
+      : p_(p),
+        columns_(columns),
+        g_(g),
+        s_(p, columns),
+        grad_z_(static_cast<T*>(g.z)),
+        grad_bias_(static_cast<T*>(g.sample_bias ? g.sample_bias : g.class_bias)),
+        scale_(s_.all_panels * NR, T(0)),
+        shift_(s_.all_panels * NR, T(0)),
+        energy_(std::max(s_.tiles, s_.all_panels), 0.0),
+        widest_(std::min(s_.block_k, s_.all_panels * NR)),
+        group_(std::min(s_.group, s_.tiles)),
+        v_(s_.kept_tiles < s_.tiles ? widest_ * p.d : 0),
+        v_rows_(g.z || g.beta ? widest_ * s_.d_pad : 0),
+        grad_v_(g.z ? widest_ * s_.d_pad : 0),
+        entries_(group_ * s_.tile_m * widest_),
+        u_rows_(g.z || g.beta ? group_ * s_.tile_m * s_.d_pad : 0),
+        bias_shares_(grad_bias_ ? group_ * widest_ : 0) {}
+
+  // Blocks of columns from the last to the first: when one is done, later ones have added to its samples as
+  // rows, and all row tiles to its samples as columns.
+  void run() {
+    prepare();
+    const int64_t blocks = (p_.m + s_.block_k - 1) / s_.block_k;
+    for (int64_t b = blocks - 1; b >= 0; b--) {
+      const Block block(b * s_.block_k, std::min(p_.m, (b + 1) * s_.block_k));
+      parallel(p_.threads, block.panels,
+               [&](int64_t q) { s_.pack_prototypes(block.first, block.end - block.first, q, v_, v_rows_); });
+      if (grad_z_) std::fill_n(static_cast<T*>(grad_v_), block.panels * NR * s_.d_pad, T(0));
+      const int64_t tiles = s_.tiles_before(block.end);
+      for (int64_t begin = 0; begin < tiles; begin += group_) {
+        const int64_t here = std::min(group_, tiles - begin);
+        parallel(p_.threads, here, [&](int64_t i) { make_rows(block, begin + i, i); });
+        for (int64_t i = 0; i < here && grad_bias_; i++)
+          for (int64_t c = std::max(block.first, s_.first_panel(begin + i) * NR); c < block.end; c++)
+            grad_bias_[c] += weight_of(c) * bias_shares_[i * widest_ + c - block.first];
+        if (grad_z_) add_columns(block, begin, here);
+      }
+      if (grad_z_) parallel(p_.threads, block.panels, [&](int64_t q) { finish(block, q); });
+    }
+    if (!g_.beta) return;
+    double total = 0;
+    for (double e : energy_) total += e;
+    *g_.beta = total;
+  }
+
+ private:
+  // Columns [first, end), the panels that hold them, and the number of their first one.
+  struct Block {
+    int64_t first, end, panels, first_panel;
+
+    Block(int64_t begin, int64_t stop)
+        : first(begin), end(stop), panels((stop - begin + NR - 1) / NR), first_panel(begin / NR) {}
+  };
+
+  // Upstream gradients and lse, made harmless where a sum is empty. Shift-free they become one factor,
+  // g / exp(lse).
+  void prepare() {
+    const T* g = static_cast<const T*>(p_.by_class ? g_.class_lse : g_.instance_lse);
+    const T* lse = static_cast<const T*>(p_.by_class ? p_.class_lse : p_.instance_lse);
+    for (int64_t j = 0; g && j < p_.m; j++) {
+      if (lse[j] == minus_infinity<T>) continue;
+      shift_[j] = lse[j];
+      scale_[j] = s_.shift_free ? g[j] * std::exp(-lse[j]) : g[j];
+    }
+  }
+
+  T weight_of(int64_t j) const { return s_.shift_free ? s_.weight[j] : T(1); }
+  T* entries_of(int64_t i) { return entries_ + i * s_.tile_m * widest_; }
+  T* u_rows_of(int64_t i) { return u_rows_ + i * s_.tile_m * s_.d_pad; }
+
+  // The tile at place `i` of a group: its entries of T, and T U for its rows, in steps that stay in the L2
+  // cache.
+  void make_rows(const Block& block, int64_t tile, int64_t i) {
+    const bool is_kept = tile < s_.kept_tiles, products = u_rows_;
+    const int64_t padded = s_.padded_rows(tile), last = block.first_panel + block.panels;
+    Buffer<T> u(is_kept ? 0 : s_.tile_m * p_.d), product(products ? padded * s_.d_pad : 0);
+    s_.pack_features(tile, u, products ? u_rows_of(i) : nullptr);
+    const int64_t begin = std::max(block.first_panel, s_.first_panel(tile));
+    for (int64_t q = begin; q < last; q += G::BLOCK) {
+      const int64_t end = std::min<int64_t>(q + G::BLOCK, last);
+      T* a = entries_of(i) + (q - block.first_panel) * padded * NR;
+      if (!is_kept) s_.logits(tile, q, end, block.first_panel, block.panels, u, v_, a, nullptr);
+      T* shares = grad_bias_ ? bias_shares_ + i * widest_ + q * NR - block.first : nullptr;
+      fill_entries(tile, q, end, is_kept ? s_.kept_panel(tile, q) : a, a, shares);
+      if (products)
+        G::times_prototypes(padded, q - block.first_panel, end - block.first_panel, block.panels, s_.d_panels,
+                            a, v_rows_, product, q > begin);
+    }
+    if (grad_z_)
+      add_rows(block, tile, product);
+    else if (products)  // only dL/dbeta: the sum of T_ij u_i . u_j over all pairs
+      for (int64_t f = 0; f < s_.d_panels * padded; f += padded)
+        energy_[tile] += dot<T>(product + f * NR, u_rows_of(i) + f * NR, padded * NR);
+  }
+
+  // Panels [begin, end) of a tile of T, from t or what is kept of it.
+  void fill_entries(int64_t tile, int64_t begin, int64_t end, const T* from, T* a, T* shares) {
+    const int64_t n = s_.rows(tile), padded = s_.padded_rows(tile), row0 = s_.first_row(tile);
+    const bool is_kept = tile < s_.kept_tiles;
+    for (int64_t q = begin; q < end; q++) {
+      const int64_t at = (q - begin) * padded * NR;
+      T* share = shares ? shares + (q - begin) * NR : nullptr;
+      if (!s_.shift_free)
+        shifted(q, n, row0, from + at, a + at, share);
+      else if (is_kept)
+        scaled<true>(q, n, row0, from + at, a + at, share);
+      else
+        scaled<false>(q, n, row0, from + at, a + at, share);
+      std::fill_n(a + at + n * NR, (padded - n) * NR, T(0));
+    }
+    if (const T* g_pos = static_cast<const T*>(g_.pos))
+      s_.each_positive(tile, begin, end, a, [&](int64_t j, T& entry) { entry += g_pos[j]; });
+  }
+
+  // One panel, T = E (e^{b_i} scale_j + scale_i e^{b_j}).
+  template <bool KEPT>
+  void scaled(int64_t panel, int64_t n, int64_t row0, const T* e, T* a, T* share) {
+    Vec<T> scale[NV], weight[NV], column[NV];
+    for (int v = 0; v < NV; v++) {
+      scale[v] = load(scale_.data() + panel * NR + v * W);
+      weight[v] = load(s_.weight.data() + panel * NR + v * W);
+      column[v] = Vec<T>{};
+    }
+    for (int64_t r = 0; r < n; r++) {
+      const T row_scale = scale_[row0 + r], row_weight = s_.weight[row0 + r];
+      Vec<T> row{};
+      for (int v = 0; v < NV; v++) {
+        Vec<T> x = load(e + r * NR + v * W);
+        if (!KEPT) x = exponential<T>(x);
+        store(a + r * NR + v * W, x * (scale[v] * row_weight + weight[v] * row_scale));
+        if (!share) continue;
+        column[v] += x * row_scale;
+        row += x * scale[v];
+      }
+      if (share) grad_bias_[row0 + r] += row_weight * sum<T>(row);
+    }
+    for (int v = 0; v < NV && share; v++) store(share + v * W, column[v]);
+  }
+
+  // One panel, T = g_j exp(t + b_i - lse_j) + g_i exp(t + b_j - lse_i).
+  void shifted(int64_t panel, int64_t n, int64_t row0, const T* logits, T* a, T* share) {
+    Vec<T> scale[NV], shift[NV], bias[NV], column[NV];
+    for (int v = 0; v < NV; v++) {
+      scale[v] = load(scale_.data() + panel * NR + v * W);
+      shift[v] = load(shift_.data() + panel * NR + v * W);
+      bias[v] = load(s_.bias.data() + panel * NR + v * W);
+      column[v] = Vec<T>{};
+    }
+    for (int64_t r = 0; r < n; r++) {
+      const int64_t i = row0 + r;
+      Vec<T> row{};
+      for (int v = 0; v < NV; v++) {
+        const Vec<T> t = load(logits + r * NR + v * W);
+        const Vec<T> of_column = scale[v] * exponential<T>(t + s_.bias[i] - shift[v]);
+        const Vec<T> of_row = exponential<T>(t + bias[v] - shift_[i]) * scale_[i];
+        store(a + r * NR + v * W, of_column + of_row);
+        column[v] += of_row;
+        row += of_column;
+      }
+      if (share) grad_bias_[i] += sum<T>(row);
+    }
+    for (int v = 0; v < NV && share; v++) store(share + v * W, column[v]);
+  }
+
+  // T U of a tile's rows is added to the gradient itself. A sample of a later block, in a tile that straddles
+  // the end of this one, has its gradient already.
+  void add_rows(const Block& block, int64_t tile, const T* product) {
+    const int64_t padded = s_.padded_rows(tile), row0 = s_.first_row(tile);
+    for (int64_t r = 0; r < std::min(s_.rows(tile), block.end - row0); r++)
+      for (int64_t f = 0; f < s_.d_panels; f++) {
+        const T* x = product + (f * padded + r) * NR;
+        T* out = grad_z_ + (row0 + r) * p_.d + f * NR;
+        const int64_t width = std::min<int64_t>(NR, p_.d - f * NR);
+        for (int64_t i = 0; i < width; i++) out[i] = block.end == p_.m ? x[i] : out[i] + x[i];
+      }
+  }
+
+  // T^T U for the columns of a block, from a group of tiles in their order.
+  void add_columns(const Block& block, int64_t begin, int64_t here) {
+    const int64_t padded = block.panels * NR, pieces = (block.panels + G::BLOCK - 1) / G::BLOCK;
+    const int64_t shares = std::min(s_.d_panels, (4 * p_.threads + pieces - 1) / pieces);
+    parallel(p_.threads, pieces * shares, [&](int64_t piece) {
+      const int64_t c = piece % pieces * G::BLOCK * NR, stop = std::min(padded, c + G::BLOCK * NR);
+      const int64_t share = piece / pieces;
+      for (int64_t i = 0; i < here; i++) {
+        const int64_t rows = s_.padded_rows(begin + i);
+        const int64_t from = std::max(c, (s_.first_panel(begin + i) - block.first_panel) * NR);
+        for (int64_t f = share * s_.d_panels / shares; f < (share + 1) * s_.d_panels / shares; f++)
+          G::times_features(rows, from, stop, entries_of(i), u_rows_of(i) + f * rows * NR,
+                            grad_v_ + f * padded * NR);
+      }
+    });
+  }
+
+  // One panel of a block: its samples' sums as rows and as columns, through the normalisation.
+  void finish(const Block& block, int64_t panel) {
+    const int64_t d = p_.d, padded = block.panels * NR;
+    Buffer<T> sum(s_.d_pad), line(s_.z.line());
+    T* x = sum;
+    for (int64_t c = panel * NR; c < std::min(block.end - block.first, (panel + 1) * NR); c++) {
+      const int64_t j = block.first + c;
+      T* out = grad_z_ + j * d;
+      if (!columns_.reads(j)) {
+        std::fill_n(out, d, T(0));
+        continue;
+      }
+      for (int64_t f = 0; f < s_.d_panels; f++) std::copy_n(grad_v_ + (f * padded + c) * NR, NR, x + f * NR);
+      for (int64_t i = 0; i < d; i++) x[i] += out[i];
+      // Every pair is met twice, in the gradients of both.
+      energy_[block.first_panel + panel] +=
+          0.5 * through_norm(p_, x, s_.z.get(j, line), s_.z_rnorm[j], s_.beta, out);
+    }
+  }
+
+  const Problem& p_;
+  const Columns& columns_;
+  const Gradients& g_;
+  Tri s_;
+  T *grad_z_, *grad_bias_;
+  std::vector<T> scale_, shift_;
+  std::vector<double> energy_;  // shares of dL/dbeta
+  int64_t widest_, group_;
+  Buffer<T> v_, v_rows_, grad_v_;             // a block of columns in two layouts, and its gradient
+  Buffer<T> entries_, u_rows_, bias_shares_;  // of a group of row tiles
+};
+
+}  // namespace nckernels

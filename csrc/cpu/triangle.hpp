@@ -1,0 +1,145 @@
+// Features against themselves: the tiles of the upper triangle of a symmetric matrix, and their masks.
+//
+// Row tile i begins at the panel of its first diagonal entry. Entries on and below the diagonal count as
+// excluded, so that each pair of samples is met once, and serves its row and its column alike.
+#pragma once
+
+#include "tiles.hpp"
+
+namespace nckernels {
+template <class T, int NV>
+struct Triangle : Tiles<T, NV> {
+  using Base = Tiles<T, NV>;
+  using G = Gemm<T, NV>;
+  using Label = typename Simd<T>::Int;
+  static constexpr int W = Base::W, NR = Base::NR;
+  using Base::columns, Base::p, Base::tile_m, Base::tiles, Base::block_k, Base::d_pad, Base::all_panels;
+  using Base::first_row, Base::padded_rows, Base::rows, Base::valid;
+
+  std::vector<T> bias, weight;  // b and, shift-free, exp(b) of every sample; -inf and 0 past the end
+  std::vector<Label> label;     // same_label: the rank of every sample's label; -1 past the end
+  std::vector<char> left_out;   // panels with columns that are left out
+  bool any_left_out = false;
+  std::vector<int64_t> kept_at;                    // where each tile begins in what is kept
+  std::vector<int64_t> positives, positives_from;  // samples by the row tile of their positive entry
+
+  Triangle(const Problem& problem, const Columns& cols) : Base(problem, cols) {
+    plan();
+    const int64_t padded = all_panels * NR;
+    bias.assign(padded, minus_infinity<T>);
+    weight.assign(padded, T(0));
+    left_out.assign(all_panels, 0);
+    const T* given = this->sample_bias ? this->sample_bias : this->class_bias;
+    for (int64_t j = 0; j < p.m; j++) {
+      bias[j] = given ? given[j] : T(0);
+      weight[j] = this->shift_free ? std::exp(bias[j]) : T(1);
+      if (!valid(j)) left_out[j / NR] = any_left_out = true;
+    }
+    if (p.exclude == kSameLabel) rank_labels();
+    sort_positives();
+  }
+
+  // As in Tiles, half of the workspace is for what is kept, a quarter for a block of columns, a quarter for
+  // row tiles; a group has one tile per thread. One thread plans for two, and gets the same bits.
+  void plan() {
+    const int64_t threads = std::max(p.threads, 2);
+    const int64_t quarter = std::max<int64_t>(p.workspace / static_cast<int64_t>(sizeof(T)) / 4, 1);
+    const int64_t columns_padded = std::max<int64_t>(all_panels * NR, NR);
+    // Blocks of columns are not so wide that their entries would leave no room for tiles of 192 rows.
+    const int64_t wide = std::clamp<int64_t>((quarter / 192 - threads * 3 * d_pad) / threads, 1024, 4096);
+    const int64_t most = std::max<int64_t>(std::min(quarter / (3 * d_pad), wide) / NR * NR, NR);
+    const int64_t blocks = (columns_padded + most - 1) / most;
+    block_k = round_up((columns_padded + blocks - 1) / blocks, NR);
+    this->group = threads;
+    const int64_t per_row = threads * (3 * d_pad + block_k);
+    const int64_t even = round_up((p.m + 4 * threads - 1) / (4 * threads), MR);
+    tile_m = std::clamp<int64_t>(std::min(quarter / per_row, even), MR, 192) / MR * MR;
+    tiles = (p.m + tile_m - 1) / tile_m;
+    kept_at.assign(tiles + 1, 0);
+    for (int64_t i = 0; i < tiles; i++)
+      kept_at[i + 1] = kept_at[i] + (all_panels - first_panel(i)) * padded_rows(i) * NR;
+    this->kept_tiles = 0;
+    while (this->kept && this->kept_tiles < tiles && kept_at[this->kept_tiles + 1] <= p.kept_size)
+      this->kept_tiles++;
+  }
+
+  // Labels as numbers from 0, as wide as T: a vector of them masks a vector of logits.
+  void rank_labels() {
+    std::vector<int64_t> sorted(p.target, p.target + p.m);
+    std::sort(sorted.begin(), sorted.end());
+    sorted.erase(std::unique(sorted.begin(), sorted.end()), sorted.end());
+    label.assign(all_panels * NR, -1);
+    for (int64_t j = 0; j < p.m; j++)
+      label[j] =
+          static_cast<Label>(std::lower_bound(sorted.begin(), sorted.end(), p.target[j]) - sorted.begin());
+  }
+
+  // The positive of sample j is the entry (j, c), which by symmetry stands at (min, max).
+  void sort_positives() {
+    positives_from.assign(tiles + 1, 0);
+    auto tile_of = [&](int64_t j) { return std::min(j, columns.positive[j]) / tile_m; };
+    for (int64_t j = 0; j < p.m; j++)
+      if (valid(j)) positives_from[tile_of(j) + 1]++;
+    for (int64_t i = 0; i < tiles; i++) positives_from[i + 1] += positives_from[i];
+    positives.resize(positives_from[tiles]);
+    std::vector<int64_t> next(positives_from.begin(), positives_from.end() - 1);
+    for (int64_t j = 0; j < p.m; j++)
+      if (valid(j)) positives[next[tile_of(j)]++] = j;
+  }
+
+  // The first panel of a tile, and the row tiles that have entries in columns before `end`.
+  int64_t first_panel(int64_t tile) const { return first_row(tile) / NR; }
+  int64_t tiles_before(int64_t end) const { return std::min(tiles, (end + tile_m - 1) / tile_m); }
+
+  T* kept_panel(int64_t tile, int64_t panel) const {
+    return this->kept + kept_at[tile] + (panel - first_panel(tile)) * padded_rows(tile) * NR;
+  }
+
+  // Calls `visit(j, entry)` for the samples whose positive is in the panels [begin, end) of a tile, which lie
+  // at `t`.
+  template <class F>
+  void each_positive(int64_t tile, int64_t begin, int64_t end, T* t, F&& visit) const {
+    const int64_t padded = padded_rows(tile);
+    for (int64_t i = positives_from[tile]; i < positives_from[tile + 1]; i++) {
+      const int64_t j = positives[i], c = std::max(j, columns.positive[j]);
+      if (c < begin * NR || c >= end * NR) continue;
+      const int64_t r = std::min(j, columns.positive[j]) - first_row(tile);
+      visit(j, t[((c / NR - begin) * padded + r) * NR + c % NR]);
+    }
+  }
+
+  // Panels [begin, end) of a tile's t, -inf where excluded, from the block of `panels` panels in v that
+  // begins with number `first`; positives are picked up in `pos` unless null.
+  void logits(int64_t tile, int64_t begin, int64_t end, int64_t first, int64_t panels, const T* u, const T* v,
+              T* t, T* pos) const {
+    const int64_t padded = padded_rows(tile);
+    G::logits(padded, begin - first, end - first, panels, p.d, u, v, t);
+    if (pos) each_positive(tile, begin, end, t, [&](int64_t j, T value) { pos[j] = value; });
+    for (int64_t q = begin; q < end; q++) mask(tile, q, t + (q - begin) * padded * NR);
+  }
+
+  void mask(int64_t tile, int64_t panel, T* t) const {
+    const int64_t n = rows(tile), row0 = first_row(tile), c0 = panel * NR;
+    if (p.exclude == kSameLabel) mask_labels(n, row0, c0, t);
+    for (int64_t r = std::max<int64_t>(c0 - row0, 0); r < n; r++)  // on and below the diagonal
+      std::fill_n(t + r * NR, std::min<int64_t>(row0 + r - c0 + 1, NR), minus_infinity<T>);
+    if (!any_left_out) return;
+    for (int64_t r = 0; r < n; r++)
+      if (!valid(row0 + r)) std::fill_n(t + r * NR, NR, minus_infinity<T>);
+    for (int64_t x = 0; left_out[panel] && x < NR && c0 + x < p.m; x++)
+      if (!valid(c0 + x))
+        for (int64_t r = 0; r < n; r++) t[r * NR + x] = minus_infinity<T>;
+  }
+
+  void mask_labels(int64_t n, int64_t row0, int64_t c0, T* t) const {
+    typename Simd<T>::I of_column[NV];
+    std::memcpy(of_column, label.data() + c0, sizeof of_column);
+    for (int64_t r = 0; r < n; r++)
+      for (int v = 0; v < NV; v++) {
+        T* to = t + r * NR + v * W;
+        store(to, of_column[v] == label[row0 + r] ? splat(minus_infinity<T>) : load(to));
+      }
+  }
+};
+
+}  // namespace nckernels
