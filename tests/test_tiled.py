@@ -52,9 +52,10 @@ Stub = type("Stub", (NoKernels,), {name: _nothing(name) for name in NAMES})
 
 def step(m: int, k: int, d: int, dtype: torch.dtype, spec: Spec, needs: Needs, short: bool) -> list[str]:
     """A forward and a backward pass; the launches in order."""
+    features = torch.empty(m, d, dtype=dtype)
     inputs = Inputs(
-        torch.empty(m, d, dtype=dtype),
-        torch.empty(k, d, dtype=dtype),
+        features,
+        features if spec.symmetric else torch.empty(k, d, dtype=dtype),
         torch.zeros(m, dtype=torch.int64),
         torch.tensor(10.0),
         torch.zeros(m) if needs.sample_bias else None,
@@ -103,6 +104,35 @@ def test_only_what_is_wanted_is_launched(wanted: int) -> None:
     launched = step(256, 128, 512, torch.float32, spec, needs, short=False)
     expected = ["entries", "matmul", "finish"] if wanted < 2 else ["bias_grad"]
     assert [name for name in launched if name in ("entries", "matmul", "finish", "bias_grad")] == expected
+
+
+@pytest.mark.parametrize("short", [True, False], ids=["short", "long"])
+@pytest.mark.parametrize("direction", ["class", "instance"])
+def test_features_against_themselves(direction: str, short: bool) -> None:
+    """One operand: norms once, one pass forward, one backward, and no sums for a second side."""
+    spec = Spec(direction, "self", False, -100, 32 * MIB, symmetric=True)  # type: ignore[arg-type]
+    needs = Needs(True, False, True, False, False)
+    launched = step(20_000, 20_000, 128, torch.bfloat16, spec, needs, short)
+    count = {name: launched.count(name) for name in NAMES}
+    assert (count["row_rnorm"], count["prepare_samples"], count["log_sum_exp"]) == (0, 1, 1)
+    assert count["bias_grad"] == 0
+    if short:
+        assert (count["short_grad"], count["entries"], count["matmul"]) == (1, 0, 0)
+    else:
+        assert count["short_grad"] == 0
+        assert count["matmul"] == count["entries"] > 1
+
+
+@pytest.mark.parametrize("short", [True, False], ids=["short", "long"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_memory_of_features_against_themselves(dtype: torch.dtype, short: bool) -> None:
+    """No float32 copy of the gradient: a panel's rows are finished before the next panel."""
+    m, d = 4096, 128
+    spec = Spec("class", "self", False, -100, MIB, symmetric=True)
+    needs = Needs(True, False, True, True, False)
+    peak, _ = replay(lambda: step(m, m, d, dtype, spec, needs, short))
+    tensors = 2 * m * d * dtype.itemsize
+    assert tensors / 2 < peak <= tensors + MIB + BYTES_PER_ROW * 2 * m
 
 
 def test_few_launches() -> None:

@@ -61,6 +61,8 @@ class Scenario:
     bias: bool = False
     busy: bool = False
     """Pretend that the device has one multiprocessor: programs then do whole rows, without partial sums."""
+    itself: bool = False
+    """Features against themselves."""
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -80,6 +82,16 @@ def scenarios() -> Iterator[Scenario]:
     yield Scenario(BF16, 1001, "instance", "self", m=192)
     yield Scenario(FP16, 128, "class", "target", m=128, present_only=True, busy=True)
     yield Scenario(FP16, 512, "class", "target", m=128, present_only=True)
+    for d in (64, 128, 256):
+        yield Scenario(BF16, d, "instance", "self", k=256, busy=True, itself=True)
+        yield Scenario(FP16, d, "instance", "self", k=256, busy=True, itself=True)
+        yield Scenario(BF16, d, "instance", "same_label", k=256, busy=True, itself=True)
+    yield Scenario(BF16, 128, "class", "self", k=256, bias=True, itself=True)
+    yield Scenario(BF16, 2048, "instance", "self", k=256, itself=True)
+    yield Scenario(BF16, 2048, "instance", "same_label", k=256, itself=True)
+    yield Scenario(FP16, 128, "instance", "self", k=256, busy=True, itself=True)
+    yield Scenario(FP32, 128, "instance", "self", k=256, busy=True, itself=True)
+    yield Scenario(FP32, 512, "instance", "self", k=256, itself=True)
     for precision in ("high", "highest"):
         yield Scenario(FP32, 64, "both", "none", precision=precision, busy=True)
         yield Scenario(FP32, 512, "both", "none", precision=precision)
@@ -130,6 +142,7 @@ def job_of(kernel: Any, arch: int, scenario: Scenario, args: tuple[Any, ...], op
     flags = [kind, f"d={scenario.d}", str(values.get("EXCLUDE", "")), tile]
     flags += ["both"] if values.get("Q_max") is not None else []
     flags += ["P+Q"] if values.get("P_grad") is not None and values.get("Q_grad") is not None else []
+    flags += ["once" if values.get("MAY_SHARE") else "itself"] if scenario.itself else []
     flags += ["parts"] if values.get("Part") is not None or values.get("P_max") is not None else []
     flags += [n.lower() for n in ("P_GATHER", "Q_GATHER", "GATHER") if values.get(n)]
     flags += ["bias"] if values.get("P_bias") is not None or values.get("Q_bias") is not None else []
@@ -164,10 +177,18 @@ def record(scenario: Scenario, arch: int) -> list[Job]:
     config.arch_of = lambda _: device  # type: ignore[assignment]
     torch.set_float32_matmul_precision(scenario.precision)
     m, k, d = scenario.m, scenario.k, scenario.d
-    spec = Spec(scenario.direction, scenario.exclude, scenario.present_only, -100, 32 << 20)  # type: ignore[arg-type]
+    spec = Spec(
+        scenario.direction,  # type: ignore[arg-type]
+        scenario.exclude,  # type: ignore[arg-type]
+        scenario.present_only,
+        -100,
+        32 << 20,
+        scenario.itself,
+    )
+    features = torch.zeros(m, d, dtype=scenario.dtype)
     inputs = Inputs(
-        torch.zeros(m, d, dtype=scenario.dtype),
-        torch.zeros(k, d, dtype=scenario.dtype),
+        features,
+        features if scenario.itself else torch.zeros(k, d, dtype=scenario.dtype),
         torch.zeros(m, dtype=torch.int64),
         torch.tensor(10.0),
         torch.zeros(m) if scenario.bias and spec.by_class else None,
@@ -180,7 +201,7 @@ def record(scenario: Scenario, arch: int) -> list[Job]:
         torch.zeros(m) if spec.by_instance else None,
         torch.zeros(m),
     )
-    needs = Needs(True, True, True, inputs.sample_bias is not None, inputs.class_bias is not None)
+    needs = Needs(True, not scenario.itself, True, inputs.sample_bias is not None, inputs.class_bias is not None)
     backend.backward(inputs, saved, grads, spec, needs)
     return jobs
 

@@ -12,7 +12,7 @@ namespace {
 constexpr int kGroup = 8;
 constexpr int kWholePanel = 1 << 30;
 
-static_assert(kLoopBytes + kTile * sizeof(Terms<int64_t, true>) <= 99 << 10,
+static_assert(kLoopBytes + kTile * sizeof(Terms<int64_t, Sums::kShared>) <= 99 << 10,
               "what the smallest devices have");
 
 // Two neighbouring numbers of a row of H. Its rows are padded to 16 numbers: the second is always there.
@@ -30,12 +30,12 @@ NCK_DEVICE void store_pair(float* to, float a, float b) {
   *reinterpret_cast<uint64_t*>(to) = pair.both;
 }
 
-template <Kind K, class Tag, bool kBoth>
+template <Kind K, class Tag, Sums kSums>
 NCK_KERNEL(kThreads, 1)
 entries_kernel(const __grid_constant__ EntriesArgs a) {
   SharedArena arena;
   auto* stages = arena.take<unsigned char>(kLoopBytes);
-  auto* columns = arena.take<Terms<Tag, kBoth>>(kTile);
+  auto* columns = arena.take<Terms<Tag, kSums>>(kTile);
   const Lane me;
   const int p_tiles = (a.p_stop - a.p_start + kTile - 1) / kTile;
   const int q_tiles = (a.q_stop - a.q_start + kTile - 1) / kTile;
@@ -66,29 +66,29 @@ entries_kernel(const __grid_constant__ EntriesArgs a) {
   }
 
   const float scale = a.scale ? *a.scale : 1.0f;
-  Terms<Tag, kBoth> row[4];
+  Terms<Tag, kSums> row[4];
 #pragma unroll
   for (int r = 0; r < 4; r++) {
     Slot s = slot_at(a.p, p_first + me.row(r / 2, r % 2), p_used);
-    row[r] = terms_of<Tag, kBoth>(a.p, s, a.q.grad, a.exclude, a.norm_limit);
+    row[r] = terms_of<Tag, kSums>(a.p, s, a.q.grad, false, a.exclude, a.norm_limit);
     row[r].rnorm *= *a.beta * kLog2e;
     row[r].factor *= scale;
   }
   auto prologue = [&](int) {
     if (threadIdx.x >= kTile) return;
     Slot s = slot_at(a.q, q_first + int(threadIdx.x), q_used);
-    columns[threadIdx.x] = terms_of<Tag, kBoth>(a.q, s, a.p.grad, a.exclude, a.norm_limit);
+    columns[threadIdx.x] = terms_of<Tag, kSums>(a.q, s, a.p.grad, false, a.exclude, a.norm_limit);
   };
   auto epilogue = [&](int, float (&acc)[2][8][4]) {
 #pragma unroll
     for (int j = 0; j < 8; j++) {
 #pragma unroll
       for (int e = 0; e < 2; e++) {
-        const Terms<Tag, kBoth> column = columns[me.column(j, e)];
+        const Terms<Tag, kSums> column = columns[me.column(j, e)];
 #pragma unroll
         for (int r = 0; r < 4; r++) {
           float& x = acc[r / 2][j][2 * (r % 2) + e];
-          x = entry(x, row[r], column) * row[r].factor * column.factor;
+          x = entry<false>(x, row[r], column) * row[r].factor * column.factor;
         }
       }
     }
@@ -107,14 +107,10 @@ void entries(const EntriesArgs& args, Stream stream) {
   with_kind(args.kind, [&](auto kind) {
     with_tag(args.exclude, [&](auto tag) {
       using Tag = decltype(tag);
-      auto go = [&](auto* kernel, size_t terms) {
-        launch(kernel, blocks, kThreads, kLoopBytes + kTile * terms, stream, args);
-      };
-      if (args.p.grad && args.q.grad) {
-        go(entries_kernel<kind.value, Tag, true>, sizeof(Terms<Tag, true>));
-      } else {
-        go(entries_kernel<kind.value, Tag, false>, sizeof(Terms<Tag, false>));
-      }
+      with_sums(args.p, args.q, [&](auto sums) {
+        size_t shared = kLoopBytes + kTile * sizeof(Terms<Tag, sums.value>);
+        launch(entries_kernel<kind.value, Tag, sums.value>, blocks, kThreads, shared, stream, args);
+      });
     });
   });
 }

@@ -9,32 +9,41 @@
 //   dL/dp = beta r_p (a_p - (u_p . a_p) u_p)    the second term is the derivative of the norm
 //   dL/dbeta = sum_p u_p . a_p                  the same dot products
 //
+// Where features are compared with themselves, S is symmetric. Their gradient, as rows and as columns, is
+// made of A + A^T: the entries above, with the one log-sum-exp that was asked for on either side,
+//
+//   T_ij  = g_i exp(t_ij + bias_j - lse_i) + g_j exp(t_ij + bias_i - lse_j)  + both sides' g_pos
+//
+// and one pass over them takes the place of two. Counting pairs twice, it gives twice dL/dbeta.
+//
 // * short_grad.cu, for short rows: recompute a tile, multiply it with the Q rows that are on the chip anyway.
 // * entries.cu, for long rows, whose gradient does not fit on the chip: write H = A r_p r_q for a panel, let
 //   the library's matrix product do H Q and H^T P, then finish.cu.
 #pragma once
 
+#include <type_traits>
+
 #include "formats.h"
 
 namespace nck {
 
-// What a row brings to its entries. In units of base-2 logits; see Entry for how they are combined.
-template <class Tag, bool kBoth>
-struct Terms;
+// Which log-sum-exps the entries come from: that of one side; of each side its own; or one that both sides
+// have, since they are the same rows.
+enum class Sums { kOne, kEach, kShared };
 
-template <class Tag>
-struct Terms<Tag, false> {
+// Calls f with an integral_constant of the sums.
+template <class F>
+void with_sums(const Side& p, const Side& q, F f) {
+  if (p.samples && q.samples) return f(std::integral_constant<Sums, Sums::kShared>{});
+  if (p.grad && q.grad) return f(std::integral_constant<Sums, Sums::kEach>{});
+  return f(std::integral_constant<Sums, Sums::kOne>{});
+}
+
+// What a row brings to its entries. In units of base-2 logits; see `entry` for how they are combined.
+template <class Tag, Sums kSums>
+struct Terms {
   float rnorm;   // for P times beta log2 e
   float factor;  // what its entries are multiplied with for the matrix products
-  float add, times;
-  float pos;
-  int partner;
-  Tag tag;
-};
-
-template <class Tag>
-struct Terms<Tag, true> {
-  float rnorm, factor;
   float add, times;
   float bias;
   float pos;
@@ -42,18 +51,32 @@ struct Terms<Tag, true> {
   Tag tag;
 };
 
-// `other_has_grad`: whether the opposite side's log-sum-exp has an upstream gradient.
-template <class Tag, bool kBoth>
-NCK_DEVICE Terms<Tag, kBoth> terms_of(const Side& side, const Slot& s, bool other_has_grad, Exclude exclude,
-                                      float norm_limit) {
-  Terms<Tag, kBoth> terms;
+template <class Tag>
+struct Terms<Tag, Sums::kOne> {
+  float rnorm, factor;
+  float add, times;
+  float pos;
+  int partner;
+  Tag tag;
+};
+
+// `other_has_grad`: whether the opposite side's log-sum-exp has an upstream gradient. `once`: for
+// entry<true>.
+template <class Tag, Sums kSums>
+NCK_DEVICE Terms<Tag, kSums> terms_of(const Side& side, const Slot& s, bool other_has_grad, bool once,
+                                      Exclude exclude, float norm_limit) {
+  Terms<Tag, kSums> terms;
   terms.rnorm = rnorm_of(side, s);
   terms.factor = summand_rnorm(terms.rnorm, norm_limit);
   Upstream up = upstream_of(side, s);
-  if constexpr (kBoth) {
+  if constexpr (kSums != Sums::kOne) {
     terms.add = -up.lse;
     terms.times = up.grad;
     terms.bias = summand_bias(side, s);
+    if (once) {
+      terms.times = up.grad * exp2_fast(-up.lse);
+      terms.bias = s.summed ? 1.0f : 0.0f;
+    }
   } else if (side.grad) {
     terms.add = -up.lse;
     terms.times = up.grad;
@@ -68,12 +91,26 @@ NCK_DEVICE Terms<Tag, kBoth> terms_of(const Side& side, const Slot& s, bool othe
   return terms;
 }
 
-// A_pq from the product of the two rows. With kBoth each side has a log-sum-exp; else one has, and the other
-// side's `add` is a bias and its `times` is 1.
-template <class Tag, bool kBoth>
-NCK_DEVICE float entry(float product, const Terms<Tag, kBoth>& p, const Terms<Tag, kBoth>& q) {
+// The row of either operand, under the mask "self" from its tag; "same_label" has it in `partner`.
+template <class Tag>
+NCK_DEVICE int row_of(const Terms<Tag, Sums::kShared>& terms) {
+  if constexpr (sizeof(Tag) == sizeof(int)) {
+    return terms.tag;
+  } else {
+    return terms.partner;
+  }
+}
+
+// A_pq from the product of the two rows. With kOne one side has a log-sum-exp, and the other side's `add` is
+// a bias and its `times` is 1. kOnce (of kShared): g_p exp(t - lse_p) + g_q exp(t - lse_q) as exp(t) times
+// the sum of what is left, with one exponential; `times` is g exp(-lse) then, and `bias` whether the row is
+// summed over.
+template <bool kOnce, class Tag, Sums kSums>
+NCK_DEVICE float entry(float product, const Terms<Tag, kSums>& p, const Terms<Tag, kSums>& q) {
   float s = product * p.rnorm, a;
-  if constexpr (kBoth) {
+  if constexpr (kOnce) {
+    a = exp2_fast(s * q.rnorm) * fmaf(p.times, q.bias, p.bias * q.times);
+  } else if constexpr (kSums != Sums::kOne) {
     a = p.times * exp2_fast(fmaf(s, q.rnorm, q.bias) + p.add);
     a = fmaf(q.times, exp2_fast(fmaf(s, q.rnorm, p.bias) + q.add), a);
   } else {
@@ -81,7 +118,13 @@ NCK_DEVICE float entry(float product, const Terms<Tag, kBoth>& p, const Terms<Ta
   }
   // Selected, not multiplied by 0: a masked entry can be any size, inf included.
   if (p.tag == q.tag) a = 0.0f;
-  if (p.partner == q.partner) a += p.pos + q.pos;
+  if constexpr (kSums == Sums::kShared) {
+    // Either row can be the other's positive.
+    if (p.partner == row_of(q)) a += p.pos;
+    if (row_of(p) == q.partner) a += q.pos;
+  } else {
+    if (p.partner == q.partner) a += p.pos + q.pos;
+  }
   return a;
 }
 

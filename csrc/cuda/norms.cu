@@ -106,7 +106,8 @@ NCK_DEVICE float largest(const float* x, const float* lse, int n, float limit) {
 // The entries A r of the gradient's tiles are of the size of the upstream gradients, usually 1 / M, and
 // smaller by the softmax: in float16 they would vanish. No entry of A exceeds the sum of the largest
 // upstream gradients, so with the largest norms these scales take every A r to at most 2^14, a quarter of
-// what float16 holds. Rows shorter than eps (r >= limit) are left out, see summand_rnorm. One block.
+// what float16 holds (2^15 where two samples are each other's positives). Rows shorter than eps (r >= limit)
+// are left out, see summand_rnorm. One block.
 NCK_KERNEL(kScaleThreads, 1) half_scale_kernel(const __grid_constant__ HalfScaleArgs a) {
   SharedArena arena;
   float* scratch = arena.take<float>(kScaleThreads / 32);

@@ -4,9 +4,8 @@
 // adds A Q to the sums in its registers, as the backward pass of flash attention does. Each of eight warps
 // has 16 rows of P and whole rows of sums, so that warps meet only where a tile of Q is exchanged.
 
-#include <type_traits>
-
 #include "gradient.h"
+#include "vectors.h"
 
 namespace nck {
 namespace {
@@ -31,54 +30,42 @@ NCK_DEVICE void copy_rows(unsigned char* to, const Side& side, int first, int us
     Slot s = slot_at(side, first + row, used);
     int count = !s.here || left < 0 ? 0 : left < 8 ? left : 8;
     const T* from = static_cast<const T*>(side.x) + (count ? int64_t(s.row) * side.stride + 8 * piece : 0);
-    unsigned char* at = to + row_offset<kD>(row, piece);
-    if (aligned) {
-      cp_async16(at, from, 2 * count);
-    } else {
-      union {
-        T number[8];
-        Vec16 vec;
-      } raw;
-      raw.vec = Vec16{};
-#pragma unroll
-      for (int n = 0; n < 8; n++) {
-        if (n < count) raw.number[n] = from[n];
-      }
-      *reinterpret_cast<Vec16*>(at) = raw.vec;
-    }
+    copy_piece(to + row_offset<kD>(row, piece), from, count, aligned);
   }
 }
 
-template <class T>
-NCK_DEVICE bool side_aligned(const Side& side) {
-  return (reinterpret_cast<uintptr_t>(side.x) | uintptr_t(side.stride * int64_t(sizeof(T)))) % 16 == 0;
-}
-
-template <int kD, class Tag, bool kBoth>
+template <int kD, class Tag, Sums kSums>
 constexpr size_t short_grad_shared() {
-  return 2 * kD * (kRowsP + 2 * kRowsQ) + 2 * kRowsQ * sizeof(Terms<Tag, kBoth>);
+  return 2 * kD * (kRowsP + 2 * kRowsQ) + 2 * kRowsQ * sizeof(Terms<Tag, kSums>);
 }
 
-static_assert(short_grad_shared<128, int64_t, true>() <= 99 << 10, "what the smallest devices have");
-static_assert(short_grad_shared<256, int64_t, true>() <= 163 << 10, "what compute capability 8.0 has");
+static_assert(short_grad_shared<128, int64_t, Sums::kShared>() <= 99 << 10, "what the smallest devices have");
+static_assert(short_grad_shared<256, int64_t, Sums::kShared>() <= 163 << 10,
+              "what compute capability 8.0 has");
 
 // `split` blocks share an anchor tile when there are too few tiles to fill the device. Each then writes its
 // float32 sum to part[s, slot] for finish.cu; alone it finishes the rows itself.
-template <Kind K, int kD, class Tag, bool kBoth>
+template <Kind K, int kD, class Tag, Sums kSums>
 NCK_KERNEL(kThreads, 1)
 short_grad_kernel(const __grid_constant__ GradArgs a) {
   using T = Number<K>;
   SharedArena arena;
   auto* p_rows = arena.take<unsigned char>(2 * kD * kRowsP);
   auto* q_rows = arena.take<unsigned char>(2 * 2 * kD * kRowsQ);
-  auto* columns = arena.take<Terms<Tag, kBoth>>(2 * kRowsQ);
+  auto* columns = arena.take<Terms<Tag, kSums>>(2 * kRowsQ);
   const int lane = int(threadIdx.x) & 31, warp = int(threadIdx.x) >> 5, g = lane >> 2, t = lane & 3;
   const int part = int(blockIdx.x) % a.split, p_first = int(blockIdx.x) / a.split * kRowsP;
   const int p_used = used_slots(a.p), q_used = used_slots(a.q);
   if (p_first >= p_used) return;
-  const bool p_aligned = side_aligned<T>(a.p), q_aligned = side_aligned<T>(a.q);
+  const bool p_aligned = rows_aligned<T>(a.p.x, a.p.stride), q_aligned = rows_aligned<T>(a.q.x, a.q.stride);
   const int tiles = (q_used + kRowsQ - 1) / kRowsQ;
   const float scale = a.scale ? *a.scale : 1.0f;
+  // Exponentials take as long as these products. Of features with themselves, the two terms of an entry can
+  // have one between them if the factors stay in range: with |t| and |lse| - log M up to 64 in base 2 they
+  // lie between 2^-64 and 2^64, times what log M and g add. Temperatures from 0.0226 on are such. With longer
+  // rows the products take longer, and a second way to make the entries more registers than there are.
+  constexpr bool kMayShare = kSums == Sums::kShared && kD <= 128;
+  const bool once = kMayShare && !a.p.bias && *a.beta * kLog2e < 64.0f;
 
   auto load_q = [&](int tile, int buffer) {
     if (tile < tiles) {
@@ -90,11 +77,11 @@ short_grad_kernel(const __grid_constant__ GradArgs a) {
   load_q(part, 0);
 
   Slot slot[2];
-  Terms<Tag, kBoth> row[2];
+  Terms<Tag, kSums> row[2];
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     slot[h] = slot_at(a.p, p_first + 16 * warp + 8 * h + g, p_used);
-    row[h] = terms_of<Tag, kBoth>(a.p, slot[h], a.q.grad, a.exclude, a.norm_limit);
+    row[h] = terms_of<Tag, kSums>(a.p, slot[h], a.q.grad, once, a.exclude, a.norm_limit);
     row[h].rnorm *= *a.beta * kLog2e;
   }
   float sum[kD / 8][4] = {};
@@ -103,7 +90,7 @@ short_grad_kernel(const __grid_constant__ GradArgs a) {
   for (int tile = part; tile < tiles; tile += a.split) {
     if (threadIdx.x < kRowsQ) {
       Slot s = slot_at(a.q, tile * kRowsQ + int(threadIdx.x), q_used);
-      auto terms = terms_of<Tag, kBoth>(a.q, s, a.p.grad, a.exclude, a.norm_limit);
+      auto terms = terms_of<Tag, kSums>(a.q, s, a.p.grad, once, a.exclude, a.norm_limit);
       terms.factor *= scale;
       columns[buffer * kRowsQ + threadIdx.x] = terms;
     }
@@ -130,17 +117,24 @@ short_grad_kernel(const __grid_constant__ GradArgs a) {
         multiply<K>(acc[j + 1], x, y, swapped ? 0 : 2);
       }
     }
+    auto make_entries = [&](auto single) {
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
+      for (int j = 0; j < 8; j++) {
 #pragma unroll
-      for (int e = 0; e < 2; e++) {
-        const Terms<Tag, kBoth> column = columns[buffer * kRowsQ + 8 * j + 2 * t + e];
+        for (int e = 0; e < 2; e++) {
+          const Terms<Tag, kSums> column = columns[buffer * kRowsQ + 8 * j + 2 * t + e];
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-          float& x = acc[j][2 * h + e];
-          x = entry(x, row[h], column) * column.factor;
+          for (int h = 0; h < 2; h++) {
+            float& x = acc[j][2 * h + e];
+            x = entry<single.value>(x, row[h], column) * column.factor;
+          }
         }
       }
+    };
+    if constexpr (kMayShare) {
+      once ? make_entries(std::true_type{}) : make_entries(std::false_type{});
+    } else {
+      make_entries(std::false_type{});
     }
     // Products of two 8-column tiles lie in the registers as one 16-column left operand does.
 #pragma unroll
@@ -215,17 +209,13 @@ short_grad_kernel(const __grid_constant__ GradArgs a) {
 
 void short_grad(const GradArgs& args, Stream stream) {
   int64_t blocks = int64_t((args.p.slots + kRowsP - 1) / kRowsP) * args.split;
-  bool both = args.p.grad && args.q.grad;
   auto with_all = [&](auto kind, auto width, auto tag) {
     using Tag = decltype(tag);
     constexpr int kD = width.value;
-    if (both) {
-      launch(short_grad_kernel<kind.value, kD, Tag, true>, blocks, kThreads,
-             short_grad_shared<kD, Tag, true>(), stream, args);
-    } else {
-      launch(short_grad_kernel<kind.value, kD, Tag, false>, blocks, kThreads,
-             short_grad_shared<kD, Tag, false>(), stream, args);
-    }
+    with_sums(args.p, args.q, [&](auto sums) {
+      launch(short_grad_kernel<kind.value, kD, Tag, sums.value>, blocks, kThreads,
+             short_grad_shared<kD, Tag, sums.value>(), stream, args);
+    });
   };
   auto with_width = [&](auto kind) {
     with_tag(args.exclude, [&](auto tag) {

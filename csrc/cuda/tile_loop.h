@@ -11,6 +11,7 @@
 #pragma once
 
 #include "formats.h"
+#include "vectors.h"
 
 namespace nck {
 
@@ -51,50 +52,25 @@ class RowCopier {
   }
 
   NCK_DEVICE void copy(unsigned char* stage, int slice, int d, bool aligned) const {
-    int column = slice * (kSlice / int(sizeof(T))) + piece() * kNumbers;
+    int column = slice * (kSlice / int(sizeof(T))) + piece() * kPerVec<T>;
     int left = d - column;
-    int numbers = left < 0 ? 0 : left < kNumbers ? left : kNumbers;
+    int numbers = left < 0 ? 0 : left < kPerVec<T> ? left : kPerVec<T>;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       int count = here_[i] ? numbers : 0;
-      unsigned char* to = stage + slice_offset(local_row(i), piece());
       // An address is needed even where nothing is read.
       const T* from = row_[i] + (count ? column : 0);
-      if (aligned) {
-        cp_async16(to, from, count * int(sizeof(T)));
-      } else {
-        copy_numbers(to, from, count);
-      }
+      copy_piece(stage + slice_offset(local_row(i), piece()), from, count, aligned);
     }
   }
 
  private:
-  static constexpr int kNumbers = 16 / int(sizeof(T));
-
   NCK_DEVICE static int piece() { return int(threadIdx.x) & 3; }
   NCK_DEVICE static int local_row(int i) { return (int(threadIdx.x) >> 2) + 64 * i; }
-
-  NCK_DEVICE static void copy_numbers(unsigned char* to, const T* from, int count) {
-    union {
-      T number[kNumbers];
-      Vec16 vec;
-    } raw;
-    raw.vec = Vec16{};
-#pragma unroll
-    for (int i = 0; i < kNumbers; i++) {
-      if (i < count) raw.number[i] = from[i];
-    }
-    *reinterpret_cast<Vec16*>(to) = raw.vec;
-  }
 
   const T* row_[2];
   bool here_[2];
 };
-
-template <class T>
-NCK_DEVICE bool copies_aligned(const Side& side) {
-  return (reinterpret_cast<uintptr_t>(side.x) | uintptr_t(side.stride * int64_t(sizeof(T)))) % 16 == 0;
-}
 
 // acc += the products over one slice.
 template <Kind K>
@@ -139,7 +115,7 @@ NCK_DEVICE void tile_loop(const Side& p, int p_first, int p_used, const Side& q,
   constexpr int kPerSlice = kSlice / int(sizeof(T));
   const int slices = (d + kPerSlice - 1) / kPerSlice;
   const int tiles = (q_used - q_begin + kTile - 1) / kTile;
-  const bool p_aligned = copies_aligned<T>(p), q_aligned = copies_aligned<T>(q);
+  const bool p_aligned = rows_aligned<T>(p.x, p.stride), q_aligned = rows_aligned<T>(q.x, q.stride);
   RowCopier<T> p_rows, q_rows;
   p_rows.point(p, p_first, p_used);
 

@@ -1,4 +1,4 @@
-// Rows as vectors: eight numbers a step in 16-byte accesses, for kernels that are bound by memory.
+// Rows as vectors: 16 bytes a step, on their way to shared memory or to registers.
 #pragma once
 
 #include "operands.h"
@@ -12,6 +12,23 @@ inline constexpr int kPerVec = 16 / int(sizeof(T));
 template <class T>
 NCK_DEVICE bool rows_aligned(const void* x, int64_t stride) {
   return (reinterpret_cast<uintptr_t>(x) | uintptr_t(stride * int64_t(sizeof(T)))) % 16 == 0;
+}
+
+// Copies the first `count` numbers of 16 bytes to shared memory, and zeros after them: without waiting where
+// rows are aligned, at once where they are not.
+template <class T>
+NCK_DEVICE void copy_piece(unsigned char* to, const T* from, int count, bool aligned) {
+  if (aligned) return cp_async16(to, from, count * int(sizeof(T)));
+  union {
+    T number[kPerVec<T>];
+    Vec16 vec;
+  } raw;
+  raw.vec = Vec16{};
+#pragma unroll
+  for (int i = 0; i < kPerVec<T>; i++) {
+    if (i < count) raw.number[i] = from[i];
+  }
+  *reinterpret_cast<Vec16*>(to) = raw.vec;
 }
 
 template <class T>

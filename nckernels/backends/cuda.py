@@ -114,11 +114,11 @@ class CudaKernels(Kernels):
         self.multiprocessors, self.shared, hopper = _device(z.device)
         self.hopper = hopper and os.environ.get(WGMMA) == "1"
 
-    def _side(self, side: Side) -> tuple[Any, ...]:
-        """``Side`` of args.h. Prototypes that the mask "self" leaves out can still be someone's positive."""
-        unsummed = self.spec.exclude == "self" and not side.samples
+    def _side(self, side: Side, positives: bool = True) -> tuple[Any, ...]:
+        """``Side`` of args.h. Without ``positives``, for sums only, slots that are left out are not read at all."""
         vectors = (side.label, side.count, side.bias, side.lse, side.grad, side.pos)
-        return side.x, side.rnorm, *vectors, side.slots, side.skip, side.samples, side.gather, unsummed
+        kind = (side.samples, side.gather, side.unsummed and positives)
+        return side.x, side.rnorm, *vectors, side.slots, side.skip, *kind
 
     # --- tiles
 
@@ -167,16 +167,12 @@ class CudaKernels(Kernels):
         self, p: Side, q: Side, out: Tensor | None, p_partial: Partial, q_partial: Partial,
         first: int, count: int, split: int, blocks: Blocks,
     ) -> None:  # fmt: skip
-        both = q_partial[0] is not None
+        both, sides = q_partial[0] is not None, (*self._side(p, False), *self._side(q, False))
         if self.hopper and self.half and not both and _fits_boxes(p) and _fits_boxes(q):
-            self.ops.log_sum_exp_wgmma(
-                *self._side(p), *self._side(q), self.beta, out, *p_partial, first, count, split, self.exclude
-            )
+            self.ops.log_sum_exp_wgmma(*sides, self.beta, out, *p_partial, first, count, split, self.exclude)
         else:
-            self.ops.log_sum_exp(
-                *self._side(p), *self._side(q), self.beta, out, *p_partial, *q_partial,
-                first, count, split, self.exclude, self.exact,
-            )  # fmt: skip
+            partial = (*p_partial, *q_partial)
+            self.ops.log_sum_exp(*sides, self.beta, out, *partial, first, count, split, self.exclude, self.exact)
 
     def combine(self, partial: Partial, side: Side, out: Tensor, first: int, parts: int, keep: bool) -> None:
         self.ops.combine(*partial, side.label, side.count, out, side.skip, first, parts, side.slots, side.gather, keep)
@@ -199,7 +195,8 @@ class CudaKernels(Kernels):
         )  # fmt: skip
 
     def bias_grad(self, p: Side, q: Side, part: Tensor, split: int, blocks: Blocks) -> None:
-        self.ops.bias_grad(*self._side(p), *self._side(q), self.beta, part, split, self.exclude, self.exact)
+        sides = *self._side(p, False), *self._side(q, False)
+        self.ops.bias_grad(*sides, self.beta, part, split, self.exclude, self.exact)
 
     # --- rows again
 

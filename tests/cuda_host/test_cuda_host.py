@@ -103,6 +103,40 @@ def test_long_rows(emulator: Emulator, dtype: torch.dtype, exclude: str) -> None
             oracle.check(problem, dtype)
 
 
+@pytest.mark.parametrize("exclude", ["self", "same_label"])
+@pytest.mark.parametrize("direction", ["class", "instance"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_features_against_themselves(emulator: Emulator, dtype: torch.dtype, direction: str, exclude: str) -> None:
+    """One pass for the gradient as rows and as columns: with one exponential an entry, and with two."""
+    cases = ((40, 10.0, False), (40, 61.0, False), (77, 10.0, True), (200, 10.0, False), (264, 61.0, True))
+    for schedule, (d, beta, bias) in zip(itertools.cycle(SCHEDULES), cases, strict=False):
+        emulator.configure(schedule, seed=d, poison=LARGE if d == 77 else NAN)
+        problem = oracle.make_problem(
+            150, 150, d, direction=direction, exclude=exclude, bias=bias, beta=beta, itself=True, seed=d
+        )
+        oracle.check(problem, dtype)
+
+
+@pytest.mark.parametrize("places", [1, 132])
+def test_splits_of_features_against_themselves(
+    emulator: Emulator, places: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shared among thread blocks or not, in panels or not, with one row or several tiles."""
+    monkeypatch.setattr(cuda, "_device", lambda device: (places, 227 << 10, True))
+    for samples, d, dtype in ((1, 40, torch.float16), (260, 40, torch.bfloat16), (140, 264, torch.bfloat16)):
+        with nckernels.use_workspace(64 << 10):
+            oracle.check(oracle.make_problem(samples, samples, d, exclude="self", itself=True), dtype)
+            oracle.check(oracle.make_problem(samples, samples, d, exclude="self", itself=True), dtype, wrt=())
+
+
+@pytest.mark.parametrize("d", [40, 264])
+def test_float16_small_gradients_of_features_against_themselves(emulator: Emulator, d: int) -> None:
+    problem = oracle.make_problem(150, 150, d, exclude="self", itself=True)
+    for upstream in problem.upstream.values():
+        upstream *= 0.01
+    oracle.check(problem, torch.float16)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("m", "k", "d"), [(1, 1, 1), (2, 300, 8), (300, 2, 130), (129, 127, 256), (64, 64, 64), (128, 256, 31)]
@@ -351,6 +385,16 @@ def test_ignored_rows_are_never_touched(emulator: Emulator) -> None:
         if d == 48 and dtype != torch.float32:  # no library products, in which 0 * NaN is NaN
             for name, grad in clean[1].items():
                 assert torch.equal(grad, grads[name]), (d, dtype, name)
+
+
+def test_sums_do_not_touch_ignored_rows(emulator: Emulator) -> None:
+    """Under the mask "self" such a row can be another's positive, and then only there it counts."""
+    for direction, itself in itertools.product(("class", "instance"), (False, True)):
+        problem = oracle.make_problem(150, 150, 48, direction=direction, exclude="self", bias=True, itself=itself)
+        clean, _ = oracle.run(oracle.package, problem.to(torch.bfloat16), ())
+        problem.prototypes[problem.target == problem.ignore_index] = torch.nan
+        outputs, _ = oracle.run(oracle.package, problem.to(torch.bfloat16), ())
+        assert torch.equal(clean[direction], outputs[direction]), (direction, itself)
 
 
 @pytest.mark.parametrize("d", [48, 264])

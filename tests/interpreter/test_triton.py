@@ -49,6 +49,30 @@ def test_half_types(dtype: torch.dtype, d: int) -> None:
     check(make_problem(37, 21, d, direction="both", exclude="target", bias=False), dtype)
 
 
+@pytest.mark.parametrize("d", [SHORT, LONG])
+@pytest.mark.parametrize("exclude", ["self", "same_label"])
+@pytest.mark.parametrize("direction", ["class", "instance"])
+def test_features_against_themselves(direction: str, exclude: str, d: int) -> None:
+    """One pass for the gradient as rows and as columns: with one exponential an entry, and with two.
+
+    A positive may be an ignored row, or a pair each other's positives.
+    """
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    for (beta, bias), dtype in zip(((10.0, False), (61.0, False), (10.0, True)), dtypes, strict=True):
+        problem = make_problem(
+            37, 37, d, direction=direction, exclude=exclude, bias=bias, beta=beta, ignored=0.3, itself=True
+        )
+        check(problem, dtype)
+
+
+@pytest.mark.parametrize("d", [SHORT, LONG])
+@pytest.mark.parametrize("wrt", ["features", "inv_temperature", "sample_bias"])
+def test_single_gradients_of_features_against_themselves(wrt: str, d: int) -> None:
+    with nckernels.use_workspace(4096):  # shared among few programs, panel by panel
+        problem = make_problem(50, 50, d, exclude="self", bias=wrt == "sample_bias", itself=True)
+        check(problem, torch.float32, wrt=(wrt,))
+
+
 @pytest.mark.parametrize("beta", [1.0, 100.0, 1000.0])
 @pytest.mark.parametrize("direction", ["class", "instance"])
 def test_temperatures(direction: str, beta: float) -> None:

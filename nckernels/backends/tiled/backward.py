@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..base import Forward, Gradients, Needs, OutputGrads
+from ..base import Forward, Gradients, Needs, OutputGrads, Spec
 from .kernels import Kernels
 from .plan import Blocks, pad16, panel_shape
 from .sides import Result, Side, two_sides, vector
@@ -15,14 +15,20 @@ from .sides import Result, Side, two_sides, vector
 
 def backward(kernels: Kernels, saved: Forward, grads: OutputGrads, needs: Needs) -> Gradients:
     """The wanted gradients."""
-    inputs = kernels.inputs
+    inputs, spec = kernels.inputs, kernels.spec
     z, device = inputs.features, inputs.features.device
     if z.shape[0] == 0 or all(g is None for g in grads):
         return _no_gradients(kernels, needs)
     present = saved.kept.view(kernels.index_dtype)
-    samples, classes = two_sides(inputs, kernels.spec, saved.feature_rnorm, saved.prototype_rnorm, present)
-    samples = replace(samples, lse=saved.instance_lse, grad=vector(grads.instance_lse), pos=vector(grads.pos))
-    classes = replace(classes, lse=saved.class_lse, grad=vector(grads.class_lse))
+    samples, classes = two_sides(inputs, spec, saved.feature_rnorm, saved.prototype_rnorm, present)
+    if spec.symmetric:
+        # Both rows of sums, A U and A^T U, are (A + A^T) U: one pass over entries with two terms each.
+        direction = "class_lse" if spec.by_class else "instance_lse"
+        lse, grad = getattr(saved, direction), vector(getattr(grads, direction))
+        samples = classes = replace(samples, lse=lse, grad=grad, pos=vector(grads.pos))
+    else:
+        samples = replace(samples, lse=saved.instance_lse, grad=vector(grads.instance_lse), pos=vector(grads.pos))
+        classes = replace(classes, lse=saved.class_lse, grad=vector(grads.class_lse))
 
     def matrix(wanted: bool, side: Side) -> Tensor | None:
         # Compacted: the kernels write the rows of classes that occur, into zeros.
@@ -58,7 +64,7 @@ def backward(kernels: Kernels, saved: Forward, grads: OutputGrads, needs: Needs)
     return Gradients(
         for_samples.out,
         for_classes.out,
-        dot.sum().to(inputs.inv_temperature.dtype) if dot is not None else None,
+        _beta_grad(dot, spec).to(inputs.inv_temperature.dtype) if dot is not None else None,
         _bias_grad(kernels, samples, classes) if needs.sample_bias else None,
         _bias_grad(kernels, classes, samples) if needs.class_bias else None,
     )
@@ -138,6 +144,11 @@ def _dense(kernels: Kernels, side: Side, start: int, stop: int, copy: Tensor | N
         return side.x[start:stop]
     kernels.gather(side, copy, start, stop)
     return copy[: stop - start]
+
+
+def _beta_grad(dot: Tensor, spec: Spec) -> Tensor:
+    """The sum over A * S; a symmetric A + A^T has counted every entry twice."""
+    return dot.sum() / 2 if spec.symmetric else dot.sum()
 
 
 def _bias_grad(kernels: Kernels, p: Side, q: Side) -> Tensor:

@@ -27,7 +27,7 @@ class Kernels(ABC):
     """Of the list of classes that occur."""
 
     def __init__(self, inputs: Inputs, spec: Spec) -> None:
-        self.inputs = plain(inputs)
+        self.inputs = plain(inputs, spec)
         self.spec = spec
         self.beta = inputs.inv_temperature
         self.eps = norm_eps(inputs.features.dtype)

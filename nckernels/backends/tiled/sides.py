@@ -28,7 +28,7 @@ class Side:
     rnorm: Tensor
     """(rows,): 1 / max(norm, eps)."""
     samples: bool
-    """Whether these are the features."""
+    """Whether these are the features, perhaps as both operands."""
     slots: int
     label: Tensor | None = None
     """(slots,): the targets of samples, and of prototypes that are samples too; the rows of compacted
@@ -36,6 +36,8 @@ class Side:
     skip: int = 0
     """The label of slots that are left out of all sums."""
     gather: bool = False
+    unsummed: bool = False
+    """Whether slots that are left out can still be someone's positive: prototypes under the mask "self"."""
     count: Tensor | None = None
     """0-dimensional or (1,): how many of the slots are in use; None: all."""
     bias: Tensor | None = None
@@ -70,11 +72,12 @@ class Result:
         return None
 
 
-def plain(inputs: Inputs) -> Inputs:
+def plain(inputs: Inputs, spec: Spec) -> Inputs:
     """The same tensors as kernels index them: matrices of contiguous rows, contiguous vectors."""
+    z = _rows(inputs.features)
     return Inputs(
-        _rows(inputs.features),
-        _rows(inputs.prototypes),
+        z,
+        z if spec.symmetric else _rows(inputs.prototypes),
         inputs.target.contiguous(),
         inputs.inv_temperature,
         vector(inputs.sample_bias),
@@ -93,14 +96,22 @@ def vector(x: Tensor | None) -> Tensor | None:
 
 
 def two_sides(inputs: Inputs, spec: Spec, z_rnorm: Tensor, w_rnorm: Tensor, present: Tensor) -> tuple[Side, Side]:
-    """Samples and prototypes; ``present`` holds the prototypes' labels if only classes that occur count."""
+    """Samples and prototypes; ``present`` holds the prototypes' labels if only classes that occur count.
+
+    Where they are one tensor, S is symmetric and so is all that belongs to its rows and columns: one side, given
+    twice. Its bias, log-sum-exps and their gradients are those of the direction that was asked for.
+    """
     z, w, target, _, sample_bias, class_bias = inputs
-    m, k = z.shape[0], w.shape[0]
+    m, k, positives = z.shape[0], w.shape[0], spec.exclude == "self"
+    if spec.symmetric:
+        bias = sample_bias if spec.by_class else class_bias
+        both = Side(z, z_rnorm, True, m, target, spec.ignore_index, unsummed=positives, bias=bias)
+        return both, both
     samples = Side(z, z_rnorm, True, m, target, spec.ignore_index, bias=sample_bias)
     if spec.square:
-        return samples, Side(w, w_rnorm, False, k, target, spec.ignore_index, bias=class_bias)
+        return samples, Side(w, w_rnorm, False, k, target, spec.ignore_index, unsummed=positives, bias=class_bias)
     if present.numel():
         slots, compacted = min(m, k), k > m
         count = present[slots:] if compacted else None
-        return samples, Side(w, w_rnorm, False, slots, present, -1, compacted, count, class_bias)
+        return samples, Side(w, w_rnorm, False, slots, present, -1, compacted, count=count, bias=class_bias)
     return samples, Side(w, w_rnorm, False, k, bias=class_bias)

@@ -179,6 +179,15 @@ def entries_tile(shape: Shape) -> Tile:
     return Tile(128, 128, 64, 8, 3, parts=8, resident=2)
 
 
+def may_share(tile: Tile, arch: Arch) -> bool:
+    """Whether ``grad_kernel`` is to have the way of one exponential an entry beside that of two.
+
+    It is worth it where exponentials take as long as the tensor cores' products: on an H100, two exponentials
+    as long as the four products of 128 columns. The second way takes registers, of which sm_100 has fewer left.
+    """
+    return tile.d <= (64 if arch.generation >= 100 else 128)
+
+
 def grad_tile(shape: Shape) -> Tile | None:
     """For ``grad_kernel``, or None where rows are too long for it: then panels of entries are used."""
     whole, heavy = shape.whole, shape.heavy

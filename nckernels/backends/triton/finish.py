@@ -6,13 +6,12 @@ import triton.language as tl
 from .tiles import (
     LOG2E,
     column_parts,
-    dot,
-    dot_rows,
     load_lse,
     load_rows,
     mask_tag,
     row_bias,
     slot_rows,
+    tile_products,
 )
 
 
@@ -60,7 +59,7 @@ def finish_kernel(
     """
     d *= UNIT
     x_stride *= UNIT
-    part_stride *= UNIT
+    part_stride = part_stride.to(tl.int64) * UNIT
     first = start + tl.program_id(0) * BR
     local = tl.program_id(0) * BR + tl.arange(0, BR)  # counted from `start`: seen to be aligned
     used = stop
@@ -163,17 +162,16 @@ def bias_grad_kernel(
     p_tag = mask_tag(p_row, p_label, EXCLUDE, P_SAMPLES)
     p_scale = tl.load(P_rnorm + p_row, mask=p_valid, other=0.0) * (tl.load(Beta) * LOG2E)
     p_bias = row_bias(P_bias, p_row, p_valid)
+    p = None
     if WHOLE_D:
         p = load_rows(P, p_row, p_valid, p_stride, d, BD, EVEN_D)
     total = tl.zeros((BP,), tl.float32)
     for q_block in range(part, tl.cdiv(n_q, BQ), split):
         q_first = q_block * BQ
         q_row, _, q_valid = slot_rows(Q_label, q_first, n_q, skip_q, Q_GATHER, BQ)
-        if WHOLE_D:
-            q = load_rows(Q, q_row, q_valid, q_stride, d, BD, EVEN_D)
-            acc = dot(p, tl.trans(q), tl.zeros((BP, BQ), tl.float32), PRECISION)
-        else:
-            acc = dot_rows(P, p_row, p_valid, p_stride, Q, q_row, q_valid, q_stride, d, d, BD, EVEN_D, PRECISION)
+        acc = tile_products(
+            p, P, p_row, p_valid, p_stride, Q, q_row, q_valid, q_stride, d, WHOLE_D, BD, EVEN_D, PRECISION
+        )  # fmt: skip
         products = column_parts(acc, PARTS)
         for i in tl.static_range(PARTS):
             row, label, valid = slot_rows(Q_label, q_first + i * B, n_q, skip_q, Q_GATHER, B)

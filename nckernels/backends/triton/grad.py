@@ -13,6 +13,13 @@ The projection is taken from ``a_p`` as it was accumulated, after any rounding o
 tile's entries would give the same number in exact arithmetic, but then the rounding errors in the
 direction of u_p, which are large where features have collapsed, would stay in the gradient.
 
+Where features are compared with themselves, S is symmetric. Their gradient, as rows and as columns, is made
+of ``A + A^T``: the entries above, with the one log-sum-exp that was asked for on either side,
+
+    T_ij  = g_i exp(t_ij + bias_j - lse_i) + g_j exp(t_ij + bias_i - lse_j)  + both sides' g_pos
+
+and one pass over them takes the place of two. Counting pairs twice, it gives twice dL/dbeta.
+
 Two ways to get there:
 
 * ``grad_kernel`` for short rows: recompute a tile, multiply it with the Q rows that are on the chip anyway.
@@ -33,7 +40,7 @@ from .tiles import (
     load_rows,
     mask_tag,
     paired_rows,
-    partner_tag,
+    positive_of,
     row_bias,
     slot_rows,
 )
@@ -60,14 +67,19 @@ def load_terms(Bias, Lse, Grad, Pos, Other_grad, row, valid):
 
 
 @triton.jit
-def entries(
-    s, q_rnorm,
-    p_tag, p_partner, p_bias, p_lse, p_grad, p_pos,
-    q_tag, q_partner, q_bias, q_lse, q_grad, q_pos,
-    EXCLUDE: tl.constexpr, USE_P: tl.constexpr, USE_Q: tl.constexpr,
-    USE_P_POS: tl.constexpr, USE_Q_POS: tl.constexpr,
+def factors(bias, lse, grad, once):
+    """A row's bias and gradient, or if ``once`` what stands in their place: exp(bias) and grad exp(-lse)."""
+    if once is not None:
+        bias = tl.where(once, tl.exp2(bias), bias)
+        grad = tl.where(once, grad * tl.exp2(-lse), grad)
+    return bias, grad
+
+
+@triton.jit
+def two_terms(
+    s, q_rnorm, p_bias, p_lse, p_grad, q_bias, q_lse, q_grad, USE_P: tl.constexpr, USE_Q: tl.constexpr
 ):  # fmt: skip
-    """A tile of A, from ``s = (p . q) r_p beta log2 e``."""
+    """The log-sum-exps' part of A, each term with an exponential of its own."""
     a = tl.zeros(s.shape, tl.float32)
     if USE_P:
         t = tl.fma(s, q_rnorm[None, :], q_bias[None, :])
@@ -75,13 +87,33 @@ def entries(
     if USE_Q:
         t = tl.fma(s, q_rnorm[None, :], p_bias[:, None])
         a = tl.fma(q_grad[None, :], tl.exp2(t - q_lse[None, :]), a)
+    return a
+
+
+@triton.jit
+def entries(
+    s, q_rnorm, once,
+    p_tag, p_row, p_positive, p_bias, p_lse, p_grad, p_pos,
+    q_tag, q_row, q_positive, q_bias, q_lse, q_grad, q_pos,
+    EXCLUDE: tl.constexpr, USE_P: tl.constexpr, USE_Q: tl.constexpr,
+    USE_P_POS: tl.constexpr, USE_Q_POS: tl.constexpr,
+):  # fmt: skip
+    """A tile of A, from ``s = (p . q) r_p beta log2 e``; ``once``: see ``grad_kernel``, and None for never."""
+    if once is not None:
+        if once:
+            weight = tl.fma(p_grad[:, None], q_bias[None, :], p_bias[:, None] * q_grad[None, :])
+            a = tl.exp2(s * q_rnorm[None, :]) * weight
+        else:
+            a = two_terms(s, q_rnorm, p_bias, p_lse, p_grad, q_bias, q_lse, q_grad, USE_P, USE_Q)
+    else:
+        a = two_terms(s, q_rnorm, p_bias, p_lse, p_grad, q_bias, q_lse, q_grad, USE_P, USE_Q)
     # Selected, not multiplied by 0: a masked entry can be any size, inf included.
     if EXCLUDE != "none":
         a = tl.where(p_tag[:, None] == q_tag[None, :], 0.0, a)
     if USE_P_POS:
-        a = tl.where(p_partner[:, None] == q_partner[None, :], a + p_pos[:, None], a)
+        a = tl.where(p_positive[:, None] == q_row[None, :], a + p_pos[:, None], a)
     if USE_Q_POS:
-        a = tl.where(p_partner[:, None] == q_partner[None, :], a + q_pos[None, :], a)
+        a = tl.where(p_row[:, None] == q_positive[None, :], a + q_pos[None, :], a)
     return a
 
 
@@ -92,7 +124,8 @@ def grad_kernel(
     Beta, Scale,
     Out, Dot, Part,
     n_p, n_q, slots_p, d, p_stride, q_stride, skip_p, skip_q, split,
-    EXCLUDE: tl.constexpr, P_SAMPLES: tl.constexpr, P_GATHER: tl.constexpr, Q_GATHER: tl.constexpr,
+    EXCLUDE: tl.constexpr, P_SAMPLES: tl.constexpr, P_UNSUMMED: tl.constexpr, Q_UNSUMMED: tl.constexpr,
+    P_GATHER: tl.constexpr, Q_GATHER: tl.constexpr, MAY_SHARE: tl.constexpr,
     BP: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr, UNIT: tl.constexpr, EVEN_D: tl.constexpr,
     EPS: tl.constexpr, NORM_LIMIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -100,6 +133,11 @@ def grad_kernel(
 
     ``split`` programs share a block when there are too few blocks to fill the device. Each then writes
     its float32 sum to ``Part[s, slot]`` for ``finish_kernel``; alone it finishes the rows itself.
+
+    Exponentials take as long as these products. Of features with themselves (``MAY_SHARE``), an entry's two
+    terms are ``exp(t) (g_i exp(-lse_i) + g_j exp(-lse_j))`` with one exponential, if the factors stay in range:
+    with |t| and |lse| - log M up to 64 in base 2 they lie between 2^-64 and 2^64, times what log M and g add.
+    Temperatures from 0.0226 on are such.
     """
     d *= UNIT
     p_stride *= UNIT
@@ -114,12 +152,16 @@ def grad_kernel(
     if Q_count is not None:
         n_q = tl.load(Q_count)
     p_row, p_label, p_valid = slot_rows(P_label, p_first, n_p, skip_p, P_GATHER, BP)
-    p_here = paired_rows(p_valid, p_first, n_p, EXCLUDE, P_SAMPLES, BP)
+    p_here = paired_rows(p_valid, p_first, n_p, P_UNSUMMED, BP)
     p_tag = mask_tag(p_row, p_label, EXCLUDE, P_SAMPLES)
-    p_partner = partner_tag(p_row, p_label, EXCLUDE, P_SAMPLES)
+    p_positive = positive_of(p_row, p_label, EXCLUDE)
     p_rnorm = tl.load(P_rnorm + p_row, mask=p_here, other=0.0)
-    p_bias, p_lse, p_grad, p_pos = load_terms(P_bias, P_lse, P_grad, P_pos, Q_grad, p_row, p_valid)
     beta = tl.load(Beta)
+    once = None
+    if MAY_SHARE:
+        once = beta * LOG2E < 64.0
+    p_bias, p_lse, p_grad, p_pos = load_terms(P_bias, P_lse, P_grad, P_pos, Q_grad, p_row, p_valid)
+    p_bias, p_grad = factors(p_bias, p_lse, p_grad, once)
     p_scale = p_rnorm * (beta * LOG2E)
     scale = 1.0
     if Scale is not None:
@@ -129,17 +171,18 @@ def grad_kernel(
 
     for q_block in range(part, tl.cdiv(n_q, BQ), split):
         q_row, q_label, q_valid = slot_rows(Q_label, q_block * BQ, n_q, skip_q, Q_GATHER, BQ)
-        q_here = paired_rows(q_valid, q_block * BQ, n_q, EXCLUDE, not P_SAMPLES, BQ)
+        q_here = paired_rows(q_valid, q_block * BQ, n_q, Q_UNSUMMED, BQ)
         q = load_rows(Q, q_row, q_here, q_stride, d, BD, EVEN_D)
         s = dot(p, tl.trans(q), tl.zeros((BP, BQ), tl.float32), PRECISION) * p_scale[:, None]
         q_tag = mask_tag(q_row, q_label, EXCLUDE, not P_SAMPLES)
-        q_partner = partner_tag(q_row, q_label, EXCLUDE, not P_SAMPLES)
+        q_positive = positive_of(q_row, q_label, EXCLUDE)
         q_rnorm = tl.load(Q_rnorm + q_row, mask=q_here, other=0.0)
         q_bias, q_lse, q_grad, q_pos = load_terms(Q_bias, Q_lse, Q_grad, Q_pos, P_grad, q_row, q_valid)
+        q_bias, q_grad = factors(q_bias, q_lse, q_grad, once)
         a = entries(
-            s, q_rnorm,
-            p_tag, p_partner, p_bias, p_lse, p_grad, p_pos,
-            q_tag, q_partner, q_bias, q_lse, q_grad, q_pos,
+            s, q_rnorm, once,
+            p_tag, p_row, p_positive, p_bias, p_lse, p_grad, p_pos,
+            q_tag, q_row, q_positive, q_bias, q_lse, q_grad, q_pos,
             EXCLUDE, P_grad is not None, Q_grad is not None, P_pos is not None, Q_pos is not None,
         )  # fmt: skip
         a *= (summand_rnorm(q_rnorm, NORM_LIMIT) * scale)[None, :]
@@ -178,7 +221,8 @@ def entries_kernel(
     Beta, Scale,
     H,
     p_start, p_stop, q_start, q_stop, d, p_stride, q_stride, h_stride, skip_p, skip_q,
-    EXCLUDE: tl.constexpr, P_SAMPLES: tl.constexpr, P_GATHER: tl.constexpr, Q_GATHER: tl.constexpr,
+    EXCLUDE: tl.constexpr, P_SAMPLES: tl.constexpr, P_UNSUMMED: tl.constexpr, Q_UNSUMMED: tl.constexpr,
+    P_GATHER: tl.constexpr, Q_GATHER: tl.constexpr,
     BP: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr, UNIT: tl.constexpr, EVEN_D: tl.constexpr,
     PARTS: tl.constexpr, GROUP: tl.constexpr, NORM_LIMIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -214,13 +258,13 @@ def entries_kernel(
         stop = tl.where(q_first < q_used, stop, 0)
 
     p_row, p_label, p_valid = slot_rows(P_label, p_first, p_used, skip_p, P_GATHER, BP)
-    p_here = paired_rows(p_valid, p_first, p_used, EXCLUDE, P_SAMPLES, BP)
+    p_here = paired_rows(p_valid, p_first, p_used, P_UNSUMMED, BP)
     q_row, _, q_valid = slot_rows(Q_label, q_first, q_used, skip_q, Q_GATHER, BQ)
-    q_here = paired_rows(q_valid, q_first, q_used, EXCLUDE, not P_SAMPLES, BQ)
+    q_here = paired_rows(q_valid, q_first, q_used, Q_UNSUMMED, BQ)
     acc = dot_rows(P, p_row, p_here, p_stride, Q, q_row, q_here, q_stride, d, stop, BD, EVEN_D, PRECISION)
 
     p_tag = mask_tag(p_row, p_label, EXCLUDE, P_SAMPLES)
-    p_partner = partner_tag(p_row, p_label, EXCLUDE, P_SAMPLES)
+    p_positive = positive_of(p_row, p_label, EXCLUDE)
     p_rnorm = tl.load(P_rnorm + p_row, mask=p_here, other=0.0)
     p_bias, p_lse, p_grad, p_pos = load_terms(P_bias, P_lse, P_grad, P_pos, Q_grad, p_row, p_valid)
     p_scale = p_rnorm * (tl.load(Beta) * LOG2E)
@@ -234,15 +278,15 @@ def entries_kernel(
     products = column_parts(acc, PARTS)
     for i in tl.static_range(PARTS):
         row, label, valid = slot_rows(Q_label, q_first + i * B, q_used, skip_q, Q_GATHER, B)
-        here = paired_rows(valid, q_first + i * B, q_used, EXCLUDE, not P_SAMPLES, B)
+        here = paired_rows(valid, q_first + i * B, q_used, Q_UNSUMMED, B)
         q_tag = mask_tag(row, label, EXCLUDE, not P_SAMPLES)
-        q_partner = partner_tag(row, label, EXCLUDE, not P_SAMPLES)
+        q_positive = positive_of(row, label, EXCLUDE)
         q_rnorm = tl.load(Q_rnorm + row, mask=here, other=0.0)
         q_bias, q_lse, q_grad, q_pos = load_terms(Q_bias, Q_lse, Q_grad, Q_pos, P_grad, row, valid)
         a = entries(
-            products[i] * p_scale[:, None], q_rnorm,
-            p_tag, p_partner, p_bias, p_lse, p_grad, p_pos,
-            q_tag, q_partner, q_bias, q_lse, q_grad, q_pos,
+            products[i] * p_scale[:, None], q_rnorm, None,
+            p_tag, p_row, p_positive, p_bias, p_lse, p_grad, p_pos,
+            q_tag, row, q_positive, q_bias, q_lse, q_grad, q_pos,
             EXCLUDE, P_grad is not None, Q_grad is not None, P_pos is not None, Q_pos is not None,
         )  # fmt: skip
         h = a * p_factor[:, None] * summand_rnorm(q_rnorm, NORM_LIMIT)[None, :]

@@ -162,11 +162,12 @@ class TritonKernels(Kernels):
     ) -> None:
         p, tile = result.side, blocks.tile
         out, dot = (result.out, result.dot) if part is None else (None, None)
+        share = self.spec.symmetric and p.grad is not None and p.bias is None
         launch(
             grad.grad_kernel, (triton.cdiv(p.slots, tile.p) * split,),
             *_all_of(p), *_all_of(q), self.beta, scale, out, dot, part,
             p.slots, q.slots, p.slots, self.d, self._units(p.x), self._units(q.x), p.skip, q.skip, split,
-            EXCLUDE=self.spec.exclude, P_SAMPLES=p.samples, P_GATHER=p.gather, Q_GATHER=q.gather,
+            **self._entry_options(p, q), MAY_SHARE=share and config.may_share(tile, self.arch),
             UNIT=self.unit, EVEN_D=self.d * self.unit == tile.d,
             EPS=self.eps, NORM_LIMIT=self.norm_limit, PRECISION=self.precision, **_tile_options(tile),
         )  # fmt: skip
@@ -180,7 +181,7 @@ class TritonKernels(Kernels):
             grad.entries_kernel, (triton.cdiv(stop - start, tile.p) * triton.cdiv(end - begin, tile.q),),
             *_all_of(p), *_all_of(q), self.beta, scale, h,
             start, stop, begin, end, self.d, self._units(p.x), self._units(q.x), h.stride(0) // 16, p.skip, q.skip,
-            EXCLUDE=self.spec.exclude, P_SAMPLES=p.samples, P_GATHER=p.gather, Q_GATHER=q.gather,
+            **self._entry_options(p, q),
             UNIT=self.unit, EVEN_D=self._even(tile), PARTS=tile.parts, GROUP=8,
             NORM_LIMIT=self.norm_limit, PRECISION=self.precision, **_tile_options(tile),
         )  # fmt: skip
@@ -195,6 +196,13 @@ class TritonKernels(Kernels):
             UNIT=self.unit, WHOLE_D=self._whole(tile), EVEN_D=self._even(tile), PARTS=tile.parts,
             PRECISION=self.precision, **_tile_options(tile),
         )  # fmt: skip
+
+    def _entry_options(self, p: Side, q: Side) -> dict[str, Any]:
+        """What the gradient's entries depend on."""
+        return {
+            "EXCLUDE": self.spec.exclude, "P_SAMPLES": p.samples, "P_UNSUMMED": p.unsummed, "Q_UNSUMMED": q.unsummed,
+            "P_GATHER": p.gather, "Q_GATHER": q.gather,
+        }  # fmt: skip
 
     # --- rows again
 
@@ -211,8 +219,7 @@ class TritonKernels(Kernels):
         side = result.side
         d = side.x.shape[1]
         blocks = _row_blocks(d)
-        # As in ``paired_rows``: with the mask "self", prototypes outside all sums can still have a gradient.
-        label = None if self.spec.exclude == "self" and not side.samples else side.label
+        label = None if side.unsummed else side.label  # rows outside all sums can still have a gradient
         launch(
             finish.finish_kernel, (triton.cdiv(stop - start, blocks["BR"]),),
             sums, side.x, side.rnorm, label, side.count, self.beta, scale, result.out, result.dot,

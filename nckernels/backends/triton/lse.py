@@ -16,12 +16,11 @@ from .tiles import (
     LN2,
     LOG2E,
     column_parts,
-    dot,
-    dot_rows,
     load_rows,
     mask_tag,
     row_bias,
     slot_rows,
+    tile_products,
 )
 
 
@@ -71,6 +70,7 @@ def lse_kernel(
     p_tag = mask_tag(p_row, p_label, EXCLUDE, P_SAMPLES)
     # beta and log2 e ride on the anchors' norms: they cost nothing per entry.
     p_scale = tl.load(P_rnorm + p_row, mask=p_valid, other=0.0) * (tl.load(Beta) * LOG2E)
+    p = None
     if WHOLE_D:
         p = load_rows(P, p_row, p_valid, p_stride, d, BD, EVEN_D)
     largest = tl.full((BP,), -INF, tl.float32)
@@ -79,11 +79,9 @@ def lse_kernel(
     for q_block in range(part, tl.cdiv(n_q, BQ), split):
         q_first = q_block * BQ
         q_row, _, q_valid = slot_rows(Q_label, q_first, n_q, skip_q, False, BQ)
-        if WHOLE_D:
-            q = load_rows(Q, q_row, q_valid, q_stride, d, BD, EVEN_D)
-            acc = dot(p, tl.trans(q), tl.zeros((BP, BQ), tl.float32), PRECISION)
-        else:
-            acc = dot_rows(P, p_row, p_valid, p_stride, Q, q_row, q_valid, q_stride, d, d, BD, EVEN_D, PRECISION)
+        acc = tile_products(
+            p, P, p_row, p_valid, p_stride, Q, q_row, q_valid, q_stride, d, WHOLE_D, BD, EVEN_D, PRECISION
+        )  # fmt: skip
         products = column_parts(acc, PARTS)
         for i in tl.static_range(PARTS):
             row, label, valid = slot_rows(Q_label, q_first + i * B, n_q, skip_q, False, B)

@@ -143,9 +143,10 @@ def half_scale_kernel(
 
     The entries ``A r`` of the gradient's tiles are of the size of the upstream gradients, usually 1 / M,
     and smaller by the softmax: in float16 they would vanish. No entry of A exceeds the sum of the largest
-    upstream gradients, so with the largest norms this scale takes every ``A r`` to at most 2^14, a
-    quarter of what float16 holds; [0] is for tiles scaled by r_w, [1] by r_z, [2] by both. Rows shorter
-    than eps (r >= LIMIT) are left out; see ``summand_rnorm`` in grad.py. One program: no host involved.
+    upstream gradients, so with the largest norms this scale takes every ``A r`` to at most 2^14, a quarter of
+    what float16 holds (2^15 where two samples are each other's positives); [0] is for tiles scaled by r_w, [1]
+    by r_z, [2] by both. Rows shorter than eps (r >= LIMIT) are left out; see ``summand_rnorm`` in finish.py. One
+    program: no host involved.
     """
     bound = 0.0
     if Class_grad is not None:

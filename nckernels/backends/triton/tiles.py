@@ -6,7 +6,8 @@ Vocabulary, used in all kernel files. A kernel sees two operands, matrices with 
 * ``Q``, the *reduced* operand: the program walks over blocks of ``BQ`` of its rows and sums them up.
 
 The class direction has the prototypes as anchors and the samples reduced; the instance direction is the
-same kernel with the operands swapped. ``SAMPLES`` says which of the two an operand is.
+same kernel with the operands swapped. ``SAMPLES`` says which of the two an operand is. Where features are
+compared with themselves, one tensor is both operands, and either stands for samples and prototypes.
 
 An operand's blocks are made of *slots*. Slot and row are the same number, except for compacted
 prototypes (``GATHER``), where slot ``s`` stands for row ``label[s]``.
@@ -54,13 +55,13 @@ def slot_rows(Label, first, n, skip, GATHER: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def paired_rows(valid, first, n, EXCLUDE: tl.constexpr, SAMPLES: tl.constexpr, B: tl.constexpr):
+def paired_rows(valid, first, n, UNSUMMED: tl.constexpr, B: tl.constexpr):
     """Rows that gradient entries may involve: those in the sums and those that are someone's positive.
 
-    They differ in one case: with the mask "self" a prototype whose own sample is ignored is in no sum, but
-    can be another sample's positive.
+    They differ in one case (``UNSUMMED``): with the mask "self" a prototype whose own sample is ignored is in
+    no sum, but can be another sample's positive.
     """
-    if EXCLUDE == "self" and not SAMPLES:
+    if UNSUMMED:
         valid = first + tl.arange(0, B) < n
     return valid
 
@@ -78,13 +79,13 @@ def mask_tag(row, label, EXCLUDE: tl.constexpr, SAMPLES: tl.constexpr):
 
 
 @triton.jit
-def partner_tag(row, label, EXCLUDE: tl.constexpr, SAMPLES: tl.constexpr):
-    """The integer that a sample and its positive prototype share, and no other pair."""
-    if SAMPLES and EXCLUDE != "same_label":
-        tag = label.to(tl.int32)
+def positive_of(row, label, EXCLUDE: tl.constexpr):
+    """The row of a sample's positive prototype."""
+    if EXCLUDE == "same_label":
+        positive = row
     else:
-        tag = row
-    return tag
+        positive = label.to(tl.int32)
+    return positive
 
 
 @triton.jit
@@ -156,6 +157,21 @@ def dot_rows(
         acc = dot(p, tl.trans(q), acc, PRECISION)
         p_ptr += BD
         q_ptr += BD
+    return acc
+
+
+@triton.jit
+def tile_products(
+    p, P, p_row, p_valid, p_stride,
+    Q, q_row, q_valid, q_stride,
+    d, WHOLE_D: tl.constexpr, BD: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The products of two blocks of rows; with ``WHOLE_D`` those of P are on the chip already, as ``p``."""
+    if WHOLE_D:
+        q = load_rows(Q, q_row, q_valid, q_stride, d, BD, EVEN_D)
+        acc = dot(p, tl.trans(q), tl.zeros((p_row.shape[0], q_row.shape[0]), tl.float32), PRECISION)
+    else:
+        acc = dot_rows(P, p_row, p_valid, p_stride, Q, q_row, q_valid, q_stride, d, d, BD, EVEN_D, PRECISION)
     return acc
 
 
