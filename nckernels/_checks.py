@@ -121,7 +121,7 @@ def positive_scalar(name: str, value: float | Tensor, like: Tensor) -> None:
         if value.device != like.device:
             raise ValueError(f"{name} must be on the same device as the features, {like.device}, got {value.device}")
         if value.device.type != "cpu" or torch.compiler.is_compiling():
-            return  # the value is checked where it is read, see primitive._check_values
+            return  # the value is checked where it is read, see operators._check_values
         value = float(value.detach())
     number(name, value)
     if not 0.0 < value < float("inf"):

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import _checks
 from ._common import REDUCTIONS, Reduction, inverse, logaddexp
 from .backends.base import Direction, norm_eps
-from .primitive import DIRECTIONS, cosine_lse
+from .primitive import DIRECTIONS, contrast, cosine_lse
 
 
 def nonl_loss(
@@ -64,23 +64,23 @@ def nonl_loss(
     """
     beta = _inverse_temperature(input, prototypes, target, weight, temperature, reduction)
     _checks.choice("direction", direction, DIRECTIONS)
-    ignored = target == ignore_index
-    if direction == "class":
-        lse, pos = cosine_lse(
-            input, prototypes, target, beta, exclude="target", present_only=True, ignore_index=ignore_index
-        )
-        lse = lse.index_select(0, _safe(target, ignored))
-    elif direction == "instance":
-        lse, pos = cosine_lse(
-            input, prototypes, target, beta, direction="instance", exclude="target", ignore_index=ignore_index
-        )
+    if direction == "both":
+        loss = _both_ways(input, prototypes, target, beta, ignore_index)
     else:
-        (class_lse, instance_lse), pos = cosine_lse(
-            input, prototypes, target, beta, direction="both", exclude="target", ignore_index=ignore_index
+        loss = contrast(
+            input, prototypes, target, beta, direction=direction, exclude="target", ignore_index=ignore_index
         )
-        lse = logaddexp(class_lse.index_select(0, _safe(target, ignored)), instance_lse)
-    uniformity = lse.masked_fill(ignored | (lse == -torch.inf), 0.0)  # no negatives: alignment only
-    return _reduce(uniformity - pos, target, weight, ignored, reduction)
+    return _reduce(loss, target, weight, ignore_index, reduction)
+
+
+def _both_ways(input: Tensor, prototypes: Tensor, target: Tensor, beta: float | Tensor, ignore_index: int) -> Tensor:
+    """NONL with the negatives of both directions in one sum."""
+    (class_lse, instance_lse), pos = cosine_lse(
+        input, prototypes, target, beta, direction="both", exclude="target", ignore_index=ignore_index
+    )
+    ignored = target == ignore_index
+    lse = logaddexp(class_lse.index_select(0, _safe(target, ignored)), instance_lse)
+    return lse.masked_fill(ignored | (lse == -torch.inf), 0.0) - pos  # no negatives: alignment only
 
 
 def ntce_loss(
@@ -102,10 +102,8 @@ def ntce_loss(
     of :func:`nonl_loss`, without ``direction``.
     """
     beta = _inverse_temperature(input, prototypes, target, weight, temperature, reduction)
-    lse, pos = cosine_lse(input, prototypes, target, beta, present_only=True, ignore_index=ignore_index)
-    ignored = target == ignore_index
-    uniformity = lse.index_select(0, _safe(target, ignored)).masked_fill(ignored, 0.0)
-    return _reduce(uniformity - pos, target, weight, ignored, reduction)
+    loss = contrast(input, prototypes, target, beta, direction="class", exclude="none", ignore_index=ignore_index)
+    return _reduce(loss, target, weight, ignore_index, reduction)
 
 
 def normface_loss(
@@ -143,6 +141,11 @@ def normface_loss(
     _checks.in_range("label_smoothing", label_smoothing, 0.0, 1.0)
     _checks.in_range("angular_margin", angular_margin, 0.0, math.pi)
     _checks.in_range("cosine_margin", cosine_margin, 0.0, 2.0)
+    if not (angular_margin or cosine_margin or label_smoothing):
+        loss = contrast(
+            input, prototypes, target, beta, direction="instance", exclude="none", ignore_index=ignore_index
+        )
+        return _reduce(loss, target, weight, ignore_index, reduction)
     if angular_margin or cosine_margin:
         others, cosine = cosine_lse(
             input, prototypes, target, beta, direction="instance", exclude="target", ignore_index=ignore_index
@@ -155,7 +158,7 @@ def normface_loss(
     lse = lse.masked_fill(ignored, 0.0)
     loss = (lse - pos).masked_fill(ignored, 0.0)
     if label_smoothing == 0.0:
-        return _reduce(loss, target, weight, ignored, reduction)
+        return _reduce(loss, target, weight, ignore_index, reduction)
 
     # (1 - eps) w_y (lse - t_y) + eps/K sum_c w_c (lse - t_c); the last sum needs a weighted mean of the unit
     # prototypes, not the logits. A margin moves its target's term as well.
@@ -170,7 +173,7 @@ def normface_loss(
     spread = spread.masked_fill(ignored, 0.0)
     hard = loss if weight is None else loss * class_weight[_safe(target, ignored)]
     smoothed = (1.0 - label_smoothing) * hard + label_smoothing * spread
-    return _reduce(smoothed, target, weight, ignored, reduction, weighted=True)
+    return _reduce(smoothed, target, weight, ignore_index, reduction, weighted=True)
 
 
 # --- steps -------------------------------------------------------------------------------------------------
@@ -220,19 +223,19 @@ def _reduce(
     loss: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    ignored: Tensor,
+    ignore_index: int,
     reduction: Reduction,
     *,
     weighted: bool = False,
 ) -> Tensor:
     """Weight and reduce per-sample losses (0 where ignored) as F.cross_entropy does."""
-    per_sample = None if weight is None else weight.to(loss.dtype)[_safe(target, ignored)]
-    if per_sample is not None and not weighted:
-        loss = loss * per_sample
+    kept = target != ignore_index
+    if weight is not None:
+        per_sample = weight.to(loss.dtype)[_safe(target, ~kept)]
+        if not weighted:
+            loss = loss * per_sample
     if reduction == "none":
         return loss
     if reduction == "sum":
         return loss.sum()
-    kept = ~ignored
-    total = kept.sum() if per_sample is None else per_sample.where(kept, 0.0).sum()
-    return loss.sum() / total
+    return loss.sum() / (kept.sum() if weight is None else per_sample.where(kept, 0.0).sum())

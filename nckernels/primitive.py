@@ -1,34 +1,18 @@
 """The one primitive: positive logits and a masked log-sum-exp of cosine similarities.
 
-Every loss of the package is a few lines on top of :func:`cosine_lse`. This file holds what is common to all
-backends: the public function, the operators ``nckernels::cosine_lse`` and ``nckernels::cosine_lse_backward``
-with their fake (shape) implementations and the autograd formula, and the checks of values.
+Every loss of the package is a few lines on top of :func:`cosine_lse`, or of its shortcut :func:`contrast`.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
-from typing import Any, Literal, cast, overload
+from typing import Literal, cast, overload
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from . import _checks
-from .backends import reference, registry
-from .backends.base import (
-    Direction,
-    Exclude,
-    Forward,
-    Inputs,
-    Needs,
-    OutputGrads,
-    Spec,
-    accumulation_dtype,
-    bad_target,
-    bad_temperature,
-)
+from . import _checks, operators
+from .backends import registry
+from .backends.base import Direction, Exclude, Inputs, Spec, accumulation_dtype
 
 DIRECTIONS = ("class", "instance", "both")
 EXCLUDES = ("none", "target", "self", "same_label")
@@ -129,8 +113,7 @@ def cosine_lse(
     _checks.choice("direction", direction, DIRECTIONS)
     _checks.choice("exclude", exclude, EXCLUDES)
     _checks.is_tensor("features", features)
-    autocast = _checks.autocast_enabled(features)
-    _checks.features_and_prototypes(features, prototypes, mixed=autocast)
+    _checks.features_and_prototypes(features, prototypes, mixed=_checks.autocast_enabled(features))
     _checks.target(target, features)
     _checks.positive_scalar("inv_temperature", inv_temperature, features)
     _checks.integer("ignore_index", ignore_index)
@@ -146,8 +129,49 @@ def cosine_lse(
         )
     sample_bias, class_bias = _split_bias(logit_bias, direction, features, prototypes)
 
+    inputs = _inputs(features, prototypes, target, inv_temperature, sample_bias, class_bias)
     symmetric = features is prototypes and direction != "both" and exclude in ("self", "same_label")
-    if autocast and features.dtype != torch.float64:
+    spec = Spec(direction, exclude, present_only, ignore_index, registry.get_workspace(), symmetric)
+    class_lse, instance_lse, pos = operators.run(inputs, spec, registry.resolve(features.device, inputs.features.dtype))
+    if direction == "both":
+        return (cast(Tensor, class_lse), cast(Tensor, instance_lse)), pos
+    return cast(Tensor, class_lse if direction == "class" else instance_lse), pos
+
+
+def contrast(
+    features: Tensor,
+    prototypes: Tensor,
+    target: Tensor,
+    inv_temperature: float | Tensor,
+    *,
+    direction: Literal["class", "instance"],
+    exclude: Literal["none", "target"],
+    ignore_index: int,
+) -> Tensor:
+    """(M,) ``lse - pos`` of :func:`cosine_lse`, with the lse of each sample's class or of the sample itself.
+
+    Arguments are as there and checked already; ``present_only`` in the class direction. 0 where ignored; where the
+    sum is empty, ``-pos``. For plain tensors this is one node of the graph instead of seven.
+    """
+    inputs = _inputs(features, prototypes, target, inv_temperature, None, None)
+    spec = Spec(direction, exclude, direction == "class", ignore_index, registry.get_workspace())
+    backend = registry.resolve(features.device, inputs.features.dtype)
+    if backend != registry.REFERENCE and operators.plain(inputs):
+        return operators.run_contrast(inputs, spec, backend)
+    class_lse, instance_lse, pos = operators.run(inputs, spec, backend)
+    return operators.contrast(cast(Tensor, class_lse), cast(Tensor, instance_lse), pos, inputs.target, spec)
+
+
+def _inputs(
+    features: Tensor,
+    prototypes: Tensor,
+    target: Tensor,
+    inv_temperature: float | Tensor,
+    sample_bias: Tensor | None,
+    class_bias: Tensor | None,
+) -> Inputs:
+    """The tensors of a call in the types that backends take: autocast's for the operands."""
+    if features.dtype != torch.float64 and _checks.autocast_enabled(features):
         dtype = torch.get_autocast_dtype(features.device.type)
         features, prototypes = features.to(dtype), prototypes.to(dtype)
     acc = accumulation_dtype(features.dtype)
@@ -155,20 +179,8 @@ def cosine_lse(
         beta = inv_temperature.to(acc)
     else:
         beta = torch.full((), inv_temperature, dtype=acc, device=features.device)
-    inputs = Inputs(
-        features,
-        prototypes,
-        target.long(),
-        beta,
-        None if sample_bias is None else sample_bias.to(acc),
-        None if class_bias is None else class_bias.to(acc),
-    )
-    backend = registry.resolve(features.device, features.dtype)
-    spec = Spec(direction, exclude, present_only, ignore_index, registry.get_workspace(), symmetric)
-    class_lse, instance_lse, pos = _run(inputs, spec, backend)
-    if direction == "both":
-        return (cast(Tensor, class_lse), cast(Tensor, instance_lse)), pos
-    return cast(Tensor, class_lse if direction == "class" else instance_lse), pos
+    biases = (None if bias is None else bias.to(acc) for bias in (sample_bias, class_bias))
+    return Inputs(features, prototypes, target.long(), beta, *biases)
 
 
 def _split_bias(bias: Bias | BiasPair, direction: Direction, features: Tensor, prototypes: Tensor) -> BiasPair:
@@ -186,185 +198,3 @@ def _split_bias(bias: Bias | BiasPair, direction: Direction, features: Tensor, p
         if value is not None:
             _checks.vector("logit_bias", value, size, features)
     return pair
-
-
-def _run(inputs: Inputs, spec: Spec, backend: str) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    if backend == registry.REFERENCE:
-        with _no_autocast(inputs.features):
-            if not torch.compiler.is_compiling():
-                _check_values(inputs, spec)
-            return reference.cosine_lse(inputs, spec)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    arguments = (*inputs, *_spec_args(spec), backend, keep)
-    compiling = torch.compiler.is_compiling()
-    if not compiling:
-        _no_transforms(inputs)
-    if compiling or not _plain(inputs):
-        result = torch.ops.nckernels.cosine_lse(*arguments)
-    else:
-        result = _Eager.apply(*arguments) if keep else _forward(*arguments)
-    return cast(tuple[Tensor, Tensor, Tensor], result[:3])
-
-
-def _plain(inputs: Inputs) -> bool:
-    """Whether nobody but autograd needs to know of the call: no tensor subclass, no tracing or logging mode."""
-    kinds = (Tensor, torch.nn.Parameter)
-    tensors = (x for x in inputs if x is not None)
-    return torch._C._len_torch_dispatch_stack() == 0 and all(type(x) in kinds and not x.is_meta for x in tensors)
-
-
-# --- operators --------------------------------------------------------------------------------------------
-
-_SPEC_SCHEMA = (
-    "str direction, str exclude, bool present_only, int ignore_index, int workspace, bool symmetric, str backend"
-)
-_INPUT_SCHEMA = (
-    "Tensor features, Tensor prototypes, Tensor target, Tensor inv_temperature, Tensor? sample_bias, Tensor? class_bias"
-)
-_SAVED_SCHEMA = (
-    "Tensor class_lse, Tensor instance_lse, Tensor pos, Tensor feature_rnorm, Tensor prototype_rnorm, Tensor kept"
-)
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-
-torch.library.define(
-    "nckernels::cosine_lse",
-    f"({_INPUT_SCHEMA}, {_SPEC_SCHEMA}, bool keep) -> ({_SAVED_SCHEMA})",
-    tags=_TAGS,
-)
-torch.library.define(
-    "nckernels::cosine_lse_backward",
-    f"({_INPUT_SCHEMA}, {_SAVED_SCHEMA}, Tensor? grad_class_lse, Tensor? grad_instance_lse, "
-    f"Tensor? grad_pos, {_SPEC_SCHEMA}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=_TAGS,
-)
-
-
-def _spec_args(spec: Spec) -> tuple[str, str, bool, int, int, bool]:
-    return spec.direction, spec.exclude, spec.present_only, spec.ignore_index, spec.workspace, spec.symmetric
-
-
-def _forward(*args: Any) -> Forward:
-    inputs, spec, backend, keep = Inputs(*args[:6]), Spec(*args[6:12]), args[12], args[13]
-    with _no_autocast(inputs.features):
-        chosen = registry.BACKENDS[backend]
-        if not chosen.checks_values:
-            _check_values(inputs, spec)
-        return chosen.forward(inputs, spec, keep)
-
-
-@torch.library.register_fake("nckernels::cosine_lse")
-def _forward_fake(*args: Any) -> Forward:
-    inputs, spec, backend, keep = Inputs(*args[:6]), Spec(*args[6:12]), args[12], args[13]
-    z, (m, k) = inputs.features, (inputs.features.shape[0], inputs.prototypes.shape[0])
-    kept = registry.BACKENDS[backend].kept_numel(z.device, z.dtype, m, k, spec) if keep else 0
-    sizes = (k if spec.by_class else 0, m if spec.by_instance else 0, m, m, k, kept)
-    return Forward(*(z.new_empty(size, dtype=accumulation_dtype(z.dtype)) for size in sizes))
-
-
-def _backward(*args: Any) -> tuple[Tensor, ...]:
-    inputs, saved, grads = Inputs(*args[:6]), Forward(*args[6:12]), OutputGrads(*args[12:15])
-    spec, backend, needs = Spec(*args[15:21]), args[21], Needs(*args[22])
-    with _no_autocast(inputs.features):
-        result = registry.BACKENDS[backend].backward(inputs, saved, grads, spec, needs)
-    return tuple(inputs.features.new_empty(0) if grad is None else grad for grad in result)
-
-
-@torch.library.register_fake("nckernels::cosine_lse_backward")
-def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
-    inputs, needs = Inputs(*args[:6]), Needs(*args[22])
-    differentiable = (*inputs[:2], *inputs[3:])
-    return tuple(
-        torch.empty_like(x, memory_format=torch.contiguous_format)
-        if need and x is not None
-        else inputs.features.new_empty(0)
-        for x, need in zip(differentiable, needs, strict=True)
-    )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:6], *output)
-    ctx.options = inputs[6:13]
-
-
-def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    return _differentiate(torch.ops.nckernels.cosine_lse_backward, ctx, *grads)
-
-
-def _differentiate(
-    backward: Callable[..., tuple[Tensor, ...]], ctx: Any, *grads: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 14
-    if all(grad is None for grad in grads[:3]):
-        return nothing
-    wanted = ctx.needs_input_grad
-    symmetric = ctx.options[5]
-    needs = [wanted[0], wanted[1] and not symmetric, wanted[3], wanted[4], wanted[5]]
-    result = backward(*ctx.saved_tensors, *grads[:3], *ctx.options, needs)
-    z, w, beta, sample_bias, class_bias = (grad if need else None for grad, need in zip(result, needs, strict=True))
-    return z, w, None, beta, sample_bias, class_bias, *nothing[6:]
-
-
-class _Eager(torch.autograd.Function):
-    """The operator's autograd formula without the operator: the way of plain tensors, for the sake of small
-    problems, where PyTorch's dispatch of an operator written in Python takes longer than the computation."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        result = _forward(*args)
-        _setup_context(ctx, args, result)
-        ctx.mark_non_differentiable(*result[3:])
-        return tuple(result)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        # Under create_graph the operator takes over: its own derivative is an error that says what to do.
-        return _differentiate(_backward, ctx, *grads) if not torch.is_grad_enabled() else _autograd(ctx, *grads)
-
-
-_ONLY_REFERENCE = (
-    "nckernels: {} runs under the reference backend only; wrap the forward pass in nckernels.use_backend('reference')"
-)
-
-
-def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError(_ONLY_REFERENCE.format("double backward"))
-
-
-def _no_transforms(inputs: Inputs) -> None:
-    """Refuse what would fail obscurely (torch.func.grad, vmap) or drop tangents silently (forward mode)."""
-    if torch._C._are_functorch_transforms_active():
-        raise NotImplementedError(_ONLY_REFERENCE.format("torch.func"))
-    if forward_ad._current_level >= 0 and any(
-        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs
-    ):
-        raise NotImplementedError(_ONLY_REFERENCE.format("forward-mode differentiation"))
-
-
-torch.library.impl("nckernels::cosine_lse", "CompositeExplicitAutograd", _forward)
-torch.library.impl("nckernels::cosine_lse_backward", "CompositeExplicitAutograd", _backward)
-torch.library.register_autograd("nckernels::cosine_lse", _autograd, setup_context=_setup_context)
-torch.library.register_autograd("nckernels::cosine_lse_backward", _no_double_backward)
-
-
-def _no_autocast(like: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Autocast was honoured on entry; inside, dtypes are chosen with care."""
-    kind = like.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
-
-
-def _check_values(inputs: Inputs, spec: Spec) -> None:
-    """Targets in range and a positive temperature: errors on a CPU, device-side assertions on CUDA."""
-    target, beta, k = inputs.target, inputs.inv_temperature, inputs.prototypes.shape[0]
-    if beta.device.type == "cpu":
-        if not 0.0 < beta.item() < float("inf"):
-            raise bad_temperature(beta.item())
-    elif beta.device.type == "cuda":
-        torch._assert_async((beta > 0) & beta.isfinite(), "the inverse temperature must be positive and finite")
-    if spec.exclude == "same_label" or target.numel() == 0:
-        return
-    good = ((target >= 0) & (target < k)) | (target == spec.ignore_index)
-    if target.device.type == "cpu" and not bool(good.all()):
-        raise bad_target(target, k, spec.ignore_index)
-    if target.device.type == "cuda":
-        torch._assert_async(good.all(), f"target must lie in [0, {k}) or equal ignore_index")

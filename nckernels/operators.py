@@ -1,0 +1,272 @@
+"""The primitive as PyTorch sees it: two operators, their shapes for tracing, autograd, and the checks of values.
+
+``nckernels::cosine_lse`` and ``nckernels::cosine_lse_backward`` serve compilers and tensor subclasses. Plain eager
+tensors go around them, with the same autograd formula.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .backends import reference, registry
+from .backends.base import (
+    Forward,
+    Gradients,
+    Inputs,
+    Needs,
+    OutputGrads,
+    Spec,
+    accumulation_dtype,
+    bad_target,
+    bad_temperature,
+)
+
+
+def run(inputs: Inputs, spec: Spec, backend: str) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """Class-direction and instance-direction log-sum-exp (of use where wanted) and positive logits."""
+    if backend == registry.REFERENCE:
+        with _no_autocast(inputs.features):
+            if not torch.compiler.is_compiling():
+                _check_values(inputs, spec)
+            return reference.cosine_lse(inputs, spec)
+    if plain(inputs):
+        return (
+            _Eager.apply(*inputs, spec, backend, False) if _needs_grad(inputs) else _forward(inputs, spec, backend)[:3]
+        )
+    operator = torch.ops.nckernels.cosine_lse
+    return operator(*inputs, *_spec_args(spec), backend, _needs_grad(inputs))[:3]
+
+
+def run_contrast(inputs: Inputs, spec: Spec, backend: str) -> Tensor:
+    """:func:`contrast` of the primitive's results for plain tensors and one direction without bias."""
+    if _needs_grad(inputs):
+        return _Eager.apply(*inputs, spec, backend, True)
+    return contrast(*_forward(inputs, spec, backend)[:3], inputs.target, spec)
+
+
+def contrast(class_lse: Tensor, instance_lse: Tensor, pos: Tensor, target: Tensor, spec: Spec) -> Tensor:
+    """(M,) log-sum-exp of each sample, or of its class, minus its positive logit; 0 where ignored.
+
+    Without anything to sum over the positive logit remains.
+    """
+    ignored = target == spec.ignore_index
+    lse = class_lse.index_select(0, target.masked_fill(ignored, 0)) if spec.by_class else instance_lse
+    return lse.masked_fill(ignored | (lse == -torch.inf), 0.0) - pos
+
+
+def _needs_grad(inputs: Inputs) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
+def plain(inputs: Inputs) -> bool:
+    """Whether nobody but autograd needs to know of the call: no compiler, tensor subclass, tracing or logging mode.
+
+    Raises:
+        NotImplementedError: under transforms that would fail obscurely or silently.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    _no_transforms(inputs)
+    kinds = (Tensor, torch.nn.Parameter)
+    tensors = (x for x in inputs if x is not None)
+    return torch._C._len_torch_dispatch_stack() == 0 and all(type(x) in kinds and not x.is_meta for x in tensors)
+
+
+# --- operators --------------------------------------------------------------------------------------------
+
+_SPEC_SCHEMA = (
+    "str direction, str exclude, bool present_only, int ignore_index, int workspace, bool symmetric, str backend"
+)
+_INPUT_SCHEMA = (
+    "Tensor features, Tensor prototypes, Tensor target, Tensor inv_temperature, Tensor? sample_bias, Tensor? class_bias"
+)
+_SAVED_SCHEMA = (
+    "Tensor class_lse, Tensor instance_lse, Tensor pos, Tensor feature_rnorm, Tensor prototype_rnorm, Tensor kept"
+)
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+
+torch.library.define(
+    "nckernels::cosine_lse",
+    f"({_INPUT_SCHEMA}, {_SPEC_SCHEMA}, bool keep) -> ({_SAVED_SCHEMA})",
+    tags=_TAGS,
+)
+torch.library.define(
+    "nckernels::cosine_lse_backward",
+    f"({_INPUT_SCHEMA}, {_SAVED_SCHEMA}, Tensor? grad_class_lse, Tensor? grad_instance_lse, "
+    f"Tensor? grad_pos, {_SPEC_SCHEMA}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+
+
+def _spec_args(spec: Spec) -> tuple[str, str, bool, int, int, bool]:
+    return spec.direction, spec.exclude, spec.present_only, spec.ignore_index, spec.workspace, spec.symmetric
+
+
+def _forward(inputs: Inputs, spec: Spec, backend: str, keep: bool = False) -> Forward:
+    with _no_autocast(inputs.features):
+        chosen = registry.BACKENDS[backend]
+        if not chosen.checks_values:
+            _check_values(inputs, spec)
+        return chosen.forward(inputs, spec, keep)
+
+
+def _forward_operator(*args: Any) -> Forward:
+    return _forward(Inputs(*args[:6]), Spec(*args[6:12]), args[12], args[13])
+
+
+@torch.library.register_fake("nckernels::cosine_lse")
+def _forward_fake(*args: Any) -> Forward:
+    inputs, spec, backend, keep = Inputs(*args[:6]), Spec(*args[6:12]), args[12], args[13]
+    z, (m, k) = inputs.features, (inputs.features.shape[0], inputs.prototypes.shape[0])
+    kept = registry.BACKENDS[backend].kept_numel(z.device, z.dtype, m, k, spec) if keep else 0
+    sizes = (k if spec.by_class else 0, m if spec.by_instance else 0, m, m, k, kept)
+    return Forward(*(z.new_empty(size, dtype=accumulation_dtype(z.dtype)) for size in sizes))
+
+
+def _backward(inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, backend: str, needs: Needs) -> Gradients:
+    with _no_autocast(inputs.features):
+        return registry.BACKENDS[backend].backward(inputs, saved, grads, spec, needs)
+
+
+def _backward_operator(*args: Any) -> tuple[Tensor, ...]:
+    inputs, saved, grads = Inputs(*args[:6]), Forward(*args[6:12]), OutputGrads(*args[12:15])
+    result = _backward(inputs, saved, grads, Spec(*args[15:21]), args[21], Needs(*args[22]))
+    return tuple(inputs.features.new_empty(0) if grad is None else grad for grad in result)
+
+
+@torch.library.register_fake("nckernels::cosine_lse_backward")
+def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    inputs, needs = Inputs(*args[:6]), Needs(*args[22])
+    differentiable = (*inputs[:2], *inputs[3:])
+    return tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        if need and x is not None
+        else inputs.features.new_empty(0)
+        for x, need in zip(differentiable, needs, strict=True)
+    )
+
+
+def _needs(wanted: Sequence[bool], symmetric: bool) -> Needs:
+    """What autograd wants of the first six arguments. One tensor in both places has one gradient."""
+    return Needs(wanted[0], wanted[1] and not symmetric, wanted[3], wanted[4], wanted[5])
+
+
+def _in_place(grads: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Gradients in the order of the inputs: targets have none."""
+    z, w, beta, sample_bias, class_bias = grads
+    return z, w, None, beta, sample_bias, class_bias
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:6], *output)
+    ctx.options = inputs[6:13]
+
+
+def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * 14
+    if all(grad is None for grad in grads[:3]):
+        return nothing
+    needs = _needs(ctx.needs_input_grad, symmetric=ctx.options[5])
+    result = torch.ops.nckernels.cosine_lse_backward(*ctx.saved_tensors, *grads[:3], *ctx.options, list(needs))
+    found = (grad if need else None for grad, need in zip(result, needs, strict=True))
+    return *_in_place(found), *nothing[6:]
+
+
+class _Eager(torch.autograd.Function):
+    """The operator's autograd formula without the operator: the way of plain tensors, for the sake of small
+    problems, where PyTorch's dispatch of an operator written in Python takes longer than the computation.
+
+    For their sake too it can go on to :func:`contrast`, half a dozen nodes of the graph in one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        inputs, (spec, backend, contrasted) = Inputs(*args[:6]), args[6:]
+        result = _forward(inputs, spec, backend, keep=True)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, *result)
+        ctx.call = args[6:]
+        return contrast(*result[:3], inputs.target, spec) if contrasted else result[:3]
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(grad is None for grad in upstream):
+            return (None,) * 9
+        inputs, saved = Inputs(*ctx.saved_tensors[:6]), Forward(*ctx.saved_tensors[6:])
+        spec, backend, contrasted = ctx.call
+        grads = _through_contrast(upstream[0], inputs.target, saved, spec) if contrasted else OutputGrads(*upstream)
+        needs = _needs(ctx.needs_input_grad, spec.symmetric)
+        if torch.is_grad_enabled():
+            # Under create_graph the operator takes over: its own derivative is an error that says what to do.
+            operator = torch.ops.nckernels.cosine_lse_backward
+            found = operator(*inputs, *saved, *grads, *_spec_args(spec), backend, list(needs))
+            result = [grad if need else None for grad, need in zip(found, needs, strict=True)]
+        else:
+            result = list(_backward(inputs, saved, grads, spec, backend, needs))
+        return *_in_place(result), None, None, None
+
+
+def _through_contrast(grad: Tensor | None, target: Tensor, saved: Forward, spec: Spec) -> OutputGrads:
+    """What flows back to the primitive's outputs. That empty sums pass nothing on is the backends' business."""
+    assert grad is not None
+    if not spec.by_class:
+        return OutputGrads(None, grad, -grad)
+    ignored = target == spec.ignore_index
+    by_class = torch.zeros_like(saved.class_lse)
+    by_class = by_class.index_add(0, target.masked_fill(ignored, 0), grad.masked_fill(ignored, 0.0))
+    return OutputGrads(by_class, None, -grad)
+
+
+_ONLY_REFERENCE = (
+    "nckernels: {} runs under the reference backend only; wrap the forward pass in nckernels.use_backend('reference')"
+)
+
+
+def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError(_ONLY_REFERENCE.format("double backward"))
+
+
+def _no_transforms(inputs: Inputs) -> None:
+    """Refuse what would fail obscurely (torch.func.grad, vmap) or drop tangents silently (forward mode)."""
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(_ONLY_REFERENCE.format("torch.func"))
+    if forward_ad._current_level >= 0 and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs
+    ):
+        raise NotImplementedError(_ONLY_REFERENCE.format("forward-mode differentiation"))
+
+
+torch.library.impl("nckernels::cosine_lse", "CompositeExplicitAutograd", _forward_operator)
+torch.library.impl("nckernels::cosine_lse_backward", "CompositeExplicitAutograd", _backward_operator)
+torch.library.register_autograd("nckernels::cosine_lse", _autograd, setup_context=_setup_context)
+torch.library.register_autograd("nckernels::cosine_lse_backward", _no_double_backward)
+
+
+def _no_autocast(like: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Autocast was honoured on entry; inside, dtypes are chosen with care."""
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+
+
+def _check_values(inputs: Inputs, spec: Spec) -> None:
+    """Targets in range and a positive temperature: errors on a CPU, device-side assertions on CUDA."""
+    target, beta, k = inputs.target, inputs.inv_temperature, inputs.prototypes.shape[0]
+    if beta.device.type == "cpu":
+        if not 0.0 < beta.item() < float("inf"):
+            raise bad_temperature(beta.item())
+    elif beta.device.type == "cuda":
+        torch._assert_async((beta > 0) & beta.isfinite(), "the inverse temperature must be positive and finite")
+    if spec.exclude == "same_label" or target.numel() == 0:
+        return
+    good = ((target >= 0) & (target < k)) | (target == spec.ignore_index)
+    if target.device.type == "cpu" and not bool(good.all()):
+        raise bad_target(target, k, spec.ignore_index)
+    if target.device.type == "cuda":
+        torch._assert_async(good.all(), f"target must lie in [0, {k}) or equal ignore_index")
