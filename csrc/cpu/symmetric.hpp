@@ -51,6 +51,7 @@ class SymmetricForward {
             const int64_t end = std::min(q + STEP, last);
             const bool keep = tile < s_.kept_tiles;
             T* t = keep ? s_.kept_panel(tile, q) : own;
+            if (keep) std::fill_n(t, (end - q) * s_.padded_rows(tile) * NR, T(0));  // what is not made, too
             s_.logits(tile, q, end, first / NR, panels, u, v, t, pos);
             Sums<T> here{by_column.largest + q * NR - first, by_column.total + q * NR - first};
             if (s_.shift_free)
@@ -82,9 +83,10 @@ class SymmetricForward {
   // weights.
   void exponentials(int64_t tile, int64_t begin, int64_t end, T* t, T* row_vectors, Sums<T>& by_column,
                     Sums<T>& by_row, bool keep) const {
-    const int64_t n = s_.rows(tile), padded = s_.padded_rows(tile), row0 = s_.first_row(tile);
-    std::fill_n(row_vectors, n * W, T(0));
+    const int64_t padded = s_.padded_rows(tile), row0 = s_.first_row(tile);
+    std::fill_n(row_vectors, s_.rows(tile) * W, T(0));
     for (int64_t q = begin; q < end; q++) {
+      const int64_t n = s_.rows_above(tile, q);
       T* e = t + (q - begin) * padded * NR;
       Vec<T> weight[NV], column[NV];
       for (int v = 0; v < NV; v++) {
@@ -94,7 +96,7 @@ class SymmetricForward {
       for (int64_t r = 0; r < n; r++) {
         Vec<T> row{};
         for (int v = 0; v < NV; v++) {
-          const Vec<T> x = exponential<T>(load(e + r * NR + v * W));
+          const Vec<T> x = exponential<T, true>(load(e + r * NR + v * W));
           if (keep) store(e + r * NR + v * W, x);
           column[v] += x * s_.weight[row0 + r];
           row += x * weight[v];
@@ -106,13 +108,13 @@ class SymmetricForward {
         store(to, load(to) + column[v]);
       }
     }
-    for (int64_t r = 0; r < n; r++) by_row.total[row0 + r] += sum<T>(load(row_vectors + r * W));
+    for (int64_t r = 0; r < s_.rows(tile); r++) by_row.total[row0 + r] += sum<T>(load(row_vectors + r * W));
   }
 
   // Running maximum, for temperatures and biases whose exponentials could leave the range of T.
   void streaming(int64_t tile, int64_t begin, int64_t end, const T* t, Sums<T>& by_column,
                  Sums<T>& by_row) const {
-    const int64_t n = s_.rows(tile), padded = s_.padded_rows(tile), row0 = s_.first_row(tile);
+    const int64_t padded = s_.padded_rows(tile), row0 = s_.first_row(tile);
     // The largest of `count` vectors and the sum of exponentials relative to it, in each lane.
     auto lanes_of = [](int64_t count, auto&& at, Vec<T>& top, Vec<T>& total) {
       top = splat(minus_infinity<T>);
@@ -124,15 +126,17 @@ class SymmetricForward {
     Vec<T> top, total;
     for (int64_t x = 0; x < (end - begin) * NR; x += W) {
       const T* column = t + x / NR * padded * NR + x % NR;
+      const int64_t n = s_.rows_above(tile, begin + x / NR);
       lanes_of(n, [&](int64_t r) { return load(column + r * NR) + s_.bias[row0 + r]; }, top, total);
       for (int i = 0; i < W; i++) by_column.merge(x + i, top[i], total[i]);
     }
-    for (int64_t r = 0; r < n; r++) {
-      const T* row = t + r * NR;
+    for (int64_t r = 0; r < s_.rows(tile); r++) {
+      const int64_t from = std::max(begin, (row0 + r) / NR);  // the panel of the diagonal
       auto at = [&](int64_t i) {
-        return load(row + i / NV * padded * NR + i % NV * W) + load(s_.bias.data() + begin * NR + i * W);
+        const int64_t q = from + i / NV, x = i % NV * W;
+        return load(t + (q - begin) * padded * NR + r * NR + x) + load(s_.bias.data() + q * NR + x);
       };
-      lanes_of((end - begin) * NV, at, top, total);
+      lanes_of((end - from) * NV, at, top, total);
       const T best = largest<T>(top);
       if (best == minus_infinity<T>) continue;
       by_row.merge(row0 + r, best, sum<T>(total * exponential<T>(top - best)));
@@ -228,6 +232,7 @@ class SymmetricBackward {
     const int64_t padded = s_.padded_rows(tile), last = block.first_panel + block.panels;
     Buffer<T> u(is_kept ? 0 : s_.tile_m * p_.d), product(products ? padded * s_.d_pad : 0);
     s_.pack_features(tile, u, products ? u_rows_of(i) : nullptr);
+    if (products) std::fill_n(static_cast<T*>(product), padded * s_.d_pad, T(0));
     const int64_t begin = std::max(block.first_panel, s_.first_panel(tile));
     for (int64_t q = begin; q < last; q += G::BLOCK) {
       const int64_t end = std::min<int64_t>(q + G::BLOCK, last);
@@ -236,8 +241,8 @@ class SymmetricBackward {
       T* shares = grad_bias_ ? bias_shares_ + i * widest_ + q * NR - block.first : nullptr;
       fill_entries(tile, q, end, is_kept ? s_.kept_panel(tile, q) : a, a, shares);
       if (products)
-        G::times_prototypes(padded, q - block.first_panel, end - block.first_panel, block.panels, s_.d_panels,
-                            a, v_rows_, product, q > begin);
+        G::times_prototypes(padded, s_.rows_above(tile, end - 1), q - block.first_panel,
+                            end - block.first_panel, block.panels, s_.d_panels, a, v_rows_, product, true);
     }
     if (grad_z_)
       add_rows(block, tile, product);
@@ -248,9 +253,10 @@ class SymmetricBackward {
 
   // Panels [begin, end) of a tile of T, from t or what is kept of it.
   void fill_entries(int64_t tile, int64_t begin, int64_t end, const T* from, T* a, T* shares) {
-    const int64_t n = s_.rows(tile), padded = s_.padded_rows(tile), row0 = s_.first_row(tile);
+    const int64_t padded = s_.padded_rows(tile), row0 = s_.first_row(tile);
     const bool is_kept = tile < s_.kept_tiles;
     for (int64_t q = begin; q < end; q++) {
+      const int64_t n = s_.rows_above(tile, q);
       const int64_t at = (q - begin) * padded * NR;
       T* share = shares ? shares + (q - begin) * NR : nullptr;
       if (!s_.shift_free)
@@ -279,7 +285,7 @@ class SymmetricBackward {
       Vec<T> row{};
       for (int v = 0; v < NV; v++) {
         Vec<T> x = load(e + r * NR + v * W);
-        if (!KEPT) x = exponential<T>(x);
+        if (!KEPT) x = exponential<T, true>(x);
         store(a + r * NR + v * W, x * (scale[v] * row_weight + weight[v] * row_scale));
         if (!share) continue;
         column[v] += x * row_scale;
@@ -333,14 +339,20 @@ class SymmetricBackward {
     const int64_t padded = block.panels * NR, pieces = (block.panels + G::BLOCK - 1) / G::BLOCK;
     const int64_t shares = std::min(s_.d_panels, (4 * p_.threads + pieces - 1) / pieces);
     parallel(p_.threads, pieces * shares, [&](int64_t piece) {
-      const int64_t c = piece % pieces * G::BLOCK * NR, stop = std::min(padded, c + G::BLOCK * NR);
+      const int64_t c = piece % pieces * G::BLOCK, stop = std::min<int64_t>(block.panels, c + G::BLOCK);
       const int64_t share = piece / pieces;
       for (int64_t i = 0; i < here; i++) {
-        const int64_t rows = s_.padded_rows(begin + i);
-        const int64_t from = std::max(c, (s_.first_panel(begin + i) - block.first_panel) * NR);
-        for (int64_t f = share * s_.d_panels / shares; f < (share + 1) * s_.d_panels / shares; f++)
-          G::times_features(rows, from, stop, entries_of(i), u_rows_of(i) + f * rows * NR,
-                            grad_v_ + f * padded * NR);
+        const int64_t tile = begin + i, padded_rows = s_.padded_rows(tile), rows = s_.rows(tile);
+        // Panels that the diagonal crosses one by one, with the rows above it, then the others together.
+        int64_t q = std::max(c, s_.first_panel(tile) - block.first_panel);
+        auto add = [&](int64_t end, int64_t above) {
+          for (int64_t f = share * s_.d_panels / shares; f < (share + 1) * s_.d_panels / shares; f++)
+            G::times_features(padded_rows, above, q * NR, end * NR, entries_of(i),
+                              u_rows_of(i) + f * padded_rows * NR, grad_v_ + f * padded * NR);
+        };
+        for (; q < stop && s_.rows_above(tile, block.first_panel + q) < rows; q++)
+          add(q + 1, s_.rows_above(tile, block.first_panel + q));
+        add(stop, rows);
       }
     });
   }
