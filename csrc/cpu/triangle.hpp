@@ -45,9 +45,8 @@ struct Triangle : Tiles<T, NV> {
     const int64_t threads = std::max(p.threads, 2);
     const int64_t quarter = std::max<int64_t>(p.workspace / static_cast<int64_t>(sizeof(T)) / 4, 1);
     const int64_t columns_padded = std::max<int64_t>(all_panels * NR, NR);
-    // Blocks of columns are not so wide that their entries would leave no room for tiles of 192 rows.
-    const int64_t wide = std::clamp<int64_t>((quarter / 192 - threads * 3 * d_pad) / threads, 1024, 4096);
-    const int64_t most = std::max<int64_t>(std::min(quarter / (3 * d_pad), wide) / NR * NR, NR);
+    // Wider blocks gain nothing, and their entries would take the room of rows.
+    const int64_t most = std::max<int64_t>(std::min<int64_t>(quarter / (3 * d_pad), 1536) / NR * NR, NR);
     const int64_t blocks = (columns_padded + most - 1) / most;
     block_k = round_up((columns_padded + blocks - 1) / blocks, NR);
     this->group = threads;
