@@ -34,7 +34,7 @@ extern "C" __attribute__((visibility("default"))) double tile_gemm_rate(int engi
   constexpr int64_t NR = G::NR;
   const int64_t panels = (n + NR - 1) / NR, padded = panels * NR;
   std::vector<float> u(m * d, 0.5f), packed(m * d, 0.5f), v(padded * d, 0.25f), t(m * padded);
-  auto ours = [&] { G::logits(m, 0, panels, panels, d, packed.data(), v.data(), t.data()); };
+  auto ours = [&] { G::logits(m, m, 0, panels, panels, d, packed.data(), v.data(), t.data()); };
   auto pack = [&] {
     for (int64_t i = 0; i < m; i += MR)
       for (int64_t x = 0; x < d; x++)

@@ -176,7 +176,7 @@ class BackwardPass {
       Vec<T> class_part{};
       for (int v = 0; v < NV; v++) {
         Vec<T> x = load(e + r * NR + v * W);
-        if (!is_kept) x = exponential<T>(x);
+        if (!is_kept) x = exponential<T, true>(x);
         const Vec<T> of_class = x * scale[v] * by_bias;
         Vec<T> out = of_class;
         if (by_row) {
@@ -238,7 +238,8 @@ class BackwardPass {
     const int64_t n = s_.rows(tile), padded = s_.padded_rows(tile), d = p_.d, d_pad = s_.d_pad;
     Buffer<T> product(padded * d_pad), sum(d_pad), line(s_.z.line());
     T* const x = sum;
-    G::times_prototypes(padded, 0, block.panels, block.panels, s_.d_panels, a, room.v_rows, product, false);
+    G::times_prototypes(padded, padded, 0, block.panels, block.panels, s_.d_panels, a, room.v_rows, product,
+                        false);
     for (int64_t r = 0; r < n; r++) {
       const int64_t j = s_.first_row(tile) + r;
       T* out = room.grad_z + j * d;
@@ -268,7 +269,7 @@ class BackwardPass {
         const int64_t rows = s_.padded_rows(begin + tile);
         const T *a = room.entries_of(tile, s_), *x = room.u_rows_of(tile, s_);
         for (int64_t f = share * s_.d_panels / shares; f < (share + 1) * s_.d_panels / shares; f++)
-          G::times_features(rows, c, stop, a, x + f * rows * NR, room.grad_v + f * padded * NR);
+          G::times_features(rows, rows, c, stop, a, x + f * rows * NR, room.grad_v + f * padded * NR);
       }
     });
   }

@@ -119,7 +119,7 @@ class ForwardPass {
         const T row_weight = s.sample_bias ? std::exp(s.sample_bias[row0 + r]) : T(1);
         Vec<T> row{};
         for (int v = 0; v < NV; v++) {
-          const Vec<T> x = exponential<T>(load(e + r * NR + v * W)) * lane[v];
+          const Vec<T> x = exponential<T, true>(load(e + r * NR + v * W)) * lane[v];
           if (keep) store(e + r * NR + v * W, x);
           column[v] += x * row_weight;
           row += x * weight[v];

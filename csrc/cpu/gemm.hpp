@@ -63,16 +63,17 @@ struct Gemm {
   static constexpr int PR = NR < 8 || MR == 6 ? 4 : 8;
   static constexpr long BLOCK = DEPTH < NR ? 1 : DEPTH / NR;  // panels of columns that make up DEPTH
 
-  // t[last - first][m][NR] = U V^T for panels [first, last) of the `panels` in V; m a multiple of MR.
-  // u: [m / MR][d][MR], v: [panels][d][NR], both in blocks of DEPTH along d, one after the other, so that
-  // what is used together lies together whatever d is.
-  static void logits(long m, long first, long last, long panels, long d, const T* u, const T* v, T* t) {
+  // t[last - first][m][NR] = U V^T for panels [first, last) of the `panels` in V, and at least the first
+  // `rows` of m, a multiple of MR. u: [m / MR][d][MR], v: [panels][d][NR], both in blocks of DEPTH along d,
+  // one after the other, so that what is used together lies together whatever d is.
+  static void logits(long m, long rows, long first, long last, long panels, long d, const T* u, const T* v,
+                     T* t) {
     for (long k = 0; k < d; k += DEPTH)
       for (long p = first; p < last; p++) {
         const long n = d - k < DEPTH ? d - k : DEPTH;
         const T* b = v + (k * panels + p * n) * NR;
         T* c = t + (p - first) * m * NR;
-        for (long i = 0; i < m; i += MR) {
+        for (long i = 0; i < rows; i += MR) {
           const T* a = u + k * m + i * n;
           if (k == 0)
             micro<T, MR, NV, 1, MR, false>(1, n, a, 0, b, c + i * NR, NR);
@@ -82,15 +83,16 @@ struct Gemm {
       }
   }
 
-  // out[d_panels][m][NR] = A V for panels [first, last) of the `panels` in V, or `added` to it.
+  // out[d_panels][m][NR] = A V for panels [first, last) of the `panels` in V, or `added` to it; at least the
+  // first `rows` of m.
   // a: [last - first][m][NR], v: [d_panels][panels * NR][NR].
-  static void times_prototypes(long m, long first, long last, long panels, long d_panels, const T* a,
-                               const T* v, T* out, bool added) {
+  static void times_prototypes(long m, long rows, long first, long last, long panels, long d_panels,
+                               const T* a, const T* v, T* out, bool added) {
     for (long p = first; p < last; p += BLOCK)
       for (long n = 0; n < d_panels; n++) {
         const long count = last - p < BLOCK ? last - p : BLOCK;
         const T* b = v + (n * panels + p) * NR * NR;
-        for (long i = 0; i < m; i += MR) {
+        for (long i = 0; i < rows; i += MR) {
           const T* x = a + ((p - first) * m + i) * NR;
           T* c = out + (n * m + i) * NR;
           if (p == first && !added)
@@ -101,12 +103,13 @@ struct Gemm {
       }
   }
 
-  // Panel `n` of the features, classes [first, last): out[c][NR] += A^T U. u: one panel, [m][NR].
-  static void times_features(long m, long first, long last, const T* a, const T* u, T* out) {
+  // Panel `n` of the features, classes [first, last): out[c][NR] += A^T U over the first `rows` of m.
+  // u: one panel, [m][NR].
+  static void times_features(long m, long rows, long first, long last, const T* a, const T* u, T* out) {
     for (long c = first; c < last; c += PR) {
       const T* x = a + (c / NR) * m * NR + c % NR;
-      for (long r = 0; r < m; r += DEPTH) {
-        const long n = m - r < DEPTH ? m - r : DEPTH;
+      for (long r = 0; r < rows; r += DEPTH) {
+        const long n = rows - r < DEPTH ? rows - r : DEPTH;
         micro<T, PR, NV, 1, NR, true>(1, n, x + r * NR, 0, u + r * NR, out + c * NR, NR);
       }
     }

@@ -3,7 +3,8 @@
 
 #include "backward.hpp"
 #include "forward.hpp"
-#include "symmetric.hpp"
+#include "symmetric_backward.hpp"
+#include "symmetric_forward.hpp"
 
 namespace nckernels {
 

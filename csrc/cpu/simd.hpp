@@ -88,13 +88,14 @@ NCK_INLINE T largest(Vec<T> v) {
 }
 
 // e^x to about one unit in the last place; 0 below the smallest normal number, NaN for NaN.
-// x = n ln 2 + r with |r| <= ln 2 / 2; a Taylor polynomial for e^r, whose remainder is below rounding.
-template <class T>
+// BOUNDED: for x up to 88 in float, where 2^n is a number and no two are needed. x = n ln 2 + r with |r| <=
+// ln 2 / 2; a Taylor polynomial for e^r, whose remainder is below rounding.
+template <class T, bool BOUNDED = false>
 NCK_INLINE Vec<T> exponential(Vec<T> x) {
   using S = Simd<T>;
   const auto underflow = x < splat(S::lowest);
   Vec<T> y = underflow ? splat(S::lowest) : x;
-  y = y > splat(S::highest) ? splat(S::highest) : y;
+  if (!BOUNDED) y = y > splat(S::highest) ? splat(S::highest) : y;
   const Vec<T> shifted = y * T(1.44269504088896340736) + S::round;
   const Vec<T> n = shifted - S::round;
   Vec<T> r = y - n * S::ln2_high;
@@ -125,6 +126,12 @@ NCK_INLINE Vec<T> exponential(Vec<T> x) {
   const T round = S::round;
   std::memcpy(&base, &round, sizeof base);
   const typename S::I power = bits - base;
+  if (BOUNDED) {
+    const typename S::I exponent = (power + S::bias) << S::mantissa;
+    Vec<T> scale;
+    std::memcpy(&scale, &exponent, sizeof scale);
+    return underflow ? Vec<T>{} : p * scale;
+  }
   const typename S::I half = power >> 1;
   const typename S::I first = (half + S::bias) << S::mantissa, second = (power - half + S::bias)
                                                                         << S::mantissa;

@@ -172,7 +172,7 @@ struct Tiles {
   void logits(int64_t tile, int64_t first, int64_t count, const T* u, const T* v, T* t, T* pos) const {
     const int64_t padded = padded_rows(tile), n = rows(tile), row0 = first_row(tile);
     const int64_t panels = (count + NR - 1) / NR;
-    G::logits(padded, 0, panels, panels, p.d, u, v, t);
+    G::logits(padded, padded, 0, panels, panels, p.d, u, v, t);
     auto at = [&](int64_t r, int64_t c) -> T& { return t[(c / NR) * padded * NR + r * NR + c % NR]; };
     for (int64_t r = 0; r < n; r++) {
       const int64_t j = row0 + r, c = columns.positive[j] - first;

@@ -45,9 +45,8 @@ struct Triangle : Tiles<T, NV> {
     const int64_t threads = std::max(p.threads, 2);
     const int64_t quarter = std::max<int64_t>(p.workspace / static_cast<int64_t>(sizeof(T)) / 4, 1);
     const int64_t columns_padded = std::max<int64_t>(all_panels * NR, NR);
-    // Blocks of columns are not so wide that their entries would leave no room for tiles of 192 rows.
-    const int64_t wide = std::clamp<int64_t>((quarter / 192 - threads * 3 * d_pad) / threads, 1024, 4096);
-    const int64_t most = std::max<int64_t>(std::min(quarter / (3 * d_pad), wide) / NR * NR, NR);
+    // Wider blocks gain nothing, and their entries would take the room of rows.
+    const int64_t most = std::max<int64_t>(std::min<int64_t>(quarter / (3 * d_pad), 1536) / NR * NR, NR);
     const int64_t blocks = (columns_padded + most - 1) / most;
     block_k = round_up((columns_padded + blocks - 1) / blocks, NR);
     this->group = threads;
@@ -91,6 +90,11 @@ struct Triangle : Tiles<T, NV> {
   int64_t first_panel(int64_t tile) const { return first_row(tile) / NR; }
   int64_t tiles_before(int64_t end) const { return std::min(tiles, (end + tile_m - 1) / tile_m); }
 
+  // Rows of a tile with entries in a panel: those up to the diagonal. What lies below them is not made.
+  int64_t rows_above(int64_t tile, int64_t panel) const {
+    return std::min(rows(tile), (panel + 1) * NR - first_row(tile));
+  }
+
   T* kept_panel(int64_t tile, int64_t panel) const {
     return this->kept + kept_at[tile] + (panel - first_panel(tile)) * padded_rows(tile) * NR;
   }
@@ -113,13 +117,17 @@ struct Triangle : Tiles<T, NV> {
   void logits(int64_t tile, int64_t begin, int64_t end, int64_t first, int64_t panels, const T* u, const T* v,
               T* t, T* pos) const {
     const int64_t padded = padded_rows(tile);
-    G::logits(padded, begin - first, end - first, panels, p.d, u, v, t);
+    int64_t q = begin;
+    for (; q < end && rows_above(tile, q) < rows(tile); q++)  // panels that the diagonal crosses
+      G::logits(padded, rows_above(tile, q), q - first, q + 1 - first, panels, p.d, u, v,
+                t + (q - begin) * padded * NR);
+    G::logits(padded, padded, q - first, end - first, panels, p.d, u, v, t + (q - begin) * padded * NR);
     if (pos) each_positive(tile, begin, end, t, [&](int64_t j, T value) { pos[j] = value; });
-    for (int64_t q = begin; q < end; q++) mask(tile, q, t + (q - begin) * padded * NR);
+    for (q = begin; q < end; q++) mask(tile, q, t + (q - begin) * padded * NR);
   }
 
   void mask(int64_t tile, int64_t panel, T* t) const {
-    const int64_t n = rows(tile), row0 = first_row(tile), c0 = panel * NR;
+    const int64_t n = rows_above(tile, panel), row0 = first_row(tile), c0 = panel * NR;
     if (p.exclude == kSameLabel) mask_labels(n, row0, c0, t);
     for (int64_t r = std::max<int64_t>(c0 - row0, 0); r < n; r++)  // on and below the diagonal
       std::fill_n(t + r * NR, std::min<int64_t>(row0 + r - c0 + 1, NR), minus_infinity<T>);

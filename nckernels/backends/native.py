@@ -182,7 +182,8 @@ def _rows(x: Tensor) -> Tensor:
 
 def _problem(inputs: Inputs, forward: Forward, spec: Spec) -> tuple[_Problem, list[Any]]:
     """The C structure, and the tensors that it points into."""
-    z, w, target = _rows(inputs.features), _rows(inputs.prototypes), inputs.target.contiguous()
+    z, target = _rows(inputs.features), inputs.target.contiguous()
+    w = z if spec.symmetric else _rows(inputs.prototypes)
     biases = [None if b is None else b.contiguous() for b in (inputs.sample_bias, inputs.class_bias)]
     problem = _Problem(
         z.shape[0],

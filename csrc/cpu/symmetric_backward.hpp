@@ -1,148 +1,13 @@
-// The two passes over features against themselves. With E = exp(t) without excluded entries, g the upstream
-// gradients and D = exp(lse), the derivative by each pair of samples i < j is
-//     T_ij = E_ij (g_j e^{b_i} / D_j + g_i e^{b_j} / D_i)
-// and the gradient of the unit features T U, T being symmetric: a tile of the upper triangle gives T U to its
-// rows and T^T U to its columns. Three products forward and backward, each over half of the matrix, and one
-// more: T is read twice.
+// The gradient of features against themselves. With E = exp(t) where not excluded, g the upstream gradients
+// and D = exp(lse), the two derivatives by the logit of a pair i, j add up to
+//     T_ij = E_ij (g_j e^{b_i} / D_j + g_i e^{b_j} / D_i),   symmetric as E is,
+// and the gradient of the unit features is beta T U. A tile of the upper triangle gives T U to its rows and
+// T^T U to its columns, in groups of row tiles as in backward.hpp.
 #pragma once
 
-#include "forward.hpp"
 #include "triangle.hpp"
 
 namespace nckernels {
-template <class T, int NV>
-class SymmetricForward {
-  using Tri = Triangle<T, NV>;
-  static constexpr int NR = Tri::NR, W = Tri::W;
-  static constexpr int64_t STEP = Gemm<T, NV>::BLOCK;  // panels of a tile that stay in the L2 cache
-
- public:
-  SymmetricForward(const Problem& p, const Columns& columns) : p_(p), s_(p, columns) {}
-
-  void run() {
-    inverse_norms(p_, s_.z, p_.m, s_.z_rnorm, [](int64_t j) { return j; });
-    std::copy_n(s_.z_rnorm, p_.m, s_.w_rnorm);
-    T* pos = static_cast<T*>(p_.pos);
-    std::fill(pos, pos + p_.m, T(0));
-    Buffer<T> sums(2 * p_.m);
-    Sums<T> total{sums, sums + p_.m};
-    clear(total, p_.m);
-
-    // Chunks of row tiles sum their columns into places of their own, which are merged in order.
-    const int64_t widest = std::min(s_.block_k, s_.all_panels * NR);
-    const int64_t fit = p_.workspace / 8 / std::max<int64_t>(2 * widest * sizeof(T), 1);
-    const int64_t most = std::clamp<int64_t>(fit, 1, 4 * std::max(p_.threads, 2));
-    Buffer<T> v(widest * p_.d), column_sums(2 * most * widest);
-    for (int64_t first = 0; first < p_.m; first += s_.block_k) {
-      const int64_t count = std::min(s_.block_k, p_.m - first), panels = (count + NR - 1) / NR;
-      const int64_t tiles = s_.tiles_before(first + count), chunks = std::min(tiles, most);
-      parallel(p_.threads, panels, [&](int64_t q) { s_.pack_prototypes(first, count, q, v, nullptr); });
-      auto of_chunk = [&](int64_t i) {
-        return Sums<T>{column_sums + 2 * i * widest, column_sums + (2 * i + 1) * widest};
-      };
-      parallel(p_.threads, chunks, [&](int64_t i) {
-        Buffer<T> u(s_.tile_m * p_.d), own(s_.tile_m * std::min(STEP, panels) * NR), rows(s_.tile_m * W);
-        Sums<T> by_column = of_chunk(i);
-        clear(by_column, panels * NR);
-        for (int64_t tile = i * tiles / chunks; tile < (i + 1) * tiles / chunks; tile++) {
-          s_.pack_features(tile, u, nullptr);
-          const int64_t last = first / NR + panels;
-          for (int64_t q = std::max(first / NR, s_.first_panel(tile)); q < last; q += STEP) {
-            const int64_t end = std::min(q + STEP, last);
-            const bool keep = tile < s_.kept_tiles;
-            T* t = keep ? s_.kept_panel(tile, q) : own;
-            s_.logits(tile, q, end, first / NR, panels, u, v, t, pos);
-            Sums<T> here{by_column.largest + q * NR - first, by_column.total + q * NR - first};
-            if (s_.shift_free)
-              exponentials(tile, q, end, t, rows, here, total, keep);
-            else
-              streaming(tile, q, end, t, here, total);
-          }
-        }
-      });
-      for (int64_t i = 0; i < chunks; i++)
-        for (int64_t c = 0; c < count; c++)
-          total.merge(first + c, of_chunk(i).largest[c], of_chunk(i).total[c]);
-    }
-
-    // What is kept is an output: nothing in it may be left to chance.
-    if (s_.kept) std::fill(s_.kept + s_.kept_at[s_.kept_tiles], s_.kept + p_.kept_size, T(0));
-    T* lse = static_cast<T*>(p_.by_class ? p_.class_lse : p_.instance_lse);
-    for (int64_t j = 0; j < p_.m; j++)
-      lse[j] = s_.valid(j) ? total.largest[j] + std::log(total.total[j]) : minus_infinity<T>;
-  }
-
- private:
-  void clear(Sums<T>& sums, int64_t n) const {
-    std::fill_n(sums.largest, n, s_.shift_free ? T(0) : minus_infinity<T>);
-    std::fill_n(sums.total, n, T(0));
-  }
-
-  // Shift-free: e = exp(t) in place (where it is kept), summed with the exponentials of the biases as
-  // weights.
-  void exponentials(int64_t tile, int64_t begin, int64_t end, T* t, T* row_vectors, Sums<T>& by_column,
-                    Sums<T>& by_row, bool keep) const {
-    const int64_t n = s_.rows(tile), padded = s_.padded_rows(tile), row0 = s_.first_row(tile);
-    std::fill_n(row_vectors, n * W, T(0));
-    for (int64_t q = begin; q < end; q++) {
-      T* e = t + (q - begin) * padded * NR;
-      Vec<T> weight[NV], column[NV];
-      for (int v = 0; v < NV; v++) {
-        weight[v] = load(s_.weight.data() + q * NR + v * W);
-        column[v] = Vec<T>{};
-      }
-      for (int64_t r = 0; r < n; r++) {
-        Vec<T> row{};
-        for (int v = 0; v < NV; v++) {
-          const Vec<T> x = exponential<T>(load(e + r * NR + v * W));
-          if (keep) store(e + r * NR + v * W, x);
-          column[v] += x * s_.weight[row0 + r];
-          row += x * weight[v];
-        }
-        store(row_vectors + r * W, load(row_vectors + r * W) + row);
-      }
-      for (int v = 0; v < NV; v++) {
-        T* to = by_column.total + (q - begin) * NR + v * W;
-        store(to, load(to) + column[v]);
-      }
-    }
-    for (int64_t r = 0; r < n; r++) by_row.total[row0 + r] += sum<T>(load(row_vectors + r * W));
-  }
-
-  // Running maximum, for temperatures and biases whose exponentials could leave the range of T.
-  void streaming(int64_t tile, int64_t begin, int64_t end, const T* t, Sums<T>& by_column,
-                 Sums<T>& by_row) const {
-    const int64_t n = s_.rows(tile), padded = s_.padded_rows(tile), row0 = s_.first_row(tile);
-    // The largest of `count` vectors and the sum of exponentials relative to it, in each lane.
-    auto lanes_of = [](int64_t count, auto&& at, Vec<T>& top, Vec<T>& total) {
-      top = splat(minus_infinity<T>);
-      total = Vec<T>{};
-      for (int64_t i = 0; i < count; i++) top = maximum<T>(at(i), top);
-      const Vec<T> shift = top == splat(minus_infinity<T>) ? Vec<T>{} : top;
-      for (int64_t i = 0; i < count; i++) total += exponential<T>(at(i) - shift);
-    };
-    Vec<T> top, total;
-    for (int64_t x = 0; x < (end - begin) * NR; x += W) {
-      const T* column = t + x / NR * padded * NR + x % NR;
-      lanes_of(n, [&](int64_t r) { return load(column + r * NR) + s_.bias[row0 + r]; }, top, total);
-      for (int i = 0; i < W; i++) by_column.merge(x + i, top[i], total[i]);
-    }
-    for (int64_t r = 0; r < n; r++) {
-      const T* row = t + r * NR;
-      auto at = [&](int64_t i) {
-        return load(row + i / NV * padded * NR + i % NV * W) + load(s_.bias.data() + begin * NR + i * W);
-      };
-      lanes_of((end - begin) * NV, at, top, total);
-      const T best = largest<T>(top);
-      if (best == minus_infinity<T>) continue;
-      by_row.merge(row0 + r, best, sum<T>(total * exponential<T>(top - best)));
-    }
-  }
-
-  const Problem& p_;
-  Tri s_;
-};
-
 template <class T, int NV>
 class SymmetricBackward {
   using Tri = Triangle<T, NV>;
@@ -228,6 +93,7 @@ class SymmetricBackward {
     const int64_t padded = s_.padded_rows(tile), last = block.first_panel + block.panels;
     Buffer<T> u(is_kept ? 0 : s_.tile_m * p_.d), product(products ? padded * s_.d_pad : 0);
     s_.pack_features(tile, u, products ? u_rows_of(i) : nullptr);
+    if (products) std::fill_n(static_cast<T*>(product), padded * s_.d_pad, T(0));
     const int64_t begin = std::max(block.first_panel, s_.first_panel(tile));
     for (int64_t q = begin; q < last; q += G::BLOCK) {
       const int64_t end = std::min<int64_t>(q + G::BLOCK, last);
@@ -236,8 +102,8 @@ class SymmetricBackward {
       T* shares = grad_bias_ ? bias_shares_ + i * widest_ + q * NR - block.first : nullptr;
       fill_entries(tile, q, end, is_kept ? s_.kept_panel(tile, q) : a, a, shares);
       if (products)
-        G::times_prototypes(padded, q - block.first_panel, end - block.first_panel, block.panels, s_.d_panels,
-                            a, v_rows_, product, q > begin);
+        G::times_prototypes(padded, s_.rows_above(tile, end - 1), q - block.first_panel,
+                            end - block.first_panel, block.panels, s_.d_panels, a, v_rows_, product, true);
     }
     if (grad_z_)
       add_rows(block, tile, product);
@@ -248,9 +114,10 @@ class SymmetricBackward {
 
   // Panels [begin, end) of a tile of T, from t or what is kept of it.
   void fill_entries(int64_t tile, int64_t begin, int64_t end, const T* from, T* a, T* shares) {
-    const int64_t n = s_.rows(tile), padded = s_.padded_rows(tile), row0 = s_.first_row(tile);
+    const int64_t padded = s_.padded_rows(tile), row0 = s_.first_row(tile);
     const bool is_kept = tile < s_.kept_tiles;
     for (int64_t q = begin; q < end; q++) {
+      const int64_t n = s_.rows_above(tile, q);
       const int64_t at = (q - begin) * padded * NR;
       T* share = shares ? shares + (q - begin) * NR : nullptr;
       if (!s_.shift_free)
@@ -279,7 +146,7 @@ class SymmetricBackward {
       Vec<T> row{};
       for (int v = 0; v < NV; v++) {
         Vec<T> x = load(e + r * NR + v * W);
-        if (!KEPT) x = exponential<T>(x);
+        if (!KEPT) x = exponential<T, true>(x);
         store(a + r * NR + v * W, x * (scale[v] * row_weight + weight[v] * row_scale));
         if (!share) continue;
         column[v] += x * row_scale;
@@ -333,14 +200,20 @@ class SymmetricBackward {
     const int64_t padded = block.panels * NR, pieces = (block.panels + G::BLOCK - 1) / G::BLOCK;
     const int64_t shares = std::min(s_.d_panels, (4 * p_.threads + pieces - 1) / pieces);
     parallel(p_.threads, pieces * shares, [&](int64_t piece) {
-      const int64_t c = piece % pieces * G::BLOCK * NR, stop = std::min(padded, c + G::BLOCK * NR);
+      const int64_t c = piece % pieces * G::BLOCK, stop = std::min<int64_t>(block.panels, c + G::BLOCK);
       const int64_t share = piece / pieces;
       for (int64_t i = 0; i < here; i++) {
-        const int64_t rows = s_.padded_rows(begin + i);
-        const int64_t from = std::max(c, (s_.first_panel(begin + i) - block.first_panel) * NR);
-        for (int64_t f = share * s_.d_panels / shares; f < (share + 1) * s_.d_panels / shares; f++)
-          G::times_features(rows, from, stop, entries_of(i), u_rows_of(i) + f * rows * NR,
-                            grad_v_ + f * padded * NR);
+        const int64_t tile = begin + i, padded_rows = s_.padded_rows(tile), rows = s_.rows(tile);
+        // Panels that the diagonal crosses one by one, with the rows above it, then the others together.
+        int64_t q = std::max(c, s_.first_panel(tile) - block.first_panel);
+        auto add = [&](int64_t end, int64_t above) {
+          for (int64_t f = share * s_.d_panels / shares; f < (share + 1) * s_.d_panels / shares; f++)
+            G::times_features(padded_rows, above, q * NR, end * NR, entries_of(i),
+                              u_rows_of(i) + f * padded_rows * NR, grad_v_ + f * padded * NR);
+        };
+        for (; q < stop && s_.rows_above(tile, block.first_panel + q) < rows; q++)
+          add(q + 1, s_.rows_above(tile, block.first_panel + q));
+        add(stop, rows);
       }
     });
   }
