@@ -2,7 +2,7 @@
 
     python tools/check_cuda.py [--quick] [--arch 80] [--only lse.cu] [--jobs 2] [--all-rows]
 
-Prints registers and spills of the kernels (the worst instantiation of each, or all) and exits with 1 if one
+Prints registers and spills of the kernels (the worse of two types of tags, or all) and exits with 1 if one
 spills or uses a stack, if asynchronous products are serialised, or if a file does not compile. The bindings
 are compiled against torch's headers, for which a CPU build will do. Shared memory is dynamic: static
 assertions beside the kernels bound what a launch asks for, and the emulator of tests/cuda_host checks that
@@ -41,6 +41,7 @@ TORCH_INCLUDE = Path(torch.__file__).parent / "include"
 ARCHES = build.CUDA_ARCHITECTURES
 FLAGS = tuple(flag for flag in build.CUDA.flags if flag.startswith(("-std", "-D")))
 KINDS = ("bf16", "fp16", "tf32", "tf32x3")
+SUMS = ("one", "each", "shared")
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def readable(symbol: str) -> str:
     """'lse_kernel<bf16, int, false>' from a demangled signature that says '(nck::Kind)0'."""
     name = re.sub(r"\(anonymous namespace\)::|^void |nck::", "", symbol)
     name = re.sub(r"\(Kind\)(\d)", lambda match: KINDS[int(match[1])], name)
+    name = re.sub(r"\(Sums\)(\d)", lambda match: SUMS[int(match[1])], name)
     return re.sub(r"\(int\)", "", re.sub(r"\([A-Z]\w+Args\)$", "", name))
 
 
@@ -159,10 +161,10 @@ def main() -> int:
 
 
 def worst_of_each(kernels: list[Kernel]) -> list[Kernel]:
-    """Per kernel, number format, row length and architecture the instantiation that is nearest to spilling."""
+    """Of the masks' two types of tags the one that is nearer to spilling."""
     worst: dict[tuple[str, ...], Kernel] = {}
     for k in kernels:
-        key = (re.sub(r", (int|long).*", "", k.name), k.arch)
+        key = (re.sub(r", (int|long)\b", "", k.name), k.arch)
         if key not in worst or (k.spills, k.registers) > (worst[key].spills, worst[key].registers):
             worst[key] = k
     return list(worst.values())

@@ -92,6 +92,8 @@ class Shape:
     """Whether rows start and end at multiples of 16 bytes, as asynchronous copies in full width need."""
     heavy: bool
     """Whether registers are short: two directions at once, 64-bit labels to compare, gathered anchors."""
+    square: bool = False
+    """Whether both operands have labels, of which some are left out: a few registers."""
     entries: int = 0
     """Entries of the matrix that the tiles cover."""
 
@@ -124,7 +126,10 @@ def lse_tile(shape: Shape) -> Tile:
     if shape.kind == "tf32":
         if shape.family == 80:
             return Tile(64, 64, min(whole, 32), 4, 3, resident=2)
-        return Tile(128, 64, min(whole, 32), 8, 3, parts=2, resident=1 if heavy or shape.family == 100 else 2)
+        if shape.family == 100:
+            # In parts, labels on both sides make Triton 3.6 spill.
+            return Tile(128, 64, min(whole, 32), 8, 3, parts=1 if shape.square else 2)
+        return Tile(128, 64, min(whole, 32), 8, 3, parts=2, resident=1 if heavy else 2)
     if shape.family == 80:
         # Warps lie in both directions of the tile, so the epilogue's sums over q cross them.
         if whole <= 64:
@@ -145,7 +150,7 @@ def lse_tile(shape: Shape) -> Tile:
     if whole <= 64:
         return Tile(128, 64, whole, 8, stages, parts=2, resident=2)
     if whole == 128:
-        return Tile(128, 128, 128, 8, stages, parts=4, resident=2)
+        return Tile(128, 64 if shape.square else 128, 128, 8, stages, parts=2 if shape.square else 4, resident=2)
     return Tile(128, 128, 64, 8, stages, parts=8, resident=2)
 
 
@@ -182,10 +187,11 @@ def entries_tile(shape: Shape) -> Tile:
 def may_share(tile: Tile, arch: Arch) -> bool:
     """Whether ``grad_kernel`` is to have the way of one exponential an entry beside that of two.
 
-    It is worth it where exponentials take as long as the tensor cores' products: on an H100, two exponentials
-    as long as the four products of 128 columns. The second way takes registers, of which sm_100 has fewer left.
+    It is worth it where exponentials take as long as the tensor cores' products: on an H100, an entry's two
+    exponentials (16 a clock) as long as its two products over 128 columns (4096 operations a clock). The second
+    way takes registers; on sm_100 there are none left.
     """
-    return tile.d <= (64 if arch.generation >= 100 else 128)
+    return tile.d <= 128 and arch.generation < 100
 
 
 def grad_tile(shape: Shape) -> Tile | None:
@@ -208,5 +214,5 @@ def grad_tile(shape: Shape) -> Tile | None:
             return Tile(64, 32, 128, 8 if heavy else 4, 2)
         return Tile(32, 32, 256, 8, 2) if heavy else Tile(64, 32, 256, 8, 2)
     if whole <= 128:
-        return Tile(128, 32 if heavy else 64, whole, 8, 3 if heavy else 2)
+        return Tile(128, 32 if heavy else 64, whole, 8, 2)
     return Tile(64, 32 if heavy and shape.family == 90 else 64, 256, 8, 2)

@@ -74,8 +74,8 @@ class TritonKernels(Kernels):
     def _shape(self, heavy: bool, entries: int) -> config.Shape:
         itemsize = self.inputs.features.element_size()
         wide = self.spec.exclude == "same_label"  # masks compare 64-bit labels
-        d = self.d * self.unit
-        return config.Shape(self.arch, self.kind, d, self.unit * itemsize >= 16, heavy or wide, entries)
+        d, aligned = self.d * self.unit, self.unit * itemsize >= 16
+        return config.Shape(self.arch, self.kind, d, aligned, heavy or wide, self.spec.square, entries)
 
     def _blocks(self, tile: Tile, least: int = 1) -> Blocks:
         return Blocks(tile.p, tile.q, self.arch.multiprocessors * tile.resident, least, tile)

@@ -30,6 +30,21 @@ def shift_of(largest):
     return tl.where(largest == -INF, 0.0, largest)
 
 
+@triton.jit
+def without_excluded(t, p_tag, q_tag, p_first, q_first, EXCLUDE: tl.constexpr):
+    """-inf where the mask leaves an entry out.
+
+    For "self" by the distance of the tile from the diagonal: comparing rows would take the few registers that two
+    programs on a multiprocessor lack.
+    """
+    if EXCLUDE == "self":
+        p_slot = tl.arange(0, t.shape[0]) + (p_first - q_first)
+        t = tl.where(p_slot[:, None] == tl.arange(0, t.shape[1])[None, :], -INF, t)
+    elif EXCLUDE != "none":
+        t = tl.where(p_tag[:, None] == q_tag[None, :], -INF, t)
+    return t
+
+
 @triton.jit(
     do_not_specialize=[
         "first_block", "n_p", "n_q", "slots_p", "d", "p_stride", "q_stride", "skip_p", "skip_q", "split",
@@ -90,16 +105,14 @@ def lse_kernel(
             s = products[i] * p_scale[:, None]
             # One fused multiply-add for norm, bias and tail: the bias of left-out rows is -inf.
             t = tl.fma(s, rnorm[None, :], row_bias(Q_bias, row, valid)[None, :])
-            if EXCLUDE != "none":
-                t = tl.where(p_tag[:, None] == tag[None, :], -INF, t)
+            t = without_excluded(t, p_tag, tag, p_first, q_first + i * B, EXCLUDE)
             new = tl.maximum(largest, tl.max(t, 1))
             shift = shift_of(new)
             total = tl.fma(total, tl.exp2(largest - shift), tl.sum(tl.exp2(t - shift[:, None]), 1))
             largest = new
             if Q_max is not None:
                 t = tl.fma(s, rnorm[None, :], row_bias(P_bias, p_row, p_valid)[:, None])
-                if EXCLUDE != "none":
-                    t = tl.where(p_tag[:, None] == tag[None, :], -INF, t)
+                t = without_excluded(t, p_tag, tag, p_first, q_first + i * B, EXCLUDE)
                 q_largest = tl.max(t, 0)
                 q_total = tl.sum(tl.exp2(t - shift_of(q_largest)[None, :]), 0)
                 slot = q_first + i * B + tl.arange(0, B)
