@@ -199,7 +199,8 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(grad is None for grad in upstream):
             return (None,) * 9
-        inputs, saved = Inputs(*ctx.saved_tensors[:6]), Forward(*ctx.saved_tensors[6:])
+        kept = ctx.saved_tensors
+        inputs, saved = Inputs(*kept[:6]), Forward(*kept[6:])
         spec, backend, contrasted = ctx.call
         grads = _through_contrast(upstream[0], inputs.target, saved, spec) if contrasted else OutputGrads(*upstream)
         needs = _needs(ctx.needs_input_grad, spec.symmetric)

@@ -1,4 +1,4 @@
-// What Python hands over (native.py mirrors these structures with ctypes) and the plan made of it.
+// What Python hands over (native.py packs these structures) and the plan made of it.
 #pragma once
 
 #include <algorithm>

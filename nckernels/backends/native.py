@@ -10,6 +10,7 @@ import ctypes
 import functools
 import math
 import os
+import struct
 import sys
 from typing import Any
 
@@ -40,40 +41,11 @@ _OWNER = os.getpid()
 SUPPORTED = sys.platform == "linux"
 """Whether the compiler flags and OpenMP are what the build expects; elsewhere the choice falls on other backends."""
 
-_P, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-
-
-class _Problem(ctypes.Structure):
-    """``nckernels::Problem`` in problem.hpp."""
-
-    _fields_ = [
-        *((name, _I64) for name in ("m", "k", "d", "z_stride", "w_stride")),
-        *((name, _P) for name in ("z", "w", "target", "sample_bias", "class_bias")),
-        ("ignore_index", _I64),
-        ("workspace", _I64),
-        ("beta", ctypes.c_double),
-        *(
-            (name, _I32)
-            for name in (
-                *("by_class", "by_instance", "exclude", "present_only", "symmetric"),
-                *("threads", "is_double", "half"),
-            )
-        ),
-        ("eps", ctypes.c_double),
-        *((name, _P) for name in ("class_lse", "instance_lse", "pos", "z_rnorm", "w_rnorm", "kept")),
-        ("kept_size", _I64),
-    ]
-
-
-class _Gradients(ctypes.Structure):
-    """``nckernels::Gradients`` in problem.hpp."""
-
-    _fields_ = [
-        (name, _P) for name in ("class_lse", "instance_lse", "pos", "z", "w", "sample_bias", "class_bias", "beta")
-    ]
-
-
-_SIZES = (ctypes.sizeof(_Problem) << 16) | ctypes.sizeof(_Gradients)
+# ``nckernels::Problem`` and ``nckernels::Gradients`` in problem.hpp, as bytes: ctypes structures of as many fields
+# take several times longer to fill, which small problems would feel.
+_PROBLEM = struct.Struct("@5q 5P 2q d 8i d 6P q")
+_GRADIENTS = struct.Struct("@8P")
+_SIZES = (_PROBLEM.size << 16) | _GRADIENTS.size
 
 
 def library() -> build.Library:
@@ -91,7 +63,7 @@ def _load() -> ctypes.CDLL | str:
         loaded = ctypes.CDLL(str(path))
     except (build.BuildError, OSError) as error:
         return str(error)
-    loaded.nckernels_sizes.restype = loaded.nckernels_peak_scratch.restype = _I64
+    loaded.nckernels_sizes.restype = loaded.nckernels_peak_scratch.restype = ctypes.c_int64
     if loaded.nckernels_sizes() != _SIZES:
         return f"{path} is of another version of the package"
     return loaded
@@ -140,10 +112,11 @@ class NativeBackend(Backend):
         numel = self.kept_numel(z.device, z.dtype, m, k, spec) if keep else 0
         sizes = (k if spec.by_class else 0, m if spec.by_instance else 0, m, m, k, numel)
         result = Forward(*(z.new_empty(size, dtype=dtype) for size in sizes))
-        problem, _alive = _problem(inputs, result, spec)
-        if not 0.0 < problem.beta < math.inf:
-            raise bad_temperature(problem.beta)
-        status = _library().nckernels_forward(ctypes.byref(problem))
+        beta = inputs.inv_temperature.item()
+        if not 0.0 < beta < math.inf:
+            raise bad_temperature(beta)
+        problem, _alive = _problem(inputs, result, spec, beta)
+        status = _library().nckernels_forward(problem)
         if status == _BAD_TARGET:
             raise bad_target(inputs.target, k, spec.ignore_index)
         _check(status)
@@ -151,7 +124,7 @@ class NativeBackend(Backend):
 
     def backward(self, inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, needs: Needs) -> Gradients:
         z, w, sample_bias, class_bias = inputs.features, inputs.prototypes, inputs.sample_bias, inputs.class_bias
-        problem, _alive = _problem(inputs, saved, spec)
+        problem, _alive = _problem(inputs, saved, spec, inputs.inv_temperature.item())
         dtype = accumulation_dtype(z.dtype)
         upstream = [None if g is None else g.contiguous() for g in grads]
         # Classes that do not occur are not written.
@@ -164,8 +137,8 @@ class NativeBackend(Backend):
             torch.zeros_like(class_bias) if needs.class_bias and class_bias is not None else None,
         )
         results = (out.features, out.prototypes, out.sample_bias, out.class_bias, out.inv_temperature)
-        pointers = _Gradients(*(None if t is None else t.data_ptr() for t in (*upstream, *results)))
-        _check(_library().nckernels_backward(ctypes.byref(problem), ctypes.byref(pointers)))
+        pointers = _GRADIENTS.pack(*map(_pointer, (*upstream, *results)))
+        _check(_library().nckernels_backward(problem, pointers))
         of_inputs = (z, w, inputs.inv_temperature, sample_bias, class_bias)
         return Gradients(
             *(None if g is None or x is None else g.to(x.dtype) for g, x in zip(out, of_inputs, strict=True))
@@ -180,35 +153,37 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def _problem(inputs: Inputs, forward: Forward, spec: Spec) -> tuple[_Problem, list[Any]]:
+def _pointer(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _problem(inputs: Inputs, forward: Forward, spec: Spec, beta: float) -> tuple[bytes, list[Any]]:
     """The C structure, and the tensors that it points into."""
     z, target = _rows(inputs.features), inputs.target.contiguous()
     w = z if spec.symmetric else _rows(inputs.prototypes)
     biases = [None if b is None else b.contiguous() for b in (inputs.sample_bias, inputs.class_bias)]
-    problem = _Problem(
-        z.shape[0],
+    (m, d), dtype = z.shape, z.dtype
+    problem = _PROBLEM.pack(
+        m,
         w.shape[0],
-        z.shape[1],
+        d,
         z.stride(0),
         w.stride(0),
-        z.data_ptr(),
-        w.data_ptr(),
-        target.data_ptr(),
-        *(None if b is None else b.data_ptr() for b in biases),
+        *map(_pointer, (z, w, target, *biases)),
         spec.ignore_index,
         spec.workspace,
-        inputs.inv_temperature.item(),
-        spec.by_class,
-        spec.by_instance,
+        beta,
+        spec.direction != "instance",
+        spec.direction != "class",
         _EXCLUDE[spec.exclude],
         spec.present_only,
         spec.symmetric,
         # OpenMP's threads do not survive fork(): a child runs on its own thread.
         torch.get_num_threads() if os.getpid() == _OWNER else 1,
-        z.dtype == torch.float64,
-        _HALF.get(z.dtype, 0),
-        norm_eps(z.dtype),
-        *(t.data_ptr() or None for t in forward),
+        dtype == torch.float64,
+        _HALF.get(dtype, 0),
+        norm_eps(dtype),
+        *map(_pointer, forward),
         forward.kept.numel(),
     )
     return problem, [z, w, target, *biases]
