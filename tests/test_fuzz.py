@@ -1,0 +1,80 @@
+"""Random problems in float64 against the reference: sizes, workspaces, masks and directions that nobody thought of.
+
+Where tiles are ragged, kept or made again, and columns come in blocks, depends on sizes and workspace in ways that a
+list of shapes cannot cover; a fixed seed per case keeps failures reproducible.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from conftest import CPU_BACKENDS
+from oracle import Problem, make_problem, package, run
+
+import nckernels
+
+CASES = 60
+SLOW_CASES = 1000
+
+
+def random_problem(seed: int) -> tuple[Problem, int, int]:
+    """A problem of bounded work, a workspace in bytes and a number of threads."""
+    r = random.Random(seed)
+
+    if r.random() < 0.3:  # anything, extremes included; with d = 1 every exact gradient is 0
+        m, k, d = (max(2, round(2 ** r.uniform(0, power))) for power in (11, 11, 9))
+    else:  # several tiles and blocks, the last of which are ragged
+        m, k, d = r.randint(30, 700), r.randint(30, 700), r.randint(8, 200)
+    while m * k * d > 30e6:
+        m, k, d = (max(2, 3 * x // 4) for x in (m, k, d))
+    exclude = r.choice(["none", "target", "self", "same_label"])
+    square = exclude in ("self", "same_label")
+    direction = r.choice(["class", "instance", "both"])
+    itself = square and r.random() < 0.6
+    problem = make_problem(
+        m, k, d, direction=direction, exclude=exclude, bias=r.random() < 0.3, itself=itself,
+        present_only=direction == "class" and not square and r.random() < 0.5,
+        beta=r.choice([1.0, 10.0, 29.0, 100.0]), ignored=r.choice([0.0, 0.0, 0.1, 0.9]), seed=seed,
+    )  # fmt: skip
+    return problem, round(2 ** r.uniform(14, 23)), r.choice([1, 1, 2, 3])
+
+
+def compare(backend: str, seed: int) -> None:
+    problem, workspace, threads = random_problem(seed)
+    with nckernels.use_backend("reference"):
+        expected = run(package, problem)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with nckernels.use_backend(backend), nckernels.use_workspace(workspace):
+            found = run(package, problem)
+    finally:
+        torch.set_num_threads(before)
+    m, d = problem.features.shape
+    case = f"M={m} K={len(problem.prototypes)} d={d} {problem.options} itself={problem.itself} workspace={workspace}"
+    for results, references in zip(found, expected, strict=True):
+        for name, reference in references.items():
+            value = results[name]
+            assert value is not None
+            assert reference is not None
+            finite = reference.isfinite()
+            assert torch.equal(value[~finite], reference[~finite]), f"{name}: {case}"
+            error = (value[finite] - reference[finite]).norm()
+            assert error <= 1e-10 * (1 + reference[finite].norm()), f"{name}: error {error:.2g}: {case}"
+
+
+@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("backend", [name for name in CPU_BACKENDS if name != "reference"])
+def test_random_problems(backend: str, part: int) -> None:
+    for seed in range(part, CASES, 4):
+        compare(backend, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(10))
+@pytest.mark.parametrize("backend", [name for name in CPU_BACKENDS if name != "reference"])
+def test_many_random_problems(backend: str, part: int) -> None:
+    for seed in range(CASES + part, CASES + SLOW_CASES, 10):
+        compare(backend, seed)
