@@ -326,3 +326,18 @@ def test_what_is_kept_of_a_triangle_is_half_of_the_matrix() -> None:
 def test_registry_prefers_native_on_the_cpu() -> None:
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         assert registry.resolve(torch.device("cpu"), dtype) == "native"
+
+
+def test_ragged_last_tile_is_kept_whole_with_several_blocks_of_columns() -> None:
+    """200 rows in tiles of 30 and 128 columns in two blocks, all of them kept for the backward pass."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 64, generator=generator, requires_grad=True)
+    w = torch.randn(128, 64, generator=generator, requires_grad=True)
+    y = torch.randint(128, (200,), generator=generator)
+    with nckernels.use_workspace(256 * 1024), nckernels.use_backend("native"):
+        found = torch.autograd.grad(nckernels.normface_loss(x, w, y), (x, w))
+    wide = [t.detach().double().requires_grad_() for t in (x, w)]
+    with nckernels.use_backend("reference"):
+        expected = torch.autograd.grad(nckernels.normface_loss(*wide, y), wide)
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() < 1e-6 * b.norm()

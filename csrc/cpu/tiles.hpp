@@ -86,7 +86,7 @@ struct Tiles {
   bool valid(int64_t j) const { return columns.positive[j] >= 0; }
 
   T* kept_tile(int64_t tile, int64_t first_panel) const {
-    return kept + (tile * all_panels + first_panel) * tile_m * NR;
+    return kept + (tile * all_panels * tile_m + first_panel * padded_rows(tile)) * NR;
   }
 
   // Unit prototypes of the columns [first, first + count) as V for `Gemm::logits` and as [d
