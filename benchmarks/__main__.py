@@ -69,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     print(report.table(result, absent=not args.brief))
     print(*result.notes, sep="\n")
     if path is not None and args.out is not None:
+        result.save(path)
         print(f"written to {path}")
         with contextlib.suppress(ImportError):
             print(*plots.draw(result, args.out, path.stem), sep="\n")

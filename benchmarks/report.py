@@ -115,11 +115,14 @@ def table(report: Report, *, absent: bool = True) -> str:
             f"  {'variant':<34} {'median':>9} {'quartiles':>17} {'/ GEMMs':>8} {'/ base':>7} {'% floor':>8} "
             f"{'extra MiB':>10} {'error':>8} {'runs':>5}"
         )
+        reasons: dict[str, list[str]] = {}
         for r in measured.results:
             if r.absent is None and r.seconds is not None:
                 lines.append("  " + _row(r, measured, report.ceilings))
-            elif absent:
-                lines.append(f"  {r.variant:<34} absent: {r.absent}")
+            else:
+                reasons.setdefault(r.absent or "", []).append(r.variant)
+        if absent:
+            lines += [f"  absent: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
     return "\n".join(lines)
 
 
