@@ -142,7 +142,7 @@ step full 60 bash -c 'suite full bfloat16 full --skip compile'
   grep -v '^./extensions' | tar -czf report.tar.gz -T - 2>/dev/null)
 say "$(($(date +%s) - begin)) s in all; everything is in $out"
 for log in quick launch; do
-  [ -f "$out/logs/$log.log" ] && sed -n '/^ceilings/,/^written/p' "$out/logs/$log.log" | grep -v 'absent:' | cut -c1-150 >>"$summary"
+  [ -f "$out/logs/$log.log" ] && sed -n '/^ceilings/,/^written/p' "$out/logs/$log.log" | grep -v 'absent:' | cut -c1-165 >>"$summary"
 done
 sed -n '/^ceilings/,$p' "$summary" | tail -n 90
 exit $failed

@@ -18,6 +18,8 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _MARKERS = "osD^vPX*"
 _SKIPPED = {READY}
 _MIN_POINTS = 3
+_MOST_BARS = 10
+"""Problems in one picture of bars."""
 
 
 def draw(report: Report, folder: Path, stem: str) -> list[Path]:
@@ -33,7 +35,8 @@ def draw(report: Report, folder: Path, stem: str) -> list[Path]:
     for axis, fixed, points in _sweeps(report):
         pictures.append((f"{axis}-{_slug(fixed)}", _curves(plt, report, axis, fixed, points, style)))
     if report.ceilings is not None and any(m.work is not None for m in report.measured):
-        pictures.append(("floor", _bars(plt, report, style)))
+        for loss in dict.fromkeys(m.problem.loss for m in report.measured if m.work is not None):
+            pictures.append((f"floor-{loss}", _bars(plt, report, loss, style)))
     paths = []
     for name, figure in pictures:
         path = folder / f"{stem}-{name}.png"
@@ -120,11 +123,12 @@ def _curves(
     return figure
 
 
-def _bars(plt: Any, report: Report, style: dict[str, dict[str, Any]]) -> Any:
-    """For every problem the share of the floor that each variant reaches."""
+def _bars(plt: Any, report: Report, loss: str, style: dict[str, dict[str, Any]]) -> Any:
+    """The share of the floor that each variant reaches, for the largest problems of a loss."""
     assert report.ceilings is not None
     rows: list[tuple[str, Result | None, float]] = []
-    for measured in report.measured:
+    found = [m for m in report.measured if m.problem.loss == loss]
+    for measured in sorted(found, key=lambda m: -m.problem.weight)[:_MOST_BARS]:
         shares = [(r, measured.share(r, report.ceilings)) for r in measured.results]
         known = [(r, s) for r, s in shares if s is not None and r.variant not in YARDSTICKS]
         if known:
@@ -143,8 +147,7 @@ def _bars(plt: Any, report: Report, style: dict[str, dict[str, Any]]) -> Any:
         [row[1].variant for row in rows if row[1] is not None],
         fontsize=7,
     )
-    axes.invert_yaxis()
-    axes.margins(y=0.005)
+    axes.set_ylim(len(rows) - 0.4, -1)
     axes.set_xlim(0, max(100.0, 1.08 * max((share for *_, share in rows), default=0.0)))
     axes.set_xlabel("share of the floor, %: work counted once, at this run's ceilings")
     axes.axvline(100, color="0.4", linewidth=0.8, linestyle=":")

@@ -107,12 +107,17 @@ def heading(report: Report) -> str:
 
 
 def table(report: Report, *, absent: bool = True) -> str:
-    """One block per problem: median and quartiles, ratios, share of the floor, memory, samples, error."""
+    """One block per problem: median and quartiles, ratios, shares of the ceilings, memory, error, samples.
+
+    "% floor" is the largest of the shares of product, copy and exponentials; "% twice" the same if the matrix is made
+    a second time in the backward pass, which bounded memory asks for.
+    """
     lines: list[str] = []
     for measured in report.measured:
         lines += ["", f"{measured.problem}{_rate(measured)}"]
         lines.append(
-            f"  {'variant':<34} {'median':>9} {'quartiles':>17} {'/ GEMMs':>8} {'/ base':>7} {'% floor':>8} "
+            f"  {'variant':<34} {'median':>9} {'quartiles':>17} {'/ GEMMs':>8} {'/ base':>7} "
+            f"{'% GEMM':>7} {'% copy':>7} {'% floor':>8} {'% twice':>8} "
             f"{'extra MiB':>10} {'error':>8} {'runs':>5}"
         )
         reasons: dict[str, list[str]] = {}
@@ -128,12 +133,17 @@ def table(report: Report, *, absent: bool = True) -> str:
 
 def _row(r: Result, measured: Measured, ceilings: Ceilings | None) -> str:
     assert r.seconds is not None
-    share = None if ceilings is None or r.variant in YARDSTICKS else measured.share(r, ceilings)
+    shares: list[float | None] = [None] * 4
+    if ceilings is not None and measured.work is not None and r.variant not in YARDSTICKS:
+        gemm, copy = (measured.work.flops / ceilings.gemm, measured.work.bytes / ceilings.copy)
+        floors = (measured.share(r, ceilings), measured.share(r, ceilings, again=True))
+        shares = [gemm / r.seconds.median, copy / r.seconds.median, *floors]
+    parts = ["" if s is None else f"{100 * s:.1f}" for s in shares]
     quartiles = f"{duration(r.seconds.low)}-{duration(r.seconds.high)}"
     cells = (
         f"{r.variant:<34} {duration(r.seconds.median):>9} {quartiles:>17}",
         f"{_ratio(r.to_gemm):>8} {_ratio(r.to_baseline):>7}",
-        f"{'' if share is None else f'{100 * share:.1f}':>8} {mebibytes(r.extra_bytes):>10}",
+        f"{parts[0]:>7} {parts[1]:>7} {parts[2]:>8} {parts[3]:>8} {mebibytes(r.extra_bytes):>10}",
         f"{'' if r.error is None else f'{r.error:.0e}':>8} {r.seconds.count:>5}",
     )
     return " ".join(cells)
