@@ -22,7 +22,7 @@ PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadgroup
 
 CXX_FILES := $(wildcard csrc/*/*.[ch]* tests/cuda_host/*.h tests/cuda_host/*.cpp benchmarks/*.cpp)
 
-.PHONY: help setup demo test test-all test-gpu sanitize lint check-cuda check-triton check-triton-quick bench clean
+.PHONY: help setup demo test test-all test-gpu sanitize lint check-cuda check-triton check-triton-quick bench bench-report clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -66,7 +66,11 @@ check-triton-quick: $(READY) $(TRITON36)/.ready ## the same for one specialisati
 	$(PY) tools/check_triton.py --quick
 	PYTHONPATH=$(TRITON36) $(PY) tools/check_triton.py --quick
 
-bench: $(READY) ## the quick benchmark suite on this machine
+bench: $(READY) ## forward + backward of every loss on this machine, half a minute (pytest-benchmark)
+	@mkdir -p out
+	$(PYTEST) benchmarks/bench_losses.py --benchmark-json out/benchmark.json --benchmark-columns median,iqr,rounds
+
+bench-report: $(READY) ## the quick suite with all rivals, three minutes: JSON and pictures in out/benchmarks
 	$(PY) -m benchmarks --suite quick --out out/benchmarks
 
 clean: ## remove everything that make and the tools produced

@@ -1,52 +1,100 @@
 """Time forward + backward of every loss and backend against the alternatives.
 
-python -m benchmarks                       quick suite on this machine
-python -m benchmarks --suite full --out DIR
+python -m benchmarks                                     quick suite on this machine
+python -m benchmarks --suite full --budget 900 --out DIR JSON report and pictures
 python -m benchmarks --device cuda --dtype bfloat16 --budget 480
+python -m benchmarks compare OLD.json NEW.json           exits with 1 on a regression beyond noise
+python -m benchmarks readme                              README's tables from the committed reports
+python -m benchmarks tune --device cuda                  tile tables of the Triton kernels for this GPU
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from . import harness, problems, report
-from .variants import VARIANTS
+from . import compare, e2e, harness, measure, plots, problems, readme, report, tune
+from .rivals import BASELINE, RIVALS
+from .variants import OURS, Variant, as_graph
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"compare": compare.main, "readme": readme.main, "tune": tune.main}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a suite; return the exit status."""
-    args = _parse(argv)
-    device, dtype = torch.device(args.device), _DTYPES[args.dtype]
+    """Run a suite or a command; return the exit status."""
+    words = sys.argv[1:] if argv is None else argv
+    if words and words[0] in COMMANDS:
+        return COMMANDS[words[0]](words[1:])
+    args = _parse(words)
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch finds no CUDA device here; use --device cpu")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    chosen = problems.suite(args.suite, tuple(args.loss)) if not args.size else _custom(args)
-    variants = tuple(v for v in VARIANTS if not any(word in v.name for word in args.skip))
-    about = {**report.machine(device), "command": " ".join(["python -m benchmarks", *(argv or sys.argv[1:])])}
-    print(", ".join(f"{key} {value}" for key, value in about.items()), f"{args.dtype}", sep=", ")
-    results: list[harness.Result] = []
+    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
+    dtype = DTYPES[args.dtype]
+    harness.build(device, dtype)
+    begin = time.perf_counter()
+    chosen = _problems(args, device)
+    variants = _variants(args)
+    ceilings = measure.ceilings(device, dtype)
+    result = report.start(args.suite, device, args.dtype, " ".join(["python -m benchmarks", *words]), ceilings)
+    path = None if args.out is None else args.out / f"{args.suite}-{device.type}-{args.dtype}.json"
+    print(report.heading(result), flush=True)
     with tqdm(chosen, unit="problem", disable=None) as bar:
-        for problem in bar:
-            results += harness.measure(
-                problem, device, dtype, args.budget / len(chosen), variants, bar.set_description_str
-            )
-    print(report.table(results))
-    if args.out is not None:
-        path = args.out / f"{args.suite}-{device.type}-{args.dtype}.json"
-        report.write_json(path, results, about)
-        print(f"\nwritten to {path}")
-    wrong = [r for r in results if r.absent is not None and r.absent.startswith(("wrong", "fails"))]
-    return 1 if any(r.variant.startswith("nckernels") for r in wrong) else 0
+        session = harness.Session(device, dtype, variants, bar.set_description_str)
+        for i, problem in enumerate(bar):
+            left = args.budget - (time.perf_counter() - begin)
+            if left <= 0:
+                result.notes.append(f"not run, the budget of {args.budget:.0f} s is spent: {problem}")
+                continue
+            run = e2e.measure_step if problem.loss in e2e.KINDS else harness.measure
+            try:
+                share = left * problem.weight / sum(p.weight for p in chosen[i:])
+                result.measured.append(run(problem, session, share))
+            except Exception as error:  # for example no memory for the tensors themselves
+                result.notes.append(f"not run: {problem}: {harness.failure(error, device)}")
+            if path is not None:  # what was measured survives whatever ends the run
+                result.save(path)
+    print(report.table(result, absent=not args.brief))
+    print(*result.notes, sep="\n")
+    if path is not None and args.out is not None:
+        result.save(path)
+        print(f"written to {path}")
+        with contextlib.suppress(ImportError):
+            print(*plots.draw(result, args.out, path.stem), sep="\n")
+    broken = [f"{m.problem}: {r.variant} {r.absent}" for m in result.measured for r in m.results if r.ours and r.broken]
+    print(*broken, sep="\n")
+    return 1 if broken else 0
 
 
-def _custom(args: argparse.Namespace) -> list[problems.Problem]:
-    return [problems.Problem(loss, *size) for loss in args.loss for size in args.size]
+def _problems(args: argparse.Namespace, device: torch.device) -> list[problems.Problem]:
+    losses = tuple(args.loss)
+    if args.size:
+        sizes = [problems.Problem(loss, *size) for loss in losses for size in args.size]
+        return [problems.samples(p.loss, p.m, p.d) if p.loss in ("clip", "simclr") else p for p in sizes]
+    if args.suite == "e2e":
+        return e2e.steps(device.type)
+    return problems.suite(args.suite, device.type, losses)
+
+
+def _variants(args: argparse.Namespace) -> tuple[Variant, ...]:
+    variants = (*OURS, *RIVALS)
+    if args.suite == "launch":
+        graphs = ("nckernels triton", "nckernels cuda", "nckernels chunked", BASELINE)
+        variants += tuple(as_graph(v) for v in variants if v.name in graphs)
+    chosen = tuple(v for v in variants if not any(word in v.name for word in args.skip))
+    return tuple(v for v in chosen if not args.only or any(word in v.name for word in args.only))
 
 
 def _size(text: str) -> tuple[int, int, int]:
@@ -54,21 +102,28 @@ def _size(text: str) -> tuple[int, int, int]:
     return m, k, d
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
+def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks",
-        description="Forward + backward of the losses against the alternatives, in turns, checked first.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--suite", choices=("quick", "full"), default="quick", help="which problems")
-    parser.add_argument("--size", type=_size, nargs="+", metavar="M,K,d", help="these problems instead")
-    parser.add_argument("--loss", nargs="+", choices=problems.LOSSES, default=list(problems.LOSSES))
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--dtype", choices=tuple(_DTYPES), default="float32")
-    parser.add_argument("--budget", type=float, default=60.0, help="seconds of timing in all")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 for torch's default")
-    parser.add_argument("--skip", nargs="+", default=[], metavar="WORD", help="leave out variants by name")
-    parser.add_argument("--out", type=Path, help="folder for the JSON report")
+    add = parser.add_argument
+    add("--suite", choices=("quick", "full", "memory", "launch", "e2e"), default="quick", help="which problems: quick")
+    add("--size", type=_size, nargs="+", metavar="M,K,d", help="these problems instead")
+    add("--loss", nargs="+", choices=problems.LOSSES, default=list(problems.LOSSES), help="all")
+    add("--device", default="cpu", help="cpu, cuda or cuda:N: cpu")
+    add("--dtype", choices=tuple(DTYPES), default="float32", help="float32")
+    add(
+        "--budget",
+        type=float,
+        default=120.0,
+        help="seconds in all, checks and torch.compile included: 120",
+    )
+    add("--threads", type=int, default=0, help="CPU threads: torch's default")
+    add("--skip", nargs="+", default=[], metavar="WORD", help="leave out variants whose name has the word")
+    add("--only", nargs="+", default=[], metavar="WORD", help="only variants whose name has one of the words")
+    add("--tf32", action="store_true", help="on CUDA, multiply float32 in tf32 everywhere")
+    add("--brief", action="store_true", help="do not print what is absent; the report has it")
+    add("--out", type=Path, help="folder for the JSON report and the pictures")
     return parser.parse_args(argv)
 
 

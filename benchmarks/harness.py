@@ -1,168 +1,261 @@
-"""Measurement: check against float64, then interleaved timing, then peak memory."""
+"""One problem: every variant checked against float64, then timed in turns, then its memory measured."""
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import nckernels
-from nckernels.backends import native
+from nckernels.backends import registry
 
-from .problems import Problem
-from .variants import BASELINE, VARIANTS, LossFunction, Variant
+from .measure import Ceilings, Progress, Step, Summary, interleave, peak_memory, ratios, summary
+from .problems import Problem, Work
+from .rivals import BASELINE
+from .variants import Variant, matrix, memory_room, our_loss
 
-GEMM = "three bare GEMMs"
-_CHECK = (192, 40, 64)
-#: A variant is wrong beyond this relative error of its gradients on the small check; float32 rounding is
-#: 1e-6 there and bfloat16 rounding of the cosines at temperature 0.1 is 2e-2.
+GEMM = "bare GEMMs"
+READY = "F.cross_entropy on ready logits"
+YARDSTICKS = {
+    GEMM: "the products of the naive form with autograd and nothing else: three, or two for features with themselves",
+    READY: "not this loss: what plain PyTorch asks for in Python and kernel launches",
+}
+
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2, torch.float64: 1e-10}
+"""Largest relative error of loss and gradients. Rounding of cosines at temperature 0.1 is a tenth of it."""
+_TF32_TOLERANCE = 1e-2
+_CHECK_FLOPS = {"cpu": 15e9, "cuda": 2e12}
+"""Beyond, the check runs on fewer rows of the same length."""
 
 
 @dataclass
 class Result:
     """Forward + backward of one variant on one problem."""
 
-    problem: Problem
     variant: str
-    seconds: list[float] = field(default_factory=list)
-    to_gemm: list[float] = field(default_factory=list)
-    to_naive: list[float] = field(default_factory=list)
+    note: str = ""
+    seconds: Summary | None = None
+    to_gemm: Summary | None = None
+    to_baseline: Summary | None = None
     extra_bytes: int | None = None
+    peak_bytes: int | None = None
+    error: float | None = None
+    """Largest relative error, against float64, of loss and gradients."""
     absent: str | None = None
 
+    @property
+    def ours(self) -> bool:
+        return self.variant.startswith("nckernels")
 
-def measure(
-    problem: Problem,
-    device: torch.device,
-    dtype: torch.dtype,
-    seconds: float,
-    variants: tuple[Variant, ...] = VARIANTS,
-    progress: Callable[[str], None] = lambda _: None,
-) -> list[Result]:
-    """All variants of one problem, in turns, for about ``seconds``.
-
-    Every round times the three GEMMs and each variant once; ratios are taken within a round, so that they
-    hold while the speed of the machine drifts.
-    """
-    steps: dict[str, Callable[[], None]] = {GEMM: _gemms(problem, device, dtype)}
-    results = {GEMM: Result(problem, GEMM)}
-    for variant in variants:
-        progress(f"{problem}: checking {variant.name}")
-        results[variant.name] = Result(problem, variant.name)
-        absent = variant.why_not(problem, device, dtype)
-        if absent is None:
-            function = variant.make(problem)
-            absent = check(problem.loss, function, device, dtype)
-        if absent is None:
-            steps[variant.name] = _step(function, *problem.tensors(device, dtype))
-        results[variant.name].absent = absent
-
-    for name, step in list(steps.items()):
-        progress(f"{problem}: warming up {name}")
-        try:
-            step()  # compiles, fills caches
-        except Exception as error:  # out of memory, or a compiler that fails at this size
-            results[name].absent = _failure(error)
-            del steps[name]
-            continue
-        results[name].extra_bytes = peak_extra_bytes(step, device) if name != GEMM else None
-    deadline, rounds = time.perf_counter() + seconds, 0
-    while rounds < 3 or time.perf_counter() < deadline:
-        rounds += 1
-        progress(f"{problem}: round {rounds}")
-        times = {name: _time(step, device) for name, step in steps.items()}
-        for name, value in times.items():
-            results[name].seconds.append(value)
-            results[name].to_gemm.append(value / times[GEMM])
-            if BASELINE in times:
-                results[name].to_naive.append(value / times[BASELINE])
-    return list(results.values())
+    @property
+    def broken(self) -> bool:
+        """Absent because it failed, not because it does not apply."""
+        return self.absent is not None and self.absent.startswith(("wrong", "fails"))
 
 
-def check(loss: str, function: LossFunction, device: torch.device, dtype: torch.dtype) -> str | None:
-    """None if loss and gradients agree with float64 on a small problem; otherwise what is wrong."""
-    small = Problem(loss, *_CHECK)
-    z, w, y = small.tensors(device, dtype)
-    try:
-        ours = (value := function(z, w, y)).detach(), *torch.autograd.grad(value, (z, w))
-    except Exception as error:  # a rival that fails is reported, not fatal
-        return _failure(error)
-    z64, w64 = (x.detach().double().requires_grad_() for x in (z, w))
+@dataclass
+class Measured:
+    """A problem and what was found."""
+
+    problem: Problem
+    work: Work | None
+    results: list[Result]
+    baseline: str = BASELINE
+    checked_on: str = ""
+
+    def share(self, result: Result, ceilings: Ceilings, *, again: bool = False) -> float | None:
+        """Floor over time."""
+        if self.work is None or result.seconds is None:
+            return None
+        return self.work.floor(ceilings.gemm, ceilings.copy, ceilings.exp, again=again) / result.seconds.median
+
+
+@dataclass
+class Session:
+    """What all problems of a run share."""
+
+    device: torch.device
+    dtype: torch.dtype
+    variants: tuple[Variant, ...]
+    progress: Progress = lambda _: None
+    compile_seconds: dict[str, float] = field(default_factory=dict)
+    """The longest that a variant's first step has taken, for variants that compile."""
+
+
+Outputs = tuple[Tensor, ...]
+
+
+def runner(function: Callable[..., Tensor], leaves: list[Tensor], target: Tensor, graph: bool) -> Callable[[], Outputs]:
+    """Forward and backward: loss and gradients."""
+
+    def run() -> Outputs:
+        loss = function(*leaves, target)
+        return (loss.detach(), *torch.autograd.grad(loss, leaves))
+
+    return _captured(run) if graph else run
+
+
+def _captured(run: Callable[[], Outputs]) -> Callable[[], Outputs]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = run()
+
+    def replay() -> Outputs:
+        graph.replay()
+        return outputs
+
+    return replay
+
+
+def build(device: torch.device, dtype: torch.dtype) -> None:
+    """Run every backend once: those that compile themselves on first use do it before anything is timed."""
+    for name, state in registry.explain(device, dtype).items():
+        if state == "ready":
+            with nckernels.use_backend(name):
+                small = Problem("nonl", 32, 4, 16)
+                leaves, target = small.tensors(device, dtype)
+                runner(our_loss(small.loss), leaves, target, False)()
+
+
+def exact(problem: Problem, leaves: list[Tensor], target: Tensor) -> Outputs:
+    """Loss and gradients in float64, every matrix in memory."""
+    wide = [x.detach().double().requires_grad_() for x in leaves]
     with nckernels.use_backend("reference"):
-        exact = getattr(nckernels, f"{loss}_loss")(z64, w64, y)
-    expected = exact.detach(), *torch.autograd.grad(exact, (z64, w64))
-    errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(ours, expected, strict=True)]
-    return None if max(errors) < _TOLERANCE[dtype] else f"wrong: relative errors {errors}"
+        return runner(our_loss(problem.loss), wide, target, False)()
 
 
-def _failure(error: Exception) -> str:
-    return f"fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
+def relative_error(outputs: Outputs, expected: Outputs) -> float:
+    """The largest of loss and gradients, in norms; NaN if there is one anywhere."""
+    errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(outputs, expected, strict=True)]
+    return float("nan") if any(e != e for e in errors) else max(errors)
 
 
-def peak_extra_bytes(step: Callable[[], None], device: torch.device) -> int:
-    """Highest sum of live allocations during a step, above what was live before it.
+def tolerance(variant: Variant, dtype: torch.dtype) -> float:
+    return max(_TOLERANCE[dtype], _TF32_TOLERANCE) if variant.tf32 else _TOLERANCE[dtype]
 
-    Gradients of the inputs count: they are made anew in every step. The native backend's scratch, which torch's
-    allocator does not see, is added as if its peak came at the same time.
-    """
+
+def measure(problem: Problem, session: Session, seconds: float) -> Measured:
+    """All variants of one problem, for about ``seconds`` in all."""
+    begin, device, dtype = time.perf_counter(), session.device, session.dtype
+    leaves, target = problem.tensors(device, dtype)
+    present = int(torch.unique(target).numel())
+    work = problem.work(leaves[0].element_size(), present)
+    checked = problem if _affordable(problem, work, device) else problem.shrunk()
+    small = (leaves, target) if checked == problem else checked.tensors(device, dtype)
+    expected = exact(checked, *small)
+
+    results = {name: Result(name, note) for name, note in YARDSTICKS.items()}
+    steps: dict[str, Step] = {}
+    for name, yardstick in ((GEMM, _gemms(problem, leaves)), (READY, _ready(problem, leaves, target))):
+        if yardstick is None:
+            del results[name]
+        else:
+            steps[name] = yardstick
+    for variant in session.variants:
+        session.progress(f"{problem}: checking {variant.name}")
+        result = results[variant.name] = Result(variant.name, variant.note)
+        result.absent = variant.absent(problem, device, dtype) or _too_slow_to_compile(variant, session, seconds)
+        started = time.perf_counter()
+        if result.absent is None and not result.ours and started - begin > seconds:
+            result.absent = f"not reached: this problem's {seconds:.0f} s are spent: raise --budget"
+        if result.absent is not None:
+            continue
+        try:
+            run = runner(function := variant.make(problem), *small, variant.graph)
+            result.error = relative_error(run(), expected)
+            if not result.error <= tolerance(variant, dtype):
+                result.absent = f"wrong: relative error {result.error:.1e} on {checked}"
+                continue
+            if checked != problem:
+                run = runner(function, leaves, target, variant.graph)
+                run()
+            steps[variant.name] = run
+        except Exception as error:  # a rival that fails, or takes too much memory, is reported and not fatal
+            result.absent = failure(error, device)
+        if variant.compiles:
+            took = time.perf_counter() - started
+            session.compile_seconds[variant.name] = max(took, session.compile_seconds.get(variant.name, 0.0))
+    left = max(0.2 * seconds, seconds - (time.perf_counter() - begin))
+    graphs = {v.name for v in session.variants if v.graph}
+    fill(results, steps, session, left, BASELINE, str(problem), without_memory=graphs | set(YARDSTICKS))
+    return Measured(problem, work, list(results.values()), BASELINE, str(checked))
+
+
+def fill(
+    results: dict[str, Result],
+    steps: dict[str, Step],
+    session: Session,
+    seconds: float,
+    baseline: str,
+    label: str,
+    without_memory: set[str] = frozenset(),  # type: ignore[assignment]
+) -> None:
+    """Memory, then times, into the results of steps; all but those without memory have run before."""
+    for name, step in list(steps.items()):
+        session.progress(f"{label}: memory of {name}")
+        try:
+            if name in without_memory:
+                step()
+            else:
+                memory = peak_memory(step, session.device)
+                results[name].extra_bytes, results[name].peak_bytes = memory.extra, memory.peak
+        except Exception as error:  # out of memory at this size
+            results[name].absent = failure(error, session.device)
+            del steps[name]
+    always = tuple(name for name in steps if name in (GEMM, baseline) or results[name].ours)
+    rounds = interleave(steps, session.device, seconds, lambda text: session.progress(f"{label}: {text}"), always)
+    for name in steps:
+        results[name].seconds = summary([r[name] for r in rounds if name in r])
+        results[name].to_gemm = summary(ratios(rounds, name, GEMM))
+        results[name].to_baseline = summary(ratios(rounds, name, baseline))
+
+
+def failure(error: Exception, device: torch.device) -> str:
+    """One line; on CUDA, what the failure left in the allocator is given back."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        step()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    native.peak_scratch()
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        step()
-    live = peak = 0
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak + native.peak_scratch()
+        torch.cuda.empty_cache()
+    return f"fails: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:100]}"
 
 
-def median(values: list[float]) -> float:
-    """The median; NaN of nothing."""
-    return statistics.median(values) if values else float("nan")
+def _affordable(problem: Problem, work: Work, device: torch.device) -> bool:
+    fits = 6 * 8 * matrix(problem) <= memory_room(device) // 4
+    return fits and work.flops <= _CHECK_FLOPS["cuda" if device.type == "cuda" else "cpu"]
 
 
-def _gemms(problem: Problem, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
-    z, w, _ = (x.detach() for x in problem.tensors(device, dtype))
+def _too_slow_to_compile(variant: Variant, session: Session, seconds: float) -> str | None:
+    took = session.compile_seconds.get(variant.name, 0.0)
+    if took <= seconds:
+        return None
+    return f"compiling took {took:.0f} s before, longer than this problem's {seconds:.0f} s: raise --budget"
+
+
+def _gemms(problem: Problem, leaves: list[Tensor]) -> Step | None:
+    z, w = leaves[0].detach(), leaves[-1].detach()
+    if z.element_size() * matrix(problem) > memory_room(z.device) // 2:
+        return None
     s = torch.mm(z, w.T)
 
     def step() -> None:
         torch.mm(z, w.T)
         torch.mm(s, w)
-        torch.mm(s.T, z)
+        if not problem.with_itself:
+            torch.mm(s.T, z)
 
     return step
 
 
-def _step(function: LossFunction, z: Tensor, w: Tensor, y: Tensor) -> Callable[[], None]:
-    def step() -> None:
-        z.grad = w.grad = None
-        function(z, w, y).backward()  # type: ignore[no-untyped-call]
-        z.grad = w.grad = None
-
-    return step
-
-
-def _time(step: Callable[[], None], device: torch.device) -> float:
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        step()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-    begin = time.perf_counter()
-    step()
-    return time.perf_counter() - begin
+def _ready(problem: Problem, leaves: list[Tensor], target: Tensor) -> Step | None:
+    if problem.with_itself or matrix(problem) > 1 << 20:
+        return None
+    logits = torch.zeros(problem.m, problem.k, device=target.device, dtype=leaves[0].dtype, requires_grad=True)
+    return lambda: torch.autograd.grad(F.cross_entropy(logits, target), logits)

@@ -1,18 +1,44 @@
-"""What is timed: a loss, its sizes, and the tensors of one step."""
+"""What is timed: a loss, its sizes, the tensors of one step, and the least work that a step takes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-LOSSES = ("nonl", "ntce", "normface")
+PROTOTYPE_LOSSES = ("nonl", "ntce", "normface")
+SAMPLE_LOSSES = ("supcon", "simclr", "clip")
+LOSSES = (*PROTOTYPE_LOSSES, *SAMPLE_LOSSES)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least that forward + backward take, whatever the program: the floor that times are compared with."""
+
+    flops: int
+    """Operations if each product is done once: 6 M K d with prototypes. K counts the classes that the loss
+    touches. A matrix of features with themselves is symmetric: half a product forward, one whole backward."""
+    flops_again: int
+    """The same if the matrix is not kept but made a second time in the backward pass: 8 M K d."""
+    bytes: int
+    """Inputs read once, gradients written once."""
+    exps: int
+    """Exponentials, one per entry that has to be made."""
+
+    def floor(self, gemm: float, copy: float, exp: float | None, *, again: bool = False) -> float:
+        """Seconds at the given ceilings: whichever unit takes longest, all others hidden behind it."""
+        flops = self.flops_again if again else self.flops
+        return max(flops / gemm, self.bytes / copy, 0.0 if exp is None else self.exps / exp)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One loss on M samples, K classes, d features, labels uniform at random."""
+    """One loss on M samples with d features; labels uniform at random among K classes.
+
+    ``nonl``, ``ntce``, ``normface``: K prototypes. ``supcon``: no prototypes, K labels. ``simclr``: K = M / 2
+    images, two views each. ``clip``: M pairs, K = M.
+    """
 
     loss: str
     m: int
@@ -20,32 +46,112 @@ class Problem:
     d: int
 
     @property
-    def gemm_flops(self) -> int:
-        """6MKd: the similarities and the two gradients, without any recomputation."""
-        return 6 * self.m * self.k * self.d
+    def with_itself(self) -> bool:
+        """Whether features are compared with themselves."""
+        return self.loss in ("supcon", "simclr")
 
-    def tensors(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Features and prototypes that require grad, and targets."""
-        generator = torch.Generator().manual_seed(seed)
-        z = torch.randn(self.m, self.d, generator=generator)
-        w = torch.randn(self.k, self.d, generator=generator)
-        y = torch.randint(self.k, (self.m,), generator=generator)
-        return (
-            z.to(device, dtype).requires_grad_(),
-            w.to(device, dtype).requires_grad_(),
-            y.to(device),
-        )
+    @property
+    def columns(self) -> int:
+        """Rows of what the samples are compared with."""
+        return self.m if self.with_itself else self.k
+
+    @property
+    def weight(self) -> float:
+        """How much of a budget this problem should get: more for the larger ones, far from in proportion."""
+        return float(self.m * self.columns * self.d) ** 0.25
+
+    def tensors(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> tuple[list[Tensor], Tensor]:
+        """What requires grad: features and, unless compared with themselves, prototypes or keys; and targets."""
+        generator = torch.Generator(device).manual_seed(seed)
+        target = torch.randint(self.k, (self.m,), generator=generator, device=device)
+        if self.loss == "clip":
+            target = torch.arange(self.m, device=device)
+        elif self.loss == "simclr":
+            target = torch.arange(self.m // 2, device=device).repeat(2)
+        rows = [self.m] if self.with_itself else [self.m, self.k]
+        leaves = [torch.randn(n, self.d, generator=generator, device=device, dtype=dtype) for n in rows]
+        return [x.requires_grad_() for x in leaves], target
+
+    def work(self, itemsize: int, present: int) -> Work:
+        """``present``: how many classes occur, which is all that NONL and NTCE touch."""
+        m, d = self.m, self.d
+        if self.with_itself:
+            entries = m * m // 2
+            return Work(3 * m * m * d, 4 * m * m * d, 2 * m * d * itemsize, entries)
+        k = present if self.loss in ("nonl", "ntce") else self.k
+        moved = (2 * m + k + self.k) * d * itemsize  # the gradient of absent classes is zeros, and written
+        return Work(6 * m * k * d, 8 * m * k * d, moved, m * k)
+
+    def shrunk(self) -> Problem:
+        """Few samples and classes, rows as long as here: what the correctness check uses where this is too much."""
+        small = replace(self, m=min(self.m, 256), k=min(self.k, 96))
+        return replace(small, k=small.m) if self.loss == "clip" else paired(small)
 
     def __str__(self) -> str:
-        return f"{self.loss} M={self.m} K={self.k} d={self.d}"
+        classes = "" if self.loss in ("clip", "simclr") else f" K={self.k}"
+        return f"{self.loss} M={self.m}{classes} d={self.d}"
 
 
-_QUICK = ((512, 10, 128), (4096, 1000, 512), (2048, 10000, 512))
-_FULL = (*_QUICK, (8192, 1000, 128), (8192, 1000, 2048), (16384, 4000, 64))
+def paired(problem: Problem) -> Problem:
+    """The number of images of SimCLR, which follows from the number of rows."""
+    return replace(problem, k=problem.m // 2) if problem.loss == "simclr" else problem
 
 
-def suite(name: str, losses: tuple[str, ...] = LOSSES) -> list[Problem]:
-    """The problems of a suite, by increasing work within each loss."""
-    sizes = {"quick": _QUICK, "full": _FULL}[name]
-    problems = [Problem(loss, *size) for loss in losses for size in sizes]
-    return sorted(problems, key=lambda p: (LOSSES.index(p.loss), p.gemm_flops))
+def samples(loss: str, m: int, d: int) -> Problem:
+    """A problem without prototypes. SupCon's labels: a thousand classes, or few samples each."""
+    return paired(Problem(loss, m, m if loss == "clip" else max(2, min(1000, m // 4)), d))
+
+
+def suite(name: str, device: str, losses: tuple[str, ...] = LOSSES) -> list[Problem]:
+    """The problems of a suite, sized for the device, in the order in which a budget should be spent."""
+    gpu = device != "cpu"
+    problems = {"quick": _quick, "full": _full, "memory": _memory, "launch": _launch}[name](gpu)
+    return [p for p in dict.fromkeys(problems) if p.loss in losses]
+
+
+def _quick(gpu: bool) -> list[Problem]:
+    if gpu:
+        return [*_rows(), samples("clip", 8192, 512), samples("simclr", 512, 128)]
+    first = [Problem(loss, 4096, 1000, 512) for loss in PROTOTYPE_LOSSES]
+    first += [samples("supcon", 4096, 128), samples("clip", 2048, 512), Problem("nonl", 2048, 10000, 512)]
+    return [*first, samples("simclr", 512, 128), *(Problem(loss, 512, 10, 128) for loss in PROTOTYPE_LOSSES)]
+
+
+def _rows() -> list[Problem]:
+    """ImageNet-1K, the same in a large batch, ImageNet-21k, faces, and SupCon, at the sizes of a GPU."""
+    return [
+        Problem("nonl", 8192, 1000, 2048),
+        Problem("normface", 8192, 1000, 2048),
+        Problem("ntce", 8192, 1000, 2048),
+        samples("supcon", 16384, 128),
+        Problem("nonl", 2048, 1000, 2048),
+        Problem("nonl", 8192, 21841, 2048),
+        Problem("normface", 8192, 21841, 2048),
+        Problem("nonl", 8192, 1_000_000, 512),
+        samples("supcon", 65536, 128),
+    ]
+
+
+def _full(gpu: bool) -> list[Problem]:
+    """The quick suite, then sweeps of one size at a time."""
+    d = 2048 if gpu else 512
+    sweep = [Problem("nonl", m, k, d) for k in (1000, 100, 10) for m in (8192, 2048, 512, 128, 32)]
+    sweep += [samples("supcon", n, 128) for n in (4096, 8192, 16384)]
+    sweep += [samples("clip", n, 512) for n in ((2048, 4096, 8192, 16384) if gpu else (1024, 4096, 8192))]
+    others = [Problem("nonl", 8192, 1000, 128), Problem("nonl", 16384, 4000, 64)]
+    return [*_quick(gpu), *sweep, *others, Problem("nonl", 8192, 1000, 2048)]
+
+
+def _memory(gpu: bool) -> list[Problem]:
+    """Growing batches and growing numbers of classes."""
+    d, batches = (2048, (1024, 4096, 16384, 65536)) if gpu else (128, (1024, 4096, 16384))
+    classes = (1000, 10_000, 100_000, 1_000_000) if gpu else (1000, 10_000, 100_000)
+    grown = [Problem("nonl", m, 1000, d) for m in batches] + [Problem("normface", 1024, k, 128) for k in classes]
+    return [*grown, *(samples("supcon", m, 128) for m in batches), *(samples("clip", m, 128) for m in batches)]
+
+
+def _launch(gpu: bool) -> list[Problem]:
+    """So small that Python and the launches of kernels take the time, on any device."""
+    tiny = [Problem(loss, 512, 10, 128) for loss in PROTOTYPE_LOSSES]
+    tiny += [Problem("nonl", 32, 10, 64), Problem("nonl", 128, 100, 128), Problem("nonl", 256, 1000, 256)]
+    return [*tiny, samples("supcon", 256, 128), samples("simclr", 256, 128), samples("clip", 256, 128)]

@@ -1,62 +1,178 @@
-"""Results as a table for people and as JSON for programs."""
+"""A run as JSON for programs and as a table for people."""
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
+import importlib.metadata
 import json
 import platform
 import subprocess
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .harness import GEMM, Result, median
+from .harness import GEMM, YARDSTICKS, Measured, Result
+from .measure import Ceilings, Summary
+from .problems import Problem, Work
+
+FORMAT = 2
+_LIBRARIES = (
+    "torch", "triton", "numpy", "nckernels", "liger-kernel", "cut-cross-entropy", "quack-kernels", "inf-cl",
+    "pytorch-metric-learning", "torchvision", "timm",
+)  # fmt: skip
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """Where and with what the figures were taken."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-    return {
-        "device": name,
+@dataclass
+class Report:
+    """Everything that was measured, and where, when and how."""
+
+    suite: str
+    dtype: str
+    command: str
+    machine: dict[str, Any]
+    ceilings: Ceilings | None
+    measured: list[Measured] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    commit: str = ""
+    date: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    def save(self, path: Path) -> None:
+        """Write JSON."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n")
+
+
+def load(path: Path) -> Report:
+    """Read what :meth:`Report.save` wrote."""
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path} is no report of python -m benchmarks: {error}") from error
+    if data.pop("format", None) != FORMAT:
+        raise SystemExit(f"{path} is no report in format {FORMAT}: take it again with python -m benchmarks --out DIR")
+    data["ceilings"] = data["ceilings"] and Ceilings(**data["ceilings"])
+    data["measured"] = [_measured(m) for m in data["measured"]]
+    return Report(**data)
+
+
+def _measured(data: dict[str, Any]) -> Measured:
+    results = []
+    for r in data["results"]:
+        summaries = {key: r[key] and Summary(**r[key]) for key in ("seconds", "to_gemm", "to_baseline")}
+        results.append(Result(**{**r, **summaries}))
+    work = data["work"] and Work(**data["work"])
+    return Measured(Problem(**data["problem"]), work, results, data["baseline"], data["checked_on"])
+
+
+def start(suite: str, device: torch.device, dtype: str, command: str, ceilings: Ceilings | None) -> Report:
+    """An empty report about this machine, now."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in _LIBRARIES[1:]:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if torch.version.cuda:
+        versions["cuda"] = torch.version.cuda
+    machine: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "type": device.type,
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": _commit(),
+        "system": f"{platform.system()} {platform.machine()}",
     }
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        machine["capability"] = f"{major}.{minor}"
+        machine["memory"] = torch.cuda.get_device_properties(device).total_memory
+        machine["float32 products"] = torch.get_float32_matmul_precision()
+    else:
+        machine["instructions"] = torch.backends.cpu.get_cpu_capability()
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return Report(suite, dtype, command, machine, ceilings, versions=versions, commit=_commit(), date=date)
 
 
-def table(results: list[Result]) -> str:
-    """One block per problem: median, its ratio to the GEMMs and to the naive form, extra memory, samples."""
+def heading(report: Report) -> str:
+    """Machine, versions and ceilings in two lines."""
+    machine, versions = report.machine, report.versions
+    text = f"{machine['device']}, {machine['threads']} threads, {report.dtype}, torch {versions.get('torch')}, "
+    text += f"commit {report.commit}, {report.date}"
+    if (c := report.ceilings) is not None:
+        exp = "" if c.exp is None else f", {c.exp / 1e9:.1f} G exponentials/s"
+        text += f"\nceilings: {c.gemm / 1e12:.3g} TFLOP/s in a product, {c.copy / 1e9:.3g} GB/s in a copy{exp}"
+    return text
+
+
+def table(report: Report, *, absent: bool = True) -> str:
+    """One block per problem: median and quartiles, ratios, shares of the ceilings, memory, error, samples.
+
+    "% floor" is the largest of the shares of product, copy and exponentials; "% twice" the same if the matrix is made
+    a second time in the backward pass, which bounded memory asks for.
+    """
     lines: list[str] = []
-    for problem in dict.fromkeys(r.problem for r in results):
-        rows = [r for r in results if r.problem == problem]
-        gemm = median(next(r for r in rows if r.variant == GEMM).seconds)
-        lines += [
-            "",
-            f"{problem}   ({problem.gemm_flops / gemm / 1e9:.0f} GFLOP/s in the bare GEMMs)",
-            f"  {'variant':<32} {'median':>10} {'/ GEMMs':>8} {'/ naive':>8} {'extra MiB':>10} {'runs':>5}",
-        ]
-        for r in rows:
-            if r.absent is not None:
-                lines.append(f"  {r.variant:<32} absent: {r.absent}")
-                continue
-            extra = "" if r.extra_bytes is None else f"{r.extra_bytes / 2**20:.1f}"
-            lines.append(
-                f"  {r.variant:<32} {_duration(median(r.seconds)):>10} {median(r.to_gemm):>8.2f} "
-                f"{median(r.to_naive):>8.2f} {extra:>10} {len(r.seconds):>5}"
-            )
+    for measured in report.measured:
+        lines += ["", f"{measured.problem}{_rate(measured)}"]
+        lines.append(
+            f"  {'variant':<34} {'median':>9} {'quartiles':>17} {'/ GEMMs':>8} {'/ base':>7} "
+            f"{'% GEMM':>7} {'% copy':>7} {'% floor':>8} {'% twice':>8} "
+            f"{'extra MiB':>10} {'error':>8} {'runs':>5}"
+        )
+        reasons: dict[str, list[str]] = {}
+        for r in measured.results:
+            if r.absent is None and r.seconds is not None:
+                lines.append("  " + _row(r, measured, report.ceilings))
+            else:
+                reasons.setdefault(r.absent or "", []).append(r.variant)
+        if absent:
+            lines += [f"  absent: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
     return "\n".join(lines)
 
 
-def write_json(path: Path, results: list[Result], about: dict[str, Any]) -> None:
-    """Everything that was measured."""
-    rows = [{**vars(r), "problem": vars(r.problem)} for r in results]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**about, "results": rows}, indent=1) + "\n")
+def _row(r: Result, measured: Measured, ceilings: Ceilings | None) -> str:
+    assert r.seconds is not None
+    shares: list[float | None] = [None] * 4
+    if ceilings is not None and measured.work is not None and r.variant not in YARDSTICKS:
+        gemm, copy = (measured.work.flops / ceilings.gemm, measured.work.bytes / ceilings.copy)
+        floors = (measured.share(r, ceilings), measured.share(r, ceilings, again=True))
+        shares = [gemm / r.seconds.median, copy / r.seconds.median, *floors]
+    parts = ["" if s is None else f"{100 * s:.1f}" for s in shares]
+    quartiles = f"{duration(r.seconds.low)}-{duration(r.seconds.high)}"
+    cells = (
+        f"{r.variant:<34} {duration(r.seconds.median):>9} {quartiles:>17}",
+        f"{_ratio(r.to_gemm):>8} {_ratio(r.to_baseline):>7}",
+        f"{parts[0]:>7} {parts[1]:>7} {parts[2]:>8} {parts[3]:>8} {mebibytes(r.extra_bytes):>10}",
+        f"{'' if r.error is None else f'{r.error:.0e}':>8} {r.seconds.count:>5}",
+    )
+    return " ".join(cells)
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds * 1e3:.2f} ms" if seconds < 1 else f"{seconds:.2f} s"
+def _rate(measured: Measured) -> str:
+    gemm = next((r.seconds for r in measured.results if r.variant == GEMM), None)
+    p = measured.problem
+    if measured.work is None or gemm is None:
+        return f"   ({measured.checked_on})"
+    flops = (4 if p.with_itself else 6) * p.m * p.columns * p.d
+    return f"   ({flops / gemm.median / 1e9:.0f} GFLOP/s in its bare GEMMs; checked on {measured.checked_on})"
+
+
+def duration(seconds: float) -> str:
+    """With a unit, three digits."""
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if seconds * scale >= 1 or unit == "us":
+            return f"{seconds * scale:.3g}{unit}"
+    raise AssertionError
+
+
+def mebibytes(count: int | None) -> str:
+    """Of bytes."""
+    return "" if count is None else f"{count / 2**20:.1f}"
+
+
+def _ratio(value: Summary | None) -> str:
+    return "" if value is None else f"{value.median:.2f}"
 
 
 def _cpu_name() -> str:

@@ -1,16 +1,12 @@
-"""The competitors. Each computes the same loss of (features, prototypes, target), temperature 0.1.
-
-A variant is a callable that returns the scalar loss; the harness runs backward. ``applicable`` says why one
-is left out of a problem, so that absent rivals are listed rather than forgotten.
-"""
+"""What a competitor is, and this package's own: one per backend, and replayed from a CUDA graph."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import nckernels
@@ -19,32 +15,75 @@ from nckernels.backends import registry
 from .problems import Problem
 
 TEMPERATURE = 0.1
-LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+LossFunction = Callable[..., Tensor]
+"""(features, prototypes or keys, target), or (features, target), to the scalar loss."""
 
-_OURS: dict[str, LossFunction] = {
-    "nonl": lambda z, w, y: nckernels.nonl_loss(z, w, y, temperature=TEMPERATURE),
-    "ntce": lambda z, w, y: nckernels.ntce_loss(z, w, y, temperature=TEMPERATURE),
-    "normface": lambda z, w, y: nckernels.normface_loss(z, w, y, temperature=TEMPERATURE),
-}
+_COPIES = 6
+"""Copies of a float32 matrix that autograd and the masks of a naive form hold at once, roughly."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A named way to compute a loss, with a note on what it does."""
+    """A named way to compute a loss, with a note on what it computes."""
 
     name: str
     note: str
     make: Callable[[Problem], LossFunction]
     why_not: Callable[[Problem, torch.device, torch.dtype], str | None] = lambda *_: None
+    """Why it is left out of a problem, so that absent rivals are listed rather than forgotten."""
+    stored: Callable[[Problem], int] = lambda _: 0
+    """Entries of the largest matrix that it keeps in memory."""
+    graph: bool = False
+    """Captured once in a CUDA graph and replayed."""
+    compiles: bool = False
+    """Whether the first step takes a compiler's time."""
+    tf32: bool = False
+    """Multiplies float32 in tf32, whatever torch is told; its errors are judged accordingly."""
+
+    def absent(self, problem: Problem, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why this variant cannot run here, or None."""
+        if self.graph and device.type != "cuda":
+            return "needs CUDA"
+        reason = self.why_not(problem, device, dtype)
+        need, room = 4 * _COPIES * self.stored(problem), memory_room(device)
+        if reason is None and need > room:
+            reason = f"would take about {need / 1e9:.0f} GB, and {room / 1e9:.0f} GB may be used here"
+        return reason
 
 
-def _ours(backend: str) -> Variant:
+def memory_room(device: torch.device) -> int:
+    """Bytes that a variant may take."""
+    if device.type == "cuda":
+        return int(0.8 * torch.cuda.get_device_properties(device).total_memory)
+    if "SC_AVPHYS_PAGES" not in os.sysconf_names:
+        return 8 << 30
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def matrix(problem: Problem) -> int:
+    """Entries of the matrix of similarities."""
+    return problem.m * problem.columns
+
+
+def our_loss(loss: str) -> LossFunction:
+    """This package's function, by the name that problems use."""
+    if loss == "simclr":  # two views of every image, given as labels
+        loss = "supcon"
+    function: LossFunction = getattr(nckernels, f"{loss}_loss")
+    if loss == "clip":
+        return lambda a, b, _: function(a, b, temperature=TEMPERATURE)
+    return lambda *args: function(*args, temperature=TEMPERATURE)
+
+
+def ours(backend: str) -> Variant:
+    """This package with one backend by name."""
+
     def make(problem: Problem) -> LossFunction:
-        function = _OURS[problem.loss]
+        function = our_loss(problem.loss)
 
-        def loss(z: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        def loss(*args: Tensor) -> Tensor:
             with nckernels.use_backend(backend):
-                return function(z, w, y)
+                return function(*args)
 
         return loss
 
@@ -55,84 +94,10 @@ def _ours(backend: str) -> Variant:
     return Variant(f"nckernels {backend}", "this package, one backend by name", make, why_not)
 
 
-def naive(loss: str, z: Tensor, w: Tensor, y: Tensor) -> Tensor:
-    """The M x K form that a user would write: cosine logits, mask, logsumexp."""
-    logits = F.normalize(z) @ F.normalize(w).T / TEMPERATURE
-    if loss == "normface":
-        return F.cross_entropy(logits.float(), y)
-    pos = logits.gather(1, y[:, None]).squeeze(1)
-    if loss == "nonl":
-        logits = logits.scatter(1, y[:, None], -torch.inf)
-    return (torch.logsumexp(logits.float(), 0)[y] - pos).mean()
+def as_graph(variant: Variant) -> Variant:
+    """The same kernels without their launches."""
+    note = f"{variant.note}; forward and backward in one CUDA graph"
+    return replace(variant, name=f"{variant.name}, CUDA graph", note=note, graph=True)
 
 
-def pairwise(loss: str, z: Tensor, w: Tensor, y: Tensor) -> Tensor:
-    """The M x M form of the paper's Eqs. 4-5: row i holds its class's prototype against every sample."""
-    logits = F.normalize(w)[y] @ F.normalize(z).T / TEMPERATURE
-    pos = logits.diagonal()
-    if loss == "nonl":
-        logits = logits.masked_fill(y[:, None] == y, -torch.inf)
-    return (torch.logsumexp(logits.float(), 1) - pos).mean()
-
-
-def _naive(problem: Problem) -> LossFunction:
-    return lambda z, w, y: naive(problem.loss, z, w, y)
-
-
-def _pairwise(problem: Problem) -> LossFunction:
-    return lambda z, w, y: pairwise(problem.loss, z, w, y)
-
-
-def _compiled(problem: Problem) -> LossFunction:
-    torch._dynamo.reset()
-    return torch.compile(_naive(problem), dynamic=False)
-
-
-def _linear_cross_entropy(chunked: bool) -> Callable[[Problem], LossFunction]:
-    def make(problem: Problem) -> LossFunction:
-        options = torch.nn.LinearCrossEntropyOptions() if chunked else None
-
-        def loss(z: Tensor, w: Tensor, y: Tensor) -> Tensor:
-            unit = F.normalize(z) / TEMPERATURE
-            return F.linear_cross_entropy(unit, F.normalize(w), y, options=options)
-
-        return loss
-
-    return make
-
-
-def _only_normface(problem: Problem, device: torch.device, dtype: torch.dtype) -> str | None:
-    if problem.loss != "normface":
-        return "computes NormFace only"
-    return None if hasattr(F, "linear_cross_entropy") else f"torch {torch.__version__} does not have it"
-
-
-def _only_contrast(problem: Problem, device: torch.device, dtype: torch.dtype) -> str | None:
-    if problem.loss == "normface":
-        return "NormFace has no M x M form"
-    return None if problem.m <= 8192 else "takes several GB at this size"
-
-
-BASELINE = "naive eager"
-
-VARIANTS = (
-    _ours("triton"),
-    _ours("cuda"),
-    _ours("native"),
-    _ours("chunked"),
-    Variant(BASELINE, "M x K logits, masked logsumexp, autograd", _naive),
-    Variant("naive torch.compile", "the same through inductor", _compiled),
-    Variant("M x M eager", "Eqs. 4-5 as printed", _pairwise, _only_contrast),
-    Variant(
-        "F.linear_cross_entropy",
-        "of normalised inputs, PyTorch's reference path",
-        _linear_cross_entropy(False),
-        _only_normface,
-    ),
-    Variant(
-        "F.linear_cross_entropy chunked",
-        "of normalised inputs, PyTorch's chunked path",
-        _linear_cross_entropy(True),
-        _only_normface,
-    ),
-)
+OURS = tuple(ours(backend) for backend in ("triton", "cuda", "native", "chunked"))

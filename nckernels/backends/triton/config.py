@@ -1,8 +1,10 @@
 """Tile sizes and launch shapes: one small table per kernel, chosen offline, no search at run time.
 
-The tables are checked by ``tools/check_triton.py``, which compiles every kernel with the entry it would
-get and fails on a register spill or on more shared or tensor memory than the device has. Rules of thumb
-behind the numbers:
+``tuned/sm_80.json`` and its siblings hold the entries for aligned rows, one file per kind of tensor cores. The
+functions below are the rules that filled them first, and what anything without an entry falls back on; ``python -m
+benchmarks tune`` measures on a device and rewrites its file. ``tools/check_triton.py`` compiles every kernel with the
+entry it would get and fails on a register spill or on more shared or tensor memory than the device has. Rules of
+thumb behind the numbers:
 
 * A tile of float32 products costs ``p * q / (32 * warps)`` registers a thread, and its epilogue about as
   much again unless it is done in column ``parts``. 255 is the limit; 128 lets two programs share a
@@ -13,14 +15,18 @@ behind the numbers:
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from typing import Literal
+from functools import cache, wraps
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 Kind = Literal["half", "tf32", "ieee"]
+TABLES = Path(__file__).with_name("tuned")
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,39 @@ class Shape:
         """Whether there are enough 128 x 256 tiles for every multiprocessor to get one."""
         return self.entries >= 128 * 256 * self.arch.multiprocessors
 
+    def key(self, kernel: str) -> str:
+        """The name of a table's entry: kind, row length, and what else the rules below ask for."""
+        length = self.whole if self.whole <= 512 else 1024 if self.d >= 1024 else 512
+        heavy = " heavy" if self.heavy else ""
+        return f"{self.kind} {length}{heavy}" + (" full" if kernel == "entries" and self.fills_device else "")
 
+
+@cache
+def table(family: int, kernel: str) -> dict[str, Tile | None]:
+    """The measured entries of a kernel; empty for devices without a file."""
+    path = TABLES / f"sm_{family}.json"
+    if not path.exists():
+        return {}
+    entries = json.loads(path.read_text())["tiles"].get(kernel, {})
+    return {key: None if fields is None else Tile(*fields) for key, fields in entries.items()}
+
+
+def tuned(rule: Callable[[Shape], Any]) -> Callable[[Shape], Any]:
+    """The table's entry if there is one, else the rule."""
+    kernel = rule.__name__.removesuffix("_tile")
+
+    @wraps(rule)
+    def choose(shape: Shape) -> Tile | None:
+        if shape.aligned:
+            entries, key = table(shape.family, kernel), shape.key(kernel)
+            if key in entries:
+                return entries[key]
+        return rule(shape)
+
+    return choose
+
+
+@tuned
 def lse_tile(shape: Shape) -> Tile:
     """For ``lse_kernel``."""
     whole, heavy = shape.whole, shape.heavy
@@ -154,6 +192,7 @@ def lse_tile(shape: Shape) -> Tile:
     return Tile(128, 128, 64, 8, stages, parts=8, resident=2)
 
 
+@tuned
 def bias_tile(shape: Shape) -> Tile:
     """For ``bias_grad_kernel``, which is rarely wanted: one that compiles well everywhere."""
     if not shape.aligned or shape.family == 0:
@@ -163,6 +202,7 @@ def bias_tile(shape: Shape) -> Tile:
     return Tile(64, 64, min(shape.whole, 32 if shape.kind == "tf32" else 16), 8, 2, parts=2)
 
 
+@tuned
 def entries_tile(shape: Shape) -> Tile:
     """For ``entries_kernel``; whatever d is, it steps over the columns."""
     heavy = shape.heavy
@@ -194,6 +234,7 @@ def may_share(tile: Tile, arch: Arch) -> bool:
     return tile.d <= 128 and arch.generation < 100
 
 
+@tuned
 def grad_tile(shape: Shape) -> Tile | None:
     """For ``grad_kernel``, or None where rows are too long for it: then panels of entries are used."""
     whole, heavy = shape.whole, shape.heavy

@@ -1,0 +1,76 @@
+"""python -m benchmarks readme: write the tables of README.md from the reports that their markers name.
+
+    <!-- speed table: begin benchmarks/results/a.json benchmarks/results/b.json -->
+    (generated)
+    <!-- speed table: end -->
+
+Edit the marker to name other reports. --check writes nothing and exits with 1 if a table is not what its reports say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from .harness import YARDSTICKS, Measured
+from .report import duration, load, mebibytes
+
+ROOT = Path(__file__).resolve().parents[1]
+_BLOCK = re.compile(r"(<!-- speed table: begin ([^>]+?) -->\n).*?(<!-- speed table: end -->)", re.DOTALL)
+
+
+def main(argv: list[str]) -> int:
+    """Rewrite or check; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks readme", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="*", type=Path, default=[ROOT / "README.md"])
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args(argv)
+    stale = 0
+    for path in args.files:
+        text = path.read_text()
+        new = regenerated(text, path)
+        if new == text:
+            continue
+        stale += 1
+        print(f"{path}: {'not what its reports say: run python -m benchmarks readme' if args.check else 'written'}")
+        if not args.check:
+            path.write_text(new)
+    return int(args.check and stale > 0)
+
+
+def regenerated(text: str, path: Path) -> str:
+    """``text`` with the tables between its markers made anew."""
+    if not _BLOCK.search(text):
+        raise SystemExit(f"{path} has no '<!-- speed table: begin REPORT.json ... -->' with an end")
+    return _BLOCK.sub(lambda m: m[1] + table([ROOT / name for name in m[2].split()]) + m[3], text)
+
+
+def table(reports: list[Path]) -> str:
+    """A row per problem and variant; a problem that several reports have is taken from the first."""
+    lines = [
+        "| problem | variant | time (quartiles) | / bare GEMMs | / naive | extra memory, MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    seen: set[str] = set()
+    for path in reports:
+        for measured in load(path).measured:
+            if str(measured.problem) not in seen:
+                seen.add(str(measured.problem))
+                lines += _rows(measured)
+    return "\n".join(lines) + "\n"
+
+
+def _rows(measured: Measured) -> list[str]:
+    rows, label = [], str(measured.problem)
+    for r in measured.results:
+        if r.seconds is None or r.variant in YARDSTICKS:
+            continue
+        name = f"**{r.variant}**" if r.ours else r.variant
+        time = f"{duration(r.seconds.median)} ({duration(r.seconds.low)}-{duration(r.seconds.high)})"
+        ratios = " | ".join("" if x is None else f"{x.median:.2f}" for x in (r.to_gemm, r.to_baseline))
+        rows.append(f"| {label} | {name} | {time} | {ratios} | {mebibytes(r.extra_bytes)} |")
+        label = ""
+    return rows

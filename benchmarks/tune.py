@@ -1,0 +1,214 @@
+"""python -m benchmarks tune --device cuda: measure the tiles of the Triton kernels and write this GPU's table.
+
+Starts from the table in force, runs a few problems forward and backward, notes which entries each of them uses, and
+changes one number of an entry at a time, keeping what makes the whole step faster. A tile that does not compile, does
+not fit or gives other results is passed over. Run tools/check_triton.py --arch on the result, and the GPU tests.
+
+--defaults needs no GPU: it writes all tables as the rules in nckernels/backends/triton/config.py give them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, fields, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from tqdm import tqdm
+
+import nckernels
+
+from .harness import relative_error, runner
+from .measure import clock
+from .problems import Problem, samples
+from .variants import our_loss
+
+FAMILIES = (80, 90, 100)
+KERNELS = ("lse", "bias", "entries", "grad")
+_GAIN = 0.98
+"""A tile replaces another if the step takes at most this share of the time."""
+_BF16, _FP32 = torch.bfloat16, torch.float32
+WORKLOADS = (
+    (Problem("nonl", 8192, 1000, 2048), _BF16),
+    (samples("supcon", 16384, 128), _BF16),
+    (Problem("normface", 8192, 21841, 2048), _BF16),
+    (samples("clip", 8192, 512), _BF16),
+    (Problem("nonl", 8192, 1000, 64), _BF16),
+    (Problem("nonl", 8192, 1000, 256), _BF16),
+    (Problem("nonl", 8192, 1000, 2048), _FP32),
+    (samples("supcon", 8192, 128), _FP32),
+)
+
+Tables = dict[str, dict[str, Any]]
+"""kernel -> name of an entry -> Tile, or None where the kernel is not used."""
+
+
+def main(argv: list[str]) -> int:
+    """Tune, or write the defaults; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--budget", type=float, default=240.0, help="seconds in all: 240")
+    parser.add_argument("--out", type=Path, help="folder for the table: the package's own")
+    parser.add_argument("--defaults", action="store_true", help="write the rules' tables for all families")
+    args = parser.parse_args(argv)
+    try:
+        from nckernels.backends.triton import config
+    except ImportError as error:
+        raise SystemExit(f"tune needs Triton: {error}") from error
+    folder = args.out or config.TABLES
+    if args.defaults:
+        for family in FAMILIES:
+            print(write(folder, family, defaults(config, family), "rules"))
+        return 0
+    device = torch.device(args.device)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise SystemExit("tune needs a CUDA device; --defaults writes the rules' tables without one")
+    family = config.Shape(config.arch_of(device), "half", 128, True, False).family
+    if family not in FAMILIES:
+        raise SystemExit(f"no table for sm_{family}: the families are {FAMILIES}")
+    tables = defaults(config, family)
+    for kernel in KERNELS:
+        tables[kernel].update(config.table(family, kernel))
+    gains = _measure(config, tables, device, args.budget)
+    print(*gains, sep="\n")
+    print(write(folder, family, tables, torch.cuda.get_device_name(device)))
+    return 0
+
+
+def defaults(config: Any, family: int) -> Tables:
+    """What the rules say for every kind, row length, and weight of the epilogue."""
+    tables: Tables = {kernel: {} for kernel in KERNELS}
+    arch = config.Arch(family, 1, 0)
+    for kernel in KERNELS:
+        rule = getattr(config, f"{kernel}_tile").__wrapped__
+        for kind in get_args(config.Kind):
+            for d in (16, 32, 64, 128, 256, 512, 1024):
+                for heavy in (False, True):
+                    for entries in (0, 1 << 40) if kernel == "entries" else (0,):
+                        shape = config.Shape(arch, kind, d, True, heavy, entries)
+                        tables[kernel][shape.key(kernel)] = rule(shape)
+    return tables
+
+
+def write(folder: Path, family: int, tables: Tables, source: str) -> Path:
+    """One entry a line, so that a change can be read."""
+    names: list[str] = []
+    blocks = []
+    for kernel, entries in tables.items():
+        rows = []
+        for key, tile in entries.items():
+            names = names or ([f.name for f in fields(tile)] if tile is not None else [])
+            rows.append(f"   {json.dumps(key)}: {json.dumps(None if tile is None else list(astuple(tile)))}")
+        blocks.append(f"  {json.dumps(kernel)}: {{\n" + ",\n".join(rows) + "\n  }")
+    head = f' "source": {json.dumps(source)},\n "fields": {json.dumps(names)},\n "tiles": {{\n'
+    path = folder / f"sm_{family}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text("{\n" + head + ",\n".join(blocks) + "\n }\n}\n")
+    return path
+
+
+class Recorder(dict[str, Any]):
+    """A table that notes which entries are asked for."""
+
+    def __init__(self, entries: dict[str, Any]) -> None:
+        super().__init__(entries)
+        self.used: list[str] = []
+
+    def __contains__(self, key: object) -> bool:
+        if isinstance(key, str) and key not in self.used:
+            self.used.append(key)
+        return super().__contains__(key)
+
+
+def _measure(config: Any, tables: Tables, device: torch.device, budget: float) -> list[str]:
+    """Tune every workload's entries in place; say what was gained."""
+    begin, gains = time.perf_counter(), []
+    torch.set_float32_matmul_precision("high")
+    live = {kernel: Recorder(entries) for kernel, entries in tables.items()}
+    original = config.table
+    config.table = lambda _, kernel: live[kernel]
+    try:
+        with tqdm(WORKLOADS, unit="problem", disable=None) as bar:
+            for i, (problem, dtype) in enumerate(bar):
+                bar.set_description_str(f"{problem} {dtype}")
+                deadline = time.perf_counter() + (budget - time.perf_counter() + begin) / (len(WORKLOADS) - i)
+                gains.append(f"{problem}, {dtype}: {_tune_one(problem, dtype, device, live, deadline)}")
+    finally:
+        config.table = original
+        original.cache_clear()
+    for kernel in KERNELS:
+        tables[kernel].update(live[kernel])
+    return gains
+
+
+def _tune_one(
+    problem: Problem, dtype: torch.dtype, device: torch.device, live: dict[str, Recorder], deadline: float
+) -> str:
+    leaves, target = problem.tensors(device, dtype)
+    function = our_loss(problem.loss)
+    for recorder in live.values():
+        recorder.used.clear()
+
+    def step() -> Any:
+        with nckernels.use_backend("triton"):
+            return runner(function, leaves, target, False)()
+
+    try:
+        expected = [x.double() for x in step()]
+    except Exception as error:  # nothing to tune where the kernel fails
+        return f"fails: {type(error).__name__}: {str(error)[:100]}"
+
+    def cost() -> float:
+        try:
+            if not relative_error(step(), tuple(expected)) < 2e-2:
+                return float("inf")
+            return statistics.median(clock(step, device, 3) for _ in range(9))
+        except Exception:  # does not compile, or does not fit
+            return float("inf")
+
+    before = cost()
+    after = search(live, [(k, key) for k, r in live.items() for key in r.used], cost, deadline)
+    return f"{before * 1e3:.3f} ms -> {after * 1e3:.3f} ms"
+
+
+def search(
+    tables: dict[str, Recorder], entries: list[tuple[str, str]], cost: Callable[[], float], deadline: float
+) -> float:
+    """Change one number of one entry at a time while it pays and there is time; return the last cost."""
+    best = cost()
+    for kernel, key in entries:
+        improved = True
+        while improved and time.perf_counter() < deadline:
+            improved = False
+            current = tables[kernel].get(key)
+            for candidate in () if current is None else neighbours(current):
+                if time.perf_counter() >= deadline:
+                    break
+                tables[kernel][key] = candidate
+                if (found := cost()) < best * _GAIN:
+                    best, current, improved = found, candidate, True
+                tables[kernel][key] = current
+    return best
+
+
+def neighbours(tile: Any) -> Iterator[Any]:
+    """Tiles that differ in one number, or in both sides, the likeliest gains first."""
+    for stages in (tile.stages - 1, tile.stages + 1):
+        if 1 <= stages <= 5:
+            yield replace(tile, stages=stages)
+    for resident in {1, 2, 3} - {tile.resident}:
+        yield replace(tile, resident=resident)
+    for parts in (tile.parts // 2, tile.parts * 2):
+        if 1 <= parts <= 8 and tile.q // max(1, parts) >= 16:
+            yield replace(tile, parts=parts)
+    yield replace(tile, warps=12 - tile.warps)  # 4 or 8
+    for p, q in ((64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (256, 128)):
+        if (p, q) != (tile.p, tile.q) and q // tile.parts >= 16:
+            yield replace(tile, p=p, q=q)

@@ -1,0 +1,319 @@
+"""The benchmark suite: what it counts, that it checks before it times, that comparisons tell a slowdown from noise."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import random
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__ as suite
+from benchmarks import compare, e2e, harness, measure, plots, problems, readme, report, rivals, tune, variants
+from benchmarks.harness import GEMM, Measured, Result
+from benchmarks.problems import Problem
+
+CPU = torch.device("cpu")
+NAIVE = next(v for v in rivals.RIVALS if v.name == rivals.BASELINE)
+OURS = next(v for v in variants.OURS if v.name == "nckernels chunked")
+
+
+def session(*chosen: variants.Variant) -> harness.Session:
+    return harness.Session(CPU, torch.float32, chosen or (OURS, NAIVE))
+
+
+# --- what is counted ---------------------------------------------------------------------------------------
+
+
+def test_work_is_what_the_kernels_page_counts() -> None:
+    work = Problem("nonl", 100, 50, 8).work(4, present=30)
+    assert (work.flops, work.flops_again, work.exps) == (6 * 100 * 30 * 8, 8 * 100 * 30 * 8, 3000)
+    assert work.bytes == 4 * 8 * (2 * 100 + 30 + 50)
+    assert Problem("normface", 100, 50, 8).work(4, present=30).flops == 6 * 100 * 50 * 8
+    assert Problem("supcon", 100, 50, 8).work(4, present=30).flops == 3 * 100 * 100 * 8
+
+
+def test_floor_is_the_unit_that_takes_longest() -> None:
+    work = problems.Work(600, 800, 50, 10)
+    assert work.floor(gemm=100, copy=100, exp=100) == 6
+    assert work.floor(gemm=100, copy=100, exp=100, again=True) == 8
+    assert work.floor(gemm=1000, copy=10, exp=None) == 5
+    assert work.floor(gemm=1000, copy=100, exp=1) == 10
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", ["quick", "full", "memory", "launch"])
+def test_suites_hold_each_problem_once(name: str, device: str) -> None:
+    chosen = problems.suite(name, device)
+    assert len(set(chosen)) == len(chosen) > 5
+    assert all(p.loss in problems.LOSSES for p in chosen)
+
+
+def test_summary_is_median_and_quartiles() -> None:
+    found = measure.summary([5.0, 1.0, 3.0, 2.0, 4.0])
+    assert found == measure.Summary(3.0, 2.0, 4.0, 1.0, 5)
+    assert measure.summary([]) is None
+
+
+def test_interleaving_times_slow_steps_once_and_others_in_every_round() -> None:
+    calls = dict.fromkeys("abc", 0)
+
+    def step(name: str, seconds: float) -> measure.Step:
+        def run() -> None:
+            calls[name] += 1
+            time.sleep(seconds)
+
+        return run
+
+    steps = {"a": step("a", 0.001), "b": step("b", 0.05), "c": step("c", 0.05)}
+    rounds = measure.interleave(steps, CPU, 0.2, lambda _: None, always=("c",))
+    assert calls["b"] == 1
+    assert calls["a"] == calls["c"] == len(rounds) >= measure.MIN_ROUNDS
+    assert len(measure.ratios(rounds, "b", "a")) == 1
+
+
+def test_peak_memory_counts_what_a_step_allocates() -> None:
+    found = measure.peak_memory(lambda: torch.empty(1 << 20, dtype=torch.uint8).fill_(1), CPU)
+    assert found.extra == pytest.approx(1 << 20, rel=0.01)
+
+
+# --- every variant computes the same -----------------------------------------------------------------------
+
+
+SMALL = [Problem(x, 60, 13, 16) for x in problems.PROTOTYPE_LOSSES]
+SMALL += [problems.samples(x, 60, 16) for x in problems.SAMPLE_LOSSES]
+PAIRS = [(v, p, v.absent(p, CPU, torch.float32)) for p in SMALL for v in rivals.RIVALS if not v.compiles]
+PAIRS = [(v, p, reason) for v, p, reason in PAIRS if reason in (None, "not installed")]
+
+
+@pytest.mark.parametrize(("variant", "problem", "reason"), PAIRS, ids=[f"{v.name}, {p}" for v, p, _ in PAIRS])
+def test_rivals_agree_with_float64(variant: variants.Variant, problem: Problem, reason: str | None) -> None:
+    if reason is not None:
+        pytest.skip(f"{variant.name} is {reason}")
+    leaves, target = problem.tensors(CPU, torch.float32)
+    outputs = harness.runner(variant.make(problem), leaves, target, False)()
+    assert harness.relative_error(outputs, harness.exact(problem, leaves, target)) < 1e-5
+
+
+def test_gpu_only_rivals_are_listed_with_the_reason() -> None:
+    problem = Problem("normface", 64, 16, 16)
+    for variant in rivals.RIVALS:
+        if variant.name in ("liger-kernel", "cut-cross-entropy", "quack", "inf-cl"):
+            assert variant.absent(problem, CPU, torch.float32) == "needs CUDA"
+        assert variant.note
+
+
+def test_too_much_memory_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(variants, "memory_room", lambda _: 10**6)
+    assert "GB" in str(NAIVE.absent(Problem("nonl", 1000, 1000, 8), CPU, torch.float32))
+    assert OURS.absent(Problem("nonl", 1000, 1000, 8), CPU, torch.float32) is None
+
+
+def test_a_wrong_variant_is_found_and_not_timed() -> None:
+    wrong = replace(NAIVE, name="wrong", make=lambda p: lambda *a: NAIVE.make(p)(*a) * (1 + 1e-3))
+    raises = replace(NAIVE, name="raises", make=lambda p: lambda *a: 1 / 0)
+    nan = replace(NAIVE, name="nan", make=lambda p: lambda *a: NAIVE.make(p)(*a) * float("nan"))
+    measured = harness.measure(Problem("nonl", 64, 8, 16), session(wrong, raises, nan, NAIVE), 0.05)
+    found = {r.variant: r for r in measured.results}
+    assert found["wrong"].absent.startswith("wrong: relative error 1.0e-03")
+    assert found["nan"].absent.startswith("wrong")
+    assert found["raises"].absent.startswith("fails: ZeroDivisionError")
+    assert all(found[n].broken and found[n].seconds is None for n in ("wrong", "raises", "nan"))
+    assert found[rivals.BASELINE].seconds.count >= measure.MIN_ROUNDS
+    assert found[rivals.BASELINE].extra_bytes > 0
+
+
+# --- the command -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of three batch sizes, taken by the command."""
+    out = tmp_path_factory.mktemp("report")
+    words = "--loss nonl --size 32,6,16 64,6,16 128,6,16 --only chunked naive --skip compile --budget 6"
+    assert suite.main([*words.split(), "--out", str(out)]) == 0
+    return out
+
+
+def test_command_writes_a_report_and_pictures(small: Path) -> None:
+    found = report.load(small / "quick-cpu-float32.json")
+    assert found.ceilings is not None
+    assert min(found.ceilings.gemm, found.ceilings.copy, found.ceilings.exp or 1) > 0
+    assert found.command.startswith("python -m benchmarks --loss nonl")
+    assert found.versions["torch"] == torch.__version__
+    assert found.commit
+    assert found.date
+    for measured in found.measured:
+        ours = next(r for r in measured.results if r.ours)
+        assert ours.error < 1e-5
+        assert 0 < measured.share(ours, found.ceilings) < 1
+    if importlib.util.find_spec("matplotlib"):
+        assert {p.name for p in small.glob("*.png")} == {
+            "quick-cpu-float32-floor-nonl.png", "quick-cpu-float32-M-nonl-K-6-d-16.png",
+        }  # fmt: skip
+    assert "% floor" in report.table(found)
+
+
+def test_report_survives_the_file(small: Path, tmp_path: Path) -> None:
+    found = report.load(small / "quick-cpu-float32.json")
+    found.save(tmp_path / "again.json")
+    assert report.load(tmp_path / "again.json") == found
+
+
+def test_budget_that_is_spent_leaves_problems_out_and_says_so(tmp_path: Path) -> None:
+    words = "--loss nonl --size 32,6,16 64,6,16 --only chunked --budget 1e-9 --out"
+    assert suite.main([*words.split(), str(tmp_path)]) == 0
+    assert len(report.load(tmp_path / "quick-cpu-float32.json").notes) == 2
+
+
+def test_errors_tell_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text("{}")
+    with pytest.raises(SystemExit, match="take it again"):
+        report.load(tmp_path / "old.json")
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="use --device cpu"):
+            suite.main(["--device", "cuda"])
+        with pytest.raises(SystemExit, match="--defaults"):
+            tune.main([])
+
+
+def test_a_training_step_is_timed_with_all_losses() -> None:
+    for kind, d in ((e2e.CLASSIFIER, 512), (e2e.SUPCON, 32)):
+        measured = e2e.measure_step(Problem(kind, 8, 5, d), session(), 0.01)
+        assert [r.absent for r in measured.results] == [None] * len(measured.results)
+        assert any(r.ours for r in measured.results)
+        assert "ConvNet" in measured.checked_on
+
+
+# --- compare -----------------------------------------------------------------------------------------------
+
+
+def fake(seed: int, slowdown: float = 1.0, spread: float = 0.03, memory: int = 8 << 20) -> report.Report:
+    """Noisy samples around 1 ms for one variant of ours, of which ``slowdown`` is planted."""
+    noise = random.Random(seed)
+    drift = noise.uniform(0.8, 1.2)  # of the whole machine
+    gemm = [drift * 1e-3 * noise.gauss(1, spread) for _ in range(40)]
+    ours = [t * slowdown * noise.gauss(1, spread) for t in gemm]
+    results = [
+        Result(GEMM, seconds=measure.summary(gemm)),
+        Result(
+            "nckernels native",
+            seconds=measure.summary(ours),
+            to_gemm=measure.summary([a / b for a, b in zip(ours, gemm, strict=True)]),
+            extra_bytes=memory,
+        ),
+    ]
+    machine = {"device": "a machine", "threads": 2}
+    return report.Report("quick", "float32", "", machine, None, [Measured(Problem("nonl", 1, 2, 3), None, results)])
+
+
+def status(old: report.Report, new: report.Report, folder: Path, *options: str) -> int:
+    old.save(folder / "old.json")
+    new.save(folder / "new.json")
+    return compare.main([str(folder / "old.json"), str(folder / "new.json"), *options])
+
+
+def test_compare_catches_a_planted_slowdown(tmp_path: Path) -> None:
+    for seed in range(20):
+        assert status(fake(seed), fake(seed + 100, slowdown=1.2), tmp_path) == 1
+
+
+def test_compare_lets_noise_pass(tmp_path: Path) -> None:
+    for seed in range(40):
+        assert status(fake(seed), fake(seed + 100), tmp_path) == 0
+        assert status(fake(seed, spread=0.2), fake(seed + 100, slowdown=1.1, spread=0.2), tmp_path) == 0
+
+
+def test_compare_lets_what_became_faster_pass(tmp_path: Path) -> None:
+    assert status(fake(0, slowdown=1.5), fake(1), tmp_path) == 0
+
+
+def test_compare_catches_memory_and_failures(tmp_path: Path) -> None:
+    assert status(fake(0), fake(1, memory=16 << 20), tmp_path) == 1
+    broken = fake(1)
+    broken.measured[0].results[1] = Result("nckernels native", absent="fails: now")
+    assert status(fake(0), broken, tmp_path) == 1
+
+
+def test_compare_refuses_other_machines_and_nothing_in_common(tmp_path: Path) -> None:
+    other = copy.deepcopy(fake(1))
+    other.machine["threads"] = 4
+    assert status(fake(0), other, tmp_path) == 2
+    other = fake(1)
+    other.measured = []
+    assert status(fake(0), other, tmp_path) == 2
+
+
+# --- generated documents, tile tables ----------------------------------------------------------------------
+
+
+def test_tables_of_the_readme_are_what_the_reports_say() -> None:
+    """If this fails: python -m benchmarks readme."""
+    assert readme.main(["--check"]) == 0
+
+
+def test_readme_table_is_written_between_its_markers(small: Path, tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    data = small / "quick-cpu-float32.json"
+    path.write_text(f"before\n<!-- speed table: begin {data} -->\nold\n<!-- speed table: end -->\nafter\n")
+    assert readme.main(["--check", str(path)]) == 1
+    assert readme.main([str(path)]) == readme.main(["--check", str(path)]) == 0
+    text = path.read_text()
+    assert "| **nckernels chunked** |" in text
+    assert text.startswith("before")
+    assert text.endswith("after\n")
+    assert "old\n" not in text
+
+
+@pytest.mark.parametrize("family", tune.FAMILIES)
+def test_tile_tables_are_complete_and_say_where_they_come_from(family: int, tmp_path: Path) -> None:
+    """If this fails after a rule was changed: python -m benchmarks tune --defaults, for tables nobody has measured."""
+    config = pytest.importorskip("nckernels.backends.triton.config", exc_type=ImportError)
+    rules = tune.defaults(config, family)
+    data = json.loads((config.TABLES / f"sm_{family}.json").read_text())
+    assert data["fields"] == list(config.Tile.__dataclass_fields__)
+    for kernel in tune.KERNELS:
+        table = config.table(family, kernel)
+        assert table.keys() == rules[kernel].keys()
+        if data["source"] == "rules":
+            assert table == rules[kernel]
+    written = tune.write(tmp_path, family, rules, "rules")
+    if data["source"] == "rules":
+        assert written.read_text() == (config.TABLES / written.name).read_text()
+
+
+def test_a_tile_table_overrides_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = pytest.importorskip("nckernels.backends.triton.config", exc_type=ImportError)
+    shape = config.Shape(config.Arch(90, 132, 227 << 10), "half", 128, True, False)
+    rule, other = config.lse_tile(shape), config.Tile(32, 32, 32, 4, 1)
+    monkeypatch.setattr(config, "table", lambda family, kernel: {"half 128": other} if family == 90 else {})
+    assert config.lse_tile(shape) == other != rule
+    assert config.lse_tile(replace(shape, aligned=False)) != other
+    assert config.lse_tile(replace(shape, d=256)) != other
+
+
+def test_the_search_for_tiles_finds_a_better_one_and_passes_over_failures() -> None:
+    config = pytest.importorskip("nckernels.backends.triton.config", exc_type=ImportError)
+    table = tune.Recorder({"key": config.Tile(64, 64, 64, 4, 2), "none": None})
+
+    def cost() -> float:
+        tile = table["key"]
+        return float("inf") if tile.stages > 3 else 10.0 / tile.stages + abs(tile.q - 128) / 64
+
+    best = tune.search({"lse": table}, [("lse", "key"), ("lse", "none")], cost, deadline=float("inf"))
+    assert (table["key"].stages, table["key"].q) == (3, 128)
+    assert best == cost()
+    assert "key" in table
+    assert table.used == ["key"]
+
+
+def test_pictures_need_three_sizes(small: Path) -> None:
+    found = report.load(small / "quick-cpu-float32.json")
+    assert [(axis, len(points)) for axis, _, points in plots._sweeps(found)] == [("M", 3)]
+    found.measured = found.measured[:2]
+    assert plots._sweeps(found) == []
