@@ -110,6 +110,15 @@ def vector(name: str, value: Tensor, size: int, like: Tensor) -> None:
         raise ValueError(f"{name} must be on the same device as the features, {like.device}, got {value.device}")
 
 
+def not_negative(name: str, value: Tensor) -> None:
+    """No value below 0, where looking at them stalls nobody."""
+    if value.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bad = value.detach() < 0
+    if bool(bad.any()):
+        raise ValueError(f"{name} must not be negative, got {float(value.detach()[bad][0])}")
+
+
 def positive_scalar(name: str, value: float | Tensor, like: Tensor) -> None:
     """A finite number > 0, or a 0-dimensional float tensor on the device of ``like``."""
     if isinstance(value, Tensor):

@@ -17,6 +17,7 @@ def inverse(temperature: float | Tensor) -> float | Tensor:
 
 
 def logaddexp(a: Tensor, b: Tensor) -> Tensor:
-    """log(e^a + e^b), whose gradient is finite where both are -inf (PyTorch's is NaN)."""
-    empty = (a == -torch.inf) & (b == -torch.inf)
-    return torch.logaddexp(a, b.masked_fill(empty, 0.0)).masked_fill(empty, -torch.inf)
+    """log(e^a + e^b), whose derivatives, the second ones too, are finite where either is -inf (PyTorch's are NaN)."""
+    no_a, no_b = a == -torch.inf, b == -torch.inf
+    both = torch.logaddexp(a.masked_fill(no_a, 0.0), b.masked_fill(no_b, 0.0))
+    return torch.where(no_a, b, torch.where(no_b, a, both))

@@ -9,6 +9,7 @@ All follow scikit-learn's manner (``fit``, ``predict``, ``score``) and are modul
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -62,7 +63,7 @@ class _Classifier(nn.Module):
         if input.shape[1] != self.in_features:
             raise ValueError(f"input must have in_features={self.in_features} columns, got {tuple(input.shape)}")
         _checks.target(target, input, "input")
-        _checks.in_classes(target, self.num_classes, ignore_index=0)  # 0 is a class: nothing is ignored
+        _checks.in_classes(target, self.num_classes)
 
     def _batches(
         self, input: Tensor | Batches, target: Tensor | None, encoder: Encoder | None
@@ -200,9 +201,8 @@ class LinearProbe(_Classifier):
         in_features: d.
         normalize: NLP instead of LP.
         temperature: of NLP's logits.
-        epochs, lr, gamma, milestones: SGD with momentum 0.9 and no weight decay, whose rate ``lr`` falls by the
-            factor ``gamma`` after these shares of the epochs. The defaults but lr are [NCD]'s for CIFAR, where
-            it is 5.0.
+        epochs, lr, gamma, milestones, momentum, weight_decay: SGD, whose rate ``lr`` falls by the factor
+            ``gamma`` after these shares of the epochs. The defaults but lr are [NCD]'s for CIFAR, where it is 5.0.
         batch_size: samples per iteration.
         seed: of the order of the samples; the layer starts at zero (LP) or from this seed (NLP).
         device: where the layer is trained; data is taken there.
@@ -226,6 +226,8 @@ class LinearProbe(_Classifier):
         lr: float = 0.5,
         gamma: float = 0.2,
         milestones: tuple[float, ...] = (0.6, 0.75, 0.9),
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
         batch_size: int = 512,
         seed: int = 0,
         device: torch.device | str | None = None,
@@ -242,8 +244,11 @@ class LinearProbe(_Classifier):
             _checks.positive_scalar(name, number, self.weight)
         for share in milestones:
             _checks.in_range("milestones", share, 0.0, 1.0)
+        _checks.in_range("momentum", momentum, 0.0, 1.0)
+        _checks.in_range("weight_decay", weight_decay, 0.0, math.inf)
         self.num_classes, self.in_features, self.temperature = num_classes, in_features, temperature
         self.epochs, self.lr, self.gamma, self.milestones = epochs, lr, gamma, milestones
+        self.momentum, self.weight_decay = momentum, weight_decay
         self.batch_size, self.seed = batch_size, seed
         self._start()
 
@@ -268,7 +273,9 @@ class LinearProbe(_Classifier):
             raise ValueError("input must have at least one row to fit to, got none")
         features, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         features, generator = features.to(self.weight.dtype), self._start()
-        optimiser = torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+        optimiser = torch.optim.SGD(
+            self.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
+        )
         drops = [round(share * self.epochs) for share in self.milestones]
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, drops, self.gamma)
         for _ in range(self.epochs):

@@ -63,10 +63,10 @@ def supcon_loss(
         >>> nckernels.supcon_loss(views, torch.randint(10, (32,))).backward()
         >>> nckernels.supcon_loss(views)  # SimCLR
     """
-    rows, labels, weight = _samples(input, target, temperature, sample_weight, reduction)
+    rows, labels, weight = _samples(input, target, temperature, ignore_index, sample_weight, reduction)
     beta, shape, n = inverse(temperature), input.shape[:-1], len(rows)
     if n == 0:
-        return _nothing(shape, reduction, input)
+        return _nothing(shape, reduction, beta, input)
     ignored = labels == ignore_index if target is not None else torch.zeros_like(labels, dtype=torch.bool)
     if decoupled:
         lse, _ = cosine_lse(
@@ -108,12 +108,12 @@ def prototype_loss(
     Returns, Raises: as in :func:`supcon_loss`; the mean runs over all samples that are not ignored.
     """
     _checks.is_tensor("target", target)
-    rows, labels, weight = _samples(input, target, temperature, sample_weight, reduction)
+    rows, labels, weight = _samples(input, target, temperature, ignore_index, sample_weight, reduction)
     if num_classes is not None:
         _checks.positive_integer("num_classes", num_classes)
     beta, shape = inverse(temperature), input.shape[:-1]
     if len(rows) == 0:
-        return _nothing(shape, reduction, input)
+        return _nothing(shape, reduction, beta, input)
     ignored = labels == ignore_index
     if num_classes is None:
         group, classes = _groups(labels, ignored)
@@ -131,8 +131,8 @@ def prototype_loss(
         F.pad(rows, (0, extra)), lifted, index, beta, direction="instance", exclude="target",
         logit_bias=counts.log(), ignore_index=_LEFT_OUT,
     )  # fmt: skip
-    own = counts[group.masked_fill(ignored, 0)] - 1.0
-    lse = logaddexp(lse, own.log() + pos)
+    own = counts[group.masked_fill(ignored, 0)] - 1.0  # samples of the same class beside this one
+    lse = torch.where(own > 0, logaddexp(lse, own.clamp_min(1.0).log() + pos), lse)
     return _reduce(_uniformity(lse) - pos, ~ignored, weight, reduction, shape)
 
 
@@ -157,7 +157,7 @@ def info_nce_loss(
         key: (K, d), same dtype; for example the batch's keys followed by a queue of older ones.
         target: (M,) index of every query's positive in ``key``. None: the i-th key, which needs K = M.
         temperature: :math:`\tau > 0`, a number or a 0-dimensional tensor, which may require grad.
-        ignore_index: queries with this target are left out.
+        ignore_index: queries with this value in ``target`` are left out.
         sample_weight: (M,) weights >= 0 of the queries.
         reduction: ``"none"``, ``"sum"`` or ``"mean"``, weighted by ``sample_weight``.
         decoupled: leave the positive out of the sum.
@@ -168,15 +168,18 @@ def info_nce_loss(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
-    _check_options(query, temperature, reduction, "query")
-    _checks.features_and_prototypes(query, key, "query", "key", mixed=_checks.autocast_enabled(query))
+    _check_options(query, temperature, reduction, "query", ignore_index)
+    _checks.matrix("query", query, "M", "d")
+    _checks.matrix("key", key, "K", "d")
     if target is None:
         _same_pairs("query", query, "key", key, "; give target if there are other keys than positives")
-        target = torch.arange(len(query), device=query.device)
+        target, ignore_index = torch.arange(len(query), device=query.device), _LEFT_OUT
     else:
         _checks.target(target, query, "query")
-    if sample_weight is not None:
-        _checks.vector("sample_weight", sample_weight, len(query), query)
+    _check_weights(sample_weight, len(query), query)
+    if len(query) == len(key) == 0:
+        return _nothing(query.shape[:1], reduction, inverse(temperature), query, key)
+    _checks.features_and_prototypes(query, key, "query", "key", mixed=_checks.autocast_enabled(query))
     lse, pos = cosine_lse(
         query, key, target, inverse(temperature), direction="instance",
         exclude="target" if decoupled else "none", ignore_index=ignore_index,
@@ -211,10 +214,9 @@ def clip_loss(
     _checks.matrix("a", a, "N", "d")
     _checks.matrix("b", b, "N", "d")
     _same_pairs("a", a, "b", b)
-    if sample_weight is not None:
-        _checks.vector("sample_weight", sample_weight, len(a), a)
+    _check_weights(sample_weight, len(a), a)
     if len(a) == 0:
-        return _nothing(a.shape[:1], reduction, a, b)
+        return _nothing(a.shape[:1], reduction, inverse(temperature), a, b)
     _checks.features_and_prototypes(a, b, "a", "b", mixed=_checks.autocast_enabled(a))
     index = torch.arange(len(a), device=a.device)
     (per_b, per_a), pos = cosine_lse(
@@ -231,7 +233,7 @@ def uniformity_loss(input: Tensor, *, t: float = 2.0) -> Tensor:
         \log \frac{1}{N (N - 1)} \sum_{i \neq j} e^{-t \lVert a_i - a_j \rVert^2}
 
     Args:
-        input: (N, d) with N >= 2, any scale.
+        input: (N, d) with N >= 2, any scale. A zero row counts as orthogonal to all others.
         t: > 0, of the Gaussian potential.
 
     Returns:
@@ -240,6 +242,8 @@ def uniformity_loss(input: Tensor, *, t: float = 2.0) -> Tensor:
     _checks.matrix("input", input, "N", "d")
     _checks.positive_scalar("t", t, input)
     n = len(input)
+    if input.shape[1] == 0:
+        raise ValueError(f"input must have d >= 1 columns, got {tuple(input.shape)}")
     if n < 2:
         raise ValueError(f"input must have at least two rows to have pairs, got {tuple(input.shape)}")
     index = torch.arange(n, device=input.device)
@@ -276,10 +280,19 @@ def alignment_loss(input: Tensor, other: Tensor, *, alpha: float = 2.0, reductio
 # --- arguments --------------------------------------------------------------------------------------------
 
 
-def _check_options(input: Tensor, temperature: float | Tensor, reduction: str, name: str) -> None:
+def _check_options(
+    input: Tensor, temperature: float | Tensor, reduction: str, name: str, ignore_index: int = 0
+) -> None:
     _checks.is_tensor(name, input)
     _checks.positive_scalar("temperature", temperature, input)
     _checks.choice("reduction", reduction, REDUCTIONS)
+    _checks.integer("ignore_index", ignore_index)
+
+
+def _check_weights(weight: Tensor | None, size: int, like: Tensor) -> None:
+    if weight is not None:
+        _checks.vector("sample_weight", weight, size, like)
+        _checks.not_negative("sample_weight", weight)
 
 
 def _same_pairs(name: str, value: Tensor, other_name: str, other: Tensor, hint: str = "") -> None:
@@ -294,11 +307,12 @@ def _samples(
     input: Tensor,
     target: Tensor | None,
     temperature: float | Tensor,
+    ignore_index: int,
     sample_weight: Tensor | None,
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Checked arguments as rows (N, d), labels (N,) and weights (N,)."""
-    _check_options(input, temperature, reduction, "input")
+    _check_options(input, temperature, reduction, "input", ignore_index)
     if input.dim() not in (2, 3):
         raise ValueError(f"input must have shape (N, d) or (B, V, d), got {tuple(input.shape)}")
     if input.dim() == 3 and input.shape[1] == 0:
@@ -318,10 +332,9 @@ def _samples(
     else:
         _checks.target(target, input, "input")
         labels = target.long()
-    if sample_weight is not None:
-        _checks.vector("sample_weight", sample_weight, count, input)
-        sample_weight = sample_weight.repeat_interleave(views)
-    return rows, labels.repeat_interleave(views), sample_weight
+    _check_weights(sample_weight, count, input)
+    weight = None if sample_weight is None else sample_weight.repeat_interleave(views)
+    return rows, labels.repeat_interleave(views), weight
 
 
 # --- steps ------------------------------------------------------------------------------------------------
@@ -381,9 +394,10 @@ def _uniformity(lse: Tensor) -> Tensor:
     return lse.masked_fill(lse == -torch.inf, 0.0)
 
 
-def _nothing(shape: torch.Size, reduction: Reduction, *inputs: Tensor) -> Tensor:
+def _nothing(shape: torch.Size, reduction: Reduction, beta: float | Tensor, *inputs: Tensor) -> Tensor:
     """The loss of no samples, differentiable all the same."""
-    zero = sum((x.to(accumulation_dtype(x.dtype)).sum() for x in inputs), start=torch.zeros(()))
+    zero = sum((x.to(accumulation_dtype(x.dtype)).sum() for x in inputs), start=0.0 * torch.as_tensor(beta))
+    zero = zero.to(accumulation_dtype(inputs[0].dtype))
     return zero.expand(shape) if reduction == "none" else zero
 
 

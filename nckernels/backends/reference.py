@@ -67,7 +67,8 @@ def present_classes(target: Tensor, valid: Tensor, num_classes: int) -> Tensor:
 
 
 def masked_logsumexp(logits: Tensor, allowed: Tensor, dim: int) -> Tensor:
-    """Log-sum-exp over the allowed entries; -inf with zero gradient where there are none."""
+    """Log-sum-exp over the allowed entries; -inf with zero gradient where there are none. A bias of -inf forbids."""
+    allowed = allowed & (logits != -torch.inf)
     empty = ~allowed.any(dim)
     filled = logits.masked_fill(~allowed, -torch.inf).masked_fill(empty.unsqueeze(dim), 0.0)
     return torch.logsumexp(filled, dim).masked_fill(empty, -torch.inf)
