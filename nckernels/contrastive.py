@@ -67,18 +67,18 @@ def supcon_loss(
     beta, shape, n = inverse(temperature), input.shape[:-1], len(rows)
     if n == 0:
         return _nothing(shape, reduction, beta, input)
-    ignored = labels == ignore_index if target is not None else torch.zeros_like(labels, dtype=torch.bool)
+    if target is None:
+        ignore_index = _LEFT_OUT  # labels count the samples: nobody is ignored
+    # Before the sums, so that its backward comes after theirs, which frees what they keep.
+    cosine, has_positive = _mean_positive(rows, labels, labels == ignore_index)
     if decoupled:
         lse, _ = cosine_lse(
-            rows, rows, labels, beta, direction="instance", exclude="same_label",
-            ignore_index=ignore_index if target is not None else _LEFT_OUT,
-        )  # fmt: skip
+            rows, rows, labels, beta, direction="instance", exclude="same_label", ignore_index=ignore_index
+        )
     else:
-        index = torch.arange(n, device=rows.device).masked_fill(ignored, _LEFT_OUT)
+        index = torch.arange(n, device=rows.device).masked_fill(labels == ignore_index, _LEFT_OUT)
         lse, _ = cosine_lse(rows, rows, index, beta, direction="instance", exclude="self", ignore_index=_LEFT_OUT)
-    cosine, has_positive = _mean_positive(rows, labels, ignored)
-    loss = _uniformity(lse) - beta * cosine
-    return _reduce(loss, has_positive, weight, reduction, shape)
+    return _reduce(_uniformity(lse) - beta * cosine, has_positive, weight, reduction, shape)
 
 
 def prototype_loss(
@@ -121,7 +121,7 @@ def prototype_loss(
         _checks.in_classes(labels, num_classes, ignore_index)
         group, classes = labels, num_classes
     index = group.masked_fill(ignored, _LEFT_OUT)
-    _, sums, counts = _class_sums(rows, group, ignored, classes)
+    sums, counts = _class_sums(_unit(_visible(rows, ignored), rows.dtype), group, ignored, classes)
     # Means lie inside the unit ball. One more coordinate, 0 for the samples, lifts them onto the sphere and leaves
     # the inner products as they are. (Several, so that rows stay aligned in memory.)
     means = sums / counts.clamp_min(1.0)[:, None]
@@ -271,7 +271,7 @@ def alignment_loss(input: Tensor, other: Tensor, *, alpha: float = 2.0, reductio
     _checks.same_device("input", input, "other", other)
     _checks.positive_scalar("alpha", alpha, input)
     _checks.choice("reduction", reduction, REDUCTIONS)
-    squares = (_unit(input) - _unit(other)).square().sum(1)
+    squares = (_unit(input, input.dtype) - _unit(other, other.dtype)).square().sum(1)
     # A power below 1 has an infinite slope at 0, where the distance itself is flat: no gradient there.
     loss = torch.where(squares > 0, squares.where(squares > 0, 1.0) ** (alpha / 2), 0.0)
     return _reduce(loss, torch.ones_like(loss, dtype=torch.bool), None, reduction, loss.shape)
@@ -340,9 +340,9 @@ def _samples(
 # --- steps ------------------------------------------------------------------------------------------------
 
 
-def _unit(rows: Tensor) -> Tensor:
-    """Unit rows in the accumulation dtype."""
-    return F.normalize(rows.to(accumulation_dtype(rows.dtype)), dim=1, eps=norm_eps(rows.dtype))
+def _unit(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Unit rows in the accumulation dtype of the one that they were given in."""
+    return F.normalize(rows.to(accumulation_dtype(dtype)), dim=1, eps=norm_eps(dtype))
 
 
 def _groups(labels: Tensor, ignored: Tensor) -> tuple[Tensor, int]:
@@ -357,24 +357,34 @@ def _groups(labels: Tensor, ignored: Tensor) -> tuple[Tensor, int]:
     return group, int(starts[-1]) + 1 if known else len(labels)
 
 
-def _class_sums(rows: Tensor, group: Tensor, ignored: Tensor, classes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit rows (0 where ignored), (C, d) their sums over every class, and (C,) the numbers of samples."""
-    unit, group = _unit(rows.masked_fill(ignored[:, None], 0.0)), group.masked_fill(ignored, 0)
+def _visible(rows: Tensor, ignored: Tensor) -> Tensor:
+    """Rows in the accumulation dtype, 0 where ignored: those may hold anything. No copy where there are none."""
+    rows = rows.to(accumulation_dtype(rows.dtype))
+    known = rows.device.type == "cpu" and not torch.compiler.is_compiling()
+    return rows if known and not bool(ignored.any()) else rows.masked_fill(ignored[:, None], 0.0)
+
+
+def _class_sums(unit: Tensor, group: Tensor, ignored: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """(C, d) sums of the unit rows of every class, and (C,) their numbers."""
+    group = group.masked_fill(ignored, 0)
     sums = unit.new_zeros(classes, unit.shape[1]).index_add(0, group, unit)
-    counts = unit.new_zeros(classes).index_add(0, group, (~ignored).to(unit.dtype))
-    return unit, sums, counts
+    return sums, unit.new_zeros(classes).index_add(0, group, (~ignored).to(unit.dtype))
 
 
 def _mean_positive(rows: Tensor, labels: Tensor, ignored: Tensor) -> tuple[Tensor, Tensor]:
     """Mean cosine of every sample with the others of its class, and whether there are any.
 
-    The sum of the cosines is one inner product with the sum of the class: O(N d) for all pairs.
+    The sum of the cosines is one inner product with the sum of the class: O(N d) for all pairs. For the backward
+    one matrix of the rows' size is kept.
     """
     group, classes = _groups(labels, ignored)
-    unit, sums, counts = _class_sums(rows, group, ignored, classes)
+    visible = _visible(rows, ignored)
+    rnorm = torch.linalg.vector_norm(visible, dim=1).clamp_min(norm_eps(rows.dtype)).reciprocal()
+    unit = visible * rnorm[:, None]
+    sums, counts = _class_sums(unit, group, ignored, classes)
     others = counts[group] - 1.0
     has_positive = (others > 0) & ~ignored
-    total = torch.linalg.vecdot(unit, sums[group] - unit)
+    total = torch.linalg.vecdot(visible, sums[group] - unit) * rnorm
     return total.masked_fill(~has_positive, 0.0) / others.clamp_min(1.0), has_positive
 
 

@@ -60,6 +60,11 @@ FORMS: dict[str, Callable[..., Tensor]] = {
     "smoothing": functools.partial(nckernels.normface_loss, label_smoothing=0.1),
     "cosface": functools.partial(nckernels.normface_loss, cosine_margin=0.1),
     "arcface": functools.partial(nckernels.normface_loss, angular_margin=0.2),
+    "supcon": lambda x, _, y: nckernels.supcon_loss(x, y),
+    "supcon-decoupled": lambda x, _, y: nckernels.supcon_loss(x, y, decoupled=True),
+    "prototype": lambda x, _, y: nckernels.prototype_loss(x, y),
+    "uniformity": lambda x, *_: nckernels.uniformity_loss(x),
+    "clip": lambda x, w, _: nckernels.clip_loss(x[: len(w)], w),
     "naive-normface": functools.partial(naive, "normface"),
     "naive-nonl": functools.partial(naive, "nonl"),
 }
@@ -76,7 +81,10 @@ FLOAT64 = [Case("nonl", 2048, 1000, 128, MIB, "float64")]
 HALF = [Case(form, 4096, 2000, 128, MIB, "bfloat16") for form in ("nonl", "normface")]
 # A copy of the prototypes would be 24 MiB.
 MANY_CLASSES = [Case(form, 512, 100_000, 64, MIB) for form in ("nonl", "ntce")]
-CASES = NAIVE + DEFAULT + SMALL + OPTIONS + SMOOTHING + PARTIAL + FLOAT64 + HALF + MANY_CLASSES
+# 8192 x 8192 floats are 256 MiB, a copy of the rows is 4 MiB.
+CONTRASTIVE = [Case(f, 8192, 100, 128, MIB, grads="x") for f in ("supcon", "supcon-decoupled", "prototype")]
+PAIRS = [Case("uniformity", 8192, 1, 128, MIB, grads="x"), Case("clip", 8192, 8192, 128, MIB)]
+CASES = CONTRASTIVE + PAIRS + NAIVE + DEFAULT + SMALL + OPTIONS + SMOOTHING + PARTIAL + FLOAT64 + HALF + MANY_CLASSES
 LARGE = [Case(f, 32768, 8000, 64, 8 * MIB, dtype) for f in ("nonl", "normface") for dtype in ("float32", "float64")]
 
 
@@ -176,6 +184,17 @@ def test_the_method_counts_exactly() -> None:
 @pytest.mark.parametrize("case", DEFAULT + SMALL + OPTIONS + PARTIAL + FLOAT64, ids=id_of)
 def test_forward_and_backward_keep_to_the_workspace(peaks: dict[Case, int], case: Case) -> None:
     assert_within(case, peaks[case], case.allowed())
+
+
+@pytest.mark.parametrize("case", PAIRS, ids=id_of)
+def test_all_pairs_keep_to_the_workspace(peaks: dict[Case, int], case: Case) -> None:
+    assert_within(case, peaks[case], case.allowed())
+
+
+@pytest.mark.parametrize("case", CONTRASTIVE, ids=id_of)
+def test_positives_take_a_few_copies_of_the_rows(peaks: dict[Case, int], case: Case) -> None:
+    """O(N d) beside the workspace: unit rows, the sums of the classes gathered, and their gradients."""
+    assert_within(case, peaks[case], case.allowed() + 5 * 4 * case.samples * case.dim)
 
 
 @pytest.mark.parametrize("case", SMOOTHING, ids=id_of)
