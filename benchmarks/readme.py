@@ -14,7 +14,8 @@ import re
 from pathlib import Path
 
 from .harness import YARDSTICKS, Measured
-from .report import duration, load, mebibytes
+from .measure import Summary
+from .report import load, mebibytes
 
 ROOT = Path(__file__).resolve().parents[1]
 _BLOCK = re.compile(r"(<!-- speed table: begin ([^>]+?) -->\n).*?(<!-- speed table: end -->)", re.DOTALL)
@@ -51,8 +52,8 @@ def regenerated(text: str, path: Path) -> str:
 def table(reports: list[Path]) -> str:
     """A row per problem and variant; a problem that several reports have is taken from the first."""
     lines = [
-        "| problem | variant | time (quartiles) | / bare GEMMs | / naive | extra memory, MiB |",
-        "|---|---|---|---|---|---|",
+        "| problem | variant | time / bare GEMMs | time / naive (quartiles) | extra memory, MiB |",
+        "|---|---|---|---|---|",
     ]
     seen: set[str] = set()
     for path in reports:
@@ -69,8 +70,11 @@ def _rows(measured: Measured) -> list[str]:
         if r.seconds is None or r.variant in YARDSTICKS:
             continue
         name = f"**{r.variant}**" if r.ours else r.variant
-        time = f"{duration(r.seconds.median)} ({duration(r.seconds.low)}-{duration(r.seconds.high)})"
-        ratios = " | ".join("" if x is None else f"{x.median:.2f}" for x in (r.to_gemm, r.to_baseline))
-        rows.append(f"| {label} | {name} | {time} | {ratios} | {mebibytes(r.extra_bytes)} |")
+        to_gemm = "" if r.to_gemm is None else f"{r.to_gemm.median:.2f}"
+        rows.append(f"| {label} | {name} | {to_gemm} | {_spread(r.to_baseline)} | {mebibytes(r.extra_bytes)} |")
         label = ""
     return rows
+
+
+def _spread(ratio: Summary | None) -> str:
+    return "" if ratio is None else f"{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})"
