@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ALL_PAIRS, SINGLE_BACKWARD, Backend
 from oracle import worst
-from oracle5 import (
+from oracle_contrastive import (
     DTYPES,
     NAIVE,
     REDUCTIONS,

@@ -12,7 +12,7 @@ from conftest import Backend
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import balanced, cosine, rotation, simplex
-from oracle5 import LABELS, NAIVE, dots, package
+from oracle_contrastive import LABELS, NAIVE, dots, package
 from torch import Tensor
 
 import nckernels
