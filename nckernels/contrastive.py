@@ -69,14 +69,16 @@ def supcon_loss(
         return _nothing(shape, reduction, beta, input)
     if target is None:
         ignore_index = _LEFT_OUT  # labels count the samples: nobody is ignored
+    ignored = labels == ignore_index
+    group, classes = (labels, len(input)) if target is None else _groups(labels, ignored)
     # Before the sums, so that its backward comes after theirs, which frees what they keep.
-    cosine, has_positive = _mean_positive(rows, labels, labels == ignore_index)
+    cosine, has_positive = _mean_positive(rows, group, classes, ignored)
     if decoupled:
         lse, _ = cosine_lse(
             rows, rows, labels, beta, direction="instance", exclude="same_label", ignore_index=ignore_index
         )
     else:
-        index = torch.arange(n, device=rows.device).masked_fill(labels == ignore_index, _LEFT_OUT)
+        index = torch.arange(n, device=rows.device).masked_fill(ignored, _LEFT_OUT)
         lse, _ = cosine_lse(rows, rows, index, beta, direction="instance", exclude="self", ignore_index=_LEFT_OUT)
     return _reduce(_uniformity(lse) - beta * cosine, has_positive, weight, reduction, shape)
 
@@ -371,13 +373,12 @@ def _class_sums(unit: Tensor, group: Tensor, ignored: Tensor, classes: int) -> t
     return sums, unit.new_zeros(classes).index_add(0, group, (~ignored).to(unit.dtype))
 
 
-def _mean_positive(rows: Tensor, labels: Tensor, ignored: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cosine of every sample with the others of its class, and whether there are any.
+def _mean_positive(rows: Tensor, group: Tensor, classes: int, ignored: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cosine of every sample with the others of its group, and whether there are any.
 
     The sum of the cosines is one inner product with the sum of the class: O(N d) for all pairs. For the backward
     one matrix of the rows' size is kept.
     """
-    group, classes = _groups(labels, ignored)
     visible = _visible(rows, ignored)
     rnorm = torch.linalg.vector_norm(visible, dim=1).clamp_min(norm_eps(rows.dtype)).reciprocal()
     unit = visible * rnorm[:, None]
