@@ -121,8 +121,10 @@ class Shape:
     def key(self, kernel: str) -> str:
         """The name of a table's entry: kind, row length, and what else the rules below ask for."""
         length = self.whole if self.whole <= 512 else 1024 if self.d >= 1024 else 512
-        heavy = " heavy" if self.heavy else ""
-        return f"{self.kind} {length}{heavy}" + (" full" if kernel == "entries" and self.fills_device else "")
+        name = f"{self.kind} {length} heavy" if self.heavy else f"{self.kind} {length}"
+        if kernel == "lse" and self.square:
+            return name + " square"
+        return name + " full" if kernel == "entries" and self.fills_device else name
 
 
 @cache
