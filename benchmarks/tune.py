@@ -10,6 +10,7 @@ not fit or gives other results is passed over. Run tools/check_triton.py --arch 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -86,14 +87,12 @@ def defaults(config: Any, family: int) -> Tables:
     """What the rules say for every kind, row length, and weight of the epilogue."""
     tables: Tables = {kernel: {} for kernel in KERNELS}
     arch = config.Arch(family, 1, 0)
+    kinds, lengths, either = get_args(config.Kind), (16, 32, 64, 128, 256, 512, 1024), (False, True)
     for kernel in KERNELS:
         rule = getattr(config, f"{kernel}_tile").__wrapped__
-        for kind in get_args(config.Kind):
-            for d in (16, 32, 64, 128, 256, 512, 1024):
-                for heavy in (False, True):
-                    for entries in (0, 1 << 40) if kernel == "entries" else (0,):
-                        shape = config.Shape(arch, kind, d, True, heavy, entries)
-                        tables[kernel][shape.key(kernel)] = rule(shape)
+        for kind, d, heavy, square, full in itertools.product(kinds, lengths, either, either, either):
+            shape = config.Shape(arch, kind, d, True, heavy, square=square, entries=1 << 40 if full else 0)
+            tables[kernel][shape.key(kernel)] = rule(shape)
     return tables
 
 

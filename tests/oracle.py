@@ -254,6 +254,23 @@ def run(
 # exactness
 
 
+def spoilt(p: Problem, fill: float = math.nan) -> Problem:
+    """The problem with ``fill`` in every row that takes no part: ignored, and nobody's positive."""
+    ignored = p.target == p.ignore_index
+    z, w = ignored.clone(), torch.zeros(p.prototypes.shape[0], dtype=torch.bool, device=ignored.device)
+    if p.exclude in ("self", "same_label"):
+        w = ignored.clone()
+        if p.exclude == "self":
+            w[p.target[~ignored]] = False
+        if p.itself:
+            z = w
+    elif p.present_only:
+        w = ~torch.isin(torch.arange(w.shape[0], device=w.device), p.target[~ignored])
+    assert z.any()
+    features, prototypes = p.features.masked_fill(z[:, None], fill), p.prototypes.masked_fill(w[:, None], fill)
+    return dataclasses.replace(p, features=features, prototypes=prototypes)
+
+
 def masses(p: Problem) -> dict[str, Tensor]:
     """Condition of every gradient row of a float64 problem: the sum of the absolute values of its terms.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import itertools
 import json
 import random
 import time
@@ -285,6 +286,24 @@ def test_tile_tables_are_complete_and_say_where_they_come_from(family: int, tmp_
     written = tune.write(tmp_path, family, rules, "rules")
     if data["source"] == "rules":
         assert written.read_text() == (config.TABLES / written.name).read_text()
+
+
+@pytest.mark.parametrize("family", tune.FAMILIES)
+def test_tile_tables_tell_apart_what_the_rules_do(family: int) -> None:
+    """No entry stands for two shapes that the rules would give different tiles."""
+    config = pytest.importorskip("nckernels.backends.triton.config", exc_type=ImportError)
+    if json.loads((config.TABLES / f"sm_{family}.json").read_text())["source"] != "rules":
+        return
+    either = (False, True)
+    for kernel in tune.KERNELS:
+        choose = getattr(config, f"{kernel}_tile")
+        for kind, d, heavy, square, full in itertools.product(
+            ("half", "tf32", "ieee"), (48, 128, 256, 500, 512, 2048), either, either, either
+        ):
+            shape = config.Shape(
+                config.Arch(family, 132, 227 << 10), kind, d, True, heavy, square=square, entries=1 << 40 if full else 0
+            )
+            assert choose(shape) == choose.__wrapped__(shape), (kernel, shape)
 
 
 def test_a_tile_table_overrides_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:

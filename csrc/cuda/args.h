@@ -29,7 +29,7 @@ enum class Exclude : int { kNone, kTarget, kSelf, kSameLabel };
 
 struct Side {
   const void* x;         // (rows, d)
-  const float* rnorm;    // (rows,) 1 / max(norm, eps)
+  const float* rnorm;    // (rows,) 1 / max(norm, eps); -1: takes no part, not even as a positive
   const int64_t* label;  // (slots,) or null: samples have their targets, compacted prototypes their rows
   const int64_t* count;  // null, or how many of the slots are in use
   const float* bias;     // (rows,) or null: added to the logits of these rows where they are summed over
@@ -46,8 +46,9 @@ struct Side {
 
 struct NormArgs {
   const void* x;
+  const int64_t* label;  // null, or: rows with the label `skip` get -1
   float* rnorm;
-  int64_t stride;
+  int64_t stride, skip;
   int rows, d;
   float eps;
   Kind kind;
@@ -58,15 +59,16 @@ struct PrepareArgs {
   const void *z, *w;
   const int64_t* target;
   const float* beta;
-  float* z_rnorm;
+  float* z_rnorm;  // -1 where ignored
   float* pos;      // beta cos(z, its prototype)
-  float* w_rnorm;  // null, or: the inverse norms of the prototypes that occur
+  float* w_rnorm;  // null, or: the inverse norms of positives, and with `itself` of all samples that count
   int64_t* mark;   // null, or: mark[c] = c for the classes that occur
   int64_t z_stride, w_stride, skip;
   int m, k, d;
   float eps;
   Kind kind;
   bool same_label;  // the positive of sample i is row i
+  bool itself;      // samples and prototypes are one matrix
 };
 
 // list = the marked classes in ascending order, then -1 up to `slots`; list[slots] = how many there are.
@@ -157,7 +159,7 @@ struct FinishArgs {
   bool norm_inside;  // acc holds r_p a_p
 };
 
-// out[slot - start] = x[row of slot], zeros for slots that are not in use.
+// out[slot - start] = x[row of slot], zeros for slots that are not in use and rows that take no part.
 struct GatherArgs {
   Side p;
   void* out;

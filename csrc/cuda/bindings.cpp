@@ -91,22 +91,22 @@ int width_of(const Tensor& x) {
         P##_unsummed                                                                                   \
   }
 
-void op_row_rnorm(const Tensor& x, const Tensor& rnorm, double eps) {
+void op_row_rnorm(const Tensor& x, const MaybeTensor& label, const Tensor& rnorm, int64_t skip, double eps) {
   OnDevice device(x);
-  row_rnorm(
-      {x.data_ptr(), pointer<float>(rnorm), x.stride(0), rows_of(x), width_of(x), float(eps), kind_of(x)},
-      device.stream());
+  row_rnorm({x.data_ptr(), pointer<int64_t>(label), pointer<float>(rnorm), x.stride(0), skip, rows_of(x),
+             width_of(x), float(eps), kind_of(x)},
+            device.stream());
 }
 
 void op_prepare_samples(const Tensor& z, const Tensor& w, const Tensor& target, const Tensor& beta,
                         const Tensor& z_rnorm, const Tensor& pos, const MaybeTensor& w_rnorm,
-                        const MaybeTensor& mark, int64_t skip, bool same_label, double eps) {
+                        const MaybeTensor& mark, int64_t skip, bool same_label, bool itself, double eps) {
   OnDevice device(z);
   width_of(w);
   prepare_samples(
       {z.data_ptr(), w.data_ptr(), pointer<int64_t>(target), pointer<float>(beta), pointer<float>(z_rnorm),
        pointer<float>(pos), pointer<float>(w_rnorm), pointer<int64_t>(mark), z.stride(0), w.stride(0), skip,
-       rows_of(z), rows_of(w), width_of(z), float(eps), kind_of(z), same_label},
+       rows_of(z), rows_of(w), width_of(z), float(eps), kind_of(z), same_label, itself},
       device.stream());
 }
 
@@ -207,10 +207,10 @@ void op_gather(NCK_SIDE(p), const Tensor& out, int64_t start, int64_t stop) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY(nckernels_cuda, m) {
-  m.def("row_rnorm(Tensor x, Tensor(a!) rnorm, float eps) -> ()");
+  m.def("row_rnorm(Tensor x, Tensor? label, Tensor(a!) rnorm, int skip, float eps) -> ()");
   m.def(
       "prepare_samples(Tensor z, Tensor w, Tensor target, Tensor beta, Tensor(a!) z_rnorm, Tensor(b!) pos, "
-      "Tensor(c!)? w_rnorm, Tensor(d!)? mark, int skip, bool same_label, float eps) -> ()");
+      "Tensor(c!)? w_rnorm, Tensor(d!)? mark, int skip, bool same_label, bool itself, float eps) -> ()");
   m.def("compact(Tensor mark, Tensor rank, Tensor(a!) list, int k, int slots) -> ()");
   m.def(
       "half_scale(Tensor? class_grad, Tensor? class_lse, Tensor? instance_grad, Tensor? instance_lse, "

@@ -17,8 +17,9 @@ row_rnorm_kernel(const __grid_constant__ NormArgs a) {
   RowTeam team = RowTeam::of(a.d, kThreads);
   bool aligned = rows_aligned<T>(a.x, a.stride);
   const T* row = static_cast<const T*>(a.x) + team.row * a.stride;
+  bool inside = team.row < a.rows, valid = inside && (!a.label || a.label[team.row] != a.skip);
   float total = 0.0f;
-  if (team.row < a.rows) {
+  if (valid) {
     for (int c = team.column; c < a.d; c += team.step) {
       float x[8];
       load8(x, row, c, a.d, aligned);
@@ -27,11 +28,11 @@ row_rnorm_kernel(const __grid_constant__ NormArgs a) {
     }
   }
   total = team.sum(total);  // by all lanes, the idle ones too: a shuffle wants the whole warp
-  if (team.row < a.rows && team.column == 0) a.rnorm[team.row] = inverse_norm(total, a.eps);
+  if (inside && team.column == 0) a.rnorm[team.row] = valid ? inverse_norm(total, a.eps) : -1.0f;
 }
 
 // The partner's norm comes from the same loads, so that nothing waits for a pass over the prototypes.
-// Samples of one class write the same marks and norms: the order does not matter.
+// Whoever writes to the same place writes the same mark or norm: the order does not matter.
 template <class T>
 NCK_KERNEL(kThreads, 3)
 prepare_samples_kernel(const __grid_constant__ PrepareArgs a) {
@@ -45,11 +46,11 @@ prepare_samples_kernel(const __grid_constant__ PrepareArgs a) {
   const T* w_row = static_cast<const T*>(a.w) + partner * a.w_stride;
   bool z_aligned = rows_aligned<T>(a.z, a.z_stride), w_aligned = rows_aligned<T>(a.w, a.w_stride);
   float zz = 0.0f, ww = 0.0f, zw = 0.0f;
-  if (inside) {
+  if (valid) {
     for (int c = team.column; c < a.d; c += team.step) {
-      float z[8], w[8] = {};
+      float z[8], w[8];
       load8(z, z_row, c, a.d, z_aligned);
-      if (valid) load8(w, w_row, c, a.d, w_aligned);
+      load8(w, w_row, c, a.d, w_aligned);
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         zz = fmaf(z[i], z[i], zz);
@@ -63,12 +64,13 @@ prepare_samples_kernel(const __grid_constant__ PrepareArgs a) {
   zw = team.sum(zw);
   if (inside && team.column == 0) {
     float z_rnorm = inverse_norm(zz, a.eps), w_rnorm = inverse_norm(ww, a.eps);
-    a.z_rnorm[team.row] = z_rnorm;
+    a.z_rnorm[team.row] = valid ? z_rnorm : -1.0f;
     // Each norm meets the product by itself: z_rnorm * w_rnorm can pass float32's range for tiny rows.
     a.pos[team.row] = valid ? *a.beta * (zw * z_rnorm * w_rnorm) : 0.0f;
-    if (a.mark && valid) {
-      store_relaxed(a.mark + partner, partner);
+    if (a.mark && valid) store_relaxed(a.mark + partner, partner);
+    if (a.w_rnorm && valid) {
       store_relaxed(a.w_rnorm + partner, w_rnorm);
+      if (a.itself) store_relaxed(a.w_rnorm + team.row, z_rnorm);
     }
   }
 }
@@ -94,11 +96,20 @@ NCK_DEVICE float block_max(float x, float* scratch) {
 }
 
 // max |x|, without what cannot matter: empty sets (lse = -inf), infinities and NaN.
-NCK_DEVICE float largest(const float* x, const float* lse, int n, float limit) {
+NCK_DEVICE float largest(const float* x, const float* lse, int n) {
   float best = 0.0f;
   for (int i = int(threadIdx.x); x && i < n; i += kScaleThreads) {
     float value = fabsf(x[i]);
-    if (value < limit && (!lse || lse[i] > -infinity())) best = fmaxf(best, value);
+    if (value < infinity() && (!lse || lse[i] > -infinity())) best = fmaxf(best, value);
+  }
+  return best;
+}
+
+// The same of inverse norms, where negative ones belong to rows that take no part.
+NCK_DEVICE float largest_rnorm(const float* x, int n, float limit) {
+  float best = 0.0f;
+  for (int i = int(threadIdx.x); i < n; i += kScaleThreads) {
+    if (x[i] < limit) best = fmaxf(best, x[i]);
   }
   return best;
 }
@@ -111,11 +122,11 @@ NCK_DEVICE float largest(const float* x, const float* lse, int n, float limit) {
 NCK_KERNEL(kScaleThreads, 1) half_scale_kernel(const __grid_constant__ HalfScaleArgs a) {
   SharedArena arena;
   float* scratch = arena.take<float>(kScaleThreads / 32);
-  float bound = block_max(largest(a.class_grad, a.class_lse, a.k, infinity()), scratch);
-  bound += block_max(largest(a.instance_grad, a.instance_lse, a.m, infinity()), scratch);
-  bound += block_max(largest(a.pos_grad, nullptr, a.m, infinity()), scratch);
-  float z = block_max(largest(a.z_rnorm, nullptr, a.m, a.limit), scratch);
-  float w = block_max(largest(a.w_rnorm, nullptr, a.k, a.limit), scratch);
+  float bound = block_max(largest(a.class_grad, a.class_lse, a.k), scratch);
+  bound += block_max(largest(a.instance_grad, a.instance_lse, a.m), scratch);
+  bound += block_max(largest(a.pos_grad, nullptr, a.m), scratch);
+  float z = block_max(largest_rnorm(a.z_rnorm, a.m, a.limit), scratch);
+  float w = block_max(largest_rnorm(a.w_rnorm, a.k, a.limit), scratch);
   if (threadIdx.x == 0) {
     // Where there is nothing, any finite scale will do. The clamp keeps the scale itself finite.
     float top = 14.0f - log2f(bound > 0 ? bound : 1.0f);

@@ -43,7 +43,8 @@ NCK_DEVICE Slot slot_at(const Side& side, int slot, int used) {
   // The tail reads as `skip`: one comparison answers for tail and left-out rows alike.
   s.label = !inside ? side.skip : side.label ? side.label[slot] : slot;
   s.summed = inside && (!side.label || s.label != side.skip);
-  s.here = s.summed || (inside && side.unsummed);
+  // Not ">= 0": the inverse norm of a row with NaN is NaN, and such a row is there.
+  s.here = s.summed || (inside && side.unsummed && !(side.rnorm[slot] < 0.0f));
   s.row = side.gather ? (s.summed ? int(s.label) : 0) : slot;
   return s;
 }

@@ -83,9 +83,9 @@ class Forward(NamedTuple):
     pos: Tensor
     """(M,): beta * cos(feature_i, its positive prototype); 0 for ignored samples."""
     feature_rnorm: Tensor
-    """(M,): 1 / max(|z|, eps)."""
+    """(M,): 1 / max(|z|, eps). Of rows that take no part, here and below, anything that the backend likes."""
     prototype_rnorm: Tensor
-    """(K,): 1 / max(|w|, eps). With ``present_only`` entries of absent classes are unspecified but finite."""
+    """(K,): 1 / max(|w|, eps); with ``present_only`` absent classes take no part."""
     kept: Tensor
     """(n,): scratch that the backend wants back in its backward, n = ``Backend.kept_numel(...)``."""
 

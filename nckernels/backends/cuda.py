@@ -142,14 +142,14 @@ class CudaKernels(Kernels):
 
     # --- O(M d) and O(K)
 
-    def row_rnorm(self, x: Tensor, rnorm: Tensor) -> None:
-        self.ops.row_rnorm(x, rnorm, self.eps)
+    def row_rnorm(self, x: Tensor, rnorm: Tensor, label: Tensor | None) -> None:
+        self.ops.row_rnorm(x, label, rnorm, self.spec.ignore_index, self.eps)
 
     def prepare_samples(self, z_rnorm: Tensor, pos: Tensor, w_rnorm: Tensor | None, mark: Tensor | None) -> None:
         z, w, target = self.inputs[:3]
         self.ops.prepare_samples(
             z, w, target, self.beta, z_rnorm, pos, w_rnorm, mark,
-            self.spec.ignore_index, self.spec.exclude == "same_label", self.eps,
+            self.spec.ignore_index, self.spec.exclude == "same_label", self.spec.symmetric, self.eps,
         )  # fmt: skip
 
     def compact(self, mark: Tensor, rank: Tensor, present: Tensor, k: int, slots: int) -> None:

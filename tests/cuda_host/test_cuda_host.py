@@ -374,17 +374,51 @@ def test_nothing_is_read_past_the_rows(emulator: Emulator, d: int, columns: int)
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_ignored_rows_are_never_touched(emulator: Emulator) -> None:
+@pytest.mark.parametrize("itself", [False, True], ids=["apart", "itself"])
+@pytest.mark.parametrize("exclude", oracle.EXCLUDES)
+def test_what_takes_no_part_is_never_touched(emulator: Emulator, exclude: str, itself: bool) -> None:
+    """Not even 0 * NaN reaches the others, in no kernel and no product of the library."""
+    square = exclude in ("self", "same_label")
+    if itself and not square:
+        pytest.skip("rows and columns are not the same")
     for d, dtype in itertools.product((48, 264), DTYPES):
-        problem = oracle.make_problem(150, 140, d, direction="both", exclude="target")
-        clean = oracle.run(oracle.package, problem.to(dtype))
-        problem.features[problem.target == problem.ignore_index] = torch.nan
-        outputs, grads = oracle.run(oracle.package, problem.to(dtype))
-        for name, value in clean[0].items():
-            assert torch.equal(value, outputs[name]), (d, dtype, name)
-        if d == 48 and dtype != torch.float32:  # no library products, in which 0 * NaN is NaN
-            for name, grad in clean[1].items():
-                assert torch.equal(grad, grads[name]), (d, dtype, name)
+        direction = "class" if itself else "both"
+        problem = oracle.make_problem(
+            150, 150 if square else 140, d, direction=direction, exclude=exclude, ignored=0.3, itself=itself
+        ).to(dtype)
+        fill = torch.inf if dtype == torch.bfloat16 else torch.nan
+        with nckernels.use_workspace(128 << 10):
+            both = oracle.run(oracle.package, problem), oracle.run(oracle.package, oracle.spoilt(problem, fill))
+        for clean, got in zip(*both, strict=True):
+            for name, value in clean.items():
+                assert value is not None
+                assert torch.equal(value, got[name]), (d, dtype, name)
+
+
+@pytest.mark.parametrize(("m", "k"), [(150, 60), (40, 150)], ids=["masked", "compacted"])
+def test_absent_classes_are_never_touched(emulator: Emulator, m: int, k: int) -> None:
+    for d, dtype in itertools.product((48, 264), TWO):
+        problem = oracle.make_problem(m, k, d, exclude="target", present_only=True).to(dtype)
+        both = oracle.run(oracle.package, problem), oracle.run(oracle.package, oracle.spoilt(problem))
+        for clean, got in zip(*both, strict=True):
+            for name, value in clean.items():
+                assert value is not None
+                assert torch.equal(value, got[name]), (d, dtype, name)
+
+
+def test_a_positive_of_nan_shows(emulator: Emulator) -> None:
+    """An ignored row that is someone's positive is read, whatever it holds."""
+    for d, dtype in itertools.product((48, 264), TWO):
+        problem = oracle.make_problem(150, 150, d, exclude="self", ignored=0.3).to(dtype)
+        row = (problem.target == problem.ignore_index).nonzero()[0, 0]
+        problem.target[0] = row
+        problem.prototypes[row] = torch.nan
+        outputs, grads = oracle.run(oracle.package, problem)
+        assert outputs["pos"][0].isnan()
+        for name, i in (("features", 0), ("prototypes", row)):
+            grad = grads[name]
+            assert grad is not None
+            assert grad[i].isnan().any(), (d, dtype, name)
 
 
 def test_sums_do_not_touch_ignored_rows(emulator: Emulator) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import check, make_problem, simplex
+from oracle import check, make_problem, package, run, simplex, spoilt
 
 import nckernels
 
@@ -124,6 +124,47 @@ def test_nan_and_zero_rows() -> None:
     assert zero.grad.isfinite().all()
     z[3] = torch.nan
     assert nckernels.nonl_loss(z, w, y).isnan()
+
+
+@pytest.mark.parametrize("d", [SHORT, LONG])
+@pytest.mark.parametrize("itself", [False, True], ids=["apart", "itself"])
+@pytest.mark.parametrize("exclude", EXCLUDES)
+def test_what_takes_no_part_may_hold_anything(exclude: str, itself: bool, d: int) -> None:
+    """Not even 0 * NaN reaches the others, in no kernel and no product of the library."""
+    square = exclude in ("self", "same_label")
+    if itself and not square:
+        pytest.skip("rows and columns are not the same")
+    for direction, dtype, fill in (("class", torch.float32, torch.nan), ("instance", torch.bfloat16, torch.inf)):
+        problem = make_problem(37, classes_of(exclude), d, direction=direction, exclude=exclude, itself=itself)
+        problem = problem.to(dtype)
+        with nckernels.use_workspace(16384):
+            for clean, got in zip(run(package, problem), run(package, spoilt(problem, fill)), strict=True):
+                for name, value in clean.items():
+                    assert value is not None
+                    assert torch.equal(got[name], value), (dtype, name)
+
+
+@pytest.mark.parametrize("d", [SHORT, LONG])
+@pytest.mark.parametrize(("samples", "classes"), [(37, 21), (20, 90)], ids=["masked", "compacted"])
+def test_absent_classes_may_hold_anything(samples: int, classes: int, d: int) -> None:
+    problem = make_problem(samples, classes, d, exclude="target", present_only=True).to(torch.float32)
+    for clean, got in zip(run(package, problem), run(package, spoilt(problem)), strict=True):
+        for name, value in clean.items():
+            assert value is not None
+            assert torch.equal(got[name], value), name
+
+
+def test_a_positive_of_nan_shows() -> None:
+    """An ignored row that is someone's positive is read, whatever it holds."""
+    for d in (SHORT, LONG):
+        problem = make_problem(37, 37, d, exclude="self", ignored=0.3).to(torch.float32)
+        ignored = problem.target == problem.ignore_index
+        problem.target[0], row = ignored.nonzero()[0, 0], ignored.nonzero()[0, 0]
+        problem.prototypes[row] = torch.nan
+        outputs, grads = run(package, problem)
+        assert outputs["pos"][0].isnan()
+        assert grads["features"][0].isnan().any()
+        assert grads["prototypes"][row].isnan().any()
 
 
 def test_target_out_of_range_is_caught() -> None:

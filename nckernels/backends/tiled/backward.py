@@ -105,8 +105,9 @@ def _long_rows(kernels: Kernels, p: Result, q: Result, scale: Tensor | None) -> 
     x, y = p.side, q.side
     d, itemsize, device = x.x.shape[1], x.x.element_size(), x.x.device
     p_sums, q_sums = p.accumulator, q.accumulator
-    # Rows of compacted prototypes are gathered for the products.
-    copy_x, copy_y = x.gather and q.wanted, y.gather and p.wanted
+    # The library's products read whole matrices, in which 0 * NaN is NaN: rows that take no part are zeros in
+    # copies. Whether there are such rows is known on the device only.
+    copy_x, copy_y = x.partial and q.wanted, y.partial and p.wanted
     p_bytes = (4 * d if p.wanted and p_sums is None else 0) + (itemsize * d if copy_x else 0)
     q_bytes = itemsize * d if copy_y else 0
     rows, columns = panel_shape(x.slots, y.slots, p_bytes, q_bytes, itemsize, kernels.spec.workspace)
@@ -119,6 +120,7 @@ def _long_rows(kernels: Kernels, p: Result, q: Result, scale: Tensor | None) -> 
     if q_sums is None:
         q_sums = buffer(y.slots, d, torch.float32, q.wanted)
     x_copy, y_copy = buffer(rows, d, x.x.dtype, copy_x), buffer(columns, d, x.x.dtype, copy_y)
+    whole = _dense(kernels, y, 0, y.slots, y_copy) if columns >= y.slots else None
     for start in range(0, x.slots, rows):
         stop = min(start + rows, x.slots)
         x_rows = _dense(kernels, x, start, stop, x_copy)
@@ -128,7 +130,7 @@ def _long_rows(kernels: Kernels, p: Result, q: Result, scale: Tensor | None) -> 
             kernels.entries(x, y, h, start, stop, begin, end, scale)
             panel = h[: stop - start, : end - begin]
             if p_panel is not None:
-                y_rows = _dense(kernels, y, begin, end, y_copy)
+                y_rows = _dense(kernels, y, begin, end, y_copy) if whole is None else whole
                 kernels.matmul(panel, y_rows, p_panel[: stop - start], accumulate=begin > 0)
             if q_sums is not None:
                 kernels.matmul(panel.t(), x_rows, q_sums[begin:end], accumulate=start > 0)
@@ -139,7 +141,7 @@ def _long_rows(kernels: Kernels, p: Result, q: Result, scale: Tensor | None) -> 
 
 
 def _dense(kernels: Kernels, side: Side, start: int, stop: int, copy: Tensor | None) -> Tensor:
-    """The rows of some slots as a matrix: a view, or gathered into ``copy``."""
+    """The rows of some slots as a matrix: a view, or those that take part in ``copy``, among zeros."""
     if copy is None:
         return side.x[start:stop]
     kernels.gather(side, copy, start, stop)

@@ -40,13 +40,17 @@ def _prepare(kernels: Kernels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     m, k, device = z.shape[0], w.shape[0], z.device
     z_rnorm, pos = (torch.empty(m, dtype=torch.float32, device=device) for _ in range(2))
     if not spec.present_only:
+        # Under "self" a row may take part as someone's positive alone: -1 stays with those that do not even that.
+        positives = spec.exclude == "self"
+        w_rnorm = torch.empty(k, dtype=torch.float32, device=device)
+        if not spec.symmetric:
+            kernels.row_rnorm(w, w_rnorm, kernels.inputs.target if spec.square else None)
+        elif positives:
+            w_rnorm.fill_(-1.0)
         if m:
-            kernels.prepare_samples(z_rnorm, pos, None, None)
-        if spec.symmetric:
-            w_rnorm = z_rnorm.clone()  # results of an operator must not share memory
-        else:
-            w_rnorm = torch.empty(k, dtype=torch.float32, device=device)
-            kernels.row_rnorm(w, w_rnorm)
+            kernels.prepare_samples(z_rnorm, pos, w_rnorm if positives else None, None)
+        if spec.symmetric and not positives:
+            w_rnorm.copy_(z_rnorm)  # results of an operator must not share memory
         return z_rnorm, pos, w_rnorm, torch.empty(0, dtype=index, device=device)
     w_rnorm = torch.zeros(k, dtype=torch.float32, device=device)
     if m == 0:

@@ -53,13 +53,14 @@ class Kernels(ABC):
     # --- O(M d) and O(K)
 
     @abstractmethod
-    def row_rnorm(self, x: Tensor, rnorm: Tensor) -> None:
-        """``rnorm[i] = 1 / max(|x[i]|, eps)``."""
+    def row_rnorm(self, x: Tensor, rnorm: Tensor, label: Tensor | None) -> None:
+        """``rnorm[i] = 1 / max(|x[i]|, eps)``; -1 where ``label[i]`` is ``ignore_index``."""
 
     @abstractmethod
     def prepare_samples(self, z_rnorm: Tensor, pos: Tensor, w_rnorm: Tensor | None, mark: Tensor | None) -> None:
-        """Every sample's inverse norm and positive logit; with ``mark``, also ``mark[class] = class`` and the
-        class's inverse norm for the classes that occur."""
+        """Every sample's inverse norm and positive logit, -1 and 0 where it is ignored. With ``w_rnorm`` also the
+        inverse norms of all that is someone's positive, and where features are compared with themselves those of
+        all samples that are not ignored. With ``mark`` also ``mark[class] = class`` for the classes that occur."""
 
     @abstractmethod
     def compact(self, mark: Tensor, rank: Tensor, present: Tensor, k: int, slots: int) -> None:
@@ -110,7 +111,7 @@ class Kernels(ABC):
 
     @abstractmethod
     def gather(self, side: Side, out: Tensor, start: int, stop: int) -> None:
-        """The rows of the slots [start, stop) as a matrix."""
+        """The rows of the slots [start, stop) as a matrix; zeros for rows that take no part."""
 
     @abstractmethod
     def finish(

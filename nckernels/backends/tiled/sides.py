@@ -26,7 +26,7 @@ class Side:
     x: Tensor
     """(rows, d), contiguous rows."""
     rnorm: Tensor
-    """(rows,): 1 / max(norm, eps)."""
+    """(rows,): 1 / max(norm, eps); -1 for rows that take no part, with ``unsummed`` not even as a positive."""
     samples: bool
     """Whether these are the features, perhaps as both operands."""
     slots: int
@@ -48,6 +48,11 @@ class Side:
     """(rows,): upstream gradient of ``lse``."""
     pos: Tensor | None = None
     """(rows,): upstream gradient of the positive logits, samples only."""
+
+    @property
+    def partial(self) -> bool:
+        """Whether some rows may take no part. These may hold anything, NaN too, and must not be read."""
+        return self.label is not None
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ def two_sides(inputs: Inputs, spec: Spec, z_rnorm: Tensor, w_rnorm: Tensor, pres
     m, k, positives = z.shape[0], w.shape[0], spec.exclude == "self"
     if spec.symmetric:
         bias = sample_bias if spec.by_class else class_bias
-        both = Side(z, z_rnorm, True, m, target, spec.ignore_index, unsummed=positives, bias=bias)
+        both = Side(z, w_rnorm, True, m, target, spec.ignore_index, unsummed=positives, bias=bias)
         return both, both
     samples = Side(z, z_rnorm, True, m, target, spec.ignore_index, bias=sample_bias)
     if spec.square:

@@ -121,8 +121,10 @@ class Shape:
     def key(self, kernel: str) -> str:
         """The name of a table's entry: kind, row length, and what else the rules below ask for."""
         length = self.whole if self.whole <= 512 else 1024 if self.d >= 1024 else 512
-        heavy = " heavy" if self.heavy else ""
-        return f"{self.kind} {length}{heavy}" + (" full" if kernel == "entries" and self.fills_device else "")
+        name = f"{self.kind} {length} heavy" if self.heavy else f"{self.kind} {length}"
+        if kernel == "lse" and self.square:
+            return name + " square"
+        return name + " full" if kernel == "entries" and self.fills_device else name
 
 
 @cache
@@ -255,5 +257,6 @@ def grad_tile(shape: Shape) -> Tile | None:
             return Tile(64, 32, 128, 8 if heavy else 4, 2)
         return Tile(32, 32, 256, 8, 2) if heavy else Tile(64, 32, 256, 8, 2)
     if whole <= 128:
-        return Tile(128, 32 if heavy else 64, whole, 8, 2)
+        # With two stages, labels on both sides make Triton 3.9 spill on sm_100.
+        return Tile(128, 32 if heavy else 64, whole, 8, 3 if heavy and whole <= 64 and shape.family == 100 else 2)
     return Tile(64, 32 if heavy and shape.family == 90 else 64, 256, 8, 2)

@@ -9,6 +9,7 @@ from .tiles import (
     load_lse,
     load_rows,
     mask_tag,
+    paired_rows,
     row_bias,
     slot_rows,
     tile_products,
@@ -49,7 +50,7 @@ def project(acc, x, rnorm, weight, EPS: tl.constexpr):
 def finish_kernel(
     Acc, X, Rnorm, Label, Count, Beta, Scale, Out, Dot,
     start, stop, parts, part_stride, d, x_stride, skip,
-    GATHER: tl.constexpr, NORM_INSIDE: tl.constexpr, WHOLE_D: tl.constexpr,
+    GATHER: tl.constexpr, UNSUMMED: tl.constexpr, NORM_INSIDE: tl.constexpr, WHOLE_D: tl.constexpr,
     UNIT: tl.constexpr, EPS: tl.constexpr, NORM_LIMIT: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the slots [start, stop) from float32 sums: add the partials, project, scale, cast.
@@ -66,6 +67,7 @@ def finish_kernel(
     if Count is not None:
         used = tl.minimum(tl.load(Count), stop)
     row, _, valid = slot_rows(Label, first, used, skip, GATHER, BR)
+    valid = paired_rows(Rnorm, valid, first, used, UNSUMMED, BR)
     slot = first + tl.arange(0, BR)
     written = valid
     if not GATHER:
@@ -118,14 +120,18 @@ def finish_kernel(
 
 @triton.jit(do_not_specialize=["start", "stop", "d", "x_stride", "skip"])
 def gather_kernel(
-    X, Label, Count, Out, start, stop, d, x_stride, skip,
-    UNIT: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+    X, Rnorm, Label, Count, Out, start, stop, d, x_stride, skip,
+    GATHER: tl.constexpr, UNSUMMED: tl.constexpr, UNIT: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """``Out[slot - start] = X[row of slot]``, zeros for unused slots: a dense operand for a matrix product."""
+    """``Out[slot - start] = X[row of slot]``, zeros for what takes no part: a dense operand for a matrix product."""
     d *= UNIT
     x_stride *= UNIT
     first = start + tl.program_id(0) * BR
-    row, _, valid = slot_rows(Label, first, tl.minimum(tl.load(Count), stop), skip, True, BR)
+    used = stop
+    if Count is not None:
+        used = tl.minimum(tl.load(Count), stop)
+    row, _, valid = slot_rows(Label, first, used, skip, GATHER, BR)
+    valid = paired_rows(Rnorm, valid, first, used, UNSUMMED, BR)
     local = tl.program_id(0) * BR + tl.arange(0, BR)
     col = tl.program_id(1) * BD + tl.arange(0, BD)
     inside = (col < d)[None, :]

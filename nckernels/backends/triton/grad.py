@@ -152,7 +152,7 @@ def grad_kernel(
     if Q_count is not None:
         n_q = tl.load(Q_count)
     p_row, p_label, p_valid = slot_rows(P_label, p_first, n_p, skip_p, P_GATHER, BP)
-    p_here = paired_rows(p_valid, p_first, n_p, P_UNSUMMED, BP)
+    p_here = paired_rows(P_rnorm, p_valid, p_first, n_p, P_UNSUMMED, BP)
     p_tag = mask_tag(p_row, p_label, EXCLUDE, P_SAMPLES)
     p_positive = positive_of(p_row, p_label, EXCLUDE)
     p_rnorm = tl.load(P_rnorm + p_row, mask=p_here, other=0.0)
@@ -171,7 +171,7 @@ def grad_kernel(
 
     for q_block in range(part, tl.cdiv(n_q, BQ), split):
         q_row, q_label, q_valid = slot_rows(Q_label, q_block * BQ, n_q, skip_q, Q_GATHER, BQ)
-        q_here = paired_rows(q_valid, q_block * BQ, n_q, Q_UNSUMMED, BQ)
+        q_here = paired_rows(Q_rnorm, q_valid, q_block * BQ, n_q, Q_UNSUMMED, BQ)
         q = load_rows(Q, q_row, q_here, q_stride, d, BD, EVEN_D)
         s = dot(p, tl.trans(q), tl.zeros((BP, BQ), tl.float32), PRECISION) * p_scale[:, None]
         q_tag = mask_tag(q_row, q_label, EXCLUDE, not P_SAMPLES)
@@ -258,9 +258,9 @@ def entries_kernel(
         stop = tl.where(q_first < q_used, stop, 0)
 
     p_row, p_label, p_valid = slot_rows(P_label, p_first, p_used, skip_p, P_GATHER, BP)
-    p_here = paired_rows(p_valid, p_first, p_used, P_UNSUMMED, BP)
+    p_here = paired_rows(P_rnorm, p_valid, p_first, p_used, P_UNSUMMED, BP)
     q_row, _, q_valid = slot_rows(Q_label, q_first, q_used, skip_q, Q_GATHER, BQ)
-    q_here = paired_rows(q_valid, q_first, q_used, Q_UNSUMMED, BQ)
+    q_here = paired_rows(Q_rnorm, q_valid, q_first, q_used, Q_UNSUMMED, BQ)
     acc = dot_rows(P, p_row, p_here, p_stride, Q, q_row, q_here, q_stride, d, stop, BD, EVEN_D, PRECISION)
 
     p_tag = mask_tag(p_row, p_label, EXCLUDE, P_SAMPLES)
@@ -278,7 +278,7 @@ def entries_kernel(
     products = column_parts(acc, PARTS)
     for i in tl.static_range(PARTS):
         row, label, valid = slot_rows(Q_label, q_first + i * B, q_used, skip_q, Q_GATHER, B)
-        here = paired_rows(valid, q_first + i * B, q_used, Q_UNSUMMED, B)
+        here = paired_rows(Q_rnorm, valid, q_first + i * B, q_used, Q_UNSUMMED, B)
         q_tag = mask_tag(row, label, EXCLUDE, not P_SAMPLES)
         q_positive = positive_of(row, label, EXCLUDE)
         q_rnorm = tl.load(Q_rnorm + row, mask=here, other=0.0)

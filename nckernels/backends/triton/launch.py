@@ -104,11 +104,11 @@ class TritonKernels(Kernels):
 
     # --- O(M d) and O(K)
 
-    def row_rnorm(self, x: Tensor, rnorm: Tensor) -> None:
+    def row_rnorm(self, x: Tensor, rnorm: Tensor, label: Tensor | None) -> None:
         n, blocks = x.shape[0], _row_blocks(x.shape[1])
         launch(
             norms.row_rnorm_kernel, (triton.cdiv(n, blocks["BR"]),),
-            x, rnorm, n, self.d, self._units(x), UNIT=self.unit, EPS=self.eps, **blocks,
+            x, label, rnorm, n, self.d, self._units(x), self.spec.ignore_index, UNIT=self.unit, EPS=self.eps, **blocks,
         )  # fmt: skip
 
     def prepare_samples(self, z_rnorm: Tensor, pos: Tensor, w_rnorm: Tensor | None, mark: Tensor | None) -> None:
@@ -120,7 +120,8 @@ class TritonKernels(Kernels):
             norms.prepare_samples_kernel, (triton.cdiv(m, blocks["BR"]),),
             z, w, self.inputs.target, self.beta, z_rnorm, pos, w_rnorm, mark,
             m, w.shape[0], self.d, self._units(z), self._units(w), spec.ignore_index,
-            SAME_LABEL=spec.exclude == "same_label", UNIT=self.unit, EPS=self.eps, **blocks, **checks,
+            SAME_LABEL=spec.exclude == "same_label", ITSELF=spec.symmetric, UNIT=self.unit, EPS=self.eps,
+            **blocks, **checks,
         )  # fmt: skip
 
     def compact(self, mark: Tensor, rank: Tensor, present: Tensor, k: int, slots: int) -> None:
@@ -209,8 +210,9 @@ class TritonKernels(Kernels):
     def gather(self, side: Side, out: Tensor, start: int, stop: int) -> None:
         launch(
             finish.gather_kernel, (triton.cdiv(stop - start, 16), triton.cdiv(self.d * self.unit, 256)),
-            side.x, side.label, side.count, out, start, stop, self.d, self._units(side.x), side.skip,
-            UNIT=self.unit, BR=16, BD=256,
+            side.x, side.rnorm, side.label, side.count, out,
+            start, stop, self.d, self._units(side.x), side.skip,
+            GATHER=side.gather, UNSUMMED=side.unsummed, UNIT=self.unit, BR=16, BD=256,
         )  # fmt: skip
 
     def finish(
@@ -219,12 +221,11 @@ class TritonKernels(Kernels):
         side = result.side
         d = side.x.shape[1]
         blocks = _row_blocks(d)
-        label = None if side.unsummed else side.label  # rows outside all sums can still have a gradient
         launch(
             finish.finish_kernel, (triton.cdiv(stop - start, blocks["BR"]),),
-            sums, side.x, side.rnorm, label, side.count, self.beta, scale, result.out, result.dot,
+            sums, side.x, side.rnorm, side.label, side.count, self.beta, scale, result.out, result.dot,
             start, stop, parts, side.slots * self.d, self.d, self._units(side.x), side.skip,
-            GATHER=side.gather, NORM_INSIDE=norm_inside, WHOLE_D=blocks["BD"] >= d,
+            GATHER=side.gather, UNSUMMED=side.unsummed, NORM_INSIDE=norm_inside, WHOLE_D=blocks["BD"] >= d,
             UNIT=self.unit, EPS=self.eps, NORM_LIMIT=self.norm_limit, **blocks,
         )  # fmt: skip
 

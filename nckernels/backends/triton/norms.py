@@ -17,13 +17,18 @@ def inverse_norm(square_sum, EPS: tl.constexpr):
     return 1.0 / tl.maximum(tl.sqrt(square_sum), EPS, propagate_nan=tl.PropagateNan.ALL)
 
 
-@triton.jit(do_not_specialize=["n", "d", "stride"])
-def row_rnorm_kernel(X, Rnorm, n, d, stride, UNIT: tl.constexpr, EPS: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):
-    """``Rnorm[i] = 1 / max(|X[i]|, EPS)``; a program takes BR rows."""
+@triton.jit(do_not_specialize=["n", "d", "stride", "skip"])
+def row_rnorm_kernel(
+    X, Label, Rnorm, n, d, stride, skip, UNIT: tl.constexpr, EPS: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr
+):  # fmt: skip
+    """``Rnorm[i] = 1 / max(|X[i]|, EPS)``, -1 for rows that ``Label`` leaves out; a program takes BR rows."""
     d *= UNIT
     stride *= UNIT
     row = tl.program_id(0) * BR + tl.arange(0, BR)
-    valid = row < n
+    inside = row < n
+    valid = inside
+    if Label is not None:
+        valid = tl.load(Label + row, mask=inside, other=skip) != skip
     col = tl.arange(0, BD)
     ptr = X + row.to(tl.int64)[:, None] * stride + col[None, :]
     # One running sum a column, reduced across threads once at the end rather than at every step.
@@ -31,7 +36,10 @@ def row_rnorm_kernel(X, Rnorm, n, d, stride, UNIT: tl.constexpr, EPS: tl.constex
     for k in range(0, d, BD):
         x = tl.load(ptr + k, mask=valid[:, None] & (col < d - k)[None, :], other=0.0).to(tl.float32)
         total = tl.fma(x, x, total)
-    tl.store(Rnorm + row, inverse_norm(tl.sum(total, 1), EPS), mask=valid)
+    rnorm = inverse_norm(tl.sum(total, 1), EPS)
+    if Label is not None:
+        rnorm = tl.where(valid, rnorm, -1.0)
+    tl.store(Rnorm + row, rnorm, mask=inside)
 
 
 @triton.jit(do_not_specialize=["m", "k", "d", "z_stride", "w_stride", "skip"])
@@ -39,14 +47,17 @@ def prepare_samples_kernel(
     Z, W, Target, Beta,
     Z_rnorm, Pos, W_rnorm, Mark,
     m, k, d, z_stride, w_stride, skip,
-    SAME_LABEL: tl.constexpr, UNIT: tl.constexpr, EPS: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+    SAME_LABEL: tl.constexpr, ITSELF: tl.constexpr,
+    UNIT: tl.constexpr, EPS: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """One pass over the samples and their positive prototypes.
 
-    Writes each sample's inverse norm and its positive logit ``beta cos(z, w_partner)``. The partner's norm
-    comes from the same loads, so nothing here waits for a pass over the prototypes. With ``Mark`` (only
-    the classes that occur are wanted) it also writes ``Mark[class] = class`` and the class's inverse norm:
-    samples of one class write the same values, so the order does not matter.
+    Writes each sample's inverse norm and its positive logit ``beta cos(z, w_partner)``, -1 and 0 where it is
+    ignored: whatever it holds, it has no share in the scale of float16 gradients. The partner's norm
+    comes from the same loads, so nothing here waits for a pass over the prototypes: ``W_rnorm`` is for those
+    who want the partners only, or where the samples are their own partners (``ITSELF``) all that take part.
+    With ``Mark`` (only the classes that occur are wanted) it also writes ``Mark[class] = class``. Whoever writes
+    to a place writes the same value, so the order does not matter.
 
     The assertions are compiled in with Triton's debug option, which this kernel is launched with.
     """
@@ -85,11 +96,14 @@ def prepare_samples_kernel(
     r_w = inverse_norm(tl.sum(ww, 1), EPS)
     # Each norm meets the product separately: r_z * r_w alone can pass float32's range for tiny rows.
     pos = beta * (tl.sum(zw, 1) * r_z * r_w)
-    tl.store(Z_rnorm + row, r_z, mask=inside)
+    tl.store(Z_rnorm + row, tl.where(valid, r_z, -1.0), mask=inside)
     tl.store(Pos + row, tl.where(valid, pos, 0.0), mask=inside)
     if Mark is not None:
         tl.store(Mark + partner, partner, mask=valid)
+    if W_rnorm is not None:
         tl.store(W_rnorm + partner, r_w, mask=valid)
+        if ITSELF:
+            tl.store(W_rnorm + row, r_z, mask=valid)
 
 
 @triton.jit(do_not_specialize=["k", "slots"])

@@ -55,14 +55,16 @@ def slot_rows(Label, first, n, skip, GATHER: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def paired_rows(valid, first, n, UNSUMMED: tl.constexpr, B: tl.constexpr):
+def paired_rows(Rnorm, valid, first, n, UNSUMMED: tl.constexpr, B: tl.constexpr):
     """Rows that gradient entries may involve: those in the sums and those that are someone's positive.
 
     They differ in one case (``UNSUMMED``): with the mask "self" a prototype whose own sample is ignored is in
-    no sum, but can be another sample's positive.
+    no sum, but can be another sample's positive. If it is not, its inverse norm is -1.
     """
     if UNSUMMED:
-        valid = first + tl.arange(0, B) < n
+        slot = first + tl.arange(0, B)
+        # Not ">= 0": the inverse norm of a row with NaN is NaN, and such a row is there.
+        valid = (tl.load(Rnorm + slot, mask=slot < n, other=-1.0) < 0) == 0
     return valid
 
 
