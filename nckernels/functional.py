@@ -62,7 +62,7 @@ def nonl_loss(
         >>> y = torch.randint(10, (32,))
         >>> nckernels.nonl_loss(x, head.weight, y).backward()
     """
-    beta = _inverse_temperature(input, prototypes, target, weight, temperature, reduction)
+    beta = _checked(input, prototypes, target, weight, temperature, ignore_index, reduction)
     _checks.choice("direction", direction, DIRECTIONS)
     if direction == "both":
         loss = _both_ways(input, prototypes, target, beta, ignore_index)
@@ -101,7 +101,7 @@ def ntce_loss(
     Each class prototype is contrasted with all samples of the batch. Arguments, results and errors are those
     of :func:`nonl_loss`, without ``direction``.
     """
-    beta = _inverse_temperature(input, prototypes, target, weight, temperature, reduction)
+    beta = _checked(input, prototypes, target, weight, temperature, ignore_index, reduction)
     loss = contrast(input, prototypes, target, beta, direction="class", exclude="none", ignore_index=ignore_index)
     return _reduce(loss, target, weight, ignore_index, reduction)
 
@@ -137,7 +137,7 @@ def normface_loss(
 
     Returns, Raises: as in :func:`nonl_loss`.
     """
-    beta = _inverse_temperature(input, prototypes, target, weight, temperature, reduction)
+    beta = _checked(input, prototypes, target, weight, temperature, ignore_index, reduction)
     _checks.in_range("label_smoothing", label_smoothing, 0.0, 1.0)
     _checks.in_range("angular_margin", angular_margin, 0.0, math.pi)
     _checks.in_range("cosine_margin", cosine_margin, 0.0, 2.0)
@@ -179,12 +179,13 @@ def normface_loss(
 # --- steps -------------------------------------------------------------------------------------------------
 
 
-def _inverse_temperature(
+def _checked(
     input: Tensor,
     prototypes: Tensor,
     target: Tensor,
     weight: Tensor | None,
     temperature: float | Tensor,
+    ignore_index: int,
     reduction: str,
 ) -> float | Tensor:
     """Check what all losses share; return beta = 1 / temperature."""
@@ -194,6 +195,7 @@ def _inverse_temperature(
     _checks.target(target, input, "input")
     _checks.positive_scalar("temperature", temperature, input)
     _checks.choice("reduction", reduction, REDUCTIONS)
+    _checks.integer("ignore_index", ignore_index)
     if weight is not None:
         _checks.vector("weight", weight, prototypes.shape[0], input)
     return inverse(temperature)
