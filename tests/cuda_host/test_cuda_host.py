@@ -517,7 +517,11 @@ def test_planted_faults_are_caught(emulator: Emulator, fault: str, d: int, sched
 def test_sanitizers(sanitizer: str) -> None:
     """No data race and no access out of bounds; and those that are planted are reported."""
     program = host_build.program(sanitizer)
-    environment = {**os.environ, "TSAN_OPTIONS": "exitcode=66", "ASAN_OPTIONS": "detect_leaks=0:exitcode=66"}
+    environment = {
+        **os.environ,
+        "TSAN_OPTIONS": "exitcode=66:halt_on_error=1",
+        "ASAN_OPTIONS": "detect_leaks=0:exitcode=66",
+    }
 
     def run(fault: int) -> subprocess.CompletedProcess[str]:
         return subprocess.run([str(program), str(fault)], env=environment, capture_output=True, text=True, timeout=900)
