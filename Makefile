@@ -29,7 +29,7 @@ help: ## list the targets
 
 setup: $(READY) ## make .venv with torch and everything the targets need
 
-demo: $(READY) ## train CE, NormFace, NTCE and NONL on digits; table and out/demo/demo.png
+demo: $(READY) ## train CE, NormFace, NTCE, NONL and SupCon on digits; table and out/demo/demo.png
 	$(PY) -m nckernels demo --out out/demo
 
 test: lint check-cuda check-triton-quick ## lint, types, offline compilation of GPU kernels, all quick tests
@@ -47,7 +47,8 @@ sanitize: $(READY) ## the native backend's tests under the address and undefined
 	NCKERNELS_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1" \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 NCKERNELS_BACKEND=native \
-	$(PYTEST) tests/test_primitive.py tests/test_losses.py tests/test_autograd.py tests/test_native.py -k native
+	$(PYTEST) tests/test_primitive.py tests/test_losses.py tests/test_autograd.py tests/test_contrastive.py tests/test_native.py \
+	  tests/test_fuzz.py -k native
 
 lint: $(READY) ## ruff, mypy and clang-format
 	$(PY) -m ruff check .
