@@ -9,10 +9,14 @@ namespace nckernels {
 template <class T>
 T dot(const T* a, const T* b, int64_t n) {
   constexpr int W = lanes<T>;
-  Vec<T> total{};
+  // Four sums, since each addition waits for the one before it.
+  Vec<T> total[4] = {};
   int64_t i = 0;
-  for (; i + W <= n; i += W) total += load(a + i) * load(b + i);
-  T result = sum<T>(total);
+  for (; i + 4 * W <= n; i += 4 * W)
+#pragma GCC unroll 4
+    for (int x = 0; x < 4; x++) total[x] += load(a + i + x * W) * load(b + i + x * W);
+  for (; i + W <= n; i += W) total[0] += load(a + i) * load(b + i);
+  T result = sum<T>((total[0] + total[1]) + (total[2] + total[3]));
   for (; i < n; i++) result += a[i] * b[i];
   return result;
 }

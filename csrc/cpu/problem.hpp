@@ -99,13 +99,17 @@ class Rows {
   int64_t line() const { return half_ ? d_ : 0; }
 
   // Row j where it lies, or converted into `line`.
-  const T* get(int64_t j, T* line) const {
-    if (!half_) return static_cast<const T*>(data_) + j * stride_;
-    const uint16_t* row = static_cast<const uint16_t*>(data_) + j * stride_;
+  const T* get(int64_t j, T* line) const { return get(j, 0, d_, line); }
+
+  // `n` numbers of row j, from number `first` on.
+  const T* get(int64_t j, int64_t first, int64_t n, T* line) const {
+    const int64_t at = j * stride_ + first;
+    if (!half_) return static_cast<const T*>(data_) + at;
+    const uint16_t* row = static_cast<const uint16_t*>(data_) + at;
     if (half_ == kBfloat16)
-      for (int64_t i = 0; i < d_; i++) line[i] = from_bfloat16(row[i]);
+      for (int64_t i = 0; i < n; i++) line[i] = from_bfloat16(row[i]);
     else
-      for (int64_t i = 0; i < d_; i++) line[i] = from_float16(row[i]);
+      for (int64_t i = 0; i < n; i++) line[i] = from_float16(row[i]);
     return line;
   }
 

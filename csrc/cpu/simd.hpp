@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 // A test sets it to 64 where there is no AVX-512: the compiler makes two halves of each vector, and every
 // other line is the same.
@@ -73,11 +74,41 @@ NCK_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
-template <class T>
+// One step of a transposition, which swaps lanes S apart: the vector numbered without bit S (HIGH: with it).
+template <class T, int S, bool HIGH, size_t... I>
+NCK_INLINE Vec<T> swapped(Vec<T> a, Vec<T> b, std::index_sequence<I...>) {
+  return __builtin_shufflevector(
+      a, b, int(HIGH ? (I & S ? lanes<T> + I : I + S) : (I & S ? lanes<T> + I - S : I))...);
+}
+
+// Lanes FIRST and following.
+template <class T, int FIRST, size_t... I>
+NCK_INLINE auto part(Vec<T> v, std::index_sequence<I...>) {
+  return __builtin_shufflevector(v, v, int(FIRST + I)...);
+}
+
+// The first N lanes, in pieces that are powers of two.
+template <class T, int N, int FIRST = 0>
+NCK_INLINE void store_first(T* p, Vec<T> v) {
+  constexpr int rest = N - FIRST, size = rest & 8 ? 8 : rest & 4 ? 4 : rest & 2 ? 2 : 1;
+  if constexpr (rest == lanes<T>) {
+    store(p, v);
+  } else if constexpr (size > 1) {
+    const auto piece = part<T, FIRST>(v, std::make_index_sequence<size>{});
+    std::memcpy(p + FIRST, &piece, sizeof piece);
+  } else {
+    p[FIRST] = v[FIRST];
+  }
+  if constexpr (rest > size && rest < lanes<T>) store_first<T, N, FIRST + size>(p, v);
+}
+
+template <class T, int HALF = lanes<T> / 2>
 NCK_INLINE T sum(Vec<T> v) {
-  T total = 0;
-  for (int i = 0; i < lanes<T>; i++) total += v[i];
-  return total;
+  if constexpr (HALF > 1) {
+    const auto halves = swapped<T, HALF, true>(v, v, std::make_index_sequence<lanes<T>>{});
+    return sum<T, HALF / 2>(v + halves);
+  }
+  return v[0] + v[1];
 }
 
 template <class T>
@@ -85,6 +116,21 @@ NCK_INLINE T largest(Vec<T> v) {
   T best = v[0];
   for (int i = 1; i < lanes<T>; i++) best = v[i] > best ? v[i] : best;
   return best;
+}
+
+// A square block: lane j of vector i becomes lane i of vector j.
+template <class T, int S = 1>
+NCK_INLINE void transpose(Vec<T>* x) {
+  constexpr int W = lanes<T>;
+  using All = std::make_index_sequence<W>;
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++)
+    if (!(i & S)) {
+      const Vec<T> low = swapped<T, S, false>(x[i], x[i + S], All{});
+      x[i + S] = swapped<T, S, true>(x[i], x[i + S], All{});
+      x[i] = low;
+    }
+  if constexpr (2 * S < W) transpose<T, 2 * S>(x);
 }
 
 // e^x to about one unit in the last place; 0 below the smallest normal number, NaN for NaN.

@@ -12,6 +12,8 @@ template <class T, int NV>
 struct Tiles {
   using G = Gemm<T, NV>;
   static constexpr int W = G::W, NR = G::NR;
+  static_assert(DEPTH % NR == 0);
+  static constexpr T zeros[DEPTH] = {};  // a row that is not there
 
   const Problem& p;
   const Columns& columns;
@@ -89,23 +91,42 @@ struct Tiles {
     return kept + (tile * all_panels * tile_m + first_panel * padded_rows(tile)) * NR;
   }
 
-  // Unit prototypes of the columns [first, first + count) as V for `Gemm::logits` and as [d
-  // panel][column][NR], each unless null. Padding and columns that nobody may read are zero.
+  // Unit prototypes of the columns [first, first + count) as V for `Gemm::logits`, in blocks of DEPTH along
+  // d, and as [d panel][column][NR], each unless null. Padding and columns that nobody may read are zero.
   void pack_prototypes(int64_t first, int64_t count, int64_t panel, T* by_class, T* by_feature) const {
-    Buffer<T> lines(w.line() * NR);
-    const int64_t padded = round_up(count, NR), begin = panel * NR;
+    const int64_t padded = round_up(count, NR);
+    for (int64_t k = 0; k < p.d && by_class; k += DEPTH) {
+      const int64_t n = std::min<int64_t>(DEPTH, p.d - k);
+      pack_by_class(first, count, panel, k, n, by_class + k * padded + panel * NR * n);
+    }
+    for (int64_t f = 0; f < d_panels && by_feature; f++)
+      pack_by_feature(first, count, f, panel, 1, by_feature + (f * padded + panel * NR) * NR);
+  }
+
+  // [n][NR]: one panel of the columns [first, first + count), numbers k to k + n of their rows.
+  void pack_by_class(int64_t first, int64_t count, int64_t panel, int64_t k, int64_t n, T* out) const {
+    T lines[NR][DEPTH];  // of 16-bit numbers
     const T* rows[NR];
     T scale[NR];
     for (int64_t q = 0; q < NR; q++) {
-      const int64_t c = first + begin + q;
-      const bool here = begin + q < count && columns.reads(c);
-      const int64_t id = here ? columns.class_of(c) : 0;
-      rows[q] = here ? w.get(id, lines + q * w.line()) : nullptr;
+      const int64_t c = panel * NR + q;
+      const bool here = c < count && columns.reads(first + c);
+      const int64_t id = here ? columns.class_of(first + c) : 0;
+      rows[q] = here ? w.get(id, k, n, lines[q]) : zeros;
       scale[q] = here ? w_rnorm[id] : T(0);
     }
-    if (by_class) interleave<NR>(rows, scale, padded, begin, by_class);
-    if (!by_feature) return;
-    for (int64_t q = 0; q < NR; q++) to_panels(rows[q], scale[q], padded, by_feature + (begin + q) * NR);
+    interleave<NR>(rows, scale, n, out);
+  }
+
+  // [panels * NR][NR]: the columns of some panels, panel f of the features.
+  void pack_by_feature(int64_t first, int64_t count, int64_t f, int64_t panel, int64_t panels, T* out) const {
+    T line[NR];
+    const int64_t width = std::min<int64_t>(NR, p.d - f * NR);
+    for (int64_t c = panel * NR; c < (panel + panels) * NR; c++, out += NR) {
+      const bool here = c < count && columns.reads(first + c);
+      const int64_t id = here ? columns.class_of(first + c) : 0;
+      scaled(here ? w.get(id, f * NR, width, line) : zeros, here ? w_rnorm[id] : T(0), width, out);
+    }
   }
 
   // beta times the unit features of a tile as U for `Gemm::logits` and as [d panel][padded rows][NR], each
@@ -113,58 +134,59 @@ struct Tiles {
   // and columns add to one gradient, the panels are without beta as the prototypes' are, and hold what they
   // hold.
   void pack_features(int64_t tile, T* packed, T* by_feature) const {
-    Buffer<T> lines(z.line() * MR);
+    T lines[MR][DEPTH];  // of 16-bit numbers
     const int64_t n = this->rows(tile), padded = padded_rows(tile), row0 = first_row(tile);
-    for (int64_t i = 0; i < padded; i += MR) {
-      const T* rows[MR];
-      T scale[MR];
-      for (int64_t r = 0; r < MR; r++) {
-        const int64_t j = row0 + i + r;
-        const bool here = i + r < n && (p.symmetric ? columns.reads(j) : valid(j));
-        rows[r] = here ? z.get(j, lines + r * z.line()) : nullptr;
-        scale[r] = here ? z_rnorm[j] * beta : T(0);
+    for (int64_t i = 0; i < padded; i += MR)
+      for (int64_t k = 0; k < p.d; k += DEPTH) {
+        const int64_t depth = std::min<int64_t>(DEPTH, p.d - k);
+        const T* rows[MR];
+        T scale[MR];
+        for (int64_t r = 0; r < MR; r++) {
+          const int64_t j = row0 + i + r;
+          const bool here = i + r < n && (p.symmetric ? columns.reads(j) : valid(j));
+          rows[r] = here ? z.get(j, k, depth, lines[r]) : zeros;
+          scale[r] = here ? z_rnorm[j] * beta : T(0);
+        }
+        if (packed) interleave<MR>(rows, scale, depth, packed + k * padded + i * depth);
+        if (!by_feature) continue;
+        for (int64_t r = 0; r < MR; r++) {
+          const T factor = p.symmetric && scale[r] != T(0) ? z_rnorm[row0 + i + r] : scale[r];
+          for (int64_t x = 0; x < depth; x += NR)
+            scaled(rows[r] + x, factor, depth - x, by_feature + ((k + x) * padded / NR + i + r) * NR);
+        }
       }
-      if (packed) interleave<MR>(rows, scale, padded, i, packed);
-      if (!by_feature) continue;
-      for (int64_t r = 0; r < MR; r++) {
-        const T factor = p.symmetric && rows[r] ? z_rnorm[row0 + i + r] : scale[r];
-        to_panels(rows[r], factor, padded, by_feature + (i + r) * NR);
-      }
-    }
   }
 
-  // N rows side by side, out[x][N] = scale_r row_r[x], 0 for rows that are null; in blocks of DEPTH along x,
-  // each of which holds all `padded` rows, of which these are number `first` and following. Square blocks go
-  // through `block`, so that rows are read in whole vectors and `out` is written in order.
+  // out[x][N] = scale_r row_r[x] for N rows of n numbers, in square blocks.
   template <int N>
-  void interleave(const T* const* rows, const T* scale, int64_t padded, int64_t first, T* out) const {
-    static_assert(DEPTH % W == 0);
-    T block[N][W];
-    for (int64_t begin = 0; begin < p.d; begin += DEPTH) {
-      const int64_t end = std::min<int64_t>(begin + DEPTH, p.d);
-      T* to = out + begin * padded + first * (end - begin);
-      int64_t x = begin;
-      for (; x + W <= end; x += W, to += W * N) {
+  static void interleave(const T* const* rows, const T* scale, int64_t n, T* out) {
+    int64_t x = 0;
+    for (; x + W <= n; x += W, out += W * N)
 #pragma GCC unroll 32
-        for (int r = 0; r < N; r++) store(block[r], rows[r] ? load(rows[r] + x) * scale[r] : Vec<T>{});
-        for (int i = 0; i < W; i++)
-#pragma GCC unroll 32
-          for (int r = 0; r < N; r++) to[i * N + r] = block[r][i];
+      for (int g = 0; g < N; g += W) {
+        constexpr int last = N % W ? N % W : W;
+        Vec<T> block[W];
+#pragma GCC unroll 16
+        for (int r = 0; r < W; r++) block[r] = g + r < N ? load(rows[g + r] + x) * scale[g + r] : Vec<T>{};
+        transpose<T>(block);
+#pragma GCC unroll 16
+        for (int r = 0; r < W; r++)
+          if (g + W <= N)
+            store(out + r * N + g, block[r]);
+          else
+            store_first<T, last>(out + r * N + g, block[r]);
       }
-      for (; x < end; x++, to += N)
-        for (int r = 0; r < N; r++) to[r] = rows[r] ? rows[r][x] * scale[r] : T(0);
-    }
+    for (; x < n; x++, out += N)
+      for (int r = 0; r < N; r++) out[r] = rows[r][x] * scale[r];
   }
 
-  // One row, scaled, in pieces of NR at a distance of `padded` pieces; 0 past its end, and all of it if it is
-  // null.
-  void to_panels(const T* row, T scale, int64_t padded, T* out) const {
-    for (int64_t f = 0; f < d_panels; f++) {
-      const int64_t width = row ? std::min<int64_t>(NR, p.d - f * NR) : 0;
-      T* to = out + f * padded * NR;
-      for (int64_t x = 0; x < width; x++) to[x] = row[f * NR + x] * scale;
-      for (int64_t x = width; x < NR; x++) to[x] = T(0);
+  // out[NR] = scale row; 0 past `width` if that is less.
+  static void scaled(const T* row, T scale, int64_t width, T* out) {
+    if (width >= NR) {
+      for (int v = 0; v < NV; v++) store(out + v * W, load(row + v * W) * scale);
+      return;
     }
+    for (int64_t x = 0; x < NR; x++) out[x] = x < width ? row[x] * scale : T(0);
   }
 
   // The tile of t for the columns [first, first + count), -inf where excluded; positives are picked up in
