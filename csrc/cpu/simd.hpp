@@ -77,14 +77,14 @@ NCK_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
 // One step of a transposition, which swaps lanes S apart: the vector numbered without bit S (HIGH: with it).
 template <class T, int S, bool HIGH, size_t... I>
 NCK_INLINE Vec<T> swapped(Vec<T> a, Vec<T> b, std::index_sequence<I...>) {
+#if defined(__clang__)
   return __builtin_shufflevector(
       a, b, int(HIGH ? (I & S ? lanes<T> + I : I + S) : (I & S ? lanes<T> + I - S : I))...);
-}
-
-// Lanes FIRST and following.
-template <class T, int FIRST, size_t... I>
-NCK_INLINE auto part(Vec<T> v, std::index_sequence<I...>) {
-  return __builtin_shufflevector(v, v, int(FIRST + I)...);
+#else  // GCC has the above from version 12 on only
+  using Index = decltype(a > b);
+  return __builtin_shuffle(
+      a, b, Index{(HIGH ? (I & S ? lanes<T> + I : I + S) : (I & S ? lanes<T> + I - S : I))...});
+#endif
 }
 
 // The first N lanes, in pieces that are powers of two.
@@ -94,8 +94,7 @@ NCK_INLINE void store_first(T* p, Vec<T> v) {
   if constexpr (rest == lanes<T>) {
     store(p, v);
   } else if constexpr (size > 1) {
-    const auto piece = part<T, FIRST>(v, std::make_index_sequence<size>{});
-    std::memcpy(p + FIRST, &piece, sizeof piece);
+    std::memcpy(p + FIRST, reinterpret_cast<const char*>(&v) + FIRST * sizeof(T), size * sizeof(T));
   } else {
     p[FIRST] = v[FIRST];
   }
