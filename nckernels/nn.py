@@ -237,7 +237,8 @@ class _ContrastiveLoss(nn.Module):
 
     def __init__(self, *, temperature: float | Tensor = 0.1, reduction: Reduction = "mean") -> None:
         super().__init__()
-        _checks.positive_scalar("temperature", temperature, torch.empty(0))
+        like = temperature if isinstance(temperature, Tensor) else torch.empty(0)
+        _checks.positive_scalar("temperature", temperature, like)
         _checks.choice("reduction", reduction, REDUCTIONS)
         _register(self, "temperature", temperature)
         self.reduction: Reduction = reduction
@@ -246,7 +247,18 @@ class _ContrastiveLoss(nn.Module):
         return f"temperature={_shown(self.temperature)}, reduction={self.reduction!r}"
 
 
-class SupConLoss(_ContrastiveLoss):
+class _AnchorLoss(_ContrastiveLoss):
+    """What SupCon and InfoNCE share beyond that."""
+
+    def __init__(
+        self, *, ignore_index: int = -100, decoupled: bool = False, **options: Unpack[ContrastiveOptions]
+    ) -> None:
+        super().__init__(**options)
+        _checks.integer("ignore_index", ignore_index)
+        self.ignore_index, self.decoupled = ignore_index, decoupled
+
+
+class SupConLoss(_AnchorLoss):
     """Module form of :func:`nckernels.supcon_loss` ([NCD] Eq. 2).
 
     Args:
@@ -256,13 +268,6 @@ class SupConLoss(_ContrastiveLoss):
     Shape:
         input (N, d) or (B, V, d), target (N,) or (B,) or None -> scalar, or (N,), (B, V).
     """
-
-    def __init__(
-        self, *, ignore_index: int = -100, decoupled: bool = False, **options: Unpack[ContrastiveOptions]
-    ) -> None:
-        super().__init__(**options)
-        _checks.integer("ignore_index", ignore_index)
-        self.ignore_index, self.decoupled = ignore_index, decoupled
 
     def forward(self, input: Tensor, target: Tensor | None = None, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of features with labels, or of views without."""
@@ -300,15 +305,8 @@ class PrototypeLoss(_ContrastiveLoss):
         )
 
 
-class InfoNCELoss(_ContrastiveLoss):
+class InfoNCELoss(_AnchorLoss):
     """Module form of :func:`nckernels.info_nce_loss`; arguments as in :class:`SupConLoss`."""
-
-    def __init__(
-        self, *, ignore_index: int = -100, decoupled: bool = False, **options: Unpack[ContrastiveOptions]
-    ) -> None:
-        super().__init__(**options)
-        _checks.integer("ignore_index", ignore_index)
-        self.ignore_index, self.decoupled = ignore_index, decoupled
 
     def forward(
         self, query: Tensor, key: Tensor, target: Tensor | None = None, sample_weight: Tensor | None = None

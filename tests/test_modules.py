@@ -226,3 +226,9 @@ def test_classifier_shares_or_fixes_prototypes() -> None:
     assert nckernels.PrototypeClassifier(prototypes=linear.weight).prototypes is linear.weight
     fixed = nckernels.PrototypeClassifier(prototypes=nckernels.geometry.simplex_etf(5, 6))
     assert not list(fixed.parameters())
+
+
+@pytest.mark.parametrize("module", [nckernels.SupConLoss, nckernels.InfoNCELoss, nckernels.CLIPLoss])
+def test_temperature_of_a_contrastive_module_may_be_on_any_device(module: type[nn.Module]) -> None:
+    temperature = nn.Parameter(torch.tensor(0.1, device="meta"))
+    assert module(temperature=temperature).temperature is temperature
