@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .backends.base import bad_target
+
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -40,6 +42,12 @@ def matrix(name: str, value: Tensor, rows: str, columns: str) -> None:
         raise TypeError(f"{name} must be of a floating dtype (float32, bfloat16, float16, float64), got {value.dtype}")
 
 
+def some_columns(name: str, value: Tensor) -> None:
+    """A matrix whose rows have at least one number."""
+    if value.shape[1] == 0:
+        raise ValueError(f"{name} must have d >= 1 columns, got {tuple(value.shape)}")
+
+
 def features_and_prototypes(
     features: Tensor,
     prototypes: Tensor,
@@ -56,8 +64,7 @@ def features_and_prototypes(
             f"{feature_name} and {prototype_name} must have the same number of columns d, "
             f"got {tuple(features.shape)} and {tuple(prototypes.shape)}"
         )
-    if features.shape[1] == 0:
-        raise ValueError(f"{feature_name} must have d >= 1 columns, got {tuple(features.shape)}")
+    some_columns(feature_name, features)
     if prototypes.shape[0] == 0:
         raise ValueError(f"{prototype_name} must have K >= 1 rows, got {tuple(prototypes.shape)}")
     same_device(feature_name, features, prototype_name, prototypes)
@@ -91,12 +98,11 @@ def in_classes(target: Tensor, num_classes: int, ignore_index: int | None = None
     """Values of ``target`` in [0, num_classes) or ``ignore_index``, where looking at them stalls nobody."""
     if target.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    bad = (target < 0) | (target >= num_classes)
+    good = (target >= 0) & (target < num_classes)
     if ignore_index is not None:
-        bad &= target != ignore_index
-    if bool(bad.any()):
-        allowed = "" if ignore_index is None else f" or equal ignore_index={ignore_index}"
-        raise ValueError(f"target must lie in [0, {num_classes}){allowed}, got {int(target[bad][0])}")
+        good |= target == ignore_index
+    if not bool(good.all()):
+        raise bad_target(target, num_classes, ignore_index)
 
 
 def vector(name: str, value: Tensor, size: int, like: Tensor) -> None:

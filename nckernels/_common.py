@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .backends.base import accumulation_dtype, norm_eps
+
 Reduction = Literal["none", "mean", "sum"]
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -21,3 +23,14 @@ def logaddexp(a: Tensor, b: Tensor) -> Tensor:
     no_a, no_b = a == -torch.inf, b == -torch.inf
     both = torch.logaddexp(a.masked_fill(no_a, 0.0), b.masked_fill(no_b, 0.0))
     return torch.where(no_a, b, torch.where(no_b, a, both))
+
+
+def norms(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Row norms, at least the eps of the dtype that the rows were given in."""
+    return torch.linalg.vector_norm(rows, dim=-1).clamp_min(norm_eps(dtype))
+
+
+def unit(rows: Tensor) -> Tensor:
+    """Unit rows in the accumulation dtype."""
+    wide = rows.to(accumulation_dtype(rows.dtype))
+    return wide / norms(wide, rows.dtype).unsqueeze(-1)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from . import _checks, functional
-from .backends.base import accumulation_dtype, norm_eps
+from ._common import unit
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Encoder = Callable[[Tensor], Tensor]
@@ -156,7 +156,7 @@ class FixedPrototypes(_Classifier):
     @torch.no_grad()
     def _add(self, features: Tensor, labels: Tensor) -> None:
         for rows, classes in zip(features.split(_CHUNK), labels.long().split(_CHUNK), strict=True):
-            self.sums.index_add_(0, classes, _unit(rows).to(self.sums.dtype))
+            self.sums.index_add_(0, classes, unit(rows).to(self.sums.dtype))
             self.counts.index_add_(0, classes, torch.ones_like(classes))
 
     def merge(self, other: FixedPrototypes) -> Self:
@@ -185,8 +185,8 @@ class FixedPrototypes(_Classifier):
         """Cosine logits."""
         if self.counts.device.type == "cpu" and not bool(self.counts.any()):
             raise RuntimeError("FixedPrototypes has seen no samples yet; call fit or partial_fit first")
-        unit = _unit(input.to(self.device))
-        logits = F.linear(unit, self.prototypes.to(unit.dtype)) / self.temperature
+        rows = unit(input.to(self.device))
+        logits = F.linear(rows, self.prototypes.to(rows.dtype)) / self.temperature
         return logits.masked_fill(self.counts == 0, -torch.inf)
 
 
@@ -368,11 +368,6 @@ def compare_classifiers(
         run("LP", probe(normalize=False), low, low_test),
         run("NLP", probe(normalize=True), low, low_test),
     ]
-
-
-def _unit(rows: Tensor) -> Tensor:
-    """Unit rows, at least in float32."""
-    return F.normalize(rows.to(accumulation_dtype(rows.dtype)), dim=-1, eps=norm_eps(rows.dtype))
 
 
 @contextmanager

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks
-from ._common import REDUCTIONS, Reduction, inverse, logaddexp
-from .backends.base import accumulation_dtype, norm_eps
+from ._common import REDUCTIONS, Reduction, inverse, logaddexp, norms, unit
+from .backends.base import accumulation_dtype
 from .primitive import cosine_lse
 
 _LEFT_OUT = -1  # in place of the index of a sample that takes no part
@@ -123,7 +123,8 @@ def prototype_loss(
         _checks.in_classes(labels, num_classes, ignore_index)
         group, classes = labels, num_classes
     index = group.masked_fill(ignored, _LEFT_OUT)
-    sums, counts = _class_sums(_unit(_visible(rows, ignored), rows.dtype), group, ignored, classes)
+    visible = _visible(rows, ignored)
+    sums, counts = _class_sums(visible / norms(visible, rows.dtype)[:, None], group, ignored, classes)
     # Means lie inside the unit ball. One more coordinate, 0 for the samples, lifts them onto the sphere and leaves
     # the inner products as they are. (Several, so that rows stay aligned in memory.)
     means = sums / counts.clamp_min(1.0)[:, None]
@@ -244,8 +245,7 @@ def uniformity_loss(input: Tensor, *, t: float = 2.0) -> Tensor:
     _checks.matrix("input", input, "N", "d")
     _checks.positive_scalar("t", t, input)
     n = len(input)
-    if input.shape[1] == 0:
-        raise ValueError(f"input must have d >= 1 columns, got {tuple(input.shape)}")
+    _checks.some_columns("input", input)
     if n < 2:
         raise ValueError(f"input must have at least two rows to have pairs, got {tuple(input.shape)}")
     index = torch.arange(n, device=input.device)
@@ -273,7 +273,7 @@ def alignment_loss(input: Tensor, other: Tensor, *, alpha: float = 2.0, reductio
     _checks.same_device("input", input, "other", other)
     _checks.positive_scalar("alpha", alpha, input)
     _checks.choice("reduction", reduction, REDUCTIONS)
-    squares = (_unit(input, input.dtype) - _unit(other, other.dtype)).square().sum(1)
+    squares = (unit(input) - unit(other)).square().sum(1)
     # A power below 1 has an infinite slope at 0, where the distance itself is flat: no gradient there.
     loss = torch.where(squares > 0, squares.where(squares > 0, 1.0) ** (alpha / 2), 0.0)
     return _reduce(loss, torch.ones_like(loss, dtype=torch.bool), None, reduction, loss.shape)
@@ -321,8 +321,7 @@ def _samples(
         raise ValueError(f"input must have at least one view of every sample, got {tuple(input.shape)}")
     rows = input.flatten(0, -2)
     _checks.matrix("input", rows, "N", "d")
-    if rows.shape[1] == 0:
-        raise ValueError(f"input must have d >= 1 columns, got {tuple(input.shape)}")
+    _checks.some_columns("input", rows)
     count, views = input.shape[0], 1 if input.dim() == 2 else input.shape[1]
     if target is None:
         if views < 2:
@@ -340,11 +339,6 @@ def _samples(
 
 
 # --- steps ------------------------------------------------------------------------------------------------
-
-
-def _unit(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Unit rows in the accumulation dtype of the one that they were given in."""
-    return F.normalize(rows.to(accumulation_dtype(dtype)), dim=1, eps=norm_eps(dtype))
 
 
 def _groups(labels: Tensor, ignored: Tensor) -> tuple[Tensor, int]:
@@ -366,11 +360,11 @@ def _visible(rows: Tensor, ignored: Tensor) -> Tensor:
     return rows if known and not bool(ignored.any()) else rows.masked_fill(ignored[:, None], 0.0)
 
 
-def _class_sums(unit: Tensor, group: Tensor, ignored: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """(C, d) sums of the unit rows of every class, and (C,) their numbers."""
+def _class_sums(rows: Tensor, group: Tensor, ignored: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """(C, d) sums of the rows of every class, and (C,) their numbers; ignored rows are zeros."""
     group = group.masked_fill(ignored, 0)
-    sums = unit.new_zeros(classes, unit.shape[1]).index_add(0, group, unit)
-    return sums, unit.new_zeros(classes).index_add(0, group, (~ignored).to(unit.dtype))
+    sums = rows.new_zeros(classes, rows.shape[1]).index_add(0, group, rows)
+    return sums, rows.new_zeros(classes).index_add(0, group, (~ignored).to(rows.dtype))
 
 
 def _mean_positive(rows: Tensor, group: Tensor, classes: int, ignored: Tensor) -> tuple[Tensor, Tensor]:
@@ -380,12 +374,12 @@ def _mean_positive(rows: Tensor, group: Tensor, classes: int, ignored: Tensor) -
     one matrix of the rows' size is kept.
     """
     visible = _visible(rows, ignored)
-    rnorm = torch.linalg.vector_norm(visible, dim=1).clamp_min(norm_eps(rows.dtype)).reciprocal()
-    unit = visible * rnorm[:, None]
-    sums, counts = _class_sums(unit, group, ignored, classes)
+    rnorm = norms(visible, rows.dtype).reciprocal()
+    unit_rows = visible * rnorm[:, None]
+    sums, counts = _class_sums(unit_rows, group, ignored, classes)
     others = counts[group] - 1.0
     has_positive = (others > 0) & ~ignored
-    total = torch.linalg.vecdot(visible, sums[group] - unit) * rnorm
+    total = torch.linalg.vecdot(visible, sums[group] - unit_rows) * rnorm
     return total.masked_fill(~has_positive, 0.0) / others.clamp_min(1.0), has_positive
 
 

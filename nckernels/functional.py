@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._common import REDUCTIONS, Reduction, inverse, logaddexp
-from .backends.base import Direction, norm_eps
+from ._common import REDUCTIONS, Reduction, inverse, logaddexp, norms
+from .backends.base import Direction
 from .primitive import DIRECTIONS, contrast, cosine_lse
 
 
@@ -166,8 +166,8 @@ def normface_loss(
     class_weight = torch.ones(k, dtype=dtype, device=input.device) if weight is None else weight.to(dtype)
     with torch.autocast(input.device.type, enabled=False):
         rows, columns = input.to(dtype).masked_fill(ignored[:, None], 0.0), prototypes.to(dtype)
-        mean = (class_weight / _norms(columns, prototypes)) @ columns / k
-        spread = class_weight.mean() * lse - beta * (rows @ mean) / _norms(rows, input)
+        mean = (class_weight / norms(columns, prototypes.dtype)) @ columns / k
+        spread = class_weight.mean() * lse - beta * (rows @ mean) / norms(rows, input.dtype)
     if angular_margin or cosine_margin:
         spread = spread - class_weight[_safe(target, ignored)] / k * (pos - cosine)
     spread = spread.masked_fill(ignored, 0.0)
@@ -199,11 +199,6 @@ def _checked(
     if weight is not None:
         _checks.vector("weight", weight, prototypes.shape[0], input)
     return inverse(temperature)
-
-
-def _norms(x: Tensor, original: Tensor) -> Tensor:
-    """Row norms, at least the eps of the dtype that x was given in."""
-    return torch.linalg.vector_norm(x, dim=1).clamp_min(norm_eps(original.dtype))
 
 
 def _safe(target: Tensor, ignored: Tensor) -> Tensor:

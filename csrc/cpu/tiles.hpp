@@ -100,7 +100,7 @@ struct Tiles {
       pack_by_class(first, count, panel, k, n, by_class + k * padded + panel * NR * n);
     }
     for (int64_t f = 0; f < d_panels && by_feature; f++)
-      pack_by_feature(first, count, f, panel, 1, by_feature + (f * padded + panel * NR) * NR);
+      pack_by_feature(first, count, f, panel, by_feature + (f * padded + panel * NR) * NR);
   }
 
   // [n][NR]: one panel of the columns [first, first + count), numbers k to k + n of their rows.
@@ -118,11 +118,11 @@ struct Tiles {
     interleave<NR>(rows, scale, n, out);
   }
 
-  // [panels * NR][NR]: the columns of some panels, panel f of the features.
-  void pack_by_feature(int64_t first, int64_t count, int64_t f, int64_t panel, int64_t panels, T* out) const {
+  // [NR][NR]: the columns of one panel, panel f of the features.
+  void pack_by_feature(int64_t first, int64_t count, int64_t f, int64_t panel, T* out) const {
     T line[NR];
     const int64_t width = std::min<int64_t>(NR, p.d - f * NR);
-    for (int64_t c = panel * NR; c < (panel + panels) * NR; c++, out += NR) {
+    for (int64_t c = panel * NR; c < (panel + 1) * NR; c++, out += NR) {
       const bool here = c < count && columns.reads(first + c);
       const int64_t id = here ? columns.class_of(first + c) : 0;
       scaled(here ? w.get(id, f * NR, width, line) : zeros, here ? w_rnorm[id] : T(0), width, out);

@@ -159,10 +159,12 @@ def bad_temperature(value: float) -> ValueError:
     return ValueError(f"the inverse temperature must be positive and finite, got {value}")
 
 
-def bad_target(target: Tensor, k: int, ignore_index: int) -> ValueError:
-    """The error for targets of which at least one is neither a class nor ``ignore_index``."""
-    bad = ((target < 0) | (target >= k)) & (target != ignore_index)
-    return ValueError(f"target must lie in [0, {k}) or equal ignore_index={ignore_index}, got {int(target[bad][0])}")
+def bad_target(target: Tensor, k: int, ignore_index: int | None) -> ValueError:
+    """The error for targets of which at least one is neither a class nor ``ignore_index`` (None: there is none)."""
+    bad, allowed = (target < 0) | (target >= k), f"[0, {k})"
+    if ignore_index is not None:
+        bad, allowed = bad & (target != ignore_index), f"{allowed} or equal ignore_index={ignore_index}"
+    return ValueError(f"target must lie in {allowed}, got {int(target[bad][0])}")
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -25,7 +25,7 @@ def cosine_lse(inputs: Inputs, spec: Spec) -> tuple[Tensor | None, Tensor | None
     rows = torch.arange(z.shape[0], device=z.device)
     positive = rows if spec.exclude == "same_label" else target.where(valid, 0)
     if spec.square:  # with "self" an ignored row can still be another's positive
-        read = valid.long().index_add(0, positive, valid.long()) > 0
+        read = valid | present_classes(positive, valid, w.shape[0])
         w = w.masked_fill(~read[:, None], 0.0)
     u = F.normalize(z.to(acc), dim=1, eps=eps)
     v = F.normalize(w.to(acc), dim=1, eps=eps)

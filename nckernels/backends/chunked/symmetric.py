@@ -44,28 +44,28 @@ def backward(inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, nee
     tiles, bias = Tiles(inputs, spec, 0, saved), _bias(inputs, spec)
     z, beta = inputs.features, inputs.inv_temperature
     lse, g = (saved.class_lse, grads.class_lse) if spec.by_class else (saved.instance_lse, grads.instance_lse)
-    g_pos = None if grads.pos is None else tiles.only_valid(grads.pos)
     grad_u = z.new_zeros(z.shape, dtype=tiles.acc) if needs.features or needs.inv_temperature else None
     grad_bias = torch.zeros_like(bias) if bias is not None and (needs.sample_bias or needs.class_bias) else None
-    entries = None if g is None else _Entries(tiles, bias, lse, g, grad_bias)
-
-    for rows, columns in _triangle(tiles):
-        v = tiles.unit(rows)
-        for cols in columns if entries is not None else ():
-            assert entries is not None
-            weights = entries.both_ways(rows, cols)
-            if grad_u is not None:
-                grad_u[rows].addmm_(weights, tiles.v(cols))
-                if cols != rows:
-                    grad_u[cols].addmm_(weights.T, v)
-        if grad_u is not None and g_pos is not None:
+    if g is not None:
+        entries = _Entries(tiles, bias, lse, g, grad_bias)
+        for rows, columns in _triangle(tiles):
+            v = tiles.unit(rows)
+            for cols in columns:
+                weights = entries.both_ways(rows, cols)
+                if grad_u is not None:
+                    grad_u[rows].addmm_(weights, tiles.v(cols))
+                    if cols != rows:
+                        grad_u[cols].addmm_(weights.T, v)
+    if grad_u is not None and grads.pos is not None:
+        g_pos = tiles.only_valid(grads.pos)
+        for rows in tiles.row_tiles():
             partners, weight = tiles.positive[rows], g_pos[rows, None]
             grad_u[rows].addcmul_(tiles.unit(partners), weight)
-            grad_u.index_add_(0, partners, v * weight)
+            grad_u.index_add_(0, partners, tiles.unit(rows) * weight)
 
     energy = beta.new_zeros(())
     if grad_u is not None:
-        for rows, _ in _triangle(tiles):
+        for rows in tiles.row_tiles():
             dot = through_normalisation(grad_u[rows], tiles.unit(rows), tiles.w_rnorm[rows], z)
             grad_u[rows] *= beta
             energy += dot.sum()
