@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -34,3 +35,25 @@ def unit(rows: Tensor) -> Tensor:
     """Unit rows in the accumulation dtype."""
     wide = rows.to(accumulation_dtype(rows.dtype))
     return wide / norms(wide, rows.dtype).unsqueeze(-1)
+
+
+def reduce(
+    loss: Tensor, counted: Tensor, weight: Tensor | None, reduction: Reduction, of_nothing: float = math.nan
+) -> Tensor:
+    """Weight and reduce per-sample losses, which are 0 where not ``counted``; ``of_nothing`` is the mean of none."""
+    if weight is not None:
+        weight = weight.to(loss.dtype).where(counted, 0.0)
+        loss = loss * weight
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    return mean(loss, counted if weight is None else weight, of_nothing)
+
+
+def mean(weighted: Tensor, weight: Tensor, of_nothing: float = math.nan) -> Tensor:
+    """Sum of ``weighted`` over that of ``weight``."""
+    total = weight.sum()
+    if of_nothing == 0.0:
+        total = total.masked_fill(total == 0, 1)
+    return weighted.sum() / total

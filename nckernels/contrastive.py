@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks
-from ._common import REDUCTIONS, Reduction, inverse, logaddexp, norms, unit
+from ._common import REDUCTIONS, Reduction, inverse, logaddexp, norms, reduce, unit
 from .backends.base import accumulation_dtype
-from .primitive import cosine_lse
+from .primitive import contrast, cosine_lse
 
 _LEFT_OUT = -1  # in place of the index of a sample that takes no part
 
@@ -80,7 +80,8 @@ def supcon_loss(
     else:
         index = torch.arange(n, device=rows.device).masked_fill(ignored, _LEFT_OUT)
         lse, _ = cosine_lse(rows, rows, index, beta, direction="instance", exclude="self", ignore_index=_LEFT_OUT)
-    return _reduce(_uniformity(lse) - beta * cosine, has_positive, weight, reduction, shape)
+    loss = (_uniformity(lse) - beta * cosine).masked_fill(~has_positive, 0.0)
+    return _reduced(loss, has_positive, weight, reduction, shape)
 
 
 def prototype_loss(
@@ -136,7 +137,8 @@ def prototype_loss(
     )  # fmt: skip
     own = counts[group.masked_fill(ignored, 0)] - 1.0  # samples of the same class beside this one
     lse = torch.where(own > 0, logaddexp(lse, own.clamp_min(1.0).log() + pos), lse)
-    return _reduce(_uniformity(lse) - pos, ~ignored, weight, reduction, shape)
+    loss = (_uniformity(lse) - pos).masked_fill(ignored, 0.0)
+    return _reduced(loss, ~ignored, weight, reduction, shape)
 
 
 def info_nce_loss(
@@ -183,11 +185,11 @@ def info_nce_loss(
     if len(query) == len(key) == 0:
         return _nothing(query.shape[:1], reduction, inverse(temperature), query, key)
     _checks.features_and_prototypes(query, key, "query", "key", mixed=_checks.autocast_enabled(query))
-    lse, pos = cosine_lse(
+    return contrast(
         query, key, target, inverse(temperature), direction="instance",
         exclude="target" if decoupled else "none", ignore_index=ignore_index,
+        weight=sample_weight, reduction=reduction, of_nothing=0.0,
     )  # fmt: skip
-    return _reduce(_uniformity(lse) - pos, target != ignore_index, sample_weight, reduction, query.shape[:1])
 
 
 def clip_loss(
@@ -226,7 +228,7 @@ def clip_loss(
         a, b, index, inverse(temperature), direction="both", exclude="target" if decoupled else "none"
     )
     loss = 0.5 * (_uniformity(per_a) + _uniformity(per_b)) - pos
-    return _reduce(loss, torch.ones_like(index, dtype=torch.bool), sample_weight, reduction, a.shape[:1])
+    return reduce(loss, torch.ones_like(index, dtype=torch.bool), sample_weight, reduction, of_nothing=0.0)
 
 
 def uniformity_loss(input: Tensor, *, t: float = 2.0) -> Tensor:
@@ -276,7 +278,7 @@ def alignment_loss(input: Tensor, other: Tensor, *, alpha: float = 2.0, reductio
     squares = (unit(input) - unit(other)).square().sum(1)
     # A power below 1 has an infinite slope at 0, where the distance itself is flat: no gradient there.
     loss = torch.where(squares > 0, squares.where(squares > 0, 1.0) ** (alpha / 2), 0.0)
-    return _reduce(loss, torch.ones_like(loss, dtype=torch.bool), None, reduction, loss.shape)
+    return reduce(loss, torch.ones_like(loss, dtype=torch.bool), None, reduction, of_nothing=0.0)
 
 
 # --- arguments --------------------------------------------------------------------------------------------
@@ -406,14 +408,7 @@ def _nothing(shape: torch.Size, reduction: Reduction, beta: float | Tensor, *inp
     return zero.expand(shape) if reduction == "none" else zero
 
 
-def _reduce(loss: Tensor, counted: Tensor, weight: Tensor | None, reduction: Reduction, shape: torch.Size) -> Tensor:
-    """Weight and reduce the losses of the samples that count; the mean of nothing is 0."""
-    loss = loss.masked_fill(~counted, 0.0)
-    if weight is not None:
-        loss = loss * weight.to(loss.dtype)
-    if reduction == "none":
-        return loss.view(shape)
-    if reduction == "sum":
-        return loss.sum()
-    total = counted.sum() if weight is None else weight.to(loss.dtype).where(counted, 0.0).sum()
-    return loss.sum() / total.masked_fill(total == 0, 1)
+def _reduced(loss: Tensor, counted: Tensor, weight: Tensor | None, reduction: Reduction, shape: torch.Size) -> Tensor:
+    """The reduction of rows that were samples and their views; the mean of nothing is 0."""
+    result = reduce(loss, counted, weight, reduction, of_nothing=0.0)
+    return result.view(shape) if reduction == "none" else result

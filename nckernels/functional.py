@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._common import REDUCTIONS, Reduction, inverse, logaddexp, norms
+from ._common import REDUCTIONS, Reduction, inverse, logaddexp, mean, norms, reduce
 from .backends.base import Direction
 from .primitive import DIRECTIONS, contrast, cosine_lse
 
@@ -64,23 +64,19 @@ def nonl_loss(
     """
     beta = _checked(input, prototypes, target, weight, temperature, ignore_index, reduction)
     _checks.choice("direction", direction, DIRECTIONS)
-    if direction == "both":
-        loss = _both_ways(input, prototypes, target, beta, ignore_index)
-    else:
-        loss = contrast(
-            input, prototypes, target, beta, direction=direction, exclude="target", ignore_index=ignore_index
-        )
-    return _reduce(loss, target, weight, ignore_index, reduction)
-
-
-def _both_ways(input: Tensor, prototypes: Tensor, target: Tensor, beta: float | Tensor, ignore_index: int) -> Tensor:
-    """NONL with the negatives of both directions in one sum."""
+    per_sample = _of_samples(weight, target)
+    if direction != "both":
+        return contrast(
+            input, prototypes, target, beta, direction=direction, exclude="target", ignore_index=ignore_index,
+            weight=per_sample, reduction=reduction,
+        )  # fmt: skip
     (class_lse, instance_lse), pos = cosine_lse(
         input, prototypes, target, beta, direction="both", exclude="target", ignore_index=ignore_index
     )
     ignored = target == ignore_index
-    lse = logaddexp(class_lse.index_select(0, _safe(target, ignored)), instance_lse)
-    return lse.masked_fill(ignored | (lse == -torch.inf), 0.0) - pos  # no negatives: alignment only
+    lse = logaddexp(class_lse.index_select(0, target.long().masked_fill(ignored, 0)), instance_lse)
+    loss = lse.masked_fill(ignored | (lse == -torch.inf), 0.0) - pos  # no negatives: alignment only
+    return reduce(loss, ~ignored, per_sample, reduction)
 
 
 def ntce_loss(
@@ -102,8 +98,10 @@ def ntce_loss(
     of :func:`nonl_loss`, without ``direction``.
     """
     beta = _checked(input, prototypes, target, weight, temperature, ignore_index, reduction)
-    loss = contrast(input, prototypes, target, beta, direction="class", exclude="none", ignore_index=ignore_index)
-    return _reduce(loss, target, weight, ignore_index, reduction)
+    return contrast(
+        input, prototypes, target, beta, direction="class", exclude="none", ignore_index=ignore_index,
+        weight=_of_samples(weight, target), reduction=reduction,
+    )  # fmt: skip
 
 
 def normface_loss(
@@ -141,11 +139,12 @@ def normface_loss(
     _checks.in_range("label_smoothing", label_smoothing, 0.0, 1.0)
     _checks.in_range("angular_margin", angular_margin, 0.0, math.pi)
     _checks.in_range("cosine_margin", cosine_margin, 0.0, 2.0)
+    per_sample = _of_samples(weight, target)
     if not (angular_margin or cosine_margin or label_smoothing):
-        loss = contrast(
-            input, prototypes, target, beta, direction="instance", exclude="none", ignore_index=ignore_index
-        )
-        return _reduce(loss, target, weight, ignore_index, reduction)
+        return contrast(
+            input, prototypes, target, beta, direction="instance", exclude="none", ignore_index=ignore_index,
+            weight=per_sample, reduction=reduction,
+        )  # fmt: skip
     if angular_margin or cosine_margin:
         others, cosine = cosine_lse(
             input, prototypes, target, beta, direction="instance", exclude="target", ignore_index=ignore_index
@@ -158,22 +157,21 @@ def normface_loss(
     lse = lse.masked_fill(ignored, 0.0)
     loss = (lse - pos).masked_fill(ignored, 0.0)
     if label_smoothing == 0.0:
-        return _reduce(loss, target, weight, ignore_index, reduction)
+        return reduce(loss, ~ignored, per_sample, reduction)
 
     # (1 - eps) w_y (lse - t_y) + eps/K sum_c w_c (lse - t_c); the last sum needs a weighted mean of the unit
     # prototypes, not the logits. A margin moves its target's term as well.
     k, dtype = prototypes.shape[0], loss.dtype
     class_weight = torch.ones(k, dtype=dtype, device=input.device) if weight is None else weight.to(dtype)
+    share = (~ignored).to(dtype) if per_sample is None else per_sample.to(dtype).masked_fill(ignored, 0.0)
     with torch.autocast(input.device.type, enabled=False):
         rows, columns = input.to(dtype).masked_fill(ignored[:, None], 0.0), prototypes.to(dtype)
-        mean = (class_weight / norms(columns, prototypes.dtype)) @ columns / k
-        spread = class_weight.mean() * lse - beta * (rows @ mean) / norms(rows, input.dtype)
+        average = (class_weight / norms(columns, prototypes.dtype)) @ columns / k
+        spread = class_weight.mean() * lse - beta * (rows @ average) / norms(rows, input.dtype)
     if angular_margin or cosine_margin:
-        spread = spread - class_weight[_safe(target, ignored)] / k * (pos - cosine)
-    spread = spread.masked_fill(ignored, 0.0)
-    hard = loss if weight is None else loss * class_weight[_safe(target, ignored)]
-    smoothed = (1.0 - label_smoothing) * hard + label_smoothing * spread
-    return _reduce(smoothed, target, weight, ignore_index, reduction, weighted=True)
+        spread = spread - share / k * (pos - cosine)
+    smoothed = (1.0 - label_smoothing) * share * loss + label_smoothing * spread.masked_fill(ignored, 0.0)
+    return mean(smoothed, share) if reduction == "mean" else reduce(smoothed, ~ignored, None, reduction)
 
 
 # --- steps -------------------------------------------------------------------------------------------------
@@ -201,9 +199,9 @@ def _checked(
     return inverse(temperature)
 
 
-def _safe(target: Tensor, ignored: Tensor) -> Tensor:
-    """Targets that index classes, 0 in place of the ignored."""
-    return target.long().masked_fill(ignored, 0)
+def _of_samples(weight: Tensor | None, target: Tensor) -> Tensor | None:
+    """Class weights as weights of the samples. That a target is out of range is for the kernels to notice."""
+    return None if weight is None else weight.index_select(0, target.long().clamp(0, len(weight) - 1))
 
 
 def _add_margins(cosine: Tensor, angular: float, additive: float) -> Tensor:
@@ -214,25 +212,3 @@ def _add_margins(cosine: Tensor, angular: float, additive: float) -> Tensor:
         turned = cosine * math.cos(angular) - sine * math.sin(angular)
         cosine = torch.where(cosine > -math.cos(angular), turned, cosine - angular * math.sin(angular))
     return cosine - additive
-
-
-def _reduce(
-    loss: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: Reduction,
-    *,
-    weighted: bool = False,
-) -> Tensor:
-    """Weight and reduce per-sample losses (0 where ignored) as F.cross_entropy does."""
-    kept = target != ignore_index
-    if weight is not None:
-        per_sample = weight.to(loss.dtype)[_safe(target, ~kept)]
-        if not weighted:
-            loss = loss * per_sample
-    if reduction == "none":
-        return loss
-    if reduction == "sum":
-        return loss.sum()
-    return loss.sum() / (kept.sum() if weight is None else per_sample.where(kept, 0.0).sum())

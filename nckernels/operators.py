@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ def run(inputs: Inputs, spec: Spec, backend: str) -> tuple[Tensor | None, Tensor
             if not torch.compiler.is_compiling():
                 _check_values(inputs, spec)
             return reference.cosine_lse(inputs, spec)
-    if plain(inputs):
+    if plain(*inputs):
         return (
             _Eager.apply(*inputs, spec, backend, False) if _needs_grad(inputs) else _forward(inputs, spec, backend)[:3]
         )
@@ -64,17 +64,20 @@ def _needs_grad(inputs: Inputs) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
-def plain(inputs: Inputs) -> bool:
+def plain(*values: object) -> bool:
     """Whether nobody but autograd needs to know of the call: no compiler, tensor subclass, tracing or logging mode.
+
+    Args:
+        values: the tensors of the call; what is not a tensor does not count.
 
     Raises:
         NotImplementedError: under transforms that would fail obscurely or silently.
     """
     if torch.compiler.is_compiling():
         return False
-    _no_transforms(inputs)
+    tensors = [x for x in values if isinstance(x, Tensor)]
+    _no_transforms(tensors)
     kinds = (Tensor, torch.nn.Parameter)
-    tensors = (x for x in inputs if x is not None)
     return torch._C._len_torch_dispatch_stack() == 0 and all(type(x) in kinds and not x.is_meta for x in tensors)
 
 
@@ -214,6 +217,63 @@ class _Eager(torch.autograd.Function):
         return *_in_place(result), None, None, None
 
 
+class Step(torch.autograd.Function):
+    """The reduced :func:`contrast`, whose gradients come with it: the backward pass has only to scale them.
+
+    Its arguments: features, prototypes, target, inverse temperature (a number or a tensor), then what makes one
+    number of the samples' losses, the spec, and the name of a backend that has a step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, w: Tensor, target: Tensor, beta: float | Tensor, *options: Any) -> Tensor:
+        reduced, spec, backend = options
+        by_z, by_w, _, by_beta = ctx.needs_input_grad[:4]
+        needs = Needs(by_z, by_w, by_beta, sample_bias=False, class_bias=False)
+        inputs = Inputs(z, w, target, cast(Tensor, beta), None, None)
+        loss, *grads = registry.BACKENDS[backend].step(inputs, reduced, spec, needs)
+        ctx.save_for_backward(z, w, beta if by_beta else None, *grads)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            z, w, beta = _Once.apply(upstream, *tensors)
+        else:
+            # What nobody will ask for again is scaled in place.
+            again = torch._C._autograd._get_current_graph_task_keep_graph()
+            z, w, beta = _scaled(upstream, tensors, again)
+        return z, w, None, beta, None, None, None
+
+
+def _scaled(upstream: Tensor, tensors: Sequence[Tensor | None], again: bool) -> tuple[Tensor | None, ...]:
+    """Three gradients, the latter half of ``tensors``, times ``upstream``, of the dtypes of the former half."""
+    factor = upstream.item()
+
+    def scaled(x: Tensor | None, grad: Tensor | None) -> Tensor | None:
+        if x is None or grad is None:
+            return None
+        if again:
+            grad = grad * factor
+        elif factor != 1.0:  # as backward() of the loss itself has it
+            grad = grad.mul_(factor)
+        return grad if grad.dtype == x.dtype else grad.to(x.dtype)
+
+    return tuple(map(scaled, tensors[:3], tensors[3:]))
+
+
+class _Once(torch.autograd.Function):
+    """Scaled gradients whose own derivative is an error that says what to do."""
+
+    @staticmethod
+    def forward(ctx: Any, upstream: Tensor, *tensors: Tensor) -> tuple[Tensor | None, ...]:
+        return _scaled(upstream, tensors, again=True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        _no_double_backward(ctx, *grads)
+
+
 def _through_contrast(grad: Tensor | None, target: Tensor, saved: Forward, spec: Spec) -> OutputGrads:
     """What flows back to the primitive's outputs. That empty sums pass nothing on is the backends' business."""
     assert grad is not None
@@ -234,13 +294,11 @@ def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError(_ONLY_REFERENCE.format("double backward"))
 
 
-def _no_transforms(inputs: Inputs) -> None:
+def _no_transforms(tensors: Iterable[Tensor]) -> None:
     """Refuse what would fail obscurely (torch.func.grad, vmap) or drop tangents silently (forward mode)."""
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(_ONLY_REFERENCE.format("torch.func"))
-    if forward_ad._current_level >= 0 and any(
-        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs
-    ):
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise NotImplementedError(_ONLY_REFERENCE.format("forward-mode differentiation"))
 
 

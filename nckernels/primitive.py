@@ -5,14 +5,16 @@ Every loss of the package is a few lines on top of :func:`cosine_lse`, or of its
 
 from __future__ import annotations
 
+import math
 from typing import Literal, cast, overload
 
 import torch
 from torch import Tensor
 
 from . import _checks, operators
+from ._common import Reduction, reduce
 from .backends import registry
-from .backends.base import Direction, Exclude, Inputs, Spec, accumulation_dtype
+from .backends.base import Direction, Exclude, Inputs, Reduced, Spec, accumulation_dtype
 
 DIRECTIONS = ("class", "instance", "both")
 EXCLUDES = ("none", "target", "self", "same_label")
@@ -129,10 +131,13 @@ def cosine_lse(
         )
     sample_bias, class_bias = _split_bias(logit_bias, direction, features, prototypes)
 
-    inputs = _inputs(features, prototypes, target, inv_temperature, sample_bias, class_bias)
     symmetric = features is prototypes and direction != "both" and exclude in ("self", "same_label")
     spec = Spec(direction, exclude, present_only, ignore_index, registry.get_workspace(), symmetric)
-    class_lse, instance_lse, pos = operators.run(inputs, spec, registry.resolve(features.device, inputs.features.dtype))
+    features, prototypes, target = _operands(features, prototypes, target)
+    dtype = accumulation_dtype(features.dtype)
+    biases = (None if bias is None else bias.to(dtype) for bias in (sample_bias, class_bias))
+    inputs = Inputs(features, prototypes, target, _scalar(inv_temperature, features), *biases)
+    class_lse, instance_lse, pos = operators.run(inputs, spec, registry.resolve(features.device, features.dtype))
     if direction == "both":
         return (cast(Tensor, class_lse), cast(Tensor, instance_lse)), pos
     return cast(Tensor, class_lse if direction == "class" else instance_lse), pos
@@ -147,40 +152,56 @@ def contrast(
     direction: Literal["class", "instance"],
     exclude: Literal["none", "target"],
     ignore_index: int,
+    weight: Tensor | None,
+    reduction: Reduction,
+    of_nothing: float = math.nan,
 ) -> Tensor:
-    """(M,) ``lse - pos`` of :func:`cosine_lse`, with the lse of each sample's class or of the sample itself.
+    """``lse - pos`` of :func:`cosine_lse`, with the lse of each sample's class or of the sample itself, reduced.
 
-    Arguments are as there and checked already; ``present_only`` in the class direction. 0 where ignored; where the
-    sum is empty, ``-pos``. For plain tensors this is one node of the graph instead of seven.
+    Arguments are as there and checked already; ``present_only`` in the class direction. A sample is 0 where
+    ignored and ``-pos`` where its sum is empty. ``weight`` (M,) and ``reduction`` are as in F.cross_entropy;
+    ``of_nothing`` is what the mean of no samples is.
+
+    The gradient of a sum or mean is known, up to a factor, when the loss is; where the backend can, both are computed
+    in one step. For plain tensors the call is one node of the graph, or else two.
     """
-    inputs = _inputs(features, prototypes, target, inv_temperature, None, None)
+    features, prototypes, target = _operands(features, prototypes, target)
     spec = Spec(direction, exclude, direction == "class", ignore_index, registry.get_workspace())
-    backend = registry.resolve(features.device, inputs.features.dtype)
-    if backend != registry.REFERENCE and operators.plain(inputs):
-        return operators.run_contrast(inputs, spec, backend)
-    class_lse, instance_lse, pos = operators.run(inputs, spec, backend)
-    return operators.contrast(cast(Tensor, class_lse), cast(Tensor, instance_lse), pos, inputs.target, spec)
+    backend = registry.resolve(features.device, features.dtype)
+    plain = backend != registry.REFERENCE and operators.plain(features, prototypes, target, inv_temperature, weight)
+    if plain and reduction != "none" and registry.BACKENDS[backend].has_step and _trained(features, prototypes, weight):
+        reduced = Reduced(weight, reduction == "mean", of_nothing)
+        return operators.Step.apply(features, prototypes, target, inv_temperature, reduced, spec, backend)
+    inputs = Inputs(features, prototypes, target, _scalar(inv_temperature, features), None, None)
+    if plain:
+        loss = operators.run_contrast(inputs, spec, backend)
+    else:
+        class_lse, instance_lse, pos = operators.run(inputs, spec, backend)
+        loss = operators.contrast(cast(Tensor, class_lse), cast(Tensor, instance_lse), pos, target, spec)
+    return reduce(loss, target != ignore_index, weight, reduction, of_nothing)
 
 
-def _inputs(
-    features: Tensor,
-    prototypes: Tensor,
-    target: Tensor,
-    inv_temperature: float | Tensor,
-    sample_bias: Tensor | None,
-    class_bias: Tensor | None,
-) -> Inputs:
-    """The tensors of a call in the types that backends take: autocast's for the operands."""
+def _trained(features: Tensor, prototypes: Tensor, weight: Tensor | None) -> bool:
+    """Whether gradients of a matrix are wanted, and of nothing that a step does not know."""
+    return (
+        torch.is_grad_enabled()
+        and (features.requires_grad or prototypes.requires_grad)
+        and not (weight is not None and weight.requires_grad)
+    )
+
+
+def _operands(features: Tensor, prototypes: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In the types that backends take: autocast's, and int64."""
     if features.dtype != torch.float64 and _checks.autocast_enabled(features):
         dtype = torch.get_autocast_dtype(features.device.type)
         features, prototypes = features.to(dtype), prototypes.to(dtype)
-    acc = accumulation_dtype(features.dtype)
-    if isinstance(inv_temperature, Tensor):
-        beta = inv_temperature.to(acc)
-    else:
-        beta = torch.full((), inv_temperature, dtype=acc, device=features.device)
-    biases = (None if bias is None else bias.to(acc) for bias in (sample_bias, class_bias))
-    return Inputs(features, prototypes, target.long(), beta, *biases)
+    return features, prototypes, target if target.dtype == torch.int64 else target.long()
+
+
+def _scalar(value: float | Tensor, features: Tensor) -> Tensor:
+    """A 0-dimensional tensor in the accumulation dtype."""
+    dtype = accumulation_dtype(features.dtype)
+    return value.to(dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=features.device)
 
 
 def _split_bias(bias: Bias | BiasPair, direction: Direction, features: Tensor, prototypes: Tensor) -> BiasPair:

@@ -265,22 +265,114 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16):
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+# --- steps ------------------------------------------------------------------------------------------------
+
+
+def exact_step(x: Tensor, w: Tensor, y: Tensor, loss: str, **options: object) -> tuple[Tensor, ...]:
+    """Value and gradients with respect to features, prototypes and temperature, in float64."""
+    wide = [t.detach().double().requires_grad_() for t in (x, w, torch.tensor(0.1, dtype=torch.float64))]
+    with nckernels.use_backend("reference"):
+        value = LOSSES[loss](*wide[:2], y, temperature=wide[2], **options)
+    return value.detach(), *torch.autograd.grad(value, wide)
+
+
+@pytest.mark.usefixtures("_restore_threads")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1500, 400, 40), (700, 900, 24), (601, 630, 300)])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_matrix_cut_into_parts(loss: str, shape: tuple[int, int, int], dtype: torch.dtype, threads: int) -> None:
+    """Workspaces of which half holds a third of the matrix, or a fifteenth: that makes whole columns or rows, or
+    too few of them, so that tiles are made twice."""
+    torch.set_num_threads(threads)
+    x, w, y = problem(*shape, dtype=dtype, seed=1)
+    y[::5] = -100
+    weight = torch.rand(shape[1], generator=torch.Generator().manual_seed(2)).double()
+    expected = exact_step(x, w, y, loss, weight=weight)
+    scalar = nckernels.backends.base.accumulation_dtype(dtype).itemsize
+    bound = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
+    for share in (3, 15):
+        temperature = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+        with nckernels.use_backend("native"), nckernels.use_workspace(2 * scalar * shape[0] * shape[1] // share):
+            value = LOSSES[loss](x, w, y, temperature=temperature, weight=weight)
+            found = value.detach(), *torch.autograd.grad(value, (x, w, temperature))
+        for a, b in zip(found, expected, strict=True):
+            assert (a.double() - b).norm() <= bound * b.norm()
+
+
+@pytest.mark.parametrize("wanted", ["features", "prototypes"])
+@pytest.mark.parametrize("workspace", [MIB, 8 * MIB])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_step_for_one_gradient_only(loss: str, workspace: int, wanted: str) -> None:
+    x, w, y = problem(3000, 300, 24)
+    leaf = x if wanted == "features" else w
+    with nckernels.use_workspace(workspace):
+        both = dict(zip(("features", "prototypes"), step(x, w, y, loss)[1:], strict=True))
+        (w if leaf is x else x).requires_grad_(False)
+        temperature = torch.tensor(0.1, requires_grad=True)
+        value = LOSSES[loss](x, w, y, temperature=temperature)
+        one, by_temperature = torch.autograd.grad(value, (leaf, temperature))
+    assert torch.equal(one, both[wanted])
+    expected = exact_step(x, w, y, loss)[3]
+    assert abs(by_temperature - expected) <= 1e-5 * abs(expected)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_step_is_the_mean_of_the_samples(loss: str) -> None:
+    """One call for loss and gradients against the forward and the backward pass of the samples' losses."""
+    x, w, y = problem(500, 30, 16, torch.float64)
+    mean = step(x, w, y, loss)
+    value = LOSSES[loss](x, w, y, reduction="none").mean()
+    for a, b in zip(mean, (value.detach(), *torch.autograd.grad(value, (x, w))), strict=True):
+        assert (a - b).norm() <= 1e-14 * b.norm()
+
+
+def test_gradients_of_a_step_are_scaled_anew_each_time() -> None:
+    """With the graph retained nothing that the first pass returns is the node's own memory."""
+    x, w, y = problem(64, 10, 8)
+    plain = step(x, w, y)[1:]
+    value = nckernels.nonl_loss(x, w, y)
+    for factor in (1.0, 3.0):
+        for got, expected in zip(torch.autograd.grad(factor * value, (x, w), retain_graph=True), plain, strict=True):
+            assert torch.equal(got, factor * expected)
+            got.zero_()
+    for got, expected in zip(torch.autograd.grad(value, (x, w)), plain, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_a_step_frees_its_gradients() -> None:
+    """Leaves take the node's own memory over: no second copy."""
+    x, w, y = problem(64, 10, 8)
+    value = nckernels.nonl_loss(x, w, y)
+    ours = {t.data_ptr() for t in value.grad_fn.saved_tensors if t is not None}  # type: ignore[union-attr]
+    value.backward()
+    assert x.grad is not None
+    assert w.grad is not None
+    assert {x.grad.data_ptr(), w.grad.data_ptr()} <= ours
+
+
 # --- memory -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("_restore_threads")
 @pytest.mark.parametrize("threads", [1, 2, 8])
 @pytest.mark.parametrize("workspace", [MIB, 8 * MIB])
+@pytest.mark.parametrize("in_one_step", [True, False])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_scratch_stays_within_the_workspace(loss: str, workspace: int, threads: int) -> None:
-    """Scratch of the C++ code (which torch's allocator does not see) plus what is kept for the backward."""
+def test_scratch_stays_within_the_workspace(loss: str, in_one_step: bool, workspace: int, threads: int) -> None:
+    """Scratch of the C++ code (which torch's allocator does not see) plus what is kept for a backward pass."""
     torch.set_num_threads(threads)
     with nckernels.use_workspace(workspace):
         for m, k, d in ((4096, 600, 64), (600, 20_000, 32), (300, 200, 512)):
+            x, w, y = problem(m, k, d)
             native.peak_scratch()
-            step(*problem(m, k, d), loss)
-            dense = nckernels.backends.base.Spec("class", "target", loss != "normface", -100, workspace)
-            kept = 4 * native.BACKEND.kept_numel(torch.device("cpu"), torch.float32, m, k, dense)
+            if in_one_step:
+                step(x, w, y, loss)
+                kept = 0
+            else:
+                torch.autograd.grad(LOSSES[loss](x, w, y, reduction="none").sum(), (x, w))
+                spec = nckernels.backends.base.Spec("class", "target", loss != "normface", -100, workspace)
+                kept = 4 * native.BACKEND.kept_numel(torch.device("cpu"), torch.float32, m, k, spec)
             vectors = 256 * (m + k)
             assert native.peak_scratch() + kept <= workspace + vectors, (m, k, d)
 

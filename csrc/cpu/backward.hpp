@@ -9,6 +9,11 @@
 #include "tiles.hpp"
 
 namespace nckernels {
+// Whether a pass is the first and the last of those that add to one gradient.
+struct Turn {
+  bool first = true, last = true;
+};
+
 template <class T, int NV>
 class BackwardPass {
   using Tl = Tiles<T, NV>;
@@ -16,10 +21,12 @@ class BackwardPass {
   static constexpr int NR = Tl::NR, W = Tl::W;
 
  public:
-  BackwardPass(const Problem& p, const Columns& columns, const Gradients& g)
+  BackwardPass(const Problem& p, const Columns& columns, const Gradients& g, Turn of_z = {}, Turn of_w = {})
       : p_(p),
         columns_(columns),
         g_(g),
+        of_z_(of_z),
+        of_w_(of_w),
         s_(p, columns),
         need_rows_(g.z || (g.beta && !g.w)),
         class_scale_(s_.all_panels * NR),
@@ -49,7 +56,7 @@ class BackwardPass {
     if (!g_.beta) return;
     double total = 0;
     for (double e : need_rows_ ? room.energy : room.class_energy) total += e;
-    *g_.beta = total / p_.beta;
+    *g_.beta += total / p_.beta;
   }
 
  private:
@@ -244,11 +251,11 @@ class BackwardPass {
       const int64_t j = s_.first_row(tile) + r;
       T* out = room.grad_z + j * d;
       for (int64_t f = 0; f < s_.d_panels; f++) std::copy_n(product + (f * padded + r) * NR, NR, x + f * NR);
-      if (block.first)
+      if (block.first || !of_z_.first)
         for (int64_t i = 0; i < d; i++) x[i] += out[i];
       if (!s_.valid(j))
         std::fill(out, out + d, T(0));
-      else if (!block.is_last)
+      else if (!block.is_last || !of_z_.last)
         std::copy_n(x, d, out);
       else
         room.energy[tile] += p_.beta * through_norm(p_, x, s_.z.get(j, line), s_.z_rnorm[j], s_.beta, out);
@@ -287,14 +294,20 @@ class BackwardPass {
       }
       for (int64_t f = 0; f < s_.d_panels; f++)
         std::copy_n(room.grad_v + (f * padded + c) * NR, NR, x + f * NR);
-      room.class_energy[block.first / NR + panel] +=
-          through_norm(p_, x, s_.w.get(id, row_line), s_.w_rnorm[id], T(1), out);
+      if (!of_w_.first)
+        for (int64_t i = 0; i < d; i++) x[i] += out[i];
+      if (of_w_.last)
+        room.class_energy[block.first / NR + panel] +=
+            through_norm(p_, x, s_.w.get(id, row_line), s_.w_rnorm[id], T(1), out);
+      else
+        std::copy_n(x, d, out);
     }
   }
 
   const Problem& p_;
   const Columns& columns_;
   const Gradients& g_;
+  Turn of_z_, of_w_;
   Tl s_;
   bool need_rows_;
   std::vector<T> class_scale_, class_shift_, row_scale_, row_shift_;

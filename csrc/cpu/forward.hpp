@@ -17,6 +17,18 @@ struct Sums {
   }
 };
 
+// The norms, and what stands in the results where no tile writes.
+template <class T>
+void begin_forward(const Problem& p, const Columns& columns) {
+  const Rows<T> z(p.z, p.z_stride, p.d, p.half), w(p.w, p.w_stride, p.d, p.half);
+  T *z_rnorm = static_cast<T*>(p.z_rnorm), *w_rnorm = static_cast<T*>(p.w_rnorm);
+  inverse_norms(p, z, p.m, z_rnorm, [](int64_t j) { return j; });
+  if (columns.compact) std::fill_n(w_rnorm, p.k, T(1));
+  inverse_norms(p, w, columns.count, w_rnorm, [&](int64_t c) { return columns.class_of(c); });
+  std::fill_n(static_cast<T*>(p.pos), p.m, T(0));
+  if (columns.compact && p.by_class) std::fill_n(static_cast<T*>(p.class_lse), p.k, minus_infinity<T>);
+}
+
 template <class T, int NV>
 class ForwardPass {
   using Tl = Tiles<T, NV>;
@@ -27,9 +39,7 @@ class ForwardPass {
 
   void run() {
     const Tl& s = tiles_;
-    norms();
     T* pos = static_cast<T*>(p_.pos);
-    std::fill(pos, pos + p_.m, T(0));
     // Chunks of row tiles sum into places of their own, which are merged in order: the result does not depend
     // on which thread was quicker.
     const int64_t n = s.all_panels * NR, fit = p_.workspace / 8 / std::max<int64_t>(2 * n * sizeof(T), 1);
@@ -65,21 +75,12 @@ class ForwardPass {
         }
       });
     }
-    clear_rest_of_kept();
     if (p_.by_class) finish_classes(chunks, n, column_sums);
     if (sums_rows) {
       T* out = static_cast<T*>(p_.instance_lse);
       for (int64_t j = 0; j < p_.m; j++)
         out[j] = s.valid(j) ? by_row.largest[j] + std::log(by_row.total[j]) : minus_infinity<T>;
     }
-  }
-
- private:
-  void norms() {
-    const Tl& s = tiles_;
-    inverse_norms(p_, s.z, p_.m, s.z_rnorm, [](int64_t j) { return j; });
-    if (columns_.compact) std::fill(s.w_rnorm, s.w_rnorm + p_.k, T(1));
-    inverse_norms(p_, s.w, columns_.count, s.w_rnorm, [&](int64_t c) { return columns_.class_of(c); });
   }
 
   // What is kept is an output: nothing in it may be left to chance, though nobody reads the padding.
@@ -92,6 +93,7 @@ class ForwardPass {
     std::fill(s.kept + used, s.kept + p_.kept_size, T(0));
   }
 
+ private:
   // Shift-free: e = exp(t) in place (where it is kept), summed with the exponentials of the biases as
   // weights.
   void exponentials(int64_t tile, int64_t first, int64_t count, T* t, T* row_vectors, Sums<T>& by_column,
@@ -169,7 +171,6 @@ class ForwardPass {
 
   void finish_classes(int64_t chunks, int64_t n, T* sums) const {
     T* out = static_cast<T*>(p_.class_lse);
-    if (columns_.compact) std::fill(out, out + p_.k, minus_infinity<T>);
     for (int64_t c = 0; c < columns_.count; c++) {
       T value;
       if (tiles_.shift_free) {

@@ -1,8 +1,9 @@
-// The two passes for one type of number, behind functions that hold no templates.
+// The passes for one type of number, behind functions that hold no templates.
 #pragma once
 
 #include "backward.hpp"
 #include "forward.hpp"
+#include "step.hpp"
 #include "symmetric_backward.hpp"
 #include "symmetric_forward.hpp"
 
@@ -22,10 +23,11 @@ Status forward(const Problem& p) {
   Columns columns;
   if (!find_columns(p, columns)) return kBadTarget;
   with_panels<T>(columns, [&](auto vectors) {
-    if (p.symmetric)
-      SymmetricForward<T, vectors>(p, columns).run();
-    else
-      ForwardPass<T, vectors>(p, columns).run();
+    if (p.symmetric) return SymmetricForward<T, vectors>(p, columns).run();
+    begin_forward<T>(p, columns);
+    ForwardPass<T, vectors> pass(p, columns);
+    pass.run();
+    pass.clear_rest_of_kept();
   });
   return kOk;
 }
@@ -40,6 +42,14 @@ Status backward(const Problem& p, const Gradients& g) {
     else
       BackwardPass<T, vectors>(p, columns, g).run();
   });
+  return kOk;
+}
+
+template <class T>
+Status step(const Problem& p, const Step& s) {
+  Columns columns;
+  if (!find_columns(p, columns)) return kBadTarget;
+  with_panels<T>(columns, [&](auto vectors) { StepPass<T, vectors>(p, columns, s).run(); });
   return kOk;
 }
 

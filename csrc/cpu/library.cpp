@@ -11,6 +11,8 @@ Status forward_float32(const Problem&);
 Status forward_float64(const Problem&);
 Status backward_float32(const Problem&, const Gradients&);
 Status backward_float64(const Problem&, const Gradients&);
+Status step_float32(const Problem&, const Step&);
+Status step_float64(const Problem&, const Step&);
 
 namespace scratch {
 
@@ -89,9 +91,16 @@ NCK_EXPORT int32_t nckernels_backward(const nckernels::Problem* problem,
   });
 }
 
+NCK_EXPORT int32_t nckernels_step(const nckernels::Problem* problem, const nckernels::Step* step) {
+  return nckernels::guarded(*problem, [&](const nckernels::Problem& p) {
+    return p.is_double ? nckernels::step_float64(p, *step) : nckernels::step_float32(p, *step);
+  });
+}
+
 // The sizes of the structures, so that Python notices if it describes others.
 NCK_EXPORT int64_t nckernels_sizes() {
-  return (int64_t(sizeof(nckernels::Problem)) << 16) | int64_t(sizeof(nckernels::Gradients));
+  return (int64_t(sizeof(nckernels::Problem)) << 32) | (int64_t(sizeof(nckernels::Gradients)) << 16) |
+         int64_t(sizeof(nckernels::Step));
 }
 
 // Highest number of scratch bytes in use since the last call.

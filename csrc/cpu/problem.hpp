@@ -42,7 +42,18 @@ struct Gradients {
   void *z, *w;                     // (m, d), (k, d) contiguous, or null; w zeros if classes can be absent,
                                    // and null if the problem is symmetric: z is all of it
   void *sample_bias, *class_bias;  // (m), (k), zeros, or null
-  double* beta;                    // or null
+  double* beta;                    // 0, or null
+};
+
+// What a training step adds to a problem of one direction whose loss is known to be the sum or the mean of
+// weight_j (lse_j - pos_j), with the lse of sample j or of its class.
+struct Step {
+  const void* weight;  // (m) or null for ones
+  void* loss;
+  void *z, *w;   // gradients as in Gradients
+  double* beta;  // 0, or null
+  double empty;  // the mean of nothing
+  int64_t mean;  // or sum
 };
 
 enum Status : int32_t { kOk = 0, kBadTarget = 1, kNoMemory = 2 };
@@ -64,6 +75,7 @@ class Buffer {
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   operator T*() { return p_; }
+  int64_t size() const { return static_cast<int64_t>(bytes_ / sizeof(T)); }
 
  private:
   size_t bytes_;

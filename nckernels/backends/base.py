@@ -11,7 +11,6 @@ Notation, used in every backend: ``M`` samples (rows) with features ``z`` of siz
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -21,8 +20,7 @@ Direction = Literal["class", "instance", "both"]
 Exclude = Literal["none", "target", "self", "same_label"]
 
 
-@dataclass(frozen=True)
-class Spec:
+class Spec(NamedTuple):
     """Everything about a call that is not a tensor. See :func:`nckernels.cosine_lse` for the meaning."""
 
     direction: Direction
@@ -62,7 +60,7 @@ class Inputs(NamedTuple):
     target: Tensor
     """(M,) int64; ``spec.ignore_index`` marks a sample that is left out everywhere."""
     inv_temperature: Tensor
-    """0-dimensional, accumulation dtype."""
+    """0-dimensional, accumulation dtype; for ``Backend.step`` a float will do."""
     sample_bias: Tensor | None
     """(M,) in the accumulation dtype or None: added to row j of the logits in the class direction."""
     class_bias: Tensor | None
@@ -118,10 +116,33 @@ class Gradients(NamedTuple):
     class_bias: Tensor | None
 
 
+class Reduced(NamedTuple):
+    """What makes one number of the ``lse - pos`` of the samples."""
+
+    weight: Tensor | None
+    """(M,), of the samples; None for ones."""
+    mean: bool
+    """Divide the sum by that of the weights."""
+    of_nothing: float
+    """The mean where the weights add up to zero: 0 or NaN."""
+
+
+class Step(NamedTuple):
+    """A loss and its gradients where wanted, in the accumulation dtype."""
+
+    loss: Tensor
+    """0-dimensional."""
+    features: Tensor | None
+    prototypes: Tensor | None
+    inv_temperature: Tensor | None
+
+
 class Backend(ABC):
     """One implementation of the primitive."""
 
     name: ClassVar[str]
+    has_step: ClassVar[bool] = False
+    """Whether there is a ``step``."""
     checks_values: ClassVar[bool] = False
     """Whether ``forward`` itself notices bad targets and temperatures; else they are checked before the call."""
 
@@ -152,6 +173,10 @@ class Backend(ABC):
     @abstractmethod
     def backward(self, inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, needs: Needs) -> Gradients:
         """Compute the wanted gradients. Neither ``inputs`` nor ``saved`` may be changed."""
+
+    def step(self, inputs: Inputs, reduced: Reduced, spec: Spec, needs: Needs) -> Step:
+        """Forward and backward in one, for one direction without biases and the gradient of at least one matrix."""
+        raise NotImplementedError
 
 
 def bad_temperature(value: float) -> ValueError:

@@ -12,7 +12,6 @@ import math
 import os
 import struct
 import sys
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,9 @@ from .base import (
     Inputs,
     Needs,
     OutputGrads,
+    Reduced,
     Spec,
+    Step,
     accumulation_dtype,
     bad_target,
     bad_temperature,
@@ -41,11 +42,12 @@ _OWNER = os.getpid()
 SUPPORTED = sys.platform == "linux"
 """Whether the compiler flags and OpenMP are what the build expects; elsewhere the choice falls on other backends."""
 
-# ``nckernels::Problem`` and ``nckernels::Gradients`` in problem.hpp, as bytes: ctypes structures of as many fields
-# take several times longer to fill, which small problems would feel.
+# The structures of problem.hpp, as bytes: ctypes structures of as many fields take several times longer to fill,
+# which small problems would feel.
 _PROBLEM = struct.Struct("@5q 5P 2q d 8i d 6P q")
 _GRADIENTS = struct.Struct("@8P")
-_SIZES = (_PROBLEM.size << 16) | _GRADIENTS.size
+_STEP = struct.Struct("@5P d q")
+_SIZES = (_PROBLEM.size << 32) | (_GRADIENTS.size << 16) | _STEP.size
 
 
 def library() -> build.Library:
@@ -91,6 +93,7 @@ class NativeBackend(Backend):
 
     name = "native"
     checks_values = True
+    has_step = True
 
     def missing(self) -> str | None:
         return _missing()
@@ -112,37 +115,35 @@ class NativeBackend(Backend):
         numel = self.kept_numel(z.device, z.dtype, m, k, spec) if keep else 0
         sizes = (k if spec.by_class else 0, m if spec.by_instance else 0, m, m, k, numel)
         result = Forward(*(z.new_empty(size, dtype=dtype) for size in sizes))
-        beta = inputs.inv_temperature.item()
-        if not 0.0 < beta < math.inf:
-            raise bad_temperature(beta)
-        problem, _alive = _problem(inputs, result, spec, beta)
-        status = _library().nckernels_forward(problem)
-        if status == _BAD_TARGET:
-            raise bad_target(inputs.target, k, spec.ignore_index)
-        _check(status)
+        problem, _alive = _problem(inputs, spec, result)
+        _check(_library().nckernels_forward(problem), inputs, spec)
         return result
 
     def backward(self, inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, needs: Needs) -> Gradients:
-        z, w, sample_bias, class_bias = inputs.features, inputs.prototypes, inputs.sample_bias, inputs.class_bias
-        problem, _alive = _problem(inputs, saved, spec, inputs.inv_temperature.item())
-        dtype = accumulation_dtype(z.dtype)
-        upstream = [None if g is None else g.contiguous() for g in grads]
-        # Classes that do not occur are not written.
-        make = torch.zeros if spec.present_only else torch.empty
-        out = Gradients(
-            torch.empty(z.shape, dtype=dtype) if needs.features else None,
-            make(w.shape, dtype=dtype) if needs.prototypes else None,
-            torch.zeros((), dtype=torch.float64) if needs.inv_temperature else None,
-            torch.zeros_like(sample_bias) if needs.sample_bias and sample_bias is not None else None,
-            torch.zeros_like(class_bias) if needs.class_bias and class_bias is not None else None,
+        problem, _alive = _problem(inputs, spec, saved)
+        z, w, beta = _room(inputs, spec, needs)
+        biases = (
+            torch.zeros_like(bias) if need and bias is not None else None
+            for bias, need in zip(inputs[4:], needs[3:], strict=True)
         )
-        results = (out.features, out.prototypes, out.sample_bias, out.class_bias, out.inv_temperature)
-        pointers = _GRADIENTS.pack(*map(_pointer, (*upstream, *results)))
-        _check(_library().nckernels_backward(problem, pointers))
-        of_inputs = (z, w, inputs.inv_temperature, sample_bias, class_bias)
+        out = Gradients(z, w, beta, *biases)
+        upstream = [None if g is None else g.contiguous() for g in grads]
+        pointers = _GRADIENTS.pack(*map(_pointer, (*upstream, z, w, *out[3:], beta)))
+        _check(_library().nckernels_backward(problem, pointers), inputs, spec)
+        of_inputs = (*inputs[:2], *inputs[3:])
         return Gradients(
             *(None if g is None or x is None else g.to(x.dtype) for g, x in zip(out, of_inputs, strict=True))
         )
+
+    def step(self, inputs: Inputs, reduced: Reduced, spec: Spec, needs: Needs) -> Step:
+        dtype = accumulation_dtype(inputs.features.dtype)
+        problem, _alive = _problem(inputs, spec)
+        weight = None if reduced.weight is None else reduced.weight.to(dtype).contiguous()
+        loss, (z, w, beta) = torch.empty((), dtype=dtype), _room(inputs, spec, needs)
+        pointers = _pointer(weight), loss.data_ptr(), _pointer(z), _pointer(w), _pointer(beta)
+        step = _STEP.pack(*pointers, reduced.of_nothing, reduced.mean)
+        _check(_library().nckernels_step(problem, step), inputs, spec)
+        return Step(loss, z, w, None if beta is None else beta.to(dtype))
 
 
 BACKEND = NativeBackend()
@@ -157,11 +158,29 @@ def _pointer(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _problem(inputs: Inputs, forward: Forward, spec: Spec, beta: float) -> tuple[bytes, list[Any]]:
-    """The C structure, and the tensors that it points into."""
+def _room(inputs: Inputs, spec: Spec, needs: Needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What the library fills with gradients: of both matrices, and in float64 of the temperature."""
+    dtype = accumulation_dtype(inputs.features.dtype)
+    make = torch.zeros if spec.present_only else torch.empty  # classes that do not occur are not written
+    return (
+        torch.empty(inputs.features.shape, dtype=dtype) if needs.features else None,
+        make(inputs.prototypes.shape, dtype=dtype) if needs.prototypes else None,
+        torch.zeros((), dtype=torch.float64) if needs.inv_temperature else None,
+    )
+
+
+_NOTHING = (0,) * 7
+
+
+def _problem(inputs: Inputs, spec: Spec, forward: Forward | None = None) -> tuple[bytes, list[Tensor | None]]:
+    """The C structure, and the tensors that it points into; a step has no use for those of a forward pass."""
+    scalar = inputs.inv_temperature
+    beta = scalar.item() if isinstance(scalar, Tensor) else float(scalar)
+    if not 0.0 < beta < math.inf:
+        raise bad_temperature(beta)
     z, target = _rows(inputs.features), inputs.target.contiguous()
     w = z if spec.symmetric else _rows(inputs.prototypes)
-    biases = [None if b is None else b.contiguous() for b in (inputs.sample_bias, inputs.class_bias)]
+    biases = [None if b is None else b.contiguous() for b in inputs[4:]]
     (m, d), dtype = z.shape, z.dtype
     problem = _PROBLEM.pack(
         m,
@@ -169,7 +188,10 @@ def _problem(inputs: Inputs, forward: Forward, spec: Spec, beta: float) -> tuple
         d,
         z.stride(0),
         w.stride(0),
-        *map(_pointer, (z, w, target, *biases)),
+        z.data_ptr(),
+        w.data_ptr(),
+        target.data_ptr(),
+        *map(_pointer, biases),
         spec.ignore_index,
         spec.workspace,
         beta,
@@ -183,13 +205,14 @@ def _problem(inputs: Inputs, forward: Forward, spec: Spec, beta: float) -> tuple
         dtype == torch.float64,
         _HALF.get(dtype, 0),
         norm_eps(dtype),
-        *map(_pointer, forward),
-        forward.kept.numel(),
+        *((*map(_pointer, forward), forward.kept.numel()) if forward else _NOTHING),
     )
     return problem, [z, w, target, *biases]
 
 
-def _check(status: int) -> None:
+def _check(status: int, inputs: Inputs, spec: Spec) -> None:
+    if status == _BAD_TARGET:
+        raise bad_target(inputs.target, inputs.prototypes.shape[0], spec.ignore_index)
     if status == _NO_MEMORY:
         raise MemoryError("nckernels: no memory for the scratch buffers of the native backend")
     if status:

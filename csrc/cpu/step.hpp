@@ -1,0 +1,143 @@
+// A training step in one call: the loss and its gradient, forward and backward over the same tiles.
+//
+// What flows back to each log-sum-exp is known before it is: the sample's share of the sum or mean. So a part
+// of the matrix whose sums are complete can go backward at once, while its exponentials still lie in the
+// workspace, and nothing is made twice. Complete are, in the class direction, whole columns; in the instance
+// direction, whole rows. The matrix is cut into as few such parts as fit.
+#pragma once
+
+#include "backward.hpp"
+#include "forward.hpp"
+
+namespace nckernels {
+template <class T, int NV>
+class StepPass {
+  static constexpr int64_t NR = Tiles<T, NV>::NR;
+  static constexpr int64_t TILE = 192;  // rows by which tiles can exceed a part
+  static constexpr int64_t NARROWEST =
+      96;  // columns or rows; below, packing costs more than making tiles twice
+
+ public:
+  StepPass(const Problem& p, const Columns& columns, const Step& step)
+      : p_(p),
+        columns_(columns),
+        step_(step),
+        class_lse_(p.by_class ? p.k : 0),
+        instance_lse_(p.by_class ? 0 : p.m),
+        pos_(p.m),
+        z_rnorm_(p.m),
+        w_rnorm_(p.k),
+        per_lse_(p.by_class ? p.k : p.m),
+        per_pos_(p.m),
+        kept_(std::min<int64_t>(padded(p.m) * round_up(columns.count, NR),
+                                p.workspace / 2 / static_cast<int64_t>(sizeof(T)))) {
+    p_.class_lse = class_lse_;
+    p_.instance_lse = instance_lse_;
+    p_.pos = pos_;
+    p_.z_rnorm = z_rnorm_;
+    p_.w_rnorm = w_rnorm_;
+    p_.kept = kept_;
+    p_.kept_size = kept_.size();
+  }
+
+  void run() {
+    share_out();
+    begin_forward<T>(p_, columns_);
+    if (p_.by_class)
+      by_columns();
+    else
+      by_rows();
+    *static_cast<T*>(step_.loss) = static_cast<T>(value());
+  }
+
+ private:
+  // Rows of all tiles of m: at most an eighth more, see Tiles::plan.
+  static int64_t padded(int64_t m) { return m + std::min<int64_t>(m / 8 + 2 * MR, 192); }
+
+  double weight(int64_t j) const { return step_.weight ? static_cast<const T*>(step_.weight)[j] : 1.0; }
+  bool valid(int64_t j) const { return columns_.positive[j] >= 0; }
+
+  // dL/dlse and dL/dpos: each sample's share of the loss, which in the class direction adds up per class.
+  void share_out() {
+    total_ = 0;
+    for (int64_t j = 0; j < p_.m; j++)
+      if (valid(j)) total_ += weight(j);
+    const bool nothing = total_ == 0 && step_.empty == 0;
+    const double scale = !step_.mean ? 1 : nothing ? 0 : 1 / total_;
+    std::fill_n(static_cast<T*>(per_lse_), p_.by_class ? p_.k : p_.m, T(0));
+    for (int64_t j = 0; j < p_.m; j++) {
+      const T share = valid(j) ? static_cast<T>(weight(j) * scale) : T(0);
+      per_pos_[j] = -share;
+      if (valid(j)) per_lse_[p_.by_class ? p_.target[j] : j] += share;
+    }
+  }
+
+  void by_columns() {
+    const int64_t n = columns_.count, width = part(n, kept_.size() / padded(p_.m), NR);
+    for (int64_t first = 0; first == 0 || first < n; first += width) {
+      const int64_t count = std::min(width, n - first);
+      Columns some{count, true, {}, columns_.positive, {}};
+      for (int64_t c = first; c < first + count; c++) some.ids.push_back(columns_.class_of(c));
+      // A positive in another part is beyond the columns of this one.
+      for (int64_t& c : some.positive)
+        if (c >= 0) c = c < first ? n : c - first;
+      both_ways(p_, some, 0, {first == 0, first + count >= n}, {});
+    }
+  }
+
+  void by_rows() {
+    const int64_t m = p_.m, rows = kept_.size() / std::max<int64_t>(round_up(columns_.count, NR), 1);
+    const int64_t height = part(m, std::max(rows - 192, (rows - 2 * MR) * 8 / 9), MR);
+    for (int64_t first = 0; first == 0 || first < m; first += height) {
+      const int64_t count = std::min(height, m - first);
+      Columns some = columns_;
+      some.positive.assign(columns_.positive.begin() + first, columns_.positive.begin() + first + count);
+      Problem p = p_;
+      p.m = count;
+      p.z = static_cast<const char*>(p_.z) + first * p_.z_stride * (p_.half ? 2 : sizeof(T));
+      p.target = p_.target + first;
+      p.instance_lse = instance_lse_ + first;
+      p.pos = pos_ + first;
+      p.z_rnorm = z_rnorm_ + first;
+      both_ways(p, some, first, {}, {first == 0, first + count >= m});
+    }
+  }
+
+  // The size of parts of `n` columns or rows of which `fit` can be kept; all of them where even parts would
+  // be too narrow.
+  static int64_t part(int64_t n, int64_t fit, int64_t step) {
+    fit = fit / step * step;
+    if (fit >= n || fit < NARROWEST) return std::max<int64_t>(n, 1);
+    const int64_t parts = (n + fit - 1) / fit;
+    return round_up((n + parts - 1) / parts, step);
+  }
+
+  void both_ways(const Problem& p, const Columns& columns, int64_t first_row, Turn of_z, Turn of_w) {
+    ForwardPass<T, NV>(p, columns).run();
+    Gradients g{};
+    (p.by_class ? g.class_lse : g.instance_lse) = per_lse_ + (p.by_class ? 0 : first_row);
+    g.pos = per_pos_ + first_row;
+    if (step_.z) g.z = static_cast<T*>(step_.z) + first_row * p.d;
+    g.w = step_.w;
+    g.beta = step_.beta;
+    BackwardPass<T, NV>(p, columns, g, of_z, of_w).run();
+  }
+
+  double value() {
+    double sum = 0;
+    for (int64_t j = 0; j < p_.m; j++) {
+      if (!valid(j)) continue;
+      const T lse = p_.by_class ? class_lse_[p_.target[j]] : instance_lse_[j];
+      sum += weight(j) * ((lse == minus_infinity<T> ? 0.0 : double(lse)) - double(pos_[j]));
+    }
+    return !step_.mean ? sum : total_ == 0 && step_.empty == 0 ? 0 : sum / total_;
+  }
+
+  Problem p_;
+  const Columns& columns_;
+  const Step& step_;
+  Buffer<T> class_lse_, instance_lse_, pos_, z_rnorm_, w_rnorm_, per_lse_, per_pos_, kept_;
+  double total_ = 0;
+};
+
+}  // namespace nckernels
