@@ -19,7 +19,7 @@ from torch import Tensor
 from . import _checks
 from ._common import REDUCTIONS, Reduction, inverse, logaddexp, norms, reduce, unit
 from .backends.base import accumulation_dtype
-from .primitive import contrast, cosine_lse
+from .primitive import contrast, contrast_with_itself, cosine_lse
 
 _LEFT_OUT = -1  # in place of the index of a sample that takes no part
 
@@ -69,6 +69,12 @@ def supcon_loss(
         return _nothing(shape, reduction, beta, input)
     if target is None:
         ignore_index = _LEFT_OUT  # labels count the samples: nobody is ignored
+    in_one_step = contrast_with_itself(
+        rows, labels, beta, exclude="same_label" if decoupled else "self", ignore_index=ignore_index,
+        weight=weight, reduction=reduction,
+    )  # fmt: skip
+    if in_one_step is not None:
+        return in_one_step
     ignored = labels == ignore_index
     group, classes = (labels, len(input)) if target is None else _groups(labels, ignored)
     # Before the sums, so that its backward comes after theirs, which frees what they keep.

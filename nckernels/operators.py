@@ -221,14 +221,15 @@ class Step(torch.autograd.Function):
     """The reduced :func:`contrast`, whose gradients come with it: the backward pass has only to scale them.
 
     Its arguments: features, prototypes, target, inverse temperature (a number or a tensor), then what makes one
-    number of the samples' losses, the spec, and the name of a backend that has a step.
+    number of the samples' losses, the spec, and the name of a backend that has a step. One tensor in both places
+    has one gradient.
     """
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, w: Tensor, target: Tensor, beta: float | Tensor, *options: Any) -> Tensor:
         reduced, spec, backend = options
         by_z, by_w, _, by_beta = ctx.needs_input_grad[:4]
-        needs = Needs(by_z, by_w, by_beta, sample_bias=False, class_bias=False)
+        needs = Needs(by_z, by_w and not spec.symmetric, by_beta, sample_bias=False, class_bias=False)
         inputs = Inputs(z, w, target, cast(Tensor, beta), None, None)
         loss, *grads = registry.BACKENDS[backend].step(inputs, reduced, spec, needs)
         ctx.save_for_backward(z, w, beta if by_beta else None, *grads)

@@ -169,7 +169,7 @@ def contrast(
     spec = Spec(direction, exclude, direction == "class", ignore_index, registry.get_workspace())
     backend = registry.resolve(features.device, features.dtype)
     plain = backend != registry.REFERENCE and operators.plain(features, prototypes, target, inv_temperature, weight)
-    if plain and reduction != "none" and registry.BACKENDS[backend].has_step and _trained(features, prototypes, weight):
+    if plain and reduction != "none" and registry.can_step(backend) and _trained(features, prototypes, weight):
         reduced = Reduced(weight, reduction == "mean", of_nothing)
         return operators.Step.apply(features, prototypes, target, inv_temperature, reduced, spec, backend)
     inputs = Inputs(features, prototypes, target, _scalar(inv_temperature, features), None, None)
@@ -179,6 +179,34 @@ def contrast(
         class_lse, instance_lse, pos = operators.run(inputs, spec, backend)
         loss = operators.contrast(cast(Tensor, class_lse), cast(Tensor, instance_lse), pos, target, spec)
     return reduce(loss, target != ignore_index, weight, reduction, of_nothing)
+
+
+def contrast_with_itself(
+    features: Tensor,
+    labels: Tensor,
+    inv_temperature: float | Tensor,
+    *,
+    exclude: Literal["self", "same_label"],
+    ignore_index: int,
+    weight: Tensor | None,
+    reduction: Reduction,
+) -> Tensor | None:
+    """The lse of each sample over the others, minus its mean logit with those of its label, and reduced.
+
+    Samples without others of their label do not count, and the mean of nothing is 0. None where the backend has
+    no step for it.
+    """
+    features, _, labels = _operands(features, features, labels)
+    backend = registry.resolve(features.device, features.dtype)
+    if reduction == "none" or not (
+        registry.can_step(backend)
+        and operators.plain(features, labels, inv_temperature, weight)
+        and _trained(features, features, weight)
+    ):
+        return None
+    spec = Spec("instance", exclude, False, ignore_index, registry.get_workspace(), symmetric=True)
+    reduced = Reduced(weight, reduction == "mean", of_nothing=0.0)
+    return operators.Step.apply(features, features, labels, inv_temperature, reduced, spec, backend)
 
 
 def _trained(features: Tensor, prototypes: Tensor, weight: Tensor | None) -> bool:

@@ -327,6 +327,30 @@ def test_a_step_is_the_mean_of_the_samples(loss: str) -> None:
         assert (a - b).norm() <= 1e-14 * b.norm()
 
 
+@pytest.mark.parametrize("decoupled", [True, False])
+@pytest.mark.parametrize("workspace", [MIB, 32 * MIB])
+@pytest.mark.parametrize("shape", [(700, 20, 24), (90, 60, 200), (5, 1, 3)])
+def test_a_supervised_step_is_the_mean_of_the_samples(
+    shape: tuple[int, int, int], workspace: int, decoupled: bool
+) -> None:
+    x, _, y = problem(*shape, torch.float64)
+    y[::9] = -100
+    y[1] = shape[1]  # alone
+    weight = torch.rand(len(y), dtype=torch.float64)
+    temperature = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    with nckernels.use_workspace(workspace):
+        for weights in (None, weight):
+            options = {"temperature": temperature, "decoupled": decoupled, "sample_weight": weights}
+            mean = nckernels.supcon_loss(x, y, **options)
+            each = nckernels.supcon_loss(x, y, reduction="none", **options)
+            counted = torch.tensor([bool(((y == label).sum() > 1) & (label != -100)) for label in y])
+            share = counted if weights is None else weights * counted
+            expected = each.sum() / share.sum()
+            got, wanted = (torch.autograd.grad(value, (x, temperature)) for value in (mean, expected))
+            for a, b in zip((mean, *got), (expected, *wanted), strict=True):
+                assert (a - b).norm() <= 1e-13 * b.norm()
+
+
 def test_gradients_of_a_step_are_scaled_anew_each_time() -> None:
     """With the graph retained nothing that the first pass returns is the node's own memory."""
     x, w, y = problem(64, 10, 8)
@@ -397,6 +421,19 @@ def test_scratch_of_a_triangle_stays_within_the_workspace(wanted: str, workspace
             kept = 4 * native.BACKEND.kept_numel(x.device, x.dtype, m, m, spec)
             assert kept <= workspace // 2
             assert native.peak_scratch() + kept <= workspace + 256 * 2 * m, (m, d)
+
+
+@pytest.mark.usefixtures("_restore_threads")
+@pytest.mark.parametrize("threads", [1, 2, 8])
+@pytest.mark.parametrize("workspace", [2 * MIB, 8 * MIB])
+def test_scratch_of_a_supervised_step_stays_within_the_workspace(workspace: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    with nckernels.use_backend("native"), nckernels.use_workspace(workspace):
+        for m, d in ((300, 64), (5000, 64), (1500, 512), (9000, 16)):
+            x, _, y = problem(m, 10, d)
+            native.peak_scratch()
+            torch.autograd.grad(nckernels.supcon_loss(x, y), x)
+            assert native.peak_scratch() <= workspace + 256 * 2 * m, (m, d)
 
 
 def test_what_is_kept_of_a_triangle_is_half_of_the_matrix() -> None:

@@ -245,8 +245,8 @@ class BackwardPass {
     const int64_t n = s_.rows(tile), padded = s_.padded_rows(tile), d = p_.d, d_pad = s_.d_pad;
     Buffer<T> product(padded * d_pad), sum(d_pad), line(s_.z.line());
     T* const x = sum;
-    G::times_prototypes(padded, padded, 0, block.panels, block.panels, s_.d_panels, a, room.v_rows, product,
-                        false);
+    G::times_prototypes(padded, padded, 0, block.panels, block.panels, block.count, s_.d_panels, a,
+                        room.v_rows, product, false);
     for (int64_t r = 0; r < n; r++) {
       const int64_t j = s_.first_row(tile) + r;
       T* out = room.grad_z + j * d;
@@ -270,7 +270,7 @@ class BackwardPass {
     const int64_t padded = block.panels * NR, blocks = (block.panels + G::BLOCK - 1) / G::BLOCK;
     const int64_t shares = std::min(s_.d_panels, (4 * p_.threads + blocks - 1) / blocks);
     parallel(p_.threads, blocks * shares, [&](int64_t i) {
-      const int64_t c = i % blocks * G::BLOCK * NR, stop = std::min(padded, c + G::BLOCK * NR);
+      const int64_t c = i % blocks * G::BLOCK * NR, stop = std::min(block.count, c + G::BLOCK * NR);
       const int64_t share = i / blocks;
       for (int64_t tile = 0; tile < here; tile++) {
         const int64_t rows = s_.padded_rows(begin + tile);

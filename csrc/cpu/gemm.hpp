@@ -84,21 +84,22 @@ struct Gemm {
   }
 
   // out[d_panels][m][NR] = A V for panels [first, last) of the `panels` in V, or `added` to it; at least the
-  // first `rows` of m.
+  // first `rows` of m. Columns from number `columns` on are zeros, which a panel on its own can leave out.
   // a: [last - first][m][NR], v: [d_panels][panels * NR][NR].
-  static void times_prototypes(long m, long rows, long first, long last, long panels, long d_panels,
-                               const T* a, const T* v, T* out, bool added) {
+  static void times_prototypes(long m, long rows, long first, long last, long panels, long columns,
+                               long d_panels, const T* a, const T* v, T* out, bool added) {
     for (long p = first; p < last; p += BLOCK)
       for (long n = 0; n < d_panels; n++) {
-        const long count = last - p < BLOCK ? last - p : BLOCK;
+        const long count = last - p < BLOCK ? last - p : BLOCK, rest = columns - p * NR;
+        const long depth = count == 1 && rest < NR ? rest : NR;
         const T* b = v + (n * panels + p) * NR * NR;
         for (long i = 0; i < rows; i += MR) {
           const T* x = a + ((p - first) * m + i) * NR;
           T* c = out + (n * m + i) * NR;
           if (p == first && !added)
-            micro<T, MR, NV, NR, 1, false>(count, NR, x, m * NR, b, c, NR);
+            micro<T, MR, NV, NR, 1, false>(count, depth, x, m * NR, b, c, NR);
           else
-            micro<T, MR, NV, NR, 1, true>(count, NR, x, m * NR, b, c, NR);
+            micro<T, MR, NV, NR, 1, true>(count, depth, x, m * NR, b, c, NR);
         }
       }
   }

@@ -6,6 +6,7 @@
 #include "step.hpp"
 #include "symmetric_backward.hpp"
 #include "symmetric_forward.hpp"
+#include "symmetric_step.hpp"
 
 namespace nckernels {
 
@@ -22,12 +23,16 @@ template <class T>
 Status forward(const Problem& p) {
   Columns columns;
   if (!find_columns(p, columns)) return kBadTarget;
-  with_panels<T>(columns, [&](auto vectors) {
-    if (p.symmetric) return SymmetricForward<T, vectors>(p, columns).run();
-    begin_forward<T>(p, columns);
-    ForwardPass<T, vectors> pass(p, columns);
+  auto run = [](auto pass) {
     pass.run();
     pass.clear_rest_of_kept();
+  };
+  if (!p.symmetric) begin_forward<T>(p, columns);
+  with_panels<T>(columns, [&](auto vectors) {
+    if (p.symmetric)
+      run(SymmetricForward<T, vectors>(p, columns));
+    else
+      run(ForwardPass<T, vectors>(p, columns));
   });
   return kOk;
 }
@@ -48,8 +53,16 @@ Status backward(const Problem& p, const Gradients& g) {
 template <class T>
 Status step(const Problem& p, const Step& s) {
   Columns columns;
-  if (!find_columns(p, columns)) return kBadTarget;
-  with_panels<T>(columns, [&](auto vectors) { StepPass<T, vectors>(p, columns, s).run(); });
+  if (p.symmetric)
+    columns = samples_as_columns(p);
+  else if (!find_columns(p, columns))
+    return kBadTarget;
+  with_panels<T>(columns, [&](auto vectors) {
+    if (p.symmetric)
+      SymmetricStep<T, vectors>(p, columns, s).run();
+    else
+      StepPass<T, vectors>(p, columns, s).run();
+  });
   return kOk;
 }
 

@@ -46,7 +46,8 @@ struct Gradients {
 };
 
 // What a training step adds to a problem of one direction whose loss is known to be the sum or the mean of
-// weight_j (lse_j - pos_j), with the lse of sample j or of its class.
+// weight_j (lse_j - pos_j), with the lse of sample j or of its class. In a symmetric problem the targets are
+// labels, pos_j is the mean logit of j with the others of its label, and samples without others do not count.
 struct Step {
   const void* weight;  // (m) or null for ones
   void* loss;
@@ -181,6 +182,16 @@ inline bool find_columns(const Problem& p, Columns& columns) {
     if (c >= 0) c = column[c];
   columns.count = static_cast<int64_t>(columns.ids.size());
   return true;
+}
+
+// The columns of a symmetric step: the samples.
+inline Columns samples_as_columns(const Problem& p) {
+  Columns columns{p.m, false, {}, std::vector<int64_t>(p.m), std::vector<char>(p.m)};
+  for (int64_t j = 0; j < p.m; j++) {
+    columns.unread[j] = p.target[j] == p.ignore_index;
+    columns.positive[j] = columns.unread[j] ? -1 : j;
+  }
+  return columns;
 }
 
 }  // namespace nckernels

@@ -5,6 +5,7 @@
 // T^T U to its columns, in groups of row tiles as in backward.hpp.
 #pragma once
 
+#include "same_label.hpp"
 #include "triangle.hpp"
 
 namespace nckernels {
@@ -15,10 +16,13 @@ class SymmetricBackward {
   static constexpr int NR = Tri::NR, W = Tri::W;
 
  public:
-  SymmetricBackward(const Problem& p, const Columns& columns, const Gradients& g)
+  // `positives`, or null: more pairs, whose gradient is known.
+  SymmetricBackward(const Problem& p, const Columns& columns, const Gradients& g,
+                    const SameLabel<T>* positives = nullptr)
       : p_(p),
         columns_(columns),
         g_(g),
+        positives_(positives),
         s_(p, columns),
         grad_z_(static_cast<T*>(g.z)),
         grad_bias_(static_cast<T*>(g.sample_bias ? g.sample_bias : g.class_bias)),
@@ -103,7 +107,8 @@ class SymmetricBackward {
       fill_entries(tile, q, end, is_kept ? s_.kept_panel(tile, q) : a, a, shares);
       if (products)
         G::times_prototypes(padded, s_.rows_above(tile, end - 1), q - block.first_panel,
-                            end - block.first_panel, block.panels, s_.d_panels, a, v_rows_, product, true);
+                            end - block.first_panel, block.panels, block.panels * NR, s_.d_panels, a, v_rows_,
+                            product, true);
     }
     if (grad_z_)
       add_rows(block, tile, product);
@@ -232,6 +237,7 @@ class SymmetricBackward {
       }
       for (int64_t f = 0; f < s_.d_panels; f++) std::copy_n(grad_v_ + (f * padded + c) * NR, NR, x + f * NR);
       for (int64_t i = 0; i < d; i++) x[i] += out[i];
+      if (positives_) positives_->subtract_gradient(j, s_.z.get(j, line), x);
       // Every pair is met twice, in the gradients of both.
       energy_[block.first_panel + panel] +=
           0.5 * through_norm(p_, x, s_.z.get(j, line), s_.z_rnorm[j], s_.beta, out);
@@ -241,6 +247,7 @@ class SymmetricBackward {
   const Problem& p_;
   const Columns& columns_;
   const Gradients& g_;
+  const SameLabel<T>* positives_;
   Tri s_;
   T *grad_z_, *grad_bias_;
   std::vector<T> scale_, shift_;

@@ -43,11 +43,14 @@ class SymmetricForward {
           total.merge(first + c, of_chunk(i).largest[c], of_chunk(i).total[c]);
     }
 
-    // What is kept is an output: nothing in it may be left to chance.
-    if (s_.kept) std::fill(s_.kept + s_.kept_at[s_.kept_tiles], s_.kept + p_.kept_size, T(0));
     T* lse = static_cast<T*>(p_.by_class ? p_.class_lse : p_.instance_lse);
     for (int64_t j = 0; j < p_.m; j++)
       lse[j] = s_.valid(j) ? total.largest[j] + std::log(total.total[j]) : minus_infinity<T>;
+  }
+
+  // What is kept is an output: nothing in it may be left to chance.
+  void clear_rest_of_kept() const {
+    if (s_.kept) std::fill(s_.kept + s_.kept_at[s_.kept_tiles], s_.kept + p_.kept_size, T(0));
   }
 
  private:

@@ -141,6 +141,11 @@ def resolve(device: torch.device, dtype: torch.dtype) -> str:
     raise ValueError(f"no backend takes {dtype} on {device}: " + "; ".join(explain(device, dtype).values()))
 
 
+def can_step(name: str) -> bool:
+    """Whether the backend computes loss and gradient in one step."""
+    return name in BACKENDS and BACKENDS[name].has_step
+
+
 def explain(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """For each backend "ready", or why it does not take features of this kind."""
     reasons = {name: b.missing() or b.why_not(device, dtype) or "ready" for name, b in BACKENDS.items()}

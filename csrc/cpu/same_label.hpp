@@ -1,0 +1,86 @@
+// Samples of the same label: the positives of the supervised contrastive loss.
+//
+// With unit rows u, n samples of a label and their sum m, the mean cosine of sample j with the n - 1 others
+// is
+//     pos_j = u_j . (m - u_j) / (n - 1),
+// O(M d) for all pairs; and with shares s of the samples and a_j = s_j / (n - 1), the gradient of
+// sum_j s_j pos_j by u_j is  a_j (m - u_j) + sum_{others l} a_l u_l.
+#pragma once
+
+#include <numeric>
+
+#include "norms.hpp"
+
+namespace nckernels {
+template <class T>
+class SameLabel {
+ public:
+  SameLabel(const Problem& p, const Columns& columns)
+      : p_(p), z_(p.z, p.z_stride, p.d, p.half), rnorm_(static_cast<const T*>(p.z_rnorm)), group_(p.m, -1) {
+    std::vector<int64_t> order;
+    for (int64_t j = 0; j < p.m; j++)
+      if (columns.positive[j] >= 0) order.push_back(j);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return p.target[a] < p.target[b]; });
+    for (size_t i = 0, end = 0; i < order.size(); i = end) {
+      while (end < order.size() && p.target[order[end]] == p.target[order[i]]) end++;
+      if (end - i < 2) continue;
+      for (size_t x = i; x < end; x++) group_[order[x]] = static_cast<int64_t>(others_.size());
+      others_.push_back(static_cast<T>(end - i - 1));
+    }
+  }
+
+  bool any(int64_t j) const { return group_[j] >= 0; }
+
+  // The sums of the groups, once the norms are known; `share` per sample, and whether all of a group have
+  // one.
+  void add_up(const T* share, bool even) {
+    share_ = share;
+    sums_ = sums([&](int64_t j) { return double(rnorm_[j]); });
+    if (!even) weighted_ = sums([&](int64_t j) { return double(rnorm_[j]) * weight(j); });
+  }
+
+  // The mean cosine of a sample that has others.
+  T mean(int64_t j, T* line, T* rest) const {
+    const T *z = z_.get(j, line), *sum = &sums_[group_[j] * p_.d];
+    for (int64_t i = 0; i < p_.d; i++) rest[i] = sum[i] - rnorm_[j] * z[i];
+    return dot(z, rest, p_.d) * rnorm_[j] / others_[group_[j]];
+  }
+
+  void subtract_gradient(int64_t j, const T* z, T* x) const {
+    if (!any(j)) return;
+    const int64_t at = group_[j] * p_.d;
+    const T a = weight(j), r = rnorm_[j];
+    const T *sum = &sums_[at], *weighted = weighted_.empty() ? nullptr : &weighted_[at];
+    for (int64_t i = 0; i < p_.d; i++) {
+      const T own = a * (sum[i] - r * z[i]);
+      x[i] -= own + (weighted ? weighted[i] - a * r * z[i] : own);
+    }
+  }
+
+ private:
+  T weight(int64_t j) const { return share_[j] / others_[group_[j]]; }
+
+  // The sum of factor(j) z_j in each group.
+  template <class F>
+  std::vector<T> sums(F&& factor) const {
+    std::vector<double> total(others_.size() * p_.d, 0.0);
+    std::vector<T> line(z_.line());
+    for (int64_t j = 0; j < p_.m; j++) {
+      if (!any(j)) continue;
+      const T* z = z_.get(j, line.data());
+      double *to = &total[group_[j] * p_.d], f = factor(j);
+      for (int64_t i = 0; i < p_.d; i++) to[i] += f * z[i];
+    }
+    return {total.begin(), total.end()};
+  }
+
+  const Problem& p_;
+  Rows<T> z_;
+  const T *rnorm_, *share_ = nullptr;
+  std::vector<int64_t> group_;      // of each sample; -1: it has no others
+  std::vector<T> others_;           // in each group, beside a sample of it
+  std::vector<T> sums_, weighted_;  // (groups, d); the latter empty where shares are even
+};
+
+}  // namespace nckernels

@@ -1,0 +1,63 @@
+// The supervised contrastive loss and its gradient in one call, see problem.hpp.
+#pragma once
+
+#include "symmetric_backward.hpp"
+#include "symmetric_forward.hpp"
+
+namespace nckernels {
+template <class T, int NV>
+class SymmetricStep {
+ public:
+  SymmetricStep(const Problem& p, const Columns& columns, const Step& step)
+      : p_(p),
+        columns_(columns),
+        step_(step),
+        lse_(p.m),
+        pos_(p.m),
+        rnorm_(2 * p.m),
+        share_(p.m),
+        kept_(std::min<int64_t>((p.m + 192) * (p.m / 2 + 192 + 2 * Tiles<T, NV>::NR),
+                                p.workspace / 2 / static_cast<int64_t>(sizeof(T)))) {
+    p_.class_lse = p_.instance_lse = lse_;
+    p_.pos = pos_;
+    p_.z_rnorm = rnorm_;
+    p_.w_rnorm = rnorm_ + p.m;
+    p_.kept = kept_;
+    p_.kept_size = kept_.size();
+  }
+
+  void run() {
+    SameLabel<T> positives(p_, columns_);
+    auto weight = [&](int64_t j) { return step_.weight ? static_cast<const T*>(step_.weight)[j] : T(1); };
+    double total = 0, sum = 0;
+    for (int64_t j = 0; j < p_.m; j++)
+      if (positives.any(j)) total += weight(j);
+    const double scale = !step_.mean ? 1 : total == 0 ? 0 : 1 / total;
+    for (int64_t j = 0; j < p_.m; j++)
+      share_[j] = positives.any(j) ? static_cast<T>(weight(j) * scale) : T(0);
+
+    SymmetricForward<T, NV>(p_, columns_).run();
+    positives.add_up(share_, !step_.weight);
+    std::vector<T> line(p_.d), rest(p_.d);
+    for (int64_t j = 0; j < p_.m; j++) {
+      if (!positives.any(j)) continue;
+      const T lse = lse_[j] == minus_infinity<T> ? T(0) : lse_[j];
+      sum += double(weight(j)) * (double(lse) - p_.beta * positives.mean(j, line.data(), rest.data()));
+    }
+    *static_cast<T*>(step_.loss) = static_cast<T>(sum * scale);
+
+    Gradients g{};
+    (p_.by_class ? g.class_lse : g.instance_lse) = share_;
+    g.z = step_.z;
+    g.beta = step_.beta;
+    SymmetricBackward<T, NV>(p_, columns_, g, &positives).run();
+  }
+
+ private:
+  Problem p_;
+  const Columns& columns_;
+  const Step& step_;
+  Buffer<T> lse_, pos_, rnorm_, share_, kept_;
+};
+
+}  // namespace nckernels
