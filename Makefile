@@ -47,8 +47,8 @@ sanitize: $(READY) ## the native backend's tests under the address and undefined
 	NCKERNELS_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1" \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 NCKERNELS_BACKEND=native \
-	$(PYTEST) tests/test_primitive.py tests/test_losses.py tests/test_autograd.py tests/test_contrastive.py tests/test_native.py \
-	  tests/test_fuzz.py -k native
+	$(PYTEST) tests/test_primitive.py tests/test_losses.py tests/test_autograd.py tests/test_native.py tests/test_fuzz.py \
+	  $(addprefix tests/test_contrastive,.py _autograd.py _degenerate.py _modules.py) -k native
 
 lint: $(READY) ## ruff, mypy and clang-format
 	$(PY) -m ruff check .

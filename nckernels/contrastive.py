@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks
+from ._class_sums import class_sums, groups, height, mean_positive, visible_rows
 from ._common import REDUCTIONS, Reduction, inverse, logaddexp, norms, reduce, unit
 from .backends.base import accumulation_dtype
 from .primitive import contrast, contrast_with_itself, cosine_lse
@@ -76,9 +77,9 @@ def supcon_loss(
     if in_one_step is not None:
         return in_one_step
     ignored = labels == ignore_index
-    group, classes = (labels, len(input)) if target is None else _groups(labels, ignored)
+    group, classes = (labels, len(input)) if target is None else groups(labels, ignored)
     # Before the sums, so that its backward comes after theirs, which frees what they keep.
-    cosine, has_positive = _mean_positive(rows, group, classes, ignored)
+    cosine, has_positive = mean_positive(rows, group, classes, ignored)
     if decoupled:
         lse, _ = cosine_lse(
             rows, rows, labels, beta, direction="instance", exclude="same_label", ignore_index=ignore_index
@@ -125,18 +126,18 @@ def prototype_loss(
         return _nothing(shape, reduction, beta, input)
     ignored = labels == ignore_index
     if num_classes is None:
-        group, classes = _groups(labels, ignored)
+        group, classes = groups(labels, ignored)
     else:
         _checks.in_classes(labels, num_classes, ignore_index)
         group, classes = labels, num_classes
     index = group.masked_fill(ignored, _LEFT_OUT)
-    visible = _visible(rows, ignored)
-    sums, counts = _class_sums(visible / norms(visible, rows.dtype)[:, None], group, ignored, classes)
+    visible = visible_rows(rows, ignored)
+    sums, counts = class_sums(visible / norms(visible, rows.dtype)[:, None], group, ignored, classes)
     # Means lie inside the unit ball. One more coordinate, 0 for the samples, lifts them onto the sphere and leaves
     # the inner products as they are. (Several, so that rows stay aligned in memory.)
     means = sums / counts.clamp_min(1.0)[:, None]
     extra = 8 - rows.shape[1] % 8
-    lifted = F.pad(torch.cat([means, _height(means, rows.dtype)[:, None]], 1), (0, extra - 1)).to(rows.dtype)
+    lifted = F.pad(torch.cat([means, height(means, rows.dtype)[:, None]], 1), (0, extra - 1)).to(rows.dtype)
     lse, pos = cosine_lse(
         F.pad(rows, (0, extra)), lifted, index, beta, direction="instance", exclude="target",
         logit_bias=counts.log(), ignore_index=_LEFT_OUT,
@@ -347,59 +348,6 @@ def _samples(
 
 
 # --- steps ------------------------------------------------------------------------------------------------
-
-
-def _groups(labels: Tensor, ignored: Tensor) -> tuple[Tensor, int]:
-    """Labels as indices of classes in the order of the labels, and at least the number of classes.
-
-    A GPU's host does not know how many there are; there it is the number of samples.
-    """
-    ordered, order = labels.masked_fill(ignored, torch.iinfo(torch.int64).max).sort()
-    starts = F.pad(ordered[1:] != ordered[:-1], (1, 0)).cumsum(0)
-    group = torch.empty_like(starts).scatter_(0, order, starts)
-    known = labels.device.type == "cpu" and not torch.compiler.is_compiling()
-    return group, int(starts[-1]) + 1 if known else len(labels)
-
-
-def _visible(rows: Tensor, ignored: Tensor) -> Tensor:
-    """Rows in the accumulation dtype, 0 where ignored: those may hold anything. No copy where there are none."""
-    rows = rows.to(accumulation_dtype(rows.dtype))
-    known = rows.device.type == "cpu" and not torch.compiler.is_compiling()
-    return rows if known and not bool(ignored.any()) else rows.masked_fill(ignored[:, None], 0.0)
-
-
-def _class_sums(rows: Tensor, group: Tensor, ignored: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """(C, d) sums of the rows of every class, and (C,) their numbers; ignored rows are zeros."""
-    group = group.masked_fill(ignored, 0)
-    sums = rows.new_zeros(classes, rows.shape[1]).index_add(0, group, rows)
-    return sums, rows.new_zeros(classes).index_add(0, group, (~ignored).to(rows.dtype))
-
-
-def _mean_positive(rows: Tensor, group: Tensor, classes: int, ignored: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cosine of every sample with the others of its group, and whether there are any.
-
-    The sum of the cosines is one inner product with the sum of the class: O(N d) for all pairs. For the backward
-    one matrix of the rows' size is kept.
-    """
-    visible = _visible(rows, ignored)
-    rnorm = norms(visible, rows.dtype).reciprocal()
-    unit_rows = visible * rnorm[:, None]
-    sums, counts = _class_sums(unit_rows, group, ignored, classes)
-    others = counts[group] - 1.0
-    has_positive = (others > 0) & ~ignored
-    total = torch.linalg.vecdot(visible, sums[group] - unit_rows) * rnorm
-    return total.masked_fill(~has_positive, 0.0) / others.clamp_min(1.0), has_positive
-
-
-def _height(means: Tensor, dtype: torch.dtype) -> Tensor:
-    """sqrt(1 - |mean|^2), the coordinate that lifts a mean onto the sphere.
-
-    Rounding must not make it zero, or the derivative could not undo that of the lifted mean's normalisation; at
-    the least value the lifted mean is still of unit length to the precision of ``dtype``.
-    """
-    square = 1.0 - means.square().sum(1)
-    least = torch.finfo(dtype).eps / 16
-    return (square + (square.clamp_min(least) - square).detach()).sqrt()
 
 
 def _uniformity(lse: Tensor) -> Tensor:

@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Backend
+from contrastive_cases import LABELS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import balanced, cosine, rotation, simplex
-from oracle_contrastive import LABELS, NAIVE, dots, package
+from oracle_contrastive import NAIVE, dots, package
 from torch import Tensor
 
 import nckernels

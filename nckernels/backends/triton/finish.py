@@ -5,13 +5,12 @@ import triton.language as tl
 
 from .tiles import (
     LOG2E,
-    column_parts,
     load_lse,
     load_rows,
-    mask_tag,
     paired_rows,
     row_bias,
     slot_rows,
+    summed_rows,
     tile_products,
 )
 
@@ -164,9 +163,8 @@ def bias_grad_kernel(
     p_first = block * BP
     if Q_count is not None:
         n_q = tl.load(Q_count)
-    p_row, p_label, p_valid = slot_rows(P_label, p_first, n_p, skip_p, False, BP)
-    p_tag = mask_tag(p_row, p_label, EXCLUDE, P_SAMPLES)
-    p_scale = tl.load(P_rnorm + p_row, mask=p_valid, other=0.0) * (tl.load(Beta) * LOG2E)
+    p_row, p_valid, p_tag, p_rnorm = summed_rows(P_rnorm, P_label, p_first, n_p, skip_p, EXCLUDE, P_SAMPLES, False, BP)
+    p_scale = p_rnorm * (tl.load(Beta) * LOG2E)
     p_bias = row_bias(P_bias, p_row, p_valid)
     p = None
     if WHOLE_D:
@@ -174,15 +172,14 @@ def bias_grad_kernel(
     total = tl.zeros((BP,), tl.float32)
     for q_block in range(part, tl.cdiv(n_q, BQ), split):
         q_first = q_block * BQ
-        q_row, _, q_valid = slot_rows(Q_label, q_first, n_q, skip_q, Q_GATHER, BQ)
-        acc = tile_products(
-            p, P, p_row, p_valid, p_stride, Q, q_row, q_valid, q_stride, d, WHOLE_D, BD, EVEN_D, PRECISION
+        products = tile_products(
+            p, P, p_row, p_valid, p_stride, Q, Q_label, q_first, n_q, q_stride, skip_q, d,
+            Q_GATHER, BQ, BD, WHOLE_D, EVEN_D, PARTS, PRECISION,
         )  # fmt: skip
-        products = column_parts(acc, PARTS)
         for i in tl.static_range(PARTS):
-            row, label, valid = slot_rows(Q_label, q_first + i * B, n_q, skip_q, Q_GATHER, B)
-            tag = mask_tag(row, label, EXCLUDE, not P_SAMPLES)
-            rnorm = tl.load(Q_rnorm + row, mask=valid, other=0.0)
+            row, valid, tag, rnorm = summed_rows(
+                Q_rnorm, Q_label, q_first + i * B, n_q, skip_q, EXCLUDE, not P_SAMPLES, Q_GATHER, B
+            )
             lse, grad = load_lse(Q_lse, Q_grad, row, valid)
             t = tl.fma(products[i] * p_scale[:, None], rnorm[None, :], p_bias[:, None])
             e = grad[None, :] * tl.exp2(t - lse[None, :])

@@ -15,11 +15,10 @@ from .tiles import (
     INF,
     LN2,
     LOG2E,
-    column_parts,
     load_rows,
-    mask_tag,
     row_bias,
     slot_rows,
+    summed_rows,
     tile_products,
 )
 
@@ -81,10 +80,11 @@ def lse_kernel(
         n_p = tl.load(P_count)  # how many slots are in use is known on the device only
         if p_first >= n_p:
             return
-    p_row, p_label, p_valid = slot_rows(P_label, p_first, n_p, skip_p, P_GATHER, BP)
-    p_tag = mask_tag(p_row, p_label, EXCLUDE, P_SAMPLES)
+    p_row, p_valid, p_tag, p_rnorm = summed_rows(
+        P_rnorm, P_label, p_first, n_p, skip_p, EXCLUDE, P_SAMPLES, P_GATHER, BP
+    )
     # beta and log2 e ride on the anchors' norms: they cost nothing per entry.
-    p_scale = tl.load(P_rnorm + p_row, mask=p_valid, other=0.0) * (tl.load(Beta) * LOG2E)
+    p_scale = p_rnorm * (tl.load(Beta) * LOG2E)
     p = None
     if WHOLE_D:
         p = load_rows(P, p_row, p_valid, p_stride, d, BD, EVEN_D)
@@ -93,15 +93,14 @@ def lse_kernel(
 
     for q_block in range(part, tl.cdiv(n_q, BQ), split):
         q_first = q_block * BQ
-        q_row, _, q_valid = slot_rows(Q_label, q_first, n_q, skip_q, False, BQ)
-        acc = tile_products(
-            p, P, p_row, p_valid, p_stride, Q, q_row, q_valid, q_stride, d, WHOLE_D, BD, EVEN_D, PRECISION
+        products = tile_products(
+            p, P, p_row, p_valid, p_stride, Q, Q_label, q_first, n_q, q_stride, skip_q, d,
+            False, BQ, BD, WHOLE_D, EVEN_D, PARTS, PRECISION,
         )  # fmt: skip
-        products = column_parts(acc, PARTS)
         for i in tl.static_range(PARTS):
-            row, label, valid = slot_rows(Q_label, q_first + i * B, n_q, skip_q, False, B)
-            tag = mask_tag(row, label, EXCLUDE, not P_SAMPLES)
-            rnorm = tl.load(Q_rnorm + row, mask=valid, other=0.0)
+            row, valid, tag, rnorm = summed_rows(
+                Q_rnorm, Q_label, q_first + i * B, n_q, skip_q, EXCLUDE, not P_SAMPLES, False, B
+            )
             s = products[i] * p_scale[:, None]
             # One fused multiply-add for norm, bias and tail: the bias of left-out rows is -inf.
             t = tl.fma(s, rnorm[None, :], row_bias(Q_bias, row, valid)[None, :])

@@ -81,6 +81,16 @@ def mask_tag(row, label, EXCLUDE: tl.constexpr, SAMPLES: tl.constexpr):
 
 
 @triton.jit
+def summed_rows(
+    Rnorm, Label, first, n, skip,
+    EXCLUDE: tl.constexpr, SAMPLES: tl.constexpr, GATHER: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """What a log-sum-exp knows of some slots: row, whether it takes part, mask tag, inverse norm."""
+    row, label, valid = slot_rows(Label, first, n, skip, GATHER, B)
+    return row, valid, mask_tag(row, label, EXCLUDE, SAMPLES), tl.load(Rnorm + row, mask=valid, other=0.0)
+
+
+@triton.jit
 def positive_of(row, label, EXCLUDE: tl.constexpr):
     """The row of a sample's positive prototype."""
     if EXCLUDE == "same_label":
@@ -163,21 +173,6 @@ def dot_rows(
 
 
 @triton.jit
-def tile_products(
-    p, P, p_row, p_valid, p_stride,
-    Q, q_row, q_valid, q_stride,
-    d, WHOLE_D: tl.constexpr, BD: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The products of two blocks of rows; with ``WHOLE_D`` those of P are on the chip already, as ``p``."""
-    if WHOLE_D:
-        q = load_rows(Q, q_row, q_valid, q_stride, d, BD, EVEN_D)
-        acc = dot(p, tl.trans(q), tl.zeros((p_row.shape[0], q_row.shape[0]), tl.float32), PRECISION)
-    else:
-        acc = dot_rows(P, p_row, p_valid, p_stride, Q, q_row, q_valid, q_stride, d, d, BD, EVEN_D, PRECISION)
-    return acc
-
-
-@triton.jit
 def halves(x):
     """The left and the right half of a tile's columns.
 
@@ -200,3 +195,23 @@ def column_parts(x, PARTS: tl.constexpr):
         left, right = halves(x)
         parts = column_parts(left, PARTS // 2) + column_parts(right, PARTS // 2)
     return parts
+
+
+@triton.jit
+def tile_products(
+    p, P, p_row, p_valid, p_stride,
+    Q, Q_label, q_first, n_q, q_stride, q_skip, d,
+    Q_GATHER: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr,
+    WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The products of the anchors with a block of Q, its columns in ``PARTS``.
+
+    With ``WHOLE_D`` the anchors' vectors are on the chip already, as ``p``.
+    """
+    q_row, _, q_valid = slot_rows(Q_label, q_first, n_q, q_skip, Q_GATHER, BQ)
+    if WHOLE_D:
+        q = load_rows(Q, q_row, q_valid, q_stride, d, BD, EVEN_D)
+        acc = dot(p, tl.trans(q), tl.zeros((p_row.shape[0], BQ), tl.float32), PRECISION)
+    else:
+        acc = dot_rows(P, p_row, p_valid, p_stride, Q, q_row, q_valid, q_stride, d, d, BD, EVEN_D, PRECISION)
+    return column_parts(acc, PARTS)
