@@ -9,7 +9,7 @@ USAGE = """usage: python -m nckernels COMMAND [options]
 commands:
   info    versions, devices, backends, which one would run for which tensors and why not the others
   train   train a small network with one of the losses (--help for the options)
-  demo    train cross-entropy, NormFace, NTCE and NONL on digits; a table and a picture (--help)
+  demo    train cross-entropy, NormFace, NTCE, NONL and SupCon on digits; a table and a picture (--help)
 """
 
 

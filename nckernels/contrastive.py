@@ -231,11 +231,10 @@ def clip_loss(
         return _nothing(a.shape[:1], reduction, inverse(temperature), a, b)
     _checks.features_and_prototypes(a, b, "a", "b", mixed=_checks.autocast_enabled(a))
     index = torch.arange(len(a), device=a.device)
-    (per_b, per_a), pos = cosine_lse(
-        a, b, index, inverse(temperature), direction="both", exclude="target" if decoupled else "none"
-    )
-    loss = 0.5 * (_uniformity(per_a) + _uniformity(per_b)) - pos
-    return reduce(loss, torch.ones_like(index, dtype=torch.bool), sample_weight, reduction, of_nothing=0.0)
+    return contrast(
+        a, b, index, inverse(temperature), direction="both", exclude="target" if decoupled else "none",
+        ignore_index=_LEFT_OUT, weight=sample_weight, reduction=reduction, of_nothing=0.0,
+    )  # fmt: skip
 
 
 def uniformity_loss(input: Tensor, *, t: float = 2.0) -> Tensor:

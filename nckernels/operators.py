@@ -40,7 +40,7 @@ def run(inputs: Inputs, spec: Spec, backend: str) -> tuple[Tensor | None, Tensor
             _Eager.apply(*inputs, spec, backend, False) if _needs_grad(inputs) else _forward(inputs, spec, backend)[:3]
         )
     operator = torch.ops.nckernels.cosine_lse
-    return operator(*inputs, *_spec_args(spec), backend, _needs_grad(inputs))[:3]
+    return operator(*inputs, *spec, backend, _needs_grad(inputs))[:3]
 
 
 def run_contrast(inputs: Inputs, spec: Spec, backend: str) -> Tensor:
@@ -51,13 +51,15 @@ def run_contrast(inputs: Inputs, spec: Spec, backend: str) -> Tensor:
 
 
 def contrast(class_lse: Tensor, instance_lse: Tensor, pos: Tensor, target: Tensor, spec: Spec) -> Tensor:
-    """(M,) log-sum-exp of each sample, or of its class, minus its positive logit; 0 where ignored.
+    """(M,) log-sum-exp of each sample, of its class, or the mean of both, minus its positive logit; 0 where ignored.
 
     Without anything to sum over the positive logit remains.
     """
     ignored = target == spec.ignore_index
-    lse = class_lse.index_select(0, target.masked_fill(ignored, 0)) if spec.by_class else instance_lse
-    return lse.masked_fill(ignored | (lse == -torch.inf), 0.0) - pos
+    lses = [class_lse.index_select(0, target.masked_fill(ignored, 0))] if spec.by_class else []
+    lses += [instance_lse] if spec.by_instance else []
+    first, *others = (lse.masked_fill(ignored | (lse == -torch.inf), 0.0) for lse in lses)
+    return (0.5 * (first + others[0]) if others else first) - pos
 
 
 def _needs_grad(inputs: Inputs) -> bool:
@@ -105,10 +107,6 @@ torch.library.define(
     f"Tensor? grad_pos, {_SPEC_SCHEMA}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
-
-
-def _spec_args(spec: Spec) -> tuple[str, str, bool, int, int, bool]:
-    return spec.direction, spec.exclude, spec.present_only, spec.ignore_index, spec.workspace, spec.symmetric
 
 
 def _forward(inputs: Inputs, spec: Spec, backend: str, keep: bool = False) -> Forward:
@@ -210,7 +208,7 @@ class _Eager(torch.autograd.Function):
         if torch.is_grad_enabled():
             # Under create_graph the operator takes over: its own derivative is an error that says what to do.
             operator = torch.ops.nckernels.cosine_lse_backward
-            found = operator(*inputs, *saved, *grads, *_spec_args(spec), backend, list(needs))
+            found = operator(*inputs, *saved, *grads, *spec, backend, list(needs))
             result = [grad if need else None for grad, need in zip(found, needs, strict=True)]
         else:
             result = list(_backward(inputs, saved, grads, spec, backend, needs))
@@ -278,12 +276,13 @@ class _Once(torch.autograd.Function):
 def _through_contrast(grad: Tensor | None, target: Tensor, saved: Forward, spec: Spec) -> OutputGrads:
     """What flows back to the primitive's outputs. That empty sums pass nothing on is the backends' business."""
     assert grad is not None
-    if not spec.by_class:
-        return OutputGrads(None, grad, -grad)
-    ignored = target == spec.ignore_index
-    by_class = torch.zeros_like(saved.class_lse)
-    by_class = by_class.index_add(0, target.masked_fill(ignored, 0), grad.masked_fill(ignored, 0.0))
-    return OutputGrads(by_class, None, -grad)
+    share = 0.5 * grad if spec.direction == "both" else grad
+    by_class = None
+    if spec.by_class:
+        ignored = target == spec.ignore_index
+        by_class = torch.zeros_like(saved.class_lse)
+        by_class = by_class.index_add(0, target.masked_fill(ignored, 0), share.masked_fill(ignored, 0.0))
+    return OutputGrads(by_class, share if spec.by_instance else None, -grad)
 
 
 _ONLY_REFERENCE = (

@@ -149,14 +149,14 @@ def contrast(
     target: Tensor,
     inv_temperature: float | Tensor,
     *,
-    direction: Literal["class", "instance"],
+    direction: Direction,
     exclude: Literal["none", "target"],
     ignore_index: int,
     weight: Tensor | None,
     reduction: Reduction,
     of_nothing: float = math.nan,
 ) -> Tensor:
-    """``lse - pos`` of :func:`cosine_lse`, with the lse of each sample's class or of the sample itself, reduced.
+    """``lse - pos`` of :func:`cosine_lse`, reduced; the lse is that of each sample's class, its own, or their mean.
 
     Arguments are as there and checked already; ``present_only`` in the class direction. A sample is 0 where
     ignored and ``-pos`` where its sum is empty. ``weight`` (M,) and ``reduction`` are as in F.cross_entropy;

@@ -351,6 +351,24 @@ def test_a_supervised_step_is_the_mean_of_the_samples(
                 assert (a - b).norm() <= 1e-13 * b.norm()
 
 
+@pytest.mark.parametrize("decoupled", [True, False])
+@pytest.mark.parametrize("workspace", [MIB, 32 * MIB])
+@pytest.mark.parametrize("n", [700, 3, 1])
+def test_a_step_in_both_directions_is_the_mean_of_the_pairs(n: int, workspace: int, decoupled: bool) -> None:
+    a, b, _ = problem(n, n, 24, torch.float64)
+    weight = torch.rand(n, dtype=torch.float64)
+    temperature = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    with nckernels.use_workspace(workspace):
+        for weights in (None, weight):
+            options = {"temperature": temperature, "decoupled": decoupled, "sample_weight": weights}
+            mean = nckernels.clip_loss(a, b, **options)
+            each = nckernels.clip_loss(a, b, reduction="none", **options)
+            expected = each.sum() / (n if weights is None else weights.sum())
+            got, wanted = (torch.autograd.grad(value, (a, b, temperature)) for value in (mean, expected))
+            for x, y in zip((mean, *got), (expected, *wanted), strict=True):
+                assert (x - y).norm() <= 1e-13 * max(1.0, y.norm())
+
+
 def test_gradients_of_a_step_are_scaled_anew_each_time() -> None:
     """With the graph retained nothing that the first pass returns is the node's own memory."""
     x, w, y = problem(64, 10, 8)

@@ -29,8 +29,8 @@ class BackwardPass {
         of_w_(of_w),
         s_(p, columns),
         need_rows_(g.z || (g.beta && !g.w)),
-        class_scale_(s_.all_panels * NR),
-        class_shift_(s_.all_panels * NR),
+        class_scale_(s_.all_panels * NR, T(0)),
+        class_shift_(s_.all_panels * NR, T(0)),
         row_scale_(p.m),
         row_shift_(p.m) {
     prepare();
@@ -116,25 +116,17 @@ class BackwardPass {
         static_cast<T*>(g_.class_bias)[columns_.class_of(block.first + c)] += room.bias_of(i)[c];
   }
 
-  // Upstream gradients and lse in the order of the columns, made harmless where a sum is empty. Shift-free
-  // they become one factor, g / exp(lse), since A = exp(t) g / exp(lse).
+  // Upstream gradients and lse, those of the classes in the order of the columns.
   void prepare() {
-    const T* g_class = static_cast<const T*>(g_.class_lse);
-    const T* g_instance = static_cast<const T*>(g_.instance_lse);
-    auto put = [&](T& scale, T& shift, T g, T lse) {
-      const bool empty = lse == minus_infinity<T>;
-      shift = empty ? T(0) : lse;
-      scale = empty ? T(0) : s_.shift_free ? g * std::exp(-lse) : g;
-    };
-    std::fill(class_scale_.begin(), class_scale_.end(), T(0));
-    std::fill(class_shift_.begin(), class_shift_.end(), T(0));
-    if (g_class)
-      for (int64_t c = 0; c < columns_.count; c++) {
-        const int64_t id = columns_.class_of(c);
-        put(class_scale_[c], class_shift_[c], g_class[id], static_cast<const T*>(p_.class_lse)[id]);
-      }
-    for (int64_t j = 0; j < p_.m && g_instance; j++)
-      put(row_scale_[j], row_shift_[j], g_instance[j], static_cast<const T*>(p_.instance_lse)[j]);
+    const T *g_class = static_cast<const T*>(g_.class_lse), *lse = static_cast<const T*>(p_.class_lse);
+    for (int64_t c = 0; c < columns_.count && g_class; c++) {
+      const int64_t id = columns_.class_of(c);
+      s_.upstream(g_class[id], lse[id], class_scale_[c], class_shift_[c]);
+    }
+    const T *g_row = static_cast<const T*>(g_.instance_lse),
+            *row_lse = static_cast<const T*>(p_.instance_lse);
+    for (int64_t j = 0; j < p_.m && g_row; j++)
+      s_.upstream(g_row[j], row_lse[j], row_scale_[j], row_shift_[j]);
   }
 
   // A of one tile and block of columns, and its column sums for the classes' biases.
@@ -250,7 +242,7 @@ class BackwardPass {
     for (int64_t r = 0; r < n; r++) {
       const int64_t j = s_.first_row(tile) + r;
       T* out = room.grad_z + j * d;
-      for (int64_t f = 0; f < s_.d_panels; f++) std::copy_n(product + (f * padded + r) * NR, NR, x + f * NR);
+      s_.gather_row(product, padded, r, x);
       if (block.first || !of_z_.first)
         for (int64_t i = 0; i < d; i++) x[i] += out[i];
       if (!s_.valid(j))
@@ -264,19 +256,14 @@ class BackwardPass {
 
   // dL/dV of a column block: A^T U of a group of tiles, in their order.
   void add_columns(Room& room, const Block& block, int64_t begin) {
-    // One piece is a block of columns, whose entries stay in the L2 cache, by a few panels of features; there
-    // are enough of them for the threads.
-    const int64_t here = std::min(room.group, s_.tiles - begin);
-    const int64_t padded = block.panels * NR, blocks = (block.panels + G::BLOCK - 1) / G::BLOCK;
-    const int64_t shares = std::min(s_.d_panels, (4 * p_.threads + blocks - 1) / blocks);
-    parallel(p_.threads, blocks * shares, [&](int64_t i) {
-      const int64_t c = i % blocks * G::BLOCK * NR, stop = std::min(block.count, c + G::BLOCK * NR);
-      const int64_t share = i / blocks;
+    const int64_t here = std::min(room.group, s_.tiles - begin), padded = block.panels * NR;
+    s_.share_out(block.panels, [&](int64_t first, int64_t last, int64_t f_first, int64_t f_last) {
       for (int64_t tile = 0; tile < here; tile++) {
         const int64_t rows = s_.padded_rows(begin + tile);
         const T *a = room.entries_of(tile, s_), *x = room.u_rows_of(tile, s_);
-        for (int64_t f = share * s_.d_panels / shares; f < (share + 1) * s_.d_panels / shares; f++)
-          G::times_features(rows, rows, c, stop, a, x + f * rows * NR, room.grad_v + f * padded * NR);
+        for (int64_t f = f_first; f < f_last; f++)
+          G::times_features(rows, rows, first * NR, std::min(block.count, last * NR), a, x + f * rows * NR,
+                            room.grad_v + f * padded * NR);
       }
     });
   }
@@ -292,8 +279,7 @@ class BackwardPass {
         std::fill(out, out + d, T(0));
         continue;
       }
-      for (int64_t f = 0; f < s_.d_panels; f++)
-        std::copy_n(room.grad_v + (f * padded + c) * NR, NR, x + f * NR);
+      s_.gather_row(room.grad_v, padded, c, x);
       if (!of_w_.first)
         for (int64_t i = 0; i < d; i++) x[i] += out[i];
       if (of_w_.last)

@@ -45,9 +45,10 @@ struct Gradients {
   double* beta;                    // 0, or null
 };
 
-// What a training step adds to a problem of one direction whose loss is known to be the sum or the mean of
-// weight_j (lse_j - pos_j), with the lse of sample j or of its class. In a symmetric problem the targets are
-// labels, pos_j is the mean logit of j with the others of its label, and samples without others do not count.
+// What a training step adds to a problem whose loss is known to be the sum or the mean of
+// weight_j (lse_j - pos_j), with the lse of sample j, of its class, or the mean of both. In a symmetric
+// problem the targets are labels, pos_j is the mean logit of j with the others of its label, and samples
+// without others do not count.
 struct Step {
   const void* weight;  // (m) or null for ones
   void* loss;

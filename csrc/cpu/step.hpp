@@ -3,7 +3,8 @@
 // What flows back to each log-sum-exp is known before it is: the sample's share of the sum or mean. So a part
 // of the matrix whose sums are complete can go backward at once, while its exponentials still lie in the
 // workspace, and nothing is made twice. Complete are, in the class direction, whole columns; in the instance
-// direction, whole rows. The matrix is cut into as few such parts as fit.
+// direction, whole rows. The matrix is cut into as few such parts as fit; where both directions are wanted it
+// stays whole.
 #pragma once
 
 #include "backward.hpp"
@@ -23,11 +24,12 @@ class StepPass {
         columns_(columns),
         step_(step),
         class_lse_(p.by_class ? p.k : 0),
-        instance_lse_(p.by_class ? 0 : p.m),
+        instance_lse_(p.by_instance ? p.m : 0),
         pos_(p.m),
         z_rnorm_(p.m),
         w_rnorm_(p.k),
-        per_lse_(p.by_class ? p.k : p.m),
+        per_class_(p.by_class ? p.k : 0),
+        per_row_(p.by_instance ? p.m : 0),
         per_pos_(p.m),
         kept_(std::min<int64_t>(padded(p.m) * round_up(columns.count, NR),
                                 p.workspace / 2 / static_cast<int64_t>(sizeof(T)))) {
@@ -43,7 +45,9 @@ class StepPass {
   void run() {
     share_out();
     begin_forward<T>(p_, columns_);
-    if (p_.by_class)
+    if (p_.by_class && p_.by_instance)
+      both_ways(p_, columns_, 0, {}, {});
+    else if (p_.by_class)
       by_columns();
     else
       by_rows();
@@ -64,11 +68,14 @@ class StepPass {
       if (valid(j)) total_ += weight(j);
     const bool nothing = total_ == 0 && step_.empty == 0;
     const double scale = !step_.mean ? 1 : nothing ? 0 : 1 / total_;
-    std::fill_n(static_cast<T*>(per_lse_), p_.by_class ? p_.k : p_.m, T(0));
+    const double lse_scale = p_.by_class && p_.by_instance ? 0.5 * scale : scale;
+    if (p_.by_class) std::fill_n(static_cast<T*>(per_class_), p_.k, T(0));
     for (int64_t j = 0; j < p_.m; j++) {
-      const T share = valid(j) ? static_cast<T>(weight(j) * scale) : T(0);
-      per_pos_[j] = -share;
-      if (valid(j)) per_lse_[p_.by_class ? p_.target[j] : j] += share;
+      const double w = valid(j) ? weight(j) : 0;
+      per_pos_[j] = valid(j) ? static_cast<T>(-w * scale) : T(0);
+      const T share = valid(j) ? static_cast<T>(w * lse_scale) : T(0);
+      if (p_.by_instance) per_row_[j] = share;
+      if (p_.by_class && valid(j)) per_class_[p_.target[j]] += share;
     }
   }
 
@@ -115,7 +122,8 @@ class StepPass {
   void both_ways(const Problem& p, const Columns& columns, int64_t first_row, Turn of_z, Turn of_w) {
     ForwardPass<T, NV>(p, columns).run();
     Gradients g{};
-    (p.by_class ? g.class_lse : g.instance_lse) = per_lse_ + (p.by_class ? 0 : first_row);
+    if (p.by_class) g.class_lse = per_class_;
+    if (p.by_instance) g.instance_lse = per_row_ + first_row;
     g.pos = per_pos_ + first_row;
     if (step_.z) g.z = static_cast<T*>(step_.z) + first_row * p.d;
     g.w = step_.w;
@@ -123,12 +131,16 @@ class StepPass {
     BackwardPass<T, NV>(p, columns, g, of_z, of_w).run();
   }
 
+  static double finite(T lse) { return lse == minus_infinity<T> ? 0 : lse; }
+
   double value() {
     double sum = 0;
     for (int64_t j = 0; j < p_.m; j++) {
       if (!valid(j)) continue;
-      const T lse = p_.by_class ? class_lse_[p_.target[j]] : instance_lse_[j];
-      sum += weight(j) * ((lse == minus_infinity<T> ? 0.0 : double(lse)) - double(pos_[j]));
+      double lse = 0;
+      if (p_.by_class) lse += finite(class_lse_[p_.target[j]]);
+      if (p_.by_instance) lse += finite(instance_lse_[j]);
+      sum += weight(j) * ((p_.by_class && p_.by_instance ? 0.5 : 1) * lse - double(pos_[j]));
     }
     return !step_.mean ? sum : total_ == 0 && step_.empty == 0 ? 0 : sum / total_;
   }
@@ -136,7 +148,7 @@ class StepPass {
   Problem p_;
   const Columns& columns_;
   const Step& step_;
-  Buffer<T> class_lse_, instance_lse_, pos_, z_rnorm_, w_rnorm_, per_lse_, per_pos_, kept_;
+  Buffer<T> class_lse_, instance_lse_, pos_, z_rnorm_, w_rnorm_, per_class_, per_row_, per_pos_, kept_;
   double total_ = 0;
 };
 

@@ -74,16 +74,10 @@ class SymmetricBackward {
         : first(begin), end(stop), panels((stop - begin + NR - 1) / NR), first_panel(begin / NR) {}
   };
 
-  // Upstream gradients and lse, made harmless where a sum is empty. Shift-free they become one factor,
-  // g / exp(lse).
   void prepare() {
     const T* g = static_cast<const T*>(p_.by_class ? g_.class_lse : g_.instance_lse);
     const T* lse = static_cast<const T*>(p_.by_class ? p_.class_lse : p_.instance_lse);
-    for (int64_t j = 0; g && j < p_.m; j++) {
-      if (lse[j] == minus_infinity<T>) continue;
-      shift_[j] = lse[j];
-      scale_[j] = s_.shift_free ? g[j] * std::exp(-lse[j]) : g[j];
-    }
+    for (int64_t j = 0; g && j < p_.m; j++) s_.upstream(g[j], lse[j], scale_[j], shift_[j]);
   }
 
   T weight_of(int64_t j) const { return s_.shift_free ? s_.weight[j] : T(1); }
@@ -202,23 +196,20 @@ class SymmetricBackward {
 
   // T^T U for the columns of a block, from a group of tiles in their order.
   void add_columns(const Block& block, int64_t begin, int64_t here) {
-    const int64_t padded = block.panels * NR, pieces = (block.panels + G::BLOCK - 1) / G::BLOCK;
-    const int64_t shares = std::min(s_.d_panels, (4 * p_.threads + pieces - 1) / pieces);
-    parallel(p_.threads, pieces * shares, [&](int64_t piece) {
-      const int64_t c = piece % pieces * G::BLOCK, stop = std::min<int64_t>(block.panels, c + G::BLOCK);
-      const int64_t share = piece / pieces;
+    const int64_t padded = block.panels * NR;
+    s_.share_out(block.panels, [&](int64_t first, int64_t last, int64_t f_first, int64_t f_last) {
       for (int64_t i = 0; i < here; i++) {
         const int64_t tile = begin + i, padded_rows = s_.padded_rows(tile), rows = s_.rows(tile);
         // Panels that the diagonal crosses one by one, with the rows above it, then the others together.
-        int64_t q = std::max(c, s_.first_panel(tile) - block.first_panel);
+        int64_t q = std::max(first, s_.first_panel(tile) - block.first_panel);
         auto add = [&](int64_t end, int64_t above) {
-          for (int64_t f = share * s_.d_panels / shares; f < (share + 1) * s_.d_panels / shares; f++)
+          for (int64_t f = f_first; f < f_last; f++)
             G::times_features(padded_rows, above, q * NR, end * NR, entries_of(i),
                               u_rows_of(i) + f * padded_rows * NR, grad_v_ + f * padded * NR);
         };
-        for (; q < stop && s_.rows_above(tile, block.first_panel + q) < rows; q++)
+        for (; q < last && s_.rows_above(tile, block.first_panel + q) < rows; q++)
           add(q + 1, s_.rows_above(tile, block.first_panel + q));
-        add(stop, rows);
+        add(last, rows);
       }
     });
   }
@@ -235,7 +226,7 @@ class SymmetricBackward {
         std::fill_n(out, d, T(0));
         continue;
       }
-      for (int64_t f = 0; f < s_.d_panels; f++) std::copy_n(grad_v_ + (f * padded + c) * NR, NR, x + f * NR);
+      s_.gather_row(grad_v_, padded, c, x);
       for (int64_t i = 0; i < d; i++) x[i] += out[i];
       if (positives_) positives_->subtract_gradient(j, s_.z.get(j, line), x);
       // Every pair is met twice, in the gradients of both.

@@ -189,6 +189,32 @@ struct Tiles {
     for (int64_t x = 0; x < NR; x++) out[x] = x < width ? row[x] * scale : T(0);
   }
 
+  // Row `r` of a matrix stored as [d panel][padded][NR].
+  void gather_row(const T* from, int64_t padded, int64_t r, T* x) const {
+    for (int64_t f = 0; f < d_panels; f++) std::copy_n(from + (f * padded + r) * NR, NR, x + f * NR);
+  }
+
+  // Shares the product A^T U for `panels` columns out among the threads: body(first, stop, f, f_stop) for
+  // panels [first, stop) of columns, whose entries stay in the L2 cache, and [f, f_stop) of features.
+  template <class F>
+  void share_out(int64_t panels, F&& body) const {
+    const int64_t pieces = (panels + G::BLOCK - 1) / G::BLOCK;
+    const int64_t shares = std::min(d_panels, (4 * p.threads + pieces - 1) / pieces);
+    parallel(p.threads, pieces * shares, [&](int64_t i) {
+      const int64_t first = i % pieces * G::BLOCK, share = i / pieces;
+      body(first, std::min<int64_t>(panels, first + G::BLOCK), share * d_panels / shares,
+           (share + 1) * d_panels / shares);
+    });
+  }
+
+  // A log-sum-exp and its upstream gradient as entries take them, A = scale exp(t - shift), harmless where
+  // the sum is empty. Shift-free they are one factor, A = scale exp(t).
+  void upstream(T g, T lse, T& scale, T& shift) const {
+    const bool empty = lse == minus_infinity<T>;
+    shift = empty ? T(0) : lse;
+    scale = empty ? T(0) : shift_free ? g * std::exp(-lse) : g;
+  }
+
   // The tile of t for the columns [first, first + count), -inf where excluded; positives are picked up in
   // `pos` unless null.
   void logits(int64_t tile, int64_t first, int64_t count, const T* u, const T* v, T* t, T* pos) const {

@@ -175,8 +175,9 @@ class Backend(ABC):
         """Compute the wanted gradients. Neither ``inputs`` nor ``saved`` may be changed."""
 
     def step(self, inputs: Inputs, reduced: Reduced, spec: Spec, needs: Needs) -> Step:
-        """Forward and backward in one, for one direction without biases and the gradient of at least one matrix.
+        """Forward and backward in one, without biases, for the gradient of at least one matrix.
 
+        The loss has the log-sum-exp of each sample, of its class, or the mean of both, as the direction says.
         In a symmetric problem targets are labels, the positive is the mean logit with the others of the label, and
         samples without others do not count.
         """
