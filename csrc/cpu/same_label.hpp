@@ -7,7 +7,7 @@
 // sum_j s_j pos_j by u_j is  a_j (m - u_j) + sum_{others l} a_l u_l.
 #pragma once
 
-#include <numeric>
+#include <optional>
 
 #include "norms.hpp"
 
@@ -36,22 +36,22 @@ class SameLabel {
   // one.
   void add_up(const T* share, bool even) {
     share_ = share;
-    sums_ = sums([&](int64_t j) { return double(rnorm_[j]); });
-    if (!even) weighted_ = sums([&](int64_t j) { return double(rnorm_[j]) * weight(j); });
+    add_up(sums_, [&](int64_t j) { return double(rnorm_[j]); });
+    if (!even) add_up(weighted_, [&](int64_t j) { return double(rnorm_[j]) * weight(j); });
   }
 
   // The mean cosine of a sample that has others.
-  T mean(int64_t j, T* line, T* rest) const {
-    const T *z = z_.get(j, line), *sum = &sums_[group_[j] * p_.d];
+  T mean(int64_t j, T* line, T* rest) {
+    const T *z = z_.get(j, line), *sum = *sums_ + group_[j] * p_.d;
     for (int64_t i = 0; i < p_.d; i++) rest[i] = sum[i] - rnorm_[j] * z[i];
     return dot(z, rest, p_.d) * rnorm_[j] / others_[group_[j]];
   }
 
-  void subtract_gradient(int64_t j, const T* z, T* x) const {
+  void subtract_gradient(int64_t j, const T* z, T* x) {
     if (!any(j)) return;
     const int64_t at = group_[j] * p_.d;
     const T a = weight(j), r = rnorm_[j];
-    const T *sum = &sums_[at], *weighted = weighted_.empty() ? nullptr : &weighted_[at];
+    const T *sum = *sums_ + at, *weighted = weighted_ ? *weighted_ + at : nullptr;
     for (int64_t i = 0; i < p_.d; i++) {
       const T own = a * (sum[i] - r * z[i]);
       x[i] -= own + (weighted ? weighted[i] - a * r * z[i] : own);
@@ -61,26 +61,33 @@ class SameLabel {
  private:
   T weight(int64_t j) const { return share_[j] / others_[group_[j]]; }
 
-  // The sum of factor(j) z_j in each group.
+  // The sum of factor(j) z_j in each group, a cache line of features at a time, in double.
   template <class F>
-  std::vector<T> sums(F&& factor) const {
-    std::vector<double> total(others_.size() * p_.d, 0.0);
-    std::vector<T> line(z_.line());
-    for (int64_t j = 0; j < p_.m; j++) {
-      if (!any(j)) continue;
-      const T* z = z_.get(j, line.data());
-      double *to = &total[group_[j] * p_.d], f = factor(j);
-      for (int64_t i = 0; i < p_.d; i++) to[i] += f * z[i];
-    }
-    return {total.begin(), total.end()};
+  void add_up(std::optional<Buffer<T>>& out, F&& factor) {
+    constexpr int64_t step = 64 / sizeof(T);
+    const int64_t groups = static_cast<int64_t>(others_.size());
+    T* sums = out.emplace(groups * p_.d);
+    parallel(p_.threads, (p_.d + step - 1) / step, [&](int64_t s) {
+      const int64_t first = s * step, n = std::min(step, p_.d - first);
+      Buffer<double> total(groups * n);
+      std::fill_n(static_cast<double*>(total), groups * n, 0.0);
+      T line[step];
+      for (int64_t j = 0; j < p_.m; j++) {
+        if (!any(j)) continue;
+        const T* z = z_.get(j, first, n, line);
+        double *to = total + group_[j] * n, f = factor(j);
+        for (int64_t i = 0; i < n; i++) to[i] += f * z[i];
+      }
+      for (int64_t g = 0; g < groups; g++) std::copy_n(total + g * n, n, sums + g * p_.d + first);
+    });
   }
 
   const Problem& p_;
   Rows<T> z_;
   const T *rnorm_, *share_ = nullptr;
-  std::vector<int64_t> group_;      // of each sample; -1: it has no others
-  std::vector<T> others_;           // in each group, beside a sample of it
-  std::vector<T> sums_, weighted_;  // (groups, d); the latter empty where shares are even
+  std::vector<int64_t> group_;                // of each sample; -1: it has no others
+  std::vector<T> others_;                     // in each group, beside a sample of it
+  std::optional<Buffer<T>> sums_, weighted_;  // (groups, d); the latter only where shares are not even
 };
 
 }  // namespace nckernels

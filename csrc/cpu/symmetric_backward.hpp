@@ -18,7 +18,7 @@ class SymmetricBackward {
  public:
   // `positives`, or null: more pairs, whose gradient is known.
   SymmetricBackward(const Problem& p, const Columns& columns, const Gradients& g,
-                    const SameLabel<T>* positives = nullptr)
+                    SameLabel<T>* positives = nullptr)
       : p_(p),
         columns_(columns),
         g_(g),
@@ -238,7 +238,7 @@ class SymmetricBackward {
   const Problem& p_;
   const Columns& columns_;
   const Gradients& g_;
-  const SameLabel<T>* positives_;
+  SameLabel<T>* positives_;
   Tri s_;
   T *grad_z_, *grad_bias_;
   std::vector<T> scale_, shift_;

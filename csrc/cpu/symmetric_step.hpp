@@ -38,11 +38,16 @@ class SymmetricStep {
 
     SymmetricForward<T, NV>(p_, columns_).run();
     positives.add_up(share_, !step_.weight);
-    std::vector<T> line(p_.d), rest(p_.d);
+    constexpr int64_t block = 64;
+    parallel(p_.threads, (p_.m + block - 1) / block, [&](int64_t b) {
+      Buffer<T> line(p_.d), rest(p_.d);
+      for (int64_t j = b * block; j < std::min(p_.m, (b + 1) * block); j++)
+        pos_[j] = positives.any(j) ? positives.mean(j, line, rest) : T(0);
+    });
     for (int64_t j = 0; j < p_.m; j++) {
       if (!positives.any(j)) continue;
       const T lse = lse_[j] == minus_infinity<T> ? T(0) : lse_[j];
-      sum += double(weight(j)) * (double(lse) - p_.beta * positives.mean(j, line.data(), rest.data()));
+      sum += double(weight(j)) * (double(lse) - p_.beta * pos_[j]);
     }
     *static_cast<T*>(step_.loss) = static_cast<T>(sum * scale);
 
