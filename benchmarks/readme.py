@@ -1,4 +1,4 @@
-"""python -m benchmarks readme: write the tables of README.md from the reports that their markers name.
+"""python -m benchmarks readme: write the tables of README.md and docs/performance.md from the reports that they name.
 
     <!-- speed table: begin benchmarks/results/a.json benchmarks/results/b.json -->
     (generated)
@@ -13,11 +13,12 @@ import argparse
 import re
 from pathlib import Path
 
-from .harness import YARDSTICKS, Measured
+from .harness import GEMM, Measured
 from .measure import Summary
 from .report import load, mebibytes
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 _BLOCK = re.compile(r"(<!-- speed table: begin ([^>]+?) -->\n).*?(<!-- speed table: end -->)", re.DOTALL)
 
 
@@ -26,7 +27,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks readme", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", nargs="*", type=Path, default=[ROOT / "README.md"])
+    parser.add_argument("files", nargs="*", type=Path, default=list(PAGES))
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args(argv)
     stale = 0
@@ -67,7 +68,7 @@ def table(reports: list[Path]) -> str:
 def _rows(measured: Measured) -> list[str]:
     rows, label = [], str(measured.problem)
     for r in measured.results:
-        if r.seconds is None or r.variant in YARDSTICKS:
+        if r.seconds is None or r.variant == GEMM:
             continue
         name = f"**{r.variant}**" if r.ours else r.variant
         to_gemm = "" if r.to_gemm is None else f"{r.to_gemm.median:.2f}"
