@@ -6,6 +6,7 @@ live on the CPU). Reading a tensor on a GPU would make the host wait for it.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -31,6 +32,11 @@ def is_tensor(name: str, value: object) -> None:
 def autocast_enabled(x: Tensor) -> bool:
     """Whether autocast is on for x's device (asking about the meta device is an error in PyTorch)."""
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
+def no_autocast(like: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Autocast was honoured on entry; inside, dtypes are chosen with care."""
+    return torch.autocast(like.device.type, enabled=False) if autocast_enabled(like) else contextlib.nullcontext()
 
 
 def matrix(name: str, value: Tensor, rows: str, columns: str) -> None:

@@ -20,7 +20,7 @@ from . import _checks
 from ._class_sums import class_sums, groups, height, mean_positive, visible_rows
 from ._common import REDUCTIONS, Reduction, inverse, logaddexp, norms, reduce, unit
 from .backends.base import accumulation_dtype
-from .primitive import contrast, contrast_with_itself, cosine_lse
+from .primitive import autocast, contrast, contrast_with_itself, cosine_lse
 
 _LEFT_OUT = -1  # in place of the index of a sample that takes no part
 
@@ -70,6 +70,7 @@ def supcon_loss(
         return _nothing(shape, reduction, beta, input)
     if target is None:
         ignore_index = _LEFT_OUT  # labels count the samples: nobody is ignored
+    rows = autocast(rows)  # positives and negatives alike
     in_one_step = contrast_with_itself(
         rows, labels, beta, exclude="same_label" if decoupled else "self", ignore_index=ignore_index,
         weight=weight, reduction=reduction,
@@ -79,7 +80,8 @@ def supcon_loss(
     ignored = labels == ignore_index
     group, classes = (labels, len(input)) if target is None else groups(labels, ignored)
     # Before the sums, so that its backward comes after theirs, which frees what they keep.
-    cosine, has_positive = mean_positive(rows, group, classes, ignored)
+    with _checks.no_autocast(rows):
+        cosine, has_positive = mean_positive(rows, group, classes, ignored)
     if decoupled:
         lse, _ = cosine_lse(
             rows, rows, labels, beta, direction="instance", exclude="same_label", ignore_index=ignore_index

@@ -6,7 +6,6 @@ tensors go around them, with the same autograd formula.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ._checks import no_autocast
 from .backends import reference, registry
 from .backends.base import (
     Forward,
@@ -31,7 +31,7 @@ from .backends.base import (
 def run(inputs: Inputs, spec: Spec, backend: str) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """Class-direction and instance-direction log-sum-exp (of use where wanted) and positive logits."""
     if backend == registry.REFERENCE:
-        with _no_autocast(inputs.features):
+        with no_autocast(inputs.features):
             if not torch.compiler.is_compiling():
                 _check_values(inputs, spec)
             return reference.cosine_lse(inputs, spec)
@@ -110,7 +110,7 @@ torch.library.define(
 
 
 def _forward(inputs: Inputs, spec: Spec, backend: str, keep: bool = False) -> Forward:
-    with _no_autocast(inputs.features):
+    with no_autocast(inputs.features):
         chosen = registry.BACKENDS[backend]
         if not chosen.checks_values:
             _check_values(inputs, spec)
@@ -131,7 +131,7 @@ def _forward_fake(*args: Any) -> Forward:
 
 
 def _backward(inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, backend: str, needs: Needs) -> Gradients:
-    with _no_autocast(inputs.features):
+    with no_autocast(inputs.features):
         return registry.BACKENDS[backend].backward(inputs, saved, grads, spec, needs)
 
 
@@ -306,12 +306,6 @@ torch.library.impl("nckernels::cosine_lse", "CompositeExplicitAutograd", _forwar
 torch.library.impl("nckernels::cosine_lse_backward", "CompositeExplicitAutograd", _backward_operator)
 torch.library.register_autograd("nckernels::cosine_lse", _autograd, setup_context=_setup_context)
 torch.library.register_autograd("nckernels::cosine_lse_backward", _no_double_backward)
-
-
-def _no_autocast(like: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Autocast was honoured on entry; inside, dtypes are chosen with care."""
-    kind = like.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 def _check_values(inputs: Inputs, spec: Spec) -> None:

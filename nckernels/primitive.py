@@ -221,9 +221,15 @@ def _trained(features: Tensor, prototypes: Tensor, weight: Tensor | None) -> boo
 def _operands(features: Tensor, prototypes: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """In the types that backends take: autocast's, and int64."""
     if features.dtype != torch.float64 and _checks.autocast_enabled(features):
-        dtype = torch.get_autocast_dtype(features.device.type)
-        features, prototypes = features.to(dtype), prototypes.to(dtype)
+        features, prototypes = autocast(features), autocast(prototypes)
     return features, prototypes, target if target.dtype == torch.int64 else target.long()
+
+
+def autocast(operand: Tensor) -> Tensor:
+    """In the dtype of autocast where that is on; float64 stays."""
+    if operand.dtype == torch.float64 or not _checks.autocast_enabled(operand):
+        return operand
+    return operand.to(torch.get_autocast_dtype(operand.device.type))
 
 
 def _scalar(value: float | Tensor, features: Tensor) -> Tensor:

@@ -369,6 +369,34 @@ def test_a_step_in_both_directions_is_the_mean_of_the_pairs(n: int, workspace: i
                 assert (x - y).norm() <= 1e-13 * max(1.0, y.norm())
 
 
+def test_a_step_on_the_cpu_under_another_default_device() -> None:
+    x, w, y = problem(64, 10, 8)
+    plain, self_plain = step(x, w, y), torch.autograd.grad(nckernels.supcon_loss(x, y), x)
+    with torch.device("meta"):
+        assert_same(step(x, w, y), plain)
+        assert_same(torch.autograd.grad(nckernels.supcon_loss(x, y), x), self_plain)
+
+
+@pytest.mark.parametrize("temperature", [1e-39, 1e46])
+def test_a_step_refuses_temperatures_that_float32_cannot_hold(temperature: float) -> None:
+    x, w, y = problem(64, 10, 8)
+    for tau in (temperature, torch.tensor(temperature, dtype=torch.float64, requires_grad=True)):
+        with pytest.raises(ValueError, match="inverse temperature must be positive and finite"):
+            nckernels.normface_loss(x, w, y, temperature=tau)
+        with pytest.raises(ValueError, match="inverse temperature must be positive and finite"):
+            nckernels.supcon_loss(x, y, temperature=tau)
+    double = [t.detach().double().requires_grad_() for t in (x, w)]
+    assert nckernels.normface_loss(*double, y, temperature=temperature).isfinite()
+
+
+def test_supervised_losses_agree_under_autocast() -> None:
+    x, _, y = problem(256, 8, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        mean = nckernels.supcon_loss(x, y)
+        each = nckernels.supcon_loss(x, y, reduction="none")
+    assert abs(float(mean.detach() - each.detach().mean())) < 2e-6
+
+
 def test_gradients_of_a_step_are_scaled_anew_each_time() -> None:
     """With the graph retained nothing that the first pass returns is the node's own memory."""
     x, w, y = problem(64, 10, 8)

@@ -14,9 +14,8 @@ namespace nckernels {
 template <class T, int NV>
 class StepPass {
   static constexpr int64_t NR = Tiles<T, NV>::NR;
-  static constexpr int64_t TILE = 192;  // rows by which tiles can exceed a part
-  static constexpr int64_t NARROWEST =
-      96;  // columns or rows; below, packing costs more than making tiles twice
+  // Columns or rows of a part; with fewer, packing costs about as much as making tiles twice.
+  static constexpr int64_t NARROWEST = 96;
 
  public:
   StepPass(const Problem& p, const Columns& columns, const Step& step)
@@ -56,7 +55,7 @@ class StepPass {
 
  private:
   // Rows of all tiles of m: at most an eighth more, see Tiles::plan.
-  static int64_t padded(int64_t m) { return m + std::min<int64_t>(m / 8 + 2 * MR, 192); }
+  static int64_t padded(int64_t m) { return m + std::min<int64_t>(m / 8 + 2 * MR, TALLEST); }
 
   double weight(int64_t j) const { return step_.weight ? static_cast<const T*>(step_.weight)[j] : 1.0; }
   bool valid(int64_t j) const { return columns_.positive[j] >= 0; }
@@ -94,7 +93,7 @@ class StepPass {
 
   void by_rows() {
     const int64_t m = p_.m, rows = kept_.size() / std::max<int64_t>(round_up(columns_.count, NR), 1);
-    const int64_t height = part(m, std::max(rows - 192, (rows - 2 * MR) * 8 / 9), MR);
+    const int64_t height = part(m, std::max(rows - TALLEST, (rows - 2 * MR) * 8 / 9), MR);
     for (int64_t first = 0; first == 0 || first < m; first += height) {
       const int64_t count = std::min(height, m - first);
       Columns some = columns_;

@@ -16,7 +16,7 @@ class SymmetricStep {
         pos_(p.m),
         rnorm_(2 * p.m),
         share_(p.m),
-        kept_(std::min<int64_t>((p.m + 192) * (p.m / 2 + 192 + 2 * Tiles<T, NV>::NR),
+        kept_(std::min<int64_t>((p.m + TALLEST) * (p.m / 2 + TALLEST + 2 * Tiles<T, NV>::NR),
                                 p.workspace / 2 / static_cast<int64_t>(sizeof(T)))) {
     p_.class_lse = p_.instance_lse = lse_;
     p_.pos = pos_;

@@ -8,6 +8,9 @@ namespace nckernels {
 template <class T>
 constexpr T minus_infinity = -std::numeric_limits<T>::infinity();
 
+// The most rows of a tile: with 128 numbers of each they stay in the L2 cache.
+constexpr int64_t TALLEST = 192;
+
 template <class T, int NV>
 struct Tiles {
   using G = Gemm<T, NV>;
@@ -63,7 +66,7 @@ struct Tiles {
     // Four tiles a thread, so that none waits long for the last one; eight at least.
     const int64_t even =
         round_up((p.m + 4 * std::max<int64_t>(threads, 2) - 1) / (4 * std::max<int64_t>(threads, 2)), MR);
-    tile_m = std::clamp<int64_t>(std::min(quarter / per_row, even), MR, 192) / MR * MR;
+    tile_m = std::clamp<int64_t>(std::min(quarter / per_row, even), MR, TALLEST) / MR * MR;
     tiles = (p.m + tile_m - 1) / tile_m;
     const int64_t per_tile = tile_m * all_panels * NR;
     kept_tiles = kept && per_tile ? std::min(tiles, p.kept_size / per_tile) : 0;

@@ -52,7 +52,7 @@ struct Triangle : Tiles<T, NV> {
     this->group = threads;
     const int64_t per_row = threads * (3 * d_pad + block_k);
     const int64_t even = round_up((p.m + 4 * threads - 1) / (4 * threads), MR);
-    tile_m = std::clamp<int64_t>(std::min(quarter / per_row, even), MR, 192) / MR * MR;
+    tile_m = std::clamp<int64_t>(std::min(quarter / per_row, even), MR, TALLEST) / MR * MR;
     tiles = (p.m + tile_m - 1) / tile_m;
     kept_at.assign(tiles + 1, 0);
     for (int64_t i = 0; i < tiles; i++)

@@ -139,7 +139,7 @@ class NativeBackend(Backend):
         dtype = accumulation_dtype(inputs.features.dtype)
         problem, _alive = _problem(inputs, spec)
         weight = None if reduced.weight is None else reduced.weight.to(dtype).contiguous()
-        loss, (z, w, beta) = torch.empty((), dtype=dtype), _room(inputs, spec, needs)
+        loss, (z, w, beta) = inputs.features.new_empty((), dtype=dtype), _room(inputs, spec, needs)
         pointers = _pointer(weight), loss.data_ptr(), _pointer(z), _pointer(w), _pointer(beta)
         step = _STEP.pack(*pointers, reduced.of_nothing, reduced.mean)
         _check(_library().nckernels_step(problem, step), inputs, spec)
@@ -160,12 +160,12 @@ def _pointer(x: Tensor | None) -> int:
 
 def _room(inputs: Inputs, spec: Spec, needs: Needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """What the library fills with gradients: of both matrices, and in float64 of the temperature."""
-    dtype = accumulation_dtype(inputs.features.dtype)
-    make = torch.zeros if spec.present_only else torch.empty  # classes that do not occur are not written
+    z, w, dtype = inputs.features, inputs.prototypes, accumulation_dtype(inputs.features.dtype)
+    make = w.new_zeros if spec.present_only else w.new_empty  # classes that do not occur are not written
     return (
-        torch.empty(inputs.features.shape, dtype=dtype) if needs.features else None,
-        make(inputs.prototypes.shape, dtype=dtype) if needs.prototypes else None,
-        torch.zeros((), dtype=torch.float64) if needs.inv_temperature else None,
+        z.new_empty(z.shape, dtype=dtype) if needs.features else None,
+        make(w.shape, dtype=dtype) if needs.prototypes else None,
+        z.new_zeros((), dtype=torch.float64) if needs.inv_temperature else None,
     )
 
 
@@ -176,6 +176,8 @@ def _problem(inputs: Inputs, spec: Spec, forward: Forward | None = None) -> tupl
     """The C structure, and the tensors that it points into; a step has no use for those of a forward pass."""
     scalar = inputs.inv_temperature
     beta = scalar.item() if isinstance(scalar, Tensor) else float(scalar)
+    if inputs.features.dtype != torch.float64:
+        beta = ctypes.c_float(beta).value  # 0 or infinite where float32 cannot hold it
     if not 0.0 < beta < math.inf:
         raise bad_temperature(beta)
     z, target = _rows(inputs.features), inputs.target.contiguous()
