@@ -254,6 +254,9 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16):
                 shape = (70, 70, 37) if exclude in ("self", "same_label") else (150, 43, 37)
                 case = oracle.make_problem(*shape, direction=direction, exclude=exclude, beta=beta, bias=True)
                 oracle.check(case, dtype)
+                for k in (1, 2, 3, 7, 17) if exclude == "none" else ():
+                    case = oracle.make_problem(31, k, 37, direction=direction, exclude=exclude, beta=beta, bias=True)
+                    oracle.check(case, dtype)
                 if shape[0] == shape[1] and direction != "both":
                     shape = (210, 210, 37)
                     case = oracle.make_problem(

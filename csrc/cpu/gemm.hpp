@@ -59,8 +59,9 @@ template <class T, int NV>
 struct Gemm {
   static constexpr int W = lanes<T>;
   static constexpr int NR = NV * W;
-  // Rows of dV at a time: as many as the registers hold, and a divisor of NR.
-  static constexpr int PR = NR < 8 || MR == 6 ? 4 : 8;
+  // Rows of dV at a time: as many as the registers hold, and a divisor of NR, so that none is of the next panel.
+  static constexpr int FIT = MR == 6 ? 4 : 8, PR = NR < FIT ? NR : FIT;
+  static_assert(NR % PR == 0);
   static constexpr long BLOCK = DEPTH < NR ? 1 : DEPTH / NR;  // panels of columns that make up DEPTH
 
   // t[last - first][m][NR] = U V^T for panels [first, last) of the `panels` in V, and at least the first
