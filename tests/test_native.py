@@ -145,9 +145,10 @@ def _restore_threads():
 
 
 @pytest.mark.usefixtures("_restore_threads")
+@pytest.mark.parametrize("shape", [(1000, 150, 64), (3000, 10, 128)])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_threads_do_not_change_the_result(loss: str) -> None:
-    x, w, y = problem(1000, 150, 64)
+def test_threads_do_not_change_the_result(loss: str, shape: tuple[int, int, int]) -> None:
+    x, w, y = problem(*shape)
     torch.set_num_threads(1)
     one = step(x, w, y, loss)
     torch.set_num_threads(2)
@@ -436,7 +437,7 @@ def test_scratch_stays_within_the_workspace(loss: str, in_one_step: bool, worksp
     """Scratch of the C++ code (which torch's allocator does not see) plus what is kept for a backward pass."""
     torch.set_num_threads(threads)
     with nckernels.use_workspace(workspace):
-        for m, k, d in ((4096, 600, 64), (600, 20_000, 32), (300, 200, 512)):
+        for m, k, d in ((4096, 600, 64), (600, 20_000, 32), (300, 200, 512), (4096, 20, 700)):
             x, w, y = problem(m, k, d)
             native.peak_scratch()
             if in_one_step:

@@ -51,6 +51,64 @@ NCK_INLINE void micro(long count, long depth, const T* a, long a_block, const T*
     }
 }
 
+// C[R x NV vectors] (+)= sum over k < depth of rows[r][at + k] * B[k][NR]: A's rows where they lie.
+template <class T, int R, int NV, bool ACCUMULATE>
+NCK_INLINE void rows_times_panel(const T* const* rows, long at, long depth, const T* b, T* c) {
+  constexpr int W = lanes<T>;
+  Vec<T> acc[R][NV];
+  const T* a[R];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++) {
+    a[r] = rows[r] + at;
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; v++) acc[r][v] = Vec<T>{};
+  }
+  for (long k = 0; k < depth; k++) {
+    Vec<T> y[NV];
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; v++) y[v] = load(b + (k * NV + v) * W);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; v++) acc[r][v] += a[r][k] * y[v];
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; v++) {
+      T* to = c + (r * NV + v) * W;
+      store(to, ACCUMULATE ? load(to) + acc[r][v] : acc[r][v]);
+    }
+}
+
+// C[R x NV vectors] += sum over k < depth of A[k][NR]^T * rows[k][at + .]: B's rows where they lie.
+template <class T, int R, int NV>
+NCK_INLINE void panel_times_rows(long depth, const T* a, const T* const* rows, long at, T* c) {
+  constexpr int W = lanes<T>;
+  Vec<T> acc[R][NV];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; v++) acc[r][v] = Vec<T>{};
+  for (long k = 0; k < depth; k++, a += NV * W) {
+    const T* b = rows[k] + at;
+    Vec<T> y[NV];
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; v++) y[v] = load(b + v * W);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; v++) acc[r][v] += a[r] * y[v];
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; v++) {
+      T* to = c + (r * NV + v) * W;
+      store(to, load(to) + acc[r][v]);
+    }
+}
+
 // Inner dimensions go in blocks of DEPTH: DEPTH x NR numbers of B stay in the L1 cache while all rows of the
 // tile pass, and the tile's part of A, 192 x DEPTH numbers, in the L2 cache while all panels of B pass.
 constexpr long DEPTH = 128;
@@ -59,7 +117,8 @@ template <class T, int NV>
 struct Gemm {
   static constexpr int W = lanes<T>;
   static constexpr int NR = NV * W;
-  // Rows of dV at a time: as many as the registers hold, and a divisor of NR, so that none is of the next panel.
+  // Rows of dV at a time: as many as the registers hold, and a divisor of NR, so that none is of the next
+  // panel.
   static constexpr int FIT = MR == 6 ? 4 : 8, PR = NR < FIT ? NR : FIT;
   static_assert(NR % PR == 0);
   static constexpr long BLOCK = DEPTH < NR ? 1 : DEPTH / NR;  // panels of columns that make up DEPTH

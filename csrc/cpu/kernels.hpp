@@ -2,6 +2,7 @@
 #pragma once
 
 #include "backward.hpp"
+#include "few_classes.hpp"
 #include "forward.hpp"
 #include "step.hpp"
 #include "symmetric_backward.hpp"
@@ -60,6 +61,8 @@ Status step(const Problem& p, const Step& s) {
   with_panels<T>(columns, [&](auto vectors) {
     if (p.symmetric)
       SymmetricStep<T, vectors>(p, columns, s).run();
+    else if (FewClasses<T, vectors>::takes(p, columns))
+      FewClasses<T, vectors>(p, columns, s).run();
     else
       StepPass<T, vectors>(p, columns, s).run();
   });

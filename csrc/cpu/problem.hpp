@@ -77,6 +77,7 @@ class Buffer {
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   operator T*() { return p_; }
+  T* data() const { return p_; }
   int64_t size() const { return static_cast<int64_t>(bytes_ / sizeof(T)); }
 
  private:

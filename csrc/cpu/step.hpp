@@ -9,6 +9,7 @@
 
 #include "backward.hpp"
 #include "forward.hpp"
+#include "reduction.hpp"
 
 namespace nckernels {
 template <class T, int NV>
@@ -22,6 +23,7 @@ class StepPass {
       : p_(p),
         columns_(columns),
         step_(step),
+        reduction_(step),
         class_lse_(p.by_class ? p.k : 0),
         instance_lse_(p.by_instance ? p.m : 0),
         pos_(p.m),
@@ -50,27 +52,24 @@ class StepPass {
       by_columns();
     else
       by_rows();
-    *static_cast<T*>(step_.loss) = static_cast<T>(value());
+    *static_cast<T*>(step_.loss) = static_cast<T>(reduction_.result(weighted_sum()));
   }
 
  private:
   // Rows of all tiles of m: at most an eighth more, see Tiles::plan.
   static int64_t padded(int64_t m) { return m + std::min<int64_t>(m / 8 + 2 * MR, TALLEST); }
 
-  double weight(int64_t j) const { return step_.weight ? static_cast<const T*>(step_.weight)[j] : 1.0; }
   bool valid(int64_t j) const { return columns_.positive[j] >= 0; }
 
   // dL/dlse and dL/dpos: each sample's share of the loss, which in the class direction adds up per class.
   void share_out() {
-    total_ = 0;
     for (int64_t j = 0; j < p_.m; j++)
-      if (valid(j)) total_ += weight(j);
-    const bool nothing = total_ == 0 && step_.empty == 0;
-    const double scale = !step_.mean ? 1 : nothing ? 0 : 1 / total_;
+      if (valid(j)) reduction_.count(j);
+    const double scale = reduction_.scale();
     const double lse_scale = p_.by_class && p_.by_instance ? 0.5 * scale : scale;
     if (p_.by_class) std::fill_n(static_cast<T*>(per_class_), p_.k, T(0));
     for (int64_t j = 0; j < p_.m; j++) {
-      const double w = valid(j) ? weight(j) : 0;
+      const double w = valid(j) ? reduction_.weight(j) : 0;
       per_pos_[j] = valid(j) ? static_cast<T>(-w * scale) : T(0);
       const T share = valid(j) ? static_cast<T>(w * lse_scale) : T(0);
       if (p_.by_instance) per_row_[j] = share;
@@ -132,23 +131,23 @@ class StepPass {
 
   static double finite(T lse) { return lse == minus_infinity<T> ? 0 : lse; }
 
-  double value() {
+  double weighted_sum() {
     double sum = 0;
     for (int64_t j = 0; j < p_.m; j++) {
       if (!valid(j)) continue;
       double lse = 0;
       if (p_.by_class) lse += finite(class_lse_[p_.target[j]]);
       if (p_.by_instance) lse += finite(instance_lse_[j]);
-      sum += weight(j) * ((p_.by_class && p_.by_instance ? 0.5 : 1) * lse - double(pos_[j]));
+      sum += reduction_.weight(j) * ((p_.by_class && p_.by_instance ? 0.5 : 1) * lse - double(pos_[j]));
     }
-    return !step_.mean ? sum : total_ == 0 && step_.empty == 0 ? 0 : sum / total_;
+    return sum;
   }
 
   Problem p_;
   const Columns& columns_;
   const Step& step_;
+  Reduction<T> reduction_;
   Buffer<T> class_lse_, instance_lse_, pos_, z_rnorm_, w_rnorm_, per_class_, per_row_, per_pos_, kept_;
-  double total_ = 0;
 };
 
 }  // namespace nckernels

@@ -1,6 +1,7 @@
 // The supervised contrastive loss and its gradient in one call, see problem.hpp.
 #pragma once
 
+#include "reduction.hpp"
 #include "symmetric_backward.hpp"
 #include "symmetric_forward.hpp"
 
@@ -28,13 +29,11 @@ class SymmetricStep {
 
   void run() {
     SameLabel<T> positives(p_, columns_);
-    auto weight = [&](int64_t j) { return step_.weight ? static_cast<const T*>(step_.weight)[j] : T(1); };
-    double total = 0, sum = 0;
+    Reduction<T> reduction(step_);
     for (int64_t j = 0; j < p_.m; j++)
-      if (positives.any(j)) total += weight(j);
-    const double scale = !step_.mean ? 1 : total == 0 ? 0 : 1 / total;
+      if (positives.any(j)) reduction.count(j);
     for (int64_t j = 0; j < p_.m; j++)
-      share_[j] = positives.any(j) ? static_cast<T>(weight(j) * scale) : T(0);
+      share_[j] = positives.any(j) ? static_cast<T>(reduction.weight(j) * reduction.scale()) : T(0);
 
     SymmetricForward<T, NV>(p_, columns_).run();
     positives.add_up(share_, !step_.weight);
@@ -44,12 +43,13 @@ class SymmetricStep {
       for (int64_t j = b * block; j < std::min(p_.m, (b + 1) * block); j++)
         pos_[j] = positives.any(j) ? positives.mean(j, line, rest) : T(0);
     });
+    double sum = 0;
     for (int64_t j = 0; j < p_.m; j++) {
       if (!positives.any(j)) continue;
       const T lse = lse_[j] == minus_infinity<T> ? T(0) : lse_[j];
-      sum += double(weight(j)) * (double(lse) - p_.beta * pos_[j]);
+      sum += reduction.weight(j) * (double(lse) - p_.beta * pos_[j]);
     }
-    *static_cast<T*>(step_.loss) = static_cast<T>(sum * scale);
+    *static_cast<T*>(step_.loss) = static_cast<T>(reduction.result(sum));
 
     Gradients g{};
     (p_.by_class ? g.class_lse : g.instance_lse) = share_;

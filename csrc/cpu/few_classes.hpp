@@ -1,0 +1,332 @@
+// A training step for few classes, in one direction.
+//
+// All prototypes lie in the caches, packed, and features are read where they are: with so few products to
+// make of each, packing them would take as long as the products. Two sweeps over the samples:
+//   1. norms, t = beta u . v, e = exp(t), which is kept whole, and the sums of e over columns or rows;
+//   2. with them A = dL/dt, dL/dU = A V and dL/dV += A^T U, tile by tile.
+#pragma once
+
+#include "gemm.hpp"
+#include "norms.hpp"
+#include "reduction.hpp"
+#include "tiles.hpp"
+
+namespace nckernels {
+template <class T, int NV>
+class FewClasses {
+  using G = Gemm<T, NV>;
+  static constexpr int W = G::W, NR = G::NR;
+  static constexpr int64_t PANELS = 2;  // of classes; more are worth packing features for
+  // The most numbers of features in a tile, which stay in the L2 cache, and rows; and the rows whose share of
+  // dL/dV is summed up before it is added to the rest.
+  static constexpr int64_t TILE = 24576, TALL = 96, SLICE = 32;
+  static_assert(TALL % MR == 0);
+
+ public:
+  // Whether it takes the problem: exponentials need no shift, and half of the workspace has room for all of
+  // them and the prototypes in two layouts. The other half is for the gradients of the prototypes.
+  static bool takes(const Problem& p, const Columns& columns) {
+    const int64_t width = round_up(columns.count, NR);
+    return p.by_class != p.by_instance && p.beta <= 30.0 && width > 0 && width <= PANELS * NR &&
+           (p.m + TALL + 2 * (p.d + NR)) * width <= half_of(p);
+  }
+
+  FewClasses(const Problem& p, const Columns& columns, const Step& step)
+      : p_(p),
+        columns_(columns),
+        step_(step),
+        reduction_(step),
+        z_(p.z, p.z_stride, p.d, p.half),
+        w_(p.w, p.w_stride, p.d, p.half),
+        count_(columns.count),
+        panels_((count_ + NR - 1) / NR),
+        width_(panels_ * NR),
+        d_panels_((p.d + NR - 1) / NR),
+        d_pad_(d_panels_ * NR),
+        tall_(std::clamp<int64_t>(TILE / p.d, MR, TALL) / MR * MR),
+        tiles_((p.m + tall_ - 1) / tall_),
+        chunks_(chunks()),
+        v_(width_ * p.d),
+        v_rows_(step.z ? width_ * d_pad_ : 0),
+        e_(tiles_ * tall_ * width_),
+        z_rnorm_(p.m),
+        pos_(p.m),
+        sums_(p.by_class ? chunks_ * width_ : p.m),
+        grad_v_(step.w ? chunks_ * width_ * d_pad_ : 0),
+        zeros_(p.d),
+        w_rnorm_(count_),
+        scale_(width_, T(0)),
+        inside_(width_, T(0)) {
+    std::fill_n(inside_.begin(), count_, T(1));
+    std::fill_n(static_cast<T*>(zeros_), p.d, T(0));
+  }
+
+  void run() {
+    pack_prototypes();
+    parallel(p_.threads, chunks_, [&](int64_t chunk) {
+      Room room(*this);
+      T* const column_sums = p_.by_class ? sums_ + chunk * width_ : nullptr;
+      if (column_sums) std::fill_n(column_sums, width_, T(0));
+      for_tiles(chunk, [&](int64_t tile) { exponentials(tile, room, column_sums); });
+    });
+    share_out();
+    std::vector<double> energy(chunks_, 0.0);
+    parallel(p_.threads, chunks_, [&](int64_t chunk) {
+      Room room(*this);
+      T* const grad_v = step_.w ? grad_v_ + chunk * width_ * d_pad_ : nullptr;
+      if (grad_v) std::fill_n(grad_v, width_ * d_pad_, T(0));
+      for_tiles(chunk, [&](int64_t tile) {
+        entries(tile);
+        const T* const* rows = find_rows(tile, room);
+        if (step_.z) add_rows(tile, rows, room.product, energy[chunk]);
+        if (grad_v) add_columns(tile, rows, grad_v);
+      });
+    });
+    double total = 0;
+    for (double e : energy) total += e;
+    if (step_.w) total = finish_columns();
+    if (step_.beta) *step_.beta = total;
+  }
+
+ private:
+  // What a thread works in.
+  struct Room {
+    const T* rows[TALL];
+    Buffer<T> lines, product;
+    explicit Room(const FewClasses& s) : lines(s.tall_ * s.z_.line()), product(MR * s.d_pad_) {}
+  };
+
+  static int64_t half_of(const Problem& p) { return p.workspace / 2 / static_cast<int64_t>(sizeof(T)); }
+
+  // Chunks of tiles sum into places of their own, which are added up in order. Each has a million products or
+  // more, and their number does not depend on whether there are one or two threads.
+  int64_t chunks() const {
+    const int64_t most = std::min(tiles_, half_of(p_) / (width_ * d_pad_));
+    const int64_t some = std::min<int64_t>(p_.m * width_ * p_.d >> 20, 4 * std::max(p_.threads, 2));
+    return std::clamp<int64_t>(some, 1, std::max<int64_t>(most, 1));
+  }
+
+  template <class F>
+  void for_tiles(int64_t chunk, F&& body) const {
+    for (int64_t tile = chunk * tiles_ / chunks_; tile < (chunk + 1) * tiles_ / chunks_; tile++) body(tile);
+  }
+
+  int64_t rows_of(int64_t tile) const { return std::min(tall_, p_.m - tile * tall_); }
+  bool valid(int64_t j) const { return columns_.positive[j] >= 0; }
+
+  // e of a tile, later A: [panel][row][NR].
+  T* tile_of(int64_t tile) { return e_ + tile * tall_ * width_; }
+  T& at(T* tile, int64_t r, int64_t c) const { return tile[(c / NR * tall_ + r) * NR + c % NR]; }
+
+  // Unit prototypes as V for the logits, [panel][d][NR], and for dL/dU, [d panel][column][NR].
+  void pack_prototypes() {
+    Buffer<T> line(w_.line());
+    std::fill_n(static_cast<T*>(v_), width_ * p_.d, T(0));
+    std::fill_n(static_cast<T*>(v_rows_), v_rows_.size(), T(0));
+    for (int64_t c = 0; c < count_; c++) {
+      const T* w = w_.get(columns_.class_of(c), line);
+      const T scale = w_rnorm_[c] = inverse_norm(p_, w);
+      T* v = v_ + c / NR * NR * p_.d + c % NR;
+      for (int64_t k = 0; k < p_.d; k++) v[k * NR] = w[k] * scale;
+      for (int64_t k = 0; k < p_.d && step_.z; k++)
+        v_rows_[(k / NR * width_ + c) * NR + k % NR] = w[k] * scale;
+    }
+  }
+
+  // Where the features of a tile are. Samples that take no part, and those past the end, are zeros.
+  const T* const* find_rows(int64_t tile, Room& room) const {
+    const int64_t n = rows_of(tile), row0 = tile * tall_;
+    for (int64_t r = 0; r < round_up(n, MR); r++)
+      room.rows[r] = r < n && valid(row0 + r) ? z_.get(row0 + r, room.lines + r * z_.line()) : zeros_.data();
+    return room.rows;
+  }
+
+  void exponentials(int64_t tile, Room& room, T* column_sums) {
+    const int64_t n = rows_of(tile), row0 = tile * tall_;
+    T *e = tile_of(tile), factor[TALL];
+    const T* const* rows = find_rows(tile, room);
+    for (int64_t r = 0; r < n; r++) {
+      z_rnorm_[row0 + r] = inverse_norm(p_, rows[r]);
+      factor[r] = T(p_.beta) * z_rnorm_[row0 + r];
+    }
+    for (int64_t q = 0; q < panels_; q++)
+      for (int64_t i = 0; i < n; i += MR)
+        for (int64_t k = 0; k < p_.d; k += DEPTH) {
+          const int64_t depth = std::min<int64_t>(DEPTH, p_.d - k);
+          const T* v = v_ + (q * p_.d + k) * NR;
+          T* t = e + (q * tall_ + i) * NR;
+          if (k == 0)
+            rows_times_panel<T, MR, NV, false>(rows + i, k, depth, v, t);
+          else
+            rows_times_panel<T, MR, NV, true>(rows + i, k, depth, v, t);
+        }
+    for (int64_t r = 0; r < n; r++) {
+      const int64_t c = columns_.positive[row0 + r];
+      if (c < 0) continue;
+      pos_[row0 + r] = at(e, r, c) * factor[r];
+      if (p_.exclude == kTarget) at(e, r, c) = minus_infinity<T>;
+    }
+    for (int64_t q = 0; q < panels_; q++) {
+      Vec<T> inside[NV], column[NV];
+      for (int v = 0; v < NV; v++) {
+        inside[v] = load(inside_.data() + q * NR + v * W);
+        column[v] = Vec<T>{};
+      }
+      for (int64_t r = 0; r < n; r++) {
+        Vec<T> row{};
+        for (int v = 0; v < NV; v++) {
+          T* to = e + (q * tall_ + r) * NR + v * W;
+          Vec<T> x = exponential<T, true>(load(to) * factor[r]) * inside[v];
+          if (!valid(row0 + r)) x = Vec<T>{};
+          store(to, x);
+          column[v] += x;
+          row += x;
+        }
+        if (p_.by_instance) sums_[row0 + r] = (q ? sums_[row0 + r] : T(0)) + sum<T>(row);
+      }
+      for (int v = 0; v < NV && column_sums; v++) {
+        T* to = column_sums + q * NR + v * W;
+        store(to, load(to) + column[v]);
+      }
+    }
+  }
+
+  // The loss, and the factors of A: scale_c e or scale_j e, and each sample's share at its positive.
+  void share_out() {
+    double loss = 0;
+    std::vector<double> of_class(count_, 0.0);
+    for (int64_t j = 0; j < p_.m; j++) {
+      if (!valid(j)) continue;
+      reduction_.count(j);
+      of_class[columns_.positive[j]] += reduction_.weight(j);
+    }
+    for (int64_t c = 0; c < count_ && p_.by_class; c++) {
+      for (int64_t chunk = 1; chunk < chunks_; chunk++) sums_[c] += sums_[chunk * width_ + c];
+      if (sums_[c] == 0) continue;  // nothing to sum over
+      loss += of_class[c] * double(std::log(sums_[c]));
+      scale_[c] = static_cast<T>(of_class[c] * reduction_.scale()) / sums_[c];
+    }
+    for (int64_t j = 0; j < p_.m; j++) {
+      if (!valid(j)) continue;
+      const bool empty = p_.by_class || sums_[j] == 0;
+      loss += reduction_.weight(j) * ((empty ? 0.0 : double(std::log(sums_[j]))) - double(pos_[j]));
+    }
+    *static_cast<T*>(step_.loss) = static_cast<T>(reduction_.result(loss));
+  }
+
+  T share(int64_t j) const { return static_cast<T>(reduction_.weight(j) * reduction_.scale()); }
+
+  void entries(int64_t tile) {
+    const int64_t n = rows_of(tile), row0 = tile * tall_;
+    T* a = tile_of(tile);
+    for (int64_t q = 0; q < panels_; q++)
+      for (int64_t r = 0; r < round_up(n, MR); r++) {
+        T row = r < n ? T(1) : T(0);
+        if (p_.by_instance && r < n) {
+          const T total = sums_[row0 + r];
+          row = total == 0 ? T(0) : share(row0 + r) / total;
+        }
+        for (int v = 0; v < NV; v++) {
+          T* to = a + (q * tall_ + r) * NR + v * W;
+          const Vec<T> e = r < n ? load(to) : Vec<T>{};
+          store(to, p_.by_class ? e * load(scale_.data() + q * NR + v * W) : e * row);
+        }
+      }
+    for (int64_t r = 0; r < n; r++)
+      if (valid(row0 + r)) at(a, r, columns_.positive[row0 + r]) -= share(row0 + r);
+  }
+
+  // dL/dU of a tile, A V, and through the normalisation.
+  void add_rows(int64_t tile, const T* const* rows, T* product, double& energy) {
+    const int64_t n = rows_of(tile), row0 = tile * tall_;
+    // A panel on its own can leave out the columns that are not there.
+    const int64_t depth = panels_ == 1 ? count_ : NR;
+    for (int64_t i = 0; i < n; i += MR) {
+      for (int64_t f = 0; f < d_panels_; f++)
+        micro<T, MR, NV, NR, 1, false>(panels_, depth, tile_of(tile) + i * NR, tall_ * NR,
+                                       v_rows_ + f * width_ * NR, product + f * NR, d_pad_);
+      for (int64_t r = i; r < std::min<int64_t>(n, i + MR); r++) {
+        const int64_t j = row0 + r;
+        T* out = static_cast<T*>(step_.z) + j * p_.d;
+        if (valid(j))
+          energy += through_norm(p_, product + (r - i) * d_pad_, rows[r], z_rnorm_[j], T(p_.beta), out);
+        else
+          std::fill_n(out, p_.d, T(0));
+      }
+    }
+  }
+
+  // dL/dV += A^T U of a tile; the factors of U = beta z / |z| go to A.
+  void add_columns(int64_t tile, const T* const* rows, T* grad_v) {
+    const int64_t n = rows_of(tile), row0 = tile * tall_;
+    T* a = tile_of(tile);
+    for (int64_t q = 0; q < panels_; q++)
+      for (int64_t r = 0; r < n; r++)
+        for (int v = 0; v < NV; v++) {
+          T* to = a + (q * tall_ + r) * NR + v * W;
+          store(to, load(to) * (T(p_.beta) * z_rnorm_[row0 + r]));
+        }
+    for (int64_t first = 0; first < n; first += SLICE) {
+      const int64_t depth = std::min(SLICE, n - first);
+      T rest[SLICE][NR];  // of rows that end within a panel
+      const T* rest_rows[SLICE];
+      for (int64_t f = 0; f < d_panels_; f++) {
+        const bool whole = (f + 1) * NR <= p_.d;
+        for (int64_t r = 0; r < depth && !whole; r++) {
+          for (int64_t x = 0; x < NR; x++)
+            rest[r][x] = f * NR + x < p_.d ? rows[first + r][f * NR + x] : T(0);
+          rest_rows[r] = rest[r];
+        }
+        for (int64_t q = 0; q < panels_; q++)
+          add_panel(std::min<int64_t>(NR, count_ - q * NR), depth, a + (q * tall_ + first) * NR,
+                    whole ? rows + first : rest_rows, whole ? f * NR : 0,
+                    grad_v + (f * width_ + q * NR) * NR);
+      }
+    }
+  }
+
+  // The first n columns of one panel, in groups that leave the fewest over.
+  static void add_panel(int64_t n, int64_t depth, const T* a, const T* const* rows, int64_t at, T* out) {
+    constexpr int R = G::PR;
+    auto groups_of = [&](auto r) {
+      for (int64_t c = 0; c < n; c += r) panel_times_rows<T, r, NV>(depth, a + c, rows, at, out + c * NR);
+    };
+    auto padded = [&](int64_t r) { return round_up(n, r) <= NR ? round_up(n, r) : 2 * NR; };
+    if (padded(R + 2) <= std::min(padded(R + 1), padded(R)))
+      groups_of(std::integral_constant<int, R + 2>{});
+    else if (padded(R + 1) <= padded(R))
+      groups_of(std::integral_constant<int, R + 1>{});
+    else
+      groups_of(std::integral_constant<int, R>{});
+  }
+
+  // dL/dw, and beta dL/dbeta on the way, which this returns without beta.
+  double finish_columns() {
+    Buffer<T> sum(d_pad_), line(w_.line());
+    double energy = 0;
+    for (int64_t c = 0; c < count_; c++) {
+      const int64_t id = columns_.class_of(c);
+      for (int64_t f = 0; f < d_panels_; f++)
+        for (int64_t x = 0; x < NR; x++) {
+          T total = 0;
+          for (int64_t chunk = 0; chunk < chunks_; chunk++)
+            total += grad_v_[((chunk * d_panels_ + f) * width_ + c) * NR + x];
+          sum[f * NR + x] = total;
+        }
+      energy +=
+          through_norm<T>(p_, sum, w_.get(id, line), w_rnorm_[c], T(1), static_cast<T*>(step_.w) + id * p_.d);
+    }
+    return energy / p_.beta;
+  }
+
+  const Problem& p_;
+  const Columns& columns_;
+  const Step& step_;
+  Reduction<T> reduction_;
+  Rows<T> z_, w_;
+  int64_t count_, panels_, width_, d_panels_, d_pad_, tall_, tiles_, chunks_;
+  Buffer<T> v_, v_rows_, e_, z_rnorm_, pos_, sums_, grad_v_, zeros_;
+  std::vector<T> w_rnorm_, scale_, inside_;
+};
+
+}  // namespace nckernels
