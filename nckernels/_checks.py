@@ -31,7 +31,8 @@ def is_tensor(name: str, value: object) -> None:
 
 def autocast_enabled(x: Tensor) -> bool:
     """Whether autocast is on for x's device (asking about the meta device is an error in PyTorch)."""
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    kind = x.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def no_autocast(like: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -59,10 +60,8 @@ def features_and_prototypes(
     prototypes: Tensor,
     feature_name: str = "features",
     prototype_name: str = "prototypes",
-    *,
-    mixed: bool = False,
 ) -> None:
-    """(M, d) and (K, d), K and d at least 1, one device and, unless ``mixed``, one dtype."""
+    """(M, d) and (K, d), K and d at least 1, one device and one dtype, at least after autocast."""
     matrix(feature_name, features, "M", "d")
     matrix(prototype_name, prototypes, "K", "d")
     if features.shape[1] != prototypes.shape[1]:
@@ -74,10 +73,11 @@ def features_and_prototypes(
     if prototypes.shape[0] == 0:
         raise ValueError(f"{prototype_name} must have K >= 1 rows, got {tuple(prototypes.shape)}")
     same_device(feature_name, features, prototype_name, prototypes)
-    if features.dtype != prototypes.dtype and not mixed:
+    dtypes = features.dtype, prototypes.dtype
+    if dtypes[0] != dtypes[1] and (torch.float64 in dtypes or not autocast_enabled(features)):
         raise TypeError(
-            f"{feature_name} and {prototype_name} must have the same dtype outside autocast, "
-            f"got {features.dtype} and {prototypes.dtype}"
+            f"{feature_name} and {prototype_name} must have the same dtype (under autocast, which "
+            f"leaves float64 alone, float32 and smaller may mix), got {features.dtype} and {prototypes.dtype}"
         )
 
 

@@ -193,7 +193,7 @@ def info_nce_loss(
     _check_weights(sample_weight, len(query), query)
     if len(query) == len(key) == 0:
         return _nothing(query.shape[:1], reduction, inverse(temperature), query, key)
-    _checks.features_and_prototypes(query, key, "query", "key", mixed=_checks.autocast_enabled(query))
+    _checks.features_and_prototypes(query, key, "query", "key")
     return contrast(
         query, key, target, inverse(temperature), direction="instance",
         exclude="target" if decoupled else "none", ignore_index=ignore_index,
@@ -231,7 +231,7 @@ def clip_loss(
     _check_weights(sample_weight, len(a), a)
     if len(a) == 0:
         return _nothing(a.shape[:1], reduction, inverse(temperature), a, b)
-    _checks.features_and_prototypes(a, b, "a", "b", mixed=_checks.autocast_enabled(a))
+    _checks.features_and_prototypes(a, b, "a", "b")
     index = torch.arange(len(a), device=a.device)
     return contrast(
         a, b, index, inverse(temperature), direction="both", exclude="target" if decoupled else "none",

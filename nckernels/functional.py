@@ -187,9 +187,7 @@ def _checked(
     reduction: str,
 ) -> float | Tensor:
     """Check what all losses share; return beta = 1 / temperature."""
-    _checks.is_tensor("input", input)
-    mixed = _checks.autocast_enabled(input)
-    _checks.features_and_prototypes(input, prototypes, "input", mixed=mixed)
+    _checks.features_and_prototypes(input, prototypes, "input")
     _checks.target(target, input, "input")
     _checks.positive_scalar("temperature", temperature, input)
     _checks.choice("reduction", reduction, REDUCTIONS)

@@ -79,8 +79,12 @@ def plain(*values: object) -> bool:
         return False
     tensors = [x for x in values if isinstance(x, Tensor)]
     _no_transforms(tensors)
-    kinds = (Tensor, torch.nn.Parameter)
-    return torch._C._len_torch_dispatch_stack() == 0 and all(type(x) in kinds and not x.is_meta for x in tensors)
+    if torch._C._len_torch_dispatch_stack():
+        return False
+    return not any(x.is_meta or type(x) not in _PLAIN for x in tensors)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 # --- operators --------------------------------------------------------------------------------------------
@@ -218,16 +222,16 @@ class _Eager(torch.autograd.Function):
 class Step(torch.autograd.Function):
     """The reduced :func:`contrast`, whose gradients come with it: the backward pass has only to scale them.
 
-    Its arguments: features, prototypes, target, inverse temperature (a number or a tensor), then what makes one
+    Its arguments: features, prototypes, inverse temperature (a number or a tensor), target, then what makes one
     number of the samples' losses, the spec, and the name of a backend that has a step. One tensor in both places
     has one gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, w: Tensor, target: Tensor, beta: float | Tensor, *options: Any) -> Tensor:
+    def forward(ctx: Any, z: Tensor, w: Tensor, beta: float | Tensor, target: Tensor, *options: Any) -> Tensor:
         reduced, spec, backend = options
-        by_z, by_w, _, by_beta = ctx.needs_input_grad[:4]
-        needs = Needs(by_z, by_w and not spec.symmetric, by_beta, sample_bias=False, class_bias=False)
+        by_z, by_w, by_beta, *_ = ctx.needs_input_grad
+        needs = Needs(by_z, by_w and not spec.symmetric, by_beta, False, False)
         inputs = Inputs(z, w, target, cast(Tensor, beta), None, None)
         loss, *grads = registry.BACKENDS[backend].step(inputs, reduced, spec, needs)
         ctx.save_for_backward(z, w, beta if by_beta else None, *grads)
@@ -242,7 +246,7 @@ class Step(torch.autograd.Function):
             # What nobody will ask for again is scaled in place.
             again = torch._C._autograd._get_current_graph_task_keep_graph()
             z, w, beta = _scaled(upstream, tensors, again)
-        return z, w, None, beta, None, None, None
+        return z, w, beta, None, None, None, None
 
 
 def _scaled(upstream: Tensor, tensors: Sequence[Tensor | None], again: bool) -> tuple[Tensor | None, ...]:

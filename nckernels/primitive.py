@@ -114,8 +114,7 @@ def cosine_lse(
     """
     _checks.choice("direction", direction, DIRECTIONS)
     _checks.choice("exclude", exclude, EXCLUDES)
-    _checks.is_tensor("features", features)
-    _checks.features_and_prototypes(features, prototypes, mixed=_checks.autocast_enabled(features))
+    _checks.features_and_prototypes(features, prototypes)
     _checks.target(target, features)
     _checks.positive_scalar("inv_temperature", inv_temperature, features)
     _checks.integer("ignore_index", ignore_index)
@@ -171,7 +170,7 @@ def contrast(
     plain = backend != registry.REFERENCE and operators.plain(features, prototypes, target, inv_temperature, weight)
     if plain and reduction != "none" and registry.can_step(backend) and _trained(features, prototypes, weight):
         reduced = Reduced(weight, reduction == "mean", of_nothing)
-        return operators.Step.apply(features, prototypes, target, inv_temperature, reduced, spec, backend)
+        return operators.Step.apply(features, prototypes, inv_temperature, target, reduced, spec, backend)
     inputs = Inputs(features, prototypes, target, _scalar(inv_temperature, features), None, None)
     if plain:
         loss = operators.run_contrast(inputs, spec, backend)
@@ -206,7 +205,7 @@ def contrast_with_itself(
         return None
     spec = Spec("instance", exclude, False, ignore_index, registry.get_workspace(), symmetric=True)
     reduced = Reduced(weight, reduction == "mean", of_nothing=0.0)
-    return operators.Step.apply(features, features, labels, inv_temperature, reduced, spec, backend)
+    return operators.Step.apply(features, features, inv_temperature, labels, reduced, spec, backend)
 
 
 def _trained(features: Tensor, prototypes: Tensor, weight: Tensor | None) -> bool:
@@ -220,9 +219,8 @@ def _trained(features: Tensor, prototypes: Tensor, weight: Tensor | None) -> boo
 
 def _operands(features: Tensor, prototypes: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """In the types that backends take: autocast's, and int64."""
-    if features.dtype != torch.float64 and _checks.autocast_enabled(features):
-        features, prototypes = autocast(features), autocast(prototypes)
-    return features, prototypes, target if target.dtype == torch.int64 else target.long()
+    target = target if target.dtype == torch.int64 else target.long()
+    return autocast(features), autocast(prototypes), target
 
 
 def autocast(operand: Tensor) -> Tensor:

@@ -298,6 +298,21 @@ def test_fake_tensors(name: str, reduction: str) -> None:
 # autocast
 
 
+@pytest.mark.parametrize("wide", ["features", "prototypes"])
+def test_autocast_does_not_bring_float64_together_with_less(cpu_backend: Backend, wide: str) -> None:
+    """As in PyTorch's own products: float64 stays, and the other operand is lowered."""
+    x, w, y = torch.randn(8, 6), torch.randn(4, 6), torch.randint(4, (8,))
+    x, w = (x.double(), w) if wide == "features" else (x, w.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        for call in (
+            lambda: nckernels.nonl_loss(x, w, y),
+            lambda: nckernels.cosine_lse(x, w, y, 10.0),
+            lambda: nckernels.info_nce_loss(x, w[torch.zeros(8, dtype=torch.long)]),
+        ):
+            with pytest.raises(TypeError, match="same dtype"):
+                call()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @losses
 def test_autocast(backend: Backend, name: str, dtype: torch.dtype) -> None:

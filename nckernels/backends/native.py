@@ -140,7 +140,7 @@ class NativeBackend(Backend):
         problem, _alive = _problem(inputs, spec)
         weight = None if reduced.weight is None else reduced.weight.to(dtype).contiguous()
         loss, (z, w, beta) = inputs.features.new_empty((), dtype=dtype), _room(inputs, spec, needs)
-        pointers = _pointer(weight), loss.data_ptr(), _pointer(z), _pointer(w), _pointer(beta)
+        pointers = map(_pointer, (weight, loss, z, w, beta))
         step = _STEP.pack(*pointers, reduced.of_nothing, reduced.mean)
         _check(_library().nckernels_step(problem, step), inputs, spec)
         return Step(loss, z, w, None if beta is None else beta.to(dtype))
@@ -161,10 +161,11 @@ def _pointer(x: Tensor | None) -> int:
 def _room(inputs: Inputs, spec: Spec, needs: Needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """What the library fills with gradients: of both matrices, and in float64 of the temperature."""
     z, w, dtype = inputs.features, inputs.prototypes, accumulation_dtype(inputs.features.dtype)
-    make = w.new_zeros if spec.present_only else w.new_empty  # classes that do not occur are not written
+    make = torch.zeros_like if spec.present_only else torch.empty_like  # classes that do not occur are not written
+    rows = torch.contiguous_format
     return (
-        z.new_empty(z.shape, dtype=dtype) if needs.features else None,
-        make(w.shape, dtype=dtype) if needs.prototypes else None,
+        torch.empty_like(z, dtype=dtype, memory_format=rows) if needs.features else None,
+        make(w, dtype=dtype, memory_format=rows) if needs.prototypes else None,
         z.new_zeros((), dtype=torch.float64) if needs.inv_temperature else None,
     )
 
@@ -174,20 +175,18 @@ _NOTHING = (0,) * 7
 
 def _problem(inputs: Inputs, spec: Spec, forward: Forward | None = None) -> tuple[bytes, list[Tensor | None]]:
     """The C structure, and the tensors that it points into; a step has no use for those of a forward pass."""
-    scalar = inputs.inv_temperature
-    beta = scalar.item() if isinstance(scalar, Tensor) else float(scalar)
-    if inputs.features.dtype != torch.float64:
+    z, w, target, scalar, *biases = inputs
+    dtype, beta = z.dtype, float(scalar)
+    if dtype != torch.float64:
         beta = ctypes.c_float(beta).value  # 0 or infinite where float32 cannot hold it
     if not 0.0 < beta < math.inf:
         raise bad_temperature(beta)
-    z, target = _rows(inputs.features), inputs.target.contiguous()
-    w = z if spec.symmetric else _rows(inputs.prototypes)
-    biases = [None if b is None else b.contiguous() for b in inputs[4:]]
-    (m, d), dtype = z.shape, z.dtype
+    z, target = _rows(z), target.contiguous()
+    w = z if spec.symmetric else _rows(w)
+    biases = [None if b is None else b.contiguous() for b in biases]
     problem = _PROBLEM.pack(
-        m,
-        w.shape[0],
-        d,
+        *z.shape[:1],
+        *w.shape,
         z.stride(0),
         w.stride(0),
         z.data_ptr(),
