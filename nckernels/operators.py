@@ -25,6 +25,7 @@ from .backends.base import (
     accumulation_dtype,
     bad_target,
     bad_temperature,
+    number,
 )
 
 
@@ -233,7 +234,10 @@ class Step(torch.autograd.Function):
         by_z, by_w, by_beta, *_ = ctx.needs_input_grad
         needs = Needs(by_z, by_w and not spec.symmetric, by_beta, False, False)
         inputs = Inputs(z, w, target, cast(Tensor, beta), None, None)
-        loss, *grads = registry.BACKENDS[backend].step(inputs, reduced, spec, needs)
+        chosen = registry.BACKENDS[backend]
+        if not chosen.checks_values:
+            _check_values(inputs, spec)
+        loss, *grads = chosen.step(inputs, reduced, spec, needs)
         ctx.save_for_backward(z, w, beta if by_beta else None, *grads)
         return loss
 
@@ -315,9 +319,9 @@ torch.library.register_autograd("nckernels::cosine_lse_backward", _no_double_bac
 def _check_values(inputs: Inputs, spec: Spec) -> None:
     """Targets in range and a positive temperature: errors on a CPU, device-side assertions on CUDA."""
     target, beta, k = inputs.target, inputs.inv_temperature, inputs.prototypes.shape[0]
-    if beta.device.type == "cpu":
-        if not 0.0 < beta.item() < float("inf"):
-            raise bad_temperature(beta.item())
+    if not isinstance(beta, Tensor) or beta.device.type == "cpu":
+        if not 0.0 < number(beta) < float("inf"):
+            raise bad_temperature(number(beta))
     elif beta.device.type == "cuda":
         torch._assert_async((beta > 0) & beta.isfinite(), "the inverse temperature must be positive and finite")
     if spec.exclude == "same_label" or target.numel() == 0:

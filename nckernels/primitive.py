@@ -168,7 +168,12 @@ def contrast(
     spec = Spec(direction, exclude, direction == "class", ignore_index, registry.get_workspace())
     backend = registry.resolve(features.device, features.dtype)
     plain = backend != registry.REFERENCE and operators.plain(features, prototypes, target, inv_temperature, weight)
-    if plain and reduction != "none" and registry.can_step(backend) and _trained(features, prototypes, weight):
+    if (
+        plain
+        and reduction != "none"
+        and _trained(features, prototypes, weight)
+        and registry.can_step(backend, features, prototypes, spec)
+    ):
         reduced = Reduced(weight, reduction == "mean", of_nothing)
         return operators.Step.apply(features, prototypes, inv_temperature, target, reduced, spec, backend)
     inputs = Inputs(features, prototypes, target, _scalar(inv_temperature, features), None, None)
@@ -197,13 +202,13 @@ def contrast_with_itself(
     """
     features, _, labels = _operands(features, features, labels)
     backend = registry.resolve(features.device, features.dtype)
+    spec = Spec("instance", exclude, False, ignore_index, registry.get_workspace(), symmetric=True)
     if reduction == "none" or not (
-        registry.can_step(backend)
+        registry.can_step(backend, features, features, spec)
         and operators.plain(features, labels, inv_temperature, weight)
         and _trained(features, features, weight)
     ):
         return None
-    spec = Spec("instance", exclude, False, ignore_index, registry.get_workspace(), symmetric=True)
     reduced = Reduced(weight, reduction == "mean", of_nothing=0.0)
     return operators.Step.apply(features, features, inv_temperature, labels, reduced, spec, backend)
 

@@ -141,8 +141,6 @@ class Backend(ABC):
     """One implementation of the primitive."""
 
     name: ClassVar[str]
-    has_step: ClassVar[bool] = False
-    """Whether there is a ``step``."""
     checks_values: ClassVar[bool] = False
     """Whether ``forward`` itself notices bad targets and temperatures; else they are checked before the call."""
 
@@ -174,6 +172,10 @@ class Backend(ABC):
     def backward(self, inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, needs: Needs) -> Gradients:
         """Compute the wanted gradients. Neither ``inputs`` nor ``saved`` may be changed."""
 
+    def can_step(self, features: Tensor, prototypes: Tensor, spec: Spec) -> bool:
+        """Whether there is a ``step`` for such a problem."""
+        return False
+
     def step(self, inputs: Inputs, reduced: Reduced, spec: Spec, needs: Needs) -> Step:
         """Forward and backward in one, without biases, for the gradient of at least one matrix.
 
@@ -195,6 +197,11 @@ def bad_target(target: Tensor, k: int, ignore_index: int | None) -> ValueError:
     if ignore_index is not None:
         bad, allowed = bad & (target != ignore_index), f"{allowed} or equal ignore_index={ignore_index}"
     return ValueError(f"target must lie in {allowed}, got {int(target[bad][0])}")
+
+
+def number(scalar: float | Tensor) -> float:
+    """A number, or that of a 0-dimensional tensor on the CPU, whether or not it requires grad."""
+    return float(scalar.item() if isinstance(scalar, Tensor) else scalar)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -31,6 +31,7 @@ from .base import (
     bad_target,
     bad_temperature,
     norm_eps,
+    number,
 )
 
 _HALF = {torch.bfloat16: 1, torch.float16: 2}
@@ -93,7 +94,6 @@ class NativeBackend(Backend):
 
     name = "native"
     checks_values = True
-    has_step = True
 
     def missing(self) -> str | None:
         return _missing()
@@ -134,6 +134,9 @@ class NativeBackend(Backend):
         return Gradients(
             *(None if g is None or x is None else g.to(x.dtype) for g, x in zip(out, of_inputs, strict=True))
         )
+
+    def can_step(self, features: Tensor, prototypes: Tensor, spec: Spec) -> bool:
+        return True
 
     def step(self, inputs: Inputs, reduced: Reduced, spec: Spec, needs: Needs) -> Step:
         dtype = accumulation_dtype(inputs.features.dtype)
@@ -176,7 +179,7 @@ _NOTHING = (0,) * 7
 def _problem(inputs: Inputs, spec: Spec, forward: Forward | None = None) -> tuple[bytes, list[Tensor | None]]:
     """The C structure, and the tensors that it points into; a step has no use for those of a forward pass."""
     z, w, target, scalar, *biases = inputs
-    dtype, beta = z.dtype, float(scalar)
+    dtype, beta = z.dtype, number(scalar)
     if dtype != torch.float64:
         beta = ctypes.c_float(beta).value  # 0 or infinite where float32 cannot hold it
     if not 0.0 < beta < math.inf:

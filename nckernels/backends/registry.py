@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from . import native
-from .base import Backend
+from .base import Backend, Spec
 from .chunked import ChunkedBackend
 from .cuda import CudaBackend
 from .triton import TritonBackend
@@ -141,9 +142,9 @@ def resolve(device: torch.device, dtype: torch.dtype) -> str:
     raise ValueError(f"no backend takes {dtype} on {device}: " + "; ".join(explain(device, dtype).values()))
 
 
-def can_step(name: str) -> bool:
-    """Whether the backend computes loss and gradient in one step."""
-    return name in BACKENDS and BACKENDS[name].has_step
+def can_step(name: str, features: Tensor, prototypes: Tensor, spec: Spec) -> bool:
+    """Whether the backend computes loss and gradient of such a problem in one step."""
+    return name in BACKENDS and BACKENDS[name].can_step(features, prototypes, spec)
 
 
 def explain(device: torch.device, dtype: torch.dtype) -> dict[str, str]:

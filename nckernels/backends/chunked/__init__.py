@@ -16,9 +16,21 @@ scaling rows and columns, for the weight of an entry in the class direction is
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from ..base import Backend, Forward, Gradients, Inputs, Needs, OutputGrads, Spec, accumulation_dtype
-from . import symmetric
+from ..base import (
+    Backend,
+    Forward,
+    Gradients,
+    Inputs,
+    Needs,
+    OutputGrads,
+    Reduced,
+    Spec,
+    Step,
+    accumulation_dtype,
+)
+from . import step, symmetric
 from .sums import PlainLSE, StreamingLSE
 from .tiles import Tiles, through_normalisation, where
 from .weights import Weights
@@ -40,6 +52,12 @@ class ChunkedBackend(Backend):
         fits = numel * accumulation_dtype(dtype).itemsize <= spec.workspace // 2
         able = device.type == "cpu" and spec.direction != "both" and not spec.symmetric
         return numel if able and fits else 0
+
+    def can_step(self, features: Tensor, prototypes: Tensor, spec: Spec) -> bool:
+        return step.fits(features, prototypes, spec)
+
+    def step(self, inputs: Inputs, reduced: Reduced, spec: Spec, needs: Needs) -> Step:
+        return step.step(inputs, reduced, spec, needs)
 
     def forward(self, inputs: Inputs, spec: Spec, keep: bool) -> Forward:
         if spec.symmetric:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..base import Forward, Inputs, Spec, accumulation_dtype, norm_eps
 
-_SHIFT_FREE_LIMIT = 30.0  # exp(30) sums over 1e12 entries and exp(-30) / 1e12 are normal float32 numbers
+SHIFT_FREE_LIMIT = 30.0  # exp(30) sums over 1e12 entries and exp(-30) / 1e12 are normal float32 numbers
 
 
 class Tiles:
@@ -60,7 +60,7 @@ class Tiles:
         biases = [b for b in (self.inputs.sample_bias, self.inputs.class_bias) if b is not None and b.numel()]
         # a bias of -inf removes an entry, which is no reason for a shift
         finite = [b.masked_fill(b == -torch.inf, 0.0).abs().max() for b in biases]
-        return bool(torch.stack([self.inputs.inv_temperature, *finite]).sum() <= _SHIFT_FREE_LIMIT)
+        return bool(torch.stack([self.inputs.inv_temperature, *finite]).sum() <= SHIFT_FREE_LIMIT)
 
     def _compact(self, label: Tensor) -> tuple[Tensor | None, Tensor]:
         """The classes that occur, and each sample's position among them.
