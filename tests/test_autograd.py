@@ -331,6 +331,21 @@ def test_vmap_is_right_or_refused(cpu_backend: Backend) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_batched_gradients_are_right_or_refused(cpu_backend: Backend, reduction: str) -> None:
+    x, w, y, _temperature = loss_inputs("nonl")
+    value = nckernels.nonl_loss(x, w, y, reduction=reduction)
+    upstream = torch.randn(3, *value.shape, dtype=value.dtype)
+    expected = [torch.autograd.grad(value, (x, w), one, retain_graph=True) for one in upstream]
+    got, message = attempt(lambda: torch.autograd.grad(value, (x, w), upstream, is_grads_batched=True))
+    if got is None:
+        assert "batch of gradients" in message
+        assert "use_backend('reference')" in message
+    else:
+        for a, *b in zip(got, *expected, strict=True):
+            torch.testing.assert_close(a, torch.stack(b), rtol=1e-12, atol=1e-14)
+
+
 def test_dense_oracle_passes_gradcheck_itself() -> None:
     """Guards the oracle the other files trust for gradients."""
     p = make_problem(5, 4, 3, direction="both", exclude="target", bias=True, beta=3.0)
