@@ -88,7 +88,7 @@ def start(suite: str, device: torch.device, dtype: str, command: str, ceilings: 
         major, minor = torch.cuda.get_device_capability(device)
         machine["capability"] = f"{major}.{minor}"
         machine["memory"] = torch.cuda.get_device_properties(device).total_memory
-        machine["float32 products"] = torch.get_float32_matmul_precision()
+        machine["float32 products"] = torch.backends.cuda.matmul.fp32_precision
     else:
         machine["instructions"] = torch.backends.cpu.get_cpu_capability()
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

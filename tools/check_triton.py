@@ -63,6 +63,8 @@ class Scenario:
     """Pretend that the device has one multiprocessor: programs then do whole rows, without partial sums."""
     itself: bool = False
     """Features against themselves."""
+    shifted: bool = False
+    """Operands begin 8 bytes behind a multiple of 16, as columns of a wider matrix may."""
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -92,6 +94,8 @@ def scenarios() -> Iterator[Scenario]:
     yield Scenario(FP16, 128, "instance", "self", k=256, busy=True, itself=True)
     yield Scenario(FP32, 128, "instance", "self", k=256, busy=True, itself=True)
     yield Scenario(FP32, 512, "instance", "self", k=256, itself=True)
+    for d in (128, 256, 2048):
+        yield Scenario(BF16, d, "class", "target", shifted=True, busy=d <= 256)
     for precision in ("high", "highest"):
         yield Scenario(FP32, 64, "both", "none", precision=precision, busy=True)
         yield Scenario(FP32, 512, "both", "none", precision=precision)
@@ -132,7 +136,8 @@ def job_of(kernel: Any, arch: int, scenario: Scenario, args: tuple[Any, ...], op
             constants.append((index, value))
         elif isinstance(value, torch.Tensor):
             signature.append((parameter.name, "*" + _TYPES[value.dtype]))
-            divisible.append(index)
+            if value.data_ptr() % 16 == 0:
+                divisible.append(index)
         else:
             signature.append((parameter.name, "i32"))
             if special and value % 16 == 0:
@@ -145,6 +150,7 @@ def job_of(kernel: Any, arch: int, scenario: Scenario, args: tuple[Any, ...], op
     flags += ["once" if values.get("MAY_SHARE") else "itself"] if scenario.itself else []
     flags += ["parts"] if values.get("Part") is not None or values.get("P_max") is not None else []
     flags += [n.lower() for n in ("P_GATHER", "Q_GATHER", "GATHER") if values.get(n)]
+    flags += ["shifted"] if scenario.shifted else []
     flags += ["bias"] if values.get("P_bias") is not None or values.get("Q_bias") is not None else []
     compile_options = {
         "num_warps": options.pop("warps", 4),
@@ -185,10 +191,15 @@ def record(scenario: Scenario, arch: int) -> list[Job]:
         32 << 20,
         scenario.itself,
     )
-    features = torch.zeros(m, d, dtype=scenario.dtype)
+
+    def operand(rows: int) -> torch.Tensor:
+        skipped = 8 // scenario.dtype.itemsize if scenario.shifted else 0
+        return torch.zeros(rows * d + skipped, dtype=scenario.dtype)[skipped:].view(rows, d)
+
+    features = operand(m)
     inputs = Inputs(
         features,
-        features if scenario.itself else torch.zeros(k, d, dtype=scenario.dtype),
+        features if scenario.itself else operand(k),
         torch.zeros(m, dtype=torch.int64),
         torch.tensor(10.0),
         torch.zeros(m) if scenario.bias and spec.by_class else None,

@@ -81,8 +81,9 @@ NCK_DEVICE Terms<Tag, kSums> terms_of(const Side& side, const Slot& s, bool othe
     terms.add = -up.lse;
     terms.times = up.grad;
   } else {
-    // Summed over by the other side, if that has a gradient. 2^-inf removes rows that are left out.
-    terms.add = summand_bias(side, s);
+    // Summed over by the other side, if that has a gradient. 2^-inf removes rows that are left out, and all
+    // if it has none: 0 times an exponential of any size could be NaN.
+    terms.add = other_has_grad ? summand_bias(side, s) : -infinity();
     terms.times = other_has_grad ? 1.0f : 0.0f;
   }
   terms.pos = side.pos && s.summed ? side.pos[s.row] : 0.0f;

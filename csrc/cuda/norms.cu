@@ -105,11 +105,13 @@ NCK_DEVICE float largest(const float* x, const float* lse, int n) {
   return best;
 }
 
-// The same of inverse norms, where negative ones belong to rows that take no part.
+// The largest factor that a row's entries get, see summand_rnorm; negative ones belong to rows that take no
+// part.
 NCK_DEVICE float largest_rnorm(const float* x, int n, float limit) {
   float best = 0.0f;
   for (int i = int(threadIdx.x); i < n; i += kScaleThreads) {
-    if (x[i] < limit) best = fmaxf(best, x[i]);
+    float factor = x[i] < limit ? x[i] : x[i] >= limit ? 1.0f : 0.0f;
+    best = fmaxf(best, factor);
   }
   return best;
 }
@@ -118,7 +120,7 @@ NCK_DEVICE float largest_rnorm(const float* x, int n, float limit) {
 // smaller by the softmax: in float16 they would vanish. No entry of A exceeds the sum of the largest
 // upstream gradients, so with the largest norms these scales take every A r to at most 2^14, a quarter of
 // what float16 holds (2^15 where two samples are each other's positives). Rows shorter than eps (r >= limit)
-// are left out, see summand_rnorm. One block.
+// count as 1. One block.
 NCK_KERNEL(kScaleThreads, 1) half_scale_kernel(const __grid_constant__ HalfScaleArgs a) {
   SharedArena arena;
   float* scratch = arena.take<float>(kScaleThreads / 32);

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import build, tiled
 from .base import Backend, Forward, Gradients, Inputs, Needs, OutputGrads, Spec
-from .tiled.kernels import Kernels, Partial
+from .tiled.kernels import Kernels, Partial, tf32
 from .tiled.plan import FULL_WAVE, Blocks
 from .tiled.sides import Result, Side
 
@@ -109,7 +109,7 @@ class CudaKernels(Kernels):
         self.exclude = _EXCLUDE[spec.exclude]
         z = self.inputs.features
         self.half = z.dtype != torch.float32
-        self.exact = not self.half and torch.get_float32_matmul_precision() == "highest"
+        self.exact = not self.half and not tf32()
         """float32 products as exact as float32; else rounded to tf32, as torch is set to do."""
         self.multiprocessors, self.shared, hopper = _device(z.device)
         self.hopper = hopper and os.environ.get(WGMMA) == "1"

@@ -238,6 +238,34 @@ def test_zero_rows(emulator: Emulator, dtype: torch.dtype, d: int) -> None:
     oracle.check(problem, dtype)
 
 
+@pytest.mark.parametrize("d", [40, 264])
+@pytest.mark.parametrize("length", [1.0, 100.0])
+def test_float16_zero_row_among_others(emulator: Emulator, length: float, d: int) -> None:
+    """Its entries, which no norm makes smaller, fit float16 beside those of long rows; its gradient is 0 or large."""
+    z, w, y = torch.randn(40, d) * length, torch.randn(10, d), torch.randint(10, (40,))
+    z[0] = 0
+    z, w = z.half().requires_grad_(), w.half().requires_grad_()
+    grads = torch.autograd.grad(1024 * nckernels.normface_loss(z, w, y), (z, w))
+    wide = [x.detach().double().requires_grad_() for x in (z, w)]
+    with nckernels.use_backend("reference"):
+        expected = torch.autograd.grad(1024 * nckernels.normface_loss(*wide, y), wide)
+    for got, exact in ((grads[0][1:], expected[0][1:]), (grads[1], expected[1])):
+        assert (got.double() - exact).norm() <= 5e-4 * exact.norm()
+
+
+@pytest.mark.parametrize("d", [40, 264])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_the_positives_alone_at_low_temperatures(emulator: Emulator, dtype: torch.dtype, d: int) -> None:
+    """exp(beta cos) is infinite, and nobody has asked for it."""
+    w, y = torch.randn(6, d), torch.randint(6, (20,))
+    z = (w[y] + 0.01 * torch.randn(20, d)).to(dtype).requires_grad_()
+    w = w.to(dtype).requires_grad_()
+    for direction in ("class", "instance"):
+        _, pos = nckernels.cosine_lse(z, w, y, 100.0, direction=direction)
+        for grad in torch.autograd.grad(pos.sum(), (z, w)):
+            assert grad.isfinite().all()
+
+
 def test_tf32(emulator: Emulator) -> None:
     """Products of float32 rounded to tf32, as torch is told to allow: as exact as tf32 is."""
     problem = oracle.make_problem(150, 140, 72, direction="both", exclude="target", ignored=0).to(torch.float32)

@@ -11,6 +11,8 @@ import torch
 from oracle import check, make_problem, package, run, simplex, spoilt
 
 import nckernels
+from nckernels.backends.base import Inputs, Spec
+from nckernels.backends.triton import config, launch
 
 DIRECTIONS = ("class", "instance", "both")
 EXCLUDES = ("none", "target", "self", "same_label")
@@ -124,6 +126,48 @@ def test_nan_and_zero_rows() -> None:
     assert zero.grad.isfinite().all()
     z[3] = torch.nan
     assert nckernels.nonl_loss(z, w, y).isnan()
+
+
+@pytest.mark.parametrize("d", [SHORT, LONG])
+@pytest.mark.parametrize("length", [1.0, 100.0])
+def test_float16_zero_row_among_others(length: float, d: int) -> None:
+    """Its entries, which no norm makes smaller, fit float16 beside those of long rows; its gradient is 0 or large."""
+    z, w, y = torch.randn(40, d) * length, torch.randn(10, d), torch.randint(10, (40,))
+    z[0] = 0
+    z, w = z.half().requires_grad_(), w.half().requires_grad_()
+    (1024 * nckernels.normface_loss(z, w, y)).backward()
+    wide = [x.detach().double().requires_grad_() for x in (z, w)]
+    with nckernels.use_backend("reference"):
+        (1024 * nckernels.normface_loss(*wide, y)).backward()
+    for got, exact in ((w.grad, wide[1].grad), (z.grad[1:], wide[0].grad[1:])):
+        assert (got.double() - exact).norm() <= 5e-4 * exact.norm()
+
+
+@pytest.mark.parametrize("setting", ["high", "medium", "highest", "tf32", "ieee"])
+def test_either_way_to_allow_tf32(setting: str) -> None:
+    """torch has an older and a newer setting, and its older getter fails after the newer one was used."""
+    x = torch.randn(20, SHORT)
+    before = torch.get_float32_matmul_precision()
+    try:
+        if setting in ("tf32", "ieee"):
+            torch.backends.cuda.matmul.fp32_precision = setting
+        else:
+            torch.set_float32_matmul_precision(setting)
+        expected = "ieee" if setting in ("highest", "ieee") else "tf32"
+        assert config.kind_of(x) == expected
+        nckernels.nonl_loss(x, torch.randn(5, SHORT), torch.randint(5, (20,)))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+        torch.set_float32_matmul_precision(before)
+
+
+def test_rows_that_begin_between_16_bytes_get_smaller_tiles() -> None:
+    wide = torch.randn(20, 72).bfloat16()
+    spec = Spec("class", "target", False, -100, 2**20)
+    for first, aligned in ((0, True), (4, False), (8, True)):
+        z = wide[:, first : first + 64]
+        inputs = Inputs(z, torch.randn(5, 64).bfloat16(), torch.randint(5, (20,)), torch.tensor(10.0), None, None)
+        assert launch.TritonKernels(inputs, spec)._shape(False, 100).aligned == aligned
 
 
 @pytest.mark.parametrize("d", [SHORT, LONG])

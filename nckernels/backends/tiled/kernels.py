@@ -20,6 +20,11 @@ Partial = tuple[Tensor, Tensor] | tuple[None, None]
 """Largest logits and sums relative to them, (parts, slots) each; or nothing of the kind."""
 
 
+def tf32() -> bool:
+    """Whether torch is set to round float32 operands of matrix products to tf32, by any of its three ways."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 class Kernels(ABC):
     """The kernels of a backend, ready for one call."""
 

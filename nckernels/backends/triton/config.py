@@ -25,6 +25,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..tiled.kernels import tf32
+
 Kind = Literal["half", "tf32", "ieee"]
 TABLES = Path(__file__).with_name("tuned")
 
@@ -79,7 +81,7 @@ def kind_of(x: Tensor) -> Kind:
     """How products are computed: float32 follows torch's setting for float32 matrix products."""
     if x.dtype != torch.float32:
         return "half"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if tf32() else "ieee"
 
 
 def padded(d: int) -> int:

@@ -74,7 +74,9 @@ class TritonKernels(Kernels):
     def _shape(self, heavy: bool, entries: int) -> config.Shape:
         itemsize = self.inputs.features.element_size()
         wide = self.spec.exclude == "same_label"  # masks compare 64-bit labels
-        d, aligned = self.d * self.unit, self.unit * itemsize >= 16
+        first = (self.inputs.features.data_ptr(), self.inputs.prototypes.data_ptr())
+        aligned = self.unit * itemsize >= 16 and all(pointer % 16 == 0 for pointer in first)
+        d = self.d * self.unit
         return config.Shape(self.arch, self.kind, d, aligned, heavy or wide, self.spec.square, entries)
 
     def _blocks(self, tile: Tile, least: int = 1) -> Blocks:

@@ -139,11 +139,12 @@ def largest(X, Lse, n, B: tl.constexpr):
 
 @triton.jit
 def largest_rnorm(Rnorm, n, LIMIT: tl.constexpr, B: tl.constexpr):
+    """The largest factor that a row's entries get, see ``summand_rnorm``; negative ones take no part."""
     best = tl.zeros((B,), tl.float32)
     for i in range(0, n, B):
         index = i + tl.arange(0, B)
         r = tl.load(Rnorm + index, mask=index < n, other=0.0)
-        best = tl.maximum(best, tl.where(r < LIMIT, r, 0.0))
+        best = tl.maximum(best, tl.where(r < LIMIT, r, tl.where(r >= LIMIT, 1.0, 0.0)))
     best = tl.max(best, 0)
     return tl.where(best > 0, best, 1.0)
 
@@ -159,8 +160,8 @@ def half_scale_kernel(
     and smaller by the softmax: in float16 they would vanish. No entry of A exceeds the sum of the largest
     upstream gradients, so with the largest norms this scale takes every ``A r`` to at most 2^14, a quarter of
     what float16 holds (2^15 where two samples are each other's positives); [0] is for tiles scaled by r_w, [1]
-    by r_z, [2] by both. Rows shorter than eps (r >= LIMIT) are left out; see ``summand_rnorm`` in finish.py. One
-    program: no host involved.
+    by r_z, [2] by both. Rows shorter than eps (r >= LIMIT) count as 1, see ``summand_rnorm`` in finish.py. One program:
+    no host involved.
     """
     bound = 0.0
     if Class_grad is not None:
