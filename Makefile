@@ -40,8 +40,9 @@ test-all: lint check-cuda check-triton ## everything, the slow tests too
 	$(PARALLEL) tests --ignore tests/interpreter -m "not cuda"
 	TRITON_INTERPRET=1 $(PARALLEL) tests/interpreter -m "not cuda"
 
-test-gpu: $(READY) ## the tests that need a CUDA device (make test-gpu PY=python3)
-	$(PYTEST) tests --ignore tests/interpreter -m cuda
+test-gpu: $(READY) ## the tests that need a CUDA device (make test-gpu PY=python3); TEST_SECONDS=... for as many as fit
+	$(PYTEST) tests --ignore tests/interpreter --ignore tests/cuda_host --continue-on-collection-errors -m cuda \
+	  $(addprefix --seconds=,$(TEST_SECONDS))
 
 sanitize: $(READY) ## the native backend's tests under the address and undefined-behaviour sanitizers
 	NCKERNELS_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1" \

@@ -16,6 +16,7 @@ set -u
 
 out=out/gpu budget=480 python=python3 rivals="" steps="info build tests sanitizer quick launch memory fp32 e2e full"
 while [ $# -gt 0 ]; do
+  [ $# -ge 2 ] || { echo "$0: the option $1 lacks its value" >&2; exit 2; }
   case $1 in
     --out) out=$2 ;;
     --budget) budget=$2 ;;
@@ -24,7 +25,7 @@ while [ $# -gt 0 ]; do
     --steps) steps=$2 ;;
     *) sed -n '2,15s/^# \{0,1\}//p' "$0"; exit 2 ;;
   esac
-  shift 2 || { echo "$0: an option lacks its value" >&2; exit 2; }
+  shift 2
 done
 
 cd "$(dirname "$0")/.." || exit 2
@@ -51,7 +52,8 @@ step() {
     return 0
   fi
   start=$(date +%s)
-  LIMIT=$limit timeout --kill-after=5 "$limit" "$@" >"$out/logs/$name.log" 2>&1
+  # An interrupt lets Python say what it has found so far.
+  LIMIT=$limit timeout --signal=INT --kill-after=10 "$limit" "$@" >"$out/logs/$name.log" 2>&1
   rc=$?
   case $rc in
     0) say "ok       $name ($(($(date +%s) - start)) s)" ;;
@@ -79,13 +81,22 @@ build() {
   "$python" - <<'END'
 import torch
 from benchmarks import harness
+from nckernels.backends import registry
+try:
+    registry.BACKENDS["cuda"].prepare()  # compiles, with as many processes as there are cores
+except RuntimeError as error:
+    print(error)
 for dtype in (torch.bfloat16, torch.float32):
     harness.build(torch.device("cuda"), dtype)
-from nckernels.backends import registry
 states = registry.explain(torch.device("cuda"), torch.bfloat16)
 print(*(f"{name}: {state}" for name, state in states.items()), sep="\n")
 raise SystemExit(0 if states["triton"] == "ready" and states["cuda"] == "ready" else 1)
 END
+}
+
+# As many of the GPU's tests as the time allows, in a random order that is always the same.
+tests() {
+  make test-gpu PY="$python" TEST_SECONDS=$((LIMIT * 7 / 10))
 }
 
 # The CUDA backend's kernels on ragged tiles, all directions: out of bounds, then races in shared memory.
@@ -112,7 +123,7 @@ END
 }
 
 # Functions run in a shell of their own, so that `timeout` can end them.
-export -f info build sanitizer suite
+export -f info build tests sanitizer suite
 export python out
 
 : >"$summary"
@@ -128,7 +139,7 @@ fi
 step info 5 bash -c info
 step build 25 bash -c build
 step quick 40 bash -c 'suite quick bfloat16 quick'
-step tests 30 make test-gpu PY="$python"
+step tests 30 bash -c tests
 step launch 8 bash -c 'suite launch bfloat16 launch --skip compile'
 step sanitizer 15 bash -c sanitizer
 step e2e 15 bash -c 'suite e2e bfloat16 e2e'

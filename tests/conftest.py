@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import random
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -19,7 +21,35 @@ SINGLE_BACKWARD = {"chunked", "native", "triton", "cuda"}  # everything but the 
 # tests of threading ask for theirs.
 torch.set_num_threads(1)
 
+DEADLINE, LEFT = pytest.StashKey[float](), pytest.StashKey[int]()
 SMALL_WORKSPACE = 64 * 1024  # bytes; the "tiles" shapes below need several ragged tiles under it
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--seconds",
+        type=float,
+        help="run tests in a random order, always the same, as many as this time suffices for",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--seconds") is not None:
+        random.Random(0).shuffle(items)
+        config.stash[DEADLINE] = time.monotonic() + config.getoption("--seconds")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    if time.monotonic() < item.config.stash.get(DEADLINE, float("inf")):
+        return None
+    item.config.stash[LEFT] = item.config.stash.get(LEFT, 0) + 1
+    return True
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if LEFT in config.stash:
+        terminalreporter.line(f"{config.stash[LEFT]} tests were not run: the time is over")
 
 
 @dataclasses.dataclass(frozen=True)
