@@ -34,11 +34,16 @@ def main(argv: list[str] | None = None) -> int:
     if words and words[0] in COMMANDS:
         return COMMANDS[words[0]](words[1:])
     args = _parse(words)
-    device = torch.device(args.device)
+    try:
+        device = torch.device(args.device)
+    except RuntimeError as error:
+        raise SystemExit(f"--device {args.device}: {error}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch finds no CUDA device here; use --device cpu")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
+    if args.threads < 0:
+        raise SystemExit(f"--threads {args.threads}: a number of threads, or 0 for torch's")
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")

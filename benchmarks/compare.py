@@ -76,6 +76,10 @@ def compare(
                 continue
             finding = _judge(f"{measured.problem}, {r.variant}", was, r, tolerance, absolute)
             findings.append(finding if r.ours else Finding(finding.label, finding.text, False))
+    for measured in old.measured:  # a problem that fails as a whole leaves a note only
+        notes = [note for note in new.notes if note.startswith(f"not run: {measured.problem}:")]
+        if any(r.ours and r.seconds is not None for r in measured.results):
+            findings += [Finding(str(measured.problem), f"ran before, now {note}", True) for note in notes]
     return findings
 
 

@@ -52,11 +52,15 @@ def load(path: Path) -> Report:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise SystemExit(f"{path} is no report of python -m benchmarks: {error}") from error
-    if data.pop("format", None) != FORMAT:
-        raise SystemExit(f"{path} is no report in format {FORMAT}: take it again with python -m benchmarks --out DIR")
-    data["ceilings"] = data["ceilings"] and Ceilings(**data["ceilings"])
-    data["measured"] = [_measured(m) for m in data["measured"]]
-    return Report(**data)
+    try:
+        if data.pop("format", None) != FORMAT:
+            raise KeyError("format")
+        data["ceilings"] = data["ceilings"] and Ceilings(**data["ceilings"])
+        data["measured"] = [_measured(m) for m in data["measured"]]
+        return Report(**data)
+    except (AttributeError, KeyError, TypeError) as error:
+        advice = "take it again with python -m benchmarks --out DIR"
+        raise SystemExit(f"{path} is no report in format {FORMAT}: {advice}") from error
 
 
 def _measured(data: dict[str, Any]) -> Measured:

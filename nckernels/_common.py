@@ -15,8 +15,10 @@ REDUCTIONS = ("none", "mean", "sum")
 
 
 def inverse(temperature: float | Tensor) -> float | Tensor:
-    """beta = 1 / temperature."""
-    return temperature.reciprocal() if isinstance(temperature, Tensor) else 1.0 / temperature
+    """beta = 1 / temperature, in the accumulation dtype of a tensor."""
+    if isinstance(temperature, Tensor):
+        return temperature.to(accumulation_dtype(temperature.dtype)).reciprocal()
+    return 1.0 / temperature
 
 
 def logaddexp(a: Tensor, b: Tensor) -> Tensor:

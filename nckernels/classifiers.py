@@ -131,6 +131,14 @@ class FixedPrototypes(_Classifier):
         _checks.positive_scalar("temperature", temperature, sums)
         self.num_classes, self.in_features, self.temperature = num_classes, in_features, temperature
 
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
+        """Sums stay as precise as they are in a model that is cast, ``model.half()``: they are no parameters."""
+        sums = self.sums
+        super()._apply(fn, recurse)
+        if self.sums.dtype != sums.dtype and self.sums.device.type != "mps":
+            self.sums = sums.to(self.sums.device)
+        return self
+
     def fit(self, input: Tensor | Batches, target: Tensor | None = None, *, encoder: Encoder | None = None) -> Self:
         """Forget everything and take one pass over the data.
 
@@ -259,7 +267,7 @@ class LinearProbe(_Classifier):
             self.weight.zero_()
             self.bias.zero_()
         else:  # directions must not be zero
-            rows = torch.randn(self.weight.shape, generator=generator) / self.in_features**0.5
+            rows = torch.randn(self.weight.shape, generator=generator, device=generator.device) / self.in_features**0.5
             self.weight.copy_(rows)
         return generator
 
@@ -279,7 +287,8 @@ class LinearProbe(_Classifier):
         drops = [round(share * self.epochs) for share in self.milestones]
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, drops, self.gamma)
         for _ in range(self.epochs):
-            for rows in torch.randperm(len(labels), generator=generator).to(self.device).split(self.batch_size):
+            order = torch.randperm(len(labels), generator=generator, device=generator.device)
+            for rows in order.to(self.device).split(self.batch_size):
                 optimiser.zero_grad()
                 with torch.enable_grad():
                     self._loss(features[rows], labels[rows]).backward()  # type: ignore[no-untyped-call]
@@ -373,12 +382,13 @@ def compare_classifiers(
 @contextmanager
 def _evaluating(encoder: Encoder | None) -> Iterator[None]:
     """No gradients, and a network in eval mode for the time being."""
-    training = isinstance(encoder, nn.Module) and encoder.training
-    if isinstance(encoder, nn.Module):
-        encoder.eval()
+    modules = list(encoder.modules()) if isinstance(encoder, nn.Module) else []
+    modes = [module.training for module in modules]  # parts may be frozen
+    for module in modules:
+        module.training = False
     try:
         with torch.no_grad():
             yield
     finally:
-        if isinstance(encoder, nn.Module):
-            encoder.train(training)
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode

@@ -285,7 +285,8 @@ def alignment_loss(input: Tensor, other: Tensor, *, alpha: float = 2.0, reductio
     _checks.choice("reduction", reduction, REDUCTIONS)
     squares = (unit(input) - unit(other)).square().sum(1)
     # A power below 1 has an infinite slope at 0, where the distance itself is flat: no gradient there.
-    loss = torch.where(squares > 0, squares.where(squares > 0, 1.0) ** (alpha / 2), 0.0)
+    same = squares == 0.0
+    loss = (squares.masked_fill(same, 1.0) ** (alpha / 2)).masked_fill(same, 0.0)
     return reduce(loss, torch.ones_like(loss, dtype=torch.bool), None, reduction, of_nothing=0.0)
 
 
@@ -358,7 +359,9 @@ def _uniformity(lse: Tensor) -> Tensor:
 
 def _nothing(shape: torch.Size, reduction: Reduction, beta: float | Tensor, *inputs: Tensor) -> Tensor:
     """The loss of no samples, differentiable all the same."""
-    zero = sum((x.to(accumulation_dtype(x.dtype)).sum() for x in inputs), start=0.0 * torch.as_tensor(beta))
+    zero = 0.0 * torch.as_tensor(beta, device=inputs[0].device)
+    for x in inputs:
+        zero = zero + x.to(accumulation_dtype(x.dtype)).sum()
     zero = zero.to(accumulation_dtype(inputs[0].dtype))
     return zero.expand(shape) if reduction == "none" else zero
 

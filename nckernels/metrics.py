@@ -120,20 +120,20 @@ def neural_collapse(
             f"target: expected labels in [0, {num_classes}), got {int(target.min())} to {int(target.max())}"
         )
     noise = _noise(features.dtype)
-    u, target = _unit(features), target.to(device=_home(features.device), dtype=torch.int64)
+    u, target = _directions(features), target.to(device=_home(features.device), dtype=torch.int64)
     means, counts = class_means(u, target, num_classes)
     present = counts > 0
     means = means[present]
     compact = (present.cumsum(0) - 1)[target]  # labels without the absent classes
     deviation = simplex_deviation(means)
-    v = None if prototypes is None else _unit(prototypes)
+    v = None if prototypes is None else _directions(prototypes)
     seen = None if v is None else v[present]
     published = _unit(_unit(means) - _unit(u.mean(0)))
     centred = _unit(means - means.mean(0))
     return NeuralCollapse(
         intra_erank=intra_class_rank(u, compact, noise=noise),
         inter_erank=covariance_rank(means, noise=noise),
-        weights_erank=_NAN if v is None else covariance_rank(v),
+        weights_erank=_NAN if v is None or prototypes is None else covariance_rank(v, noise=_noise(prototypes.dtype)),
         weight_alignment=_NAN if seen is None else weight_alignment(seen, means),
         instance_alignment=_NAN if seen is None else instance_alignment(u, seen, compact),
         mir=_NAN if seen is None else mutual_information_ratio(seen @ seen.T, published @ published.T),
@@ -235,12 +235,12 @@ def intra_class_rank(features: Tensor, target: Tensor, *, noise: float | None = 
 
 def weight_alignment(prototypes: Tensor, means: Tensor) -> float:
     """Mean over c of |v_c - m_c/|m_c||^2 with v_c the unit prototype: NC3, from 0 to 4."""
-    return (_unit(prototypes) - _unit(means)).square().sum(1).mean().item()
+    return (_directions(prototypes) - _unit(means)).square().sum(1).mean().item()
 
 
 def instance_alignment(features: Tensor, prototypes: Tensor, target: Tensor) -> float:
     """Mean over i of |u_i - v_{y_i}|^2, u and v unit vectors: NC1 and NC3 together, from 0 to 4."""
-    return (_unit(features) - _unit(prototypes)[target]).square().sum(1).mean().item()
+    return (_directions(features) - _directions(prototypes)[target]).square().sum(1).mean().item()
 
 
 def matrix_entropy(gram: Tensor) -> float:
@@ -421,8 +421,13 @@ def _double(x: Tensor) -> Tensor:
     return x.detach().to(device=_home(x.device), dtype=torch.float64)
 
 
+def _directions(x: Tensor) -> Tensor:
+    """Unit rows in float64, however short they were; zero rows stay zero."""
+    return F.normalize(_double(x), dim=-1, eps=torch.finfo(torch.float64).tiny)
+
+
 def _unit(x: Tensor) -> Tensor:
-    """Unit rows in float64; zero rows stay zero."""
+    """Unit rows in float64 of sums and differences of unit rows; those of the size of rounding errors stay short."""
     return F.normalize(_double(x), dim=-1, eps=1e-12)
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from . import _checks, contrastive, functional
-from ._common import REDUCTIONS, Reduction
-from .backends.base import Direction, norm_eps
+from ._common import REDUCTIONS, Reduction, unit
+from .backends.base import Direction
 from .primitive import DIRECTIONS
 
 
@@ -211,10 +211,9 @@ class PrototypeClassifier(nn.Module):
         return self.criterion.prototypes
 
     def forward(self, input: Tensor) -> Tensor:
-        eps = norm_eps(input.dtype)
-        unit = F.normalize(input, dim=-1, eps=eps)
-        cosine = F.linear(unit, F.normalize(self.prototypes, dim=1, eps=eps))
-        return cosine / self.criterion.temperature
+        # Norms in the accumulation dtype: those of float16 rows can exceed what float16 holds.
+        rows, columns = (unit(x).to(x.dtype) for x in (input, self.prototypes))
+        return F.linear(rows, columns) / self.criterion.temperature
 
     def loss(self, input: Tensor, target: Tensor) -> Tensor:
         """The training loss of features (M, d) with labels (M,)."""
@@ -290,6 +289,8 @@ class PrototypeLoss(_ContrastiveLoss):
     ) -> None:
         super().__init__(**options)
         _checks.integer("ignore_index", ignore_index)
+        if num_classes is not None:
+            _checks.positive_integer("num_classes", num_classes)
         self.num_classes, self.ignore_index = num_classes, ignore_index
 
     def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
@@ -379,7 +380,11 @@ class AlignmentLoss(nn.Module):
 
 
 def _shown(temperature: float | Tensor) -> str:
-    return "learnable" if isinstance(temperature, nn.Parameter) else f"{float(temperature):g}"
+    if isinstance(temperature, nn.Parameter):
+        return "learnable"
+    if isinstance(temperature, Tensor):
+        return "a tensor" if temperature.is_meta else f"{temperature.item():g}"
+    return f"{temperature:g}"
 
 
 def _register(module: nn.Module, name: str, value: object) -> None:

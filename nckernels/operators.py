@@ -76,7 +76,7 @@ def plain(*values: object) -> bool:
     Raises:
         NotImplementedError: under transforms that would fail obscurely or silently.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
     tensors = [x for x in values if isinstance(x, Tensor)]
     _no_transforms(tensors)

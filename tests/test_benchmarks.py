@@ -239,6 +239,19 @@ def test_compare_catches_memory_and_failures(tmp_path: Path) -> None:
     broken = fake(1)
     broken.measured[0].results[1] = Result("nckernels native", absent="fails: now")
     assert status(fake(0), broken, tmp_path) == 1
+    gone = fake(1)
+    problem = gone.measured.pop().problem
+    gone.notes = [f"not run, the budget of 9 s is spent: {problem}"]
+    assert status(fake(0), gone, tmp_path) == 2
+    gone.notes = [f"not run: {problem}: no memory"]
+    assert status(fake(0), gone, tmp_path) == 1
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2}', "7"])
+def test_compare_says_what_is_no_report(text: str, tmp_path: Path) -> None:
+    (tmp_path / "new.json").write_text(text)
+    with pytest.raises(SystemExit, match=r"new\.json is no report"):
+        report.load(tmp_path / "new.json")
 
 
 def test_compare_refuses_other_machines_and_nothing_in_common(tmp_path: Path) -> None:

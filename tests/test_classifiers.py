@@ -469,7 +469,7 @@ def test_the_normalised_probe_does_not_see_scale() -> None:
     scaled = LinearProbe(K, D, normalize=True, epochs=5).fit(factors * x, y)
     torch.testing.assert_close(scaled(factors * x), plain(x), rtol=0, atol=1e-3)
     torch.testing.assert_close(plain(factors * x), plain(x), rtol=0, atol=1e-4)
-    assert float(plain(x).abs().max()) <= 10 * (1 + 1e-5)  # cosines over a temperature of 0.1
+    assert float(plain(x).detach().abs().max()) <= 10 * (1 + 1e-5)  # cosines over a temperature of 0.1
     lengths = LinearProbe(K, D, epochs=5).fit(x, y)
     assert float((lengths(factors * x) - lengths(x)).detach().abs().max()) > 1.0
 
@@ -567,3 +567,35 @@ def test_encoder_features_are_for_the_probes(good: str) -> None:
     assert (accuracy["LP"] >= 0.99) == (good == "encoder")
     assert (accuracy["NLP"] >= 0.99) == (good == "encoder")
     assert min(accuracy.values()) <= 0.5
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_frozen_parts_of_an_encoder_stay_frozen(training: bool) -> None:
+    """Each part is back in its own mode after a pass, and batch statistics have not moved during it."""
+    net = nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D), nn.Dropout())
+    net.train(training)
+    net[1].train(not training)
+    modes = [module.training for module in net.modules()]
+    statistics = net[1].running_mean.clone()
+    FixedPrototypes(K, D).fit([data()], encoder=net)
+    assert [module.training for module in net.modules()] == modes
+    assert torch.equal(net[1].running_mean, statistics)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sums_stay_float64_in_a_model_that_is_cast(dtype: torch.dtype) -> None:
+    x, y = data()
+    y = y.where(y != 3, 2)  # a class without samples
+    expected = FixedPrototypes(K, D).fit(x, y)
+    model = nn.Sequential(nn.Linear(D, D), FixedPrototypes(K, D).fit(x, y)).to(dtype)
+    assert model[0].weight.dtype == dtype
+    assert torch.equal(model[1].sums, expected.sums)
+    assert model[1].sums.dtype == torch.float64
+    assert torch.equal(model[1].prototypes, expected.prototypes)
+
+
+def test_a_probe_under_another_default_device() -> None:
+    x, y = data()
+    with torch.device("meta"):
+        probe = LinearProbe(K, D, device="cpu", epochs=1).fit(x, y)
+    assert torch.equal(probe.weight, LinearProbe(K, D, epochs=1).fit(x, y).weight)

@@ -308,3 +308,19 @@ def test_alignment_gradient_of_identical_inputs(backend: Backend, alpha: float) 
     for grad in torch.autograd.grad(value, (x, z)):
         assert bool(grad.isfinite().all())
         assert alpha == 1.0 or not grad.any()
+
+
+def test_alignment_of_nan_is_nan() -> None:
+    """Not 0, the loss of a perfect pair."""
+    x, z = torch.randn(2, 4), torch.randn(2, 4)
+    x[0, 1] = torch.nan
+    loss = nckernels.alignment_loss(x, z, reduction="none")
+    assert loss.isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("name", ["supcon_loss", "info_nce_loss", "clip_loss"])
+def test_nothing_stays_on_its_device(name: str) -> None:
+    x = torch.empty(0, 4)
+    others = (torch.empty(0, dtype=torch.long),) if name == "supcon_loss" else (x,)
+    with torch.device("meta"):
+        assert getattr(nckernels, name)(x, *others).device == x.device

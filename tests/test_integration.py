@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -520,3 +521,19 @@ def test_dense_form_is_what_users_would_write() -> None:
     outputs, _ = run(dense, p, ())
     logits = 10 * F.normalize(p.features) @ F.normalize(p.prototypes).T
     torch.testing.assert_close(outputs["instance"], logits.logsumexp(1), rtol=1e-12, atol=0)
+
+
+# --------------------------------------------------------------------------------------------------
+# torch.jit.trace
+
+
+@losses
+def test_traced_losses_compute(cpu_backend: Backend, name: str) -> None:
+    """Foreign code is invisible to the tracer: it has to see an operator."""
+    x, w, y = batch(12, 5, 4)
+    x, w = x.detach(), w.detach()
+    function = package_loss(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of checks that become constants
+        traced = torch.jit.trace(lambda a, b: function(a, b, y), (x, w))
+    torch.testing.assert_close(traced(x + 1, w), function(x + 1, w, y))

@@ -405,3 +405,21 @@ def test_convergence_errors() -> None:
         convergence_iteration([0], [1.0], 0, 1, smoothing=1)
     with pytest.raises(ValueError, match="tolerance"):
         convergence_iteration([0], [1.0], 0, -1)
+
+
+def test_metrics_do_not_depend_on_lengths() -> None:
+    """However short: directions are all that counts."""
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(40, 6, generator=g).double(), torch.randn(4, 6, generator=g).double()
+    y = torch.arange(40) % 4
+    expected = asdict(neural_collapse(x, y, w))
+    for scale in (1e-14, 1e-150, 1e100):
+        for name, value in asdict(neural_collapse(x * scale, y, w * scale)).items():
+            assert value == pytest.approx(expected[name], rel=1e-9), (name, scale)
+
+
+def test_parallel_float32_prototypes_have_no_rank() -> None:
+    g = torch.Generator().manual_seed(0)
+    w = (torch.rand(5, 1, generator=g) + 0.5) * torch.randn(16, generator=g)
+    x, y = torch.randn(40, 16, generator=g), torch.arange(40) % 5
+    assert neural_collapse(x, y, w).weights_erank == 0.0

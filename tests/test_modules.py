@@ -232,3 +232,31 @@ def test_classifier_shares_or_fixes_prototypes() -> None:
 def test_temperature_of_a_contrastive_module_may_be_on_any_device(module: type[nn.Module]) -> None:
     temperature = nn.Parameter(torch.tensor(0.1, device="meta"))
     assert module(temperature=temperature).temperature is temperature
+
+
+@pytest.mark.parametrize("module", [nckernels.NONLLoss, nckernels.NTCELoss, nckernels.NormFaceLoss])
+def test_a_module_with_a_fixed_tensor_as_temperature_can_be_printed(module: type[nn.Module]) -> None:
+    loss = module(6, 5, temperature=torch.tensor(0.25))
+    assert "temperature=0.25" in repr(loss)
+    assert "temperature=a tensor" in repr(loss.to("meta"))
+
+
+def test_classifier_of_long_float16_features() -> None:
+    """Norms beyond what float16 holds."""
+    head = nckernels.PrototypeClassifier(2048, 5).half()
+    x = (torch.randn(4, 2048) * 2000).half()
+    wide = nckernels.PrototypeClassifier(prototypes=head.prototypes.detach().float())
+    torch.testing.assert_close(head(x).float(), wide(x.float()), rtol=0, atol=2e-2)
+
+
+def test_number_of_classes_is_checked_at_once() -> None:
+    with pytest.raises(ValueError, match="num_classes"):
+        nckernels.PrototypeLoss(num_classes=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_temperature_of_16_bits_is_inverted_in_float32(dtype: torch.dtype) -> None:
+    x, y = batch()
+    w, temperature = torch.randn(5, 6), torch.tensor(0.07, dtype=dtype)
+    got = nckernels.nonl_loss(x, w, y, temperature=temperature)
+    torch.testing.assert_close(got, nckernels.nonl_loss(x, w, y, temperature=temperature.item()), rtol=1e-6, atol=0)

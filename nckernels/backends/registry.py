@@ -64,7 +64,8 @@ def set_backend(name: str | None) -> None:
     """Run every following call of the process on one backend; None returns to the automatic choice.
 
     Raises:
-        ValueError: if there is no such backend, or it cannot run on this machine at all.
+        ValueError: if there is no such backend, or what it needs (a compiler, Triton, CUDA's) is not here. A backend
+            for GPUs can be chosen without one; calls with tensors that it does not take say so.
     """
     if name is not None and name != REFERENCE:
         reason = _prepared(_get(name, "backend"))

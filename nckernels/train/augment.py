@@ -27,7 +27,7 @@ def views(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
     total = len(images) * count
 
     def uniform(limit: float) -> Tensor:
-        return (2.0 * torch.rand(total, generator=generator) - 1.0) * limit
+        return (2.0 * torch.rand(total, generator=generator, device=generator.device) - 1.0) * limit
 
     angle, scale = uniform(math.radians(_DEGREES)), 1.0 + uniform(_SCALE)
     matrix = torch.stack(

@@ -21,6 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     arguments = parser.parse_args(argv)
     values = {f.name: getattr(arguments, f.name) for f in fields(TrainConfig)}
+    if arguments.out is not None:
+        try:
+            arguments.out.mkdir(parents=True, exist_ok=True)  # before the training, not after it
+        except OSError as error:
+            parser.error(f"--out: {error}")
     try:
         run = fit(TrainConfig(**values), progress=not arguments.quiet)
     except ValueError as error:

@@ -80,5 +80,5 @@ def batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator
     """Index tensors of one shuffled epoch, all of the same size: the last, smaller batch is dropped."""
     if not 1 <= batch_size <= count:
         raise ValueError(f"batch_size: expected 1 to {count}, the size of the training set, got {batch_size}")
-    order = torch.randperm(count, generator=generator)
+    order = torch.randperm(count, generator=generator, device=generator.device)
     yield from order[: count - count % batch_size].split(batch_size)
