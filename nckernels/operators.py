@@ -329,8 +329,9 @@ def _check_values(inputs: Inputs, spec: Spec) -> None:
     """Targets in range and a positive temperature: errors on a CPU, device-side assertions on CUDA."""
     target, beta, k = inputs.target, inputs.inv_temperature, inputs.prototypes.shape[0]
     if not isinstance(beta, Tensor) or beta.device.type == "cpu":
-        if not 0.0 < number(beta) < float("inf"):
-            raise bad_temperature(number(beta))
+        value = number(beta, inputs.features.dtype)
+        if not 0.0 < value < float("inf"):
+            raise bad_temperature(value)
     elif beta.device.type == "cuda":
         torch._assert_async((beta > 0) & beta.isfinite(), "the inverse temperature must be positive and finite")
     if spec.exclude == "same_label" or target.numel() == 0:

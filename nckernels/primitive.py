@@ -14,7 +14,7 @@ from torch import Tensor
 from . import _checks, operators
 from ._common import Reduction, reduce
 from .backends import registry
-from .backends.base import Direction, Exclude, Inputs, Reduced, Spec, accumulation_dtype
+from .backends.base import Direction, Exclude, Inputs, Reduced, Spec, accumulation_dtype, number
 
 DIRECTIONS = ("class", "instance", "both")
 EXCLUDES = ("none", "target", "self", "same_label")
@@ -238,7 +238,11 @@ def autocast(operand: Tensor) -> Tensor:
 def _scalar(value: float | Tensor, features: Tensor) -> Tensor:
     """A 0-dimensional tensor in the accumulation dtype."""
     dtype = accumulation_dtype(features.dtype)
-    return value.to(dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=features.device)
+    if isinstance(value, Tensor):
+        return value.to(dtype)
+    if not torch.compiler.is_compiling():
+        value = number(value, features.dtype)  # infinite rather than torch.full's own error where float32 overflows
+    return torch.full((), value, dtype=dtype, device=features.device)
 
 
 def _split_bias(bias: Bias | BiasPair, direction: Direction, features: Tensor, prototypes: Tensor) -> BiasPair:

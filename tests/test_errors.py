@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import Backend
 from oracle import LOSSES, package_loss
 from torch import Tensor, nn
 
@@ -531,3 +532,16 @@ def test_environment_chooses_the_backend() -> None:
     chunked = python(code, NCKERNELS_BACKEND="chunked")
     assert chunked.returncode != 0
     assert "NotImplementedError" in chunked.stderr
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("temperature", [1e-39, 1e46])
+def test_temperatures_that_float32_cannot_hold(cpu_backend: Backend, temperature: float, reduction: str) -> None:
+    x, w, y = torch.randn(64, 8, requires_grad=True), torch.randn(10, 8), torch.randint(10, (64,))
+    for tau in (temperature, torch.tensor(temperature, dtype=torch.float64, requires_grad=True)):
+        with pytest.raises(ValueError, match="inverse temperature must be positive and finite"):
+            nckernels.normface_loss(x, w, y, temperature=tau, reduction=reduction)
+        with pytest.raises(ValueError, match="inverse temperature must be positive and finite"):
+            nckernels.supcon_loss(x, y, temperature=tau, reduction=reduction)
+    x, w = x.detach().double().requires_grad_(), w.double()
+    assert nckernels.normface_loss(x, w, y, temperature=temperature).isfinite()

@@ -10,6 +10,7 @@ Notation, used in every backend: ``M`` samples (rows) with features ``z`` of siz
 
 from __future__ import annotations
 
+import ctypes
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal, NamedTuple
 
@@ -199,9 +200,11 @@ def bad_target(target: Tensor, k: int, ignore_index: int | None) -> ValueError:
     return ValueError(f"target must lie in {allowed}, got {int(target[bad][0])}")
 
 
-def number(scalar: float | Tensor) -> float:
-    """A number, or that of a 0-dimensional tensor on the CPU, whether or not it requires grad."""
-    return float(scalar.item() if isinstance(scalar, Tensor) else scalar)
+def number(scalar: float | Tensor, dtype: torch.dtype) -> float:
+    """A number, or that of a 0-dimensional tensor on the CPU, as ``dtype``'s accumulation dtype holds it: 0 or
+    infinite where float32 cannot."""
+    value = float(scalar.item() if isinstance(scalar, Tensor) else scalar)
+    return value if dtype == torch.float64 else ctypes.c_float(value).value
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -179,9 +179,7 @@ _NOTHING = (0,) * 7
 def _problem(inputs: Inputs, spec: Spec, forward: Forward | None = None) -> tuple[bytes, list[Tensor | None]]:
     """The C structure, and the tensors that it points into; a step has no use for those of a forward pass."""
     z, w, target, scalar, *biases = inputs
-    dtype, beta = z.dtype, number(scalar)
-    if dtype != torch.float64:
-        beta = ctypes.c_float(beta).value  # 0 or infinite where float32 cannot hold it
+    dtype, beta = z.dtype, number(scalar, z.dtype)
     if not 0.0 < beta < math.inf:
         raise bad_temperature(beta)
     z, target = _rows(z), target.contiguous()

@@ -29,7 +29,7 @@ def fits(features: Tensor, prototypes: Tensor, spec: Spec) -> bool:
 def step(inputs: Inputs, reduced: Reduced, spec: Spec, needs: Needs) -> Step:
     """See :meth:`nckernels.backends.base.Backend.step`; for problems that ``fits``."""
     z, w, target = inputs[:3]
-    acc, beta = accumulation_dtype(z.dtype), number(inputs.inv_temperature)
+    acc, beta = accumulation_dtype(z.dtype), number(inputs.inv_temperature, z.dtype)
     takes_part = target != spec.ignore_index
     valid = None if bool(takes_part.all()) else takes_part
     label = target if valid is None else target.where(valid, 0)
