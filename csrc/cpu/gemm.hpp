@@ -16,6 +16,18 @@ constexpr int MR = 12;
 constexpr int MR = 6;
 #endif
 
+// A sum in registers goes to C[R x NV vectors], or is added to it.
+template <class T, int R, int NV, bool ACCUMULATE>
+NCK_INLINE void put(const Vec<T> (&acc)[R][NV], T* c, long c_stride) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; v++) {
+      T* to = c + r * c_stride + v * lanes<T>;
+      store(to, ACCUMULATE ? load(to) + acc[r][v] : acc[r][v]);
+    }
+}
+
 // C[R x NV vectors] (+)= sum over blocks p < count and k < depth of
 //     A[p * a_block + r * RS + k * CS] * B[(p * depth + k) * NR + .]
 // The sum starts from zero and is added to C as a whole: rounding errors of a long sum grow with the length
@@ -42,13 +54,7 @@ NCK_INLINE void micro(long count, long depth, const T* a, long a_block, const T*
       b += NV * W;
     }
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; v++) {
-      T* to = c + r * c_stride + v * W;
-      store(to, ACCUMULATE ? load(to) + acc[r][v] : acc[r][v]);
-    }
+  put<T, R, NV, ACCUMULATE>(acc, c, c_stride);
 }
 
 // C[R x NV vectors] (+)= sum over k < depth of rows[r][at + k] * B[k][NR]: A's rows where they lie.
@@ -72,13 +78,7 @@ NCK_INLINE void rows_times_panel(const T* const* rows, long at, long depth, cons
 #pragma GCC unroll 2
       for (int v = 0; v < NV; v++) acc[r][v] += a[r][k] * y[v];
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; v++) {
-      T* to = c + (r * NV + v) * W;
-      store(to, ACCUMULATE ? load(to) + acc[r][v] : acc[r][v]);
-    }
+  put<T, R, NV, ACCUMULATE>(acc, c, NV * W);
 }
 
 // C[R x NV vectors] += sum over k < depth of A[k][NR]^T * rows[k][at + .]: B's rows where they lie.
@@ -100,13 +100,7 @@ NCK_INLINE void panel_times_rows(long depth, const T* a, const T* const* rows, l
 #pragma GCC unroll 2
       for (int v = 0; v < NV; v++) acc[r][v] += a[r] * y[v];
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; v++) {
-      T* to = c + (r * NV + v) * W;
-      store(to, load(to) + acc[r][v]);
-    }
+  put<T, R, NV, true>(acc, c, NV * W);
 }
 
 // Inner dimensions go in blocks of DEPTH: DEPTH x NR numbers of B stay in the L1 cache while all rows of the
