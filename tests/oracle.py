@@ -457,3 +457,19 @@ def rotation(dim: int, seed: int) -> Tensor:
 
 def balanced(classes: int, per_class: int) -> Tensor:
     return torch.arange(classes).repeat(per_class)
+
+
+def check_float16_zero_row(length: float, d: int) -> None:
+    """The gradients of other rows than a zero row, whose entries no norm makes smaller, beside features of ``length``.
+
+    The loss is scaled as in float16 training; the zero row's own gradient is 0 or large, and not looked at.
+    """
+    z, w, y = torch.randn(40, d) * length, torch.randn(10, d), torch.randint(10, (40,))
+    z[0] = 0
+    z, w = z.half().requires_grad_(), w.half().requires_grad_()
+    grads = torch.autograd.grad(1024 * nckernels.normface_loss(z, w, y), (z, w))
+    wide = [x.detach().double().requires_grad_() for x in (z, w)]
+    with nckernels.use_backend("reference"):
+        expected = torch.autograd.grad(1024 * nckernels.normface_loss(*wide, y), wide)
+    for got, exact in ((grads[0][1:], expected[0][1:]), (grads[1], expected[1])):
+        assert (got.double() - exact).norm() <= 5e-4 * exact.norm()

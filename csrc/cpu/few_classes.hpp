@@ -50,13 +50,14 @@ class FewClasses {
         v_rows_(step.z ? width_ * d_pad_ : 0),
         e_(tiles_ * tall_ * width_),
         z_rnorm_(p.m),
+        w_rnorm_(p.k),
         pos_(p.m),
         sums_(p.by_class ? chunks_ * width_ : p.m),
         grad_v_(step.w ? chunks_ * width_ * d_pad_ : 0),
         zeros_(p.d),
-        w_rnorm_(count_),
         scale_(width_, T(0)),
         inside_(width_, T(0)) {
+    p_.w_rnorm = w_rnorm_;
     std::fill_n(inside_.begin(), count_, T(1));
     std::fill_n(static_cast<T*>(zeros_), p.d, T(0));
   }
@@ -118,19 +119,12 @@ class FewClasses {
   T* tile_of(int64_t tile) { return e_ + tile * tall_ * width_; }
   T& at(T* tile, int64_t r, int64_t c) const { return tile[(c / NR * tall_ + r) * NR + c % NR]; }
 
-  // Unit prototypes as V for the logits, [panel][d][NR], and for dL/dU, [d panel][column][NR].
+  // Unit prototypes for the logits and, where dL/dU is wanted, for it.
   void pack_prototypes() {
-    Buffer<T> line(w_.line());
-    std::fill_n(static_cast<T*>(v_), width_ * p_.d, T(0));
-    std::fill_n(static_cast<T*>(v_rows_), v_rows_.size(), T(0));
-    for (int64_t c = 0; c < count_; c++) {
-      const T* w = w_.get(columns_.class_of(c), line);
-      const T scale = w_rnorm_[c] = inverse_norm(p_, w);
-      T* v = v_ + c / NR * NR * p_.d + c % NR;
-      for (int64_t k = 0; k < p_.d; k++) v[k * NR] = w[k] * scale;
-      for (int64_t k = 0; k < p_.d && step_.z; k++)
-        v_rows_[(k / NR * width_ + c) * NR + k % NR] = w[k] * scale;
-    }
+    inverse_norms<T>(p_, w_, count_, w_rnorm_, [&](int64_t c) { return columns_.class_of(c); });
+    const Tiles<T, NV> tiles(p_, columns_);
+    T* by_feature = step_.z ? v_rows_.data() : nullptr;
+    for (int64_t q = 0; q < panels_; q++) tiles.pack_prototypes(0, count_, q, v_, by_feature);
   }
 
   // Where the features of a tile are. Samples that take no part, and those past the end, are zeros.
@@ -153,7 +147,7 @@ class FewClasses {
       for (int64_t i = 0; i < n; i += MR)
         for (int64_t k = 0; k < p_.d; k += DEPTH) {
           const int64_t depth = std::min<int64_t>(DEPTH, p_.d - k);
-          const T* v = v_ + (q * p_.d + k) * NR;
+          const T* v = v_ + k * width_ + q * NR * depth;
           T* t = e + (q * tall_ + i) * NR;
           if (k == 0)
             rows_times_panel<T, MR, NV, false>(rows + i, k, depth, v, t);
@@ -200,11 +194,12 @@ class FewClasses {
       reduction_.count(j);
       of_class[columns_.positive[j]] += reduction_.weight(j);
     }
+    per_weight_ = reduction_.scale();
     for (int64_t c = 0; c < count_ && p_.by_class; c++) {
       for (int64_t chunk = 1; chunk < chunks_; chunk++) sums_[c] += sums_[chunk * width_ + c];
       if (sums_[c] == 0) continue;  // nothing to sum over
       loss += of_class[c] * double(std::log(sums_[c]));
-      scale_[c] = static_cast<T>(of_class[c] * reduction_.scale()) / sums_[c];
+      scale_[c] = static_cast<T>(of_class[c] * per_weight_) / sums_[c];
     }
     for (int64_t j = 0; j < p_.m; j++) {
       if (!valid(j)) continue;
@@ -214,7 +209,7 @@ class FewClasses {
     *static_cast<T*>(step_.loss) = static_cast<T>(reduction_.result(loss));
   }
 
-  T share(int64_t j) const { return static_cast<T>(reduction_.weight(j) * reduction_.scale()); }
+  T share(int64_t j) const { return static_cast<T>(reduction_.weight(j) * per_weight_); }
 
   void entries(int64_t tile) {
     const int64_t n = rows_of(tile), row0 = tile * tall_;
@@ -313,20 +308,21 @@ class FewClasses {
             total += grad_v_[((chunk * d_panels_ + f) * width_ + c) * NR + x];
           sum[f * NR + x] = total;
         }
-      energy +=
-          through_norm<T>(p_, sum, w_.get(id, line), w_rnorm_[c], T(1), static_cast<T*>(step_.w) + id * p_.d);
+      energy += through_norm<T>(p_, sum, w_.get(id, line), w_rnorm_[id], T(1),
+                                static_cast<T*>(step_.w) + id * p_.d);
     }
     return energy / p_.beta;
   }
 
-  const Problem& p_;
+  Problem p_;
   const Columns& columns_;
   const Step& step_;
   Reduction<T> reduction_;
   Rows<T> z_, w_;
   int64_t count_, panels_, width_, d_panels_, d_pad_, tall_, tiles_, chunks_;
-  Buffer<T> v_, v_rows_, e_, z_rnorm_, pos_, sums_, grad_v_, zeros_;
-  std::vector<T> w_rnorm_, scale_, inside_;
+  Buffer<T> v_, v_rows_, e_, z_rnorm_, w_rnorm_, pos_, sums_, grad_v_, zeros_;
+  std::vector<T> scale_, inside_;
+  double per_weight_ = 0;  // dL / d (weighted sum)
 };
 
 }  // namespace nckernels

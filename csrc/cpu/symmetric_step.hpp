@@ -32,8 +32,9 @@ class SymmetricStep {
     Reduction<T> reduction(step_);
     for (int64_t j = 0; j < p_.m; j++)
       if (positives.any(j)) reduction.count(j);
+    const double scale = reduction.scale();
     for (int64_t j = 0; j < p_.m; j++)
-      share_[j] = positives.any(j) ? static_cast<T>(reduction.weight(j) * reduction.scale()) : T(0);
+      share_[j] = positives.any(j) ? static_cast<T>(reduction.weight(j) * scale) : T(0);
 
     SymmetricForward<T, NV>(p_, columns_).run();
     positives.add_up(share_, !step_.weight);

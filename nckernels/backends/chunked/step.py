@@ -67,7 +67,7 @@ class _Rows:
     def __init__(
         self, x: Tensor, acc: torch.dtype, grad: Tensor | None, valid: Tensor | None = None, ids: Tensor | None = None
     ) -> None:
-        self.x, self.acc, self.grad = x, acc, grad
+        self.x, self.grad = x, grad
         self.valid, self.ids = valid, ids  # which may be looked at, and which are meant; None for all
         self.rnorm = rnorm_of(x, acc, valid)
         if ids is not None:
