@@ -237,10 +237,12 @@ class Step(torch.autograd.Function):
         needs = Needs(by_z, by_w and not spec.symmetric, by_beta, False, False)
         inputs = Inputs(z, w, target, cast(Tensor, beta), None, None)
         chosen = registry.BACKENDS[backend]
-        if not chosen.checks_values:
-            _check_values(inputs, spec)
-        loss, *grads = chosen.step(inputs, reduced, spec, needs)
+        with no_autocast(z):
+            if not chosen.checks_values:
+                _check_values(inputs, spec)
+            loss, *grads = chosen.step(inputs, reduced, spec, needs)
         ctx.save_for_backward(z, w, beta if by_beta else None, *grads)
+        ctx.backend = backend
         return loss
 
     @staticmethod
@@ -248,26 +250,22 @@ class Step(torch.autograd.Function):
         _no_batches(upstream)
         tensors = ctx.saved_tensors
         if torch.is_grad_enabled():
-            z, w, beta = _Once.apply(upstream, *tensors)
+            z, w, beta = _Once.apply(ctx.backend, upstream, *tensors)
         else:
             # What nobody will ask for again is scaled in place.
-            again = torch._C._autograd._get_current_graph_task_keep_graph()
-            z, w, beta = _scaled(upstream, tensors, again)
+            in_place = not torch._C._autograd._get_current_graph_task_keep_graph()
+            z, w, beta = _scaled(ctx.backend, upstream, tensors, in_place)
         return z, w, beta, None, None, None, None
 
 
-def _scaled(upstream: Tensor, tensors: Sequence[Tensor | None], again: bool) -> tuple[Tensor | None, ...]:
+def _scaled(
+    backend: str, upstream: Tensor, tensors: Sequence[Tensor | None], in_place: bool
+) -> tuple[Tensor | None, ...]:
     """Three gradients, the latter half of ``tensors``, times ``upstream``, of the dtypes of the former half."""
-    factor = upstream.item()
+    chosen = registry.BACKENDS[backend]
 
     def scaled(x: Tensor | None, grad: Tensor | None) -> Tensor | None:
-        if x is None or grad is None:
-            return None
-        if again:
-            grad = grad * factor
-        elif factor != 1.0:  # as backward() of the loss itself has it
-            grad = grad.mul_(factor)
-        return grad if grad.dtype == x.dtype else grad.to(x.dtype)
+        return None if x is None or grad is None else chosen.scaled(grad, upstream, x.dtype, in_place)
 
     return tuple(map(scaled, tensors[:3], tensors[3:]))
 
@@ -276,8 +274,8 @@ class _Once(torch.autograd.Function):
     """Scaled gradients whose own derivative is an error that says what to do."""
 
     @staticmethod
-    def forward(ctx: Any, upstream: Tensor, *tensors: Tensor) -> tuple[Tensor | None, ...]:
-        return _scaled(upstream, tensors, again=True)
+    def forward(ctx: Any, backend: str, upstream: Tensor, *tensors: Tensor) -> tuple[Tensor | None, ...]:
+        return _scaled(backend, upstream, tensors, in_place=False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:

@@ -5,8 +5,8 @@
 The backend's own launch code runs on small CPU tensors with its one launching function replaced by a
 recorder: what is compiled is what would be launched, with the tiles that ``config.py`` chooses for the
 architecture. Exits with 1 if a kernel spills registers, needs more shared or tensor memory than the
-device has, or has a matrix product that does not run on tensor cores (float32 at "highest" excepted,
-which must run as fused multiply-adds).
+device has, stores a panel two bytes at a time, or has a matrix product that does not run on tensor
+cores (float32 at "highest" excepted, which must run as fused multiply-adds).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
 
-from nckernels.backends.base import Inputs, Needs, OutputGrads, Spec
+from nckernels.backends.base import Inputs, Needs, OutputGrads, Reduced, Spec
 from nckernels.backends.triton import TritonBackend, config, launch
 
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -65,6 +65,8 @@ class Scenario:
     """Features against themselves."""
     shifted: bool = False
     """Operands begin 8 bytes behind a multiple of 16, as columns of a wider matrix may."""
+    step: bool = False
+    """Loss and gradient in one step, and the factor that comes back."""
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -100,6 +102,10 @@ def scenarios() -> Iterator[Scenario]:
         yield Scenario(FP32, 64, "both", "none", precision=precision, busy=True)
         yield Scenario(FP32, 512, "both", "none", precision=precision)
     yield Scenario(FP32, 128, "class", "target", busy=True)
+    yield Scenario(BF16, 2048, "instance", "none", step=True)
+    yield Scenario(BF16, 2048, "class", "target", present_only=True, step=True)
+    yield Scenario(FP16, 512, "class", "target", m=128, present_only=True, step=True)
+    yield Scenario(FP32, 512, "class", "none", present_only=True, step=True)
 
 
 @dataclass(frozen=True)
@@ -206,13 +212,19 @@ def record(scenario: Scenario, arch: int) -> list[Job]:
         torch.zeros(k) if scenario.bias and spec.by_instance else None,
     )
     backend = TritonBackend()
+    needs = Needs(True, not scenario.itself, True, inputs.sample_bias is not None, inputs.class_bias is not None)
+    if scenario.step:
+        found = backend.step(inputs, Reduced(torch.ones(m), True, torch.nan), spec, needs)
+        assert found.features is not None
+        for in_place in (True, False):
+            backend.scaled(found.features, found.loss, scenario.dtype, in_place)
+        return jobs
     saved = backend.forward(inputs, spec, True)
     grads = OutputGrads(
         torch.zeros(k) if spec.by_class else None,
         torch.zeros(m) if spec.by_instance else None,
         torch.zeros(m),
     )
-    needs = Needs(True, not scenario.itself, True, inputs.sample_bias is not None, inputs.class_bias is not None)
     backend.backward(inputs, saved, grads, spec, needs)
     return jobs
 
@@ -279,6 +291,8 @@ def build(index: int) -> Outcome:
         problems.append("too much tensor memory")
     if job.tensor_cores is True and unit is None:
         problems.append("no tensor cores")
+    if job.kernel.__name__.endswith("entries_kernel") and "st.global.b16" in ptx:
+        problems.append("stores of 2 bytes")
     if job.tensor_cores is False and name != "fma":
         problems.append("no fused multiply-adds")
     row = (
@@ -307,7 +321,8 @@ def main() -> int:
                 name = job.kernel.__name__
                 key = (name, arch, job.signature, job.constants, job.divisible, job.options)
                 # Kernels that only stream rows hardly differ between specialisations: one a block size will do.
-                if key in unique or (job.tensor_cores is None and per_kernel[name, arch, job.tile] == 1):
+                streams = job.tensor_cores is None and "EXCLUDE" not in dict(job.signature)
+                if key in unique or (streams and per_kernel[name, arch, job.tile] == 1):
                     continue
                 per_kernel[name, arch, job.tile] += 1
                 unique[key] = job

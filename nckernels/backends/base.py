@@ -129,7 +129,7 @@ class Reduced(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A loss and its gradients where wanted, in the accumulation dtype."""
+    """A loss in the accumulation dtype, and its gradients where wanted, in that dtype or their input's."""
 
     loss: Tensor
     """0-dimensional."""
@@ -185,6 +185,15 @@ class Backend(ABC):
         samples without others do not count.
         """
         raise NotImplementedError
+
+    def scaled(self, grad: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
+        """A step's gradient times a 0-dimensional factor, as ``dtype``, perhaps in the gradient's own memory."""
+        value = factor.item()
+        if not in_place:
+            grad = grad * value
+        elif value != 1.0:  # as backward() of the loss itself has it
+            grad = grad.mul_(value)
+        return grad.to(dtype)
 
 
 def bad_temperature(value: float) -> ValueError:

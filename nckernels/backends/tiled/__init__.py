@@ -6,7 +6,8 @@ the kernels run and how work and workspace are divided is the same whoever wrote
 * ``sides``: an operand of the matrix and all that belongs to its rows; the vocabulary;
 * ``plan``: how many thread blocks share a task, how large a panel may be;
 * ``kernels``: the interface that a backend implements, one method a kernel;
-* ``forward`` and ``backward``: the order of launches.
+* ``forward`` and ``backward``: the order of launches;
+* ``step``: loss and gradient in one go, where the samples' losses are reduced to one number.
 
 Nothing here waits for the device: no value is read back and no shape depends on one, so that a whole step
 can be captured in a CUDA graph. What depends on the data (which classes occur, how many) stays in device
@@ -15,6 +16,7 @@ tensors that the kernels read.
 
 from .backward import backward
 from .forward import forward
-from .kernels import Kernels
+from .kernels import Kernels, StepKernels
+from .step import fits, step
 
-__all__ = ["Kernels", "backward", "forward"]
+__all__ = ["Kernels", "StepKernels", "backward", "fits", "forward", "step"]

@@ -120,17 +120,17 @@ def _long_rows(kernels: Kernels, p: Result, q: Result, scale: Tensor | None) -> 
     if q_sums is None:
         q_sums = buffer(y.slots, d, torch.float32, q.wanted)
     x_copy, y_copy = buffer(rows, d, x.x.dtype, copy_x), buffer(columns, d, x.x.dtype, copy_y)
-    whole = _dense(kernels, y, 0, y.slots, y_copy) if columns >= y.slots else None
+    whole = dense(kernels, y, 0, y.slots, y_copy) if columns >= y.slots else None
     for start in range(0, x.slots, rows):
         stop = min(start + rows, x.slots)
-        x_rows = _dense(kernels, x, start, stop, x_copy)
+        x_rows = dense(kernels, x, start, stop, x_copy)
         p_panel = p_sums[start:stop] if p_sums is not None else p_panel_sums
         for begin in range(0, y.slots, columns):
             end = min(begin + columns, y.slots)
             kernels.entries(x, y, h, start, stop, begin, end, scale)
             panel = h[: stop - start, : end - begin]
             if p_panel is not None:
-                y_rows = _dense(kernels, y, begin, end, y_copy) if whole is None else whole
+                y_rows = dense(kernels, y, begin, end, y_copy) if whole is None else whole
                 kernels.matmul(panel, y_rows, p_panel[: stop - start], accumulate=begin > 0)
             if q_sums is not None:
                 kernels.matmul(panel.t(), x_rows, q_sums[begin:end], accumulate=start > 0)
@@ -140,7 +140,7 @@ def _long_rows(kernels: Kernels, p: Result, q: Result, scale: Tensor | None) -> 
         kernels.finish(q, q_sums, 0, y.slots, 1, scale, norm_inside=True)
 
 
-def _dense(kernels: Kernels, side: Side, start: int, stop: int, copy: Tensor | None) -> Tensor:
+def dense(kernels: Kernels, side: Side, start: int, stop: int, copy: Tensor | None) -> Tensor:
     """The rows of some slots as a matrix: a view, or those that take part in ``copy``, among zeros."""
     if copy is None:
         return side.x[start:stop]

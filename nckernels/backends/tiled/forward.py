@@ -19,7 +19,7 @@ def forward(kernels: Kernels, keep: bool) -> Forward:
     def new(n: int) -> Tensor:
         return torch.empty(n, dtype=torch.float32, device=device)
 
-    z_rnorm, pos, w_rnorm, present = _prepare(kernels)
+    z_rnorm, pos, w_rnorm, present = prepare(kernels)
     samples, classes = two_sides(kernels.inputs, spec, z_rnorm, w_rnorm, present)
     class_lse, instance_lse = new(0), new(0)
     if spec.by_class:
@@ -34,7 +34,7 @@ def forward(kernels: Kernels, keep: bool) -> Forward:
     return Forward(class_lse, instance_lse, pos, z_rnorm, w_rnorm, present.view(torch.float32) if keep else new(0))
 
 
-def _prepare(kernels: Kernels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def prepare(kernels: Kernels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Inverse norms, positives and, with ``present_only``, the labels of the prototypes and their count."""
     z, w, spec, index = kernels.inputs.features, kernels.inputs.prototypes, kernels.spec, kernels.index_dtype
     m, k, device = z.shape[0], w.shape[0], z.device

@@ -132,3 +132,45 @@ class Kernels(ABC):
     @abstractmethod
     def bias_grad(self, p: Side, q: Side, part: Tensor, split: int, blocks: Blocks) -> None:
         """``split`` partial sums of the gradient of p's bias, which sits in the log-sum-exps of q's rows."""
+
+
+class StepKernels(Kernels):
+    """What loss and gradient in one step take besides: see ``step.py``."""
+
+    @abstractmethod
+    def fits_on_chip(self) -> bool:
+        """Whether rows are short enough for kernels that accumulate gradients on the chip."""
+
+    @abstractmethod
+    def shares(
+        self, weight: Tensor | None, share: Tensor, pos_grad: Tensor, of_class: Tensor | None, part: Tensor
+    ) -> None:
+        """Every sample's weight, 0 where ignored, its negative, the weights' sums by class, added to zeros, and
+        ``part`` (2, blocks): the blocks' sums and their numbers of samples that count."""
+
+    @abstractmethod
+    def divisor(self, part: Tensor, out: Tensor, nothing_is_zero: bool) -> None:
+        """What a mean divides its gradients by, and its sum."""
+
+    @abstractmethod
+    def panel_split(self, anchors: int, others: int) -> int:
+        """Thread blocks that share their anchors in ``panel_log_sum_exp``."""
+
+    @abstractmethod
+    def panel_log_sum_exp(
+        self, p: Side, q: Side, products: Tensor, partial: tuple[Tensor, Tensor], start: int, stop: int
+    ) -> None:
+        """(split, stop - start) largest logits and sums relative to them of p's slots [start, stop), from their
+        products with all of q."""
+
+    @abstractmethod
+    def panel_entries(
+        self, p: Side, q: Side, products: Tensor, partial: tuple[Tensor, Tensor], h: Tensor,
+        start: int, stop: int, scale: Tensor | None,
+    ) -> None:  # fmt: skip
+        """As ``entries`` for all of q, from the products; also the log-sum-exps ``p.lse`` of p's slots. ``h`` may be
+        ``products``."""
+
+    @abstractmethod
+    def loss(self, share: Tensor, lse: Tensor, pos: Tensor, part: Tensor, divisor: Tensor | None, out: Tensor) -> None:
+        """The samples' shares of ``lse - pos``, added up and divided. ``part`` (blocks,) is scratch."""

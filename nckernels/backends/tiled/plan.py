@@ -13,6 +13,14 @@ then need about the square root of the device's tiles of each operand, and these
 MIN_PANEL = 64
 """The smallest side of a panel of gradient entries, however small the workspace."""
 
+OWN_RATE = 0.5
+"""The rate of products in kernels of our own with rows too long to stay on the chip, as a share of the library's:
+their tiles of 128 x 128 without multicast are bound by the L2 cache. An estimate, not yet measured."""
+
+OPERATIONS_PER_BYTE = 266
+"""What the tensor cores do while a byte of memory moves: an H100 multiplies bfloat16 matrices of 8192 x 8192 at 798
+TFLOP/s and copies at 3.0 TB/s."""
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -69,6 +77,64 @@ def panel_shape(n_p: int, n_q: int, p_row_bytes: int, q_row_bytes: int, itemsize
         if p and (min(p, q), p) > (min(best), best[0]):
             best = (p, q)
     return best
+
+
+@dataclass(frozen=True)
+class StepPanels:
+    """How loss and gradient in one step cut their work."""
+
+    rows: int
+    """Anchors of a panel, which meets all rows of the other operand."""
+    columns: int
+    """Rows of the other operand whose gradients are accumulated, and finished, at a time."""
+
+
+@lru_cache(maxsize=1024)
+def step_panels(n_p: int, n_q: int, d: int, itemsize: int, workspace: int) -> StepPanels | None:
+    """The panels of one step, or None where they would be so thin that two passes are faster.
+
+    A panel of n anchors takes, for every one of them, a row of float32 products and one of entries (float32 entries
+    replace their products), a row of float32 sums and a copy of the anchor; and a copy and sums for ``columns`` rows
+    of the other operand.
+    """
+    row = pad16(n_q) * (4 + (itemsize if itemsize < 4 else 0)) + d * (itemsize + 4)
+    column = d * (itemsize + 4)
+    columns = min(n_q, max(MIN_PANEL, 1 << (max(1, workspace // 4 // column).bit_length() - 1)))
+    rows = min(n_p, (workspace - columns * column) // row)
+    if rows < min(n_p, MIN_PANEL):
+        return None
+    if rows < n_p:
+        rows -= rows % MIN_PANEL  # the library's tiles
+    if step_cost(n_p, n_q, d, itemsize, rows) > two_passes_cost(n_p, n_q, d, itemsize):
+        return None
+    return StepPanels(rows, columns)
+
+
+def step_cost(n_p: int, n_q: int, d: int, itemsize: int, rows: int) -> float:
+    """Loss and gradient in one step by panels of ``rows`` anchors, in operations of the tensor cores.
+
+    Each product takes as long as its operations or as its bytes, whichever is more; what is elementwise takes its
+    bytes.
+    """
+    products, p, q, entries = 2 * rows * n_q * d, rows * d, n_q * d, rows * n_q
+    several = rows < n_p
+    panel = _time(products, itemsize * (p + q) + 4 * entries)  # the products themselves
+    panel += _time(0, (4 + 4 + itemsize) * entries)  # read for sums, read again, entries written
+    panel += _time(products, itemsize * (entries + q) + 4 * p)  # gradient of the anchors
+    panel += _time(products, itemsize * (entries + p) + (8 if several else 4) * q)  # and of the others
+    return panel * ceil_div(n_p, rows)
+
+
+def two_passes_cost(n_p: int, n_q: int, d: int, itemsize: int) -> float:
+    """The same for a forward pass and a backward pass that makes the products again."""
+    products, p, q, entries = 2 * n_p * n_q * d, n_p * d, n_q * d, n_p * n_q
+    own = _time(products / OWN_RATE, itemsize * (p + q))
+    gradients = _time(products, itemsize * (entries + q) + 4 * p) + _time(products, itemsize * (entries + p) + 4 * q)
+    return 2 * own + _time(0, itemsize * entries) + gradients
+
+
+def _time(operations: float, moved: float) -> float:
+    return max(operations, OPERATIONS_PER_BYTE * moved)
 
 
 def pad16(n: int) -> int:

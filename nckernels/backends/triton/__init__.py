@@ -14,9 +14,22 @@ import sys
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
 from .. import tiled
-from ..base import Backend, Forward, Gradients, Inputs, Needs, OutputGrads, Spec
+from ..base import (
+    Backend,
+    Forward,
+    Gradients,
+    Inputs,
+    Needs,
+    OutputGrads,
+    Reduced,
+    Spec,
+    Step,
+    accumulation_dtype,
+    number,
+)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MISSING = None if find_spec("triton") else "the package triton is not installed"
@@ -67,3 +80,29 @@ class TritonBackend(Backend):
 
         with launch.on_device(inputs.features):
             return tiled.backward(launch.TritonKernels(inputs, spec), saved, grads, needs)
+
+    def can_step(self, features: Tensor, prototypes: Tensor, spec: Spec) -> bool:
+        from . import launch
+
+        # Neither targets nor temperatures are looked at.
+        inputs = Inputs(features, prototypes, features, features, None, None)
+        return tiled.fits(launch.TritonKernels(inputs, spec))
+
+    def step(self, inputs: Inputs, reduced: Reduced, spec: Spec, needs: Needs) -> Step:
+        from . import launch
+
+        z, beta, dtype = inputs.features, inputs.inv_temperature, accumulation_dtype(inputs.features.dtype)
+        if isinstance(beta, Tensor):
+            beta = beta.to(device=z.device, dtype=dtype)
+        else:
+            beta = torch.full((), number(beta, z.dtype), dtype=dtype, device=z.device)
+        weight = None if reduced.weight is None else reduced.weight.to(dtype).contiguous()
+        with launch.on_device(z):
+            kernels = launch.TritonKernels(inputs._replace(inv_temperature=beta), spec)
+            return tiled.step(kernels, reduced._replace(weight=weight), needs)
+
+    def scaled(self, grad: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
+        from . import launch
+
+        with launch.on_device(grad):
+            return launch.scaled(grad, factor, dtype, in_place)

@@ -262,3 +262,19 @@ def grad_tile(shape: Shape) -> Tile | None:
         # With two stages, labels on both sides make Triton 3.9 spill on sm_100.
         return Tile(128, 32 if heavy else 64, whole, 8, 3 if heavy and whole <= 64 and shape.family == 100 else 2)
     return Tile(64, 32 if heavy and shape.family == 90 else 64, 256, 8, 2)
+
+
+@dataclass(frozen=True)
+class PanelTile:
+    """A tile of stored products, which are read once."""
+
+    p: int
+    q: int
+    warps: int
+    most_parts: int
+    """Programs that may share an anchor's sum; a power of two."""
+
+
+def panel_tile() -> PanelTile:
+    """For the kernels of panel.py: rows of 1 KB, so that loads are wide, and 32 numbers a thread."""
+    return PanelTile(16, 256, 4, 16)

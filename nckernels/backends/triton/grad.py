@@ -228,8 +228,8 @@ def entries_kernel(
 ):  # fmt: skip
     """One tile of ``H = A r_p r_q`` (times ``Scale``) for the panel [p_start, p_stop) x [q_start, q_stop).
 
-    ``h_stride`` counts in 16s. With both norms inside, one H serves both products: ``H Q`` is r_p a_p and
-    ``H^T P`` is r_q a_q.
+    ``h_stride`` counts in 16s; a row's tail is written too, with anything finite. With both norms inside, one H serves
+    both products: ``H Q`` is r_p a_p and ``H^T P`` is r_q a_q.
     """
     d *= UNIT
     p_stride *= UNIT
@@ -274,7 +274,8 @@ def entries_kernel(
 
     B: tl.constexpr = BQ // PARTS
     rows = p_local + tl.arange(0, BP)
-    h_ptr = H + rows.to(tl.int64)[:, None] * (h_stride * 16)
+    width = h_stride * 16  # seen to be a multiple of 16: the mask of the stores does not break them up
+    h_ptr = H + rows.to(tl.int64)[:, None] * width
     products = column_parts(acc, PARTS)
     for i in tl.static_range(PARTS):
         row, label, valid = slot_rows(Q_label, q_first + i * B, q_used, skip_q, Q_GATHER, B)
@@ -291,5 +292,5 @@ def entries_kernel(
         )  # fmt: skip
         h = a * p_factor[:, None] * summand_rnorm(q_rnorm, NORM_LIMIT)[None, :]
         columns = q_local + i * B + tl.arange(0, B)
-        inside = (rows < p_stop - p_start)[:, None] & (columns < q_stop - q_start)[None, :]
+        inside = (rows < p_stop - p_start)[:, None] & (columns < width)[None, :]
         tl.store(h_ptr + columns[None, :], h.to(H.dtype.element_ty), mask=inside)

@@ -11,11 +11,13 @@ import triton
 from torch import Tensor
 
 from ..base import Inputs, Spec
-from ..tiled import Kernels
+from ..tiled import StepKernels
 from ..tiled.kernels import Partial
-from ..tiled.plan import FULL_WAVE, Blocks
+from ..tiled.plan import FULL_WAVE, Blocks, ceil_div
 from ..tiled.sides import Result, Side
-from . import config, finish, grad, lse, norms
+from ..tiled.step import SAMPLES_OF_A_BLOCK
+from . import config, finish, grad, lse, norms, panel
+from . import reduce as sums
 from .config import Tile
 
 INTERPRETED = not isinstance(lse.lse_kernel, triton.JITFunction)
@@ -48,7 +50,7 @@ def _row_blocks(d: int) -> dict[str, int]:
     return {"BR": 16 if INTERPRETED else 2048 // columns, "BD": columns, "warps": 8}
 
 
-class TritonKernels(Kernels):
+class TritonKernels(StepKernels):
     """This backend's kernels. See tiles.py for the units that rows and strides are counted in."""
 
     index_dtype = torch.int32
@@ -207,6 +209,63 @@ class TritonKernels(Kernels):
             "P_GATHER": p.gather, "Q_GATHER": q.gather,
         }  # fmt: skip
 
+    # --- loss and gradient in one step
+
+    def fits_on_chip(self) -> bool:
+        m, k = self.inputs.features.shape[0], self.inputs.prototypes.shape[0]
+        return config.grad_tile(self._shape(False, m * k)) is not None
+
+    def shares(
+        self, weight: Tensor | None, share: Tensor, pos_grad: Tensor, of_class: Tensor | None, part: Tensor
+    ) -> None:
+        m, k = share.shape[0], self.inputs.prototypes.shape[0]
+        launch(
+            sums.share_kernel, (part.shape[1],),
+            self.inputs.target, weight, share, pos_grad, of_class, part, m, k, self.spec.ignore_index,
+            B=SAMPLES_OF_A_BLOCK,
+        )  # fmt: skip
+
+    def divisor(self, part: Tensor, out: Tensor, nothing_is_zero: bool) -> None:
+        launch(sums.divisor_kernel, (1,), part, out, part.shape[1], NOTHING_IS_ZERO=nothing_is_zero, B=1024)
+
+    def panel_split(self, anchors: int, others: int) -> int:
+        tile = config.panel_tile()
+        return min(tile.most_parts, ceil_div(4 * self.arch.multiprocessors, ceil_div(anchors, tile.p)))
+
+    def panel_log_sum_exp(
+        self, p: Side, q: Side, products: Tensor, partial: tuple[Tensor, Tensor], start: int, stop: int
+    ) -> None:
+        tile, split = config.panel_tile(), partial[0].shape[0]
+        launch(
+            panel.panel_lse_kernel, (triton.cdiv(stop - start, tile.p) * split,),
+            products, p.rnorm, p.label, p.count, q.rnorm, q.label, self.beta, *partial,
+            start, stop, q.slots, products.stride(0) // 16, p.skip, q.skip, split,
+            EXCLUDE=self.spec.exclude, P_SAMPLES=p.samples, P_GATHER=p.gather, BP=tile.p, BQ=tile.q, warps=tile.warps,
+        )  # fmt: skip
+
+    def panel_entries(
+        self, p: Side, q: Side, products: Tensor, partial: tuple[Tensor, Tensor], h: Tensor,
+        start: int, stop: int, scale: Tensor | None,
+    ) -> None:  # fmt: skip
+        tile, split = config.panel_tile(), partial[0].shape[0]
+        launch(
+            panel.panel_entries_kernel, (triton.cdiv(stop - start, tile.p) * triton.cdiv(q.slots, tile.q),),
+            products, *partial, p.rnorm, p.label, p.count, p.grad, p.pos, q.rnorm, q.label, q.pos,
+            self.beta, scale, p.lse, h,
+            start, stop, q.slots, products.stride(0) // 16, h.stride(0) // 16, p.skip, q.skip, split,
+            EXCLUDE=self.spec.exclude, P_SAMPLES=p.samples, P_GATHER=p.gather, BP=tile.p, BQ=tile.q,
+            BS=tile.most_parts, NORM_LIMIT=self.norm_limit, warps=tile.warps,
+        )  # fmt: skip
+
+    def loss(self, share: Tensor, lse: Tensor, pos: Tensor, part: Tensor, divisor: Tensor | None, out: Tensor) -> None:
+        k = self.inputs.prototypes.shape[0]
+        launch(
+            sums.loss_kernel, (part.shape[0],),
+            self.inputs.target, share, lse, pos, part, share.shape[0], k, self.spec.ignore_index,
+            BY_CLASS=self.spec.by_class, B=SAMPLES_OF_A_BLOCK,
+        )  # fmt: skip
+        launch(sums.loss_sum_kernel, (1,), part, divisor, out, part.shape[0], B=1024)
+
     # --- rows again
 
     def gather(self, side: Side, out: Tensor, start: int, stop: int) -> None:
@@ -235,3 +294,11 @@ class TritonKernels(Kernels):
 def _all_of(side: Side) -> tuple[Tensor | None, ...]:
     """What the gradient's entries take from a side."""
     return side.x, side.rnorm, side.label, side.count, side.bias, side.lse, side.grad, side.pos
+
+
+def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
+    """``x * factor`` for a contiguous tensor and a number on its device, which nobody waits for."""
+    in_place = in_place and x.dtype == dtype
+    out = x if in_place else torch.empty_like(x, dtype=dtype)
+    launch(sums.scale_kernel, (triton.cdiv(x.numel(), 4096),), x, factor, out, x.numel(), IN_PLACE=in_place, B=4096)
+    return out

@@ -1,0 +1,148 @@
+"""Loss and gradient in one step, for rows too long for the kernels that accumulate gradients on the chip.
+
+What flows back to a mean or a sum is known, up to a factor, when the loss is. In the class direction each class is
+contrasted with the samples, in the instance direction each sample with the classes: the *anchors* P with the *others*
+Q. A panel of whole anchors has complete sums, so its products are made once, by the vendor's library, and go on to be
+entries of the gradient before the next panel is begun:
+
+    T = P Q^T          library
+    sums, entries H    two readings of T, see triton/panel.py
+    dP = H Q           library; finished at once
+    dQ += H^T P        library; finished behind the last panel
+
+That is 6 M K d operations, where a forward and a backward pass have 8 M K d, of which half in kernels of our own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..base import Needs, Reduced, Step
+from .backward import dense
+from .forward import prepare
+from .kernels import StepKernels
+from .plan import StepPanels, ceil_div, pad16, step_panels
+from .sides import Result, Side, two_sides
+
+SAMPLES_OF_A_BLOCK = 1024
+"""In the sums over the samples."""
+
+
+def fits(kernels: StepKernels) -> bool:
+    """Whether a step takes the problem, and is the faster way."""
+    spec, m = kernels.spec, kernels.inputs.features.shape[0]
+    if m == 0 or spec.square or spec.direction == "both" or kernels.fits_on_chip():
+        return False
+    return _panels(kernels) is not None
+
+
+def _panels(kernels: StepKernels) -> StepPanels | None:
+    z, w, spec = kernels.inputs.features, kernels.inputs.prototypes, kernels.spec
+    (m, d), k = z.shape, w.shape[0]
+    sizes = (min(m, k) if spec.present_only else k, m) if spec.by_class else (m, k)
+    return step_panels(*sizes, d, z.element_size(), spec.workspace)
+
+
+def step(kernels: StepKernels, reduced: Reduced, needs: Needs) -> Step:
+    """See :meth:`nckernels.backends.base.Backend.step`; for problems that ``fits``.
+
+    Gradients are in the inputs' dtype, but for float16: its gradients need the factor that is still to come, a
+    gradient scaler's, to be in its range, and are float32 until then.
+    """
+    inputs, spec = kernels.inputs, kernels.spec
+    z, w = inputs.features, inputs.prototypes
+    m, k, device = z.shape[0], w.shape[0], z.device
+    dtype = torch.float32 if z.dtype == torch.float16 else z.dtype
+
+    def new(*size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.float32, device=device)
+
+    z_rnorm, pos, w_rnorm, present = prepare(kernels)
+    blocks = ceil_div(m, SAMPLES_OF_A_BLOCK)
+    share, pos_grad, part = new(m), new(m), new(2, blocks)
+    of_class = torch.zeros(k, dtype=torch.float32, device=device) if spec.by_class else None
+    kernels.shares(reduced.weight, share, pos_grad, of_class, part)
+    divisor = None
+    if reduced.mean:
+        divisor = new(2)
+        kernels.divisor(part, divisor, nothing_is_zero=reduced.of_nothing == 0.0)
+
+    samples, classes = two_sides(inputs, spec, z_rnorm, w_rnorm, present)
+    samples = replace(samples, pos=pos_grad)
+    if spec.by_class:
+        classes = replace(classes, lse=new(k), grad=of_class)
+    else:
+        samples = replace(samples, lse=new(m), grad=share)
+    scale = None
+    if z.dtype == torch.float16:
+        three = new(3)
+        kernels.half_scale(samples, classes, three)
+        scale = three[2:]
+
+    def result(side: Side, wanted: bool, with_beta: bool) -> Result:
+        make = torch.zeros if side.gather else torch.empty  # compacted: kernels write the rows of classes that occur
+        out = make(side.x.shape, dtype=dtype, device=device) if wanted else None
+        dot = torch.zeros(side.slots, dtype=torch.float32, device=device) if with_beta else None
+        return Result(side, out, dot)
+
+    # The gradient of beta is a sum over the rows of either side: take it where the rows are needed anyway.
+    by_samples = needs.inv_temperature and needs.features
+    for_samples = result(samples, needs.features, by_samples)
+    for_classes = result(classes, needs.prototypes, needs.inv_temperature and not by_samples)
+    p, q = (for_classes, for_samples) if spec.by_class else (for_samples, for_classes)
+    _by_panels(kernels, p, q, scale, divisor)
+
+    loss, lse = new(1), p.side.lse
+    assert lse is not None
+    kernels.loss(share, lse, pos, part[0], divisor, loss)
+    dot = for_samples.dot if for_samples.dot is not None else for_classes.dot
+    return Step(loss[0], for_samples.out, for_classes.out, None if dot is None else dot.sum())
+
+
+def _by_panels(kernels: StepKernels, p: Result, q: Result, scale: Tensor | None, divisor: Tensor | None) -> None:
+    """Log-sum-exps of the anchors p, and both gradients."""
+    x, y = p.side, q.side
+    dtype, d, device = x.x.dtype, x.x.shape[1], x.x.device
+    panels = _panels(kernels)
+    assert panels is not None
+    rows, columns, once = panels.rows, panels.columns, panels.rows >= x.slots
+    # What finishing divides by: the scale of the entries, and that of the mean.
+    finished = scale if divisor is None else divisor[:1] if scale is None else scale * divisor[:1]
+
+    def buffer(n: int, width: int, dtype: torch.dtype = torch.float32, wanted: bool = True) -> Tensor | None:
+        return torch.empty(n, width, dtype=dtype, device=device) if wanted else None
+
+    products = torch.empty(rows, pad16(y.slots), dtype=torch.float32, device=device)
+    h = products if dtype == torch.float32 else torch.empty_like(products, dtype=dtype)
+    p_sums = buffer(rows, d, wanted=p.wanted)
+    # Those of all panels, or with one panel, of a block of columns.
+    q_sums = q.accumulator if q.accumulator is not None else buffer(columns if once else y.slots, d, wanted=q.wanted)
+    # The library's products read whole matrices, in which 0 * NaN is NaN: rows that take no part are zeros in copies.
+    x_copy = buffer(rows, d, dtype, x.partial and (x.gather or q.wanted))
+    y_copy = buffer(columns, d, dtype, y.partial and p.wanted)
+    for start in range(0, x.slots, rows):
+        stop = min(start + rows, x.slots)
+        n, last = stop - start, stop == x.slots
+        x_rows = dense(kernels, x, start, stop, x_copy)
+        kernels.matmul(x_rows, y.x.t(), products[:n, : y.slots], accumulate=False)
+        split = kernels.panel_split(n, y.slots)
+        partial = torch.empty(2, split, n, dtype=torch.float32, device=device)
+        kernels.panel_log_sum_exp(x, y, products, (partial[0], partial[1]), start, stop)
+        kernels.panel_entries(x, y, products, (partial[0], partial[1]), h, start, stop, scale)
+        for begin in range(0, y.slots, columns):
+            end = min(begin + columns, y.slots)
+            block = h[:n, begin:end]
+            if p_sums is not None:
+                y_rows = dense(kernels, y, begin, end, y_copy)
+                kernels.matmul(block, y_rows, p_sums[:n], accumulate=begin > 0)
+            if q_sums is not None:
+                whole = q_sums.shape[0] == y.slots
+                sums = q_sums[begin:end] if whole else q_sums[: end - begin]
+                kernels.matmul(block.t(), x_rows, sums, accumulate=start > 0)
+                if last:
+                    kernels.finish(q, sums, begin, end, 1, finished, norm_inside=True)
+        if p_sums is not None:
+            kernels.finish(p, p_sums, start, stop, 1, finished, norm_inside=True)

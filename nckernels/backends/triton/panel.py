@@ -1,0 +1,145 @@
+"""A panel of the similarity matrix that the vendor's library has multiplied: its log-sum-exps, then its entries.
+
+For rows too long for the on-chip kernels, products run at the library's rate. What is left for kernels of our own is
+one reading of the float32 products for the sums and one for the gradient's entries. A panel holds whole anchors: their
+sums are complete before the second reading, and forward and backward share the products (``tiled/step.py``).
+
+``T[slot - p_start, q]`` are the raw products ``p . q``. Rows start at multiples of 16 numbers, ``t_stride`` counts in
+16s, and the tail of a row is never looked at. Neither are the products of rows that are left out: these may be NaN.
+"""
+
+import triton
+import triton.language as tl
+
+from .finish import summand_rnorm
+from .grad import entries
+from .lse import shift_of, without_excluded
+from .tiles import INF, LN2, LOG2E, positive_of, row_bias, slot_rows, summed_rows
+
+
+@triton.jit
+def stored_products(T, p_local, q_first, p_valid, q_valid, t_stride, BP: tl.constexpr, BQ: tl.constexpr):
+    """A tile of the panel; zeros for rows that are left out."""
+    rows = p_local + tl.arange(0, BP)
+    columns = q_first + tl.arange(0, BQ)
+    width = t_stride * 16  # seen to be a multiple of 16: the mask does not break up 16-byte loads
+    at = T + rows.to(tl.int64)[:, None] * width + columns[None, :]
+    products = tl.load(at, mask=p_valid[:, None] & (columns < width)[None, :], other=0.0)
+    # Selected, not masked: a mask of single columns would.
+    return tl.where(q_valid[None, :], products, 0.0)
+
+
+@triton.jit(do_not_specialize=["p_start", "p_stop", "n_q", "t_stride", "skip_p", "skip_q", "split"])
+def panel_lse_kernel(
+    T, P_rnorm, P_label, P_count, Q_rnorm, Q_label, Beta, Max, Sum,
+    p_start, p_stop, n_q, t_stride, skip_p, skip_q, split,
+    EXCLUDE: tl.constexpr, P_SAMPLES: tl.constexpr, P_GATHER: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr,
+):  # fmt: skip
+    """``Max[s, slot - p_start]`` and ``Sum[...]``: the anchors' largest logit, base 2, and the sum relative to it.
+
+    ``split`` programs share a block of anchors; each has a part s of the columns.
+    """
+    block = tl.program_id(0) // split
+    part = tl.program_id(0) % split
+    p_local = block * BP
+    p_first = p_start + p_local
+    used = p_stop
+    if P_count is not None:
+        used = tl.minimum(tl.load(P_count), p_stop)
+    _, p_valid, p_tag, p_rnorm = summed_rows(P_rnorm, P_label, p_first, used, skip_p, EXCLUDE, P_SAMPLES, P_GATHER, BP)
+    p_scale = p_rnorm * (tl.load(Beta) * LOG2E)
+    largest = tl.full((BP,), -INF, tl.float32)
+    total = tl.zeros((BP,), tl.float32)
+    for q_block in range(part, tl.cdiv(n_q, BQ), split):
+        q_first = q_block * BQ
+        row, valid, tag, rnorm = summed_rows(Q_rnorm, Q_label, q_first, n_q, skip_q, EXCLUDE, not P_SAMPLES, False, BQ)
+        products = stored_products(T, p_local, q_first, p_valid, valid, t_stride, BP, BQ)
+        t = tl.fma(products * p_scale[:, None], rnorm[None, :], row_bias(None, row, valid)[None, :])
+        t = without_excluded(t, p_tag, tag, p_first, q_first, EXCLUDE)
+        new = tl.maximum(largest, tl.max(t, 1))
+        shift = shift_of(new)
+        total = tl.fma(total, tl.exp2(largest - shift), tl.sum(tl.exp2(t - shift[:, None]), 1))
+        largest = new
+    slot = p_local + tl.arange(0, BP)
+    n = p_stop - p_start
+    at = part.to(tl.int64) * n + slot
+    tl.store(Max + at, tl.where(p_valid, largest, -INF), mask=slot < n)
+    tl.store(Sum + at, tl.where(p_valid, total, 0.0), mask=slot < n)
+
+
+@triton.jit
+def combined(Max, Sum, slot, n, parts, BP: tl.constexpr, BS: tl.constexpr):
+    """The log-sum-exp, base 2, of some anchors' partials; -inf for an empty set."""
+    part = tl.arange(0, BS)
+    at = part.to(tl.int64)[:, None] * n + slot[None, :]
+    mask = (part < parts)[:, None] & (slot < n)[None, :]
+    largest = tl.load(Max + at, mask=mask, other=-INF)
+    total = tl.load(Sum + at, mask=mask, other=0.0)
+    top = tl.max(largest, 0)
+    total = tl.sum(total * tl.exp2(largest - shift_of(top)[None, :]), 0)
+    return top + tl.log2(total)
+
+
+@triton.jit(do_not_specialize=["p_start", "p_stop", "n_q", "t_stride", "h_stride", "skip_p", "skip_q", "parts"])
+def panel_entries_kernel(
+    T, Max, Sum, P_rnorm, P_label, P_count, P_grad, P_pos, Q_rnorm, Q_label, Q_pos, Beta, Scale, Lse, H,
+    p_start, p_stop, n_q, t_stride, h_stride, skip_p, skip_q, parts,
+    EXCLUDE: tl.constexpr, P_SAMPLES: tl.constexpr, P_GATHER: tl.constexpr,
+    BP: tl.constexpr, BQ: tl.constexpr, BS: tl.constexpr, NORM_LIMIT: tl.constexpr,
+):  # fmt: skip
+    """One tile of the gradient's entries ``H = A r_p r_q`` (times ``Scale``), see grad.py, and the anchors' ``Lse``.
+
+    Only the anchors have log-sum-exps here: ``P_grad`` is their upstream gradient, ``P_pos`` or ``Q_pos`` that of the
+    samples' positive logits. ``H`` may be ``T`` itself.
+    """
+    q_blocks = tl.cdiv(n_q, BQ)
+    p_local = tl.program_id(0) // q_blocks * BP
+    q_first = tl.program_id(0) % q_blocks * BQ
+    p_first = p_start + p_local
+    used = p_stop
+    if P_count is not None:
+        used = tl.minimum(tl.load(P_count), p_stop)
+    p_row, p_label, p_valid = slot_rows(P_label, p_first, used, skip_p, P_GATHER, BP)
+    p_row, p_valid, p_tag, p_rnorm = summed_rows(
+        P_rnorm, P_label, p_first, used, skip_p, EXCLUDE, P_SAMPLES, P_GATHER, BP
+    )
+    q_row, q_label, q_valid = slot_rows(Q_label, q_first, n_q, skip_q, False, BQ)
+    q_row, q_valid, q_tag, q_rnorm = summed_rows(
+        Q_rnorm, Q_label, q_first, n_q, skip_q, EXCLUDE, not P_SAMPLES, False, BQ
+    )
+
+    slot = p_local + tl.arange(0, BP)
+    n = p_stop - p_start
+    lse = combined(Max, Sum, slot, n, parts, BP, BS)
+    if q_first == 0:
+        if P_GATHER:
+            tl.store(Lse + p_row, lse * LN2, mask=p_valid)
+        else:
+            tl.store(Lse + p_start + slot, lse * LN2, mask=slot < n)
+    # An empty set passes nothing on, see ``load_lse``.
+    empty = lse == -INF
+    lse = tl.where(empty, INF, lse)
+    grad = tl.where(empty, 0.0, tl.load(P_grad + p_row, mask=p_valid, other=0.0))
+    nothing = tl.zeros((BP,), tl.float32)
+    p_pos = nothing
+    q_pos = tl.zeros((BQ,), tl.float32)
+    if P_pos is not None:
+        p_pos = tl.load(P_pos + p_row, mask=p_valid, other=0.0)
+    if Q_pos is not None:
+        q_pos = tl.load(Q_pos + q_row, mask=q_valid, other=0.0)
+
+    products = stored_products(T, p_local, q_first, p_valid, q_valid, t_stride, BP, BQ)
+    a = entries(
+        products * (p_rnorm * (tl.load(Beta) * LOG2E))[:, None], q_rnorm, None,
+        p_tag, p_row, positive_of(p_row, p_label, EXCLUDE), nothing, lse, grad, p_pos,
+        q_tag, q_row, positive_of(q_row, q_label, EXCLUDE), row_bias(None, q_row, q_valid), q_pos, q_pos, q_pos,
+        EXCLUDE, True, False, P_pos is not None, Q_pos is not None,
+    )  # fmt: skip
+    p_factor = summand_rnorm(p_rnorm, NORM_LIMIT)
+    if Scale is not None:
+        p_factor *= tl.load(Scale)
+    h = a * p_factor[:, None] * summand_rnorm(q_rnorm, NORM_LIMIT)[None, :]
+    columns = q_first + tl.arange(0, BQ)
+    width = h_stride * 16
+    at = H + slot.to(tl.int64)[:, None] * width + columns[None, :]
+    tl.store(at, h.to(H.dtype.element_ty), mask=(slot < n)[:, None] & (columns < width)[None, :])

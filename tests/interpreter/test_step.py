@@ -1,0 +1,248 @@
+"""Loss and gradient in one step for long rows, in the interpreter, against float64 and against two passes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import simplex
+from torch import Tensor
+
+import nckernels
+from nckernels.backends.tiled import plan
+from nckernels.backends.triton import launch
+
+LOSSES = {"nonl": nckernels.nonl_loss, "ntce": nckernels.ntce_loss, "normface": nckernels.normface_loss}
+NAMES = ("loss", "features", "prototypes", "temperature")
+D = 264
+
+
+class Panels(list[tuple[int, int]]):
+    """First and last slot of every panel that was launched."""
+
+    @property
+    def steps(self) -> int:
+        return sum(start == 0 for start, _ in self)
+
+
+@pytest.fixture
+def panels(monkeypatch: pytest.MonkeyPatch) -> Panels:
+    """The panels of the steps that a test takes."""
+    taken = Panels()
+    launched = launch.TritonKernels.panel_entries
+
+    def remembered(self: launch.TritonKernels, *args: object) -> None:
+        taken.append(args[5:7])  # type: ignore[arg-type]
+        launched(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(launch.TritonKernels, "panel_entries", remembered)
+    return taken
+
+
+@pytest.fixture
+def narrow_panels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Panels of a few anchors and blocks of a few others, in problems that the interpreter finishes quickly."""
+    monkeypatch.setattr(plan, "MIN_PANEL", 4)
+    monkeypatch.setattr(plan, "two_passes_cost", lambda *_: float("inf"))
+    plan.step_panels.cache_clear()
+    yield
+    plan.step_panels.cache_clear()
+
+
+def problem(m: int, k: int, seed: int, ignored: float = 0.2) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(seed)
+    y = torch.randint(k, (m,))
+    y[torch.rand(m) < ignored] = -100
+    w = torch.randn(k, D)
+    return torch.randn(m, D) + 0.5 * w[y.clamp_min(0)], w, y
+
+
+def run(
+    loss: str, x: Tensor, w: Tensor, y: Tensor, dtype: torch.dtype, temperature: float = 0.1, **options: object
+) -> tuple[Tensor, ...]:
+    tau = torch.tensor(temperature, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    leaves = [t.detach().clone().requires_grad_() for t in (x.to(dtype), w.to(dtype), tau)]
+    value = LOSSES[loss](*leaves[:2], y, temperature=leaves[2], **options)
+    return value.detach(), *torch.autograd.grad(value, leaves)
+
+
+def exact(loss: str, x: Tensor, w: Tensor, y: Tensor, dtype: torch.dtype, *args: float, **options: object) -> tuple:
+    with nckernels.use_backend("reference"):
+        return run(loss, x.to(dtype).double(), w.to(dtype).double(), y, torch.float64, *args, **options)
+
+
+def assert_close(
+    found: tuple[Tensor, ...],
+    expected: tuple[Tensor, ...],
+    dtype: torch.dtype,
+    temperature: float = 0.1,
+    note: str = "",
+) -> None:
+    """A few roundings of the gradients' dtype, and those of float32 logits, which are as large as 1 / temperature.
+
+    Where samples are told apart, 1 is taken from a probability near 1: eager float32 has 1e-6 there as well.
+
+    The interpreter cuts off bits of bfloat16 rather than rounding.
+    """
+    bounds = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 8e-4}
+    logit = 2**-24 / temperature
+    for name, a, b in zip(NAMES, found, expected, strict=True):
+        bound = logit if name == "loss" else bounds[dtype] + logit
+        error, norm = (a.double() - b).norm(), b.norm()
+        assert error <= bound * norm + (logit if name == "loss" else 0.0), f"{name}: {error:.1e} of {norm:.1e} {note}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("m", "k"), [(37, 21), (20, 60)], ids=["marked", "compacted"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_one_panel(loss: str, m: int, k: int, dtype: torch.dtype, panels: Panels) -> None:
+    x, w, y = problem(m, k, 1)
+    options = {"weight": torch.rand(k), "reduction": "sum" if dtype == torch.bfloat16 else "mean"}
+    assert_close(run(loss, x, w, y, dtype, **options), exact(loss, x, w, y, dtype, **options), dtype)
+    assert panels.steps == 1
+
+
+@pytest.mark.usefixtures("narrow_panels")
+@pytest.mark.parametrize("part", range(3))
+def test_random_problems(part: int, panels: Panels) -> None:
+    """Several panels, blocks of columns, ragged ends; rows of ignored samples hold NaN."""
+    several = 0
+    for seed in range(part, 12, 3):
+        r = random.Random(seed)
+        m, k = r.randint(1, 70), r.randint(1, 70)
+        x, w, y = problem(m, k, seed, r.choice([0.0, 0.3]))
+        dtype = r.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16])
+        loss, temperature = r.choice(list(LOSSES)), r.choice([0.005, 0.03, 0.1, 1.0])
+        options = {"reduction": r.choice(["mean", "sum"]), "weight": r.choice([None, torch.rand(k)])}
+        if loss == "nonl" and r.random() < 0.3:
+            options["direction"] = "instance"
+        expected = exact(loss, x, w, y, dtype, temperature, **options)
+        x[y == -100] = torch.nan
+        panels.clear()
+        with nckernels.use_workspace(round(2 ** r.uniform(14.5, 18))):
+            found = run(loss, x, w, y, dtype, temperature, **options)
+        note = f"{seed=} {loss} {m=} {k=} {dtype} {temperature=} {options} {panels}"
+        if dtype == torch.float32 or temperature >= 0.1:  # else 16 bits of a gradient that all but vanishes
+            assert_close(found, expected, dtype, temperature, note)
+        several += len(panels) > 1
+    assert several > 0
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_errors_are_no_larger_than_those_of_two_passes(loss: str, panels: Panels) -> None:
+    x, w, y = problem(60, 12, 3)
+    expected = exact(loss, x, w, y, torch.float16)
+    one = run(loss, x, w, y, torch.float16)
+    assert panels.steps == 1
+    leaves = [t.half().requires_grad_() for t in (x, w)]
+    value = LOSSES[loss](*leaves, y, reduction="none").sum() / (y != -100).sum()
+    two = torch.autograd.grad(value, leaves)
+    assert panels.steps == 1
+    for a, b, c in zip(one[1:3], two, expected[1:3], strict=True):
+        assert (a.double() - c).norm() <= 1.1 * (b.double() - c).norm()
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True)], ids=["features", "prototypes"])
+@pytest.mark.parametrize("loss", ["nonl", "normface"])
+def test_one_gradient_only(loss: str, wanted: tuple[bool, bool], panels: Panels) -> None:
+    x, w, y = problem(37, 21, 4)
+    _, *expected, by_temperature = exact(loss, x, w, y, torch.float32)
+    tau = torch.tensor(0.1, requires_grad=True)
+    leaves = [t.clone().requires_grad_(need) for t, need in zip((x, w), wanted, strict=True)]
+    found = torch.autograd.grad(
+        LOSSES[loss](*leaves, y, temperature=tau), [t for t in (*leaves, tau) if t.requires_grad]
+    )
+    reference = expected[0] if wanted[0] else expected[1]
+    assert (found[0] - reference).norm() <= 6e-7 * reference.norm()
+    assert abs(found[1] - by_temperature) <= 6e-7 * abs(by_temperature)
+    assert panels.steps == 1
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_nothing_to_learn_from(loss: str, panels: Panels) -> None:
+    """All samples ignored, or one class, which has no negatives."""
+    x, w, _ = problem(20, 5, 5)
+    for reduction in ("mean", "sum"):
+        value, by_x, by_w, by_tau = run(loss, x, w, torch.full((20,), -100), torch.float32, reduction=reduction)
+        assert value.isnan() if reduction == "mean" else value == 0.0
+        assert (by_x == 0).all()
+        assert (by_w == 0).all()
+        assert by_tau == 0
+    y = torch.zeros(20, dtype=torch.int64)
+    assert_close(run(loss, x, w, y, torch.float32), exact(loss, x, w, y, torch.float32), torch.float32)
+    assert panels.steps == 3
+
+
+def test_nan_and_zero_rows(panels: Panels) -> None:
+    x, w, y = problem(20, 5, 6, ignored=0.0)
+    x[3] = 0
+    assert all(t.isfinite().all() for t in run("nonl", x, w, y, torch.float16))
+    x[3] = torch.nan
+    assert run("nonl", x, w, y, torch.float32)[0].isnan()
+    assert panels.steps == 2
+
+
+def test_collapsed_features_at_low_temperature(panels: Panels) -> None:
+    w = simplex(6, D).float()
+    y = torch.arange(6).repeat(5)
+    for loss in LOSSES:
+        found, expected = run(loss, w[y], w, y, torch.float32, 0.01), exact(loss, w[y], w, y, torch.float32, 0.01)
+        assert abs(found[0] - expected[0]) < 1e-4  # logits of 120 have float32 roundings of 4e-6 each
+    assert panels.steps == 3
+
+
+def test_what_comes_back_scales_the_gradients(panels: Panels) -> None:
+    """In place where nobody asks again; a copy, and the same numbers, under retain_graph."""
+    x, w, y = (t.requires_grad_() if t.is_floating_point() else t for t in problem(20, 5, 7))
+    once = torch.autograd.grad(nckernels.nonl_loss(x, w, y), (x, w))
+    value = nckernels.nonl_loss(x, w, y)
+    factors = (torch.tensor(3.0), torch.tensor(0.5), torch.tensor(1.0))
+    for i, factor in enumerate(factors):
+        found = torch.autograd.grad(value, (x, w), factor, retain_graph=i < len(factors) - 1)
+        for a, b in zip(found, once, strict=True):
+            assert torch.equal(a, b * factor)
+    by_x = torch.autograd.grad(nckernels.nonl_loss(x, w, y), x, create_graph=True)[0]
+    with pytest.raises(NotImplementedError, match="double backward"):
+        by_x.sum().backward()
+    assert panels.steps == 3
+
+
+def test_deterministic_and_inputs_are_left_alone(panels: Panels) -> None:
+    x, w, y = problem(37, 21, 8)
+    before = x.clone(), w.clone()
+    weight = torch.rand(21)
+    first, second = (run("nonl", x, w, y, torch.float32, weight=weight) for _ in range(2))
+    for a, b in zip((*first, *before), (*second, x, w), strict=True):
+        assert torch.equal(a, b)
+    assert panels.steps == 2
+
+
+def test_when_two_passes_are_taken(panels: Panels) -> None:
+    """No gradient wanted, losses one by one, both directions, short rows."""
+    x, w, y = problem(20, 5, 9)
+    with torch.no_grad():
+        nckernels.nonl_loss(x, w, y)
+    x.requires_grad_()
+    nckernels.nonl_loss(x, w, y, reduction="none").sum().backward()
+    nckernels.nonl_loss(x, w, y, direction="both").backward()
+    nckernels.nonl_loss(x[:, :32].bfloat16(), w[:, :32].bfloat16(), y).backward()
+    assert not panels
+    nckernels.nonl_loss(x, w, y).backward()
+    assert panels.steps == 1
+
+
+def test_strided_rows_and_autocast(panels: Panels) -> None:
+    x, w, y = problem(20, 5, 10)
+    wide = torch.randn(20, D + 8)
+    wide[:, :D] = x
+    assert_close(run("nonl", wide[:, :D], w, y, torch.float32), exact("nonl", x, w, y, torch.float32), torch.float32)
+    x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = nckernels.nonl_loss(x, F.normalize(w), y)
+    loss.backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
+    assert panels.steps == 2
