@@ -32,7 +32,7 @@ def report() -> str:
         "devices": [f"{device!s:<10} {description}" for device, description in devices.items()],
         "settings": [
             f"backend    {registry.chosen() or 'automatic'}",
-            f"workspace  {registry.get_workspace() / 2**20:g} MiB",
+            *(f"workspace  {registry.get_workspace(device) / 2**20:.0f} MiB on {device}" for device in devices),
         ],
         "native code (the library that runs is marked *)": _libraries(),
         "backends (the one that runs is marked *)": rows,

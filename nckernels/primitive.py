@@ -131,7 +131,7 @@ def cosine_lse(
     sample_bias, class_bias = _split_bias(logit_bias, direction, features, prototypes)
 
     symmetric = features is prototypes and direction != "both" and exclude in ("self", "same_label")
-    spec = Spec(direction, exclude, present_only, ignore_index, registry.get_workspace(), symmetric)
+    spec = Spec(direction, exclude, present_only, ignore_index, registry.get_workspace(features.device), symmetric)
     features, prototypes, target = _operands(features, prototypes, target)
     dtype = accumulation_dtype(features.dtype)
     biases = (None if bias is None else bias.to(dtype) for bias in (sample_bias, class_bias))
@@ -165,7 +165,7 @@ def contrast(
     in one step. For plain tensors the call is one node of the graph, or else two.
     """
     features, prototypes, target = _operands(features, prototypes, target)
-    spec = Spec(direction, exclude, direction == "class", ignore_index, registry.get_workspace())
+    spec = Spec(direction, exclude, direction == "class", ignore_index, registry.get_workspace(features.device))
     backend = registry.resolve(features.device, features.dtype)
     plain = backend != registry.REFERENCE and operators.plain(features, prototypes, target, inv_temperature, weight)
     if (
@@ -202,7 +202,7 @@ def contrast_with_itself(
     """
     features, _, labels = _operands(features, features, labels)
     backend = registry.resolve(features.device, features.dtype)
-    spec = Spec("instance", exclude, False, ignore_index, registry.get_workspace(), symmetric=True)
+    spec = Spec("instance", exclude, False, ignore_index, registry.get_workspace(features.device), symmetric=True)
     if reduction == "none" or not (
         registry.can_step(backend, features, features, spec)
         and operators.plain(features, labels, inv_temperature, weight)

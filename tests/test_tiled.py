@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -12,13 +13,12 @@ from hypothesis import strategies as st
 from test_memory import BYTES_PER_ROW, MIB, replay
 
 from nckernels.backends import tiled
-from nckernels.backends.base import Inputs, Needs, OutputGrads, Spec
-from nckernels.backends.tiled import plan
-from nckernels.backends.tiled.kernels import Kernels
+from nckernels.backends.base import Inputs, Needs, OutputGrads, Reduced, Spec
+from nckernels.backends.tiled import StepKernels, plan
 from nckernels.backends.tiled.plan import Blocks
 
 
-class NoKernels(Kernels):
+class NoKernels(StepKernels):
     """Remembers what would have been launched."""
 
     index_dtype = torch.int64
@@ -37,6 +37,12 @@ class NoKernels(Kernels):
     def short_blocks(self, *_: Any) -> Blocks | None:
         return Blocks(128, 64, 132) if self.short else None
 
+    def fits_on_chip(self) -> bool:
+        return self.short
+
+    def panel_split(self, *_: Any) -> int:
+        return 4
+
 
 def _nothing(name: str) -> Any:
     def launch(self: NoKernels, *_: Any, **__: Any) -> None:
@@ -46,7 +52,7 @@ def _nothing(name: str) -> Any:
 
 
 # Methods of an abstract class: they must be there when the class is made.
-NAMES = [name for name in Kernels.__abstractmethods__ if not name.endswith("_blocks")] + ["matmul"]
+NAMES = [name for name in StepKernels.__abstractmethods__ if name not in NoKernels.__dict__] + ["matmul"]
 Stub = type("Stub", (NoKernels,), {name: _nothing(name) for name in NAMES})
 
 
@@ -70,6 +76,18 @@ def step(m: int, k: int, d: int, dtype: torch.dtype, spec: Spec, needs: Needs, s
     backward.short = short
     tiled.backward(backward, saved, grads, needs)
     return forward.launched + backward.launched
+
+
+def one_step(m: int, k: int, d: int, dtype: torch.dtype, spec: Spec, needs: Needs) -> list[str]:
+    """Loss and gradient in one go; the launches in order."""
+    inputs = Inputs(
+        torch.empty(m, d, dtype=dtype), torch.empty(k, d, dtype=dtype), torch.zeros(m, dtype=torch.int64),
+        torch.tensor(10.0), None, None,
+    )  # fmt: skip
+    kernels = Stub(inputs, spec)
+    assert tiled.fits(kernels)
+    tiled.step(kernels, Reduced(None, True, torch.nan), needs)
+    return kernels.launched
 
 
 EVERYTHING = Needs(True, True, True, True, True)
@@ -166,6 +184,79 @@ def test_small_workspace_takes_panels() -> None:
     assert launched.count("entries") > 4
     many = Spec("both", "target", False, -100, 256 * MIB)
     assert step(3000, 2000, 64, torch.float32, many, EVERYTHING, short=False).count("log_sum_exp") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("m", "k", "d"), [(4096, 2000, 512), (1024, 3000, 512), (3000, 700, 300)])
+def test_memory_of_one_step(m: int, k: int, d: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workspace and O(M + K) vectors beyond inputs and gradients, these in float32 while they accumulate.
+
+    With one panel nothing accumulates beyond it; float16 gradients wait in float32.
+    """
+    monkeypatch.setattr(plan, "two_passes_cost", lambda *_: float("inf"))
+    plan.step_panels.cache_clear()
+    needs = Needs(True, True, True, False, False)
+    gradient = torch.float32 if dtype == torch.float16 else dtype
+    counts = []
+    for direction, workspace in itertools.product(("class", "instance"), (8 * MIB, 128 * MIB)):
+        spec = Spec(direction, "target", direction == "class", -100, workspace)  # type: ignore[arg-type]
+        launched: list[str] = []
+        call = functools.partial(one_step, m, k, d, dtype, spec, needs)
+        peak, _ = replay(lambda call=call, launched=launched: launched.extend(call()))  # type: ignore[misc]
+        counts.append(launched.count("panel_entries"))
+        tensors = (m + k) * d * (dtype.itemsize + gradient.itemsize)
+        if counts[-1] > 1 and gradient != torch.float32:
+            tensors += 4 * (m if direction == "class" else k) * d
+        assert tensors / 2 < peak <= tensors + workspace + BYTES_PER_ROW * (m + k), (direction, workspace, counts)
+    assert counts[1] == counts[3] == 1 < min(counts[0], counts[2])
+    plan.step_panels.cache_clear()
+
+
+def test_launches_of_one_step() -> None:
+    """Of ours at most eleven besides the library's three products, where one panel holds the matrix."""
+    needs = Needs(True, True, False, False, False)
+    spec = Spec("class", "target", True, -100, 320 * MIB)
+    launched = one_step(2048, 1000, 2048, torch.bfloat16, spec, needs)
+    assert launched.count("matmul") == 3
+    assert len(launched) <= 3 + 11
+    spec = Spec("instance", "none", False, -100, 320 * MIB)
+    launched = one_step(2048, 1000, 2048, torch.bfloat16, spec, needs)
+    assert launched.count("matmul") == 3
+    assert len(launched) <= 3 + 10
+    only = one_step(2048, 1000, 2048, torch.bfloat16, spec, needs._replace(prototypes=False))
+    assert only.count("matmul") == 2
+
+
+def test_when_one_step_pays() -> None:
+    """Wide panels of long rows; not thin panels, nor rows so short that the panel's bytes weigh more than products."""
+    default = (80 << 30) // 256
+    for n_p, n_q, d in ((1000, 2048, 2048), (1000, 8192, 2048), (8192, 8192, 2048), (8192, 1000, 2048)):
+        panels = plan.step_panels(n_p, n_q, d, 2, default)
+        assert panels is not None
+        assert plan.step_cost(n_p, n_q, d, 2, panels.rows) < 0.75 * plan.two_passes_cost(n_p, n_q, d, 2)
+    assert plan.step_panels(8192, 131_072, 4096, 2, 32 * MIB) is None  # 64 rows and less
+    assert plan.step_panels(8192, 8192, 300, 2, default) is None
+    floor = 6 * 1000 * 8192 * 2048
+    assert plan.step_cost(1000, 8192, 2048, 2, 1000) > floor
+    assert plan.two_passes_cost(1000, 8192, 2048, 2) > 8 / 6 * floor
+
+
+@given(
+    st.integers(1, 200_000),
+    st.integers(1, 200_000),
+    st.integers(257, 5000),
+    st.sampled_from([2, 4]),
+    st.integers(1 << 20, 1 << 30),
+)
+def test_panels_of_one_step_fit(n_p: int, n_q: int, d: int, itemsize: int, workspace: int) -> None:
+    panels = plan.step_panels(n_p, n_q, d, itemsize, workspace)
+    if panels is None:
+        return
+    rows, columns = panels.rows, panels.columns
+    assert 1 <= rows <= n_p
+    assert 1 <= columns <= n_q
+    entries = rows * plan.pad16(n_q) * (4 + (2 if itemsize == 2 else 0))
+    assert entries + (rows + columns) * d * (4 + itemsize) <= workspace + plan.MIN_PANEL * d * (4 + itemsize)
 
 
 sizes = st.integers(1, 5000)

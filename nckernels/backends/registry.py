@@ -24,6 +24,8 @@ from .triton import TritonBackend
 
 REFERENCE = "reference"
 DEFAULT_WORKSPACE = 32 * 2**20
+SHARE_OF_DEVICE = 256
+"""The default workspace on a GPU is this part of its memory, if that is more: wide panels multiply faster."""
 
 #: Everything but the reference, which is not a Backend: PyTorch differentiates it by itself.
 BACKENDS: dict[str, Backend] = {
@@ -41,13 +43,11 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
 @dataclass
 class _Settings:
     backend: str | None
-    workspace: int | str
+    workspace: int | str | None
     warned: bool = False
 
 
-_settings = _Settings(
-    os.environ.get("NCKERNELS_BACKEND") or None, os.environ.get("NCKERNELS_WORKSPACE") or DEFAULT_WORKSPACE
-)
+_settings = _Settings(os.environ.get("NCKERNELS_BACKEND") or None, os.environ.get("NCKERNELS_WORKSPACE") or None)
 
 
 def backend_names() -> tuple[str, ...]:
@@ -89,8 +89,9 @@ def set_workspace(size: int) -> None:
     """Bound the scratch memory of every following call of the process.
 
     Args:
-        size: bytes, positive. Default 32 MiB. Larger tiles are a little faster, and a problem whose whole
-            matrix of similarities fits half of it keeps that matrix for the backward pass.
+        size: bytes, positive. Default 32 MiB, or on CUDA and ROCm devices 1/256 of their memory if that is more
+            (320 MiB of 80 GiB). Larger tiles are faster, and a problem whose whole matrix of similarities fits half
+            of it keeps that matrix for the backward pass.
 
     Raises:
         ValueError: if ``size`` is not a positive integer.
@@ -109,8 +110,12 @@ def use_workspace(size: int) -> Iterator[None]:
         _settings.workspace = previous
 
 
-def get_workspace() -> int:
+def get_workspace(device: torch.device) -> int:
     """The bound in bytes."""
+    if _settings.workspace is None:
+        if device.type != "cuda":
+            return DEFAULT_WORKSPACE
+        return max(DEFAULT_WORKSPACE, torch.cuda.get_device_properties(device).total_memory // SHARE_OF_DEVICE)
     if isinstance(_settings.workspace, str):  # from the environment, not checked yet
         text = _settings.workspace
         _settings.workspace = _checked_workspace(int(text) if text.isdecimal() else text, "NCKERNELS_WORKSPACE")

@@ -17,6 +17,9 @@ OWN_RATE = 0.5
 """The rate of products in kernels of our own with rows too long to stay on the chip, as a share of the library's:
 their tiles of 128 x 128 without multicast are bound by the L2 cache. An estimate, not yet measured."""
 
+IN_L2 = 24 << 20
+"""Bytes that survive in the L2 cache, 50 MB on an H100, until the next kernel reads them."""
+
 OPERATIONS_PER_BYTE = 266
 """What the tensor cores do while a byte of memory moves: an H100 multiplies bfloat16 matrices of 8192 x 8192 at 798
 TFLOP/s and copies at 3.0 TB/s."""
@@ -95,16 +98,18 @@ def step_panels(n_p: int, n_q: int, d: int, itemsize: int, workspace: int) -> St
 
     A panel of n anchors takes, for every one of them, a row of float32 products and one of entries (float32 entries
     replace their products), a row of float32 sums and a copy of the anchor; and a copy and sums for ``columns`` rows
-    of the other operand.
+    of the other operand, so few that they are still in the L2 cache when they are finished.
     """
     row = pad16(n_q) * (4 + (itemsize if itemsize < 4 else 0)) + d * (itemsize + 4)
     column = d * (itemsize + 4)
-    columns = min(n_q, max(MIN_PANEL, 1 << (max(1, workspace // 4 // column).bit_length() - 1)))
+    columns = min(n_q, max(MIN_PANEL, 1 << (max(1, min(workspace // 4, IN_L2) // column).bit_length() - 1)))
     rows = min(n_p, (workspace - columns * column) // row)
-    if rows < min(n_p, MIN_PANEL):
-        return None
     if rows < n_p:
-        rows -= rows % MIN_PANEL  # the library's tiles
+        rows -= rows % MIN_PANEL
+        if rows <= 0:
+            return None
+        equal = ceil_div(n_p, ceil_div(n_p, rows))
+        rows = ceil_div(equal, MIN_PANEL) * MIN_PANEL  # equal panels, in whole tiles of the library's
     if step_cost(n_p, n_q, d, itemsize, rows) > two_passes_cost(n_p, n_q, d, itemsize):
         return None
     return StepPanels(rows, columns)
