@@ -17,14 +17,10 @@ from ..tiled.plan import FULL_WAVE, Blocks
 from ..tiled.sides import Result, Side
 from . import config, finish, grad, lse, norms
 from .config import Tile
+from .dispatch import Options, launch
 
 INTERPRETED = not isinstance(lse.lse_kernel, triton.JITFunction)
 """Whether the kernels run in Triton's interpreter: TRITON_INTERPRET=1 when this module was imported."""
-
-
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stages: int = 2, **options: Any) -> None:
-    """The one place that starts a kernel."""
-    kernel[grid](*args, **options, num_warps=warps, num_stages=stages)
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:

@@ -1,0 +1,225 @@
+"""Launches at little cost on the host.
+
+Triton's own launch, ``kernel[grid](...)``, works out anew at every call which compiled kernel the arguments ask for.
+That takes longer than many of these kernels run. Here the compiled kernel is looked up by the few things that it
+depends on, and its launcher is called directly: the *direct* way, beside Triton's, the *general* way.
+
+A specialisation goes the general way twice. The first launch compiles it. The second compares, argument by argument,
+what Triton passes to the launcher with what the direct way would pass; where anything differs, that specialisation
+stays with Triton. The general way is also for everything that the direct way does not know: other versions of Triton,
+other devices than NVIDIA's, the interpreter, hooks, instrumentation and debugging, and arguments of other types.
+
+The direct way leaves out two checks of Triton's. One is that global variables which a kernel uses still have the values
+that it was compiled with: here these are constants of this package. The other is that pointers are the device's: the
+arguments have been validated, and the first two launches of a specialisation still look.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.runtime.driver import driver
+
+VERSIONS = ((3, 6), (3, 9))
+"""The first and the last version of Triton whose specialisation is known to depend on nothing but the keys below."""
+
+
+def _known() -> bool:
+    """Whether launches can go the direct way: a version that is known, and nothing missing that it looks at."""
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2] if part.isdigit())
+    if torch.version.hip is not None or not VERSIONS[0] <= version <= VERSIONS[1]:
+        return False
+    try:
+        _undisturbed()
+    except AttributeError:
+        return False
+    return True
+
+
+def _undisturbed() -> bool:
+    """Whether nobody looks on: no hooks, no instrumentation, no debugging."""
+    runtime = knobs.runtime
+    begin, end = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return not (
+        (begin is not None and begin.calls)
+        or (end is not None and end.calls)
+        or runtime.debug
+        or runtime.add_stages_inspection_hook is not None
+        or knobs.compilation.instrumentation_mode
+    )
+
+
+KNOWN = _known()
+
+
+class Options(dict[str, Any]):
+    """A kernel's constexprs and compile options by name, with what was compiled for them.
+
+    Call sites make one for each set of values and keep it, so that a launch does not look at the values again.
+    """
+
+    def __init__(self, *, warps: int = 4, stages: int = 2, **named: Any) -> None:
+        super().__init__(named, num_warps=warps, num_stages=stages)
+        self.compiled: dict[tuple[Any, ...], Compiled] = {}
+
+
+class Form(NamedTuple):
+    """What a kernel's parameters are, as its first launch showed."""
+
+    kernel: Any
+    tensors: int
+    """The first so many are tensors or None. Integers follow, then constexprs."""
+    pack: Callable[..., bytes]
+    """Fails unless the integers are integers of 32 bits."""
+    special: tuple[int, ...]
+    """The integers that Triton specialises on."""
+
+
+class Compiled:
+    """One specialisation of a kernel on one device."""
+
+    __slots__ = ("constants", "direct", "function", "metadata", "owner", "run")
+
+    def __init__(self, owner: Any, constants: tuple[Any, ...]) -> None:
+        self.owner = owner  # keeps the module loaded
+        self.run, self.function, self.metadata = owner.run, owner.function, owner.packed_metadata
+        self.constants = constants
+        """The values of the constexprs in the order of the kernel's parameters."""
+        self.direct: bool | None = None
+        """Whether the direct way passes to the launcher what Triton does; None: not compared yet."""
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, options: Options | None = None, **named: Any) -> None:
+    """Start a kernel.
+
+    Args:
+        kernel: a function under ``triton.jit``.
+        grid: numbers of programs.
+        args: the kernel's parameters but the constexprs: tensors or None, then integers.
+        options: constexprs and compile options, ``warps`` and ``stages`` among them.
+        named: the same by name, instead of ``options``; this takes longer.
+    """
+    if options is None:
+        options = _options(named)
+    form = _FORMS.get(id(kernel))
+    if form is None:
+        if KNOWN and type(kernel) is triton.JITFunction:
+            _look(kernel, args)
+        kernel[grid](*args, **options)
+        return
+    _, tensors, pack, special = form
+    active = driver.active
+    device = active.get_current_device()
+    numbers = args[tensors:]
+    values: list[Any] = []
+    key: list[Any] = [id(kernel), device]
+    bits = 0
+    try:
+        for x in args[:tensors]:
+            if x is None:
+                values.append(None)
+                key.append(None)
+            else:
+                pointer = x.data_ptr()
+                bits |= pointer
+                values.append(pointer)
+                key.append(x.dtype)
+        pack(*numbers)
+    except (AttributeError, TypeError, struct.error):  # something else than was here at the first launch
+        kernel[grid](*args, **options)
+        return
+    if bits & 15:
+        key.extend(pointer is None or pointer & 15 == 0 for pointer in values)
+    for i in special:
+        key.append((numbers[i] == 1, numbers[i] & 15 == 0))
+    at = tuple(key)
+    if kernel.pre_run_hooks or not _undisturbed():
+        kernel[grid](*args, **options)
+        return
+    found = options.compiled.get(at)
+    if found is None:
+        found = _compiled(kernel, kernel[grid](*args, **options), len(args), options)
+        if found is not None:
+            options.compiled[at] = found
+        return
+    x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
+    run, function, metadata = found.run, found.function, found.metadata
+    stream = active.get_current_stream(device)
+    if found.direct:
+        run(x, y, z, stream, function, metadata, None, None, None, *values, *numbers, *found.constants)
+    elif found.direct is None:
+        passed = _passed(found, lambda: kernel[grid](*args, **options))
+        if passed is not None:
+            before, after = (x, y, z, stream, function, metadata), (*values, *numbers, *found.constants)
+            found.direct = _same(passed[:6], before) and _same(passed[9:], after)
+    else:
+        kernel[grid](*args, **options)
+
+
+_FORMS: dict[int, Form] = {}
+"""By the identity of the kernel, whose own hash takes long."""
+
+_OPTIONS: dict[tuple[Any, ...], Options] = {}
+
+
+def _options(named: dict[str, Any]) -> Options:
+    """The options of these names and values."""
+    key = (*named, *named.values(), *map(type, named.values()))
+    found = _OPTIONS.get(key)
+    if found is None:
+        found = _OPTIONS[key] = Options(**named)
+    return found
+
+
+def _look(kernel: Any, args: Sequence[Any]) -> None:
+    """Remember a kernel's form if the direct way can pass such arguments."""
+    tensors = 0
+    while tensors < len(args) and (args[tensors] is None or isinstance(args[tensors], Tensor)):
+        tensors += 1
+    numbers, parameters = args[tensors:], kernel.params
+    constexprs = [parameter.is_constexpr for parameter in parameters]
+    if constexprs == sorted(constexprs) and constexprs.count(False) == len(args) and set(map(type, numbers)) <= {int}:
+        special = (i for i, p in enumerate(parameters[tensors : len(args)]) if not p.do_not_specialize)
+        _FORMS[id(kernel)] = Form(kernel, tensors, struct.Struct(f"{len(numbers)}i").pack, tuple(special))
+
+
+def _compiled(kernel: Any, owner: Any, first: int, options: Options) -> Compiled | None:
+    """What a general launch has returned, as the direct way needs it; ``first`` is the number of the first constexpr."""
+    try:
+        if owner.metadata.target.backend != "cuda" or owner._run is not owner.run:
+            return None
+        return Compiled(owner, tuple(options.get(p.name, p.default) for p in kernel.params[first:]))
+    except AttributeError:
+        return None
+
+
+def _passed(found: Compiled, start: Callable[[], Any]) -> tuple[Any, ...] | None:
+    """What Triton passes to the launcher in this thread; None where that cannot be seen."""
+    calls = []
+
+    def recorder(*args: Any) -> Any:
+        calls.append((threading.get_ident(), args))  # other threads may launch the same kernel meanwhile
+        return found.run(*args)
+
+    found.owner._run = recorder
+    try:
+        start()
+    finally:
+        found.owner._run = found.run
+    mine = [args for thread, args in calls if thread == threading.get_ident()]
+    return mine[0] if len(mine) == 1 else None
+
+
+def _same(passed: Sequence[Any], direct: Sequence[Any]) -> bool:
+    """Whether two lists of arguments are the same, tensors counting as their addresses."""
+    plain = [x.data_ptr() if isinstance(x, Tensor) else x for x in passed]
+    return len(plain) == len(direct) and all(
+        type(a) is type(b) and a == b for a, b in zip(plain, direct, strict=True)
+    )
