@@ -46,11 +46,15 @@ def main(argv: list[str]) -> int:
         raise SystemExit(f"host needs Triton: {error}") from error
     standin.install(args.arch)
     arch = config.Arch(args.arch, MULTIPROCESSORS, SHARED)
+
+    def arch_of(device: torch.device) -> config.Arch:
+        return arch
+
     print(f"triton {triton.__version__}, torch {torch.__version__}, sm_{args.arch}, medians of {args.steps} steps")
     print("host time without the driver's own launch, without the library's products and without autograd")
     print(f"{'M, K, d':>18} {'launches':>9}   {'':9}{'us a step':>10}{'in launches':>13}{'us a launch':>13}")
     with (
-        mock.patch.object(config, "arch_of", lambda _: arch),
+        mock.patch.object(config, "arch_of", arch_of),
         mock.patch.object(torch, "zeros", torch.empty),  # the time of a CPU to fill a matrix is nobody's
     ):
         for size in SIZES:
@@ -73,6 +77,10 @@ def general(
         kernel[grid](*args, **options)
 
 
+def _nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
 def measure(size: tuple[int, int, int], ways: dict[str, Launch], steps: int) -> dict[str, tuple[int, float, float]]:
     """For each way: launches, microseconds a step, and of these in launches."""
     from nckernels.backends.triton import launch
@@ -93,7 +101,7 @@ def measure(size: tuple[int, int, int], ways: dict[str, Launch], steps: int) -> 
 
         return timed_launch
 
-    with mock.patch.object(launch.TritonKernels, "matmul", lambda *_, **__: None):
+    with mock.patch.object(launch.TritonKernels, "matmul", _nothing):
         for i in range(-3, steps):  # the first ones compile
             for name, way in ways.items():
                 with mock.patch.object(launch, "launch", way):

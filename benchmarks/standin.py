@@ -7,7 +7,7 @@ nobody reads.
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -30,16 +30,14 @@ class Launcher(CudaLauncher):
         self.launch_cooperative_grid, self.launch_pdl = metadata.launch_cooperative_grid, metadata.launch_pdl
 
 
-class Recorder:
-    """A launcher that keeps what it is given, in ``calls``."""
+class Recorder(Launcher):
+    """A launcher that keeps what would go to the driver, in ``calls``."""
 
-    calls: list[tuple[Any, ...]]
+    calls: ClassVar[list[tuple[Any, ...]]] = []
 
     def __init__(self, src: Any, metadata: Any) -> None:
-        pass
-
-    def __call__(self, *args: Any) -> None:
-        self.calls.append(args)
+        super().__init__(src, metadata)
+        self.launch = lambda *args: self.calls.append(args)
 
 
 def _nothing(*_: Any) -> None:

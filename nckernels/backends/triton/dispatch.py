@@ -25,6 +25,7 @@ import torch
 import triton
 from torch import Tensor
 from triton import knobs
+from triton.compiler.compiler import LazyDict
 from triton.runtime.driver import driver
 
 VERSIONS = ((3, 6), (3, 9))
@@ -36,24 +37,24 @@ def _known() -> bool:
     version = tuple(int(part) for part in triton.__version__.split(".")[:2] if part.isdigit())
     if torch.version.hip is not None or not VERSIONS[0] <= version <= VERSIONS[1]:
         return False
-    try:
-        _undisturbed()
-    except AttributeError:
-        return False
-    return True
+    names = ("launch_enter_hook", "launch_exit_hook", "debug", "add_stages_inspection_hook")
+    return all(hasattr(knobs.runtime, name) for name in names) and hasattr(knobs.compilation, "instrumentation_mode")
 
 
 def _undisturbed() -> bool:
     """Whether nobody looks on: no hooks, no instrumentation, no debugging."""
     runtime = knobs.runtime
     begin, end = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return not (
-        (begin is not None and begin.calls)
-        or (end is not None and end.calls)
-        or runtime.debug
-        or runtime.add_stages_inspection_hook is not None
-        or knobs.compilation.instrumentation_mode
-    )
+    try:
+        return not (
+            (begin is not None and begin.calls)
+            or (end is not None and end.calls)
+            or runtime.debug
+            or runtime.add_stages_inspection_hook is not None
+            or knobs.compilation.instrumentation_mode
+        )
+    except AttributeError:  # a hook that is no list of hooks
+        return False
 
 
 KNOWN = _known()
@@ -85,15 +86,21 @@ class Form(NamedTuple):
 class Compiled:
     """One specialisation of a kernel on one device."""
 
-    __slots__ = ("constants", "direct", "function", "metadata", "owner", "run")
+    __slots__ = ("constants", "direct", "function", "head", "launch", "nested", "owner")
 
     def __init__(self, owner: Any, constants: tuple[Any, ...]) -> None:
-        self.owner = owner  # keeps the module loaded
-        self.run, self.function, self.metadata = owner.run, owner.function, owner.packed_metadata
+        self.owner = owner
+        """Triton's object, which keeps the module loaded."""
+        self.launch, self.function = owner.run.launch, owner.function
+        """The driver's launching function, and what it is to launch."""
         self.constants = constants
         """The values of the constexprs in the order of the kernel's parameters."""
         self.direct: bool | None = None
-        """Whether the direct way passes to the launcher what Triton does; None: not compared yet."""
+        """Whether the direct way passes to ``launch`` what Triton does; None: not compared yet."""
+        self.head: tuple[Any, ...] = ()
+        """What ``launch`` takes between the function and the kernel's arguments."""
+        self.nested = False
+        """Whether it takes the kernel's arguments as one tuple."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, options: Options | None = None, **named: Any) -> None:
@@ -108,10 +115,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, options: Options | No
     """
     if options is None:
         options = _options(named)
-    form = _FORMS.get(id(kernel))
+    form = _FORMS.get(id(kernel)) or _form(kernel, args)
     if form is None:
-        if KNOWN and type(kernel) is triton.JITFunction:
-            _look(kernel, args)
         kernel[grid](*args, **options)
         return
     _, tensors, pack, special = form
@@ -140,27 +145,36 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, options: Options | No
     for i in special:
         key.append((numbers[i] == 1, numbers[i] & 15 == 0))
     at = tuple(key)
-    if kernel.pre_run_hooks or not _undisturbed():
-        kernel[grid](*args, **options)
-        return
     found = options.compiled.get(at)
-    if found is None:
+    if found is None or not found.direct or kernel.pre_run_hooks or not _undisturbed():
+        _general(kernel, grid, args, options, at, (*values, *numbers))
+        return
+    sizes = len(grid)
+    x, y, z = grid[0], grid[1] if sizes > 1 else 1, grid[2] if sizes > 2 else 1
+    stream = active.get_current_stream(device)
+    if found.nested:
+        found.launch(x, y, z, stream, found.function, *found.head, (*values, *numbers, *found.constants))
+    else:
+        found.launch(x, y, z, stream, found.function, *found.head, *values, *numbers, *found.constants)
+
+
+def _general(
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: Options, at: tuple[Any, ...], values: Any
+) -> None:
+    """Launch by Triton's own means; learn from it unless something disturbs."""
+    found = options.compiled.get(at)
+    if kernel.pre_run_hooks or not _undisturbed() or (found is not None and found.direct is not None):
+        kernel[grid](*args, **options)
+    elif found is None:
         found = _compiled(kernel, kernel[grid](*args, **options), len(args), options)
         if found is not None:
             options.compiled[at] = found
-        return
-    x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
-    run, function, metadata = found.run, found.function, found.metadata
-    stream = active.get_current_stream(device)
-    if found.direct:
-        run(x, y, z, stream, function, metadata, None, None, None, *values, *numbers, *found.constants)
-    elif found.direct is None:
+    else:
         passed = _passed(found, lambda: kernel[grid](*args, **options))
         if passed is not None:
-            before, after = (x, y, z, stream, function, metadata), (*values, *numbers, *found.constants)
-            found.direct = _same(passed[:6], before) and _same(passed[9:], after)
-    else:
-        kernel[grid](*args, **options)
+            stream = driver.active.get_current_stream(driver.active.get_current_device())
+            where = (*(*grid, 1, 1)[:3], stream, found.function)
+            found.direct = _agrees(found, passed, where, (*values, *found.constants))
 
 
 _FORMS: dict[int, Form] = {}
@@ -178,22 +192,29 @@ def _options(named: dict[str, Any]) -> Options:
     return found
 
 
-def _look(kernel: Any, args: Sequence[Any]) -> None:
-    """Remember a kernel's form if the direct way can pass such arguments."""
+def _form(kernel: Any, args: Sequence[Any]) -> Form | None:
+    """The form of a kernel by these arguments, remembered; None if the direct way cannot pass them."""
+    if not KNOWN or type(kernel) is not triton.JITFunction or not hasattr(kernel, "pre_run_hooks"):
+        return None
     tensors = 0
     while tensors < len(args) and (args[tensors] is None or isinstance(args[tensors], Tensor)):
         tensors += 1
     numbers, parameters = args[tensors:], kernel.params
     constexprs = [parameter.is_constexpr for parameter in parameters]
-    if constexprs == sorted(constexprs) and constexprs.count(False) == len(args) and set(map(type, numbers)) <= {int}:
-        special = (i for i, p in enumerate(parameters[tensors : len(args)]) if not p.do_not_specialize)
-        _FORMS[id(kernel)] = Form(kernel, tensors, struct.Struct(f"{len(numbers)}i").pack, tuple(special))
+    if constexprs != sorted(constexprs) or constexprs.count(False) != len(args) or set(map(type, numbers)) - {int}:
+        return None
+    special = (i for i, p in enumerate(parameters[tensors : len(args)]) if not p.do_not_specialize)
+    form = Form(kernel, tensors, struct.Struct(f"{len(numbers)}i").pack, tuple(special))
+    _FORMS[id(kernel)] = form
+    return form
 
 
 def _compiled(kernel: Any, owner: Any, first: int, options: Options) -> Compiled | None:
-    """What a general launch has returned, as the direct way needs it; ``first`` is the number of the first constexpr."""
+    """What a general launch has returned, as the direct way needs it; the constexprs begin at number ``first``."""
     try:
-        if owner.metadata.target.backend != "cuda" or owner._run is not owner.run:
+        launcher = owner.run
+        scratch = launcher.global_scratch_size or launcher.profile_scratch_size
+        if owner.metadata.target.backend != "cuda" or scratch or getattr(launcher, "gsan_enabled", False):
             return None
         return Compiled(owner, tuple(options.get(p.name, p.default) for p in kernel.params[first:]))
     except AttributeError:
@@ -201,25 +222,43 @@ def _compiled(kernel: Any, owner: Any, first: int, options: Options) -> Compiled
 
 
 def _passed(found: Compiled, start: Callable[[], Any]) -> tuple[Any, ...] | None:
-    """What Triton passes to the launcher in this thread; None where that cannot be seen."""
+    """What Triton passes to the driver's launching function in this thread; None where that cannot be seen."""
     calls = []
 
     def recorder(*args: Any) -> Any:
         calls.append((threading.get_ident(), args))  # other threads may launch the same kernel meanwhile
-        return found.run(*args)
+        return found.launch(*args)
 
-    found.owner._run = recorder
+    launcher = found.owner.run
+    launcher.launch = recorder
     try:
         start()
     finally:
-        found.owner._run = found.run
+        launcher.launch = found.launch
     mine = [args for thread, args in calls if thread == threading.get_ident()]
     return mine[0] if len(mine) == 1 else None
+
+
+def _agrees(found: Compiled, passed: tuple[Any, ...], where: tuple[Any, ...], values: tuple[Any, ...]) -> bool:
+    """Whether the direct way can pass the same, which ``found`` then knows how.
+
+    Between the place of the launch and the kernel's arguments only what is the same at every launch may stand, and
+    the hooks with what is meant for them. These do nothing now, and None takes their place.
+    """
+    found.nested = isinstance(passed[-1], tuple)
+    end = len(passed) - (1 if found.nested else len(values))
+    if not _same(passed[:5], where) or not _same(passed[-1] if found.nested else passed[end:], values):
+        return False
+    owner, launcher, runtime = found.owner, found.owner.run, knobs.runtime
+    names = ("launch_cooperative_grid", "launch_pdl", "arg_annotations", "kernel_signature")
+    fixed = [None, owner.packed_metadata, *(getattr(launcher, name, None) for name in names)]
+    hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
+    head = [None if x in hooks or isinstance(x, LazyDict) else x for x in passed[5:end]]
+    found.head = tuple(head)
+    return all(any(x is y for y in fixed) for x in head)
 
 
 def _same(passed: Sequence[Any], direct: Sequence[Any]) -> bool:
     """Whether two lists of arguments are the same, tensors counting as their addresses."""
     plain = [x.data_ptr() if isinstance(x, Tensor) else x for x in passed]
-    return len(plain) == len(direct) and all(
-        type(a) is type(b) and a == b for a, b in zip(plain, direct, strict=True)
-    )
+    return len(plain) == len(direct) and all(type(a) is type(b) and a == b for a, b in zip(plain, direct, strict=True))
