@@ -154,6 +154,8 @@ class TritonKernels(Kernels):
         """Row length in units."""
         self.precision = "upcast" if INTERPRETED else "ieee" if self.kind == "ieee" else "tf32"
         """Of products of float32; half types ignore it."""
+        self._entries_tiles: dict[tuple[bool, int], Tile] = {}
+        """The choices so far: one launch a panel."""
 
     def _units(self, x: Tensor) -> int:
         """Distance between two rows."""
@@ -272,7 +274,10 @@ class TritonKernels(Kernels):
         self, p: Side, q: Side, h: Tensor, start: int, stop: int, begin: int, end: int, scale: Tensor | None
     ) -> None:
         two = p.grad is not None and q.grad is not None
-        tile = config.entries_tile(self._shape(two, (stop - start) * (end - begin)))
+        chosen = two, (stop - start) * (end - begin)
+        tile = self._entries_tiles.get(chosen)
+        if tile is None:
+            tile = self._entries_tiles[chosen] = config.entries_tile(self._shape(*chosen))
         launch(
             grad.entries_kernel, (ceil_div(stop - start, tile.p) * ceil_div(end - begin, tile.q),),
             *_all_of(p), *_all_of(q), self.beta, scale, h,
