@@ -6,6 +6,7 @@ python -m benchmarks --device cuda --dtype bfloat16 --budget 480
 python -m benchmarks compare OLD.json NEW.json           exits with 1 on a regression beyond noise
 python -m benchmarks readme                              README's tables from the committed reports
 python -m benchmarks tune --device cuda                  tile tables of the Triton kernels for this GPU
+python -m benchmarks host                                host time of the Triton backend's launches, without a GPU
 """
 
 from __future__ import annotations
@@ -20,12 +21,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import compare, e2e, harness, measure, plots, problems, readme, report, tune
+from . import compare, e2e, harness, host, measure, plots, problems, readme, report, tune
 from .rivals import BASELINE, RIVALS
 from .variants import OURS, Variant, as_graph
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"compare": compare.main, "readme": readme.main, "tune": tune.main}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "compare": compare.main,
+    "readme": readme.main,
+    "tune": tune.main,
+    "host": host.main,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -161,6 +161,15 @@ def test_few_launches() -> None:
         assert len(step(512, 100, 128, torch.bfloat16, spec, needs, short)) <= (10 if short else 11)
 
 
+@pytest.mark.parametrize(("size", "short", "most"), [((512, 10, 128), True, 6), ((8192, 1000, 2048), False, 17)])
+def test_launches_do_not_grow(size: tuple[int, int, int], short: bool, most: int) -> None:
+    """NONL of two gradients: no launch more than there were when this was written, the library's products aside."""
+    spec = Spec("class", "target", True, -100, 32 * MIB)
+    needs = Needs(True, True, False, False, False)
+    launched = step(*size, torch.bfloat16, spec, needs, short)
+    assert len(launched) - launched.count("matmul") <= most
+
+
 def test_the_librarys_products_see_only_what_takes_part() -> None:
     """Operands of which rows may be left out are copied, once each unless both sides have several panels."""
     needs = EVERYTHING._replace(sample_bias=False, class_bias=False)

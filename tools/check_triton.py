@@ -37,7 +37,7 @@ from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
 
 from nckernels.backends.base import Inputs, Needs, OutputGrads, Reduced, Spec
-from nckernels.backends.triton import TritonBackend, config, launch
+from nckernels.backends.triton import TritonBackend, config, dispatch, launch
 
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 TENSOR_MEMORY_COLUMNS = 512
@@ -158,11 +158,6 @@ def job_of(kernel: Any, arch: int, scenario: Scenario, args: tuple[Any, ...], op
     flags += [n.lower() for n in ("P_GATHER", "Q_GATHER", "GATHER") if values.get(n)]
     flags += ["shifted"] if scenario.shifted else []
     flags += ["bias"] if values.get("P_bias") is not None or values.get("Q_bias") is not None else []
-    compile_options = {
-        "num_warps": options.pop("warps", 4),
-        "num_stages": options.pop("stages", 2),
-        **options,
-    }
     return Job(
         f"{kernel.__name__:22} {' '.join(f for f in flags if f)}",
         kernel,
@@ -172,7 +167,7 @@ def job_of(kernel: Any, arch: int, scenario: Scenario, args: tuple[Any, ...], op
         tuple(signature),
         tuple(constants),
         tuple(divisible),
-        tuple(sorted(compile_options.items())),
+        tuple(sorted(options.items())),
     )
 
 
@@ -180,8 +175,12 @@ def record(scenario: Scenario, arch: int) -> list[Job]:
     """The kernels that a forward and a backward pass launch."""
     jobs: list[Job] = []
 
-    def recorder(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-        jobs.append(job_of(kernel, arch, scenario, args, options))
+    def recorder(
+        kernel: Any, grid: tuple[int, ...], *args: Any, options: dispatch.Options | None = None, **named: Any
+    ) -> None:
+        if options is None:
+            options = dispatch.Options(**named)
+        jobs.append(job_of(kernel, arch, scenario, args, dict(options)))
 
     device = config.Arch(arch, 1 if scenario.busy else 132, SHARED_KB[arch] << 10)
     launch.launch = recorder

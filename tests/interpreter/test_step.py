@@ -13,7 +13,7 @@ from torch import Tensor
 
 import nckernels
 from nckernels.backends.tiled import plan
-from nckernels.backends.triton import launch
+from nckernels.backends.triton.step import TritonStep
 
 LOSSES = {"nonl": nckernels.nonl_loss, "ntce": nckernels.ntce_loss, "normface": nckernels.normface_loss}
 NAMES = ("loss", "features", "prototypes", "temperature")
@@ -32,13 +32,13 @@ class Panels(list[tuple[int, int]]):
 def panels(monkeypatch: pytest.MonkeyPatch) -> Panels:
     """The panels of the steps that a test takes."""
     taken = Panels()
-    launched = launch.TritonKernels.panel_entries
+    launched = TritonStep.panel_entries
 
-    def remembered(self: launch.TritonKernels, *args: object) -> None:
+    def remembered(self: TritonStep, *args: object) -> None:
         taken.append(args[5:7])  # type: ignore[arg-type]
         launched(self, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(launch.TritonKernels, "panel_entries", remembered)
+    monkeypatch.setattr(TritonStep, "panel_entries", remembered)
     return taken
 
 

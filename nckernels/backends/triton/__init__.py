@@ -1,7 +1,8 @@
 """The Triton backend: tiles of similarities on the GPU that are reduced and dropped.
 
 Reading order: ``tiles`` (the vocabulary), ``lse`` (the forward pass), ``grad`` and ``finish`` (the
-backward pass), ``norms``, then ``config`` (tile sizes) and ``launch`` (arguments). What runs when is shared
+backward pass), ``norms``; ``panel`` and ``reduce`` (both passes in one step); then ``config`` (tile
+sizes), ``launch`` and ``step`` (arguments), ``dispatch`` (the launching itself). What runs when is shared
 with the CUDA backend, in ``tiled``.
 
 Importing this package does not import Triton: whether that is there is what ``missing`` answers.
@@ -82,14 +83,14 @@ class TritonBackend(Backend):
             return tiled.backward(launch.TritonKernels(inputs, spec), saved, grads, needs)
 
     def can_step(self, features: Tensor, prototypes: Tensor, spec: Spec) -> bool:
-        from . import launch
+        from .step import TritonStep
 
         # Neither targets nor temperatures are looked at.
-        inputs = Inputs(features, prototypes, features, features, None, None)
-        return tiled.fits(launch.TritonKernels(inputs, spec))
+        return tiled.fits(TritonStep(Inputs(features, prototypes, features, features, None, None), spec))
 
     def step(self, inputs: Inputs, reduced: Reduced, spec: Spec, needs: Needs) -> Step:
-        from . import launch
+        from .launch import on_device
+        from .step import TritonStep
 
         z, beta, dtype = inputs.features, inputs.inv_temperature, accumulation_dtype(inputs.features.dtype)
         if isinstance(beta, Tensor):
@@ -97,12 +98,13 @@ class TritonBackend(Backend):
         else:
             beta = torch.full((), number(beta, z.dtype), dtype=dtype, device=z.device)
         weight = None if reduced.weight is None else reduced.weight.to(dtype).contiguous()
-        with launch.on_device(z):
-            kernels = launch.TritonKernels(inputs._replace(inv_temperature=beta), spec)
+        with on_device(z):
+            kernels = TritonStep(inputs._replace(inv_temperature=beta), spec)
             return tiled.step(kernels, reduced._replace(weight=weight), needs)
 
     def scaled(self, grad: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
-        from . import launch
+        from .launch import on_device
+        from .step import scaled
 
-        with launch.on_device(grad):
-            return launch.scaled(grad, factor, dtype, in_place)
+        with on_device(grad):
+            return scaled(grad, factor, dtype, in_place)

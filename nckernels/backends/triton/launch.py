@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,27 +12,26 @@ import triton
 from torch import Tensor
 
 from ..base import Inputs, Spec
-from ..tiled import StepKernels
+from ..tiled import Kernels
 from ..tiled.kernels import Partial
 from ..tiled.plan import FULL_WAVE, Blocks, ceil_div
 from ..tiled.sides import Result, Side
-from ..tiled.step import SAMPLES_OF_A_BLOCK
-from . import config, finish, grad, lse, norms, panel
-from . import reduce as sums
+from . import config, finish, grad, lse, norms
 from .config import Tile
+from .dispatch import Options
+from .dispatch import launch as launch  # tools replace it here
 
 INTERPRETED = not isinstance(lse.lse_kernel, triton.JITFunction)
 """Whether the kernels run in Triton's interpreter: TRITON_INTERPRET=1 when this module was imported."""
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stages: int = 2, **options: Any) -> None:
-    """The one place that starts a kernel."""
-    kernel[grid](*args, **options, num_warps=warps, num_stages=stages)
-
-
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be that of the tensors."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+
+
+# The options of a launch, made once for each set of values that they depend on.
+_made_once = lru_cache(maxsize=1024)
 
 
 def _tile_options(tile: Tile) -> dict[str, Any]:
@@ -44,13 +44,101 @@ def _tile_options(tile: Tile) -> dict[str, Any]:
     return options
 
 
+@_made_once
 def _row_blocks(d: int) -> dict[str, int]:
     """Rows and columns of a block, for kernels that go over rows once: 8 numbers a thread."""
     columns = min(config.padded(d), 1024)
     return {"BR": 16 if INTERPRETED else 2048 // columns, "BD": columns, "warps": 8}
 
 
-class TritonKernels(StepKernels):
+@_made_once
+def _row_rnorm_options(columns: int, unit: int, eps: float) -> Options:
+    return Options(UNIT=unit, EPS=eps, **_row_blocks(columns))
+
+
+@_made_once
+def _samples_options(columns: int, same_label: bool, itself: bool, unit: int, eps: float) -> Options:
+    # The assertion on targets is compiled only with debug; without its overflow checks on every index.
+    checks = {} if INTERPRETED else {"debug": True, "sanitize_overflow": False}
+    return Options(SAME_LABEL=same_label, ITSELF=itself, UNIT=unit, EPS=eps, **_row_blocks(columns), **checks)
+
+
+_COMPACT = Options(B=1024)
+
+
+@_made_once
+def _scale_options(limit: float) -> Options:
+    return Options(LIMIT=limit, B=4096, warps=16)
+
+
+@_made_once
+def _lse_options(
+    exclude: str, samples: bool, gather: bool, unit: int, whole: bool, even: bool, precision: str, tile: Tile
+) -> Options:
+    return Options(
+        EXCLUDE=exclude, P_SAMPLES=samples, P_GATHER=gather, UNIT=unit, WHOLE_D=whole, EVEN_D=even,
+        PARTS=tile.parts, PRECISION=precision, **_tile_options(tile),
+    )  # fmt: skip
+
+
+@_made_once
+def _combine_options(gather: bool, keep: bool) -> Options:
+    return Options(GATHER=gather, KEEP=keep, BR=16, BN=64)
+
+
+Entry = tuple[str, bool, bool, bool, bool, bool]
+"""What the gradient's entries depend on."""
+
+
+def _entry_options(entry: Entry) -> dict[str, Any]:
+    names = ("EXCLUDE", "P_SAMPLES", "P_UNSUMMED", "Q_UNSUMMED", "P_GATHER", "Q_GATHER")
+    return dict(zip(names, entry, strict=True))
+
+
+@_made_once
+def _grad_options(
+    entry: Entry, share: bool, unit: int, even: bool, eps: float, limit: float, precision: str, tile: Tile
+) -> Options:
+    return Options(
+        **_entry_options(entry), MAY_SHARE=share, UNIT=unit, EVEN_D=even,
+        EPS=eps, NORM_LIMIT=limit, PRECISION=precision, **_tile_options(tile),
+    )  # fmt: skip
+
+
+@_made_once
+def _entries_options(entry: Entry, unit: int, even: bool, limit: float, precision: str, tile: Tile) -> Options:
+    return Options(
+        **_entry_options(entry), UNIT=unit, EVEN_D=even, PARTS=tile.parts, GROUP=8,
+        NORM_LIMIT=limit, PRECISION=precision, **_tile_options(tile),
+    )  # fmt: skip
+
+
+@_made_once
+def _bias_options(
+    exclude: str, samples: bool, gather: bool, unit: int, whole: bool, even: bool, precision: str, tile: Tile
+) -> Options:
+    return Options(
+        EXCLUDE=exclude, P_SAMPLES=samples, Q_GATHER=gather, UNIT=unit, WHOLE_D=whole, EVEN_D=even,
+        PARTS=tile.parts, PRECISION=precision, **_tile_options(tile),
+    )  # fmt: skip
+
+
+@_made_once
+def _gather_options(gather: bool, unsummed: bool, unit: int) -> Options:
+    return Options(GATHER=gather, UNSUMMED=unsummed, UNIT=unit, BR=16, BD=256)
+
+
+@_made_once
+def _finish_options(
+    columns: int, whole: bool, gather: bool, unsummed: bool, norm_inside: bool, unit: int, eps: float, limit: float
+) -> Options:
+    return Options(
+        GATHER=gather, UNSUMMED=unsummed, NORM_INSIDE=norm_inside, WHOLE_D=whole,
+        UNIT=unit, EPS=eps, NORM_LIMIT=limit, **_row_blocks(columns),
+    )  # fmt: skip
+
+
+class TritonKernels(Kernels):
     """This backend's kernels. See tiles.py for the units that rows and strides are counted in."""
 
     index_dtype = torch.int32
@@ -66,6 +154,8 @@ class TritonKernels(StepKernels):
         """Row length in units."""
         self.precision = "upcast" if INTERPRETED else "ieee" if self.kind == "ieee" else "tf32"
         """Of products of float32; half types ignore it."""
+        self._entries_tiles: dict[tuple[bool, int], Tile] = {}
+        """The choices so far: one launch a panel."""
 
     def _units(self, x: Tensor) -> int:
         """Distance between two rows."""
@@ -111,31 +201,32 @@ class TritonKernels(StepKernels):
     def row_rnorm(self, x: Tensor, rnorm: Tensor, label: Tensor | None) -> None:
         n, blocks = x.shape[0], _row_blocks(x.shape[1])
         launch(
-            norms.row_rnorm_kernel, (triton.cdiv(n, blocks["BR"]),),
-            x, label, rnorm, n, self.d, self._units(x), self.spec.ignore_index, UNIT=self.unit, EPS=self.eps, **blocks,
+            norms.row_rnorm_kernel, (ceil_div(n, blocks["BR"]),),
+            x, label, rnorm, n, self.d, self._units(x), self.spec.ignore_index,
+            options=_row_rnorm_options(blocks["BD"], self.unit, self.eps),
         )  # fmt: skip
 
     def prepare_samples(self, z_rnorm: Tensor, pos: Tensor, w_rnorm: Tensor | None, mark: Tensor | None) -> None:
         z, w, spec = self.inputs.features, self.inputs.prototypes, self.spec
         m, blocks = z.shape[0], _row_blocks(z.shape[1])
-        # The assertion on targets is compiled only with debug; without its overflow checks on every index.
-        checks = {} if INTERPRETED else {"debug": True, "sanitize_overflow": False}
         launch(
-            norms.prepare_samples_kernel, (triton.cdiv(m, blocks["BR"]),),
+            norms.prepare_samples_kernel, (ceil_div(m, blocks["BR"]),),
             z, w, self.inputs.target, self.beta, z_rnorm, pos, w_rnorm, mark,
             m, w.shape[0], self.d, self._units(z), self._units(w), spec.ignore_index,
-            SAME_LABEL=spec.exclude == "same_label", ITSELF=spec.symmetric, UNIT=self.unit, EPS=self.eps,
-            **blocks, **checks,
+            options=_samples_options(
+                blocks["BD"], spec.exclude == "same_label", spec.symmetric, self.unit, self.eps
+            ),
         )  # fmt: skip
 
     def compact(self, mark: Tensor, rank: Tensor, present: Tensor, k: int, slots: int) -> None:
-        launch(norms.compact_kernel, (triton.cdiv(k, 1024),), mark, rank, present, k, slots, B=1024)
+        launch(norms.compact_kernel, (ceil_div(k, 1024),), mark, rank, present, k, slots, options=_COMPACT)
 
     def half_scale(self, samples: Side, classes: Side, scale: Tensor) -> None:
         launch(
             norms.half_scale_kernel, (1,),
             classes.grad, classes.lse, samples.grad, samples.lse, samples.pos, samples.rnorm, classes.rnorm, scale,
-            samples.x.shape[0], classes.x.shape[0], LIMIT=self.norm_limit, B=4096, warps=16,
+            samples.x.shape[0], classes.x.shape[0],
+            options=_scale_options(self.norm_limit),
         )  # fmt: skip
 
     # --- tiles of products
@@ -150,16 +241,17 @@ class TritonKernels(StepKernels):
             p.x, p.rnorm, p.label, p.bias, p.count, q.x, q.rnorm, q.label, q.bias, self.beta,
             out, *p_partial, *q_partial,
             first, p.slots, q.slots, p.slots, self.d, self._units(p.x), self._units(q.x), p.skip, q.skip, split,
-            EXCLUDE=self.spec.exclude, P_SAMPLES=p.samples, P_GATHER=p.gather,
-            UNIT=self.unit, WHOLE_D=self._whole(tile), EVEN_D=self._even(tile), PARTS=tile.parts,
-            PRECISION=self.precision, **_tile_options(tile),
+            options=_lse_options(
+                self.spec.exclude, p.samples, p.gather, self.unit, self._whole(tile), self._even(tile),
+                self.precision, tile,
+            ),
         )  # fmt: skip
 
     def combine(self, partial: Partial, side: Side, out: Tensor, first: int, parts: int, keep: bool) -> None:
         launch(
-            lse.combine_kernel, (triton.cdiv(side.slots, 64),),
+            lse.combine_kernel, (ceil_div(side.slots, 64),),
             *partial, side.label if side.gather else None, side.count, out, first, parts, side.slots, side.skip,
-            GATHER=side.gather, KEEP=keep, BR=16, BN=64,
+            options=_combine_options(side.gather, keep),
         )  # fmt: skip
 
     def short_grad(
@@ -169,111 +261,55 @@ class TritonKernels(StepKernels):
         out, dot = (result.out, result.dot) if part is None else (None, None)
         share = self.spec.symmetric and p.grad is not None and p.bias is None
         launch(
-            grad.grad_kernel, (triton.cdiv(p.slots, tile.p) * split,),
+            grad.grad_kernel, (ceil_div(p.slots, tile.p) * split,),
             *_all_of(p), *_all_of(q), self.beta, scale, out, dot, part,
             p.slots, q.slots, p.slots, self.d, self._units(p.x), self._units(q.x), p.skip, q.skip, split,
-            **self._entry_options(p, q), MAY_SHARE=share and config.may_share(tile, self.arch),
-            UNIT=self.unit, EVEN_D=self.d * self.unit == tile.d,
-            EPS=self.eps, NORM_LIMIT=self.norm_limit, PRECISION=self.precision, **_tile_options(tile),
+            options=_grad_options(
+                self._entry(p, q), share and config.may_share(tile, self.arch), self.unit,
+                self.d * self.unit == tile.d, self.eps, self.norm_limit, self.precision, tile,
+            ),
         )  # fmt: skip
 
     def entries(
         self, p: Side, q: Side, h: Tensor, start: int, stop: int, begin: int, end: int, scale: Tensor | None
     ) -> None:
         two = p.grad is not None and q.grad is not None
-        tile = config.entries_tile(self._shape(two, (stop - start) * (end - begin)))
+        chosen = two, (stop - start) * (end - begin)
+        tile = self._entries_tiles.get(chosen)
+        if tile is None:
+            tile = self._entries_tiles[chosen] = config.entries_tile(self._shape(*chosen))
         launch(
-            grad.entries_kernel, (triton.cdiv(stop - start, tile.p) * triton.cdiv(end - begin, tile.q),),
+            grad.entries_kernel, (ceil_div(stop - start, tile.p) * ceil_div(end - begin, tile.q),),
             *_all_of(p), *_all_of(q), self.beta, scale, h,
             start, stop, begin, end, self.d, self._units(p.x), self._units(q.x), h.stride(0) // 16, p.skip, q.skip,
-            **self._entry_options(p, q),
-            UNIT=self.unit, EVEN_D=self._even(tile), PARTS=tile.parts, GROUP=8,
-            NORM_LIMIT=self.norm_limit, PRECISION=self.precision, **_tile_options(tile),
+            options=_entries_options(
+                self._entry(p, q), self.unit, self._even(tile), self.norm_limit, self.precision, tile
+            ),
         )  # fmt: skip
 
     def bias_grad(self, p: Side, q: Side, part: Tensor, split: int, blocks: Blocks) -> None:
         n, tile = p.x.shape[0], blocks.tile
         launch(
-            finish.bias_grad_kernel, (triton.cdiv(n, tile.p) * split,),
+            finish.bias_grad_kernel, (ceil_div(n, tile.p) * split,),
             p.x, p.rnorm, p.label, p.bias, q.x, q.rnorm, q.label, q.count, q.lse, q.grad, self.beta, part,
             n, q.slots, self.d, self._units(p.x), self._units(q.x), p.skip, q.skip, split,
-            EXCLUDE=self.spec.exclude, P_SAMPLES=p.samples, Q_GATHER=q.gather,
-            UNIT=self.unit, WHOLE_D=self._whole(tile), EVEN_D=self._even(tile), PARTS=tile.parts,
-            PRECISION=self.precision, **_tile_options(tile),
+            options=_bias_options(
+                self.spec.exclude, p.samples, q.gather, self.unit, self._whole(tile), self._even(tile),
+                self.precision, tile,
+            ),
         )  # fmt: skip
 
-    def _entry_options(self, p: Side, q: Side) -> dict[str, Any]:
-        """What the gradient's entries depend on."""
-        return {
-            "EXCLUDE": self.spec.exclude, "P_SAMPLES": p.samples, "P_UNSUMMED": p.unsummed, "Q_UNSUMMED": q.unsummed,
-            "P_GATHER": p.gather, "Q_GATHER": q.gather,
-        }  # fmt: skip
-
-    # --- loss and gradient in one step
-
-    def fits_on_chip(self) -> bool:
-        m, k = self.inputs.features.shape[0], self.inputs.prototypes.shape[0]
-        return config.grad_tile(self._shape(False, m * k)) is not None
-
-    def shares(
-        self, weight: Tensor | None, share: Tensor, pos_grad: Tensor, of_class: Tensor | None, part: Tensor
-    ) -> None:
-        m, k = share.shape[0], self.inputs.prototypes.shape[0]
-        launch(
-            sums.share_kernel, (part.shape[1],),
-            self.inputs.target, weight, share, pos_grad, of_class, part, m, k, self.spec.ignore_index,
-            B=SAMPLES_OF_A_BLOCK,
-        )  # fmt: skip
-
-    def divisor(self, part: Tensor, out: Tensor, nothing_is_zero: bool) -> None:
-        launch(sums.divisor_kernel, (1,), part, out, part.shape[1], NOTHING_IS_ZERO=nothing_is_zero, B=1024)
-
-    def panel_split(self, anchors: int, others: int) -> int:
-        tile = config.panel_tile()
-        return min(tile.most_parts, ceil_div(4 * self.arch.multiprocessors, ceil_div(anchors, tile.p)))
-
-    def panel_log_sum_exp(
-        self, p: Side, q: Side, products: Tensor, partial: tuple[Tensor, Tensor], start: int, stop: int
-    ) -> None:
-        tile, split = config.panel_tile(), partial[0].shape[0]
-        launch(
-            panel.panel_lse_kernel, (triton.cdiv(stop - start, tile.p) * split,),
-            products, p.rnorm, p.label, p.count, q.rnorm, q.label, self.beta, *partial,
-            start, stop, q.slots, products.stride(0) // 16, p.skip, q.skip, split,
-            EXCLUDE=self.spec.exclude, P_SAMPLES=p.samples, P_GATHER=p.gather, BP=tile.p, BQ=tile.q, warps=tile.warps,
-        )  # fmt: skip
-
-    def panel_entries(
-        self, p: Side, q: Side, products: Tensor, partial: tuple[Tensor, Tensor], h: Tensor,
-        start: int, stop: int, scale: Tensor | None,
-    ) -> None:  # fmt: skip
-        tile, split = config.panel_tile(), partial[0].shape[0]
-        launch(
-            panel.panel_entries_kernel, (triton.cdiv(stop - start, tile.p) * triton.cdiv(q.slots, tile.q),),
-            products, *partial, p.rnorm, p.label, p.count, p.grad, p.pos, q.rnorm, q.label, q.pos,
-            self.beta, scale, p.lse, h,
-            start, stop, q.slots, products.stride(0) // 16, h.stride(0) // 16, p.skip, q.skip, split,
-            EXCLUDE=self.spec.exclude, P_SAMPLES=p.samples, P_GATHER=p.gather, BP=tile.p, BQ=tile.q,
-            BS=tile.most_parts, NORM_LIMIT=self.norm_limit, warps=tile.warps,
-        )  # fmt: skip
-
-    def loss(self, share: Tensor, lse: Tensor, pos: Tensor, part: Tensor, divisor: Tensor | None, out: Tensor) -> None:
-        k = self.inputs.prototypes.shape[0]
-        launch(
-            sums.loss_kernel, (part.shape[0],),
-            self.inputs.target, share, lse, pos, part, share.shape[0], k, self.spec.ignore_index,
-            BY_CLASS=self.spec.by_class, B=SAMPLES_OF_A_BLOCK,
-        )  # fmt: skip
-        launch(sums.loss_sum_kernel, (1,), part, divisor, out, part.shape[0], B=1024)
+    def _entry(self, p: Side, q: Side) -> Entry:
+        return self.spec.exclude, p.samples, p.unsummed, q.unsummed, p.gather, q.gather
 
     # --- rows again
 
     def gather(self, side: Side, out: Tensor, start: int, stop: int) -> None:
         launch(
-            finish.gather_kernel, (triton.cdiv(stop - start, 16), triton.cdiv(self.d * self.unit, 256)),
+            finish.gather_kernel, (ceil_div(stop - start, 16), ceil_div(self.d * self.unit, 256)),
             side.x, side.rnorm, side.label, side.count, out,
             start, stop, self.d, self._units(side.x), side.skip,
-            GATHER=side.gather, UNSUMMED=side.unsummed, UNIT=self.unit, BR=16, BD=256,
+            options=_gather_options(side.gather, side.unsummed, self.unit),
         )  # fmt: skip
 
     def finish(
@@ -283,22 +319,16 @@ class TritonKernels(StepKernels):
         d = side.x.shape[1]
         blocks = _row_blocks(d)
         launch(
-            finish.finish_kernel, (triton.cdiv(stop - start, blocks["BR"]),),
+            finish.finish_kernel, (ceil_div(stop - start, blocks["BR"]),),
             sums, side.x, side.rnorm, side.label, side.count, self.beta, scale, result.out, result.dot,
             start, stop, parts, side.slots * self.d, self.d, self._units(side.x), side.skip,
-            GATHER=side.gather, UNSUMMED=side.unsummed, NORM_INSIDE=norm_inside, WHOLE_D=blocks["BD"] >= d,
-            UNIT=self.unit, EPS=self.eps, NORM_LIMIT=self.norm_limit, **blocks,
+            options=_finish_options(
+                blocks["BD"], blocks["BD"] >= d, side.gather, side.unsummed, norm_inside,
+                self.unit, self.eps, self.norm_limit,
+            ),
         )  # fmt: skip
 
 
 def _all_of(side: Side) -> tuple[Tensor | None, ...]:
     """What the gradient's entries take from a side."""
     return side.x, side.rnorm, side.label, side.count, side.bias, side.lse, side.grad, side.pos
-
-
-def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
-    """``x * factor`` for a contiguous tensor and a number on its device, which nobody waits for."""
-    in_place = in_place and x.dtype == dtype
-    out = x if in_place else torch.empty_like(x, dtype=dtype)
-    launch(sums.scale_kernel, (triton.cdiv(x.numel(), 4096),), x, factor, out, x.numel(), IN_PLACE=in_place, B=4096)
-    return out

@@ -1,0 +1,147 @@
+"""python -m benchmarks host: what one step of the Triton backend costs on the host, without a GPU.
+
+A stand-in takes the place of the driver (see standin.py), so that kernels are compiled and nothing is launched. Times
+are of NONL in bfloat16 with the default workspace of 80 GiB, in one step where the backend takes it, else forward and
+backward, each the median of many. Every one is timed with Triton's own launches and with those of
+nckernels/backends/triton/dispatch.py, in turn.
+
+Not included: the launch in the driver itself, the vendor library's matrix products, what fills and sums take on a
+device, PyTorch's autograd. Allocations are the CPU's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+
+SIZES = ((512, 10, 128), (8192, 1000, 128), (8192, 1000, 2048), (8192, 21841, 2048))
+MULTIPROCESSORS, SHARED = 132, 227 << 10  # an H100's
+
+Launch = Callable[..., None]
+
+
+def main(argv: list[str]) -> int:
+    """Measure and print; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=200, help="steps timed each way: 200")
+    parser.add_argument("--arch", type=int, default=90, help="compute capability of the GPU that is not there: 90")
+    args = parser.parse_args(argv)
+    os.environ.pop("TRITON_INTERPRET", None)  # kernels are compiled
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "0")  # Triton 3.9 warns where neither is chosen
+    try:
+        import triton
+
+        from nckernels.backends.triton import config, dispatch
+
+        from . import standin
+    except ImportError as error:
+        raise SystemExit(f"host needs Triton: {error}") from error
+    standin.install(args.arch)
+    arch = config.Arch(args.arch, MULTIPROCESSORS, SHARED)
+
+    def arch_of(device: torch.device) -> config.Arch:
+        return arch
+
+    print(f"triton {triton.__version__}, torch {torch.__version__}, sm_{args.arch}, medians of {args.steps} steps")
+    print("host time without the driver's own launch, without the library's products and without autograd")
+    print(f"{'M, K, d':>18} {'launches':>9}   {'':9}{'us a step':>10}{'in launches':>13}{'us a launch':>13}")
+    with (
+        mock.patch.object(config, "arch_of", arch_of),
+        mock.patch.object(torch, "zeros", torch.empty),  # the time of a CPU to fill a matrix is nobody's
+    ):
+        for size in SIZES:
+            ways: dict[str, Launch] = {"general": general, "direct": dispatch.launch}
+            for name, (launches, step, inside) in measure(size, ways, args.steps).items():
+                shown = ", ".join(map(str, size)) if name == "general" else ""
+                count = str(launches) if name == "general" else ""
+                each = inside / launches
+                print(f"{shown:>18} {count:>9}   {name:9}{step:10.0f}{inside:13.0f}{each:13.1f}", flush=True)
+    return 0
+
+
+def general(
+    kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stages: int = 2, options: Any = None, **named: Any
+) -> None:
+    """A launch by Triton's own means."""
+    if options is None:
+        kernel[grid](*args, **named, num_warps=warps, num_stages=stages)
+    else:
+        kernel[grid](*args, **options)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
+def measure(size: tuple[int, int, int], ways: dict[str, Launch], steps: int) -> dict[str, tuple[int, float, float]]:
+    """For each way: launches, microseconds a step, and of these in launches."""
+    from nckernels.backends.triton import launch
+
+    one = _step(*size)
+    whole: dict[str, list[float]] = {name: [] for name in ways}
+    inside: dict[str, list[float]] = {name: [] for name in ways}
+    launches = 0
+    spent = 0.0
+
+    def timed(way: Launch) -> Launch:
+        def timed_launch(*args: Any, **options: Any) -> None:
+            nonlocal launches, spent
+            begin = time.perf_counter()
+            way(*args, **options)
+            spent += time.perf_counter() - begin
+            launches += 1
+
+        return timed_launch
+
+    with mock.patch.object(launch.TritonKernels, "matmul", _nothing):
+        for i in range(-3, steps):  # the first ones compile
+            for name, way in ways.items():
+                with mock.patch.object(launch, "launch", way):
+                    begin = time.perf_counter()
+                    one()
+                    whole[name].append(time.perf_counter() - begin)
+                launches, spent = 0, 0.0
+                with mock.patch.object(launch, "launch", timed(way)):
+                    one()
+                inside[name].append(spent)
+                if i < 0:
+                    whole[name].clear()
+                    inside[name].clear()
+    middle = statistics.median
+    return {name: (launches, 1e6 * middle(whole[name]), 1e6 * middle(inside[name])) for name in ways}
+
+
+def _step(m: int, k: int, d: int) -> Callable[[], None]:
+    """Loss and gradient as the backend takes them, in memory that is never touched."""
+    from nckernels.backends.base import Inputs, Needs, OutputGrads, Reduced, Spec
+    from nckernels.backends.registry import SHARE_OF_DEVICE
+    from nckernels.backends.triton import TritonBackend
+
+    backend = TritonBackend()
+    spec = Spec("class", "target", True, -100, (80 << 30) // SHARE_OF_DEVICE)
+    z, w = (torch.empty(n, d, dtype=torch.bfloat16) for n in (m, k))
+    inputs = Inputs(z, w, torch.zeros(m, dtype=torch.int64), torch.tensor(10.0), None, None)
+    needs = Needs(True, True, False, False, False)
+    grads = OutputGrads(torch.empty(k), None, torch.empty(m))
+
+    reduced = Reduced(None, True, torch.nan)
+
+    def one() -> None:
+        found = backend.step(inputs, reduced, spec, needs)
+        for grad in (found.features, found.prototypes):
+            assert grad is not None
+            backend.scaled(grad, found.loss, grad.dtype, in_place=True)
+
+    def two() -> None:
+        backend.backward(inputs, backend.forward(inputs, spec, True), grads, spec, needs)
+
+    return one if backend.can_step(z, w, spec) else two

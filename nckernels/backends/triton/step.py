@@ -1,0 +1,105 @@
+"""The launches of loss and gradient in one step; what runs when is in ``tiled/step.py``."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..tiled import StepKernels
+from ..tiled.plan import ceil_div
+from ..tiled.sides import Side
+from ..tiled.step import SAMPLES_OF_A_BLOCK
+from . import config, launch, panel
+from . import reduce as sums
+from .dispatch import Options
+
+# The options of a launch, made once for each set of values that they depend on.
+_made_once = lru_cache(maxsize=1024)
+
+
+@_made_once
+def _panel_options(exclude: str, samples: bool, gather: bool, tile: config.PanelTile) -> Options:
+    return Options(EXCLUDE=exclude, P_SAMPLES=samples, P_GATHER=gather, BP=tile.p, BQ=tile.q, warps=tile.warps)
+
+
+@_made_once
+def _entries_options(exclude: str, samples: bool, gather: bool, limit: float, tile: config.PanelTile) -> Options:
+    return Options(
+        EXCLUDE=exclude, P_SAMPLES=samples, P_GATHER=gather, BP=tile.p, BQ=tile.q, BS=tile.most_parts,
+        NORM_LIMIT=limit, warps=tile.warps,
+    )  # fmt: skip
+
+
+_SHARES = Options(B=SAMPLES_OF_A_BLOCK)
+_DIVISOR = {nothing: Options(NOTHING_IS_ZERO=nothing, B=1024) for nothing in (False, True)}
+_LOSS = {by_class: Options(BY_CLASS=by_class, B=SAMPLES_OF_A_BLOCK) for by_class in (False, True)}
+_LOSS_SUM = Options(B=1024)
+_SCALED = {in_place: Options(IN_PLACE=in_place, B=4096) for in_place in (False, True)}
+
+
+class TritonStep(launch.TritonKernels, StepKernels):
+    """The kernels of two passes, and those of one step."""
+
+    def fits_on_chip(self) -> bool:
+        m, k = self.inputs.features.shape[0], self.inputs.prototypes.shape[0]
+        return config.grad_tile(self._shape(False, m * k)) is not None
+
+    def shares(
+        self, weight: Tensor | None, share: Tensor, pos_grad: Tensor, of_class: Tensor | None, part: Tensor
+    ) -> None:
+        m, k = share.shape[0], self.inputs.prototypes.shape[0]
+        launch.launch(
+            sums.share_kernel, (part.shape[1],),
+            self.inputs.target, weight, share, pos_grad, of_class, part, m, k, self.spec.ignore_index,
+            options=_SHARES,
+        )  # fmt: skip
+
+    def divisor(self, part: Tensor, out: Tensor, nothing_is_zero: bool) -> None:
+        launch.launch(sums.divisor_kernel, (1,), part, out, part.shape[1], options=_DIVISOR[nothing_is_zero])
+
+    def panel_split(self, anchors: int, others: int) -> int:
+        tile = config.panel_tile()
+        return min(tile.most_parts, ceil_div(4 * self.arch.multiprocessors, ceil_div(anchors, tile.p)))
+
+    def panel_log_sum_exp(
+        self, p: Side, q: Side, products: Tensor, partial: tuple[Tensor, Tensor], start: int, stop: int
+    ) -> None:
+        tile, split = config.panel_tile(), partial[0].shape[0]
+        launch.launch(
+            panel.panel_lse_kernel, (ceil_div(stop - start, tile.p) * split,),
+            products, p.rnorm, p.label, p.count, q.rnorm, q.label, self.beta, *partial,
+            start, stop, q.slots, products.stride(0) // 16, p.skip, q.skip, split,
+            options=_panel_options(self.spec.exclude, p.samples, p.gather, tile),
+        )  # fmt: skip
+
+    def panel_entries(
+        self, p: Side, q: Side, products: Tensor, partial: tuple[Tensor, Tensor], h: Tensor,
+        start: int, stop: int, scale: Tensor | None,
+    ) -> None:  # fmt: skip
+        tile, split = config.panel_tile(), partial[0].shape[0]
+        launch.launch(
+            panel.panel_entries_kernel, (ceil_div(stop - start, tile.p) * ceil_div(q.slots, tile.q),),
+            products, *partial, p.rnorm, p.label, p.count, p.grad, p.pos, q.rnorm, q.label, q.pos,
+            self.beta, scale, p.lse, h,
+            start, stop, q.slots, products.stride(0) // 16, h.stride(0) // 16, p.skip, q.skip, split,
+            options=_entries_options(self.spec.exclude, p.samples, p.gather, self.norm_limit, tile),
+        )  # fmt: skip
+
+    def loss(self, share: Tensor, lse: Tensor, pos: Tensor, part: Tensor, divisor: Tensor | None, out: Tensor) -> None:
+        k = self.inputs.prototypes.shape[0]
+        launch.launch(
+            sums.loss_kernel, (part.shape[0],),
+            self.inputs.target, share, lse, pos, part, share.shape[0], k, self.spec.ignore_index,
+            options=_LOSS[self.spec.by_class],
+        )  # fmt: skip
+        launch.launch(sums.loss_sum_kernel, (1,), part, divisor, out, part.shape[0], options=_LOSS_SUM)
+
+
+def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
+    """``x * factor`` for a contiguous tensor and a number on its device, which nobody waits for."""
+    in_place = in_place and x.dtype == dtype
+    out = x if in_place else torch.empty_like(x, dtype=dtype)
+    launch.launch(sums.scale_kernel, (ceil_div(x.numel(), 4096),), x, factor, out, x.numel(), options=_SCALED[in_place])
+    return out
