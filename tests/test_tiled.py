@@ -37,9 +37,6 @@ class NoKernels(StepKernels):
     def short_blocks(self, *_: Any) -> Blocks | None:
         return Blocks(128, 64, 132) if self.short else None
 
-    def fits_on_chip(self) -> bool:
-        return self.short
-
     def panel_split(self, *_: Any) -> int:
         return 4
 
@@ -85,7 +82,7 @@ def one_step(m: int, k: int, d: int, dtype: torch.dtype, spec: Spec, needs: Need
         torch.tensor(10.0), None, None,
     )  # fmt: skip
     kernels = Stub(inputs, spec)
-    assert tiled.fits(kernels)
+    assert tiled.fits(*inputs[:2], spec)
     tiled.step(kernels, Reduced(None, True, torch.nan), needs)
     return kernels.launched
 

@@ -138,10 +138,6 @@ class StepKernels(Kernels):
     """What loss and gradient in one step take besides: see ``step.py``."""
 
     @abstractmethod
-    def fits_on_chip(self) -> bool:
-        """Whether rows are short enough for kernels that accumulate gradients on the chip."""
-
-    @abstractmethod
     def shares(
         self, weight: Tensor | None, share: Tensor, pos_grad: Tensor, of_class: Tensor | None, part: Tensor
     ) -> None:

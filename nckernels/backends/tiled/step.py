@@ -20,7 +20,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..base import Needs, Reduced, Step
+from ..base import Needs, Reduced, Spec, Step
 from .backward import dense
 from .forward import prepare
 from .kernels import StepKernels
@@ -31,19 +31,17 @@ SAMPLES_OF_A_BLOCK = 1024
 """In the sums over the samples."""
 
 
-def fits(kernels: StepKernels) -> bool:
-    """Whether a step takes the problem, and is the faster way."""
-    spec, m = kernels.spec, kernels.inputs.features.shape[0]
-    if m == 0 or spec.square or spec.direction == "both" or kernels.fits_on_chip():
+def fits(features: Tensor, prototypes: Tensor, spec: Spec) -> bool:
+    """Whether a step takes the problem, and is the faster way for rows too long for the chip."""
+    if features.shape[0] == 0 or spec.square or spec.direction == "both":
         return False
-    return _panels(kernels) is not None
+    return _panels(features, prototypes, spec) is not None
 
 
-def _panels(kernels: StepKernels) -> StepPanels | None:
-    z, w, spec = kernels.inputs.features, kernels.inputs.prototypes, kernels.spec
-    (m, d), k = z.shape, w.shape[0]
-    sizes = (min(m, k) if spec.present_only else k, m) if spec.by_class else (m, k)
-    return step_panels(*sizes, d, z.element_size(), spec.workspace)
+def _panels(features: Tensor, prototypes: Tensor, spec: Spec) -> StepPanels | None:
+    (m, d), k = features.shape, prototypes.shape[0]
+    anchors, others = (min(m, k) if spec.present_only else k, m) if spec.by_class else (m, k)
+    return step_panels(anchors, others, d, features.element_size(), spec.workspace)
 
 
 def step(kernels: StepKernels, reduced: Reduced, needs: Needs) -> Step:
@@ -106,7 +104,7 @@ def _by_panels(kernels: StepKernels, p: Result, q: Result, scale: Tensor | None,
     """Log-sum-exps of the anchors p, and both gradients."""
     x, y = p.side, q.side
     dtype, d, device = x.x.dtype, x.x.shape[1], x.x.device
-    panels = _panels(kernels)
+    panels = _panels(kernels.inputs.features, kernels.inputs.prototypes, kernels.spec)
     assert panels is not None
     rows, columns, once = panels.rows, panels.columns, panels.rows >= x.slots
     # What finishing divides by: the scale of the entries, and that of the mean.

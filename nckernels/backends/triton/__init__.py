@@ -83,10 +83,9 @@ class TritonBackend(Backend):
             return tiled.backward(launch.TritonKernels(inputs, spec), saved, grads, needs)
 
     def can_step(self, features: Tensor, prototypes: Tensor, spec: Spec) -> bool:
-        from .step import TritonStep
+        from .step import fits_on_chip
 
-        # Neither targets nor temperatures are looked at.
-        return tiled.fits(TritonStep(Inputs(features, prototypes, features, features, None, None), spec))
+        return tiled.fits(features, prototypes, spec) and not fits_on_chip(features, prototypes)
 
     def step(self, inputs: Inputs, reduced: Reduced, spec: Spec, needs: Needs) -> Step:
         from .launch import on_device

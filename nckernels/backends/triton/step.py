@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
@@ -39,12 +40,20 @@ _LOSS_SUM = Options(B=1024)
 _SCALED = {in_place: Options(IN_PLACE=in_place, B=4096) for in_place in (False, True)}
 
 
+def fits_on_chip(features: Tensor, prototypes: Tensor) -> bool:
+    """Whether rows are short enough for the kernels that accumulate gradients on the chip: two passes then."""
+    unit = math.gcd(8, features.shape[1], features.stride(0), prototypes.stride(0))
+    aligned = unit * features.element_size() >= 16 and (features.data_ptr() | prototypes.data_ptr()) % 16 == 0
+    return _on_chip(config.arch_of(features.device), config.kind_of(features), features.shape[1], aligned)
+
+
+@_made_once
+def _on_chip(arch: config.Arch, kind: config.Kind, d: int, aligned: bool) -> bool:
+    return config.grad_tile(config.Shape(arch, kind, d, aligned, heavy=False)) is not None
+
+
 class TritonStep(launch.TritonKernels, StepKernels):
     """The kernels of two passes, and those of one step."""
-
-    def fits_on_chip(self) -> bool:
-        m, k = self.inputs.features.shape[0], self.inputs.prototypes.shape[0]
-        return config.grad_tile(self._shape(False, m * k)) is not None
 
     def shares(
         self, weight: Tensor | None, share: Tensor, pos_grad: Tensor, of_class: Tensor | None, part: Tensor
