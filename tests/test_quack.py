@@ -1,0 +1,75 @@
+"""What the product with an epilogue has to compute, by its stand-in in PyTorch; and that nothing needs quack."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nckernels.backends import quack
+from nckernels.backends.quack import Operand, PlainProduct
+
+LOG2E = math.log2(math.e)
+
+
+def operands(n: int, k: int, beta: float, tagged: bool, seed: int) -> tuple[Operand, Operand]:
+    """Rows of any scale; the first of each is left out and holds NaN."""
+    torch.manual_seed(seed)
+    width = -(-k // PlainProduct.columns) * PlainProduct.columns
+    sides = []
+    for rows, length, factor, left_out in ((n, n, beta * LOG2E, 0.0), (k, width, 1.0, -1.0)):
+        x = (torch.randn(rows, 40) * torch.rand(rows, 1).exp2()).bfloat16()
+        scale = torch.full((length,), left_out)
+        scale[:rows] = factor / x.float().norm(dim=1)
+        scale[0], x[0] = left_out, torch.nan
+        tag = torch.randint(4, (length,)).float() if tagged else None
+        sides.append(Operand(x, scale, tag))
+    return sides[0], sides[1]
+
+
+def results(p: Operand, q: Operand, beta: float) -> tuple[Tensor, Tensor]:
+    (n, k), columns = (p.x.shape[0], q.x.shape[0]), PlainProduct.columns
+    e, sums = torch.empty(n, k, dtype=torch.bfloat16), torch.empty(n, -(-k // columns))
+    PlainProduct()(p, q, beta * LOG2E, e, sums)
+    return e, sums
+
+
+@pytest.mark.parametrize("beta", [1.0, 10.0, 40.0])
+@pytest.mark.parametrize("tagged", [False, True], ids=["all", "others"])
+@pytest.mark.parametrize(("n", "k"), [(5, 3), (17, 32), (9, 77)])
+def test_stand_in(n: int, k: int, tagged: bool, beta: float) -> None:
+    p, q = operands(n, k, beta, tagged, seed=n)
+    e, sums = results(p, q, beta)
+    expected = (beta * (F.normalize(p.x.double()) @ F.normalize(q.x.double()).t() - 1)).exp()
+    expected[0], expected[:, 0] = 0, 0
+    if p.tag is not None and q.tag is not None:
+        expected[p.tag[:, None] == q.tag[:k]] = 0
+    torch.testing.assert_close(sums.sum(1).double(), expected.sum(1), rtol=2e-5, atol=0)
+    torch.testing.assert_close(e.double(), expected * q.scale[:k].double(), rtol=2**-8, atol=0)
+    assert (expected == 0).eq(e == 0).all()
+
+
+def test_nan_in_a_row_that_takes_part_shows() -> None:
+    p, q = operands(5, 7, 10.0, True, seed=0)
+    for operand in (p, q):
+        operand.x[2], operand.scale[2] = torch.nan, torch.nan
+    e, sums = results(p, q, 10.0)
+    assert sums[2].isnan().all()
+    assert e[3:, 2].isnan().any()
+    assert (e[0, 3:] == 0).all()
+
+
+def test_where_it_is_not_and_why() -> None:
+    assert quack.why_not(torch.device("cpu")) == "there is none for cpu devices"
+    if quack.missing() is not None:
+        assert "quack-kernels" in quack.missing()  # type: ignore[operator]
+
+
+def test_importing_this_package_does_not_import_quack() -> None:
+    code = "import sys, nckernels.backends.quack; sys.exit(not {'quack', 'cutlass'}.isdisjoint(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
