@@ -22,7 +22,7 @@ PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadgroup
 
 CXX_FILES := $(wildcard csrc/*/*.[ch]* tests/cuda_host/*.h tests/cuda_host/*.cpp benchmarks/*.cpp)
 
-.PHONY: help setup demo test test-all test-gpu sanitize lint check-cuda check-triton check-triton-quick bench bench-report clean
+.PHONY: help setup demo test test-all test-gpu sanitize lint check-cuda check-triton check-triton-quick check-quack bench bench-report clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -36,7 +36,7 @@ test: lint check-cuda check-triton-quick ## lint, types, offline compilation of 
 	$(PARALLEL) tests --ignore tests/interpreter -m "not slow and not cuda"
 	TRITON_INTERPRET=1 $(PARALLEL) tests/interpreter -m "not slow and not cuda"
 
-test-all: lint check-cuda check-triton ## everything, the slow tests too
+test-all: lint check-cuda check-triton check-quack ## everything, the slow tests too
 	$(PARALLEL) tests --ignore tests/interpreter -m "not cuda"
 	TRITON_INTERPRET=1 $(PARALLEL) tests/interpreter -m "not cuda"
 
@@ -67,6 +67,9 @@ check-triton: $(READY) $(TRITON36)/.ready ## compile every Triton kernel for sm_
 check-triton-quick: $(READY) $(TRITON36)/.ready ## the same for one specialisation of each kernel
 	$(PY) tools/check_triton.py --quick
 	PYTHONPATH=$(TRITON36) $(PY) tools/check_triton.py --quick
+
+check-quack: $(READY) ## compile quack's product with our epilogues for sm_90a, sm_100a and sm_120a, where quack is there
+	$(PY) tools/check_quack.py
 
 bench: $(READY) ## forward + backward of every loss on this machine, half a minute (pytest-benchmark)
 	@mkdir -p out
