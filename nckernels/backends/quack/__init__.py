@@ -12,10 +12,11 @@ import importlib.metadata
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
-from .contract import Operand, PlainProduct, Product
+from .contract import MOST_BETA, MOST_TAGS, Operand, PlainProduct, Product
 
-__all__ = ["MAJORS", "Operand", "PlainProduct", "Product", "missing", "product", "why_not"]
+__all__ = ["MAJORS", "Operand", "PlainProduct", "Product", "missing", "product", "takes", "why_not"]
 
 MAJORS = (9, 10, 12)
 """Compute capabilities: Hopper, Blackwell for data centres and for desks."""
@@ -43,6 +44,16 @@ def why_not(device: torch.device) -> str | None:
     if torch.cuda.get_device_capability(device)[0] not in MAJORS:
         return "it needs compute capability 9, 10 or 12"
     return missing()
+
+
+def takes(features: Tensor, prototypes: Tensor, beta: float) -> bool:
+    """Whether a device's product takes such matrices, whose rows begin at multiples of 16 bytes, and such a beta."""
+    return (
+        features.dtype == torch.bfloat16
+        and 0.0 < beta <= MOST_BETA
+        and max(features.shape[0], prototypes.shape[0]) < MOST_TAGS
+        and all(x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 and x.shape[1] % 8 == 0 for x in (features, prototypes))
+    )
 
 
 @lru_cache(maxsize=64)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..base import Inputs, Spec, norm_eps
+from ..quack import Product
 from .plan import Blocks
 from .sides import Result, Side, plain
 
@@ -166,6 +167,33 @@ class StepKernels(Kernels):
     ) -> None:  # fmt: skip
         """As ``entries`` for all of q, from the products; also the log-sum-exps ``p.lse`` of p's slots. ``h`` may be
         ``products``."""
+
+    # --- around a product with an epilogue, see ``engines.py``
+
+    def epilogue_product(self) -> tuple[Product, float] | None:
+        """The product and beta, where the device and the problem are such that there is one."""
+        return None
+
+    @abstractmethod
+    def epilogue_operand(
+        self, side: Side, scale: Tensor, tag: Tensor | None, slot: Tensor | None, anchors: bool
+    ) -> None:
+        """What the epilogue knows of a side's slots, see :class:`quack.Operand`. ``slot[row]``: the slot of a row."""
+
+    @abstractmethod
+    def epilogue_weights(self, p: Side, sums: Tensor, weight: Tensor, start: int, stop: int) -> None:
+        """From the sums (stop - start, parts) of p's slots [start, stop): log-sum-exps ``p.lse``, and what turns
+        exponentials into entries."""
+
+    @abstractmethod
+    def weighted_entries(self, p: Side, weight: Tensor, h: Tensor, start: int, stop: int) -> None:
+        """Exponentials become entries, but for positives, in place."""
+
+    @abstractmethod
+    def positives(
+        self, p: Side, q: Side, pos: Tensor, weight: Tensor, slot: Tensor | None, h: Tensor, start: int, stop: int
+    ) -> None:
+        """Entries of the samples' positives, ``pos`` their logits, for p's slots [start, stop)."""
 
     @abstractmethod
     def loss(self, share: Tensor, lse: Tensor, pos: Tensor, part: Tensor, divisor: Tensor | None, out: Tensor) -> None:

@@ -20,6 +20,9 @@ their tiles of 128 x 128 without multicast are bound by the L2 cache. An estimat
 IN_L2 = 24 << 20
 """Bytes that survive in the L2 cache, 50 MB on an H100, until the next kernel reads them."""
 
+EPILOGUE_COLUMNS = 128
+"""Of the narrowest tile of a product with an epilogue: each leaves one float32 number of an anchor's sum."""
+
 OPERATIONS_PER_BYTE = 266
 """What the tensor cores do while a byte of memory moves: an H100 multiplies bfloat16 matrices of 8192 x 8192 at 798
 TFLOP/s and copies at 3.0 TB/s."""
@@ -93,14 +96,19 @@ class StepPanels:
 
 
 @lru_cache(maxsize=1024)
-def step_panels(n_p: int, n_q: int, d: int, itemsize: int, workspace: int) -> StepPanels | None:
+def step_panels(n_p: int, n_q: int, d: int, itemsize: int, workspace: int, epilogue: bool = False) -> StepPanels | None:
     """The panels of one step, or None where they would be so thin that two passes are faster.
 
     A panel of n anchors takes, for every one of them, a row of float32 products and one of entries (float32 entries
     replace their products), a row of float32 sums and a copy of the anchor; and a copy and sums for ``columns`` rows
     of the other operand, so few that they are still in the L2 cache when they are finished.
+
+    With an ``epilogue`` there are no products, but the partial sums of tiles.
     """
-    row = pad16(n_q) * (4 + (itemsize if itemsize < 4 else 0)) + d * (itemsize + 4)
+    if epilogue:
+        row = pad16(n_q) * itemsize + 4 * ceil_div(n_q, EPILOGUE_COLUMNS) + d * (itemsize + 4)
+    else:
+        row = pad16(n_q) * (4 + (itemsize if itemsize < 4 else 0)) + d * (itemsize + 4)
     column = d * (itemsize + 4)
     columns = min(n_q, max(MIN_PANEL, 1 << (max(1, min(workspace // 4, IN_L2) // column).bit_length() - 1)))
     rows = min(n_p, (workspace - columns * column) // row)
@@ -110,7 +118,8 @@ def step_panels(n_p: int, n_q: int, d: int, itemsize: int, workspace: int) -> St
             return None
         equal = ceil_div(n_p, ceil_div(n_p, rows))
         rows = ceil_div(equal, MIN_PANEL) * MIN_PANEL  # equal panels, in whole tiles of the library's
-    if step_cost(n_p, n_q, d, itemsize, rows) > two_passes_cost(n_p, n_q, d, itemsize):
+    cost = (epilogue_step_cost if epilogue else step_cost)(n_p, n_q, d, itemsize, rows)
+    if cost > two_passes_cost(n_p, n_q, d, itemsize):
         return None
     return StepPanels(rows, columns)
 
@@ -122,12 +131,24 @@ def step_cost(n_p: int, n_q: int, d: int, itemsize: int, rows: int) -> float:
     bytes.
     """
     products, p, q, entries = 2 * rows * n_q * d, rows * d, n_q * d, rows * n_q
-    several = rows < n_p
     panel = _time(products, itemsize * (p + q) + 4 * entries)  # the products themselves
     panel += _time(0, (4 + 4 + itemsize) * entries)  # read for sums, read again, entries written
-    panel += _time(products, itemsize * (entries + q) + 4 * p)  # gradient of the anchors
-    panel += _time(products, itemsize * (entries + p) + (8 if several else 4) * q)  # and of the others
-    return panel * ceil_div(n_p, rows)
+    return (panel + _gradients_cost(n_p, n_q, d, itemsize, rows)) * ceil_div(n_p, rows)
+
+
+def epilogue_step_cost(n_p: int, n_q: int, d: int, itemsize: int, rows: int) -> float:
+    """The same where the product's epilogue takes the exponentials."""
+    products, p, q, entries = 2 * rows * n_q * d, rows * d, n_q * d, rows * n_q
+    panel = _time(products, itemsize * (p + q + entries))  # products, and exponentials written
+    panel += _time(0, 2 * itemsize * entries)  # which become entries in place
+    return (panel + _gradients_cost(n_p, n_q, d, itemsize, rows)) * ceil_div(n_p, rows)
+
+
+def _gradients_cost(n_p: int, n_q: int, d: int, itemsize: int, rows: int) -> float:
+    """Of a panel: the gradient of its anchors, and its part of that of the others."""
+    products, p, q, entries = 2 * rows * n_q * d, rows * d, n_q * d, rows * n_q
+    by_anchors = _time(products, itemsize * (entries + q) + 4 * p)
+    return by_anchors + _time(products, itemsize * (entries + p) + (8 if rows < n_p else 4) * q)
 
 
 def two_passes_cost(n_p: int, n_q: int, d: int, itemsize: int) -> float:

@@ -5,7 +5,7 @@ contrasted with the samples, in the instance direction each sample with the clas
 Q. A panel of whole anchors has complete sums, so its products are made once, by the vendor's library, and go on to be
 entries of the gradient before the next panel is begun:
 
-    T = P Q^T          library
+    T = P Q^T          library, or a product whose epilogue does the next step too: see engines.py
     sums, entries H    two readings of T, see triton/panel.py
     dP = H Q           library; finished at once
     dQ += H^T P        library; finished behind the last panel
@@ -22,9 +22,10 @@ from torch import Tensor
 
 from ..base import Needs, Reduced, Spec, Step
 from .backward import dense
+from .engines import Engine, EpilogueEngine, LibraryEngine
 from .forward import prepare
 from .kernels import StepKernels
-from .plan import StepPanels, ceil_div, pad16, step_panels
+from .plan import StepPanels, ceil_div, step_panels
 from .sides import Result, Side, two_sides
 
 SAMPLES_OF_A_BLOCK = 1024
@@ -38,10 +39,10 @@ def fits(features: Tensor, prototypes: Tensor, spec: Spec) -> bool:
     return _panels(features, prototypes, spec) is not None
 
 
-def _panels(features: Tensor, prototypes: Tensor, spec: Spec) -> StepPanels | None:
+def _panels(features: Tensor, prototypes: Tensor, spec: Spec, epilogue: bool = False) -> StepPanels | None:
     (m, d), k = features.shape, prototypes.shape[0]
     anchors, others = (min(m, k) if spec.present_only else k, m) if spec.by_class else (m, k)
-    return step_panels(anchors, others, d, features.element_size(), spec.workspace)
+    return step_panels(anchors, others, d, features.element_size(), spec.workspace, epilogue)
 
 
 def step(kernels: StepKernels, reduced: Reduced, needs: Needs) -> Step:
@@ -91,7 +92,7 @@ def step(kernels: StepKernels, reduced: Reduced, needs: Needs) -> Step:
     for_samples = result(samples, needs.features, by_samples)
     for_classes = result(classes, needs.prototypes, needs.inv_temperature and not by_samples)
     p, q = (for_classes, for_samples) if spec.by_class else (for_samples, for_classes)
-    _by_panels(kernels, p, q, scale, divisor)
+    _by_panels(kernels, p, q, pos, scale, divisor)
 
     loss, lse = new(1), p.side.lse
     assert lse is not None
@@ -100,12 +101,24 @@ def step(kernels: StepKernels, reduced: Reduced, needs: Needs) -> Step:
     return Step(loss[0], for_samples.out, for_classes.out, None if dot is None else dot.sum())
 
 
-def _by_panels(kernels: StepKernels, p: Result, q: Result, scale: Tensor | None, divisor: Tensor | None) -> None:
+def _engine(kernels: StepKernels, p: Side, q: Side, pos: Tensor, scale: Tensor | None) -> tuple[Engine, StepPanels]:
+    problem = kernels.inputs.features, kernels.inputs.prototypes, kernels.spec
+    found = kernels.epilogue_product()
+    panels = None if found is None else _panels(*problem, epilogue=True)
+    if found is not None and panels is not None:
+        return EpilogueEngine(kernels, *found, p, q, panels.rows, pos), panels
+    panels = _panels(*problem)
+    assert panels is not None
+    return LibraryEngine(kernels, p, q, panels.rows, scale), panels
+
+
+def _by_panels(
+    kernels: StepKernels, p: Result, q: Result, pos: Tensor, scale: Tensor | None, divisor: Tensor | None
+) -> None:
     """Log-sum-exps of the anchors p, and both gradients."""
     x, y = p.side, q.side
     dtype, d, device = x.x.dtype, x.x.shape[1], x.x.device
-    panels = _panels(kernels.inputs.features, kernels.inputs.prototypes, kernels.spec)
-    assert panels is not None
+    engine, panels = _engine(kernels, x, y, pos, scale)
     rows, columns, once = panels.rows, panels.columns, panels.rows >= x.slots
     # What finishing divides by: the scale of the entries, and that of the mean.
     finished = scale if divisor is None else divisor[:1] if scale is None else scale * divisor[:1]
@@ -113,8 +126,6 @@ def _by_panels(kernels: StepKernels, p: Result, q: Result, scale: Tensor | None,
     def buffer(n: int, width: int, dtype: torch.dtype = torch.float32, wanted: bool = True) -> Tensor | None:
         return torch.empty(n, width, dtype=dtype, device=device) if wanted else None
 
-    products = torch.empty(rows, pad16(y.slots), dtype=torch.float32, device=device)
-    h = products if dtype == torch.float32 else torch.empty_like(products, dtype=dtype)
     p_sums = buffer(rows, d, wanted=p.wanted)
     # Those of all panels, or with one panel, of a block of columns.
     q_sums = q.accumulator if q.accumulator is not None else buffer(columns if once else y.slots, d, wanted=q.wanted)
@@ -125,14 +136,10 @@ def _by_panels(kernels: StepKernels, p: Result, q: Result, scale: Tensor | None,
         stop = min(start + rows, x.slots)
         n, last = stop - start, stop == x.slots
         x_rows = dense(kernels, x, start, stop, x_copy)
-        kernels.matmul(x_rows, y.x.t(), products[:n, : y.slots], accumulate=False)
-        split = kernels.panel_split(n, y.slots)
-        partial = torch.empty(2, split, n, dtype=torch.float32, device=device)
-        kernels.panel_log_sum_exp(x, y, products, (partial[0], partial[1]), start, stop)
-        kernels.panel_entries(x, y, products, (partial[0], partial[1]), h, start, stop, scale)
+        h = engine.entries(x_rows, start, stop)
         for begin in range(0, y.slots, columns):
             end = min(begin + columns, y.slots)
-            block = h[:n, begin:end]
+            block = h[:, begin:end]
             if p_sums is not None:
                 y_rows = dense(kernels, y, begin, end, y_copy)
                 kernels.matmul(block, y_rows, p_sums[:n], accumulate=begin > 0)

@@ -8,11 +8,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .. import quack
+from ..base import Inputs, Spec
 from ..tiled import StepKernels
 from ..tiled.plan import ceil_div
 from ..tiled.sides import Side
 from ..tiled.step import SAMPLES_OF_A_BLOCK
-from . import config, launch, panel
+from . import config, epilogue, launch, panel
 from . import reduce as sums
 from .dispatch import Options
 
@@ -33,6 +35,20 @@ def _entries_options(exclude: str, samples: bool, gather: bool, limit: float, ti
     )  # fmt: skip
 
 
+@_made_once
+def _operand_options(exclude: str, samples: bool, gather: bool) -> Options:
+    return Options(EXCLUDE=exclude, SAMPLES=samples, GATHER=gather, B=1024)
+
+
+_WEIGHTS = {gather: Options(GATHER=gather, BP=32, BS=32) for gather in (False, True)}
+
+
+@_made_once
+def _positives_options(by_class: bool, exclude: str) -> Options:
+    return Options(BY_CLASS=by_class, EXCLUDE=exclude, B=1024)
+
+
+_WEIGHTED = {gather: Options(GATHER=gather, BP=8, BQ=1024, warps=8) for gather in (False, True)}
 _SHARES = Options(B=SAMPLES_OF_A_BLOCK)
 _DIVISOR = {nothing: Options(NOTHING_IS_ZERO=nothing, B=1024) for nothing in (False, True)}
 _LOSS = {by_class: Options(BY_CLASS=by_class, B=SAMPLES_OF_A_BLOCK) for by_class in (False, True)}
@@ -53,7 +69,14 @@ def _on_chip(arch: config.Arch, kind: config.Kind, d: int, aligned: bool) -> boo
 
 
 class TritonStep(launch.TritonKernels, StepKernels):
-    """The kernels of two passes, and those of one step."""
+    """The kernels of two passes, and those of one step.
+
+    ``host_beta`` is the inverse temperature where the host knows it.
+    """
+
+    def __init__(self, inputs: Inputs, spec: Spec, host_beta: float | None) -> None:
+        super().__init__(inputs, spec)
+        self.host_beta = host_beta
 
     def shares(
         self, weight: Tensor | None, share: Tensor, pos_grad: Tensor, of_class: Tensor | None, part: Tensor
@@ -94,6 +117,48 @@ class TritonStep(launch.TritonKernels, StepKernels):
             self.beta, scale, p.lse, h,
             start, stop, q.slots, products.stride(0) // 16, h.stride(0) // 16, p.skip, q.skip, split,
             options=_entries_options(self.spec.exclude, p.samples, p.gather, self.norm_limit, tile),
+        )  # fmt: skip
+
+    def epilogue_product(self) -> tuple[quack.Product, float] | None:
+        z, w, beta = self.inputs.features, self.inputs.prototypes, self.host_beta
+        if beta is None or not quack.takes(z, w, beta) or quack.why_not(z.device) is not None:
+            return None
+        return quack.product(z.device), beta
+
+    def epilogue_operand(
+        self, side: Side, scale: Tensor, tag: Tensor | None, slot: Tensor | None, anchors: bool
+    ) -> None:
+        n = scale.shape[0]
+        launch.launch(
+            epilogue.operand_kernel, (ceil_div(n, 1024),),
+            side.rnorm, side.label, side.count, self.beta if anchors else None, scale, tag, slot,
+            side.slots, n, side.skip,
+            options=_operand_options(self.spec.exclude, side.samples, side.gather),
+        )  # fmt: skip
+
+    def epilogue_weights(self, p: Side, sums: Tensor, weight: Tensor, start: int, stop: int) -> None:
+        launch.launch(
+            epilogue.weights_kernel, (ceil_div(stop - start, 32),),
+            sums, p.label, p.count, p.grad, self.beta, p.lse, weight, start, stop, sums.shape[1], p.skip,
+            options=_WEIGHTS[p.gather],
+        )  # fmt: skip
+
+    def weighted_entries(self, p: Side, weight: Tensor, h: Tensor, start: int, stop: int) -> None:
+        launch.launch(
+            epilogue.weighted_entries_kernel, (ceil_div(stop - start, 8), ceil_div(h.shape[1], 1024)),
+            weight, p.rnorm, p.label, p.count, h, start, stop, h.stride(0) // 16, p.skip,
+            options=_WEIGHTED[p.gather],
+        )  # fmt: skip
+
+    def positives(
+        self, p: Side, q: Side, pos: Tensor, weight: Tensor, slot: Tensor | None, h: Tensor, start: int, stop: int
+    ) -> None:
+        m, k, pos_grad = pos.shape[0], self.inputs.prototypes.shape[0], (p if p.samples else q).pos
+        launch.launch(
+            epilogue.positives_kernel, (ceil_div(m, 1024),),
+            self.inputs.target, pos, pos_grad, p.rnorm, q.rnorm, weight, slot, self.beta, h,
+            m, k, start, stop, h.stride(0) // 16, self.spec.ignore_index,
+            options=_positives_options(self.spec.by_class, self.spec.exclude),
         )  # fmt: skip
 
     def loss(self, share: Tensor, lse: Tensor, pos: Tensor, part: Tensor, divisor: Tensor | None, out: Tensor) -> None:

@@ -1,0 +1,118 @@
+"""What surrounds a product whose epilogue has taken the exponentials, see ``tiled/engines.py``.
+
+``E[p, q] = r_q exp(beta S_pq - beta)`` and ``Sums`` come from the product; ``D_p`` is the sum of an anchor's ``Sums``.
+With ``c_p = g_p / D_p`` the gradient's entries are ``H[p, q] = c_p r_p E[p, q]``, and those of positives, which have an
+upstream gradient of their own, ``(c_p exp(beta S_pq - beta) + g_pos) r_p r_q``.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import LN2, LOG2E, slot_rows, summed_rows
+
+
+@triton.jit(do_not_specialize=["n", "padded", "skip"])
+def operand_kernel(
+    Rnorm, Label, Count, Beta, Scale, Tag, Slot, n, padded, skip,
+    EXCLUDE: tl.constexpr, SAMPLES: tl.constexpr, GATHER: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """``Scale`` and ``Tag`` of a side's slots as the epilogue wants them; anchors come with ``Beta``.
+
+    ``Slot[row]``, where there is one, becomes the slot of a row.
+    """
+    first = tl.program_id(0) * B
+    used = n
+    if Count is not None:
+        used = tl.minimum(tl.load(Count), n)
+    row, valid, tag, rnorm = summed_rows(Rnorm, Label, first, used, skip, EXCLUDE, SAMPLES, GATHER, B)
+    if Beta is not None:
+        scale = tl.where(valid, rnorm * (tl.load(Beta) * LOG2E), 0.0)
+    else:
+        scale = tl.where(valid, rnorm, -1.0)
+    slot = first + tl.arange(0, B)
+    tl.store(Scale + slot, scale, mask=slot < padded)
+    if Tag is not None:
+        tl.store(Tag + slot, tag.to(tl.float32), mask=slot < padded)
+    if Slot is not None:
+        tl.store(Slot + row, slot, mask=valid)
+
+
+@triton.jit(do_not_specialize=["p_start", "p_stop", "parts", "skip"])
+def weights_kernel(
+    Sums, Label, Count, Grad, Beta, Lse, Weight, p_start, p_stop, parts, skip,
+    GATHER: tl.constexpr, BP: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """From ``Sums[slot - p_start, part]``: ``Lse`` of the slot's row, and ``Weight[slot - p_start] = c_p``."""
+    p_local = tl.program_id(0) * BP
+    used = p_stop
+    if Count is not None:
+        used = tl.minimum(tl.load(Count), p_stop)
+    row, _, valid = slot_rows(Label, p_start + p_local, used, skip, GATHER, BP)
+    local = p_local + tl.arange(0, BP)
+    inside = local < p_stop - p_start
+    total = tl.zeros((BP, BS), tl.float32)
+    for i in range(0, parts, BS):
+        part = i + tl.arange(0, BS)
+        at = Sums + local.to(tl.int64)[:, None] * parts + part[None, :]
+        total += tl.load(at, mask=valid[:, None] & (part < parts)[None, :], other=0.0)
+    total = tl.sum(total, 1)
+    lse = tl.log2(total) * LN2 + tl.load(Beta)
+    if GATHER:
+        tl.store(Lse + row, lse, mask=valid)
+    else:
+        tl.store(Lse + p_start + local, lse, mask=inside)
+    empty = total == 0.0  # passes nothing on
+    weight = tl.load(Grad + row, mask=valid, other=0.0) / tl.where(empty, 1.0, total)
+    tl.store(Weight + local, tl.where(empty, 0.0, weight), mask=inside)
+
+
+@triton.jit(do_not_specialize=["p_start", "p_stop", "h_stride", "skip"])
+def weighted_entries_kernel(
+    Weight, Rnorm, Label, Count, H, p_start, p_stop, h_stride, skip,
+    GATHER: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr,
+):  # fmt: skip
+    """``E`` becomes ``H``, in place; but for the positives."""
+    p_local = tl.program_id(0) * BP
+    used = p_stop
+    if Count is not None:
+        used = tl.minimum(tl.load(Count), p_stop)
+    row, _, valid = slot_rows(Label, p_start + p_local, used, skip, GATHER, BP)
+    local = p_local + tl.arange(0, BP)
+    weight = tl.load(Weight + local, mask=valid, other=0.0) * tl.load(Rnorm + row, mask=valid, other=0.0)
+    column = tl.program_id(1) * BQ + tl.arange(0, BQ)
+    width = h_stride * 16  # seen to be a multiple of 16: the mask does not break up 16-byte accesses
+    at = H + local.to(tl.int64)[:, None] * width + column[None, :]
+    inside = (local < p_stop - p_start)[:, None] & (column < width)[None, :]
+    h = tl.load(at, mask=inside, other=0.0).to(tl.float32) * weight[:, None]
+    tl.store(at, h.to(H.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["m", "k", "p_start", "p_stop", "h_stride", "skip"])
+def positives_kernel(
+    Target, Pos, Pos_grad, P_rnorm, Q_rnorm, Weight, Slot, Beta, H, m, k, p_start, p_stop, h_stride, skip,
+    BY_CLASS: tl.constexpr, EXCLUDE: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """The positives' entries of a panel, one for each sample whose anchor is among [p_start, p_stop).
+
+    They are made anew from the positive logits, in float32: a probability near 1 less 1 has no digits left in E.
+    """
+    sample = tl.program_id(0) * B + tl.arange(0, B)
+    target = tl.load(Target + sample, mask=sample < m, other=skip)
+    valid = (target != skip) & (target >= 0) & (target < k)
+    label = tl.where(valid, target, 0).to(tl.int32)
+    p_row = sample
+    q_row = label
+    if BY_CLASS:
+        p_row = label
+        q_row = sample
+    anchor = p_row
+    if Slot is not None:
+        anchor = tl.load(Slot + label, mask=valid, other=-1)
+    valid = valid & (anchor >= p_start) & (anchor < p_stop)
+    a = tl.load(Pos_grad + sample, mask=valid, other=0.0)
+    if EXCLUDE == "none":
+        e = tl.exp2((tl.load(Pos + sample, mask=valid, other=0.0) - tl.load(Beta)) * LOG2E)
+        a = tl.fma(tl.load(Weight + anchor - p_start, mask=valid, other=0.0), e, a)
+    h = a * tl.load(P_rnorm + p_row, mask=valid, other=0.0) * tl.load(Q_rnorm + q_row, mask=valid, other=0.0)
+    at = H + (anchor - p_start).to(tl.int64) * (h_stride * 16) + q_row
+    tl.store(at, h.to(H.dtype.element_ty), mask=valid)
