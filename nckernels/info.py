@@ -9,7 +9,7 @@ import platform
 import torch
 
 from . import __version__
-from .backends import build, native, registry
+from .backends import build, native, quack, registry
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -28,16 +28,24 @@ def report() -> str:
     devices = _devices()
     rows = [line for device in devices for dtype in DTYPES for line in _row(device, dtype)]
     sections = {
-        "versions": [f"{name:<10} {version}" for name, version in _versions().items()],
+        "versions": [f"{name:<13} {version}" for name, version in _versions().items()],
         "devices": [f"{device!s:<10} {description}" for device, description in devices.items()],
         "settings": [
             f"backend    {registry.chosen() or 'automatic'}",
             *(f"workspace  {registry.get_workspace(device) / 2**20:.0f} MiB on {device}" for device in devices),
         ],
+        "product of one step (bfloat16, temperatures that are numbers of at least 0.025)": [
+            f"{device!s:<6} {_product(device)}" for device in devices
+        ],
         "native code (the library that runs is marked *)": _libraries(),
         "backends (the one that runs is marked *)": rows,
     }
     return "\n".join(line for title, lines in sections.items() for line in (title, *(f"  {x}" for x in lines)))
+
+
+def _product(device: torch.device) -> str:
+    reason = quack.why_not(device)
+    return "quack's, with the exponentials in its epilogue" if reason is None else f"the library's: {reason}"
 
 
 def _libraries() -> list[str]:
@@ -59,7 +67,7 @@ def _row(device: torch.device, dtype: torch.dtype) -> list[str]:
 
 def _versions() -> dict[str, str]:
     versions = {"nckernels": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    for package in ("triton", "numpy"):
+    for package in ("triton", "quack-kernels", "numpy"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -14,8 +14,19 @@ from test_memory import BYTES_PER_ROW, MIB, replay
 
 from nckernels.backends import tiled
 from nckernels.backends.base import Inputs, Needs, OutputGrads, Reduced, Spec
+from nckernels.backends.quack import Product
 from nckernels.backends.tiled import StepKernels, plan
 from nckernels.backends.tiled.plan import Blocks
+
+
+class NoProduct(Product):
+    columns = plan.EPILOGUE_COLUMNS
+
+    def __init__(self, launched: list[str]) -> None:
+        self.launched = launched
+
+    def __call__(self, *_: Any) -> None:
+        self.launched.append("product")
 
 
 class NoKernels(StepKernels):
@@ -24,10 +35,15 @@ class NoKernels(StepKernels):
     index_dtype = torch.int64
     short = False
     """Whether rows count as short enough for the kernel that accumulates on the chip."""
+    epilogue = False
+    """Whether there is a product with an epilogue."""
 
     def __init__(self, inputs: Inputs, spec: Spec) -> None:
         super().__init__(inputs, spec)
         self.launched: list[str] = []
+
+    def epilogue_product(self) -> tuple[Product, float] | None:
+        return (NoProduct(self.launched), 10.0) if self.epilogue else None
 
     def lse_blocks(self, *_: Any) -> Blocks:
         return Blocks(128, 128, 264, plan.FULL_WAVE)
@@ -75,13 +91,14 @@ def step(m: int, k: int, d: int, dtype: torch.dtype, spec: Spec, needs: Needs, s
     return forward.launched + backward.launched
 
 
-def one_step(m: int, k: int, d: int, dtype: torch.dtype, spec: Spec, needs: Needs) -> list[str]:
+def one_step(m: int, k: int, d: int, dtype: torch.dtype, spec: Spec, needs: Needs, epilogue: bool = False) -> list[str]:
     """Loss and gradient in one go; the launches in order."""
     inputs = Inputs(
         torch.empty(m, d, dtype=dtype), torch.empty(k, d, dtype=dtype), torch.zeros(m, dtype=torch.int64),
         torch.tensor(10.0), None, None,
     )  # fmt: skip
     kernels = Stub(inputs, spec)
+    kernels.epilogue = epilogue
     assert tiled.fits(*inputs[:2], spec)
     tiled.step(kernels, Reduced(None, True, torch.nan), needs)
     return kernels.launched
@@ -192,9 +209,17 @@ def test_small_workspace_takes_panels() -> None:
     assert step(3000, 2000, 64, torch.float32, many, EVERYTHING, short=False).count("log_sum_exp") == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+ENGINES = {
+    "float32": (torch.float32, False),
+    "bfloat16": (torch.bfloat16, False),
+    "bfloat16 with an epilogue": (torch.bfloat16, True),
+    "float16": (torch.float16, False),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(("m", "k", "d"), [(4096, 2000, 512), (1024, 3000, 512), (3000, 700, 300)])
-def test_memory_of_one_step(m: int, k: int, d: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_one_step(m: int, k: int, d: int, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The workspace and O(M + K) vectors beyond inputs and gradients, these in float32 while they accumulate.
 
     With one panel nothing accumulates beyond it; float16 gradients wait in float32.
@@ -202,14 +227,16 @@ def test_memory_of_one_step(m: int, k: int, d: int, dtype: torch.dtype, monkeypa
     monkeypatch.setattr(plan, "two_passes_cost", lambda *_: float("inf"))
     plan.step_panels.cache_clear()
     needs = Needs(True, True, True, False, False)
+    dtype, epilogue = ENGINES[engine]
     gradient = torch.float32 if dtype == torch.float16 else dtype
     counts = []
-    for direction, workspace in itertools.product(("class", "instance"), (8 * MIB, 128 * MIB)):
+    small = (4 if epilogue else 8) * MIB
+    for direction, workspace in itertools.product(("class", "instance"), (small, 128 * MIB)):
         spec = Spec(direction, "target", direction == "class", -100, workspace)  # type: ignore[arg-type]
         launched: list[str] = []
-        call = functools.partial(one_step, m, k, d, dtype, spec, needs)
+        call = functools.partial(one_step, m, k, d, dtype, spec, needs, epilogue)
         peak, _ = replay(lambda call=call, launched=launched: launched.extend(call()))  # type: ignore[misc]
-        counts.append(launched.count("panel_entries"))
+        counts.append(launched.count("product" if epilogue else "panel_entries"))
         tensors = (m + k) * d * (dtype.itemsize + gradient.itemsize)
         if counts[-1] > 1 and gradient != torch.float32:
             tensors += 4 * (m if direction == "class" else k) * d
@@ -231,6 +258,10 @@ def test_launches_of_one_step() -> None:
     assert len(launched) <= 3 + 10
     only = one_step(2048, 1000, 2048, torch.bfloat16, spec, needs._replace(prototypes=False))
     assert only.count("matmul") == 2
+    with_epilogue = one_step(2048, 1000, 2048, torch.bfloat16, spec, needs, epilogue=True)
+    assert with_epilogue.count("matmul") == 2
+    assert with_epilogue.count("product") == 1
+    assert len(with_epilogue) <= 3 + 13
 
 
 def test_when_one_step_pays() -> None:
@@ -239,7 +270,12 @@ def test_when_one_step_pays() -> None:
     for n_p, n_q, d in ((1000, 2048, 2048), (1000, 8192, 2048), (8192, 8192, 2048), (8192, 1000, 2048)):
         panels = plan.step_panels(n_p, n_q, d, 2, default)
         assert panels is not None
-        assert plan.step_cost(n_p, n_q, d, 2, panels.rows) < 0.75 * plan.two_passes_cost(n_p, n_q, d, 2)
+        cost = plan.step_cost(n_p, n_q, d, 2, panels.rows)
+        assert cost < 0.75 * plan.two_passes_cost(n_p, n_q, d, 2)
+        with_epilogue = plan.step_panels(n_p, n_q, d, 2, default, epilogue=True)
+        assert with_epilogue is not None
+        assert with_epilogue.rows >= panels.rows
+        assert plan.epilogue_step_cost(n_p, n_q, d, 2, with_epilogue.rows) < 0.9 * cost
     assert plan.step_panels(8192, 131_072, 4096, 2, 32 * MIB) is None  # 64 rows and less
     assert plan.step_panels(8192, 8192, 300, 2, default) is None
     floor = 6 * 1000 * 8192 * 2048
@@ -253,15 +289,17 @@ def test_when_one_step_pays() -> None:
     st.integers(257, 5000),
     st.sampled_from([2, 4]),
     st.integers(1 << 20, 1 << 30),
+    st.booleans(),
 )
-def test_panels_of_one_step_fit(n_p: int, n_q: int, d: int, itemsize: int, workspace: int) -> None:
-    panels = plan.step_panels(n_p, n_q, d, itemsize, workspace)
+def test_panels_of_one_step_fit(n_p: int, n_q: int, d: int, itemsize: int, workspace: int, epilogue: bool) -> None:
+    panels = plan.step_panels(n_p, n_q, d, itemsize, workspace, epilogue)
     if panels is None:
         return
     rows, columns = panels.rows, panels.columns
     assert 1 <= rows <= n_p
     assert 1 <= columns <= n_q
-    entries = rows * plan.pad16(n_q) * (4 + (2 if itemsize == 2 else 0))
+    each = itemsize if epilogue else 4 + (2 if itemsize == 2 else 0)
+    entries = rows * plan.pad16(n_q) * each
     assert entries + (rows + columns) * d * (4 + itemsize) <= workspace + plan.MIN_PANEL * d * (4 + itemsize)
 
 

@@ -36,6 +36,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
 
+from nckernels.backends import quack
 from nckernels.backends.base import Inputs, Needs, OutputGrads, Reduced, Spec
 from nckernels.backends.triton import TritonBackend, config, dispatch, launch
 
@@ -67,6 +68,8 @@ class Scenario:
     """Operands begin 8 bytes behind a multiple of 16, as columns of a wider matrix may."""
     step: bool = False
     """Loss and gradient in one step, and the factor that comes back."""
+    epilogue: bool = False
+    """The step has a product with an epilogue, which ``check_quack.py`` compiles."""
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -106,6 +109,8 @@ def scenarios() -> Iterator[Scenario]:
     yield Scenario(BF16, 2048, "class", "target", present_only=True, step=True)
     yield Scenario(FP16, 512, "class", "target", m=128, present_only=True, step=True)
     yield Scenario(FP32, 512, "class", "none", present_only=True, step=True)
+    yield Scenario(BF16, 2048, "instance", "none", step=True, epilogue=True)
+    yield Scenario(BF16, 2048, "class", "target", m=128, present_only=True, step=True, epilogue=True)
 
 
 @dataclass(frozen=True)
@@ -182,6 +187,8 @@ def record(scenario: Scenario, arch: int) -> list[Job]:
             options = dispatch.Options(**named)
         jobs.append(job_of(kernel, arch, scenario, args, dict(options)))
 
+    quack.why_not = lambda _: None if scenario.epilogue else "not asked for"  # type: ignore[assignment]
+    quack.product = lambda _: quack.PlainProduct()  # type: ignore[assignment]
     device = config.Arch(arch, 1 if scenario.busy else 132, SHARED_KB[arch] << 10)
     launch.launch = recorder
     launch.TritonKernels.matmul = lambda *_, **__: None  # type: ignore[method-assign]
