@@ -17,13 +17,15 @@ from nckernels.backends.quack import Operand, PlainProduct
 LOG2E = math.log2(math.e)
 
 
-def operands(n: int, k: int, beta: float, tagged: bool, seed: int) -> tuple[Operand, Operand]:
+def operands(
+    n: int, k: int, beta: float, tagged: bool, seed: int, d: int = 40, columns: int = PlainProduct.columns
+) -> tuple[Operand, Operand]:
     """Rows of any scale; the first of each is left out and holds NaN."""
     torch.manual_seed(seed)
-    width = -(-k // PlainProduct.columns) * PlainProduct.columns
+    width = -(-k // columns) * columns
     sides = []
     for rows, length, factor, left_out in ((n, n, beta * LOG2E, 0.0), (k, width, 1.0, -1.0)):
-        x = (torch.randn(rows, 40) * torch.rand(rows, 1).exp2()).bfloat16()
+        x = (torch.randn(rows, d) * torch.rand(rows, 1).exp2()).bfloat16()
         scale = torch.full((length,), left_out)
         scale[:rows] = factor / x.float().norm(dim=1)
         scale[0], x[0] = left_out, torch.nan
@@ -73,3 +75,28 @@ def test_where_it_is_not_and_why() -> None:
 def test_importing_this_package_does_not_import_quack() -> None:
     code = "import sys, nckernels.backends.quack; sys.exit(not {'quack', 'cutlass'}.isdisjoint(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("tagged", [False, True], ids=["all", "others"])
+@pytest.mark.parametrize(("n", "k", "d"), [(1, 1, 8), (200, 1000, 264), (1000, 2049, 2048)])
+def test_device(n: int, k: int, d: int, tagged: bool) -> None:
+    """quack's product against the contract, by tiles of the same width; ragged ends on all sides."""
+    device = torch.device("cuda", 0)
+    if quack.why_not(device) is not None:
+        pytest.skip(quack.why_not(device) or "")
+    ours, contract = quack.product(device), PlainProduct()
+    contract.columns = ours.columns
+    p, q = (
+        Operand(o.x.to(device), o.scale.to(device), None if o.tag is None else o.tag.to(device))
+        for o in operands(n, k, 10.0, tagged, n, d, ours.columns)
+    )
+    found, expected = [], []
+    for product, results in ((ours, found), (contract, expected)):
+        e = torch.full((n, -(-k // 16) * 16), torch.nan, dtype=torch.bfloat16, device=device)[:, :k]
+        sums = torch.full((n, -(-k // ours.columns)), torch.nan, device=device)
+        product(p, q, 10.0 * LOG2E, e, sums)
+        results += [e.double(), sums.double()]
+    torch.testing.assert_close(found[0], expected[0], rtol=2**-7, atol=0)
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=0)

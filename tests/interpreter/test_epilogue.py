@@ -14,7 +14,9 @@ from triton.runtime import interpreter
 
 import nckernels
 from nckernels.backends import quack
+from nckernels.backends.base import Inputs, Spec
 from nckernels.backends.quack import Operand, PlainProduct
+from nckernels.backends.triton.step import TritonStep
 
 BF16 = torch.bfloat16
 
@@ -171,7 +173,7 @@ def test_nan_shows_and_zero_vectors_do_not(product: Counted) -> None:
 
 
 def test_when_the_library_is_taken(product: Counted) -> None:
-    """Types other than bfloat16, low temperatures, rows that TMA cannot read."""
+    """Types other than bfloat16, low temperatures and those on the device, rows that TMA cannot read."""
     x, w, y = problem(20, 5, 9)
     run("nonl", x, w, y, torch.float32)
     run("nonl", x, w, y, torch.float16)
@@ -181,3 +183,6 @@ def test_when_the_library_is_taken(product: Counted) -> None:
     assert not product.panels
     run("nonl", x, w, y, BF16)
     assert product.panels
+    inputs = Inputs(x.to(BF16), w.to(BF16), y, torch.tensor(10.0), None, None)
+    kernels = TritonStep(inputs, Spec("class", "target", True, -100, 1 << 20), host_beta=None)
+    assert kernels.epilogue_product() is None  # a temperature on the device

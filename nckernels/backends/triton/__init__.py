@@ -1,7 +1,7 @@
 """The Triton backend: tiles of similarities on the GPU that are reduced and dropped.
 
 Reading order: ``tiles`` (the vocabulary), ``lse`` (the forward pass), ``grad`` and ``finish`` (the
-backward pass), ``norms``; ``panel`` and ``reduce`` (both passes in one step); then ``config`` (tile
+backward pass), ``norms``; ``panel``, ``epilogue`` and ``reduce`` (both passes in one step); then ``config`` (tile
 sizes), ``launch`` and ``step`` (arguments), ``dispatch`` (the launching itself). What runs when is shared
 with the CUDA backend, in ``tiled``.
 
