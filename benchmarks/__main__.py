@@ -7,6 +7,7 @@ python -m benchmarks compare OLD.json NEW.json           exits with 1 on a regre
 python -m benchmarks readme                              README's tables from the committed reports
 python -m benchmarks tune --device cuda                  tile tables of the Triton kernels for this GPU
 python -m benchmarks host                                host time of the Triton backend's launches, without a GPU
+python -m benchmarks predict                             counted times on a GPU, beside those of a report
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import compare, e2e, harness, host, measure, plots, problems, readme, report, tune
+from . import compare, e2e, harness, host, measure, plots, predict, problems, readme, report, tune
 from .rivals import BASELINE, RIVALS
 from .variants import OURS, Variant, as_graph
 
@@ -31,6 +32,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "readme": readme.main,
     "tune": tune.main,
     "host": host.main,
+    "predict": predict.main,
 }
 
 

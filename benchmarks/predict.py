@@ -1,0 +1,274 @@
+"""python -m benchmarks predict: what a step of the Triton backend should take on a GPU, counted before it is measured.
+
+The package's own code runs, on tensors without memory, and its kernels, panels and launches are counted (counts.py).
+Each stage is taken to last as long as its operations, its bytes or its exponentials at the rates below, whichever is
+most, and stages follow each other. Launches cost nothing here: where they are many and the time is short, they will.
+
+--stages ROW goes through one row stage by stage. With a report of a campaign on one of these GPUs the predictions are
+made for its problems, at the rates that it has measured, and stand next to its times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nckernels.backends.registry import DEFAULT_WORKSPACE, SHARE_OF_DEVICE
+from nckernels.backends.tiled.plan import OWN_RATE
+
+from .problems import LOSSES, Problem, Work, samples
+from .report import Report, duration, load
+
+if TYPE_CHECKING:
+    from .counts import Stage, Tally
+
+TRITON = "nckernels triton"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Rates that a GPU reaches."""
+
+    name: str
+    gemm: float
+    """Operations a second of the vendor's bfloat16 products. The datasheet of the H100 SXM has 989e12; 798e12 has been
+    measured with 8192 x 8192 matrices. Kernels of our own: ``plan.OWN_RATE`` of it, an estimate."""
+    copy: float
+    """Bytes a second, read plus written, as a large copy reaches them: 3.0e12 of 3.35e12, 4.3e12 of 4.8e12."""
+    memory: int
+    """Bytes, of which the workspace is a part."""
+    exp: float = 16 * 132 * 1.755e9
+    """Exponentials a second: 16 a clock and multiprocessor, of which there are 132, at 1.755 GHz."""
+
+    def units(self, stage: Stage) -> dict[str, float]:
+        """Seconds that each unit is busy."""
+        return {
+            "library": stage.library / self.gemm,
+            "own kernels": stage.own / (OWN_RATE * self.gemm),
+            "memory": stage.bytes / self.copy,
+            "exponentials": stage.exps / self.exp,
+        }
+
+    def seconds(self, stages: Iterable[Stage]) -> float:
+        return sum(max(self.units(stage).values()) for stage in stages)
+
+    @property
+    def workspace(self) -> int:
+        """The default of ``nckernels.set_workspace``."""
+        return max(DEFAULT_WORKSPACE, self.memory // SHARE_OF_DEVICE)
+
+
+GPUS = {
+    "h100": Gpu("H100 SXM", 798e12, 3.0e12, 79 << 30),
+    "h200": Gpu("H200", 798e12, 4.3e12, 139 << 30),
+}
+
+ROWS = {
+    "imagenet": Problem("nonl", 2048, 1000, 2048),
+    "imagenet-large": Problem("nonl", 8192, 1000, 2048),
+    "imagenet-large-normface": Problem("normface", 8192, 1000, 2048),
+    "imagenet-21k": Problem("nonl", 8192, 21841, 2048),
+    "imagenet-21k-normface": Problem("normface", 8192, 21841, 2048),
+    "faces": Problem("nonl", 8192, 1_000_000, 512),
+    "faces-normface": Problem("normface", 8192, 1_000_000, 512),
+    "supcon": samples("supcon", 16384, 128),
+    "supcon-large": samples("supcon", 65536, 128),
+    "vocabulary": Problem("normface", 8192, 131_072, 4096),
+    "clip": samples("clip", 32768, 512),
+    "few-classes": Problem("nonl", 65536, 10, 512),
+}
+"""The sizes that are aimed at, in bfloat16."""
+
+
+@dataclass
+class Prediction:
+    """One problem in two passes, and as the backend chooses."""
+
+    problem: Problem
+    gpu: Gpu
+    work: Work
+    passes: Tally
+    chosen: Tally
+
+    @property
+    def floor(self) -> float:
+        return self.work.floor(self.gpu.gemm, self.gpu.copy, self.gpu.exp)
+
+    @property
+    def before(self) -> float:
+        """Seconds in two passes."""
+        return self.gpu.seconds(self.passes.stages)
+
+    @property
+    def after(self) -> float:
+        """Seconds as the backend chooses."""
+        return self.gpu.seconds(self.chosen.stages)
+
+    @property
+    def one_step(self) -> bool:
+        return any(stage.name == "panel_entries" for stage in self.chosen.stages)
+
+    def beyond(self) -> dict[str, int]:
+        """Bytes beyond the floor's by kind, most first."""
+        from .counts import INPUTS
+
+        moved: Counter[str] = Counter()
+        for stage in self.chosen.stages:
+            moved.update(stage.moved)
+        moved[INPUTS] -= self.work.bytes
+        return {kind: count for kind, count in moved.most_common() if count > 0}
+
+
+def predict(problem: Problem, gpu: Gpu, dtype: torch.dtype = torch.bfloat16) -> Prediction:
+    """Count a step of this problem."""
+    from nckernels.backends.triton.config import Arch
+
+    from . import counts
+
+    arch = Arch(90, 132, 227 << 10)
+    passes, chosen = (counts.count(problem, gpu.workspace, arch, dtype, in_one_step=one) for one in (False, True))
+    return Prediction(problem, gpu, problem.work(dtype.itemsize, chosen.present), passes, chosen)
+
+
+def main(argv: list[str]) -> int:
+    """Count and print; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("report", nargs="?", type=Path, help="of python -m benchmarks on one of these GPUs")
+    parser.add_argument("--gpu", choices=tuple(GPUS), default="h100", help="h100")
+    parser.add_argument("--stages", choices=tuple(ROWS), metavar="ROW", help=f"one of {', '.join(ROWS)}")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts, stage by stage")
+    args = parser.parse_args(argv)
+    try:
+        from . import counts as counts
+    except ImportError as error:
+        raise SystemExit(f"predict needs Triton: {error}") from error
+    if args.report is not None:
+        print(beside(load(args.report)))
+        return 0
+    gpu = GPUS[args.gpu]
+    rows = {name: predict(ROWS[name], gpu) for name in ([args.stages] if args.stages else ROWS)}
+    if args.json is not None:
+        args.json.write_text(json.dumps({name: _plain(p) for name, p in rows.items()}, indent=1) + "\n")
+    if args.stages:
+        print(stages(rows[args.stages]))
+    else:
+        print(table(rows))
+    return 0
+
+
+def table(rows: dict[str, Prediction]) -> str:
+    """One line a row, in Markdown."""
+    lines = [
+        "| row | problem | floor | two passes | as chosen | floor / as chosen | launches | operations / floor's "
+        "| bytes beyond the floor's, MB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, p in rows.items():
+        way = "one step" if p.one_step else "two passes"
+        cells = [
+            name, str(p.problem), duration(p.floor), duration(p.before), f"{duration(p.after)}, {way}",
+            f"{p.floor / p.after:.2f}", _change(p, _launches), _change(p, lambda t: f"{_operations(t) / p.work.flops:.2f}"),
+            ", ".join(f"{kind} {count / 1e6:.0f}" for kind, count in p.beyond().items() if count >= 0.5e6),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _change(p: Prediction, of: Any) -> str:
+    """Of two passes and of the way that is chosen."""
+    return f"{of(p.passes)}, {of(p.chosen)}" if p.one_step else f"{of(p.chosen)}"
+
+
+def _launches(tally: Tally) -> str:
+    return str(sum(stage.launches for stage in tally.stages))
+
+
+def _operations(tally: Tally) -> int:
+    return sum(stage.operations for stage in tally.stages)
+
+
+def stages(p: Prediction) -> str:
+    """Where the time goes, for each way: calls of one name together."""
+    text = f"{p.problem} on an {p.gpu.name}: at least {duration(p.floor)}"
+    ways = {"two passes": p.passes} | ({"one step": p.chosen} if p.one_step else {})
+    for way, tally in ways.items():
+        text += f"\n\n{way}\n" + _by_name(tally.stages, p.gpu)
+    return text
+
+
+def _by_name(all_stages: Sequence[Stage], gpu: Gpu) -> str:
+    whole = gpu.seconds(all_stages)
+    lines = [
+        f"{'stage':<22}{'launches':>9}{'GFLOP':>10}{'MB':>10}{'M exp':>10}{'time':>10}{'share':>7}  bound by; bytes, MB"
+    ]
+    names = dict.fromkeys(stage.name for stage in all_stages)
+    for name in names:
+        same = [stage for stage in all_stages if stage.name == name]
+        lines.append(_line(name, same, gpu, whole))
+    lines.append(_line("all", all_stages, gpu, whole))
+    return "\n".join(lines)
+
+
+def _line(name: str, same: Sequence[Stage], gpu: Gpu, whole: float) -> str:
+    seconds = gpu.seconds(same)
+    busy: Counter[str] = Counter()
+    moved: Counter[str] = Counter()
+    for stage in same:
+        units = gpu.units(stage)
+        unit = max(units, key=units.__getitem__)
+        busy[unit] += units[unit]  # type: ignore[assignment]
+        moved.update(stage.moved)
+    kinds = ", ".join(f"{kind} {count / 1e6:.1f}" for kind, count in moved.most_common() if count >= 0.05e6)
+    operations, exps = sum(s.operations for s in same), sum(s.exps for s in same)
+    bound = busy.most_common(1)[0][0] if seconds else "nothing"
+    return (
+        f"{name:<22}{sum(s.launches for s in same):>9}{operations / 1e9:>10.1f}{sum(s.bytes for s in same) / 1e6:>10.1f}"
+        f"{exps / 1e6:>10.1f}{duration(seconds):>10}{seconds / whole:>7.1%}  {bound}; {kinds}"
+    )
+
+
+def _plain(p: Prediction) -> dict[str, Any]:
+    ways = {"two passes": p.passes} | ({"one step": p.chosen} if p.one_step else {})
+    return {
+        "problem": asdict(p.problem),
+        "gpu": asdict(p.gpu),
+        "work": asdict(p.work),
+        "floor": p.floor,
+        "ways": {
+            way: {"seconds": p.gpu.seconds(tally.stages), "stages": [asdict(stage) for stage in tally.stages]}
+            for way, tally in ways.items()
+        },
+    }
+
+
+def beside(report: Report) -> str:
+    """Measured next to predicted, at the rates that the report has measured itself."""
+    gpu = next((g for key, g in GPUS.items() if key.upper() in report.machine["device"]), None)
+    if gpu is None or report.dtype not in ("bfloat16", "float16"):
+        known = " and ".join(g.name for g in GPUS.values())
+        return f"no predictions for {report.dtype} on {report.machine['device']}: only for 16 bits on {known}"
+    if (c := report.ceilings) is not None:
+        gpu = replace(gpu, gemm=c.gemm, copy=c.copy, exp=gpu.exp if c.exp is None else c.exp)
+    gpu = replace(gpu, memory=report.machine.get("memory", gpu.memory))
+    lines = [
+        "| problem | way | floor | predicted | measured | measured / predicted | floor / measured | launches |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for measured in report.measured:
+        found = next((r.seconds for r in measured.results if r.variant == TRITON and r.seconds), None)
+        if found is None or measured.problem.loss not in LOSSES:
+            continue
+        p = predict(measured.problem, gpu, getattr(torch, report.dtype))
+        times = f"{duration(p.floor)} | {duration(p.after)} | {duration(found.median)} | {found.median / p.after:.2f}"
+        way = "one step" if p.one_step else "two passes"
+        lines.append(f"| {p.problem} | {way} | {times} | {p.floor / found.median:.2f} | {_launches(p.chosen)} |")
+    return "\n".join(lines)
