@@ -86,6 +86,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"written to {path}")
         with contextlib.suppress(ImportError):
             print(*plots.draw(result, args.out, path.stem), sep="\n")
+    if device.type == "cuda":
+        print(predict.beside(result))
     broken = [f"{m.problem}: {r.variant} {r.absent}" for m in result.measured for r in m.results if r.ours and r.broken]
     print(*broken, sep="\n")
     return 1 if broken else 0

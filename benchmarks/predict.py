@@ -1,8 +1,8 @@
 """python -m benchmarks predict: what a step of the Triton backend should take on a GPU, counted before it is measured.
 
 The package's own code runs, on tensors without memory, and its kernels, panels and launches are counted (counts.py).
-Each stage is taken to last as long as its operations, its bytes or its exponentials at the rates below, whichever is
-most, and stages follow each other. Launches cost nothing here: where they are many and the time is short, they will.
+A stage is taken to last as long as its operations, its bytes or its exponentials at the rates of predict.py, whichever
+is most, and stages follow each other. Launches cost nothing here: where they are many and the time is short, they will.
 
 --stages ROW goes through one row stage by stage. With a report of a campaign on one of these GPUs the predictions are
 made for its problems, at the rates that it has measured, and stand next to its times.
@@ -13,8 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from .counts import Stage, Tally
 
 TRITON = "nckernels triton"
+AGAIN = "inputs again"
+SHOWN = 0.005
+"""The share of the time from which on a stage has a line of its own."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Gpu:
     """Bytes a second, read plus written, as a large copy reaches them: 3.0e12 of 3.35e12, 4.3e12 of 4.8e12."""
     memory: int
     """Bytes, of which the workspace is a part."""
+    l2: float = 6e12
+    """Bytes a second between the multiprocessors and the L2 cache; an estimate."""
     exp: float = 16 * 132 * 1.755e9
     """Exponentials a second: 16 a clock and multiprocessor, of which there are 132, at 1.755 GHz."""
 
@@ -52,7 +58,8 @@ class Gpu:
         return {
             "library": stage.library / self.gemm,
             "own kernels": stage.own / (OWN_RATE * self.gemm),
-            "memory": stage.bytes / self.copy,
+            "memory": stage.memory.total() / self.copy,
+            "L2 cache": stage.moved.total() / self.l2,
             "exponentials": stage.exps / self.exp,
         }
 
@@ -116,14 +123,38 @@ class Prediction:
         return any(stage.name == "panel_entries" for stage in self.chosen.stages)
 
     def beyond(self) -> dict[str, int]:
-        """Bytes beyond the floor's by kind, most first."""
+        """Bytes to and from memory beyond the floor's, by kind."""
         from .counts import INPUTS
 
-        moved: Counter[str] = Counter()
+        memory: Counter[str] = Counter()
         for stage in self.chosen.stages:
-            moved.update(stage.moved)
-        moved[INPUTS] -= self.work.bytes
-        return {kind: count for kind, count in moved.most_common() if count > 0}
+            memory.update(stage.memory)
+        memory[INPUTS] -= self.work.bytes
+        return {AGAIN if kind == INPUTS else kind: count for kind, count in memory.most_common() if count > 0}
+
+    def lost(self) -> dict[str, float]:
+        """Seconds that would be saved without the bytes of a kind, without operations beyond the floor's, or if our
+        own kernels multiplied at the library's rate; most first. They overlap."""
+        from .counts import INPUTS
+
+        def without(change: Callable[[Stage], Stage]) -> float:
+            return self.after - self.gpu.seconds(map(change, self.chosen.stages))
+
+        needed = self.work.flops / max(self.work.flops, operations(self.chosen))
+        saved = {
+            "our kernels' rate": without(lambda s: replace(s, library=s.operations, own=0)),
+            "operations again": without(
+                lambda s: replace(s, library=round(s.library * needed), own=round(s.own * needed))
+            ),
+        }
+        for kind in {kind for stage in self.chosen.stages for kind in stage.moved} - {INPUTS}:
+            saved[kind] = without(partial(_without, kind=kind))
+        return dict(sorted(saved.items(), key=lambda item: -item[1]))
+
+
+def _without(stage: Stage, kind: str) -> Stage:
+    moved, memory = (Counter({k: n for k, n in c.items() if k != kind}) for c in (stage.moved, stage.memory))
+    return replace(stage, moved=moved, memory=memory)
 
 
 def predict(problem: Problem, gpu: Gpu, dtype: torch.dtype = torch.bfloat16) -> Prediction:
@@ -168,31 +199,30 @@ def main(argv: list[str]) -> int:
 def table(rows: dict[str, Prediction]) -> str:
     """One line a row, in Markdown."""
     lines = [
-        "| row | problem | floor | two passes | as chosen | floor / as chosen | launches | operations / floor's "
-        "| bytes beyond the floor's, MB |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| row | problem | floor | two passes | as chosen | floor / as chosen | operations / floor's | launches "
+        "| MB beyond the floor's | would save |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, p in rows.items():
-        way = "one step" if p.one_step else "two passes"
-        cells = [
-            name, str(p.problem), duration(p.floor), duration(p.before), f"{duration(p.after)}, {way}",
-            f"{p.floor / p.after:.2f}", _change(p, _launches), _change(p, lambda t: f"{_operations(t) / p.work.flops:.2f}"),
-            ", ".join(f"{kind} {count / 1e6:.0f}" for kind, count in p.beyond().items() if count >= 0.5e6),
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
+        chosen = f"{duration(p.after)}, one step" if p.one_step else "the same"
+        ratio, launches = (_change(p, of) for of in (lambda t, f=p.work.flops: f"{operations(t) / f:.2f}", _launches))
+        beyond = ", ".join(f"{kind} {count / 1e6:.0f}" for kind, count in p.beyond().items() if count >= 0.5e6)
+        lost = ", ".join(f"{name} {t / p.after:.0%}" for name, t in p.lost().items() if t >= 0.045 * p.after)
+        times = f"{duration(p.floor)} | {duration(p.before)} | {chosen} | {p.floor / p.after:.2f}"
+        lines.append(f"| {name} | {p.problem} | {times} | {ratio} | {launches} | {beyond} | {lost} |")
     return "\n".join(lines)
 
 
-def _change(p: Prediction, of: Any) -> str:
-    """Of two passes and of the way that is chosen."""
-    return f"{of(p.passes)}, {of(p.chosen)}" if p.one_step else f"{of(p.chosen)}"
+def _change(p: Prediction, of: Callable[[Tally], str]) -> str:
+    """Of two passes and of one step."""
+    return f"{of(p.passes)}, {of(p.chosen)}" if p.one_step else of(p.chosen)
 
 
 def _launches(tally: Tally) -> str:
     return str(sum(stage.launches for stage in tally.stages))
 
 
-def _operations(tally: Tally) -> int:
+def operations(tally: Tally) -> int:
     return sum(stage.operations for stage in tally.stages)
 
 
@@ -206,34 +236,34 @@ def stages(p: Prediction) -> str:
 
 
 def _by_name(all_stages: Sequence[Stage], gpu: Gpu) -> str:
-    whole = gpu.seconds(all_stages)
-    lines = [
-        f"{'stage':<22}{'launches':>9}{'GFLOP':>10}{'MB':>10}{'M exp':>10}{'time':>10}{'share':>7}  bound by; bytes, MB"
-    ]
-    names = dict.fromkeys(stage.name for stage in all_stages)
-    for name in names:
+    numbers = f"{'launches':>9}{'GFLOP':>10}{'M exp':>10}{'MB':>10}{'in memory':>10}{'us':>10}{'share':>7}"
+    lines = [f"{'stage':<24}{numbers}  bound by; MB of each kind"]
+    whole, rest = gpu.seconds(all_stages), []
+    for name in dict.fromkeys(stage.name for stage in all_stages):
         same = [stage for stage in all_stages if stage.name == name]
-        lines.append(_line(name, same, gpu, whole))
-    lines.append(_line("all", all_stages, gpu, whole))
+        if gpu.seconds(same) < SHOWN * whole:
+            rest += same
+        else:
+            lines.append(_line(name, same, gpu, whole))
+    lines += [_line("less than 0.5 % each", rest, gpu, whole), _line("all", all_stages, gpu, whole)]
     return "\n".join(lines)
 
 
 def _line(name: str, same: Sequence[Stage], gpu: Gpu, whole: float) -> str:
-    seconds = gpu.seconds(same)
-    busy: Counter[str] = Counter()
+    busy: dict[str, float] = {}
     moved: Counter[str] = Counter()
     for stage in same:
         units = gpu.units(stage)
         unit = max(units, key=units.__getitem__)
-        busy[unit] += units[unit]  # type: ignore[assignment]
+        busy[unit] = busy.get(unit, 0.0) + units[unit]
         moved.update(stage.moved)
+    seconds = sum(busy.values())
+    memory = sum(stage.memory.total() for stage in same)
+    counts = (sum(s.operations for s in same) / 1e9, sum(s.exps for s in same) / 1e6, moved.total() / 1e6, memory / 1e6)
+    numbers = "".join(f"{x:>10.1f}" for x in counts) + f"{1e6 * seconds:>10.1f}{seconds / whole:>7.1%}"
     kinds = ", ".join(f"{kind} {count / 1e6:.1f}" for kind, count in moved.most_common() if count >= 0.05e6)
-    operations, exps = sum(s.operations for s in same), sum(s.exps for s in same)
-    bound = busy.most_common(1)[0][0] if seconds else "nothing"
-    return (
-        f"{name:<22}{sum(s.launches for s in same):>9}{operations / 1e9:>10.1f}{sum(s.bytes for s in same) / 1e6:>10.1f}"
-        f"{exps / 1e6:>10.1f}{duration(seconds):>10}{seconds / whole:>7.1%}  {bound}; {kinds}"
-    )
+    bound = max(busy, key=busy.__getitem__) if seconds else "nothing"
+    return f"{name:<24}{sum(s.launches for s in same):>9}{numbers}  {bound}; {kinds}"
 
 
 def _plain(p: Prediction) -> dict[str, Any]:
@@ -244,7 +274,7 @@ def _plain(p: Prediction) -> dict[str, Any]:
         "work": asdict(p.work),
         "floor": p.floor,
         "ways": {
-            way: {"seconds": p.gpu.seconds(tally.stages), "stages": [asdict(stage) for stage in tally.stages]}
+            way: {"seconds": p.gpu.seconds(tally.stages), "stages": [vars(stage) for stage in tally.stages]}
             for way, tally in ways.items()
         },
     }
