@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 TRITON = "nckernels triton"
 AGAIN = "inputs again"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
 SHOWN = 0.005
 """The share of the time from which on a stage has a line of its own."""
 
@@ -133,22 +134,35 @@ class Prediction:
         return {AGAIN if kind == INPUTS else kind: count for kind, count in memory.most_common() if count > 0}
 
     def lost(self) -> dict[str, float]:
-        """Seconds that would be saved without the bytes of a kind, without operations beyond the floor's, or if our
-        own kernels multiplied at the library's rate; most first. They overlap."""
-        from .counts import INPUTS
+        """Seconds that would be saved without something, most first; such savings overlap.
+
+        Without a pass over the rows: norms, copies, finishing, PyTorch's operators, but for the writing of gradients.
+        Without the bytes of panels, or of float32 sums outside of finishing. Without operations beyond the floor's, and
+        if our own kernels multiplied at the library's rate.
+        """
+        from .counts import INPUTS, PANELS, SUMS
+
+        stages = self.chosen.stages
+
+        def passes(*names: str) -> float:
+            same = [stage for stage in stages if stage.name.startswith(names)]
+            gradients = sum(stage.moved[INPUTS] for stage in same if stage.name.startswith(("finish", "torch ")))
+            return self.gpu.seconds(same) - gradients / self.gpu.copy
 
         def without(change: Callable[[Stage], Stage]) -> float:
-            return self.after - self.gpu.seconds(map(change, self.chosen.stages))
+            return self.after - self.gpu.seconds(map(change, stages))
 
-        needed = self.work.flops / max(self.work.flops, operations(self.chosen))
+        needed = min(1.0, self.work.flops / operations(self.chosen))
         saved = {
+            "norms": passes("row_rnorm", "prepare_samples"),
+            "copies": passes("gather"),
+            "finishing": passes("finish"),
+            "PyTorch": passes("torch "),
+            "panels": without(partial(_without, kind=PANELS)),
+            "float32 sums": without(lambda s: s if s.name == "finish" else _without(s, SUMS)),
+            "operations again": without(lambda s: replace(s, library=int(s.library * needed), own=int(s.own * needed))),
             "our kernels' rate": without(lambda s: replace(s, library=s.operations, own=0)),
-            "operations again": without(
-                lambda s: replace(s, library=round(s.library * needed), own=round(s.own * needed))
-            ),
         }
-        for kind in {kind for stage in self.chosen.stages for kind in stage.moved} - {INPUTS}:
-            saved[kind] = without(partial(_without, kind=kind))
         return dict(sorted(saved.items(), key=lambda item: -item[1]))
 
 
@@ -177,6 +191,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--gpu", choices=tuple(GPUS), default="h100", help="h100")
     parser.add_argument("--stages", choices=tuple(ROWS), metavar="ROW", help=f"one of {', '.join(ROWS)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts, stage by stage")
+    parser.add_argument("--write", action="store_true", help="write the tables of both GPUs into docs/performance.md")
     args = parser.parse_args(argv)
     try:
         from . import counts as counts
@@ -184,6 +199,9 @@ def main(argv: list[str]) -> int:
         raise SystemExit(f"predict needs Triton: {error}") from error
     if args.report is not None:
         print(beside(load(args.report)))
+        return 0
+    if args.write:
+        PAGE.write_text(written(PAGE.read_text()))
         return 0
     gpu = GPUS[args.gpu]
     rows = {name: predict(ROWS[name], gpu) for name in ([args.stages] if args.stages else ROWS)}
@@ -194,6 +212,17 @@ def main(argv: list[str]) -> int:
     else:
         print(table(rows))
     return 0
+
+
+def written(page: str) -> str:
+    """A page with the tables of both GPUs between its markers."""
+    tables = [
+        f"{gpu.name}:\n\n{table({name: predict(problem, gpu) for name, problem in ROWS.items()})}"
+        for gpu in GPUS.values()
+    ]
+    begin, end = (f"<!-- predictions: {word} -->" for word in ("begin", "end"))
+    before, after = page.index(begin) + len(begin), page.index(end)
+    return page[:before] + "\n" + "\n\n".join(tables) + "\n" + page[after:]
 
 
 def table(rows: dict[str, Prediction]) -> str:
