@@ -391,6 +391,7 @@ class _Operators(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if not results or func.is_view or name in ("empty", "empty_like", "empty_strided", "new_empty", "detach"):
             return out
+        assert name not in ("mm", "addmm", "bmm", "baddbmm"), "only Kernels.matmul is counted as a product"
         operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         kind = TORCH
         if not operands or name.endswith("_like") or name.startswith(("new_", "fill")):
