@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
             if path is not None:  # what was measured survives whatever ends the run
                 result.save(path)
                 if lost(device):  # after an error in a kernel, until the process ends
-                    left = args.budget - (time.perf_counter() - begin)
+                    left = max(0.0, args.budget - (time.perf_counter() - begin))
                     again = [sys.executable, "-m", "benchmarks", *words, "--resume", "--budget", f"{left:.0f}"]
                     os.execv(sys.executable, again)
     print(report.table(result, absent=not args.brief))

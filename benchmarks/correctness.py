@@ -207,7 +207,7 @@ def _noting(function: Any, answers: list[bool]) -> Any:
 
 
 def allowed(dtype: str, name: str, eager_error: float) -> float:
-    """Twice eager's error, and roundings: of logits, as large as 1 / temperature, and of a gradient's 16-bit entries."""
+    """Twice eager's error, and roundings: of logits as large as 1 / temperature, and of a gradient's 16-bit entries."""
     unit = 2.0**-11 if dtype == "tf32" else 2.0**-24
     roundings = 4 * unit if dtype == "tf32" else 8 * unit * (1 + BETA)
     if name not in ("loss", "class", "instance", "pos") and dtype in ("bfloat16", "float16"):
