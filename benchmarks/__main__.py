@@ -83,6 +83,9 @@ def main(argv: list[str] | None = None) -> int:
                 result.measured.append(run(problem, session, share))
             except Exception as error:  # for example no memory for the tensors themselves
                 result.notes.append(f"not run: {problem}: {harness.failure(error, device)}")
+            except KeyboardInterrupt:
+                result.notes.append(f"interrupted at {problem}")
+                break
             if path is not None:  # what was measured survives whatever ends the run
                 result.save(path)
                 if lost(device):  # after an error in a kernel, until the process ends

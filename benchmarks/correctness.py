@@ -21,7 +21,7 @@ import math
 import multiprocessing
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
@@ -427,15 +427,15 @@ def main(argv: list[str]) -> int:
         chosen = [case for case in chosen if str(case) in names]
     findings: list[Finding] = []
     saved = 0.0
-    for finding in tqdm(
-        examine_all(chosen, device, args.processes, deadline), total=len(chosen), unit="case", disable=None
-    ):
-        findings.append(finding)
-        if finding.status in ("wrong", "fails"):
-            tqdm.write(f"{finding.status}: {finding.case}: {finding.note}")
-        if args.json is not None and time.monotonic() > saved + 1:  # what was found survives whatever ends the run
-            save(findings, args.json)
-            saved = time.monotonic()
+    found = examine_all(chosen, device, args.processes, deadline)
+    with suppress(KeyboardInterrupt):
+        for finding in tqdm(found, total=len(chosen), unit="case", disable=None):
+            findings.append(finding)
+            if finding.status in ("wrong", "fails"):
+                tqdm.write(f"{finding.status}: {finding.case}: {finding.note}")
+            if args.json is not None and time.monotonic() > saved + 1:  # survives whatever ends the run
+                save(findings, args.json)
+                saved = time.monotonic()
     if args.json is not None:
         save(findings, args.json)
     print(summary(findings))

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes, without a GPU, what benchmarks/gpu_check.sh --bring DIR takes along to a bare machine that has one: the package's
-# libraries, and wheels of rivals that are pure Python.
+# libraries, and wheels that are pure Python: rivals, and what the benchmarks need beside torch.
 #
 #   benchmarks/prepare_gpu.sh DIR [--python PYTHON]
 #
@@ -18,5 +18,6 @@ PYTHONPATH=$PWD TORCH_EXTENSIONS_DIR=$dir/extensions "$python" -c '
 from nckernels.backends import build
 for library in (build.CUDA, *build.cpu_libraries()):
     print(build.find_or_build(library))'
-"$python" -m pip download -q --no-deps --only-binary=:all: -d "$dir/wheels" "liger-kernel>=0.8.2" cut-cross-entropy
+rm -rf "$dir/wheels"
+"$python" -m pip download -q --no-deps --only-binary=:all: -d "$dir/wheels" tqdm "liger-kernel>=0.8.2" cut-cross-entropy
 du -sh "$dir" "$dir"/*/*
