@@ -389,7 +389,7 @@ def _work(connection: Connection, device: torch.device) -> None:
     while True:
         try:
             connection.send(examine(connection.recv(), device))
-        except EOFError:
+        except (EOFError, OSError):  # nobody is there any more
             return
 
 

@@ -12,7 +12,7 @@
 #   --out DIR         the record (default out/gpu/first or second): summary.txt, reports as JSON, and the rest with
 #                     logs and tile tables in record.tar.gz, all written anew behind every stage
 #   --again FILE      `second`: the first run's correctness.json (default out/gpu/first/correctness.json)
-#   --rehearse        on the CPU, small problems, five seconds for each, half the limits: does the script itself work?
+#   --rehearse        on the CPU, small problems, five seconds for each, shorter limits: does the script itself work?
 #
 # A stage has its own time limit and log; one that fails or hangs costs the others nothing. Exits with 1 if one did.
 # None of the GPU's settings is touched. NCKERNELS_* variables are passed on.
@@ -49,7 +49,8 @@ say() { echo "$*" | tee -a "$out/summary.txt"; }
 
 # stage NAME LIMIT COMMAND: at most LIMIT seconds, or what is left of the budget; the command plans with $TIME of them.
 stage() {
-  local name=$1 limit=$(($2 / (${rehearse:-0} + 1))) command=$3 start rc left
+  local name=$1 limit=$2 command=$3 start rc left
+  [ -z "$rehearse" ] || limit=$((limit / 4 + 15))
   left=$((budget - $(date +%s) + begin))
   [ "$limit" -lt "$left" ] || limit=$left
   if [ "$limit" -lt 10 ]; then
@@ -81,7 +82,8 @@ info() {
 # Finds what was brought along; compiles where that is stale or does not load.
 build() {
   local choose='import nckernels; nckernels.set_backend("cuda"); print("the CUDA library loads")'
-  "$python" -c "$choose" || { [ -n "$bring" ] && rm -rf "$work/extensions" && "$python" -c "$choose"; } || [ -n "$rehearse" ]
+  "$python" -c "$choose" || { [ -n "$bring" ] && rm -rf "$work/extensions" && "$python" -c "$choose"; } ||
+    [ -n "$rehearse" ]
 }
 
 # correctness NAME ARGUMENTS...
@@ -96,7 +98,8 @@ again() {
 
 # suite NAME ARGUMENTS...
 suite() {
-  "$python" -m benchmarks --suite "$1" --device "$device" --dtype "$dtype" --budget "$TIME" --out "$work" --brief "${@:2}"
+  "$python" -m benchmarks --suite "$1" --device "$device" --dtype "$dtype" --budget "$TIME" --out "$work" --brief \
+    "${@:2}"
 }
 
 # sanitize TOOL: without torch's allocator between the kernels' memory and the tool's eyes.
@@ -120,7 +123,7 @@ tests() {
 export -f info build correctness again suite sanitize tune tests
 
 say "$(date -u +%FT%TZ)  $run run, commit $(git describe --always --dirty 2>/dev/null || echo unknown)"
-say "$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null || echo 'nvidia-smi: none')"
+say "$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null || echo 'no nvidia-smi')"
 if [ -n "$bring" ]; then
   cp -r "$bring/extensions" "$work/extensions" || say "no libraries in $bring"
   export TORCH_EXTENSIONS_DIR=$work/extensions
@@ -143,7 +146,7 @@ else
   stage again 30 again
   stage tune 60 tune
   stage e2e 45 'suite e2e'
-  stage compiled 50 'suite campaign --only "nckernels triton" naive'
+  stage compiled 50 'suite campaign --only "nckernels triton" naive ${rehearse:+--skip compile}'
   stage memory 25 'suite memory --skip compile "M x M"'
   stage racecheck 30 'sanitize racecheck'
   stage tests 60 tests

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes, without a GPU, what benchmarks/gpu_check.sh --bring DIR takes along to a bare machine that has one: the package's
-# libraries, and wheels that are pure Python: rivals, and what the benchmarks need beside torch.
+# Makes, without a GPU, what benchmarks/gpu_check.sh --bring DIR takes along to a bare machine that has one: the
+# package's libraries, and wheels that are pure Python: rivals, and what the benchmarks need beside torch.
 #
 #   benchmarks/prepare_gpu.sh DIR [--python PYTHON]
 #
