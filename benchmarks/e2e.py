@@ -52,6 +52,7 @@ _LOSSES: dict[str, dict[str, tuple[str, str, _Loss | None]]] = {
 
 def steps(device: str) -> list[Problem]:
     """Growing batches, from small to large. SupCon's M counts both views."""
+    sizes: tuple[int, ...]
     if device == "cpu":
         sizes, classes, d = (32, 64, 256, 1024), 100, 512
     else:

@@ -35,10 +35,10 @@ done
 cd "$(dirname "$0")/.." || exit 2
 begin=$(date +%s) budget=290 failed=0
 mkdir -p "${out:=$PWD/out/gpu/$run}" || exit 2
-rm -f "$out"/*.json "$out/record.tar.gz" "$out/summary.txt"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-: "${again:=$PWD/out/gpu/first/correctness.json}"
+cp "${again:=$PWD/out/gpu/first/correctness.json}" "$work/before" 2>/dev/null
+rm -f "$out"/*.json "$out/record.tar.gz" "$out/summary.txt"
 device=cuda dtype=bfloat16 processes=$(nproc)
 [ -z "$rehearse" ] || { device=cpu dtype=float32 processes=2; }
 export python work bring again rehearse device dtype processes
@@ -92,8 +92,8 @@ correctness() {
 }
 
 again() {
-  [ -f "$again" ] || { echo "there is no $again"; return 77; }
-  correctness correctness --again "$again" --processes "$processes"
+  [ -f "$work/before" ] || { echo "there is no $again"; return 77; }
+  correctness correctness --again "$work/before" --processes "$processes"
 }
 
 # suite NAME ARGUMENTS...
@@ -153,10 +153,11 @@ else
 fi
 
 say "$(($(date +%s) - begin)) s in all"
-# Ends with what matters most: a reader may see the end only.
+# Ends with what matters most: a reader may see the end only. Tables go without quartiles, memory and errors.
 {
   for log in memory launch compiled e2e campaign; do
-    [ ! -f "$work/$log.log" ] || sed -n '/^ceilings/,/^written/p' "$work/$log.log" | cut -c1-81
+    [ ! -f "$work/$log.log" ] || sed -n '/^ceilings/,/^written/p' "$work/$log.log" |
+      sed -E 's/^(  .{44}) .{17}/\1/' | cut -c1-88
   done
   for log in tune memcheck racecheck correctness again; do
     [ ! -f "$work/$log.log" ] || { echo "$log:" && tail -n 25 "$work/$log.log" | cut -c1-200; }
