@@ -7,6 +7,7 @@ python -m benchmarks compare OLD.json NEW.json           exits with 1 on a regre
 python -m benchmarks readme                              README's tables from the committed reports
 python -m benchmarks tune --device cuda                  tile tables of the Triton kernels for this GPU
 python -m benchmarks host                                host time of the Triton backend's launches, without a GPU
+python -m benchmarks predict                             counted times on a GPU, beside those of a report
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import compare, e2e, harness, host, measure, plots, problems, readme, report, tune
+from . import compare, e2e, harness, host, measure, plots, predict, problems, readme, report, tune
 from .rivals import BASELINE, RIVALS
 from .variants import OURS, Variant, as_graph
 
@@ -31,6 +32,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "readme": readme.main,
     "tune": tune.main,
     "host": host.main,
+    "predict": predict.main,
 }
 
 
@@ -84,6 +86,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"written to {path}")
         with contextlib.suppress(ImportError):
             print(*plots.draw(result, args.out, path.stem), sep="\n")
+    if device.type == "cuda":
+        print(predict.beside(result))
     broken = [f"{m.problem}: {r.variant} {r.absent}" for m in result.measured for r in m.results if r.ours and r.broken]
     print(*broken, sep="\n")
     return 1 if broken else 0

@@ -168,18 +168,31 @@ def test_launches_do_not_grow(size: tuple[int, int, int], short: bool, most: int
 
 
 def test_the_librarys_products_see_only_what_takes_part() -> None:
-    """Operands of which rows may be left out are copied, once each unless both sides have several panels."""
+    """A sum in one product is mended where need be; operands of one that goes on are copied, and what is unread."""
     needs = EVERYTHING._replace(sample_bias=False, class_bias=False)
-    cases = (("none", False, 100, 1), ("none", True, 100, 2), ("self", False, 300, 2), ("same_label", False, 300, 2))
-    for exclude, present_only, classes, copies in cases:
+    cases = (
+        ("none", False, 100, 0, 1),
+        ("none", True, 100, 1, 1),  # the classes are copied
+        ("none", True, 900, 1, 1),
+        ("self", False, 300, 0, 2),
+        ("same_label", False, 300, 0, 2),
+    )
+    for exclude, present_only, classes, copies, mended in cases:
         spec = Spec("class", exclude, present_only, -100, 32 * MIB)  # type: ignore[arg-type]
         launched = step(300, classes, 512, torch.bfloat16, spec, needs, short=False)
-        assert launched.count("gather") == copies, exclude
+        assert (launched.count("gather"), launched.count("mend")) == (copies, mended), exclude
         only = step(300, classes, 512, torch.bfloat16, spec, needs._replace(features=False), short=False)
-        assert only.count("gather") == 1, exclude
+        assert (only.count("gather"), only.count("mend")) == (0, 1), exclude
     spec = Spec("class", "none", True, -100, 8 * MIB)
     launched = step(4096, 200, 512, torch.bfloat16, spec, needs, short=False)
     assert launched.count("gather") == launched.count("entries") + 1 > 2
+    assert "mend" not in launched
+    spec = Spec("class", "target", True, -100, 320 * MIB)
+    launched = one_step(2048, 1000, 2048, torch.bfloat16, spec, needs)
+    assert (launched.count("gather"), launched.count("mend")) == (1, 1)
+    spec = Spec("instance", "none", False, -100, 320 * MIB)
+    launched = one_step(2048, 1000, 2048, torch.bfloat16, spec, needs)
+    assert (launched.count("gather"), launched.count("mend")) == (0, 1)
 
 
 def test_small_workspace_takes_panels() -> None:
@@ -262,7 +275,8 @@ def test_panels_of_one_step_fit(n_p: int, n_q: int, d: int, itemsize: int, works
     assert 1 <= rows <= n_p
     assert 1 <= columns <= n_q
     entries = rows * plan.pad16(n_q) * (4 + (2 if itemsize == 2 else 0))
-    assert entries + (rows + columns) * d * (4 + itemsize) <= workspace + plan.MIN_PANEL * d * (4 + itemsize)
+    buffers = rows * d * (4 + itemsize) + columns * d * 4
+    assert entries + buffers <= workspace + plan.MIN_PANEL * d * (4 + itemsize)
 
 
 sizes = st.integers(1, 5000)

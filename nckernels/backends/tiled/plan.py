@@ -97,11 +97,11 @@ def step_panels(n_p: int, n_q: int, d: int, itemsize: int, workspace: int) -> St
     """The panels of one step, or None where they would be so thin that two passes are faster.
 
     A panel of n anchors takes, for every one of them, a row of float32 products and one of entries (float32 entries
-    replace their products), a row of float32 sums and a copy of the anchor; and a copy and sums for ``columns`` rows
-    of the other operand, so few that they are still in the L2 cache when they are finished.
+    replace their products), a row of float32 sums and a copy of the anchor; and sums for ``columns`` rows of the
+    other operand, so few that they are still in the L2 cache when they are finished.
     """
     row = pad16(n_q) * (4 + (itemsize if itemsize < 4 else 0)) + d * (itemsize + 4)
-    column = d * (itemsize + 4)
+    column = 4 * d
     columns = min(n_q, max(MIN_PANEL, 1 << (max(1, min(workspace // 4, IN_L2) // column).bit_length() - 1)))
     rows = min(n_p, (workspace - columns * column) // row)
     if rows < n_p:

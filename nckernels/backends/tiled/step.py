@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..base import Needs, Reduced, Spec, Step
-from .backward import dense
+from .backward import dense, multiply
 from .forward import prepare
 from .kernels import StepKernels
 from .plan import StepPanels, ceil_div, pad16, step_panels
@@ -118,29 +118,27 @@ def _by_panels(kernels: StepKernels, p: Result, q: Result, scale: Tensor | None,
     p_sums = buffer(rows, d, wanted=p.wanted)
     # Those of all panels, or with one panel, of a block of columns.
     q_sums = q.accumulator if q.accumulator is not None else buffer(columns if once else y.slots, d, wanted=q.wanted)
-    # The library's products read whole matrices, in which 0 * NaN is NaN: rows that take no part are zeros in copies.
-    x_copy = buffer(rows, d, dtype, x.partial and (x.gather or q.wanted))
-    y_copy = buffer(columns, d, dtype, y.partial and p.wanted)
+    # The library's products read whole matrices, in which 0 * NaN is NaN. A sum in one product is mended; for one
+    # that goes on from panel to panel, rows that take no part are zeros in copies.
+    x_copy = buffer(rows, d, dtype, x.gather or (q.wanted and x.partial and (x.copied or not once)))
+    y_rows = dense(kernels, y, 0, y.slots, None)
     for start in range(0, x.slots, rows):
         stop = min(start + rows, x.slots)
         n, last = stop - start, stop == x.slots
         x_rows = dense(kernels, x, start, stop, x_copy)
-        kernels.matmul(x_rows, y.x.t(), products[:n, : y.slots], accumulate=False)
+        kernels.matmul(x_rows.rows, y.x.t(), products[:n, : y.slots], accumulate=False)
         split = kernels.panel_split(n, y.slots)
         partial = torch.empty(2, split, n, dtype=torch.float32, device=device)
         kernels.panel_log_sum_exp(x, y, products, (partial[0], partial[1]), start, stop)
         kernels.panel_entries(x, y, products, (partial[0], partial[1]), h, start, stop, scale)
+        if p_sums is not None:
+            multiply(kernels, h[:n, : y.slots], y_rows, p_sums[:n], accumulate=False)
+            kernels.finish(p, p_sums, start, stop, 1, finished, norm_inside=True)
+        if q_sums is None:
+            continue
         for begin in range(0, y.slots, columns):
             end = min(begin + columns, y.slots)
-            block = h[:n, begin:end]
-            if p_sums is not None:
-                y_rows = dense(kernels, y, begin, end, y_copy)
-                kernels.matmul(block, y_rows, p_sums[:n], accumulate=begin > 0)
-            if q_sums is not None:
-                whole = q_sums.shape[0] == y.slots
-                sums = q_sums[begin:end] if whole else q_sums[: end - begin]
-                kernels.matmul(block.t(), x_rows, sums, accumulate=start > 0)
-                if last:
-                    kernels.finish(q, sums, begin, end, 1, finished, norm_inside=True)
-        if p_sums is not None:
-            kernels.finish(p, p_sums, start, stop, 1, finished, norm_inside=True)
+            sums = q_sums[begin:end] if q_sums.shape[0] == y.slots else q_sums[: end - begin]
+            multiply(kernels, h[:n, begin:end].t(), x_rows, sums, accumulate=start > 0)
+            if last:
+                kernels.finish(q, sums, begin, end, 1, finished, norm_inside=True)

@@ -276,5 +276,5 @@ class PanelTile:
 
 
 def panel_tile() -> PanelTile:
-    """For the kernels of panel.py: rows of 1 KB, so that loads are wide, and 32 numbers a thread."""
-    return PanelTile(16, 256, 4, 16)
+    """For the kernels of panel.py: rows of 1 KB, so that loads are wide, and 16 numbers a thread: 32 spill on sm_80."""
+    return PanelTile(16, 256, 8, 16)
