@@ -94,13 +94,14 @@ class Cache:
     """An L2 cache of ``plan.IN_L2`` bytes that forgets what was used longest ago, in whole regions of tensors.
 
     What is written reaches memory when it is forgotten, and never what is there at the end; but gradients do at once.
+    What passes is not kept: kernels read or write it with the hint that nobody will want it again.
     """
 
     def __init__(self, capacity: int = IN_L2) -> None:
         self.capacity = capacity
         self._entries: OrderedDict[tuple[int, int, int], _Entry] = OrderedDict()
 
-    def read(self, access: Access, memory: Counter[str]) -> None:
+    def read(self, access: Access, memory: Counter[str], passes: bool = False) -> None:
         kind, x, size = access
         region, whole = _region(x)
         hit = region if region in self._entries else whole if whole in self._entries else None
@@ -108,10 +109,15 @@ class Cache:
             self._entries.move_to_end(hit)
         else:
             memory[kind] += size
-            self._keep(region, _Entry(kind, size, False), memory)
+            if not passes:
+                self._keep(region, _Entry(kind, size, False), memory)
 
-    def write(self, access: Access, memory: Counter[str]) -> None:
+    def write(self, access: Access, memory: Counter[str], passes: bool = False) -> None:
         kind, x, size = access
+        if passes:
+            memory[kind] += size
+            self._entries.pop(_region(x)[0], None)
+            return
         later = kind != INPUTS and size <= self.capacity
         if not later:
             memory[kind] += size
@@ -156,12 +162,19 @@ class Tally:
         exps: int = 0,
         read: Iterable[Access] = (),
         written: Iterable[Access] = (),
+        passing_read: Iterable[Access] = (),
+        passing_written: Iterable[Access] = (),
         vectors: int = 0,
     ) -> Iterator[Stage]:
         """Launches inside belong to this stage."""
         stage = Stage(name, library, own, exps)
         stage.moved[VECTORS] += vectors
-        for accesses, go in ((read, self._cache.read), (written, self._cache.write)):
+        for accesses, go in (
+            (read, self._cache.read),
+            (passing_read, partial(self._cache.read, passes=True)),
+            (written, self._cache.write),
+            (passing_written, partial(self._cache.write, passes=True)),
+        ):
             for access in accesses:
                 kind, x, size = access
                 if size:
@@ -324,14 +337,18 @@ class Counted(one_step.TritonStep):
         with self.tally.stage("gather", read=[self._rows(side, start, stop)], written=written):
             super().gather(side, out, start, stop)
 
+    def mend(self, h: Tensor, side: Side, out: Tensor) -> None:
+        with self.tally.stage("mend", vectors=_bytes(side.rnorm)):  # of rows that are finite
+            super().mend(h, side, out)
+
     def finish(
         self, result: Result, sums: Tensor, start: int, stop: int, parts: int, scale: Tensor | None, norm_inside: bool
     ) -> None:
         side, out, n = result.side, result.out, self._used(result.side, start, stop)
         _, x, size = self._rows(side, start, stop)
-        read = [(FINISHING, sums, 4 * parts * n * self.columns), (FINISHING, x, size)]
+        read = [(FINISHING, sums, 4 * parts * n * self.columns)]
         written = [] if out is None else [(INPUTS, out, n * self.columns * out.element_size())]
-        with self.tally.stage("finish", read=read, written=written):
+        with self.tally.stage("finish", read=read, passing_read=[(FINISHING, x, size)], passing_written=written):
             super().finish(result, sums, start, stop, parts, scale, norm_inside)
 
     # --- one step

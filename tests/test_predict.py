@@ -73,13 +73,12 @@ def test_bytes_of_one_step() -> None:
         moved.update(stage.moved)
     both = (M + K) * D
     assert moved[counts.PANELS] == (12 + 6) * M * K
-    # Absent and ignored rows are left out by copies. Prototypes are multiplied twice as a copy; features once, and once
-    # as they are.
-    assert moved[counts.COPIES] == 2 * (both + 2 * K * D + M * D)
+    # Prototypes are copied, without classes that do not occur, and multiplied twice.
+    assert moved[counts.COPIES] == 2 * 3 * K * D
     assert moved[counts.SUMS] == 4 * both
     assert moved[counts.FINISHING] == (4 + 2) * both
-    # Norms, copies and the first product read, gradients are written.
-    assert moved[counts.INPUTS] == 2 * (2 * both + M * D + both - (K - tally.present) * D)
+    # Norms, the copy and two products read, gradients are written.
+    assert moved[counts.INPUTS] == 2 * (2 * both + 2 * M * D + both - M * D - (K - tally.present) * D)
 
 
 def test_present_classes() -> None:
@@ -110,6 +109,12 @@ def test_cache() -> None:
     assert memory(("c", scratch, 600)) == {}
     assert memory(("b", large, 4000)) == {"b": 4000, "c": 600}  # forgotten, and written for that
     assert memory((counts.INPUTS, small, 400), write=True) == {counts.INPUTS: 400}
+    passing: Counter[str] = Counter()
+    cache.write(("d", scratch, 600), passing, passes=True)
+    cache.read(("e", torch.empty(100, device="meta"), 400), passing, passes=True)
+    assert passing == {"d": 600, "e": 400}
+    assert memory(("a", small, 400)) == {}  # nothing drove it out
+    assert memory(("d", scratch, 600)) == {"d": 600}
 
 
 def test_float16_is_scaled_into_its_range() -> None:

@@ -250,7 +250,7 @@ def test_memory_of_one_step(m: int, k: int, d: int, dtype: torch.dtype, monkeypa
     needs = Needs(True, True, True, False, False)
     gradient = torch.float32 if dtype == torch.float16 else dtype
     counts = []
-    for direction, workspace in itertools.product(("class", "instance"), (8 * MIB, 128 * MIB)):
+    for direction, workspace in itertools.product(("class", "instance"), (4 * MIB, 128 * MIB)):
         spec = Spec(direction, "target", direction == "class", -100, workspace)  # type: ignore[arg-type]
         launched: list[str] = []
         call = functools.partial(one_step, m, k, d, dtype, spec, needs)
@@ -304,11 +304,11 @@ def test_panels_of_one_step_fit(n_p: int, n_q: int, d: int, itemsize: int, works
     panels = plan.step_panels(n_p, n_q, d, itemsize, workspace)
     if panels is None:
         return
-    rows, columns = panels.rows, panels.columns
+    rows, block = panels.rows, panels.block
     assert 1 <= rows <= n_p
-    assert 1 <= columns <= n_q
+    assert 1 <= block <= max(rows, n_q)
     entries = rows * plan.pad16(n_q) * (4 + (2 if itemsize == 2 else 0))
-    buffers = rows * d * (4 + itemsize) + columns * d * 4
+    buffers = rows * d * itemsize + block * d * 4
     assert entries + buffers <= workspace + plan.MIN_PANEL * d * (4 + itemsize)
 
 

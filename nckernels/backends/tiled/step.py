@@ -106,7 +106,7 @@ def _by_panels(kernels: StepKernels, p: Result, q: Result, scale: Tensor | None,
     dtype, d, device = x.x.dtype, x.x.shape[1], x.x.device
     panels = _panels(kernels.inputs.features, kernels.inputs.prototypes, kernels.spec)
     assert panels is not None
-    rows, columns, once = panels.rows, panels.columns, panels.rows >= x.slots
+    rows, block, once = panels.rows, panels.block, panels.rows >= x.slots
     # What finishing divides by: the scale of the entries, and that of the mean.
     finished = scale if divisor is None else divisor[:1] if scale is None else scale * divisor[:1]
 
@@ -115,9 +115,8 @@ def _by_panels(kernels: StepKernels, p: Result, q: Result, scale: Tensor | None,
 
     products = torch.empty(rows, pad16(y.slots), dtype=torch.float32, device=device)
     h = products if dtype == torch.float32 else torch.empty_like(products, dtype=dtype)
-    p_sums = buffer(rows, d, wanted=p.wanted)
-    # Those of all panels, or with one panel, of a block of columns.
-    q_sums = q.accumulator if q.accumulator is not None else buffer(columns if once else y.slots, d, wanted=q.wanted)
+    sums = torch.empty(min(block, max(rows, y.slots)), d, dtype=torch.float32, device=device)
+    total = q.accumulator if q.accumulator is not None else buffer(y.slots, d, wanted=q.wanted and not once)
     # The library's products read whole matrices, in which 0 * NaN is NaN. A sum in one product is mended; for one
     # that goes on from panel to panel, rows that take no part are zeros in copies.
     x_copy = buffer(rows, d, dtype, x.gather or (q.wanted and x.partial and (x.copied or not once)))
@@ -131,14 +130,15 @@ def _by_panels(kernels: StepKernels, p: Result, q: Result, scale: Tensor | None,
         partial = torch.empty(2, split, n, dtype=torch.float32, device=device)
         kernels.panel_log_sum_exp(x, y, products, (partial[0], partial[1]), start, stop)
         kernels.panel_entries(x, y, products, (partial[0], partial[1]), h, start, stop, scale)
-        if p_sums is not None:
-            multiply(kernels, h[:n, : y.slots], y_rows, p_sums[:n], accumulate=False)
-            kernels.finish(p, p_sums, start, stop, 1, finished, norm_inside=True)
-        if q_sums is None:
+        for begin in range(0, n if p.wanted else 0, block):
+            end = min(begin + block, n)
+            multiply(kernels, h[begin:end, : y.slots], y_rows, sums[: end - begin], accumulate=False)
+            kernels.finish(p, sums, start + begin, start + end, 1, finished, norm_inside=True)
+        if total is not None and not last:
+            multiply(kernels, h[:n, : y.slots].t(), x_rows, total, accumulate=start > 0)
             continue
-        for begin in range(0, y.slots, columns):
-            end = min(begin + columns, y.slots)
-            sums = q_sums[begin:end] if q_sums.shape[0] == y.slots else q_sums[: end - begin]
-            multiply(kernels, h[:n, begin:end].t(), x_rows, sums, accumulate=start > 0)
-            if last:
-                kernels.finish(q, sums, begin, end, 1, finished, norm_inside=True)
+        for begin in range(0, y.slots if q.wanted else 0, block):
+            end = min(begin + block, y.slots)
+            part = sums[: end - begin] if total is None else total[begin:end]
+            multiply(kernels, h[:n, begin:end].t(), x_rows, part, accumulate=start > 0)
+            kernels.finish(q, part, begin, end, 1, finished, norm_inside=True)

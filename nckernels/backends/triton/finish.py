@@ -56,6 +56,9 @@ def finish_kernel(
 ):  # fmt: skip
     """Gradients of the slots [start, stop) from float32 sums: add the partials, project, scale, cast.
 
+    Sums are still in the L2 cache where a block of few rows was multiplied just before. What is read and written here
+    for the last time, rows and gradients, shall not drive them out.
+
     ``Acc[part, slot - start]`` holds a_p, or r_p a_p with ``NORM_INSIDE``. ``Dot[slot]`` becomes the
     slot's share of the gradient of beta. ``Out`` may be ``Acc`` itself (float32, one part).
     """
@@ -93,11 +96,11 @@ def finish_kernel(
         for _ in range(parts):
             acc += tl.load(acc_ptr, mask=mask, other=0.0)
             acc_ptr += part_stride
-        x = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
         grad, along = project(acc, x, rnorm, scale, EPS)
         if Out is not None:
             grad = tl.where(valid[:, None], grad, 0.0).to(Out.dtype.element_ty)
-            tl.store(out_ptr, grad, mask=written[:, None] & (col < d)[None, :])
+            tl.store(out_ptr, grad, mask=written[:, None] & (col < d)[None, :], eviction_policy="evict_first")
     else:
         # Rows too long for one block of registers: once for the dot product, once for the result.
         sums = tl.zeros((BR, BD), tl.float32)
@@ -110,11 +113,13 @@ def finish_kernel(
             factor = radial(rnorm, along, EPS)
             for k in range(0, d, BD):
                 mask = valid[:, None] & (col < d - k)[None, :]
-                x = tl.load(x_ptr + k, mask=mask, other=0.0).to(tl.float32)
+                x = tl.load(x_ptr + k, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
                 acc = tl.load(acc_ptr + k, mask=mask, other=0.0)
                 grad = scale[:, None] * tl.fma(-factor[:, None], x, acc)
                 grad = tl.where(valid[:, None], grad, 0.0).to(Out.dtype.element_ty)
-                tl.store(out_ptr + k, grad, mask=written[:, None] & (col < d - k)[None, :])
+                tl.store(
+                    out_ptr + k, grad, mask=written[:, None] & (col < d - k)[None, :], eviction_policy="evict_first"
+                )
     if Dot is not None:
         tl.store(Dot + slot, tl.where(valid, weight * along, 0.0), mask=slot < stop)
 
