@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -41,8 +43,20 @@ class NoKernels(StepKernels):
         return 4
 
 
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif dataclasses.is_dataclass(value):
+        yield from _tensors(tuple(getattr(value, field.name) for field in dataclasses.fields(value)))
+
+
 def _nothing(name: str) -> Any:
-    def launch(self: NoKernels, *_: Any, **__: Any) -> None:
+    def launch(self: NoKernels, *args: Any, **named: Any) -> None:
+        devices = {x.device for x in _tensors((*args, *named.values()))}
+        assert devices <= {self.inputs.features.device}, name
         self.launched.append(name)
 
     return launch
@@ -53,34 +67,34 @@ NAMES = [name for name in StepKernels.__abstractmethods__ if name not in NoKerne
 Stub = type("Stub", (NoKernels,), {name: _nothing(name) for name in NAMES})
 
 
-def step(m: int, k: int, d: int, dtype: torch.dtype, spec: Spec, needs: Needs, short: bool) -> list[str]:
+def step(
+    m: int, k: int, d: int, dtype: torch.dtype, spec: Spec, needs: Needs, short: bool, device: str = "cpu"
+) -> list[str]:
     """A forward and a backward pass; the launches in order."""
-    features = torch.empty(m, d, dtype=dtype)
+    zeros = functools.partial(torch.zeros, device=device)
+    features = torch.empty(m, d, dtype=dtype, device=device)
     inputs = Inputs(
         features,
-        features if spec.symmetric else torch.empty(k, d, dtype=dtype),
-        torch.zeros(m, dtype=torch.int64),
-        torch.tensor(10.0),
-        torch.zeros(m) if needs.sample_bias else None,
-        torch.zeros(k) if needs.class_bias else None,
+        features if spec.symmetric else torch.empty(k, d, dtype=dtype, device=device),
+        zeros(m, dtype=torch.int64),
+        torch.tensor(10.0, device=device),
+        zeros(m) if needs.sample_bias else None,
+        zeros(k) if needs.class_bias else None,
     )
     forward = Stub(inputs, spec)
     saved = tiled.forward(forward, True)
-    grads = OutputGrads(
-        torch.zeros(k) if spec.by_class else None, torch.zeros(m) if spec.by_instance else None, torch.zeros(m)
-    )
+    grads = OutputGrads(zeros(k) if spec.by_class else None, zeros(m) if spec.by_instance else None, zeros(m))
     backward = Stub(inputs, spec)
     backward.short = short
     tiled.backward(backward, saved, grads, needs)
     return forward.launched + backward.launched
 
 
-def one_step(m: int, k: int, d: int, dtype: torch.dtype, spec: Spec, needs: Needs) -> list[str]:
+def one_step(m: int, k: int, d: int, dtype: torch.dtype, spec: Spec, needs: Needs, device: str = "cpu") -> list[str]:
     """Loss and gradient in one go; the launches in order."""
-    inputs = Inputs(
-        torch.empty(m, d, dtype=dtype), torch.empty(k, d, dtype=dtype), torch.zeros(m, dtype=torch.int64),
-        torch.tensor(10.0), None, None,
-    )  # fmt: skip
+    features, prototypes = (torch.empty(n, d, dtype=dtype, device=device) for n in (m, k))
+    target = torch.zeros(m, dtype=torch.int64, device=device)
+    inputs = Inputs(features, prototypes, target, torch.tensor(10.0, device=device), None, None)
     kernels = Stub(inputs, spec)
     assert tiled.fits(*inputs[:2], spec)
     tiled.step(kernels, Reduced(None, True, torch.nan), needs)
@@ -148,6 +162,25 @@ def test_memory_of_features_against_themselves(dtype: torch.dtype, short: bool) 
     peak, _ = replay(lambda: step(m, m, d, dtype, spec, needs, short))
     tensors = 2 * m * d * dtype.itemsize
     assert tensors / 2 < peak <= tensors + MIB + BYTES_PER_ROW * 2 * m
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_host_neither_reads_nor_mixes_devices(dtype: torch.dtype) -> None:
+    """Tensors of the meta device have nothing to read, and do not go together with those of another."""
+    device = "meta"
+    for (m, k), direction, short in itertools.product(
+        ((512, 2000), (2000, 512)), ("class", "instance", "both"), (True, False)
+    ):
+        for present_only in {False, direction == "class"}:
+            spec = Spec(direction, "target", present_only, -100, MIB)  # type: ignore[arg-type]
+            needs = EVERYTHING._replace(sample_bias=spec.by_class, class_bias=spec.by_instance)
+            assert step(m, k, 512, dtype, spec, needs, short, device)
+            if direction != "both":
+                needs, spec = needs._replace(sample_bias=False, class_bias=False), spec._replace(workspace=64 * MIB)
+                assert one_step(m, k, 2048, dtype, spec, needs, device)
+    for exclude, short in itertools.product(("self", "same_label"), (True, False)):
+        spec = Spec("class", exclude, False, -100, MIB, symmetric=True)  # type: ignore[arg-type]
+        assert step(512, 512, 512, dtype, spec, Needs(True, False, True, True, False), short, device)
 
 
 def test_few_launches() -> None:
