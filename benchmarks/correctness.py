@@ -282,7 +282,9 @@ def _tensors(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             leaves["sample_bias"] = randn(case.m)
         if case.bias and case.direction != "class":
             leaves["class_bias"] = randn(case.k)
-        others |= {"class": randn(case.k), "instance": randn(case.m), "pos": randn(case.m)}
+        # Positive: gradients that are sums do not cancel, which would make any rounding look large.
+        sizes = {"class": case.k, "instance": case.m, "pos": case.m}
+        others |= {name: 0.1 + torch.rand(n, generator=generator) for name, n in sizes.items()}
     elif case.weighted:
         others["weight"] = torch.rand(case.k, generator=generator)
     return leaves, others
