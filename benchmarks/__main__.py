@@ -6,13 +6,16 @@ python -m benchmarks --device cuda --dtype bfloat16 --budget 480
 python -m benchmarks compare OLD.json NEW.json           exits with 1 on a regression beyond noise
 python -m benchmarks readme                              README's tables from the committed reports
 python -m benchmarks tune --device cuda                  tile tables of the Triton kernels for this GPU
+python -m benchmarks correctness                         every kernel on small ragged problems, against float64
 python -m benchmarks host                                host time of the Triton backend's launches, without a GPU
+python -m benchmarks predict                             counted times on a GPU, beside those of a report
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -21,16 +24,31 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import compare, e2e, harness, host, measure, plots, problems, readme, report, tune
+from . import (
+    compare,
+    correctness,
+    e2e,
+    harness,
+    host,
+    measure,
+    plots,
+    predict,
+    problems,
+    readme,
+    report,
+    tune,
+)
 from .rivals import BASELINE, RIVALS
 from .variants import OURS, Variant, as_graph
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "compare": compare.main,
+    "correctness": correctness.main,
     "readme": readme.main,
     "tune": tune.main,
     "host": host.main,
+    "predict": predict.main,
 }
 
 
@@ -61,6 +79,11 @@ def main(argv: list[str] | None = None) -> int:
     ceilings = measure.ceilings(device, dtype)
     result = report.start(args.suite, device, args.dtype, " ".join(["python -m benchmarks", *words]), ceilings)
     path = None if args.out is None else args.out / f"{args.suite}-{device.type}-{args.dtype}.json"
+    if args.resume and path is not None and path.exists():
+        before = report.load(path)
+        result.measured, result.notes, result.command = before.measured, before.notes, before.command
+        done = {str(m.problem) for m in before.measured}
+        chosen = [p for p in chosen if str(p) not in done and not any(f" {p}: " in note for note in before.notes)]
     print(report.heading(result), flush=True)
     with tqdm(chosen, unit="problem", disable=None) as bar:
         session = harness.Session(device, dtype, variants, bar.set_description_str)
@@ -75,18 +98,40 @@ def main(argv: list[str] | None = None) -> int:
                 result.measured.append(run(problem, session, share))
             except Exception as error:  # for example no memory for the tensors themselves
                 result.notes.append(f"not run: {problem}: {harness.failure(error, device)}")
+            except KeyboardInterrupt:
+                result.notes.append(f"interrupted at {problem}")
+                break
             if path is not None:  # what was measured survives whatever ends the run
                 result.save(path)
+                if lost(device):  # after an error in a kernel, until the process ends
+                    left = max(0.0, args.budget - (time.perf_counter() - begin))
+                    again = [sys.executable, "-m", "benchmarks", *words, "--resume", "--budget", f"{left:.0f}"]
+                    os.execv(sys.executable, again)
     print(report.table(result, absent=not args.brief))
     print(*result.notes, sep="\n")
     if path is not None and args.out is not None:
         result.save(path)
         print(f"written to {path}")
-        with contextlib.suppress(ImportError):
-            print(*plots.draw(result, args.out, path.stem), sep="\n")
+        if not args.brief:
+            with contextlib.suppress(ImportError):
+                print(*plots.draw(result, args.out, path.stem), sep="\n")
+    if device.type == "cuda":
+        print(predict.beside(result))
     broken = [f"{m.problem}: {r.variant} {r.absent}" for m in result.measured for r in m.results if r.ours and r.broken]
     print(*broken, sep="\n")
     return 1 if broken else 0
+
+
+def lost(device: torch.device) -> bool:
+    """Whether the device does not work any more in this process."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        print(f"a new process goes on without what did this: {error}", file=sys.stderr, flush=True)
+        return True
+    return False
 
 
 def _problems(args: argparse.Namespace, device: torch.device) -> list[problems.Problem]:
@@ -118,7 +163,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--suite", choices=("quick", "full", "memory", "launch", "e2e"), default="quick", help="which problems: quick")
+    add(
+        "--suite",
+        choices=("quick", "full", "memory", "launch", "campaign", "e2e"),
+        default="quick",
+        help="which problems: quick",
+    )
     add("--size", type=_size, nargs="+", metavar="M,K,d", help="these problems instead")
     add("--loss", nargs="+", choices=problems.LOSSES, default=list(problems.LOSSES), help="all")
     add("--device", default="cpu", help="cpu, cuda or cuda:N: cpu")
@@ -133,7 +183,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--skip", nargs="+", default=[], metavar="WORD", help="leave out variants whose name has the word")
     add("--only", nargs="+", default=[], metavar="WORD", help="only variants whose name has one of the words")
     add("--tf32", action="store_true", help="on CUDA, multiply float32 in tf32 everywhere")
-    add("--brief", action="store_true", help="do not print what is absent; the report has it")
+    add("--brief", action="store_true", help="no pictures, and do not print what is absent; the report has it")
+    add("--resume", action="store_true", help="go on with the report in --out")
     add("--out", type=Path, help="folder for the JSON report and the pictures")
     return parser.parse_args(argv)
 

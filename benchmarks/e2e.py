@@ -52,8 +52,9 @@ _LOSSES: dict[str, dict[str, tuple[str, str, _Loss | None]]] = {
 
 def steps(device: str) -> list[Problem]:
     """Growing batches, from small to large. SupCon's M counts both views."""
+    sizes: tuple[int, ...]
     if device == "cpu":
-        sizes, classes, d = (64, 256, 1024), 100, 512
+        sizes, classes, d = (32, 64, 256, 1024), 100, 512
     else:
         sizes, classes, d = (64, 256, 512), 1000, 2048
     return [Problem(kind, m, classes, d if kind == CLASSIFIER else 128) for m in sizes for kind in _LOSSES]

@@ -1,159 +1,170 @@
 #!/usr/bin/env bash
-# Everything worth knowing from a machine with a CUDA GPU, in one call: build, tests, sanitizer, speed.
+# Fifteen minutes of a GPU, in two runs of at most 300 seconds on a bare machine that has one. Each leaves a record.
 #
-#   benchmarks/gpu_check.sh [--out DIR] [--budget SECONDS] [--python PYTHON] [--rivals DIR] [--steps WORDS]
+#   benchmarks/gpu_check.sh first|second [--python PYTHON] [--bring DIR] [--out DIR] [--again FILE] [--rehearse]
 #
-#   --out DIR         where everything goes (default out/gpu): summary.txt first, *.json and *.png, logs/ by step
-#   --budget SECONDS  for the whole call (default 480); a step that does not fit any more is skipped and said so
-#   --python PYTHON   an interpreter with torch and CUDA (default python3); pytest and matplotlib are wanted, not needed
-#   --rivals DIR      wheels of rivals (liger-kernel, ...); unpacked without their dependencies under DIR/.unpacked
-#   --steps WORDS     of: info build tests sanitizer quick launch memory full fp32 e2e tune
-#                     (default all but tune, which rewrites nckernels/backends/triton/tuned)
+#   first             what is here, the library, every kernel against float64 (which compiles Triton's kernels on all
+#                     cores), times of the suites `campaign` and `launch`, memcheck
+#   second            what was not right the first time, tiles, torch.compile's times, ResNet-50 end to end, memory,
+#                     racecheck, and as many of the tests as fit
+#   --python PYTHON   an interpreter with torch and CUDA (default python3); pytest is wanted for the tests
+#   --bring DIR       what benchmarks/prepare_gpu.sh made elsewhere (default: compile here, no rivals)
+#   --out DIR         the record (default out/gpu/first or second): summary.txt, reports as JSON, and the rest with
+#                     logs and tile tables in record.tar.gz, all written anew behind every stage
+#   --again FILE      `second`: the first run's correctness.json (default out/gpu/first/correctness.json)
+#   --rehearse        on the CPU, small problems, five seconds for each, shorter limits: does the script itself work?
 #
-# A step that fails is reported and the rest goes on. Exits with 1 if any step failed, 0 otherwise. Nothing of the
-# GPU's settings is touched. NCKERNELS_* variables are passed on.
+# A stage has its own time limit and log; one that fails or hangs costs the others nothing. Exits with 1 if one did.
+# None of the GPU's settings is touched. NCKERNELS_* variables are passed on.
 set -u
 
-out=out/gpu budget=480 python=python3 rivals="" steps="info build tests sanitizer quick launch memory fp32 e2e full"
+usage() { sed -n '2,21s/^# \{0,1\}//p' "$0"; exit 2; }
+run=${1:-}
+case $run in first | second) shift ;; *) usage ;; esac
+python=python3 bring="" out="" again="" rehearse=""
 while [ $# -gt 0 ]; do
-  [ $# -ge 2 ] || { echo "$0: the option $1 lacks its value" >&2; exit 2; }
   case $1 in
-    --out) out=$2 ;;
-    --budget) budget=$2 ;;
-    --python) python=$2 ;;
-    --rivals) rivals=$2 ;;
-    --steps) steps=$2 ;;
-    *) sed -n '2,15s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    --rehearse) rehearse=1; shift; continue ;;
+    --python | --bring | --out | --again) [ $# -ge 2 ] || usage ;;
+    *) usage ;;
   esac
+  declare "${1#--}=$(case $1 in --python) echo "$2" ;; *) realpath -m "$2" ;; esac)"
   shift 2
 done
 
 cd "$(dirname "$0")/.." || exit 2
-mkdir -p "$out/logs"
-out=$(cd "$out" && pwd)
-summary=$out/summary.txt
-begin=$(date +%s)
-failed=0
-export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$out/extensions}
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+begin=$(date +%s) budget=290 failed=0
+mkdir -p "${out:=$PWD/out/gpu/$run}" || exit 2
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cp "${again:=$PWD/out/gpu/first/correctness.json}" "$work/before" 2>/dev/null
+rm -f "$out"/*.json "$out/record.tar.gz" "$out/summary.txt"
+device=cuda dtype=bfloat16 processes=$(nproc)
+[ -z "$rehearse" ] || { device=cpu dtype=float32 processes=2; }
+export python work bring again rehearse device dtype processes
+export TRITON_CACHE_DIR=$work/triton TORCHINDUCTOR_CACHE_DIR=$work/inductor
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PATH=$PATH:/usr/local/cuda/bin
 
-say() { echo "$*" | tee -a "$summary"; }
-left() { echo $((budget - ($(date +%s) - begin))); }
+say() { echo "$*" | tee -a "$out/summary.txt"; }
 
-# step NAME SHARE COMMAND...: under a timeout of SHARE percent of the budget, 20 s at least, or of what is left of it.
-step() {
-  local name=$1 limit=$(($2 * budget / 100)) start rc
-  [ "$limit" -gt 20 ] || limit=20
-  shift 2
-  case " $steps " in *" $name "*) ;; *) return 0 ;; esac
-  [ "$limit" -lt "$(left)" ] || limit=$(left)
-  if [ "$limit" -lt 5 ]; then
-    say "skipped  $name: the budget of $budget s is spent"
-    return 0
+# stage NAME LIMIT COMMAND: at most LIMIT seconds, or what is left of the budget; the command plans with $TIME of them.
+stage() {
+  local name=$1 limit=$2 command=$3 start rc left
+  [ -z "$rehearse" ] || limit=$((limit / 4 + 15))
+  left=$((budget - $(date +%s) + begin))
+  [ "$limit" -lt "$left" ] || limit=$left
+  if [ "$limit" -lt 10 ]; then
+    say "skipped  $name: the $budget s are over"
+    return
   fi
   start=$(date +%s)
   # An interrupt lets Python say what it has found so far.
-  LIMIT=$limit timeout --signal=INT --kill-after=10 "$limit" "$@" >"$out/logs/$name.log" 2>&1
+  TIME=$([ -n "$rehearse" ] && echo 5 || echo $((limit * 8 / 10))) \
+    timeout --signal=INT --kill-after=5 "$limit" bash -c "$command" >"$work/$name.log" 2>&1
   rc=$?
   case $rc in
     0) say "ok       $name ($(($(date +%s) - start)) s)" ;;
-    77) say "skipped  $name: $(tail -n 1 "$out/logs/$name.log")" ;;
-    124 | 137) failed=1; say "TIMEOUT  $name after $limit s: logs/$name.log" ;;
-    *) failed=1; say "FAILED   $name (exit $rc): $(grep -v '^ *$' "$out/logs/$name.log" | tail -n 1 | cut -c1-160)" ;;
+    77) say "skipped  $name: $(tail -n 1 "$work/$name.log")" ;;
+    124 | 137) failed=1; say "TIMEOUT  $name after $limit s: $name.log" ;;
+    *) failed=1; say "FAILED   $name (exit $rc): $(grep -v '^ *$' "$work/$name.log" | tail -n 1 | cut -c1-160)" ;;
   esac
-}
-
-# suite NAME DTYPE SUITE ARGUMENTS...: what is left of the step's time, less what starting and plotting take.
-suite() {
-  local name=$1 dtype=$2 suite=$3
-  shift 3
-  "$python" -m benchmarks --device cuda --dtype "$dtype" --suite "$suite" --out "$out/$name" \
-    --budget $((LIMIT * 8 / 10)) "$@"
+  cp "$work"/*.json "$out" 2>/dev/null
+  tar -C "$work" --exclude=./extensions --exclude=./triton --exclude=./inductor --exclude=./rivals \
+    -czf "$out/record.tar.gz" .
 }
 
 info() {
   nvidia-smi || true
-  "$python" -c 'import torch; print(torch.__version__, torch.version.cuda, torch.cuda.get_device_name())' || return 1
+  nvcc --version || true
   "$python" -m nckernels info
 }
 
+# Finds what was brought along; compiles where that is stale or does not load.
 build() {
-  "$python" - <<'END'
-import torch
-from benchmarks import harness
-from nckernels.backends import registry
-try:
-    registry.BACKENDS["cuda"].prepare()  # compiles, with as many processes as there are cores
-except RuntimeError as error:
-    print(error)
-for dtype in (torch.bfloat16, torch.float32):
-    harness.build(torch.device("cuda"), dtype)
-states = registry.explain(torch.device("cuda"), torch.bfloat16)
-print(*(f"{name}: {state}" for name, state in states.items()), sep="\n")
-raise SystemExit(0 if states["triton"] == "ready" and states["cuda"] == "ready" else 1)
-END
+  local choose='import nckernels; nckernels.set_backend("cuda"); print("the CUDA library loads")'
+  "$python" -c "$choose" || { [ -n "$bring" ] && rm -rf "$work/extensions" && "$python" -c "$choose"; } ||
+    [ -n "$rehearse" ]
 }
 
-# As many of the GPU's tests as the time allows, in a random order that is always the same.
+# correctness NAME ARGUMENTS...
+correctness() {
+  "$python" -m benchmarks correctness --device "$device" --budget "$TIME" --json "$work/$1.json" "${@:2}"
+}
+
+again() {
+  [ -f "$work/before" ] || { echo "there is no $again"; return 77; }
+  correctness correctness --again "$work/before" --processes "$processes"
+}
+
+# suite NAME ARGUMENTS...
+suite() {
+  "$python" -m benchmarks --suite "$1" --device "$device" --dtype "$dtype" --budget "$TIME" --out "$work" --brief \
+    "${@:2}"
+}
+
+# sanitize TOOL: without torch's allocator between the kernels' memory and the tool's eyes.
+sanitize() {
+  local under=(compute-sanitizer --tool "$1" --target-processes all --error-exitcode 9)
+  [ -z "$rehearse" ] || under=()
+  [ -n "$rehearse" ] || command -v compute-sanitizer || { echo "no compute-sanitizer on the PATH"; return 77; }
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${under[@]}" "$python" -m benchmarks correctness --device "$device" \
+    --backends "$([ -n "$rehearse" ] && echo chunked || echo cuda)" --budget "$TIME" --json "$work/$1.json"
+}
+
+tune() {
+  "$python" -m benchmarks tune --budget "$TIME" --out "$work/tuned" ${rehearse:+--defaults}
+}
+
 tests() {
-  make test-gpu PY="$python" TEST_SECONDS=$((LIMIT * 7 / 10))
+  make test-gpu PY="$python" TEST_SECONDS="$TIME"
 }
 
-# The CUDA backend's kernels on ragged tiles, all directions: out of bounds, then races in shared memory.
-sanitizer() {
-  local tool
-  command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer on the PATH"; return 77; }
-  for tool in memcheck racecheck; do
-    timeout $((LIMIT * 45 / 100)) compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "$python" - <<'END' || { echo "compute-sanitizer --tool $tool: exit $?"; return 1; }
-import torch
-import nckernels
-for dtype in (torch.bfloat16, torch.float32):
-    for m, k, d in ((150, 133, 40), (70, 200, 320)):
-        x = torch.randn(m, d, device="cuda", dtype=dtype, requires_grad=True)
-        w = torch.randn(k, d, device="cuda", dtype=dtype, requires_grad=True)
-        y = torch.randint(k, (m,), device="cuda")
-        with nckernels.use_backend("cuda"):
-            (nckernels.nonl_loss(x, w, y, direction="both") + nckernels.nonl_loss(x, w, y)).backward()
-            nckernels.normface_loss(x, w, y).backward()
-            nckernels.supcon_loss(x, y).backward()
-torch.cuda.synchronize()
-END
-  done
-}
+# Stages run in shells of their own, which `timeout` can end.
+export -f info build correctness again suite sanitize tune tests
 
-# Functions run in a shell of their own, so that `timeout` can end them.
-export -f info build tests sanitizer suite
-export python out
-
-: >"$summary"
-say "$(date -u +%FT%TZ)  commit $(git describe --always --dirty 2>/dev/null || echo unknown)  budget $budget s"
-say "$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null || echo 'nvidia-smi: none')"
-if [ -n "$rivals" ]; then
-  for wheel in "$rivals"/*.whl; do
-    "$python" -m zipfile -e "$wheel" "$rivals/.unpacked" || say "not unpacked: $wheel"
+say "$(date -u +%FT%TZ)  $run run, commit $(git describe --always --dirty 2>/dev/null || echo unknown)"
+say "$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null || echo 'no nvidia-smi')"
+if [ -n "$bring" ]; then
+  cp -r "$bring/extensions" "$work/extensions" || say "no libraries in $bring"
+  export TORCH_EXTENSIONS_DIR=$work/extensions
+  for wheel in "$bring"/wheels/*.whl; do
+    "$python" -m zipfile -e "$wheel" "$work/rivals" || say "not unpacked: $wheel"
   done
-  PYTHONPATH=$PYTHONPATH:$(cd "$rivals/.unpacked" && pwd)
+  export PYTHONPATH=$PYTHONPATH:$work/rivals
 fi
 
-step info 5 bash -c info
-step build 25 bash -c build
-step quick 40 bash -c 'suite quick bfloat16 quick'
-step tests 30 bash -c tests
-step launch 8 bash -c 'suite launch bfloat16 launch --skip compile'
-step sanitizer 15 bash -c sanitizer
-step e2e 15 bash -c 'suite e2e bfloat16 e2e'
-step fp32 12 bash -c 'suite fp32 float32 quick --only nckernels naive --skip compile'
-step memory 10 bash -c 'suite memory bfloat16 memory --skip compile'
-step tune 50 bash -c '"$python" -m benchmarks tune --budget $((LIMIT * 8 / 10))'
-step full 60 bash -c 'suite full bfloat16 full --skip compile'
+if [ "$run" = first ]; then
+  stage info 30 info
+  stage build 180 build
+  stage correctness 80 'correctness correctness --processes "$processes"'
+  stage campaign 120 'suite campaign --skip compile "M x M" "nckernels chunked"'
+  stage launch 45 'suite launch --skip compile "M x M"'
+  stage memcheck 60 'sanitize memcheck'
+else
+  stage info 30 info
+  stage build 180 build
+  stage again 30 again
+  stage tune 60 tune
+  stage e2e 45 'suite e2e'
+  stage compiled 50 'suite campaign --only "nckernels triton" naive ${rehearse:+--skip compile}'
+  stage memory 25 'suite memory --skip compile "M x M"'
+  stage racecheck 30 'sanitize racecheck'
+  stage tests 60 tests
+fi
 
-# Few files travel better than many.
-(cd "$out" && find . -name '*.json' -o -name '*.png' -o -name '*.log' -o -name summary.txt |
-  grep -v '^./extensions' | tar -czf report.tar.gz -T - 2>/dev/null)
-say "$(($(date +%s) - begin)) s in all; everything is in $out"
-for log in quick launch; do
-  [ -f "$out/logs/$log.log" ] && sed -n '/^ceilings/,/^written/p' "$out/logs/$log.log" | grep -v 'absent:' | cut -c1-165 >>"$summary"
-done
-sed -n '/^ceilings/,$p' "$summary" | tail -n 90
+say "$(($(date +%s) - begin)) s in all"
+# Ends with what matters most: a reader may see the end only. Tables go without quartiles, memory and errors.
+{
+  for log in memory launch compiled e2e campaign; do
+    [ ! -f "$work/$log.log" ] || sed -n '/^ceilings/,/^written/p' "$work/$log.log" |
+      sed -E 's/^(  .{44}) .{17}/\1/' | cut -c1-88
+  done
+  [ ! -f "$work/campaign.log" ] || grep '^|' "$work/campaign.log"  # measured next to predicted
+  for log in tune memcheck racecheck correctness again; do
+    [ ! -f "$work/$log.log" ] || { echo "$log:" && tail -n 25 "$work/$log.log" | cut -c1-200; }
+  done
+  cat "$out/summary.txt"
+} >"$work/summary.txt"
+mv "$work/summary.txt" "$out/summary.txt"
+tail -c 11000 "$out/summary.txt"
 exit $failed

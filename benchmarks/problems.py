@@ -105,7 +105,8 @@ def samples(loss: str, m: int, d: int) -> Problem:
 def suite(name: str, device: str, losses: tuple[str, ...] = LOSSES) -> list[Problem]:
     """The problems of a suite, sized for the device, in the order in which a budget should be spent."""
     gpu = device != "cpu"
-    problems = {"quick": _quick, "full": _full, "memory": _memory, "launch": _launch}[name](gpu)
+    makers = {"quick": _quick, "full": _full, "memory": _memory, "launch": _launch, "campaign": _campaign}
+    problems = makers[name](gpu)
     return [p for p in dict.fromkeys(problems) if p.loss in losses]
 
 
@@ -130,6 +131,23 @@ def _rows() -> list[Problem]:
         Problem("nonl", 8192, 1_000_000, 512),
         samples("supcon", 65536, 128),
     ]
+
+
+def _campaign(gpu: bool) -> list[Problem]:
+    """What the first minutes on a GPU should tell, the most important first; elsewhere small ones with rows as long."""
+    rows = [
+        Problem("nonl", 8192, 1000, 2048),
+        Problem("normface", 8192, 1000, 2048),
+        samples("supcon", 16384, 128),
+        Problem("nonl", 2048, 1000, 2048),
+        Problem("nonl", 65536, 10, 512),
+        samples("clip", 32768, 512),
+        Problem("normface", 8192, 131_072, 4096),
+        Problem("nonl", 8192, 21841, 2048),
+        Problem("nonl", 8192, 1_000_000, 512),
+        samples("supcon", 65536, 128),
+    ]
+    return rows if gpu else [row.shrunk() for row in rows]
 
 
 def _full(gpu: bool) -> list[Problem]:

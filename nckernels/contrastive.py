@@ -359,10 +359,11 @@ def _uniformity(lse: Tensor) -> Tensor:
 
 def _nothing(shape: torch.Size, reduction: Reduction, beta: float | Tensor, *inputs: Tensor) -> Tensor:
     """The loss of no samples, differentiable all the same."""
-    zero = 0.0 * torch.as_tensor(beta, device=inputs[0].device)
+    zero = torch.zeros((), dtype=accumulation_dtype(inputs[0].dtype), device=inputs[0].device)
     for x in inputs:
-        zero = zero + x.to(accumulation_dtype(x.dtype)).sum()
-    zero = zero.to(accumulation_dtype(inputs[0].dtype))
+        zero = zero + x.to(zero.dtype).sum()
+    if isinstance(beta, Tensor):
+        zero = (zero + 0.0 * beta).to(zero.dtype)
     return zero.expand(shape) if reduction == "none" else zero
 
 

@@ -48,7 +48,7 @@ def test_floor_is_the_unit_that_takes_longest() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("name", ["quick", "full", "memory", "launch"])
+@pytest.mark.parametrize("name", ["quick", "full", "memory", "launch", "campaign"])
 def test_suites_hold_each_problem_once(name: str, device: str) -> None:
     chosen = problems.suite(name, device)
     assert len(set(chosen)) == len(chosen) > 5

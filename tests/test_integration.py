@@ -512,6 +512,53 @@ def test_no_host_synchronisation(name: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("backend", [p for p in ALL_PAIRS if p.id in ("cuda-triton", "cuda-cuda")], indirect=True)
+@pytest.mark.parametrize(("dim", "dtype"), [(64, torch.bfloat16), (512, torch.bfloat16), (512, torch.float32)])
+@losses
+def test_cuda_graph(backend: Backend, name: str, dim: int, dtype: torch.dtype) -> None:
+    """Forward and backward in a graph; its replays see what has been copied into the inputs."""
+    batches = [batch(300, 20, dim, "cuda", seed) for seed in range(3)]
+    x, w = (t.detach().to(dtype).requires_grad_() for t in batches[0][:2])
+    y = batches[0][2].clone()
+
+    def step() -> tuple[Tensor, ...]:
+        value = package_loss(name)(x, w, y)
+        return value.detach(), *torch.autograd.grad(value, (x, w))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for new in batches:
+        with torch.no_grad():
+            for ours, theirs in zip((x, w, y), new, strict=True):
+                ours.copy_(theirs)
+        graph.replay()
+        got = [t.clone() for t in captured]
+        for a, b in zip(got, step(), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
+@losses
+def test_compiled_into_cuda_graphs(name: str) -> None:
+    """torch.compile(mode="reduce-overhead")."""
+    function = torch.compile(package_loss(name), mode="reduce-overhead")
+    for seed in range(4):
+        x, w, y = batch(300, 20, 64, "cuda", seed)
+        torch.compiler.cudagraph_mark_step_begin()
+        results = [(value.detach().clone(), *torch.autograd.grad(value, (x, w)))
+                   for value in (function(x, w, y), package_loss(name)(x, w, y))]  # fmt: skip
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_dense_form_is_what_users_would_write() -> None:
     """Guards the oracle's half of the comparisons above: its NormFace is F.cross_entropy on cosine logits."""
     x, w, y = batch(30, 6, 5)

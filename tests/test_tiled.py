@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -57,8 +59,20 @@ class NoKernels(StepKernels):
         return 4
 
 
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif dataclasses.is_dataclass(value):
+        yield from _tensors(tuple(getattr(value, field.name) for field in dataclasses.fields(value)))
+
+
 def _nothing(name: str) -> Any:
-    def launch(self: NoKernels, *_: Any, **__: Any) -> None:
+    def launch(self: NoKernels, *args: Any, **named: Any) -> None:
+        devices = {x.device for x in _tensors((*args, *named.values()))}
+        assert devices <= {self.inputs.features.device}, name
         self.launched.append(name)
 
     return launch
@@ -69,34 +83,36 @@ NAMES = [name for name in StepKernels.__abstractmethods__ if name not in NoKerne
 Stub = type("Stub", (NoKernels,), {name: _nothing(name) for name in NAMES})
 
 
-def step(m: int, k: int, d: int, dtype: torch.dtype, spec: Spec, needs: Needs, short: bool) -> list[str]:
+def step(
+    m: int, k: int, d: int, dtype: torch.dtype, spec: Spec, needs: Needs, short: bool, device: str = "cpu"
+) -> list[str]:
     """A forward and a backward pass; the launches in order."""
-    features = torch.empty(m, d, dtype=dtype)
+    zeros = functools.partial(torch.zeros, device=device)
+    features = torch.empty(m, d, dtype=dtype, device=device)
     inputs = Inputs(
         features,
-        features if spec.symmetric else torch.empty(k, d, dtype=dtype),
-        torch.zeros(m, dtype=torch.int64),
-        torch.tensor(10.0),
-        torch.zeros(m) if needs.sample_bias else None,
-        torch.zeros(k) if needs.class_bias else None,
+        features if spec.symmetric else torch.empty(k, d, dtype=dtype, device=device),
+        zeros(m, dtype=torch.int64),
+        torch.tensor(10.0, device=device),
+        zeros(m) if needs.sample_bias else None,
+        zeros(k) if needs.class_bias else None,
     )
     forward = Stub(inputs, spec)
     saved = tiled.forward(forward, True)
-    grads = OutputGrads(
-        torch.zeros(k) if spec.by_class else None, torch.zeros(m) if spec.by_instance else None, torch.zeros(m)
-    )
+    grads = OutputGrads(zeros(k) if spec.by_class else None, zeros(m) if spec.by_instance else None, zeros(m))
     backward = Stub(inputs, spec)
     backward.short = short
     tiled.backward(backward, saved, grads, needs)
     return forward.launched + backward.launched
 
 
-def one_step(m: int, k: int, d: int, dtype: torch.dtype, spec: Spec, needs: Needs, epilogue: bool = False) -> list[str]:
+def one_step(
+    m: int, k: int, d: int, dtype: torch.dtype, spec: Spec, needs: Needs, device: str = "cpu", epilogue: bool = False
+) -> list[str]:
     """Loss and gradient in one go; the launches in order."""
-    inputs = Inputs(
-        torch.empty(m, d, dtype=dtype), torch.empty(k, d, dtype=dtype), torch.zeros(m, dtype=torch.int64),
-        torch.tensor(10.0), None, None,
-    )  # fmt: skip
+    features, prototypes = (torch.empty(n, d, dtype=dtype, device=device) for n in (m, k))
+    target = torch.zeros(m, dtype=torch.int64, device=device)
+    inputs = Inputs(features, prototypes, target, torch.tensor(10.0, device=device), None, None)
     kernels = Stub(inputs, spec)
     kernels.epilogue = epilogue
     assert tiled.fits(*inputs[:2], spec)
@@ -167,6 +183,26 @@ def test_memory_of_features_against_themselves(dtype: torch.dtype, short: bool) 
     assert tensors / 2 < peak <= tensors + MIB + BYTES_PER_ROW * 2 * m
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_host_neither_reads_nor_mixes_devices(dtype: torch.dtype) -> None:
+    """Tensors of the meta device have nothing to read, and do not go together with those of another."""
+    device = "meta"
+    for (m, k), direction, short in itertools.product(
+        ((512, 2000), (2000, 512)), ("class", "instance", "both"), (True, False)
+    ):
+        for present_only in {False, direction == "class"}:
+            spec = Spec(direction, "target", present_only, -100, MIB)  # type: ignore[arg-type]
+            needs = EVERYTHING._replace(sample_bias=spec.by_class, class_bias=spec.by_instance)
+            assert step(m, k, 512, dtype, spec, needs, short, device)
+            if direction != "both":
+                needs, spec = needs._replace(sample_bias=False, class_bias=False), spec._replace(workspace=64 * MIB)
+                assert one_step(m, k, 2048, dtype, spec, needs, device)
+                assert one_step(m, k, 2048, dtype, spec, needs, device, epilogue=dtype == torch.bfloat16)
+    for exclude, short in itertools.product(("self", "same_label"), (True, False)):
+        spec = Spec("class", exclude, False, -100, MIB, symmetric=True)  # type: ignore[arg-type]
+        assert step(512, 512, 512, dtype, spec, Needs(True, False, True, True, False), short, device)
+
+
 def test_few_launches() -> None:
     """A small problem costs ten launches at most, forward and backward; eleven if it takes a matrix product."""
     for direction, short in itertools.product(("class", "instance", "both"), (True, False)):
@@ -185,18 +221,31 @@ def test_launches_do_not_grow(size: tuple[int, int, int], short: bool, most: int
 
 
 def test_the_librarys_products_see_only_what_takes_part() -> None:
-    """Operands of which rows may be left out are copied, once each unless both sides have several panels."""
+    """A sum in one product is mended where need be; operands of one that goes on are copied, and what is unread."""
     needs = EVERYTHING._replace(sample_bias=False, class_bias=False)
-    cases = (("none", False, 100, 1), ("none", True, 100, 2), ("self", False, 300, 2), ("same_label", False, 300, 2))
-    for exclude, present_only, classes, copies in cases:
+    cases = (
+        ("none", False, 100, 0, 1),
+        ("none", True, 100, 1, 1),  # the classes are copied
+        ("none", True, 900, 1, 1),
+        ("self", False, 300, 0, 2),
+        ("same_label", False, 300, 0, 2),
+    )
+    for exclude, present_only, classes, copies, mended in cases:
         spec = Spec("class", exclude, present_only, -100, 32 * MIB)  # type: ignore[arg-type]
         launched = step(300, classes, 512, torch.bfloat16, spec, needs, short=False)
-        assert launched.count("gather") == copies, exclude
+        assert (launched.count("gather"), launched.count("mend")) == (copies, mended), exclude
         only = step(300, classes, 512, torch.bfloat16, spec, needs._replace(features=False), short=False)
-        assert only.count("gather") == 1, exclude
+        assert (only.count("gather"), only.count("mend")) == (0, 1), exclude
     spec = Spec("class", "none", True, -100, 8 * MIB)
     launched = step(4096, 200, 512, torch.bfloat16, spec, needs, short=False)
     assert launched.count("gather") == launched.count("entries") + 1 > 2
+    assert "mend" not in launched
+    spec = Spec("class", "target", True, -100, 320 * MIB)
+    launched = one_step(2048, 1000, 2048, torch.bfloat16, spec, needs)
+    assert (launched.count("gather"), launched.count("mend")) == (1, 1)
+    spec = Spec("instance", "none", False, -100, 320 * MIB)
+    launched = one_step(2048, 1000, 2048, torch.bfloat16, spec, needs)
+    assert (launched.count("gather"), launched.count("mend")) == (0, 1)
 
 
 def test_small_workspace_takes_panels() -> None:
@@ -230,11 +279,10 @@ def test_memory_of_one_step(m: int, k: int, d: int, engine: str, monkeypatch: py
     dtype, epilogue = ENGINES[engine]
     gradient = torch.float32 if dtype == torch.float16 else dtype
     counts = []
-    small = (4 if epilogue else 8) * MIB
-    for direction, workspace in itertools.product(("class", "instance"), (small, 128 * MIB)):
+    for direction, workspace in itertools.product(("class", "instance"), (4 * MIB, 128 * MIB)):
         spec = Spec(direction, "target", direction == "class", -100, workspace)  # type: ignore[arg-type]
         launched: list[str] = []
-        call = functools.partial(one_step, m, k, d, dtype, spec, needs, epilogue)
+        call = functools.partial(one_step, m, k, d, dtype, spec, needs, epilogue=epilogue)
         peak, _ = replay(lambda call=call, launched=launched: launched.extend(call()))  # type: ignore[misc]
         counts.append(launched.count("product" if epilogue else "panel_entries"))
         tensors = (m + k) * d * (dtype.itemsize + gradient.itemsize)
@@ -295,12 +343,12 @@ def test_panels_of_one_step_fit(n_p: int, n_q: int, d: int, itemsize: int, works
     panels = plan.step_panels(n_p, n_q, d, itemsize, workspace, epilogue)
     if panels is None:
         return
-    rows, columns = panels.rows, panels.columns
+    rows, block = panels.rows, panels.block
     assert 1 <= rows <= n_p
-    assert 1 <= columns <= n_q
-    each = itemsize if epilogue else 4 + (2 if itemsize == 2 else 0)
-    entries = rows * plan.pad16(n_q) * each
-    assert entries + (rows + columns) * d * (4 + itemsize) <= workspace + plan.MIN_PANEL * d * (4 + itemsize)
+    assert 1 <= block <= max(rows, n_q)
+    entries = rows * plan.pad16(n_q) * (itemsize if epilogue else 4 + (2 if itemsize == 2 else 0))
+    buffers = rows * d * itemsize + block * d * 4
+    assert entries + buffers <= workspace + plan.MIN_PANEL * d * (4 + itemsize)
 
 
 sizes = st.integers(1, 5000)

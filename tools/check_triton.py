@@ -44,7 +44,7 @@ SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 TENSOR_MEMORY_COLUMNS = 512
 TENSOR_CORES = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)")
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-KERNELS_WITH_PRODUCT = ("lse_kernel", "grad_kernel", "entries_kernel", "bias_grad_kernel")
+KERNELS_WITH_PRODUCT = ("lse_kernel", "grad_kernel", "entries_kernel", "bias_grad_kernel", "mend_kernel")
 
 
 @dataclass(frozen=True)

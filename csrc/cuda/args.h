@@ -29,7 +29,7 @@ enum class Exclude : int { kNone, kTarget, kSelf, kSameLabel };
 
 struct Side {
   const void* x;         // (rows, d)
-  const float* rnorm;    // (rows,) 1 / max(norm, eps); -1: takes no part, not even as a positive
+  const float* rnorm;    // (rows,) 1 / max(norm, eps); negative: takes no part, not even as a positive
   const int64_t* label;  // (slots,) or null: samples have their targets, compacted prototypes their rows
   const int64_t* count;  // null, or how many of the slots are in use
   const float* bias;     // (rows,) or null: added to the logits of these rows where they are summed over
@@ -46,7 +46,7 @@ struct Side {
 
 struct NormArgs {
   const void* x;
-  const int64_t* label;  // null, or: rows with the label `skip` get -1
+  const int64_t* label;  // null, or: rows with the label `skip` get left_out
   float* rnorm;
   int64_t stride, skip;
   int rows, d;
@@ -59,7 +59,7 @@ struct PrepareArgs {
   const void *z, *w;
   const int64_t* target;
   const float* beta;
-  float* z_rnorm;  // -1 where ignored
+  float* z_rnorm;  // left_out where ignored
   float* pos;      // beta cos(z, its prototype)
   float* w_rnorm;  // null, or: the inverse norms of positives, and with `itself` of all samples that count
   int64_t* mark;   // null, or: mark[c] = c for the classes that occur
@@ -167,6 +167,17 @@ struct GatherArgs {
   Kind kind;
 };
 
+// out = h q.x, if a row of q that takes no part holds NaN or infinities: the library has multiplied it by
+// zeros.
+struct MendArgs {
+  Side q;
+  const void* h;
+  float* out;
+  int64_t h_row, h_column;  // numbers between two rows of h, and between two columns
+  int rows, d, blocks;
+  Kind kind;
+};
+
 void row_rnorm(const NormArgs&, Stream);
 void prepare_samples(const PrepareArgs&, Stream);
 void compact(const CompactArgs&, Stream);
@@ -181,5 +192,6 @@ void entries(const EntriesArgs&, Stream);
 void short_grad(const GradArgs&, Stream);
 void finish(const FinishArgs&, Stream);
 void gather(const GatherArgs&, Stream);
+void mend(const MendArgs&, Stream);
 
 }  // namespace nck

@@ -204,6 +204,13 @@ void op_gather(NCK_SIDE(p), const Tensor& out, int64_t start, int64_t stop) {
   gather({NCK_MAKE_SIDE(p), out.data_ptr(), int(start), int(stop), width_of(p), kind_of(p)}, device.stream());
 }
 
+void op_mend(NCK_SIDE(q), const Tensor& h, const Tensor& out, int64_t blocks) {
+  OnDevice device(q);
+  mend({NCK_MAKE_SIDE(q), h.data_ptr(), pointer<float>(out), h.stride(0), h.stride(1), rows_of(h),
+        width_of(q), int(blocks), kind_of(q)},
+       device.stream());
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(nckernels_cuda, m) {
@@ -238,6 +245,7 @@ STABLE_TORCH_LIBRARY(nckernels_cuda, m) {
            "stop, "
            "int parts, int part_stride, float eps, float norm_limit, bool norm_inside) -> ()");
   m.def("gather(" NCK_SIDE_SCHEMA("p") "Tensor(a!) out, int start, int stop) -> ()");
+  m.def("mend(" NCK_SIDE_SCHEMA("q") "Tensor h, Tensor(a!) out, int blocks) -> ()");
 }
 
 #define NCK_IMPL_FOR(KEY)                                          \
@@ -254,5 +262,6 @@ STABLE_TORCH_LIBRARY(nckernels_cuda, m) {
     m.impl("short_grad", TORCH_BOX(&op_short_grad));               \
     m.impl("finish", TORCH_BOX(&op_finish));                       \
     m.impl("gather", TORCH_BOX(&op_gather));                       \
+    m.impl("mend", TORCH_BOX(&op_mend));                           \
   }
 NCK_IMPL_FOR(NCK_DISPATCH_KEY)

@@ -1,4 +1,5 @@
-// What turns accumulated sums into gradients, for rows of any length; and copies of compacted rows.
+// What turns accumulated sums into gradients, for rows of any length; copies of compacted rows, and what NaN
+// has spoilt.
 
 #include "vectors.h"
 
@@ -83,6 +84,53 @@ gather_kernel(const __grid_constant__ GatherArgs a) {
   }
 }
 
+constexpr int kMendRows = 8;    // of a block's tile; it has a column a thread
+constexpr int kMendChunk = 64;  // terms that are added up apart, so that no long sum meets them one by one
+
+// Every block looks at all inverse norms. What follows is rare: plain, not fast.
+template <class T>
+NCK_KERNEL(kThreads, 2)
+mend_kernel(const __grid_constant__ MendArgs a) {
+  SharedArena arena;
+  float* scratch = arena.take<float>(32);
+  float found = 0.0f;
+  for (int q = int(threadIdx.x); q < a.q.slots; q += kThreads) {
+    if (a.q.rnorm[q] == kNotFinite) found = 1.0f;
+  }
+  for (int mask = 1; mask < 32; mask *= 2) found = fmaxf(found, shfl_xor(found, mask));
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = found;
+  block_sync();
+  for (int i = 0; i < kThreads / 32; i++) found = fmaxf(found, scratch[i]);
+  if (found == 0.0f) return;
+
+  const T *h = static_cast<const T*>(a.h), *x = static_cast<const T*>(a.q.x);
+  int column_tiles = (a.d + kThreads - 1) / kThreads;
+  int tiles = (a.rows + kMendRows - 1) / kMendRows * column_tiles;
+  for (int tile = int(blockIdx.x); tile < tiles; tile += a.blocks) {
+    int first = tile / column_tiles * kMendRows, column = tile % column_tiles * kThreads + int(threadIdx.x);
+    if (column >= a.d) continue;
+    float sum[kMendRows] = {};
+    for (int chunk = 0; chunk < a.q.slots; chunk += kMendChunk) {
+      float part[kMendRows] = {};
+      for (int q = chunk; q < min_of(chunk + kMendChunk, a.q.slots); q++) {
+        if (!slot_at(a.q, q, a.q.slots).here) continue;
+        float value = to_float(x[q * a.q.stride + column]);
+#pragma unroll
+        for (int i = 0; i < kMendRows; i++) {
+          if (first + i >= a.rows) break;
+          part[i] = fmaf(to_float(h[(first + i) * a.h_row + q * a.h_column]), value, part[i]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kMendRows; i++) sum[i] += part[i];
+    }
+#pragma unroll
+    for (int i = 0; i < kMendRows; i++) {
+      if (first + i < a.rows) a.out[int64_t(first + i) * a.d + column] = sum[i];
+    }
+  }
+}
+
 }  // namespace
 
 void finish(const FinishArgs& args, Stream stream) {
@@ -98,6 +146,12 @@ void gather(const GatherArgs& args, Stream stream) {
   with_row_type(args.kind, [&](auto number) {
     auto* kernel = gather_kernel<decltype(number)>;
     launch(kernel, (args.stop - args.start + rows - 1) / rows, kThreads, 0, stream, args);
+  });
+}
+
+void mend(const MendArgs& args, Stream stream) {
+  with_row_type(args.kind, [&](auto number) {
+    launch(mend_kernel<decltype(number)>, args.blocks, kThreads, 32 * sizeof(float), stream, args);
   });
 }
 

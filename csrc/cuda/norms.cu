@@ -19,7 +19,7 @@ row_rnorm_kernel(const __grid_constant__ NormArgs a) {
   const T* row = static_cast<const T*>(a.x) + team.row * a.stride;
   bool inside = team.row < a.rows, valid = inside && (!a.label || a.label[team.row] != a.skip);
   float total = 0.0f;
-  if (valid) {
+  if (inside) {
     for (int c = team.column; c < a.d; c += team.step) {
       float x[8];
       load8(x, row, c, a.d, aligned);
@@ -28,7 +28,7 @@ row_rnorm_kernel(const __grid_constant__ NormArgs a) {
     }
   }
   total = team.sum(total);  // by all lanes, the idle ones too: a shuffle wants the whole warp
-  if (inside && team.column == 0) a.rnorm[team.row] = valid ? inverse_norm(total, a.eps) : -1.0f;
+  if (inside && team.column == 0) a.rnorm[team.row] = valid ? inverse_norm(total, a.eps) : left_out(total);
 }
 
 // The partner's norm comes from the same loads, so that nothing waits for a pass over the prototypes.
@@ -46,11 +46,11 @@ prepare_samples_kernel(const __grid_constant__ PrepareArgs a) {
   const T* w_row = static_cast<const T*>(a.w) + partner * a.w_stride;
   bool z_aligned = rows_aligned<T>(a.z, a.z_stride), w_aligned = rows_aligned<T>(a.w, a.w_stride);
   float zz = 0.0f, ww = 0.0f, zw = 0.0f;
-  if (valid) {
+  if (inside) {
     for (int c = team.column; c < a.d; c += team.step) {
-      float z[8], w[8];
+      float z[8], w[8] = {};
       load8(z, z_row, c, a.d, z_aligned);
-      load8(w, w_row, c, a.d, w_aligned);
+      if (valid) load8(w, w_row, c, a.d, w_aligned);
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         zz = fmaf(z[i], z[i], zz);
@@ -64,7 +64,7 @@ prepare_samples_kernel(const __grid_constant__ PrepareArgs a) {
   zw = team.sum(zw);
   if (inside && team.column == 0) {
     float z_rnorm = inverse_norm(zz, a.eps), w_rnorm = inverse_norm(ww, a.eps);
-    a.z_rnorm[team.row] = valid ? z_rnorm : -1.0f;
+    a.z_rnorm[team.row] = valid ? z_rnorm : left_out(zz);
     // Each norm meets the product by itself: z_rnorm * w_rnorm can pass float32's range for tiny rows.
     a.pos[team.row] = valid ? *a.beta * (zw * z_rnorm * w_rnorm) : 0.0f;
     if (a.mark && valid) store_relaxed(a.mark + partner, partner);

@@ -23,6 +23,10 @@ NCK_DEVICE float log2_of(float x) { return log2f(x); }
 // The maximum to subtract: 0 for an empty set, where -inf - -inf would be NaN.
 NCK_DEVICE float shift_of(float largest) { return largest == -infinity() ? 0.0f : largest; }
 
+// In place of the inverse norm of a row that takes no part.
+inline constexpr float kNotFinite = -2.0f;
+NCK_DEVICE float left_out(float square_sum) { return square_sum < infinity() ? -1.0f : kNotFinite; }
+
 NCK_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
 
 NCK_DEVICE int used_slots(const Side& side) {

@@ -203,6 +203,9 @@ class CudaKernels(Kernels):
     def gather(self, side: Side, out: Tensor, start: int, stop: int) -> None:
         self.ops.gather(*self._side(side), out, start, stop)
 
+    def mend(self, h: Tensor, side: Side, out: Tensor) -> None:
+        self.ops.mend(*self._side(side), h, out, 2 * self.multiprocessors)
+
     def finish(
         self, result: Result, sums: Tensor, start: int, stop: int, parts: int, scale: Tensor | None, norm_inside: bool
     ) -> None:

@@ -164,6 +164,12 @@ uint64_t run(const Problem& o) {
     int stride = (k + 15) / 16 * 16;
     Array<char> h(size_t(m) * stride * (half ? 2 : 4));
     entries({samples, classes_side, beta, use, h, stride, 0, m, 0, k, d, 0.0f, o.kind, o.exclude}, nullptr);
+    if (!w_label) {  // an ignored sample's NaN has reached a product with all samples
+      Array<float> product(size_t(k) * d);
+      for (int i = 0; i < m; i++) z_rnorm[i] = i == 3 ? -2.0f : z_rnorm[i];
+      mend({samples, h, product, 1, stride, k, d, 2, o.kind}, nullptr);
+      print ^= fingerprint(product) * 29;
+    }
     Array<float> sums = vector(m * d);
     finish({samples, sums, beta, use, z_out, dot, 0, 0, m, 1, d, 1e-12f, 0.0f, o.kind, true}, nullptr);
   }

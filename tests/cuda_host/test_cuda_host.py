@@ -393,10 +393,19 @@ def test_nothing_is_read_past_the_rows(emulator: Emulator, d: int, columns: int)
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+def assert_same(clean: tuple[Any, ...], spoilt: tuple[Any, ...], note: object) -> None:
+    """Log-sum-exps to the bit; gradients but for the order of float32 sums, which ``mend`` takes by itself."""
+    for name, value in clean[0].items():
+        assert torch.equal(value, spoilt[0][name]), (note, name)
+    for name, value in clean[1].items():
+        error = (value - spoilt[1][name]).double().norm()
+        assert error <= 8 * torch.finfo(value.dtype).eps * value.double().norm(), (note, name)
+
+
 @pytest.mark.parametrize("itself", [False, True], ids=["apart", "itself"])
 @pytest.mark.parametrize("exclude", oracle.EXCLUDES)
-def test_what_takes_no_part_is_never_touched(emulator: Emulator, exclude: str, itself: bool) -> None:
-    """Not even 0 * NaN reaches the others, in no kernel and no product of the library."""
+def test_what_takes_no_part_reaches_nothing(emulator: Emulator, exclude: str, itself: bool) -> None:
+    """Not even as 0 * NaN, in no kernel and no product of the library: one panel or several."""
     square = exclude in ("self", "same_label")
     if itself and not square:
         pytest.skip("rows and columns are not the same")
@@ -406,23 +415,18 @@ def test_what_takes_no_part_is_never_touched(emulator: Emulator, exclude: str, i
             150, 150 if square else 140, d, direction=direction, exclude=exclude, ignored=0.3, itself=itself
         ).to(dtype)
         fill = torch.inf if dtype == torch.bfloat16 else torch.nan
-        with nckernels.use_workspace(128 << 10):
-            both = oracle.run(oracle.package, problem), oracle.run(oracle.package, oracle.spoilt(problem, fill))
-        for clean, got in zip(*both, strict=True):
-            for name, value in clean.items():
-                assert value is not None
-                assert torch.equal(value, got[name]), (d, dtype, name)
+        for workspace in (128 << 10, 8 << 20):
+            with nckernels.use_workspace(workspace):
+                both = oracle.run(oracle.package, problem), oracle.run(oracle.package, oracle.spoilt(problem, fill))
+            assert_same(*both, note=(d, dtype, workspace))
 
 
 @pytest.mark.parametrize(("m", "k"), [(150, 60), (40, 150)], ids=["masked", "compacted"])
-def test_absent_classes_are_never_touched(emulator: Emulator, m: int, k: int) -> None:
+def test_absent_classes_reach_nothing(emulator: Emulator, m: int, k: int) -> None:
     for d, dtype in itertools.product((48, 264), TWO):
         problem = oracle.make_problem(m, k, d, exclude="target", present_only=True).to(dtype)
         both = oracle.run(oracle.package, problem), oracle.run(oracle.package, oracle.spoilt(problem))
-        for clean, got in zip(*both, strict=True):
-            for name, value in clean.items():
-                assert value is not None
-                assert torch.equal(value, got[name]), (d, dtype, name)
+        assert_same(*both, note=(d, dtype))
 
 
 def test_a_positive_of_nan_shows(emulator: Emulator) -> None:

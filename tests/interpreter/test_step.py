@@ -101,8 +101,11 @@ def assert_close(
 def test_one_panel(loss: str, m: int, k: int, dtype: torch.dtype, panels: Panels) -> None:
     x, w, y = problem(m, k, 1)
     options = {"weight": torch.rand(k), "reduction": "sum" if dtype == torch.bfloat16 else "mean"}
-    assert_close(run(loss, x, w, y, dtype, **options), exact(loss, x, w, y, dtype, **options), dtype)
-    assert panels.steps == 1
+    expected = exact(loss, x, w, y, dtype, **options)
+    assert_close(run(loss, x, w, y, dtype, **options), expected, dtype)
+    x[y < 0] = torch.nan  # the library's products meet it, and are mended
+    assert_close(run(loss, x, w, y, dtype, **options), expected, dtype)
+    assert panels.steps == 2
 
 
 @pytest.mark.usefixtures("narrow_panels")
@@ -156,8 +159,8 @@ def test_one_gradient_only(loss: str, wanted: tuple[bool, bool], panels: Panels)
         LOSSES[loss](*leaves, y, temperature=tau), [t for t in (*leaves, tau) if t.requires_grad]
     )
     reference = expected[0] if wanted[0] else expected[1]
-    assert (found[0] - reference).norm() <= 6e-7 * reference.norm()
-    assert abs(found[1] - by_temperature) <= 6e-7 * abs(by_temperature)
+    assert (found[0] - reference).norm() <= 1e-6 * reference.norm()
+    assert abs(found[1] - by_temperature) <= 1e-6 * abs(by_temperature)
     assert panels.steps == 1
 
 

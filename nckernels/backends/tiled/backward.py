@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,12 +106,14 @@ def _long_rows(kernels: Kernels, p: Result, q: Result, scale: Tensor | None) -> 
     x, y = p.side, q.side
     d, itemsize, device = x.x.shape[1], x.x.element_size(), x.x.device
     p_sums, q_sums = p.accumulator, q.accumulator
-    # The library's products read whole matrices, in which 0 * NaN is NaN: rows that take no part are zeros in
-    # copies. Whether there are such rows is known on the device only.
+    # The library's products read whole matrices, in which 0 * NaN is NaN. A sum in one product is mended; for one
+    # that goes on, rows that take no part are zeros in copies.
     copy_x, copy_y = x.partial and q.wanted, y.partial and p.wanted
     p_bytes = (4 * d if p.wanted and p_sums is None else 0) + (itemsize * d if copy_x else 0)
     q_bytes = itemsize * d if copy_y else 0
     rows, columns = panel_shape(x.slots, y.slots, p_bytes, q_bytes, itemsize, kernels.spec.workspace)
+    copy_x = copy_x and (x.copied or rows < x.slots)
+    copy_y = copy_y and (y.copied or columns < y.slots)
 
     def buffer(n: int, width: int, dtype: torch.dtype, wanted: bool = True) -> Tensor | None:
         return torch.empty(n, width, dtype=dtype, device=device) if wanted else None
@@ -131,21 +134,37 @@ def _long_rows(kernels: Kernels, p: Result, q: Result, scale: Tensor | None) -> 
             panel = h[: stop - start, : end - begin]
             if p_panel is not None:
                 y_rows = dense(kernels, y, begin, end, y_copy) if whole is None else whole
-                kernels.matmul(panel, y_rows, p_panel[: stop - start], accumulate=begin > 0)
+                multiply(kernels, panel, y_rows, p_panel[: stop - start], accumulate=begin > 0)
             if q_sums is not None:
-                kernels.matmul(panel.t(), x_rows, q_sums[begin:end], accumulate=start > 0)
+                multiply(kernels, panel.t(), x_rows, q_sums[begin:end], accumulate=start > 0)
         if p_panel is not None:
             kernels.finish(p, p_panel, start, stop, 1, scale, norm_inside=True)
     if q_sums is not None:
         kernels.finish(q, q_sums, 0, y.slots, 1, scale, norm_inside=True)
 
 
-def dense(kernels: Kernels, side: Side, start: int, stop: int, copy: Tensor | None) -> Tensor:
-    """The rows of some slots as a matrix: a view, or those that take part in ``copy``, among zeros."""
+class Operand(NamedTuple):
+    """The rows of some slots as the library multiplies them."""
+
+    side: Side
+    rows: Tensor
+    mended: bool
+    """Whether rows that take no part are in their places, and not zeros: then these are all rows of the side."""
+
+
+def dense(kernels: Kernels, side: Side, start: int, stop: int, copy: Tensor | None) -> Operand:
+    """A view, or the rows that take part in ``copy``, among zeros."""
     if copy is None:
-        return side.x[start:stop]
+        return Operand(side, side.x[start:stop], side.partial)
     kernels.gather(side, copy, start, stop)
-    return copy[: stop - start]
+    return Operand(side, copy[: stop - start], False)
+
+
+def multiply(kernels: Kernels, h: Tensor, operand: Operand, out: Tensor, accumulate: bool) -> None:
+    """``out = h @ rows`` (+ out)."""
+    kernels.matmul(h, operand.rows, out, accumulate)
+    if operand.mended:
+        kernels.mend(h, operand.side, out)
 
 
 def _beta_grad(dot: Tensor, spec: Spec) -> Tensor:

@@ -60,13 +60,14 @@ class Kernels(ABC):
 
     @abstractmethod
     def row_rnorm(self, x: Tensor, rnorm: Tensor, label: Tensor | None) -> None:
-        """``rnorm[i] = 1 / max(|x[i]|, eps)``; -1 where ``label[i]`` is ``ignore_index``."""
+        """``rnorm[i] = 1 / max(|x[i]|, eps)``; where ``label[i]`` is ``ignore_index`` -1, or ``NOT_FINITE``."""
 
     @abstractmethod
     def prepare_samples(self, z_rnorm: Tensor, pos: Tensor, w_rnorm: Tensor | None, mark: Tensor | None) -> None:
-        """Every sample's inverse norm and positive logit, -1 and 0 where it is ignored. With ``w_rnorm`` also the
-        inverse norms of all that is someone's positive, and where features are compared with themselves those of
-        all samples that are not ignored. With ``mark`` also ``mark[class] = class`` for the classes that occur."""
+        """Every sample's inverse norm and positive logit; where it is ignored -1, or ``NOT_FINITE``, and 0. With
+        ``w_rnorm`` also the inverse norms of all that is someone's positive, and where features are compared with
+        themselves those of all samples that are not ignored. With ``mark`` also ``mark[class] = class`` for the
+        classes that occur."""
 
     @abstractmethod
     def compact(self, mark: Tensor, rank: Tensor, present: Tensor, k: int, slots: int) -> None:
@@ -118,6 +119,11 @@ class Kernels(ABC):
     @abstractmethod
     def gather(self, side: Side, out: Tensor, start: int, stop: int) -> None:
         """The rows of the slots [start, stop) as a matrix; zeros for rows that take no part."""
+
+    @abstractmethod
+    def mend(self, h: Tensor, side: Side, out: Tensor) -> None:
+        """``out = h @ side.x`` over the rows that take part, if a row that takes none holds NaN or infinities: the
+        library has multiplied these by the zeros in ``h``. Else ``out`` is right already and stays as it is."""
 
     @abstractmethod
     def finish(

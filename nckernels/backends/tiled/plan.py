@@ -91,8 +91,8 @@ class StepPanels:
 
     rows: int
     """Anchors of a panel, which meets all rows of the other operand."""
-    columns: int
-    """Rows of the other operand whose gradients are accumulated, and finished, at a time."""
+    block: int
+    """Rows of either operand whose gradients are summed up, and finished, at a time: few enough for the L2 cache."""
 
 
 @lru_cache(maxsize=1024)
@@ -100,18 +100,15 @@ def step_panels(n_p: int, n_q: int, d: int, itemsize: int, workspace: int, epilo
     """The panels of one step, or None where they would be so thin that two passes are faster.
 
     A panel of n anchors takes, for every one of them, a row of float32 products and one of entries (float32 entries
-    replace their products), a row of float32 sums and a copy of the anchor; and a copy and sums for ``columns`` rows
-    of the other operand, so few that they are still in the L2 cache when they are finished.
-
-    With an ``epilogue`` there are no products, but the partial sums of tiles.
+    replace their products) and a copy of the anchor; and float32 sums for a block of rows. With an ``epilogue`` there
+    are no products, but the partial sums of tiles.
     """
     if epilogue:
-        row = pad16(n_q) * itemsize + 4 * ceil_div(n_q, EPILOGUE_COLUMNS) + d * (itemsize + 4)
+        row = pad16(n_q) * itemsize + 4 * ceil_div(n_q, EPILOGUE_COLUMNS) + d * itemsize
     else:
-        row = pad16(n_q) * (4 + (itemsize if itemsize < 4 else 0)) + d * (itemsize + 4)
-    column = d * (itemsize + 4)
-    columns = min(n_q, max(MIN_PANEL, 1 << (max(1, min(workspace // 4, IN_L2) // column).bit_length() - 1)))
-    rows = min(n_p, (workspace - columns * column) // row)
+        row = pad16(n_q) * (4 + (itemsize if itemsize < 4 else 0)) + d * itemsize
+    block = max(MIN_PANEL, 1 << (max(1, min(workspace // 4, IN_L2) // (4 * d)).bit_length() - 1))
+    rows = min(n_p, (workspace - block * 4 * d) // row)
     if rows < n_p:
         rows -= rows % MIN_PANEL
         if rows <= 0:
@@ -121,7 +118,7 @@ def step_panels(n_p: int, n_q: int, d: int, itemsize: int, workspace: int, epilo
     cost = (epilogue_step_cost if epilogue else step_cost)(n_p, n_q, d, itemsize, rows)
     if cost > two_passes_cost(n_p, n_q, d, itemsize):
         return None
-    return StepPanels(rows, columns)
+    return StepPanels(rows, min(block, max(rows, n_q)))
 
 
 def step_cost(n_p: int, n_q: int, d: int, itemsize: int, rows: int) -> float:

@@ -18,6 +18,9 @@ from torch import Tensor
 
 from ..base import Inputs, Spec
 
+NOT_FINITE = -2.0
+"""In place of the inverse norm."""
+
 
 @dataclass(frozen=True)
 class Side:
@@ -26,7 +29,8 @@ class Side:
     x: Tensor
     """(rows, d), contiguous rows."""
     rnorm: Tensor
-    """(rows,): 1 / max(norm, eps); -1 for rows that take no part, with ``unsummed`` not even as a positive."""
+    """(rows,): 1 / max(norm, eps). Negative for rows that take no part, with ``unsummed`` not even as a positive:
+    ``NOT_FINITE`` for those that hold NaN or infinities, -1 for others and with ``unread``."""
     samples: bool
     """Whether these are the features, perhaps as both operands."""
     slots: int
@@ -38,6 +42,8 @@ class Side:
     gather: bool = False
     unsummed: bool = False
     """Whether slots that are left out can still be someone's positive: prototypes under the mask "self"."""
+    unread: bool = False
+    """Whether nobody has looked at the rows that take no part: classes that do not occur, above all."""
     count: Tensor | None = None
     """0-dimensional or (1,): how many of the slots are in use; None: all."""
     bias: Tensor | None = None
@@ -51,8 +57,13 @@ class Side:
 
     @property
     def partial(self) -> bool:
-        """Whether some rows may take no part. These may hold anything, NaN too, and must not be read."""
+        """Whether some rows may take no part. These may hold anything, NaN too, and must not reach any sum."""
         return self.label is not None
+
+    @property
+    def copied(self) -> bool:
+        """Whether the library multiplies a copy, with zeros in rows that take no part; see ``Kernels.mend``."""
+        return self.gather or (self.partial and self.unread)
 
 
 @dataclass(frozen=True)
@@ -110,7 +121,7 @@ def two_sides(inputs: Inputs, spec: Spec, z_rnorm: Tensor, w_rnorm: Tensor, pres
     m, k, positives = z.shape[0], w.shape[0], spec.exclude == "self"
     if spec.symmetric:
         bias = sample_bias if spec.by_class else class_bias
-        both = Side(z, w_rnorm, True, m, target, spec.ignore_index, unsummed=positives, bias=bias)
+        both = Side(z, w_rnorm, True, m, target, spec.ignore_index, unsummed=positives, unread=positives, bias=bias)
         return both, both
     samples = Side(z, z_rnorm, True, m, target, spec.ignore_index, bias=sample_bias)
     if spec.square:
@@ -118,5 +129,7 @@ def two_sides(inputs: Inputs, spec: Spec, z_rnorm: Tensor, w_rnorm: Tensor, pres
     if present.numel():
         slots, compacted = min(m, k), k > m
         count = present[slots:] if compacted else None
-        return samples, Side(w, w_rnorm, False, slots, present, -1, compacted, count=count, bias=class_bias)
+        return samples, Side(
+            w, w_rnorm, False, slots, present, -1, compacted, unread=True, count=count, bias=class_bias
+        )
     return samples, Side(w, w_rnorm, False, k, bias=class_bias)

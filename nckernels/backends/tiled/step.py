@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..base import Needs, Reduced, Spec, Step
-from .backward import dense
+from .backward import dense, multiply
 from .engines import Engine, EpilogueEngine, LibraryEngine
 from .forward import prepare
 from .kernels import StepKernels
@@ -119,35 +119,33 @@ def _by_panels(
     x, y = p.side, q.side
     dtype, d, device = x.x.dtype, x.x.shape[1], x.x.device
     engine, panels = _engine(kernels, x, y, pos, scale)
-    rows, columns, once = panels.rows, panels.columns, panels.rows >= x.slots
+    rows, block, once = panels.rows, panels.block, panels.rows >= x.slots
     # What finishing divides by: the scale of the entries, and that of the mean.
     finished = scale if divisor is None else divisor[:1] if scale is None else scale * divisor[:1]
 
     def buffer(n: int, width: int, dtype: torch.dtype = torch.float32, wanted: bool = True) -> Tensor | None:
         return torch.empty(n, width, dtype=dtype, device=device) if wanted else None
 
-    p_sums = buffer(rows, d, wanted=p.wanted)
-    # Those of all panels, or with one panel, of a block of columns.
-    q_sums = q.accumulator if q.accumulator is not None else buffer(columns if once else y.slots, d, wanted=q.wanted)
-    # The library's products read whole matrices, in which 0 * NaN is NaN: rows that take no part are zeros in copies.
-    x_copy = buffer(rows, d, dtype, x.partial and (x.gather or q.wanted))
-    y_copy = buffer(columns, d, dtype, y.partial and p.wanted)
+    sums = torch.empty(min(block, max(rows, y.slots)), d, dtype=torch.float32, device=device)
+    total = q.accumulator if q.accumulator is not None else buffer(y.slots, d, wanted=q.wanted and not once)
+    # The library's products read whole matrices, in which 0 * NaN is NaN. A sum in one product is mended; for one
+    # that goes on from panel to panel, rows that take no part are zeros in copies.
+    x_copy = buffer(rows, d, dtype, x.gather or (q.wanted and x.partial and (x.copied or not once)))
+    y_rows = dense(kernels, y, 0, y.slots, None)
     for start in range(0, x.slots, rows):
         stop = min(start + rows, x.slots)
         n, last = stop - start, stop == x.slots
         x_rows = dense(kernels, x, start, stop, x_copy)
-        h = engine.entries(x_rows, start, stop)
-        for begin in range(0, y.slots, columns):
-            end = min(begin + columns, y.slots)
-            block = h[:, begin:end]
-            if p_sums is not None:
-                y_rows = dense(kernels, y, begin, end, y_copy)
-                kernels.matmul(block, y_rows, p_sums[:n], accumulate=begin > 0)
-            if q_sums is not None:
-                whole = q_sums.shape[0] == y.slots
-                sums = q_sums[begin:end] if whole else q_sums[: end - begin]
-                kernels.matmul(block.t(), x_rows, sums, accumulate=start > 0)
-                if last:
-                    kernels.finish(q, sums, begin, end, 1, finished, norm_inside=True)
-        if p_sums is not None:
-            kernels.finish(p, p_sums, start, stop, 1, finished, norm_inside=True)
+        h = engine.entries(x_rows.rows, start, stop)
+        for begin in range(0, n if p.wanted else 0, block):
+            end = min(begin + block, n)
+            multiply(kernels, h[begin:end], y_rows, sums[: end - begin], accumulate=False)
+            kernels.finish(p, sums, start + begin, start + end, 1, finished, norm_inside=True)
+        if total is not None and not last:
+            multiply(kernels, h.t(), x_rows, total, accumulate=start > 0)
+            continue
+        for begin in range(0, y.slots if q.wanted else 0, block):
+            end = min(begin + block, y.slots)
+            part = sums[: end - begin] if total is None else total[begin:end]
+            multiply(kernels, h[:, begin:end].t(), x_rows, part, accumulate=start > 0)
+            kernels.finish(q, part, begin, end, 1, finished, norm_inside=True)

@@ -5,6 +5,8 @@ import triton.language as tl
 
 from .tiles import (
     LOG2E,
+    NOT_FINITE,
+    dot,
     load_lse,
     load_rows,
     paired_rows,
@@ -54,6 +56,9 @@ def finish_kernel(
 ):  # fmt: skip
     """Gradients of the slots [start, stop) from float32 sums: add the partials, project, scale, cast.
 
+    Sums are still in the L2 cache where a block of few rows was multiplied just before. What is read and written here
+    for the last time, rows and gradients, shall not drive them out.
+
     ``Acc[part, slot - start]`` holds a_p, or r_p a_p with ``NORM_INSIDE``. ``Dot[slot]`` becomes the
     slot's share of the gradient of beta. ``Out`` may be ``Acc`` itself (float32, one part).
     """
@@ -91,11 +96,11 @@ def finish_kernel(
         for _ in range(parts):
             acc += tl.load(acc_ptr, mask=mask, other=0.0)
             acc_ptr += part_stride
-        x = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
         grad, along = project(acc, x, rnorm, scale, EPS)
         if Out is not None:
             grad = tl.where(valid[:, None], grad, 0.0).to(Out.dtype.element_ty)
-            tl.store(out_ptr, grad, mask=written[:, None] & (col < d)[None, :])
+            tl.store(out_ptr, grad, mask=written[:, None] & (col < d)[None, :], eviction_policy="evict_first")
     else:
         # Rows too long for one block of registers: once for the dot product, once for the result.
         sums = tl.zeros((BR, BD), tl.float32)
@@ -108,11 +113,13 @@ def finish_kernel(
             factor = radial(rnorm, along, EPS)
             for k in range(0, d, BD):
                 mask = valid[:, None] & (col < d - k)[None, :]
-                x = tl.load(x_ptr + k, mask=mask, other=0.0).to(tl.float32)
+                x = tl.load(x_ptr + k, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
                 acc = tl.load(acc_ptr + k, mask=mask, other=0.0)
                 grad = scale[:, None] * tl.fma(-factor[:, None], x, acc)
                 grad = tl.where(valid[:, None], grad, 0.0).to(Out.dtype.element_ty)
-                tl.store(out_ptr + k, grad, mask=written[:, None] & (col < d - k)[None, :])
+                tl.store(
+                    out_ptr + k, grad, mask=written[:, None] & (col < d - k)[None, :], eviction_policy="evict_first"
+                )
     if Dot is not None:
         tl.store(Dot + slot, tl.where(valid, weight * along, 0.0), mask=slot < stop)
 
@@ -137,6 +144,42 @@ def gather_kernel(
     x = tl.load(X + row.to(tl.int64)[:, None] * x_stride + col[None, :], mask=valid[:, None] & inside, other=0.0)
     at = Out + local.to(tl.int64)[:, None] * d + col[None, :]
     tl.store(at, x, mask=(local < stop - start)[:, None] & inside)
+
+
+@triton.jit(do_not_specialize=["n_p", "n_q", "d", "h_p", "h_q", "x_stride", "skip"])
+def mend_kernel(
+    H, X, Rnorm, Label, Out, n_p, n_q, d, h_p, h_q, x_stride, skip,
+    UNSUMMED: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    BP: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """``Out = H X`` over the rows of X that take part, if one that takes none holds NaN or infinities.
+
+    The library has multiplied it by zeros in H. Such rows are rare, and known to the device alone: every program
+    looks for them in the inverse norms, and ends if there are none.
+    """
+    found = tl.zeros((BN,), tl.int32)
+    for i in range(0, n_q, BN):
+        index = i + tl.arange(0, BN)
+        found |= (tl.load(Rnorm + index, mask=index < n_q, other=0.0) == NOT_FINITE).to(tl.int32)
+    if tl.max(found, 0) == 0:
+        return
+    d *= UNIT
+    x_stride *= UNIT
+    d_blocks = tl.cdiv(d, BD)
+    for block in range(tl.program_id(0), tl.cdiv(n_p, BP) * d_blocks, tl.num_programs(0)):
+        p = block // d_blocks * BP + tl.arange(0, BP)
+        col = block % d_blocks * BD + tl.arange(0, BD)
+        acc = tl.zeros((BP, BD), tl.float32)
+        for first in range(0, n_q, BQ):
+            q, _, valid = slot_rows(Label, first, n_q, skip, False, BQ)
+            valid = paired_rows(Rnorm, valid, first, n_q, UNSUMMED, BQ)
+            at = H + p.to(tl.int64)[:, None] * h_p + q.to(tl.int64)[None, :] * h_q
+            h = tl.load(at, mask=(p < n_p)[:, None] & valid[None, :], other=0.0)
+            at = X + q.to(tl.int64)[:, None] * x_stride + col[None, :]
+            x = tl.load(at, mask=valid[:, None] & (col < d)[None, :], other=0.0)
+            acc = dot(h, x, acc, PRECISION)
+        at = Out + p.to(tl.int64)[:, None] * d + col[None, :]
+        tl.store(at, acc, mask=(p < n_p)[:, None] & (col < d)[None, :])
 
 
 @triton.jit(do_not_specialize=["n_p", "n_q", "d", "p_stride", "q_stride", "skip_p", "skip_q", "split"])

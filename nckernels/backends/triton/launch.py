@@ -129,6 +129,11 @@ def _gather_options(gather: bool, unsummed: bool, unit: int) -> Options:
 
 
 @_made_once
+def _mend_options(unsummed: bool, unit: int, precision: str) -> Options:
+    return Options(UNSUMMED=unsummed, UNIT=unit, PRECISION=precision, BP=64, BQ=32, BD=64, BN=2048, warps=8)
+
+
+@_made_once
 def _finish_options(
     columns: int, whole: bool, gather: bool, unsummed: bool, norm_inside: bool, unit: int, eps: float, limit: float
 ) -> Options:
@@ -310,6 +315,14 @@ class TritonKernels(Kernels):
             side.x, side.rnorm, side.label, side.count, out,
             start, stop, self.d, self._units(side.x), side.skip,
             options=_gather_options(side.gather, side.unsummed, self.unit),
+        )  # fmt: skip
+
+    def mend(self, h: Tensor, side: Side, out: Tensor) -> None:
+        blocks = ceil_div(h.shape[0], 64) * ceil_div(out.shape[1], 64)
+        launch(
+            finish.mend_kernel, (min(blocks, 2 * self.arch.multiprocessors),),
+            h, side.x, side.rnorm, side.label, out, *h.shape, self.d, *h.stride(), self._units(side.x), side.skip,
+            options=_mend_options(side.unsummed, self.unit, self.precision),
         )  # fmt: skip
 
     def finish(

@@ -8,7 +8,7 @@ tensor cores see the caller's exact numbers.
 import triton
 import triton.language as tl
 
-from .tiles import INF
+from .tiles import INF, NOT_FINITE
 
 
 @triton.jit
@@ -17,16 +17,21 @@ def inverse_norm(square_sum, EPS: tl.constexpr):
     return 1.0 / tl.maximum(tl.sqrt(square_sum), EPS, propagate_nan=tl.PropagateNan.ALL)
 
 
+@triton.jit
+def left_out(square_sum):
+    """In place of the inverse norm of a row that takes no part; see ``mend_kernel``."""
+    return tl.where(square_sum < INF, -1.0, NOT_FINITE)
+
+
 @triton.jit(do_not_specialize=["n", "d", "stride", "skip"])
 def row_rnorm_kernel(
     X, Label, Rnorm, n, d, stride, skip, UNIT: tl.constexpr, EPS: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr
 ):  # fmt: skip
-    """``Rnorm[i] = 1 / max(|X[i]|, EPS)``, -1 for rows that ``Label`` leaves out; a program takes BR rows."""
+    """``Rnorm[i] = 1 / max(|X[i]|, EPS)``, ``left_out`` for rows that ``Label`` leaves out; a program takes BR rows."""
     d *= UNIT
     stride *= UNIT
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     inside = row < n
-    valid = inside
     if Label is not None:
         valid = tl.load(Label + row, mask=inside, other=skip) != skip
     col = tl.arange(0, BD)
@@ -34,11 +39,12 @@ def row_rnorm_kernel(
     # One running sum a column, reduced across threads once at the end rather than at every step.
     total = tl.zeros((BR, BD), tl.float32)
     for k in range(0, d, BD):
-        x = tl.load(ptr + k, mask=valid[:, None] & (col < d - k)[None, :], other=0.0).to(tl.float32)
+        x = tl.load(ptr + k, mask=inside[:, None] & (col < d - k)[None, :], other=0.0).to(tl.float32)
         total = tl.fma(x, x, total)
-    rnorm = inverse_norm(tl.sum(total, 1), EPS)
+    square_sum = tl.sum(total, 1)
+    rnorm = inverse_norm(square_sum, EPS)
     if Label is not None:
-        rnorm = tl.where(valid, rnorm, -1.0)
+        rnorm = tl.where(valid, rnorm, left_out(square_sum))
     tl.store(Rnorm + row, rnorm, mask=inside)
 
 
@@ -52,8 +58,8 @@ def prepare_samples_kernel(
 ):  # fmt: skip
     """One pass over the samples and their positive prototypes.
 
-    Writes each sample's inverse norm and its positive logit ``beta cos(z, w_partner)``, -1 and 0 where it is
-    ignored: whatever it holds, it has no share in the scale of float16 gradients. The partner's norm
+    Writes each sample's inverse norm and its positive logit ``beta cos(z, w_partner)``, ``left_out`` and 0 where it
+    is ignored: whatever it holds, it has no share in the scale of float16 gradients. The partner's norm
     comes from the same loads, so nothing here waits for a pass over the prototypes: ``W_rnorm`` is for those
     who want the partners only, or where the samples are their own partners (``ITSELF``) all that take part.
     With ``Mark`` (only the classes that occur are wanted) it also writes ``Mark[class] = class``. Whoever writes
@@ -92,11 +98,12 @@ def prepare_samples_kernel(
         zz = tl.fma(z, z, zz)
         ww = tl.fma(w, w, ww)
         zw = tl.fma(z, w, zw)
-    r_z = inverse_norm(tl.sum(zz, 1), EPS)
+    z_square = tl.sum(zz, 1)
+    r_z = inverse_norm(z_square, EPS)
     r_w = inverse_norm(tl.sum(ww, 1), EPS)
     # Each norm meets the product separately: r_z * r_w alone can pass float32's range for tiny rows.
     pos = beta * (tl.sum(zw, 1) * r_z * r_w)
-    tl.store(Z_rnorm + row, tl.where(valid, r_z, -1.0), mask=inside)
+    tl.store(Z_rnorm + row, tl.where(valid, r_z, left_out(z_square)), mask=inside)
     tl.store(Pos + row, tl.where(valid, pos, 0.0), mask=inside)
     if Mark is not None:
         tl.store(Mark + partner, partner, mask=valid)

@@ -74,7 +74,7 @@ class TritonStep(launch.TritonKernels, StepKernels):
     ``host_beta`` is the inverse temperature where the host knows it.
     """
 
-    def __init__(self, inputs: Inputs, spec: Spec, host_beta: float | None) -> None:
+    def __init__(self, inputs: Inputs, spec: Spec, host_beta: float | None = None) -> None:
         super().__init__(inputs, spec)
         self.host_beta = host_beta
 

@@ -29,9 +29,12 @@ drop out of a log-sum-exp without a comparison for every entry.
 import triton
 import triton.language as tl
 
+from ..tiled import sides
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
+NOT_FINITE = tl.constexpr(sides.NOT_FINITE)
 
 
 @triton.jit

@@ -1,0 +1,469 @@
+"""What one step of the Triton backend does on a GPU, counted without one.
+
+The package runs as it is, from the loss to the gradients, on tensors without memory (the meta device) at any size. Two
+things are listened to: the kernels, whose methods :class:`Counted` overrides to note what they are about to do before
+the real method goes as far as the launch; and PyTorch's own operators. So which kernels run, on which panels, how many
+launches that takes, and which tensors exist is what the code says. What a kernel does for its arguments is stated here,
+one method a kernel: operations, exponentials, and every byte that it reads or writes, once. Not counted is that a tile
+kernel reads its operands again from the L2 cache while it runs.
+
+Which of these bytes reach memory, :class:`Cache` guesses: what a kernel has read or written may still be in the L2
+cache when another one reads it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import nckernels
+from nckernels import operators
+from nckernels.backends.base import Inputs, Spec
+from nckernels.backends.tiled.kernels import Partial
+from nckernels.backends.tiled.plan import IN_L2, Blocks
+from nckernels.backends.tiled.sides import Result, Side
+from nckernels.backends.triton import TritonBackend, config, launch
+from nckernels.backends.triton import step as one_step
+
+from .problems import Problem
+from .variants import our_loss
+
+# The kinds of bytes.
+INPUTS = "inputs and gradients"
+"""Features and prototypes read for norms, positives, products or copies; gradients written, zeros for absent classes
+included."""
+COPIES = "copies"
+"""Of operands, with zeros for rows that take no part: written, and read by products in place of the inputs."""
+PANELS = "panels"
+"""Products and entries of the gradient, on their way from kernel to kernel."""
+SUMS = "float32 sums"
+"""Gradients while they accumulate, as products read and write them; partial sums of thread blocks."""
+FINISHING = "finishing"
+"""Those sums and the inputs, read once more for the projection."""
+FILLS = "fills"
+"""Zeros and other constants, but for gradients."""
+VECTORS = "vectors"
+"""O(M + K), as our kernels read and write them: norms, logits, labels, log-sum-exps. Taken to stay in the L2 cache."""
+TORCH = "PyTorch"
+"""What PyTorch's operators read and write."""
+
+Access = tuple[str, Tensor, int]
+"""Bytes of a kind that are read from or written to a tensor."""
+
+
+@dataclass
+class Stage:
+    """A call of one kernel, or of several that have the same name."""
+
+    name: str
+    library: int = 0
+    """Operations of matrix products by the vendor's library."""
+    own: int = 0
+    """Operations of matrix products in kernels of our own."""
+    exps: int = 0
+    moved: Counter[str] = field(default_factory=Counter)
+    """Bytes read and bytes written, by kind."""
+    memory: Counter[str] = field(default_factory=Counter)
+    """Those of them that reach memory."""
+    launches: int = 0
+
+    @property
+    def operations(self) -> int:
+        return self.library + self.own
+
+
+@dataclass
+class _Entry:
+    kind: str
+    size: int
+    changed: bool
+
+
+class Cache:
+    """An L2 cache of ``plan.IN_L2`` bytes that forgets what was used longest ago, in whole regions of tensors.
+
+    What is written reaches memory when it is forgotten, and never what is there at the end; but gradients do at once.
+    What passes is not kept: kernels read or write it with the hint that nobody will want it again.
+    """
+
+    def __init__(self, capacity: int = IN_L2) -> None:
+        self.capacity = capacity
+        self._entries: OrderedDict[tuple[int, int, int], _Entry] = OrderedDict()
+
+    def read(self, access: Access, memory: Counter[str], passes: bool = False) -> None:
+        kind, x, size = access
+        region, whole = _region(x)
+        hit = region if region in self._entries else whole if whole in self._entries else None
+        if hit is not None:
+            self._entries.move_to_end(hit)
+        else:
+            memory[kind] += size
+            if not passes:
+                self._keep(region, _Entry(kind, size, False), memory)
+
+    def write(self, access: Access, memory: Counter[str], passes: bool = False) -> None:
+        kind, x, size = access
+        if passes:
+            memory[kind] += size
+            self._entries.pop(_region(x)[0], None)
+            return
+        later = kind != INPUTS and size <= self.capacity
+        if not later:
+            memory[kind] += size
+        self._keep(_region(x)[0], _Entry(kind, size, later), memory)
+
+    def _keep(self, region: tuple[int, int, int], entry: _Entry, memory: Counter[str]) -> None:
+        self._entries.pop(region, None)
+        self._entries[region] = entry
+        while sum(e.size for e in self._entries.values()) > self.capacity:
+            _, gone = self._entries.popitem(last=False)
+            if gone.changed:
+                memory[gone.kind] += gone.size
+
+
+def _region(x: Tensor) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """The place of a tensor in memory, and all of that memory."""
+    storage, start = x.untyped_storage(), int(x.storage_offset()) * x.element_size()
+    return (storage._cdata, start, _bytes(x)), (storage._cdata, 0, storage.nbytes())
+
+
+class Tally:
+    """The stages of a step, in order."""
+
+    def __init__(self, present: int) -> None:
+        self.present = present
+        """How many classes occur, which the device alone would know."""
+        self.stages: list[Stage] = []
+        self.kernels: list[str] = []
+        """The names of our own kernels as they are launched."""
+        self._cache = Cache()
+        self._within: Stage | None = None
+        self._kinds: dict[int, str] = {}
+        self._kept: list[Tensor] = []
+
+    @contextmanager
+    def stage(
+        self,
+        name: str,
+        *,
+        library: int = 0,
+        own: int = 0,
+        exps: int = 0,
+        read: Iterable[Access] = (),
+        written: Iterable[Access] = (),
+        passing_read: Iterable[Access] = (),
+        passing_written: Iterable[Access] = (),
+        vectors: int = 0,
+    ) -> Iterator[Stage]:
+        """Launches inside belong to this stage."""
+        stage = Stage(name, library, own, exps)
+        stage.moved[VECTORS] += vectors
+        for accesses, go in (
+            (read, self._cache.read),
+            (passing_read, partial(self._cache.read, passes=True)),
+            (written, self._cache.write),
+            (passing_written, partial(self._cache.write, passes=True)),
+        ):
+            for access in accesses:
+                kind, x, size = access
+                if size:
+                    self._kept.append(x)  # no other tensor gets its place
+                    stage.moved[kind] += size
+                    go(access, stage.memory)
+        self.stages.append(stage)
+        self._within = stage
+        yield stage
+        self._within = None
+
+    def launch(self, kernel: Any, grid: Any, *args: Any, **_: Any) -> None:
+        """In place of the real launch."""
+        name = kernel.fn.__name__
+        self.kernels.append(name)
+        if self._within is not None:
+            self._within.launches += 1
+            return
+        # No method of tiled.Kernels: gradients times the factor that backward() brings, in place nothing if it is 1.
+        assert name == "scale_kernel", name
+        x, _, out = args[:3]
+        accesses = [] if x is out else [(FINISHING, x, _bytes(x)), (INPUTS, out, _bytes(out))]
+        with self.stage("scale", read=accesses[:1], written=accesses[1:]) as stage:
+            stage.launches += 1
+
+    def know(self, x: Tensor, kind: str) -> None:
+        """Tensors in this memory are of this kind."""
+        self._kept.append(x)
+        self._kinds[x.untyped_storage()._cdata] = kind
+
+    def kind(self, x: Tensor) -> str:
+        return self._kinds[x.untyped_storage()._cdata]
+
+
+class Counted(one_step.TritonStep):
+    """The Triton backend's kernels; each notes what it would do and stops at the launch."""
+
+    def __init__(self, tally: Tally, inputs: Inputs, spec: Spec, host_beta: float | None = None) -> None:
+        super().__init__(inputs, spec, host_beta)
+        self.tally = tally
+        self.columns, self.itemsize = inputs.features.shape[1], inputs.features.element_size()
+        self.row = self.columns * self.itemsize
+        """Bytes of a row."""
+        for x in self.inputs[:2]:
+            tally.know(x, INPUTS)
+
+    def _used(self, side: Side, start: int = 0, stop: int | None = None) -> int:
+        """Slots in use among [start, stop)."""
+        used = side.slots if side.count is None else min(self.tally.present, side.slots)
+        return max(0, min(used, side.slots if stop is None else stop) - start)
+
+    def _rows(self, side: Side, start: int = 0, stop: int | None = None) -> Access:
+        """Reading the rows of the slots [start, stop)."""
+        x = side.x if side.gather else side.x[start : side.slots if stop is None else stop]
+        return INPUTS, x, self._used(side, start, stop) * self.row
+
+    # --- the vendor's library
+
+    def matmul(self, a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+        read = [(self.tally.kind(x), x, _bytes(x)) for x in (a, b)]
+        of_entries = PANELS in (read[0][0], read[1][0])
+        result = SUMS if of_entries else PANELS
+        self.tally.know(out, result)
+        if accumulate:
+            read.append((result, out, _bytes(out)))
+        with self.tally.stage(
+            "products with entries" if of_entries else "products",
+            library=2 * a.shape[0] * a.shape[1] * b.shape[1], read=read, written=[(result, out, _bytes(out))],
+        ) as stage:  # fmt: skip
+            stage.launches += 1
+
+    # --- O(M d) and O(K)
+
+    def row_rnorm(self, x: Tensor, rnorm: Tensor, label: Tensor | None) -> None:
+        with self.tally.stage("row_rnorm", read=[(INPUTS, x, _bytes(x))], vectors=_bytes(rnorm, label)):
+            super().row_rnorm(x, rnorm, label)
+
+    def prepare_samples(self, z_rnorm: Tensor, pos: Tensor, w_rnorm: Tensor | None, mark: Tensor | None) -> None:
+        z, w, target = self.inputs[:3]
+        partners = 0 if self.spec.symmetric else len(z) if self.spec.square else self.tally.present
+        vectors = _bytes(target, z_rnorm, pos) + 4 * partners * ((w_rnorm is not None) + (mark is not None))
+        read = [(INPUTS, z, len(z) * self.row), (INPUTS, w, partners * self.row)]
+        with self.tally.stage("prepare_samples", read=read, vectors=vectors):
+            super().prepare_samples(z_rnorm, pos, w_rnorm, mark)
+
+    def compact(self, mark: Tensor, rank: Tensor, present: Tensor, k: int, slots: int) -> None:
+        with self.tally.stage("compact", vectors=_bytes(mark, rank, present)):
+            super().compact(mark, rank, present, k, slots)
+
+    def half_scale(self, samples: Side, classes: Side, scale: Tensor) -> None:
+        read = (classes.grad, classes.lse, samples.grad, samples.lse, samples.pos, samples.rnorm, classes.rnorm)
+        with self.tally.stage("half_scale", vectors=_bytes(*read)):
+            super().half_scale(samples, classes, scale)
+
+    # --- tiles of products
+
+    def log_sum_exp(
+        self, p: Side, q: Side, out: Tensor | None, p_partial: Partial, q_partial: Partial,
+        first: int, count: int, split: int, blocks: Blocks,
+    ) -> None:  # fmt: skip
+        start, stop = first * blocks.p, min(p.slots, (first + count) * blocks.p)
+        n, both = self._used(p, start, stop), q_partial[0] is not None
+        vectors = (4 * n if p_partial[0] is None else 8 * split * n) + (8 * count * q.slots if both else 0)
+        with self.tally.stage(
+            "log_sum_exp", own=2 * n * q.slots * self.columns, exps=(2 if both else 1) * n * q.slots,
+            read=[self._rows(p, start, stop), self._rows(q)], vectors=vectors,
+        ):  # fmt: skip
+            super().log_sum_exp(p, q, out, p_partial, q_partial, first, count, split, blocks)
+
+    def combine(self, partial: Partial, side: Side, out: Tensor, first: int, parts: int, keep: bool) -> None:
+        n = self._used(side)
+        with self.tally.stage("combine", vectors=8 * n * (parts - first) + 4 * n):
+            super().combine(partial, side, out, first, parts, keep)
+
+    def short_grad(
+        self, result: Result, q: Side, part: Tensor | None, scale: Tensor | None, split: int, blocks: Blocks
+    ) -> None:
+        p = result.side
+        n, others = self._used(p), self._used(q)
+        terms = (p.grad is not None) + (q.grad is not None)
+        if self.spec.symmetric and p.bias is None and config.may_share(blocks.tile, self.arch):
+            terms = 1  # at the temperatures of the benchmarks
+        written: list[Access] = []
+        if part is not None:
+            written = [(SUMS, part, 4 * split * n * self.columns)]
+        elif result.out is not None:
+            written = [(INPUTS, result.out, n * self.row)]
+        with self.tally.stage(
+            "short_grad", own=4 * n * others * self.columns, exps=terms * n * others,
+            read=[self._rows(p), self._rows(q)], written=written,
+        ):  # fmt: skip
+            super().short_grad(result, q, part, scale, split, blocks)
+
+    def entries(
+        self, p: Side, q: Side, h: Tensor, start: int, stop: int, begin: int, end: int, scale: Tensor | None
+    ) -> None:
+        n, others = self._used(p, start, stop), self._used(q, begin, end)
+        terms, entries = (p.grad is not None) + (q.grad is not None), (stop - start) * (end - begin)
+        self.tally.know(h, PANELS)
+        with self.tally.stage(
+            "entries", own=2 * n * others * self.columns, exps=terms * entries,
+            read=[self._rows(p, start, stop), self._rows(q, begin, end)],
+            written=[(PANELS, h, entries * self.itemsize)],
+        ):  # fmt: skip
+            super().entries(p, q, h, start, stop, begin, end, scale)
+
+    def bias_grad(self, p: Side, q: Side, part: Tensor, split: int, blocks: Blocks) -> None:
+        n, others = p.x.shape[0], self._used(q)
+        with self.tally.stage(
+            "bias_grad", own=2 * n * others * self.columns, exps=n * others,
+            read=[self._rows(p), self._rows(q)], vectors=_bytes(part),
+        ):  # fmt: skip
+            super().bias_grad(p, q, part, split, blocks)
+
+    # --- rows again
+
+    def gather(self, side: Side, out: Tensor, start: int, stop: int) -> None:
+        self.tally.know(out, COPIES)
+        written = [(COPIES, out, (stop - start) * self.row)]
+        with self.tally.stage("gather", read=[self._rows(side, start, stop)], written=written):
+            super().gather(side, out, start, stop)
+
+    def mend(self, h: Tensor, side: Side, out: Tensor) -> None:
+        with self.tally.stage("mend", vectors=_bytes(side.rnorm)):  # of rows that are finite
+            super().mend(h, side, out)
+
+    def finish(
+        self, result: Result, sums: Tensor, start: int, stop: int, parts: int, scale: Tensor | None, norm_inside: bool
+    ) -> None:
+        side, out, n = result.side, result.out, self._used(result.side, start, stop)
+        _, x, size = self._rows(side, start, stop)
+        read = [(FINISHING, sums, 4 * parts * n * self.columns)]
+        written = [] if out is None else [(INPUTS, out, n * self.columns * out.element_size())]
+        with self.tally.stage("finish", read=read, passing_read=[(FINISHING, x, size)], passing_written=written):
+            super().finish(result, sums, start, stop, parts, scale, norm_inside)
+
+    # --- one step
+
+    def shares(
+        self, weight: Tensor | None, share: Tensor, pos_grad: Tensor, of_class: Tensor | None, part: Tensor
+    ) -> None:
+        vectors = _bytes(self.inputs.target, weight, share, pos_grad, of_class)
+        with self.tally.stage("shares", vectors=vectors):
+            super().shares(weight, share, pos_grad, of_class, part)
+
+    def divisor(self, part: Tensor, out: Tensor, nothing_is_zero: bool) -> None:
+        with self.tally.stage("divisor", vectors=_bytes(part)):
+            super().divisor(part, out, nothing_is_zero)
+
+    def panel_log_sum_exp(
+        self, p: Side, q: Side, products: Tensor, partial: tuple[Tensor, Tensor], start: int, stop: int
+    ) -> None:
+        n = self._used(p, start, stop)
+        with self.tally.stage(
+            "panel_log_sum_exp", exps=(stop - start) * q.slots,
+            read=[(PANELS, products, 4 * n * q.slots)], vectors=_bytes(*partial),
+        ):  # fmt: skip
+            super().panel_log_sum_exp(p, q, products, partial, start, stop)
+
+    def panel_entries(
+        self, p: Side, q: Side, products: Tensor, partial: tuple[Tensor, Tensor], h: Tensor,
+        start: int, stop: int, scale: Tensor | None,
+    ) -> None:  # fmt: skip
+        n, entries = self._used(p, start, stop), (stop - start) * q.slots
+        self.tally.know(h, PANELS)
+        with self.tally.stage(
+            "panel_entries", exps=entries, read=[(PANELS, products, 4 * n * q.slots)],
+            written=[(PANELS, h, entries * self.itemsize)], vectors=_bytes(*partial) + 4 * n,
+        ):  # fmt: skip
+            super().panel_entries(p, q, products, partial, h, start, stop, scale)
+
+    def loss(self, share: Tensor, lse: Tensor, pos: Tensor, part: Tensor, divisor: Tensor | None, out: Tensor) -> None:
+        with self.tally.stage("loss", vectors=_bytes(self.inputs.target, share, lse, pos)):
+            super().loss(share, lse, pos, part, divisor, out)
+
+
+def _bytes(*tensors: Tensor | None) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors if x is not None)
+
+
+class _Operators(TorchDispatchMode):
+    """PyTorch's operators that launch something: each counts as one launch."""
+
+    def __init__(self, tally: Tally, like: Tensor) -> None:
+        super().__init__()
+        self.tally, self.like = tally, like
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        results = [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.numel()]
+        name = func.overloadpacket.__name__
+        if not results or func.is_view or name in ("empty", "empty_like", "empty_strided", "new_empty", "detach"):
+            return out
+        assert name not in ("mm", "addmm", "bmm", "baddbmm"), "only Kernels.matmul is counted as a product"
+        operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        kind = TORCH
+        if not operands or name.endswith("_like") or name.startswith(("new_", "fill")):
+            operands, kind = [], FILLS
+            if all(x.dim() == 2 and x.dtype == self.like.dtype for x in results):
+                kind = INPUTS  # zeros for the gradients of absent classes
+        # An operand may be one number, expanded.
+        read = [(kind, x, min(_bytes(x), x.untyped_storage().nbytes())) for x in operands]
+        with self.tally.stage(f"torch {name}", read=read, written=[(kind, x, _bytes(x)) for x in results]) as stage:
+            stage.launches += 1
+        return out
+
+
+def present_classes(m: int, k: int) -> int:
+    """How many of k classes occur among m random labels, on average."""
+    return round(-k * math.expm1(m * math.log1p(-1.0 / k))) if k > 1 else k
+
+
+def count(problem: Problem, workspace: int, arch: config.Arch, dtype: torch.dtype, *, in_one_step: bool) -> Tally:
+    """A step of the Triton backend on such a GPU: loss and gradients, in two passes or as the backend chooses.
+
+    Args:
+        problem: loss and sizes; labels at random, as :meth:`Problem.tensors` has them.
+        workspace: bytes.
+        arch: the GPU.
+        dtype: of features and prototypes.
+        in_one_step: whether the backend may compute loss and gradient together, where it prefers to.
+    """
+    present = problem.k if problem.loss == "clip" else present_classes(problem.m, problem.k)
+    tally = Tally(present)
+    rows = [problem.m] if problem.with_itself else [problem.m, problem.k]
+    leaves = [torch.empty(n, problem.d, dtype=dtype, device="meta", requires_grad=True) for n in rows]
+    target = torch.empty(problem.m, dtype=torch.int64, device="meta")
+    kernels = partial(Counted, tally)
+    with pretending(arch), ExitStack() as stack:
+        enter, replaced = stack.enter_context, mock.patch.object
+        enter(replaced(launch, "launch", tally.launch))
+        enter(replaced(launch, "TritonKernels", kernels))
+        enter(replaced(one_step, "TritonStep", kernels))
+        if not in_one_step:
+            enter(replaced(TritonBackend, "can_step", lambda *_: False))
+        enter(nckernels.use_workspace(workspace))
+        enter(_Operators(tally, leaves[0]))
+        loss = our_loss(problem.loss)(*leaves, target)
+        torch.autograd.grad(loss, leaves)
+    return tally
+
+
+@contextmanager
+def pretending(arch: config.Arch) -> Iterator[None]:
+    """Within, the Triton backend takes tensors wherever they are for plain ones on this GPU."""
+    with ExitStack() as stack:
+        enter, replaced = stack.enter_context, mock.patch.object
+        enter(replaced(config, "arch_of", lambda device: arch))
+        enter(replaced(operators, "plain", lambda *values: True))
+        enter(replaced(TritonBackend, "why_not", lambda *_: None))
+        enter(nckernels.use_backend("triton"))
+        yield
