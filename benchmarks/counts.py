@@ -223,7 +223,7 @@ class Counted(one_step.TritonStep):
 
     def _used(self, side: Side, start: int = 0, stop: int | None = None) -> int:
         """Slots in use among [start, stop)."""
-        used = side.slots if side.count is None else min(self.tally.present, side.slots)
+        used = side.slots if side.used is None else min(self.tally.present, side.slots)
         return max(0, min(used, side.slots if stop is None else stop) - start)
 
     def _rows(self, side: Side, start: int = 0, stop: int | None = None) -> Access:

@@ -6,12 +6,13 @@ backward, each the median of many. Every one is timed with Triton's own launches
 nckernels/backends/triton/dispatch.py, in turn.
 
 Not included: the launch in the driver itself, the vendor library's matrix products, what fills and sums take on a
-device, PyTorch's autograd. Allocations are the CPU's.
+device, PyTorch's autograd. Allocations are the CPU's, made to keep what is freed, as PyTorch's allocator for GPUs does.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import statistics
 import time
@@ -46,6 +47,7 @@ def main(argv: list[str]) -> int:
     except ImportError as error:
         raise SystemExit(f"host needs Triton: {error}") from error
     standin.install(args.arch)
+    keep_freed_memory()
     arch = config.Arch(args.arch, MULTIPROCESSORS, SHARED)
 
     def arch_of(device: torch.device) -> config.Arch:
@@ -66,6 +68,15 @@ def main(argv: list[str]) -> int:
                 each = inside / launches
                 print(f"{shown:>18} {count:>9}   {name:9}{step:10.0f}{inside:13.0f}{each:13.1f}", flush=True)
     return 0
+
+
+def keep_freed_memory() -> None:
+    """Large blocks come from the heap, which does not shrink: the system is not asked for each of them."""
+    trim_threshold, mmap_max = -1, -4  # malloc.h
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def general(

@@ -116,7 +116,7 @@ class CudaKernels(Kernels):
 
     def _side(self, side: Side, positives: bool = True) -> tuple[Any, ...]:
         """``Side`` of args.h. Without ``positives``, for sums only, slots that are left out are not read at all."""
-        vectors = (side.label, side.count, side.bias, side.lse, side.grad, side.pos)
+        vectors = (side.label, side.used, side.bias, side.lse, side.grad, side.pos)
         kind = (side.samples, side.gather, side.unsummed and positives)
         return side.x, side.rnorm, *vectors, side.slots, side.skip, *kind
 
@@ -175,7 +175,7 @@ class CudaKernels(Kernels):
             self.ops.log_sum_exp(*sides, self.beta, out, *partial, first, count, split, self.exclude, self.exact)
 
     def combine(self, partial: Partial, side: Side, out: Tensor, first: int, parts: int, keep: bool) -> None:
-        self.ops.combine(*partial, side.label, side.count, out, side.skip, first, parts, side.slots, side.gather, keep)
+        self.ops.combine(*partial, side.label, side.used, out, side.skip, first, parts, side.slots, side.gather, keep)
 
     def short_grad(
         self, result: Result, q: Side, part: Tensor | None, scale: Tensor | None, split: int, blocks: Blocks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -26,10 +25,10 @@ def backward(kernels: Kernels, saved: Forward, grads: OutputGrads, needs: Needs)
         # Both rows of sums, A U and A^T U, are (A + A^T) U: one pass over entries with two terms each.
         direction = "class_lse" if spec.by_class else "instance_lse"
         lse, grad = getattr(saved, direction), vector(getattr(grads, direction))
-        samples = classes = replace(samples, lse=lse, grad=grad, pos=vector(grads.pos))
+        samples = classes = samples._replace(lse=lse, grad=grad, pos=vector(grads.pos))
     else:
-        samples = replace(samples, lse=saved.instance_lse, grad=vector(grads.instance_lse), pos=vector(grads.pos))
-        classes = replace(classes, lse=saved.class_lse, grad=vector(grads.class_lse))
+        samples = samples._replace(lse=saved.instance_lse, grad=vector(grads.instance_lse), pos=vector(grads.pos))
+        classes = classes._replace(lse=saved.class_lse, grad=vector(grads.class_lse))
 
     def matrix(wanted: bool, side: Side) -> Tensor | None:
         # Compacted: the kernels write the rows of classes that occur, into zeros.
@@ -37,7 +36,7 @@ def backward(kernels: Kernels, saved: Forward, grads: OutputGrads, needs: Needs)
         return make(side.x.shape, dtype=side.x.dtype, device=device) if wanted else None
 
     def sums(wanted: bool, side: Side) -> Tensor | None:
-        make = torch.empty if side.count is None else torch.zeros  # slots that are not in use stay as they are
+        make = torch.empty if side.used is None else torch.zeros  # slots that are not in use stay as they are
         return make(side.slots, dtype=torch.float32, device=device) if wanted else None
 
     # The gradient of beta is a sum over the rows of either side: take it where the rows are needed anyway.

@@ -11,7 +11,7 @@ An operand is made of *slots*. Slot and row are the same number, except for comp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,7 @@ NOT_FINITE = -2.0
 """In place of the inverse norm."""
 
 
-@dataclass(frozen=True)
-class Side:
+class Side(NamedTuple):
     """One operand, with all that belongs to its rows."""
 
     x: Tensor
@@ -44,7 +43,7 @@ class Side:
     """Whether slots that are left out can still be someone's positive: prototypes under the mask "self"."""
     unread: bool = False
     """Whether nobody has looked at the rows that take no part: classes that do not occur, above all."""
-    count: Tensor | None = None
+    used: Tensor | None = None
     """0-dimensional or (1,): how many of the slots are in use; None: all."""
     bias: Tensor | None = None
     """(rows,): added to the logits of these rows where they are summed over."""
@@ -66,8 +65,7 @@ class Side:
         return self.gather or (self.partial and self.unread)
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """What the backward pass is to produce for one side; nothing if both tensors are None."""
 
     side: Side
@@ -128,8 +126,6 @@ def two_sides(inputs: Inputs, spec: Spec, z_rnorm: Tensor, w_rnorm: Tensor, pres
         return samples, Side(w, w_rnorm, False, k, target, spec.ignore_index, unsummed=positives, bias=class_bias)
     if present.numel():
         slots, compacted = min(m, k), k > m
-        count = present[slots:] if compacted else None
-        return samples, Side(
-            w, w_rnorm, False, slots, present, -1, compacted, unread=True, count=count, bias=class_bias
-        )
+        used = present[slots:] if compacted else None
+        return samples, Side(w, w_rnorm, False, slots, present, -1, compacted, unread=True, used=used, bias=class_bias)
     return samples, Side(w, w_rnorm, False, k, bias=class_bias)

@@ -15,8 +15,6 @@ That is 6 M K d operations, where a forward and a backward pass have 8 M K d, of
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -70,11 +68,11 @@ def step(kernels: StepKernels, reduced: Reduced, needs: Needs) -> Step:
         kernels.divisor(part, divisor, nothing_is_zero=reduced.of_nothing == 0.0)
 
     samples, classes = two_sides(inputs, spec, z_rnorm, w_rnorm, present)
-    samples = replace(samples, pos=pos_grad)
+    samples = samples._replace(pos=pos_grad)
     if spec.by_class:
-        classes = replace(classes, lse=new(k), grad=of_class)
+        classes = classes._replace(lse=new(k), grad=of_class)
     else:
-        samples = replace(samples, lse=new(m), grad=share)
+        samples = samples._replace(lse=new(m), grad=share)
     scale = None
     if z.dtype == torch.float16:
         three = new(3)

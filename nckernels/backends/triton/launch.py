@@ -243,7 +243,7 @@ class TritonKernels(Kernels):
         tile = blocks.tile
         launch(
             lse.lse_kernel, (count * split,),
-            p.x, p.rnorm, p.label, p.bias, p.count, q.x, q.rnorm, q.label, q.bias, self.beta,
+            p.x, p.rnorm, p.label, p.bias, p.used, q.x, q.rnorm, q.label, q.bias, self.beta,
             out, *p_partial, *q_partial,
             first, p.slots, q.slots, p.slots, self.d, self._units(p.x), self._units(q.x), p.skip, q.skip, split,
             options=_lse_options(
@@ -255,7 +255,7 @@ class TritonKernels(Kernels):
     def combine(self, partial: Partial, side: Side, out: Tensor, first: int, parts: int, keep: bool) -> None:
         launch(
             lse.combine_kernel, (ceil_div(side.slots, 64),),
-            *partial, side.label if side.gather else None, side.count, out, first, parts, side.slots, side.skip,
+            *partial, side.label if side.gather else None, side.used, out, first, parts, side.slots, side.skip,
             options=_combine_options(side.gather, keep),
         )  # fmt: skip
 
@@ -296,7 +296,7 @@ class TritonKernels(Kernels):
         n, tile = p.x.shape[0], blocks.tile
         launch(
             finish.bias_grad_kernel, (ceil_div(n, tile.p) * split,),
-            p.x, p.rnorm, p.label, p.bias, q.x, q.rnorm, q.label, q.count, q.lse, q.grad, self.beta, part,
+            p.x, p.rnorm, p.label, p.bias, q.x, q.rnorm, q.label, q.used, q.lse, q.grad, self.beta, part,
             n, q.slots, self.d, self._units(p.x), self._units(q.x), p.skip, q.skip, split,
             options=_bias_options(
                 self.spec.exclude, p.samples, q.gather, self.unit, self._whole(tile), self._even(tile),
@@ -312,7 +312,7 @@ class TritonKernels(Kernels):
     def gather(self, side: Side, out: Tensor, start: int, stop: int) -> None:
         launch(
             finish.gather_kernel, (ceil_div(stop - start, 16), ceil_div(self.d * self.unit, 256)),
-            side.x, side.rnorm, side.label, side.count, out,
+            side.x, side.rnorm, side.label, side.used, out,
             start, stop, self.d, self._units(side.x), side.skip,
             options=_gather_options(side.gather, side.unsummed, self.unit),
         )  # fmt: skip
@@ -333,7 +333,7 @@ class TritonKernels(Kernels):
         blocks = _row_blocks(d)
         launch(
             finish.finish_kernel, (ceil_div(stop - start, blocks["BR"]),),
-            sums, side.x, side.rnorm, side.label, side.count, self.beta, scale, result.out, result.dot,
+            sums, side.x, side.rnorm, side.label, side.used, self.beta, scale, result.out, result.dot,
             start, stop, parts, side.slots * self.d, self.d, self._units(side.x), side.skip,
             options=_finish_options(
                 blocks["BD"], blocks["BD"] >= d, side.gather, side.unsummed, norm_inside,
@@ -344,4 +344,4 @@ class TritonKernels(Kernels):
 
 def _all_of(side: Side) -> tuple[Tensor | None, ...]:
     """What the gradient's entries take from a side."""
-    return side.x, side.rnorm, side.label, side.count, side.bias, side.lse, side.grad, side.pos
+    return side.x, side.rnorm, side.label, side.used, side.bias, side.lse, side.grad, side.pos

@@ -101,7 +101,7 @@ class TritonStep(launch.TritonKernels, StepKernels):
         tile, split = config.panel_tile(), partial[0].shape[0]
         launch.launch(
             panel.panel_lse_kernel, (ceil_div(stop - start, tile.p) * split,),
-            products, p.rnorm, p.label, p.count, q.rnorm, q.label, self.beta, *partial,
+            products, p.rnorm, p.label, p.used, q.rnorm, q.label, self.beta, *partial,
             start, stop, q.slots, products.stride(0) // 16, p.skip, q.skip, split,
             options=_panel_options(self.spec.exclude, p.samples, p.gather, tile),
         )  # fmt: skip
@@ -113,7 +113,7 @@ class TritonStep(launch.TritonKernels, StepKernels):
         tile, split = config.panel_tile(), partial[0].shape[0]
         launch.launch(
             panel.panel_entries_kernel, (ceil_div(stop - start, tile.p) * ceil_div(q.slots, tile.q),),
-            products, *partial, p.rnorm, p.label, p.count, p.grad, p.pos, q.rnorm, q.label, q.pos,
+            products, *partial, p.rnorm, p.label, p.used, p.grad, p.pos, q.rnorm, q.label, q.pos,
             self.beta, scale, p.lse, h,
             start, stop, q.slots, products.stride(0) // 16, h.stride(0) // 16, p.skip, q.skip, split,
             options=_entries_options(self.spec.exclude, p.samples, p.gather, self.norm_limit, tile),
@@ -131,7 +131,7 @@ class TritonStep(launch.TritonKernels, StepKernels):
         n = scale.shape[0]
         launch.launch(
             epilogue.operand_kernel, (ceil_div(n, 1024),),
-            side.rnorm, side.label, side.count, self.beta if anchors else None, scale, tag, slot,
+            side.rnorm, side.label, side.used, self.beta if anchors else None, scale, tag, slot,
             side.slots, n, side.skip,
             options=_operand_options(self.spec.exclude, side.samples, side.gather),
         )  # fmt: skip
@@ -139,14 +139,14 @@ class TritonStep(launch.TritonKernels, StepKernels):
     def epilogue_weights(self, p: Side, sums: Tensor, weight: Tensor, start: int, stop: int) -> None:
         launch.launch(
             epilogue.weights_kernel, (ceil_div(stop - start, 32),),
-            sums, p.label, p.count, p.grad, self.beta, p.lse, weight, start, stop, sums.shape[1], p.skip,
+            sums, p.label, p.used, p.grad, self.beta, p.lse, weight, start, stop, sums.shape[1], p.skip,
             options=_WEIGHTS[p.gather],
         )  # fmt: skip
 
     def weighted_entries(self, p: Side, weight: Tensor, h: Tensor, start: int, stop: int) -> None:
         launch.launch(
             epilogue.weighted_entries_kernel, (ceil_div(stop - start, 8), ceil_div(h.shape[1], 1024)),
-            weight, p.rnorm, p.label, p.count, h, start, stop, h.stride(0) // 16, p.skip,
+            weight, p.rnorm, p.label, p.used, h, start, stop, h.stride(0) // 16, p.skip,
             options=_WEIGHTED[p.gather],
         )  # fmt: skip
 
