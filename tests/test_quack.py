@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -72,6 +73,20 @@ def test_where_it_is_not_and_why() -> None:
         assert "quack-kernels" in quack.missing()  # type: ignore[operator]
 
 
+def test_a_product_that_does_not_compile_is_named_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(PlainProduct):
+        def compile(self, *_: object) -> None:
+            raise RuntimeError("no such tile")
+
+    call = types.ModuleType("call")
+    call.product_for = lambda _: Broken()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "nckernels.backends.quack.call", call)
+    quack.product.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"does not compile for cpu.*no such tile"):
+        assert quack.product(torch.device("cpu"), True) is None
+    quack.product.cache_clear()
+
+
 def test_importing_this_package_does_not_import_quack() -> None:
     code = "import sys, nckernels.backends.quack; sys.exit(not {'quack', 'cutlass'}.isdisjoint(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -86,7 +101,8 @@ def test_device(n: int, k: int, d: int, tagged: bool) -> None:
     device = torch.device("cuda", 0)
     if quack.why_not(device) is not None:
         pytest.skip(quack.why_not(device) or "")
-    ours, contract = quack.product(device), PlainProduct()
+    ours, contract = quack.product(device, tagged), PlainProduct()
+    assert ours is not None
     contract.columns = ours.columns
     p, q = (
         Operand(o.x.to(device), o.scale.to(device), None if o.tag is None else o.tag.to(device))

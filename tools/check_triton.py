@@ -188,7 +188,7 @@ def record(scenario: Scenario, arch: int) -> list[Job]:
         jobs.append(job_of(kernel, arch, scenario, args, dict(options)))
 
     quack.why_not = lambda _: None if scenario.epilogue else "not asked for"  # type: ignore[assignment]
-    quack.product = lambda _: quack.PlainProduct()  # type: ignore[assignment]
+    quack.product = lambda *_: quack.PlainProduct()  # type: ignore[assignment]
     device = config.Arch(arch, 1 if scenario.busy else 132, SHARED_KB[arch] << 10)
     launch.launch = recorder
     launch.TritonKernels.matmul = lambda *_, **__: None  # type: ignore[method-assign]

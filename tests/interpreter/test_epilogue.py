@@ -58,7 +58,7 @@ def rounded_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
 def product(monkeypatch: pytest.MonkeyPatch) -> Counted:
     counted = Counted()
     monkeypatch.setattr(quack, "why_not", lambda _: None)
-    monkeypatch.setattr(quack, "product", lambda _: counted)
+    monkeypatch.setattr(quack, "product", lambda *_: counted)
     return counted
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
+import warnings
 from functools import lru_cache
 
 import torch
@@ -22,9 +24,15 @@ MAJORS = (9, 10, 12)
 """Compute capabilities: Hopper, Blackwell for data centres and for desks."""
 
 
+SWITCH = "NCKERNELS_QUACK"
+"""Set to 0, this environment variable leaves quack alone."""
+
+
 @lru_cache(maxsize=1)
 def missing() -> str | None:
     """Why quack cannot be used on this machine, or None."""
+    if os.environ.get(SWITCH) == "0":
+        return f"{SWITCH}=0"
     try:
         importlib.metadata.version("quack-kernels")
     except importlib.metadata.PackageNotFoundError:
@@ -57,8 +65,24 @@ def takes(features: Tensor, prototypes: Tensor, beta: float) -> bool:
 
 
 @lru_cache(maxsize=64)
-def product(device: torch.device) -> Product:
-    """The device's, where ``why_not`` has no objection."""
+def product(device: torch.device, tagged: bool) -> Product | None:
+    """The device's, compiled for operands with tags or without, where ``why_not`` has no objection.
+
+    None, with a warning, where it does not compile: then the vendor's library has to do.
+    """
     from .call import product_for
 
-    return product_for(device)
+    n, d = 128, 64
+    try:
+        found = product_for(device)
+        width = -(-n // found.columns) * found.columns
+        rows = torch.empty(n, d, dtype=torch.bfloat16, device=device)
+        e = torch.empty(n, n, dtype=torch.bfloat16, device=device)
+        of_p, of_q = torch.empty(n, device=device), torch.empty(width, device=device)
+        p, q = (Operand(rows, x, x if tagged else None) for x in (of_p, of_q))
+        found.compile(p, q, 1.0, e, torch.empty(n, width // found.columns, device=device))
+    except Exception as error:  # a compiler is a large thing, and there is another way
+        message = f"quack's product does not compile for {device}, the library's takes its place: {error}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return None
+    return found

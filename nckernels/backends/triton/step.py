@@ -123,7 +123,8 @@ class TritonStep(launch.TritonKernels, StepKernels):
         z, w, beta = self.inputs.features, self.inputs.prototypes, self.host_beta
         if beta is None or not quack.takes(z, w, beta) or quack.why_not(z.device) is not None:
             return None
-        return quack.product(z.device), beta
+        product = quack.product(z.device, self.spec.exclude == "target")
+        return None if product is None else (product, beta)
 
     def epilogue_operand(
         self, side: Side, scale: Tensor, tag: Tensor | None, slot: Tensor | None, anchors: bool
