@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 import nckernels
 from nckernels import operators
+from nckernels.backends import quack
 from nckernels.backends.base import Inputs, Spec
 from nckernels.backends.tiled.kernels import Partial
 from nckernels.backends.tiled.plan import IN_L2, Blocks
@@ -386,9 +387,52 @@ class Counted(one_step.TritonStep):
         ):  # fmt: skip
             super().panel_entries(p, q, products, partial, h, start, stop, scale)
 
+    # --- around a product with an epilogue
+
+    def epilogue_operand(
+        self, side: Side, scale: Tensor, tag: Tensor | None, slot: Tensor | None, anchors: bool
+    ) -> None:
+        with self.tally.stage("epilogue_operand", vectors=_bytes(side.rnorm, side.label, scale, tag)):
+            super().epilogue_operand(side, scale, tag, slot, anchors)
+
+    def epilogue_weights(self, p: Side, sums: Tensor, weight: Tensor, start: int, stop: int) -> None:
+        with self.tally.stage("epilogue_weights", vectors=_bytes(sums, weight) + 8 * self._used(p, start, stop)):
+            super().epilogue_weights(p, sums, weight, start, stop)
+
+    def weighted_entries(self, p: Side, weight: Tensor, h: Tensor, start: int, stop: int) -> None:
+        access = (PANELS, h, (stop - start) * h.shape[1] * self.itemsize)
+        with self.tally.stage("weighted_entries", read=[access], written=[access], vectors=_bytes(weight)):
+            super().weighted_entries(p, weight, h, start, stop)
+
+    def positives(
+        self, p: Side, q: Side, pos: Tensor, weight: Tensor, slot: Tensor | None, h: Tensor, start: int, stop: int
+    ) -> None:
+        with self.tally.stage("positives", vectors=_bytes(self.inputs.target, pos, weight)):
+            super().positives(p, q, pos, weight, slot, h, start, stop)
+
     def loss(self, share: Tensor, lse: Tensor, pos: Tensor, part: Tensor, divisor: Tensor | None, out: Tensor) -> None:
         with self.tally.stage("loss", vectors=_bytes(self.inputs.target, share, lse, pos)):
             super().loss(share, lse, pos, part, divisor, out)
+
+
+class CountedProduct(quack.Product):
+    """A product with an epilogue, at the library's rate."""
+
+    columns = 160
+    """Of its tile on an H100."""
+
+    def __init__(self, tally: Tally) -> None:
+        self.tally = tally
+
+    def __call__(self, p: quack.Operand, q: quack.Operand, shift: float, e: Tensor, sums: Tensor) -> None:
+        (n, k), d = e.shape, p.x.shape[1]
+        self.tally.know(e, PANELS)
+        with self.tally.stage(
+            "product with epilogue", library=2 * n * k * d, exps=n * k,
+            read=[(self.tally.kind(x), x, _bytes(x)) for x in (p.x, q.x)], written=[(PANELS, e, _bytes(e))],
+            vectors=_bytes(p.scale, p.tag, q.scale, q.tag, sums),
+        ) as stage:  # fmt: skip
+            stage.launches += 1
 
 
 def _bytes(*tensors: Tensor | None) -> int:
@@ -427,7 +471,15 @@ def present_classes(m: int, k: int) -> int:
     return round(-k * math.expm1(m * math.log1p(-1.0 / k))) if k > 1 else k
 
 
-def count(problem: Problem, workspace: int, arch: config.Arch, dtype: torch.dtype, *, in_one_step: bool) -> Tally:
+def count(
+    problem: Problem,
+    workspace: int,
+    arch: config.Arch,
+    dtype: torch.dtype,
+    *,
+    in_one_step: bool,
+    epilogue: bool = False,
+) -> Tally:
     """A step of the Triton backend on such a GPU: loss and gradients, in two passes or as the backend chooses.
 
     Args:
@@ -436,6 +488,7 @@ def count(problem: Problem, workspace: int, arch: config.Arch, dtype: torch.dtyp
         arch: the GPU.
         dtype: of features and prototypes.
         in_one_step: whether the backend may compute loss and gradient together, where it prefers to.
+        epilogue: whether there is a product with an epilogue, ``nckernels[hopper]``.
     """
     present = problem.k if problem.loss == "clip" else present_classes(problem.m, problem.k)
     tally = Tally(present)
@@ -448,6 +501,9 @@ def count(problem: Problem, workspace: int, arch: config.Arch, dtype: torch.dtyp
         enter(replaced(launch, "launch", tally.launch))
         enter(replaced(launch, "TritonKernels", kernels))
         enter(replaced(one_step, "TritonStep", kernels))
+        if epilogue:
+            enter(replaced(quack, "why_not", lambda _: None))
+            enter(replaced(quack, "product", lambda *_: CountedProduct(tally)))
         if not in_one_step:
             enter(replaced(TritonBackend, "can_step", lambda *_: False))
         enter(nckernels.use_workspace(workspace))

@@ -97,13 +97,14 @@ ROWS = {
 
 @dataclass
 class Prediction:
-    """One problem in two passes, and as the backend chooses."""
+    """One problem in two passes, as the backend chooses, and with a product that has an epilogue where there is one."""
 
     problem: Problem
     gpu: Gpu
     work: Work
     passes: Tally
     chosen: Tally
+    hopper: Tally | None
 
     @property
     def floor(self) -> float:
@@ -118,6 +119,11 @@ class Prediction:
     def after(self) -> float:
         """Seconds as the backend chooses."""
         return self.gpu.seconds(self.chosen.stages)
+
+    @property
+    def with_epilogue(self) -> float | None:
+        """Seconds with ``nckernels[hopper]``, where that makes a difference."""
+        return None if self.hopper is None else self.gpu.seconds(self.hopper.stages)
 
     @property
     def one_step(self) -> bool:
@@ -178,8 +184,11 @@ def predict(problem: Problem, gpu: Gpu, dtype: torch.dtype = torch.bfloat16) -> 
     from . import counts
 
     arch = Arch(90, 132, 227 << 10)
-    passes, chosen = (counts.count(problem, gpu.workspace, arch, dtype, in_one_step=one) for one in (False, True))
-    return Prediction(problem, gpu, problem.work(dtype.itemsize, chosen.present), passes, chosen)
+    count = partial(counts.count, problem, gpu.workspace, arch, dtype)
+    passes, chosen, hopper = count(in_one_step=False), count(in_one_step=True), count(in_one_step=True, epilogue=True)
+    different = any(stage.name == "product with epilogue" for stage in hopper.stages)
+    work = problem.work(dtype.itemsize, chosen.present)
+    return Prediction(problem, gpu, work, passes, chosen, hopper if different else None)
 
 
 def main(argv: list[str]) -> int:
@@ -228,9 +237,9 @@ def written(page: str) -> str:
 def table(rows: dict[str, Prediction]) -> str:
     """One line a row, in Markdown."""
     lines = [
-        "| row | problem | floor | two passes | as chosen | floor / as chosen | operations / floor's | launches "
-        "| MB beyond the floor's | would save |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| row | problem | floor | two passes | as chosen | floor / as chosen | with quack | operations / floor's "
+        "| launches | MB beyond the floor's | would save |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, p in rows.items():
         chosen = f"{duration(p.after)}, one step" if p.one_step else "the same"
@@ -238,6 +247,7 @@ def table(rows: dict[str, Prediction]) -> str:
         beyond = ", ".join(f"{kind} {count / 1e6:.0f}" for kind, count in p.beyond().items() if count >= 0.5e6)
         lost = ", ".join(f"{name} {t / p.after:.0%}" for name, t in p.lost().items() if t >= 0.045 * p.after)
         times = f"{duration(p.floor)} | {duration(p.before)} | {chosen} | {p.floor / p.after:.2f}"
+        times += " | " + ("" if p.with_epilogue is None else duration(p.with_epilogue))
         lines.append(f"| {name} | {p.problem} | {times} | {ratio} | {launches} | {beyond} | {lost} |")
     return "\n".join(lines)
 
@@ -255,10 +265,15 @@ def operations(tally: Tally) -> int:
     return sum(stage.operations for stage in tally.stages)
 
 
+def _ways(p: Prediction) -> dict[str, Tally]:
+    ways = {"two passes": p.passes} | ({"one step": p.chosen} if p.one_step else {})
+    return ways | ({"one step with quack": p.hopper} if p.hopper is not None else {})
+
+
 def stages(p: Prediction) -> str:
     """Where the time goes, for each way: calls of one name together."""
     text = f"{p.problem} on an {p.gpu.name}: at least {duration(p.floor)}"
-    ways = {"two passes": p.passes} | ({"one step": p.chosen} if p.one_step else {})
+    ways = _ways(p)
     for way, tally in ways.items():
         text += f"\n\n{way}\n" + _by_name(tally.stages, p.gpu)
     return text
@@ -296,7 +311,7 @@ def _line(name: str, same: Sequence[Stage], gpu: Gpu, whole: float) -> str:
 
 
 def _plain(p: Prediction) -> dict[str, Any]:
-    ways = {"two passes": p.passes} | ({"one step": p.chosen} if p.one_step else {})
+    ways = _ways(p)
     return {
         "problem": asdict(p.problem),
         "gpu": asdict(p.gpu),

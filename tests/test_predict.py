@@ -29,8 +29,10 @@ H100 = config.Arch(90, 132, 227 << 10)
 WORKSPACE = 316 << 20
 
 
-def counted(problem: Problem, *, in_one_step: bool = True, dtype: torch.dtype = torch.bfloat16) -> counts.Tally:
-    return counts.count(problem, WORKSPACE, H100, dtype, in_one_step=in_one_step)
+def counted(
+    problem: Problem, *, in_one_step: bool = True, dtype: torch.dtype = torch.bfloat16, epilogue: bool = False
+) -> counts.Tally:
+    return counts.count(problem, WORKSPACE, H100, dtype, in_one_step=in_one_step, epilogue=epilogue)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +81,17 @@ def test_bytes_of_one_step() -> None:
     assert moved[counts.FINISHING] == (4 + 2) * both
     # Norms, the copy and two products read, gradients are written.
     assert moved[counts.INPUTS] == 2 * (2 * both + 2 * M * D + both - M * D - (K - tally.present) * D)
+
+
+@pytest.mark.parametrize("loss", ["nonl", "normface"])
+def test_product_with_epilogue(loss: str) -> None:
+    """One exponential an entry, and 6 bytes before the gradients' products read it: written, read, written."""
+    k = 1008  # rows of 16s, as panels have them
+    tally = counted(Problem(loss, M, k, D), epilogue=True)
+    assert sum(s.library for s in tally.stages) == 6 * M * k * D
+    assert sum(s.exps for s in tally.stages) == M * k
+    assert sum(s.moved[counts.PANELS] for s in tally.stages) == (6 + 2 * 2) * M * k
+    assert [s.name for s in tally.stages].count("product with epilogue") == 1
 
 
 def test_present_classes() -> None:
@@ -217,7 +230,7 @@ def test_stages_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "H200" in text
     assert all(word in text for word in ("one step", "two passes", "panel_entries", "products with entries"))
     ways = json.loads(path.read_text())["imagenet"]["ways"]
-    assert set(ways) == {"two passes", "one step"}
+    assert set(ways) == {"two passes", "one step", "one step with quack"}
     assert sum(stage["library"] for stage in ways["one step"]["stages"]) == 6 * M * K * D
 
 
