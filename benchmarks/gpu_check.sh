@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Fifteen minutes of a GPU, in two runs of at most 300 seconds on a bare machine that has one. Each leaves a record.
 #
-#   benchmarks/gpu_check.sh first|second [--python PYTHON] [--bring DIR] [--out DIR] [--again FILE] [--rehearse]
+#   benchmarks/gpu_check.sh first|second [--python PYTHON] [--bring DIR] [--quack DIR] [--out DIR] [--again FILE]
+#                           [--rehearse]
 #
 #   first             what is here, the library, every kernel against float64 (which compiles Triton's kernels on all
 #                     cores), times of the suites `campaign` and `launch`, memcheck
@@ -9,6 +10,8 @@
 #                     racecheck, and as many of the tests as fit
 #   --python PYTHON   an interpreter with torch and CUDA (default python3); pytest is wanted for the tests
 #   --bring DIR       what benchmarks/prepare_gpu.sh made elsewhere (default: compile here, no rivals)
+#   --quack DIR       where both of its archives have been unpacked: also quack's product against its contract, and
+#                     the times of the suite `campaign` with it
 #   --out DIR         the record (default out/gpu/first or second): summary.txt, reports as JSON, and the rest with
 #                     logs and tile tables in record.tar.gz, all written anew behind every stage
 #   --again FILE      `second`: the first run's correctness.json (default out/gpu/first/correctness.json)
@@ -18,14 +21,14 @@
 # None of the GPU's settings is touched. NCKERNELS_* variables are passed on.
 set -u
 
-usage() { sed -n '2,21s/^# \{0,1\}//p' "$0"; exit 2; }
+usage() { sed -n '2,23s/^# \{0,1\}//p' "$0"; exit 2; }
 run=${1:-}
 case $run in first | second) shift ;; *) usage ;; esac
-python=python3 bring="" out="" again="" rehearse=""
+python=python3 bring="" quack="" out="" again="" rehearse=""
 while [ $# -gt 0 ]; do
   case $1 in
     --rehearse) rehearse=1; shift; continue ;;
-    --python | --bring | --out | --again) [ $# -ge 2 ] || usage ;;
+    --python | --bring | --quack | --out | --again) [ $# -ge 2 ] || usage ;;
     *) usage ;;
   esac
   declare "${1#--}=$(case $1 in --python) echo "$2" ;; *) realpath -m "$2" ;; esac)"
@@ -115,12 +118,18 @@ tune() {
   "$python" -m benchmarks tune --budget "$TIME" --out "$work/tuned" ${rehearse:+--defaults}
 }
 
+quack() {
+  export NCKERNELS_QUACK=1
+  "$python" -m nckernels info && "$python" -m pytest -q tests/test_quack.py || return
+  suite campaign --only "nckernels triton" --out "$work/quack"
+}
+
 tests() {
   make test-gpu PY="$python" TEST_SECONDS="$TIME"
 }
 
 # Stages run in shells of their own, which `timeout` can end.
-export -f info build correctness again suite sanitize tune tests
+export -f info build correctness again suite sanitize tune quack tests
 
 say "$(date -u +%FT%TZ)  $run run, commit $(git describe --always --dirty 2>/dev/null || echo unknown)"
 say "$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null || echo 'no nvidia-smi')"
@@ -133,12 +142,17 @@ if [ -n "$bring" ]; then
   export PYTHONPATH=$PYTHONPATH:$work/rivals
 fi
 
+# Everything else runs without it, so that one thing changes at a time.
+export NCKERNELS_QUACK=0
+[ -z "$quack" ] || export PYTHONPATH=$PYTHONPATH:$quack:$quack/nvidia_cutlass_dsl/dsl_packages
+
 if [ "$run" = first ]; then
   stage info 30 info
   stage build 180 build
   stage correctness 80 'correctness correctness --processes "$processes"'
   stage campaign 120 'suite campaign --skip compile "M x M" "nckernels chunked"'
   stage launch 45 'suite launch --skip compile "M x M"'
+  [ -z "$quack" ] || stage quack 60 quack
   stage memcheck 60 'sanitize memcheck'
 else
   stage info 30 info
@@ -146,6 +160,7 @@ else
   stage again 30 again
   stage tune 60 tune
   stage e2e 45 'suite e2e'
+  [ -z "$quack" ] || stage quack 60 quack
   stage compiled 50 'suite campaign --only "nckernels triton" naive ${rehearse:+--skip compile}'
   stage memory 25 'suite memory --skip compile "M x M"'
   stage racecheck 30 'sanitize racecheck'

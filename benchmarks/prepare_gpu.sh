@@ -2,16 +2,27 @@
 # Makes, without a GPU, what benchmarks/gpu_check.sh --bring DIR takes along to a bare machine that has one: the
 # package's libraries, and wheels that are pure Python: rivals, and what the benchmarks need beside torch.
 #
-#   benchmarks/prepare_gpu.sh DIR [--python PYTHON]
+#   benchmarks/prepare_gpu.sh DIR [--python PYTHON] [--quack QUACK]
 #
 #   --python PYTHON   an interpreter with the other machine's torch, of a build with CUDA (default python3); nvcc is
 #                     found as the package finds it, in $CUDA_HOME/bin or on the PATH
+#   --quack QUACK     also quack-kernels, for Linux on x86-64: two archives below 64 MiB in that folder, its compiler
+#                     and the rest, to be unpacked into one folder there; minutes of compression
 set -eu
 
-[ $# -eq 1 ] || { [ $# -eq 3 ] && [ "$2" = --python ]; } || { sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2; }
+usage() { sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 1 ] && [ $(($# % 2)) -eq 1 ] || usage
 mkdir -p "$1"
-dir=$(cd "$1" && pwd)
-python=${3:-python3}
+dir=$(cd "$1" && pwd) python=python3 quack=""
+shift
+while [ $# -gt 0 ]; do
+  case $1 in
+    --python) python=$2 ;;
+    --quack) mkdir -p "$2"; quack=$(cd "$2" && pwd) ;;
+    *) usage ;;
+  esac
+  shift 2
+done
 cd "$(dirname "$0")/.."
 
 PYTHONPATH=$PWD TORCH_EXTENSIONS_DIR=$dir/extensions "$python" -c '
@@ -21,3 +32,15 @@ for library in (build.CUDA, *build.cpu_libraries()):
 rm -rf "$dir/wheels"
 "$python" -m pip download -q --no-deps --only-binary=:all: -d "$dir/wheels" tqdm "liger-kernel>=0.8.2" cut-cross-entropy
 du -sh "$dir" "$dir"/*/*
+
+[ -n "$quack" ] || exit 0
+# What is left out, the machine has with its torch: bindings of CUDA, NumPy, protobuf, einops.
+rm -rf "$quack/packages"
+"$python" -m pip install -q --no-deps --no-compile --only-binary=:all: --target "$quack/packages" quack-kernels==0.6.5 \
+  nvidia-cutlass-dsl{,-libs-base,-libs-core,-libs-cu13}==4.7.1 apache-tvm-ffi torch-c-dlpack-ext
+rm -rf "$quack/packages/bin"
+compiler=$(cd "$quack/packages" && find . -name '_cutlass_ir.cu13.*.so')
+tar -C "$quack/packages" -cf - "$compiler" | xz -9e >"$quack/compiler.tar.xz"
+tar -C "$quack/packages" --exclude="$compiler" -cf - . | xz -6 >"$quack/rest.tar.xz"
+rm -rf "$quack/packages"
+du -sh "$quack"/*
