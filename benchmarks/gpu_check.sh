@@ -18,7 +18,7 @@
 #   --rehearse        on the CPU, small problems, five seconds for each, shorter limits: does the script itself work?
 #
 # A stage has its own time limit and log; one that fails or hangs costs the others nothing. Exits with 1 if one did.
-# None of the GPU's settings is touched. NCKERNELS_* variables are passed on.
+# None of the GPU's settings is touched. NCKERNELS_* variables are passed on, but for NCKERNELS_QUACK.
 set -u
 
 usage() { sed -n '2,23s/^# \{0,1\}//p' "$0"; exit 2; }

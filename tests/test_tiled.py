@@ -323,7 +323,7 @@ def test_when_one_step_pays() -> None:
         with_epilogue = plan.step_panels(n_p, n_q, d, 2, default, epilogue=True)
         assert with_epilogue is not None
         assert with_epilogue.rows >= panels.rows
-        assert plan.epilogue_step_cost(n_p, n_q, d, 2, with_epilogue.rows) < 0.9 * cost
+        assert plan.step_cost(n_p, n_q, d, 2, with_epilogue.rows, epilogue=True) < 0.9 * cost
     assert plan.step_panels(8192, 131_072, 4096, 2, 32 * MIB) is None  # 64 rows and less
     assert plan.step_panels(8192, 8192, 300, 2, default) is None
     floor = 6 * 1000 * 8192 * 2048

@@ -97,11 +97,7 @@ mend_kernel(const __grid_constant__ MendArgs a) {
   for (int q = int(threadIdx.x); q < a.q.slots; q += kThreads) {
     if (a.q.rnorm[q] == kNotFinite) found = 1.0f;
   }
-  for (int mask = 1; mask < 32; mask *= 2) found = fmaxf(found, shfl_xor(found, mask));
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = found;
-  block_sync();
-  for (int i = 0; i < kThreads / 32; i++) found = fmaxf(found, scratch[i]);
-  if (found == 0.0f) return;
+  if (block_max<kThreads>(found, scratch) == 0.0f) return;
 
   const T *h = static_cast<const T*>(a.h), *x = static_cast<const T*>(a.q.x);
   int column_tiles = (a.d + kThreads - 1) / kThreads;

@@ -86,15 +86,6 @@ NCK_KERNEL(kThreads, 4) compact_kernel(const __grid_constant__ CompactArgs a) {
 
 constexpr int kScaleThreads = 1024;
 
-NCK_DEVICE float block_max(float x, float* scratch) {
-  for (int mask = 1; mask < 32; mask *= 2) x = fmaxf(x, shfl_xor(x, mask));
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
-  block_sync();
-  for (int i = 0; i < kScaleThreads / 32; i++) x = fmaxf(x, scratch[i]);
-  block_sync();  // before the next call writes to scratch
-  return x;
-}
-
 // max |x|, without what cannot matter: empty sets (lse = -inf), infinities and NaN.
 NCK_DEVICE float largest(const float* x, const float* lse, int n) {
   float best = 0.0f;
@@ -124,11 +115,11 @@ NCK_DEVICE float largest_rnorm(const float* x, int n, float limit) {
 NCK_KERNEL(kScaleThreads, 1) half_scale_kernel(const __grid_constant__ HalfScaleArgs a) {
   SharedArena arena;
   float* scratch = arena.take<float>(kScaleThreads / 32);
-  float bound = block_max(largest(a.class_grad, a.class_lse, a.k), scratch);
-  bound += block_max(largest(a.instance_grad, a.instance_lse, a.m), scratch);
-  bound += block_max(largest(a.pos_grad, nullptr, a.m), scratch);
-  float z = block_max(largest_rnorm(a.z_rnorm, a.m, a.limit), scratch);
-  float w = block_max(largest_rnorm(a.w_rnorm, a.k, a.limit), scratch);
+  float bound = block_max<kScaleThreads>(largest(a.class_grad, a.class_lse, a.k), scratch);
+  bound += block_max<kScaleThreads>(largest(a.instance_grad, a.instance_lse, a.m), scratch);
+  bound += block_max<kScaleThreads>(largest(a.pos_grad, nullptr, a.m), scratch);
+  float z = block_max<kScaleThreads>(largest_rnorm(a.z_rnorm, a.m, a.limit), scratch);
+  float w = block_max<kScaleThreads>(largest_rnorm(a.w_rnorm, a.k, a.limit), scratch);
   if (threadIdx.x == 0) {
     // Where there is nothing, any finite scale will do. The clamp keeps the scale itself finite.
     float top = 14.0f - log2f(bound > 0 ? bound : 1.0f);

@@ -85,6 +85,18 @@ NCK_DEVICE void store8(T* row, int column, int d, bool aligned, const float (&in
   }
 }
 
+// The largest x of a block's threads, for each of them. `scratch` has a place for each warp, and is free
+// again.
+template <int kThreads>
+NCK_DEVICE float block_max(float x, float* scratch) {
+  for (int mask = 1; mask < 32; mask *= 2) x = fmaxf(x, shfl_xor(x, mask));
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+  block_sync();
+  for (int i = 0; i < kThreads / 32; i++) x = fmaxf(x, scratch[i]);
+  block_sync();  // before the next call writes to scratch
+  return x;
+}
+
 // `lanes` neighbouring lanes share a row: enough to cover it, so that short rows leave no lane idle.
 struct RowTeam {
   int lanes;

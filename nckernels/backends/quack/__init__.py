@@ -23,7 +23,6 @@ __all__ = ["MAJORS", "Operand", "PlainProduct", "Product", "missing", "product",
 MAJORS = (9, 10, 12)
 """Compute capabilities: Hopper, Blackwell for data centres and for desks."""
 
-
 SWITCH = "NCKERNELS_QUACK"
 """Set to 0, this environment variable leaves quack alone."""
 

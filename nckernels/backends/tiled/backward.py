@@ -142,28 +142,28 @@ def _long_rows(kernels: Kernels, p: Result, q: Result, scale: Tensor | None) -> 
         kernels.finish(q, q_sums, 0, y.slots, 1, scale, norm_inside=True)
 
 
-class Operand(NamedTuple):
+class Dense(NamedTuple):
     """The rows of some slots as the library multiplies them."""
 
     side: Side
-    rows: Tensor
+    matrix: Tensor
     mended: bool
     """Whether rows that take no part are in their places, and not zeros: then these are all rows of the side."""
 
 
-def dense(kernels: Kernels, side: Side, start: int, stop: int, copy: Tensor | None) -> Operand:
+def dense(kernels: Kernels, side: Side, start: int, stop: int, copy: Tensor | None) -> Dense:
     """A view, or the rows that take part in ``copy``, among zeros."""
     if copy is None:
-        return Operand(side, side.x[start:stop], side.partial)
+        return Dense(side, side.x[start:stop], side.partial)
     kernels.gather(side, copy, start, stop)
-    return Operand(side, copy[: stop - start], False)
+    return Dense(side, copy[: stop - start], False)
 
 
-def multiply(kernels: Kernels, h: Tensor, operand: Operand, out: Tensor, accumulate: bool) -> None:
+def multiply(kernels: Kernels, h: Tensor, rows: Dense, out: Tensor, accumulate: bool) -> None:
     """``out = h @ rows`` (+ out)."""
-    kernels.matmul(h, operand.rows, out, accumulate)
-    if operand.mended:
-        kernels.mend(h, operand.side, out)
+    kernels.matmul(h, rows.matrix, out, accumulate)
+    if rows.mended:
+        kernels.mend(h, rows.side, out)
 
 
 def _beta_grad(dot: Tensor, spec: Spec) -> Tensor:

@@ -115,37 +115,28 @@ def step_panels(n_p: int, n_q: int, d: int, itemsize: int, workspace: int, epilo
             return None
         equal = ceil_div(n_p, ceil_div(n_p, rows))
         rows = ceil_div(equal, MIN_PANEL) * MIN_PANEL  # equal panels, in whole tiles of the library's
-    cost = (epilogue_step_cost if epilogue else step_cost)(n_p, n_q, d, itemsize, rows)
-    if cost > two_passes_cost(n_p, n_q, d, itemsize):
+    if step_cost(n_p, n_q, d, itemsize, rows, epilogue) > two_passes_cost(n_p, n_q, d, itemsize):
         return None
     return StepPanels(rows, min(block, max(rows, n_q)))
 
 
-def step_cost(n_p: int, n_q: int, d: int, itemsize: int, rows: int) -> float:
+def step_cost(n_p: int, n_q: int, d: int, itemsize: int, rows: int, epilogue: bool = False) -> float:
     """Loss and gradient in one step by panels of ``rows`` anchors, in operations of the tensor cores.
 
     Each product takes as long as its operations or as its bytes, whichever is more; what is elementwise takes its
     bytes.
     """
     products, p, q, entries = 2 * rows * n_q * d, rows * d, n_q * d, rows * n_q
-    panel = _time(products, itemsize * (p + q) + 4 * entries)  # the products themselves
-    panel += _time(0, (4 + 4 + itemsize) * entries)  # read for sums, read again, entries written
-    return (panel + _gradients_cost(n_p, n_q, d, itemsize, rows)) * ceil_div(n_p, rows)
-
-
-def epilogue_step_cost(n_p: int, n_q: int, d: int, itemsize: int, rows: int) -> float:
-    """The same where the product's epilogue takes the exponentials."""
-    products, p, q, entries = 2 * rows * n_q * d, rows * d, n_q * d, rows * n_q
-    panel = _time(products, itemsize * (p + q + entries))  # products, and exponentials written
-    panel += _time(0, 2 * itemsize * entries)  # which become entries in place
-    return (panel + _gradients_cost(n_p, n_q, d, itemsize, rows)) * ceil_div(n_p, rows)
-
-
-def _gradients_cost(n_p: int, n_q: int, d: int, itemsize: int, rows: int) -> float:
-    """Of a panel: the gradient of its anchors, and its part of that of the others."""
-    products, p, q, entries = 2 * rows * n_q * d, rows * d, n_q * d, rows * n_q
-    by_anchors = _time(products, itemsize * (entries + q) + 4 * p)
-    return by_anchors + _time(products, itemsize * (entries + p) + (8 if rows < n_p else 4) * q)
+    several = rows < n_p
+    if epilogue:
+        panel = _time(products, itemsize * (p + q + entries))  # products, and exponentials written
+        panel += _time(0, 2 * itemsize * entries)  # which become entries in place
+    else:
+        panel = _time(products, itemsize * (p + q) + 4 * entries)  # the products themselves
+        panel += _time(0, (4 + 4 + itemsize) * entries)  # read for sums, read again, entries written
+    panel += _time(products, itemsize * (entries + q) + 4 * p)  # gradient of the anchors
+    panel += _time(products, itemsize * (entries + p) + (8 if several else 4) * q)  # and of the others
+    return panel * ceil_div(n_p, rows)
 
 
 def two_passes_cost(n_p: int, n_q: int, d: int, itemsize: int) -> float:

@@ -134,7 +134,7 @@ def _by_panels(
         stop = min(start + rows, x.slots)
         n, last = stop - start, stop == x.slots
         x_rows = dense(kernels, x, start, stop, x_copy)
-        h = engine.entries(x_rows.rows, start, stop)
+        h = engine.entries(x_rows.matrix, start, stop)
         for begin in range(0, n if p.wanted else 0, block):
             end = min(begin + block, n)
             multiply(kernels, h[begin:end], y_rows, sums[: end - begin], accumulate=False)

@@ -92,13 +92,12 @@ class TritonBackend(Backend):
         from .step import TritonStep
 
         z, beta, dtype = inputs.features, inputs.inv_temperature, accumulation_dtype(inputs.features.dtype)
-        host_beta = None  # a number on the device is not waited for
-        if not isinstance(beta, Tensor) or beta.device.type == "cpu":
-            host_beta = number(beta, z.dtype)
-        if isinstance(beta, Tensor):
+        host_beta = None
+        if isinstance(beta, Tensor) and beta.device.type != "cpu":  # a number on the device is not waited for
             beta = beta.to(device=z.device, dtype=dtype)
         else:
-            beta = torch.full((), number(beta, z.dtype), dtype=dtype, device=z.device)
+            host_beta = number(beta, z.dtype)
+            beta = torch.full((), host_beta, dtype=dtype, device=z.device)
         weight = None if reduced.weight is None else reduced.weight.to(dtype).contiguous()
         with on_device(z):
             kernels = TritonStep(inputs._replace(inv_temperature=beta), spec, host_beta)

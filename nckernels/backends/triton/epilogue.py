@@ -8,7 +8,7 @@ upstream gradient of their own, ``(c_p exp(beta S_pq - beta) + g_pos) r_p r_q``.
 import triton
 import triton.language as tl
 
-from .tiles import LN2, LOG2E, slot_rows, summed_rows
+from .tiles import LN2, LOG2E, slot_rows, summed_rows, used_slots
 
 
 @triton.jit(do_not_specialize=["n", "padded", "skip"])
@@ -21,9 +21,7 @@ def operand_kernel(
     ``Slot[row]``, where there is one, becomes the slot of a row.
     """
     first = tl.program_id(0) * B
-    used = n
-    if Count is not None:
-        used = tl.minimum(tl.load(Count), n)
+    used = used_slots(Count, n)
     row, valid, tag, rnorm = summed_rows(Rnorm, Label, first, used, skip, EXCLUDE, SAMPLES, GATHER, B)
     if Beta is not None:
         scale = tl.where(valid, rnorm * (tl.load(Beta) * LOG2E), 0.0)
@@ -44,9 +42,7 @@ def weights_kernel(
 ):  # fmt: skip
     """From ``Sums[slot - p_start, part]``: ``Lse`` of the slot's row, and ``Weight[slot - p_start] = c_p``."""
     p_local = tl.program_id(0) * BP
-    used = p_stop
-    if Count is not None:
-        used = tl.minimum(tl.load(Count), p_stop)
+    used = used_slots(Count, p_stop)
     row, _, valid = slot_rows(Label, p_start + p_local, used, skip, GATHER, BP)
     local = p_local + tl.arange(0, BP)
     inside = local < p_stop - p_start
@@ -73,9 +69,7 @@ def weighted_entries_kernel(
 ):  # fmt: skip
     """``E`` becomes ``H``, in place; but for the positives."""
     p_local = tl.program_id(0) * BP
-    used = p_stop
-    if Count is not None:
-        used = tl.minimum(tl.load(Count), p_stop)
+    used = used_slots(Count, p_stop)
     row, _, valid = slot_rows(Label, p_start + p_local, used, skip, GATHER, BP)
     local = p_local + tl.arange(0, BP)
     weight = tl.load(Weight + local, mask=valid, other=0.0) * tl.load(Rnorm + row, mask=valid, other=0.0)

@@ -14,6 +14,7 @@ from .tiles import (
     slot_rows,
     summed_rows,
     tile_products,
+    used_slots,
 )
 
 
@@ -67,9 +68,7 @@ def finish_kernel(
     part_stride = part_stride.to(tl.int64) * UNIT
     first = start + tl.program_id(0) * BR
     local = tl.program_id(0) * BR + tl.arange(0, BR)  # counted from `start`: seen to be aligned
-    used = stop
-    if Count is not None:
-        used = tl.minimum(tl.load(Count), stop)
+    used = used_slots(Count, stop)
     row, _, valid = slot_rows(Label, first, used, skip, GATHER, BR)
     valid = paired_rows(Rnorm, valid, first, used, UNSUMMED, BR)
     slot = first + tl.arange(0, BR)
@@ -133,9 +132,7 @@ def gather_kernel(
     d *= UNIT
     x_stride *= UNIT
     first = start + tl.program_id(0) * BR
-    used = stop
-    if Count is not None:
-        used = tl.minimum(tl.load(Count), stop)
+    used = used_slots(Count, stop)
     row, _, valid = slot_rows(Label, first, used, skip, GATHER, BR)
     valid = paired_rows(Rnorm, valid, first, used, UNSUMMED, BR)
     local = tl.program_id(0) * BR + tl.arange(0, BR)

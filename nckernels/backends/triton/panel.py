@@ -14,7 +14,7 @@ import triton.language as tl
 from .finish import summand_rnorm
 from .grad import entries
 from .lse import shift_of, without_excluded
-from .tiles import INF, LN2, LOG2E, positive_of, row_bias, slot_rows, summed_rows
+from .tiles import INF, LN2, LOG2E, positive_of, row_bias, slot_rows, summed_rows, used_slots
 
 
 @triton.jit
@@ -43,9 +43,7 @@ def panel_lse_kernel(
     part = tl.program_id(0) % split
     p_local = block * BP
     p_first = p_start + p_local
-    used = p_stop
-    if P_count is not None:
-        used = tl.minimum(tl.load(P_count), p_stop)
+    used = used_slots(P_count, p_stop)
     _, p_valid, p_tag, p_rnorm = summed_rows(P_rnorm, P_label, p_first, used, skip_p, EXCLUDE, P_SAMPLES, P_GATHER, BP)
     p_scale = p_rnorm * (tl.load(Beta) * LOG2E)
     largest = tl.full((BP,), -INF, tl.float32)
@@ -96,9 +94,7 @@ def panel_entries_kernel(
     p_local = tl.program_id(0) // q_blocks * BP
     q_first = tl.program_id(0) % q_blocks * BQ
     p_first = p_start + p_local
-    used = p_stop
-    if P_count is not None:
-        used = tl.minimum(tl.load(P_count), p_stop)
+    used = used_slots(P_count, p_stop)
     p_row, p_label, p_valid = slot_rows(P_label, p_first, used, skip_p, P_GATHER, BP)
     p_row, p_valid, p_tag, p_rnorm = summed_rows(
         P_rnorm, P_label, p_first, used, skip_p, EXCLUDE, P_SAMPLES, P_GATHER, BP

@@ -121,7 +121,7 @@ class TritonStep(launch.TritonKernels, StepKernels):
 
     def epilogue_product(self) -> tuple[quack.Product, float] | None:
         z, w, beta = self.inputs.features, self.inputs.prototypes, self.host_beta
-        if beta is None or not quack.takes(z, w, beta) or quack.why_not(z.device) is not None:
+        if beta is None or quack.why_not(z.device) is not None or not quack.takes(z, w, beta):
             return None
         product = quack.product(z.device, self.spec.exclude == "target")
         return None if product is None else (product, beta)

@@ -38,6 +38,15 @@ NOT_FINITE = tl.constexpr(sides.NOT_FINITE)
 
 
 @triton.jit
+def used_slots(Count, stop):
+    """The end of the slots before ``stop`` that are in use; how many are is known on the device only."""
+    used = stop
+    if Count is not None:
+        used = tl.minimum(tl.load(Count), stop)
+    return used
+
+
+@triton.jit
 def slot_rows(Label, first, n, skip, GATHER: tl.constexpr, B: tl.constexpr):
     """Slots ``first .. first + B``: their row, their label, and whether they take part."""
     slot = first + tl.arange(0, B)
