@@ -74,16 +74,19 @@ class _PrototypeLoss(nn.Module):
 
     def forward(self, input: Tensor, target: Tensor | None = None) -> Tensor:
         """The loss of features (M, d) with class indices (M,); without them the logits of features (..., d)."""
-        return self._logits(input) if target is None else self._loss(input, target)
+        prototypes = self.prototypes
+        if "prototypes" in self._buffers and isinstance(input, Tensor):
+            prototypes = prototypes.to(input.dtype)  # FSDP2's mixed precision casts features and parameters only
+        return self._logits(input, prototypes) if target is None else self._loss(input, prototypes, target)
 
-    def _loss(self, input: Tensor, target: Tensor) -> Tensor:
+    def _loss(self, input: Tensor, prototypes: Tensor, target: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def _logits(self, input: Tensor) -> Tensor:
+    def _logits(self, input: Tensor, prototypes: Tensor) -> Tensor:
         if not _checks.is_dtensor(input):
-            _checks.is_tensor("prototypes", self.prototypes)
+            _checks.is_tensor("prototypes", prototypes)
         # Norms in the accumulation dtype: those of float16 rows can exceed what float16 holds.
-        rows, columns = (unit(x).to(x.dtype) for x in (input, self.prototypes))
+        rows, columns = (unit(x).to(x.dtype) for x in (input, prototypes))
         return F.linear(rows, columns) / self.temperature
 
     def _shared(self) -> dict[str, Any]:
@@ -108,7 +111,8 @@ class NONLLoss(_PrototypeLoss):
         in_features: d; with ``num_classes`` it makes learnable prototypes, initialised to nearly unit rows.
         num_classes: K.
         prototypes: instead of making them: a Parameter (K, d) to share, for example ``head.weight``, or a
-            plain tensor, which stays fixed (a buffer), for example :func:`nckernels.geometry.simplex_etf`.
+            plain tensor, which stays fixed (a buffer), for example :func:`nckernels.geometry.simplex_etf`, and
+            takes the dtype of the input.
         temperature: a number; a tensor for a buffer; a Parameter to learn it, 0-dimensional or of shape (1,),
             which is what ``fully_shard`` takes.
         weight, ignore_index, reduction, direction: as in the function.
@@ -135,15 +139,15 @@ class NONLLoss(_PrototypeLoss):
         _checks.choice("direction", direction, DIRECTIONS)
         self.direction = direction
 
-    def _loss(self, input: Tensor, target: Tensor) -> Tensor:
-        return functional.nonl_loss(input, self.prototypes, target, direction=self.direction, **self._shared())
+    def _loss(self, input: Tensor, prototypes: Tensor, target: Tensor) -> Tensor:
+        return functional.nonl_loss(input, prototypes, target, direction=self.direction, **self._shared())
 
 
 class NTCELoss(_PrototypeLoss):
     """Module form of :func:`nckernels.ntce_loss` ([NCD] Eq. 4); arguments as in :class:`NONLLoss`."""
 
-    def _loss(self, input: Tensor, target: Tensor) -> Tensor:
-        return functional.ntce_loss(input, self.prototypes, target, **self._shared())
+    def _loss(self, input: Tensor, prototypes: Tensor, target: Tensor) -> Tensor:
+        return functional.ntce_loss(input, prototypes, target, **self._shared())
 
 
 class NormFaceLoss(_PrototypeLoss):
@@ -170,10 +174,10 @@ class NormFaceLoss(_PrototypeLoss):
         self.label_smoothing = label_smoothing
         self.angular_margin, self.cosine_margin = angular_margin, cosine_margin
 
-    def _loss(self, input: Tensor, target: Tensor) -> Tensor:
+    def _loss(self, input: Tensor, prototypes: Tensor, target: Tensor) -> Tensor:
         return functional.normface_loss(
             input,
-            self.prototypes,
+            prototypes,
             target,
             label_smoothing=self.label_smoothing,
             angular_margin=self.angular_margin,
