@@ -24,7 +24,8 @@ def is_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if is_dtensor(value):
-        instead = _PARAMETER if isinstance(value, Parameter) else _ROWS
+        trained = isinstance(value, Parameter) or name in ("prototypes", "temperature")
+        instead = _OF_A_MODULE if trained else _OF_A_BATCH
         raise TypeError(f"{name} is a DTensor, which the kernels do not take. {instead.format(name=name)}")
 
 
@@ -35,13 +36,13 @@ def is_dtensor(value: Tensor) -> bool:
 
 # Even a replicated parameter is not simply taken for its local copy: whether its gradient has to be averaged over the
 # ranks (each with a batch of its own) or is the same everywhere (one batch for all) cannot be told from plain features.
-_PARAMETER = (
+_OF_A_MODULE = (
     "FSDP2 gathers parameters while the module that was given to fully_shard runs: call that module, "
     "classifier(input, target), not a part of it and not a function with its parameter, and make modules that share a "
     "parameter before fully_shard. Otherwise gather it yourself, {name}.full_tensor(grad_placements=[Partial('avg')]) "
     "where ranks have batches of their own"
 )
-_ROWS = "Pass the rows of this rank, {name}.to_local(), or the whole tensor, {name}.full_tensor()"
+_OF_A_BATCH = "Pass the rows of this rank, {name}.to_local(), or the whole tensor, {name}.full_tensor()"
 
 
 def autocast_enabled(x: Tensor) -> bool:
