@@ -1,4 +1,4 @@
-"""torch.compile of losses that span ranks: the numbers of eager mode, in one graph where nobody asks for batch sizes."""
+"""torch.compile of losses that span ranks: the numbers of eager mode, in one graph where no sizes are exchanged."""
 
 from __future__ import annotations
 
