@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import _checks
 from ._common import REDUCTIONS, Reduction, inverse, logaddexp, mean, norms, reduce
+from ._compact import LEFT_OUT, sparse_rows
 from .backends.base import Direction
 from .primitive import DIRECTIONS, contrast, cosine_lse
 
@@ -28,6 +29,7 @@ def nonl_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     direction: Direction = "class",
+    sparse: bool = False,
 ) -> Tensor:
     r"""Negatives-only normalised loss, NONL ([NCD] Eq. 5).
 
@@ -48,6 +50,10 @@ def nonl_loss(
         direction: ``"class"`` is the paper's loss. The authors' code has two variants: ``"instance"``, whose
             sum runs over the other classes of the sample, :math:`\sum_{c \neq y_i} e^{S_{ic}/\tau}`, and
             ``"both"``, which adds the two sums inside the logarithm.
+        sparse: give ``prototypes`` a sparse gradient, as ``nn.Embedding(sparse=True)`` does: a COO tensor of the
+            rows of the classes in the batch, for :class:`torch.optim.SGD` or :class:`torch.optim.SparseAdam`. Time
+            and memory of a step then do not depend on K. Needs ``direction="class"``, in which the other classes
+            have no part.
 
     Returns:
         A scalar, or (M,) for ``reduction="none"`` (0 where ignored); float32 (float64 for float64 input).
@@ -64,7 +70,11 @@ def nonl_loss(
     """
     beta = _checked(input, prototypes, target, weight, temperature, ignore_index, reduction)
     _checks.choice("direction", direction, DIRECTIONS)
+    if sparse and direction != "class":
+        raise ValueError(f"sparse=True needs direction='class', got direction={direction!r}, which touches every class")
     per_sample = _of_samples(weight, target)
+    if sparse:
+        prototypes, target, ignore_index = _of_batch(prototypes, target, ignore_index)
     if direction != "both":
         return contrast(
             input, prototypes, target, beta, direction=direction, exclude="target", ignore_index=ignore_index,
@@ -88,6 +98,7 @@ def ntce_loss(
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
+    sparse: bool = False,
 ) -> Tensor:
     r"""Normalised temperature-scaled cross-entropy over the batch, NTCE ([NCD] Eq. 4).
 
@@ -98,9 +109,12 @@ def ntce_loss(
     of :func:`nonl_loss`, without ``direction``.
     """
     beta = _checked(input, prototypes, target, weight, temperature, ignore_index, reduction)
+    per_sample = _of_samples(weight, target)
+    if sparse:
+        prototypes, target, ignore_index = _of_batch(prototypes, target, ignore_index)
     return contrast(
         input, prototypes, target, beta, direction="class", exclude="none", ignore_index=ignore_index,
-        weight=_of_samples(weight, target), reduction=reduction,
+        weight=per_sample, reduction=reduction,
     )  # fmt: skip
 
 
@@ -200,6 +214,12 @@ def _checked(
 def _of_samples(weight: Tensor | None, target: Tensor) -> Tensor | None:
     """Class weights as weights of the samples. That a target is out of range is for the kernels to notice."""
     return None if weight is None else weight.index_select(0, target.long().clamp(0, len(weight) - 1))
+
+
+def _of_batch(prototypes: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, int]:
+    """Prototypes of the classes in the batch, with a sparse gradient, targets among them, and their ignore_index."""
+    _checks.in_classes(target, len(prototypes), ignore_index)
+    return *sparse_rows(prototypes, target, target == ignore_index), LEFT_OUT
 
 
 def _add_margins(cosine: Tensor, angular: float, additive: float) -> Tensor:

@@ -26,6 +26,7 @@ class LossOptions(TypedDict, total=False):
     reduction: Reduction
     device: torch.device | str | None
     dtype: torch.dtype | None
+    sparse: bool
 
 
 class _PrototypeLoss(nn.Module):
