@@ -149,6 +149,23 @@ def positive_scalar(name: str, value: float | Tensor, like: Tensor) -> None:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
+def sparse(value: bool, direction: str) -> None:
+    """Sparse gradients need a loss that leaves most classes alone."""
+    if value and direction != "class":
+        raise ValueError(f"sparse=True needs direction='class', got {direction!r}, which touches every class")
+
+
+def sampling(class_fraction: float, label_smoothing: float, sparse: bool) -> None:
+    """The part of the classes in a softmax, and what goes with it."""
+    number("class_fraction", class_fraction)
+    if not 0.0 < class_fraction <= 1.0:
+        raise ValueError(f"class_fraction must be above 0 and at most 1, got {class_fraction}")
+    if class_fraction < 1.0 and label_smoothing:
+        raise ValueError(f"label_smoothing={label_smoothing} needs all classes, class_fraction=1, got {class_fraction}")
+    if sparse and class_fraction == 1.0:
+        raise ValueError("sparse=True needs class_fraction below 1: the whole softmax touches every class")
+
+
 def number(name: str, value: object) -> None:
     """A Python number (no bool)."""
     if isinstance(value, bool) or not isinstance(value, int | float):

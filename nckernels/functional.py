@@ -12,9 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from . import _checks
+from . import _checks, _compact
 from ._common import REDUCTIONS, Reduction, inverse, logaddexp, mean, norms, reduce
-from ._compact import LEFT_OUT, sparse_rows
 from .backends.base import Direction
 from .primitive import DIRECTIONS, contrast, cosine_lse
 
@@ -70,11 +69,10 @@ def nonl_loss(
     """
     beta = _checked(input, prototypes, target, weight, temperature, ignore_index, reduction)
     _checks.choice("direction", direction, DIRECTIONS)
-    if sparse and direction != "class":
-        raise ValueError(f"sparse=True needs direction='class', got direction={direction!r}, which touches every class")
+    _checks.sparse(sparse, direction)
     per_sample = _of_samples(weight, target)
     if sparse:
-        prototypes, target, ignore_index = _of_batch(prototypes, target, ignore_index)
+        prototypes, target, ignore_index = _some(prototypes, target, ignore_index, sparse)
     if direction != "both":
         return contrast(
             input, prototypes, target, beta, direction=direction, exclude="target", ignore_index=ignore_index,
@@ -111,7 +109,7 @@ def ntce_loss(
     beta = _checked(input, prototypes, target, weight, temperature, ignore_index, reduction)
     per_sample = _of_samples(weight, target)
     if sparse:
-        prototypes, target, ignore_index = _of_batch(prototypes, target, ignore_index)
+        prototypes, target, ignore_index = _some(prototypes, target, ignore_index, sparse)
     return contrast(
         input, prototypes, target, beta, direction="class", exclude="none", ignore_index=ignore_index,
         weight=per_sample, reduction=reduction,
@@ -130,6 +128,9 @@ def normface_loss(
     label_smoothing: float = 0.0,
     angular_margin: float = 0.0,
     cosine_margin: float = 0.0,
+    class_fraction: float = 1.0,
+    generator: torch.Generator | None = None,
+    sparse: bool = False,
 ) -> Tensor:
     r"""NormFace, the softmax cross-entropy of cosine logits ([NCD] Eq. 3).
 
@@ -146,6 +147,15 @@ def normface_loss(
             :math:`\cos(\theta + m)`, and :math:`\cos\theta - m \sin m` where :math:`\theta + m > \pi`, so
             that it stays decreasing in :math:`\theta`.
         cosine_margin: CosFace's additive margin, in [0, 2], subtracted from the target's cosine.
+        class_fraction: r in (0, 1]. Below 1 the sum runs over a part of the classes, an approximation for millions
+        of them (PartialFC, An et al. 2022): those that occur in the batch, and others drawn uniformly without
+        replacement, anew in every call, :math:`\max(\lceil r K \rceil, \min(M, K))` in all. Only their rows of
+        ``prototypes`` get a gradient. Nothing corrects for the missing ones: sums are too small, the loss of a
+        sample is below the whole one by up to about :math:`\log(1/r)`, and the drawn classes get as much more
+        than their share of the gradient. Without ``label_smoothing``.
+    generator: of the random classes, on the device of ``input``; None is PyTorch's own, which
+            :func:`torch.manual_seed` sets. Its state determines the classes.
+        sparse: give ``prototypes`` a sparse gradient, as in :func:`nonl_loss`; needs ``class_fraction`` below 1.
 
     Returns, Raises: as in :func:`nonl_loss`.
     """
@@ -153,7 +163,10 @@ def normface_loss(
     _checks.in_range("label_smoothing", label_smoothing, 0.0, 1.0)
     _checks.in_range("angular_margin", angular_margin, 0.0, math.pi)
     _checks.in_range("cosine_margin", cosine_margin, 0.0, 2.0)
+    _checks.sampling(class_fraction, label_smoothing, sparse)
     per_sample = _of_samples(weight, target)
+    if class_fraction < 1.0:
+        prototypes, target, ignore_index = _some(prototypes, target, ignore_index, sparse, class_fraction, generator)
     if not (angular_margin or cosine_margin or label_smoothing):
         return contrast(
             input, prototypes, target, beta, direction="instance", exclude="none", ignore_index=ignore_index,
@@ -216,10 +229,22 @@ def _of_samples(weight: Tensor | None, target: Tensor) -> Tensor | None:
     return None if weight is None else weight.index_select(0, target.long().clamp(0, len(weight) - 1))
 
 
-def _of_batch(prototypes: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, int]:
-    """Prototypes of the classes in the batch, with a sparse gradient, targets among them, and their ignore_index."""
+def _some(
+    prototypes: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    sparse: bool,
+    fraction: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, int]:
+    """Prototypes of the batch's classes, perhaps a fraction of the others; targets among them, their ignore_index."""
     _checks.in_classes(target, len(prototypes), ignore_index)
-    return *sparse_rows(prototypes, target, target == ignore_index), LEFT_OUT
+    ignored = target == ignore_index
+    if fraction:
+        classes, slot = _compact.sampled(target, ignored, len(prototypes), fraction, generator)
+    else:
+        classes, slot = _compact.present(target, ignored)
+    return _compact.rows(prototypes, classes, sparse), slot.masked_fill(ignored, _compact.LEFT_OUT), _compact.LEFT_OUT
 
 
 def _add_margins(cosine: Tensor, angular: float, additive: float) -> Tensor:

@@ -24,9 +24,9 @@ class LossOptions(TypedDict, total=False):
     weight: Tensor | None
     ignore_index: int
     reduction: Reduction
+    sparse: bool
     device: torch.device | str | None
     dtype: torch.dtype | None
-    sparse: bool
 
 
 class _PrototypeLoss(nn.Module):
@@ -46,6 +46,7 @@ class _PrototypeLoss(nn.Module):
         weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: Reduction = "mean",
+        sparse: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -71,7 +72,7 @@ class _PrototypeLoss(nn.Module):
         _register(self, "prototypes", prototypes)
         _register(self, "temperature", temperature)
         self.register_buffer("weight", weight)
-        self.ignore_index, self.reduction = ignore_index, reduction
+        self.ignore_index, self.reduction, self.sparse = ignore_index, reduction, sparse
 
     def _shared(self) -> dict[str, Any]:
         """The keyword arguments that every loss function takes."""
@@ -80,6 +81,7 @@ class _PrototypeLoss(nn.Module):
             "weight": self.weight,
             "ignore_index": self.ignore_index,
             "reduction": self.reduction,
+            "sparse": self.sparse,
         }
 
     def extra_repr(self) -> str:
@@ -97,7 +99,7 @@ class NONLLoss(_PrototypeLoss):
         prototypes: instead of making them: a Parameter (K, d) to share, for example ``head.weight``, or a
             plain tensor, which stays fixed (a buffer), for example :func:`nckernels.geometry.simplex_etf`.
         temperature: a number; a tensor for a buffer; a Parameter to learn it.
-        weight, ignore_index, reduction, direction: as in the function.
+        weight, ignore_index, reduction, direction, sparse: as in the function.
         device, dtype: of prototypes made here.
 
     Shape:
@@ -118,6 +120,7 @@ class NONLLoss(_PrototypeLoss):
     ) -> None:
         super().__init__(in_features, num_classes, **options)
         _checks.choice("direction", direction, DIRECTIONS)
+        _checks.sparse(self.sparse, direction)
         self.direction = direction
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -136,8 +139,8 @@ class NTCELoss(_PrototypeLoss):
 class NormFaceLoss(_PrototypeLoss):
     """Module form of :func:`nckernels.normface_loss` ([NCD] Eq. 3).
 
-    Arguments as in :class:`NONLLoss`, and the function's ``label_smoothing``, ``angular_margin`` and
-    ``cosine_margin``.
+    Arguments as in :class:`NONLLoss`, and the function's ``label_smoothing``, ``angular_margin``, ``cosine_margin``,
+    ``class_fraction`` and ``generator``.
     """
 
     def __init__(
@@ -148,13 +151,17 @@ class NormFaceLoss(_PrototypeLoss):
         label_smoothing: float = 0.0,
         angular_margin: float = 0.0,
         cosine_margin: float = 0.0,
+        class_fraction: float = 1.0,
+        generator: torch.Generator | None = None,
         **options: Unpack[LossOptions],
     ) -> None:
         super().__init__(in_features, num_classes, **options)
         _checks.in_range("label_smoothing", label_smoothing, 0.0, 1.0)
         _checks.in_range("angular_margin", angular_margin, 0.0, math.pi)
         _checks.in_range("cosine_margin", cosine_margin, 0.0, 2.0)
+        _checks.sampling(class_fraction, label_smoothing, self.sparse)
         self.label_smoothing = label_smoothing
+        self.class_fraction, self.generator = class_fraction, generator
         self.angular_margin, self.cosine_margin = angular_margin, cosine_margin
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -166,6 +173,8 @@ class NormFaceLoss(_PrototypeLoss):
             label_smoothing=self.label_smoothing,
             angular_margin=self.angular_margin,
             cosine_margin=self.cosine_margin,
+            class_fraction=self.class_fraction,
+            generator=self.generator,
             **self._shared(),
         )
 
