@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._common import norms
+from ._common import norms, unit
 from .backends.base import accumulation_dtype
 
 
@@ -48,16 +48,30 @@ def class_sums(rows: Tensor, group: Tensor, ignored: Tensor, classes: int) -> tu
     return sums, rows.new_zeros(classes).index_add(0, group, (~ignored).to(rows.dtype))
 
 
-def mean_positive(rows: Tensor, group: Tensor, classes: int, ignored: Tensor) -> tuple[Tensor, Tensor]:
+def mean_positive(
+    rows: Tensor,
+    group: Tensor,
+    classes: int,
+    ignored: Tensor,
+    everybody: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Mean cosine of every sample with the others of its group, and whether there are any.
 
     The sum of the cosines is one inner product with the sum of the class: O(N d) for all pairs. For the backward
     one matrix of the rows' size is kept.
+
+    Args:
+        everybody: rows (zeros where ignored), groups and ignored of more samples, these ones among them, if the
+            others are not in ``rows`` alone.
     """
     visible = visible_rows(rows, ignored)
     rnorm = norms(visible, rows.dtype).reciprocal()
     unit_rows = visible * rnorm[:, None]
-    sums, counts = class_sums(unit_rows, group, ignored, classes)
+    if everybody is None:
+        sums, counts = class_sums(unit_rows, group, ignored, classes)
+    else:
+        keys, key_group, key_ignored = everybody
+        sums, counts = class_sums(unit(keys), key_group, key_ignored, classes)
     others = counts[group] - 1.0
     has_positive = (others > 0) & ~ignored
     total = torch.linalg.vecdot(visible, sums[group] - unit_rows) * rnorm
