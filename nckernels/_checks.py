@@ -22,11 +22,16 @@ def is_tensor(name: str, value: object) -> None:
     """A plain tensor: no other type, and no DTensor, whose shards a kernel would mistake for the whole."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if type(value).__name__ == "DTensor":
+    if is_dtensor(value):
         raise TypeError(
             f"{name} is a DTensor, which the kernels do not take; pass the local tensor, "
             f"{name}.to_local(), or the whole one, {name}.full_tensor()"
         )
+
+
+def is_dtensor(value: Tensor) -> bool:
+    """Whether PyTorch has spread the tensor over ranks; torch.distributed need not be there to ask."""
+    return type(value).__name__ == "DTensor"
 
 
 def autocast_enabled(x: Tensor) -> bool:
@@ -40,9 +45,10 @@ def no_autocast(like: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.autocast(like.device.type, enabled=False) if autocast_enabled(like) else contextlib.nullcontext()
 
 
-def matrix(name: str, value: Tensor, rows: str, columns: str) -> None:
-    """A (rows, columns) float tensor."""
-    is_tensor(name, value)
+def matrix(name: str, value: Tensor, rows: str, columns: str, sharded: bool = False) -> None:
+    """A (rows, columns) float tensor; ``sharded`` lets a DTensor pass."""
+    if not (sharded and is_dtensor(value)):
+        is_tensor(name, value)
     if value.dim() != 2:
         raise ValueError(f"{name} must have shape ({rows}, {columns}), got {tuple(value.shape)}")
     if value.dtype not in FLOAT_DTYPES:
@@ -60,10 +66,14 @@ def features_and_prototypes(
     prototypes: Tensor,
     feature_name: str = "features",
     prototype_name: str = "prototypes",
+    sharded: bool = False,
 ) -> None:
-    """(M, d) and (K, d), K and d at least 1, one device and one dtype, at least after autocast."""
+    """(M, d) and (K, d), K and d at least 1, one device and one dtype, at least after autocast.
+
+    The prototypes may be a DTensor where they may be ``sharded``.
+    """
     matrix(feature_name, features, "M", "d")
-    matrix(prototype_name, prototypes, "K", "d")
+    matrix(prototype_name, prototypes, "K", "d", sharded)
     if features.shape[1] != prototypes.shape[1]:
         raise ValueError(
             f"{feature_name} and {prototype_name} must have the same number of columns d, "

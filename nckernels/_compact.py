@@ -7,6 +7,7 @@ Nothing that follows is then as large as K, and the gradient of the prototypes c
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,26 @@ def sampled(
     keys.scatter_reduce_(0, target, _GREATEST * (~left_out).int(), "amax")
     classes = keys.topk(count, sorted=False).indices.sort().values
     return classes, torch.searchsorted(classes, target)
+
+
+class Part(NamedTuple):
+    """Which of the prototypes a loss looks at."""
+
+    fraction: float
+    """0 for the classes of the batch and no others; else see :func:`sampled`."""
+    generator: torch.Generator | None
+    sparse: bool
+    """Whether their gradient is a sparse tensor."""
+
+
+BATCH_SPARSE = Part(0.0, None, True)
+
+
+def choose(target: Tensor, left_out: Tensor, num_classes: int, part: Part) -> tuple[Tensor, Tensor]:
+    """(S,) classes, and (M,) the slot of each sample's class among them."""
+    if part.fraction:
+        return sampled(target, left_out, num_classes, part.fraction, part.generator)
+    return present(target, left_out)
 
 
 def rows(prototypes: Tensor, classes: Tensor, sparse: bool) -> Tensor:

@@ -12,13 +12,14 @@ import math
 import torch
 from torch import Tensor
 
-from . import _checks, _compact
+from . import _checks
 from ._common import REDUCTIONS, Reduction, inverse, logaddexp, norms
+from ._compact import BATCH_SPARSE, Part
 from .backends.base import Direction
-from .distributed import groups
-from .distributed.contrast import class_logsumexp, contrast, reduce, reduce_weighted
+from .distributed import class_parallel, groups
+from .distributed.contrast import contrast, lse_of_samples, reduce, reduce_weighted, sum_of_unit_rows
 from .distributed.groups import GroupLike, Ranks
-from .primitive import DIRECTIONS, cosine_lse
+from .primitive import DIRECTIONS
 
 
 def nonl_loss(
@@ -76,24 +77,22 @@ def nonl_loss(
         >>> y = torch.randint(10, (32,))
         >>> nckernels.nonl_loss(x, head.weight, y).backward()
     """
-    beta = _checked(input, prototypes, target, weight, temperature, ignore_index, reduction)
+    beta = _checked(input, prototypes, target, weight, temperature, ignore_index, reduction, process_group)
     _checks.choice("direction", direction, DIRECTIONS)
     _checks.sparse(sparse, direction)
     ranks = _ranks(process_group, "nonl_loss", input, prototypes, temperature, reduction, direction=direction)
+    prototypes = class_parallel.prepared(prototypes, ranks, sparse)
     per_sample = _of_samples(weight, target)
-    if sparse:
-        prototypes, target, ignore_index = _some(prototypes, target, ignore_index, sparse)
     if direction != "both":
         return contrast(
             input, prototypes, target, beta, direction=direction, exclude="target", ignore_index=ignore_index,
-            weight=per_sample, reduction=reduction, ranks=ranks,
+            weight=per_sample, reduction=reduction, part=BATCH_SPARSE if sparse else None, ranks=ranks,
         )  # fmt: skip
-    (class_lse, instance_lse), pos = cosine_lse(
-        input, prototypes, target, beta, direction="both", exclude="target", ignore_index=ignore_index
-    )
+    lse, pos = lse_of_samples(
+        input, prototypes, target, beta, direction="both", exclude="target", ignore_index=ignore_index,
+        reduction=reduction, part=None, ranks=ranks,
+    )  # fmt: skip
     ignored = target == ignore_index
-    of_class = class_logsumexp(class_lse, ranks).index_select(0, target.long().masked_fill(ignored, 0))
-    lse = logaddexp(of_class, instance_lse)
     loss = lse.masked_fill(ignored | (lse == -torch.inf), 0.0) - pos  # no negatives: alignment only
     return reduce(loss, ~ignored, per_sample, reduction, ranks)
 
@@ -118,14 +117,12 @@ def ntce_loss(
     Each class prototype is contrasted with all samples of the batch. Arguments, results and errors are those
     of :func:`nonl_loss`, without ``direction``.
     """
-    beta = _checked(input, prototypes, target, weight, temperature, ignore_index, reduction)
+    beta = _checked(input, prototypes, target, weight, temperature, ignore_index, reduction, process_group)
     ranks = _ranks(process_group, "ntce_loss", input, prototypes, temperature, reduction)
-    per_sample = _of_samples(weight, target)
-    if sparse:
-        prototypes, target, ignore_index = _some(prototypes, target, ignore_index, sparse)
+    prototypes = class_parallel.prepared(prototypes, ranks, sparse)
     return contrast(
         input, prototypes, target, beta, direction="class", exclude="none", ignore_index=ignore_index,
-        weight=per_sample, reduction=reduction, ranks=ranks,
+        weight=_of_samples(weight, target), reduction=reduction, part=BATCH_SPARSE if sparse else None, ranks=ranks,
     )  # fmt: skip
 
 
@@ -174,28 +171,29 @@ def normface_loss(
 
     Returns, Raises: as in :func:`nonl_loss`.
     """
-    beta = _checked(input, prototypes, target, weight, temperature, ignore_index, reduction)
+    beta = _checked(input, prototypes, target, weight, temperature, ignore_index, reduction, process_group)
     _checks.in_range("label_smoothing", label_smoothing, 0.0, 1.0)
     _checks.in_range("angular_margin", angular_margin, 0.0, math.pi)
     _checks.in_range("cosine_margin", cosine_margin, 0.0, 2.0)
     _checks.sampling(class_fraction, label_smoothing, sparse)
     ranks = _ranks(process_group, "normface_loss", input, prototypes, temperature, reduction)
+    prototypes = class_parallel.prepared(prototypes, ranks, sparse)
     per_sample = _of_samples(weight, target)
-    if class_fraction < 1.0:
-        prototypes, target, ignore_index = _some(prototypes, target, ignore_index, sparse, class_fraction, generator)
+    part = Part(class_fraction, generator, sparse) if class_fraction < 1.0 else None
     if not (angular_margin or cosine_margin or label_smoothing):
         return contrast(
             input, prototypes, target, beta, direction="instance", exclude="none", ignore_index=ignore_index,
-            weight=per_sample, reduction=reduction, ranks=ranks,
+            weight=per_sample, reduction=reduction, part=part, ranks=ranks,
         )  # fmt: skip
-    if angular_margin or cosine_margin:
-        others, cosine = cosine_lse(
-            input, prototypes, target, beta, direction="instance", exclude="target", ignore_index=ignore_index
-        )
-        pos = beta * _add_margins(cosine / beta, angular_margin, cosine_margin)
-        lse = logaddexp(others, pos)
-    else:
-        lse, pos = cosine_lse(input, prototypes, target, beta, direction="instance", ignore_index=ignore_index)
+    margin = bool(angular_margin or cosine_margin)
+    lse, pos = lse_of_samples(
+        input, prototypes, target, beta, direction="instance", exclude="target" if margin else "none",
+        ignore_index=ignore_index, reduction=reduction, part=part, ranks=ranks,
+    )  # fmt: skip
+    cosine = pos
+    if margin:
+        pos = beta * _add_margins(pos / beta, angular_margin, cosine_margin)
+        lse = logaddexp(lse, pos)
     ignored = target == ignore_index
     lse = lse.masked_fill(ignored, 0.0)
     loss = (lse - pos).masked_fill(ignored, 0.0)
@@ -208,10 +206,10 @@ def normface_loss(
     class_weight = torch.ones(k, dtype=dtype, device=input.device) if weight is None else weight.to(dtype)
     share = (~ignored).to(dtype) if per_sample is None else per_sample.to(dtype).masked_fill(ignored, 0.0)
     with torch.autocast(input.device.type, enabled=False):
-        rows, columns = input.to(dtype).masked_fill(ignored[:, None], 0.0), prototypes.to(dtype)
-        average = (class_weight / norms(columns, prototypes.dtype)) @ columns / k
+        rows = input.to(dtype).masked_fill(ignored[:, None], 0.0)
+        average = sum_of_unit_rows(prototypes, class_weight, reduction, ranks) / k
         spread = class_weight.mean() * lse - beta * (rows @ average) / norms(rows, input.dtype)
-    if angular_margin or cosine_margin:
+    if margin:
         spread = spread - share / k * (pos - cosine)
     smoothed = (1.0 - label_smoothing) * share * loss + label_smoothing * spread.masked_fill(ignored, 0.0)
     return reduce_weighted(smoothed, share, reduction, ranks)
@@ -228,9 +226,10 @@ def _checked(
     temperature: float | Tensor,
     ignore_index: int,
     reduction: str,
+    process_group: GroupLike,
 ) -> float | Tensor:
     """Check what all losses share; return beta = 1 / temperature."""
-    _checks.features_and_prototypes(input, prototypes, "input")
+    _checks.features_and_prototypes(input, prototypes, "input", sharded=process_group is not None)
     _checks.target(target, input, "input")
     _checks.positive_scalar("temperature", temperature, input)
     _checks.choice("reduction", reduction, REDUCTIONS)
@@ -255,7 +254,7 @@ def _ranks(
         classes, columns = prototypes.shape
         groups.agree(
             ranks, loss, like=input, temperature=temperature, num_classes=classes, d=columns, reduction=reduction,
-            **options,
+            prototypes="of the whole group" if _checks.is_dtensor(prototypes) else "on every rank", **options,
         )  # fmt: skip
     return ranks
 
@@ -263,24 +262,6 @@ def _ranks(
 def _of_samples(weight: Tensor | None, target: Tensor) -> Tensor | None:
     """Class weights as weights of the samples. That a target is out of range is for the kernels to notice."""
     return None if weight is None else weight.index_select(0, target.long().clamp(0, len(weight) - 1))
-
-
-def _some(
-    prototypes: Tensor,
-    target: Tensor,
-    ignore_index: int,
-    sparse: bool,
-    fraction: float = 0.0,
-    generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor, int]:
-    """Prototypes of the batch's classes, perhaps a fraction of the others; targets among them, their ignore_index."""
-    _checks.in_classes(target, len(prototypes), ignore_index)
-    ignored = target == ignore_index
-    if fraction:
-        classes, slot = _compact.sampled(target, ignored, len(prototypes), fraction, generator)
-    else:
-        classes, slot = _compact.present(target, ignored)
-    return _compact.rows(prototypes, classes, sparse), slot.masked_fill(ignored, _compact.LEFT_OUT), _compact.LEFT_OUT
 
 
 def _add_margins(cosine: Tensor, angular: float, additive: float) -> Tensor:

@@ -84,7 +84,7 @@ class _PrototypeLoss(_Loss):
             _checks.positive_integer("num_classes", num_classes)
             prototypes = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
             nn.init.normal_(prototypes, std=1.0 / math.sqrt(in_features))  # rows of about unit norm
-        _checks.matrix("prototypes", prototypes, "K", "d")
+        _checks.matrix("prototypes", prototypes, "K", "d", sharded=process_group is not None)
         if in_features not in (None, prototypes.shape[1]) or num_classes not in (None, prototypes.shape[0]):
             raise ValueError(
                 f"prototypes of shape {tuple(prototypes.shape)} do not fit "
