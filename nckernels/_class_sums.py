@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._common import norms, unit
+from ._common import norms
 from .backends.base import accumulation_dtype
 
 
@@ -49,11 +49,7 @@ def class_sums(rows: Tensor, group: Tensor, ignored: Tensor, classes: int) -> tu
 
 
 def mean_positive(
-    rows: Tensor,
-    group: Tensor,
-    classes: int,
-    ignored: Tensor,
-    everybody: tuple[Tensor, Tensor, Tensor] | None = None,
+    rows: Tensor, group: Tensor, ignored: Tensor, classes: int, among: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Mean cosine of every sample with the others of its group, and whether there are any.
 
@@ -61,17 +57,12 @@ def mean_positive(
     one matrix of the rows' size is kept.
 
     Args:
-        everybody: rows (zeros where ignored), groups and ignored of more samples, these ones among them, if the
-            others are not in ``rows`` alone.
+        among: the :func:`class_sums` of the unit rows of more samples, these ones among them; None: of these.
     """
     visible = visible_rows(rows, ignored)
     rnorm = norms(visible, rows.dtype).reciprocal()
     unit_rows = visible * rnorm[:, None]
-    if everybody is None:
-        sums, counts = class_sums(unit_rows, group, ignored, classes)
-    else:
-        keys, key_group, key_ignored = everybody
-        sums, counts = class_sums(unit(keys), key_group, key_ignored, classes)
+    sums, counts = class_sums(unit_rows, group, ignored, classes) if among is None else among
     others = counts[group] - 1.0
     has_positive = (others > 0) & ~ignored
     total = torch.linalg.vecdot(visible, sums[group] - unit_rows) * rnorm

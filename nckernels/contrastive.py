@@ -19,9 +19,10 @@ from torch import Tensor
 from . import _checks
 from ._class_sums import class_sums, groups, height, mean_positive, visible_rows
 from ._common import REDUCTIONS, Reduction, inverse, logaddexp, norms, unit
-from .backends.base import Exclude, accumulation_dtype
+from .backends import registry
+from .backends.base import accumulation_dtype
 from .distributed import collectives, samples
-from .distributed.contrast import contrast, reduce
+from .distributed.contrast import reduce
 from .distributed.groups import GroupLike, Ranks, agree, resolve
 from .primitive import autocast, contrast_with_itself, cosine_lse
 
@@ -98,7 +99,7 @@ def supcon_loss(
     group, classes = (labels, len(input)) if target is None else groups(labels, ignored)
     # Before the sums, so that its backward comes after theirs, which frees what they keep.
     with _checks.no_autocast(rows):
-        cosine, has_positive = mean_positive(rows, group, classes, ignored)
+        cosine, has_positive = mean_positive(rows, group, ignored, classes)
     if decoupled:
         lse, _ = cosine_lse(
             rows, rows, labels, beta, direction="instance", exclude="same_label", ignore_index=ignore_index
@@ -216,18 +217,13 @@ def info_nce_loss(
         _checks.target(target, query, "query")
     _check_weights(sample_weight, len(query), query)
     ranks = _ranks(process_group, "info_nce_loss", query, temperature, reduction, decoupled=decoupled)
-    if ranks is not None:
-        _checks.in_classes(target, len(key), ignore_index)
-        keys = samples.gather_keys(key, ranks)
-        target = (target.long() + keys.counts.own.start).masked_fill(target == ignore_index, _LEFT_OUT)
-        key, ignore_index = keys.rows, _LEFT_OUT
-    if len(key) == 0 and (ranks is not None or len(query) == 0):
+    if len(query) == len(key) == 0 and ranks is None:
         return _nothing(query.shape[:1], reduction, inverse(temperature), query, key)
-    _checks.features_and_prototypes(query, key, "query", "key")
-    return contrast(
-        query, key, target, inverse(temperature), direction="instance",
-        exclude="target" if decoupled else "none", ignore_index=ignore_index,
-        weight=sample_weight, reduction=reduction, ranks=ranks, of_nothing=0.0,
+    if ranks is None or len(key):
+        _checks.features_and_prototypes(query, key, "query", "key")
+    return samples.contrast_keys(
+        query, key, target, inverse(temperature), direction="instance", exclude="target" if decoupled else "none",
+        ignore_index=ignore_index, weight=sample_weight, reduction=reduction, ranks=ranks,
     )  # fmt: skip
 
 
@@ -262,13 +258,14 @@ def clip_loss(
     _same_pairs("a", a, "b", b)
     _check_weights(sample_weight, len(a), a)
     ranks = _ranks(process_group, "clip_loss", a, temperature, reduction, decoupled=decoupled)
-    b, index = samples.keys_of(b, ranks)
-    if len(b) == 0:
+    if len(a) == 0 and ranks is None:
         return _nothing(a.shape[:1], reduction, inverse(temperature), a, b)
-    _checks.features_and_prototypes(a, b, "a", "b")
-    return contrast(
-        a, b, index, inverse(temperature), direction="both", exclude="target" if decoupled else "none",
-        ignore_index=_LEFT_OUT, weight=sample_weight, reduction=reduction, ranks=ranks, of_nothing=0.0,
+    if len(a):
+        _checks.features_and_prototypes(a, b, "a", "b")
+    return samples.contrast_keys(
+        a, b, torch.arange(len(a), device=a.device), inverse(temperature), direction="both",
+        exclude="target" if decoupled else "none", ignore_index=_LEFT_OUT, weight=sample_weight,
+        reduction=reduction, ranks=ranks,
     )  # fmt: skip
 
 
@@ -292,16 +289,13 @@ def uniformity_loss(input: Tensor, *, t: float = 2.0, process_group: GroupLike =
     _checks.positive_scalar("t", t, input)
     _checks.some_columns("input", input)
     ranks = _ranks(process_group, "uniformity_loss", input, t, "mean")
-    keys, index = samples.keys_of(input, ranks)
-    n, beta = len(keys), 2.0 * t  # |a - b|^2 = 2 - 2 s
+    lse, n = samples.lse_of_others(input, 2.0 * t, ranks)  # |a - b|^2 = 2 - 2 s
     if n < 2:
-        raise ValueError(f"input must have at least two rows to have pairs, got {tuple(keys.shape)}")
-    exclude: Exclude = "self" if ranks is None else "target"
-    lse, _ = cosine_lse(input, keys, index, beta, direction="instance", exclude=exclude)
+        raise ValueError(f"input must have at least two rows to have pairs, got {tuple(input.shape)}")
     whole = torch.logsumexp(lse, 0)
     if ranks is not None:
         whole = collectives.logsumexp(whole, ranks)
-    return whole - (math.log(n) + math.log(n - 1) + beta)
+    return whole - (math.log(n) + math.log(n - 1) + 2.0 * t)
 
 
 def alignment_loss(
@@ -372,7 +366,10 @@ def _ranks(
     """The ranks that the loss spans, which agree on it."""
     ranks = resolve(process_group)
     if ranks is not None:
-        agree(ranks, loss, like=input, temperature=temperature, d=input.shape[-1], reduction=reduction, **options)
+        agree(
+            ranks, loss, like=input, temperature=temperature, d=input.shape[-1], reduction=reduction,
+            workspace=registry.get_workspace(input.device), **options,
+        )  # fmt: skip
     return ranks
 
 

@@ -30,8 +30,12 @@ class Sizes(NamedTuple):
     @property
     def own(self) -> slice:
         """This rank's rows in the concatenation of all."""
-        start = sum(self.counts[: self.rank])
-        return slice(start, start + self.counts[self.rank])
+        return self.of(self.rank)
+
+    def of(self, rank: int) -> slice:
+        """The rows of a rank in the concatenation of all."""
+        start = sum(self.counts[:rank])
+        return slice(start, start + self.counts[rank])
 
     @property
     def total(self) -> int:

@@ -77,19 +77,45 @@ def contrast(
         features, prototypes, target, inv_temperature, direction=direction, exclude=exclude, ignore_index=ignore_index
     )
     class_lse, instance_lse = lses if isinstance(lses, tuple) else (lses, None)
+    return reduced_contrast(
+        class_lse, instance_lse, pos, target, ignore_index=ignore_index, weight=weight, reduction=reduction,
+        ranks=ranks, of_nothing=of_nothing,
+    )  # fmt: skip
+
+
+def reduced_contrast(
+    class_lse: Tensor | None,
+    instance_lse: Tensor | None,
+    pos: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int,
+    weight: Tensor | None,
+    reduction: Reduction,
+    ranks: Ranks,
+    of_nothing: float,
+) -> Tensor:
+    """The lse of each sample's class, its own, or their mean, minus ``pos``, reduced over the batches of all ranks.
+
+    Args:
+        class_lse: (K,), of this rank's samples; the others' are added here.
+        instance_lse, pos, target: (M,), of this rank's samples.
+    """
     ignored = target == ignore_index
     own = _counted_weights(~ignored, weight, pos)
+    own_lse = None if instance_lse is None else instance_lse.masked_fill(ignored | (instance_lse == -torch.inf), 0.0)
+    if class_lse is None:
+        assert own_lse is not None
+        return reduce_weighted(own * (own_lse - pos), own, reduction, ranks, of_nothing)
     classes = target.long().masked_fill(ignored, 0)
-
     if reduction == "none":
-        uniformity = _or_zero(collectives.logsumexp(class_lse, ranks).index_select(0, classes))
-        if instance_lse is not None:
-            uniformity = 0.5 * (uniformity + _or_zero(instance_lse))
-        return (uniformity - pos) * own
-    by_class = own.new_zeros(len(prototypes)).index_add(0, classes, own)
+        uniformity = collectives.logsumexp(class_lse, ranks).index_select(0, classes)
+        uniformity = uniformity.masked_fill(uniformity == -torch.inf, 0.0)
+        return own * ((uniformity if own_lse is None else 0.5 * (uniformity + own_lse)) - pos)
+    by_class = own.new_zeros(len(class_lse)).index_add(0, classes, own)
     share, total = collectives.shared_logsumexp(class_lse, by_class, ranks)
-    if instance_lse is not None:
-        share = 0.5 * (share + own @ _or_zero(instance_lse))
+    if own_lse is not None:
+        share = 0.5 * (share + own @ own_lse)
     return _mean_or_sum(share - own @ pos, total, reduction, ranks, of_nothing)
 
 
@@ -206,8 +232,3 @@ def _mean_or_sum(share: Tensor, total: Tensor, reduction: Reduction, ranks: Rank
     if of_nothing == 0.0:
         total = total.masked_fill(total == 0, 1)
     return ranks.size * (share / total)
-
-
-def _or_zero(lse: Tensor) -> Tensor:
-    """0 for an empty sum: what remains is the alignment."""
-    return lse.masked_fill(lse == -torch.inf, 0.0)
