@@ -54,7 +54,10 @@ def contrast(
             features, prototypes, target, inv_temperature, direction=direction, exclude=exclude,
             ignore_index=ignore_index, reduction=reduction, part=part, ranks=ranks,
         )  # fmt: skip
-        return reduce(_or_zero(lse) - pos, target != ignore_index, weight, reduction, ranks, of_nothing)
+        return reduced_contrast(
+            None, lse, pos, target, ignore_index=ignore_index, weight=weight, reduction=reduction, ranks=ranks,
+            of_nothing=of_nothing,
+        )  # fmt: skip
     if part is not None and (ranks is None or direction == "instance"):
         prototypes, target = part_of(prototypes, target, ignore_index, part)
         ignore_index = LEFT_OUT
