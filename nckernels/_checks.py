@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .backends.base import bad_target
 
@@ -23,15 +24,26 @@ def is_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if is_dtensor(value):
-        raise TypeError(
-            f"{name} is a DTensor, which the kernels do not take; pass the local tensor, "
-            f"{name}.to_local(), or the whole one, {name}.full_tensor()"
-        )
+        trained = isinstance(value, Parameter) or name in ("prototypes", "temperature")
+        instead = (_OF_A_MODULE if trained else _OF_A_BATCH) + (_OF_CLASSES if name == "prototypes" else "")
+        raise TypeError(f"{name} is a DTensor, which the kernels do not take. {instead.format(name=name)}")
 
 
 def is_dtensor(value: Tensor) -> bool:
     """Whether PyTorch has spread the tensor over ranks; torch.distributed need not be there to ask."""
     return type(value).__name__ == "DTensor"
+
+
+# Even a replicated parameter is not simply taken for its local copy: whether its gradient has to be averaged over the
+# ranks (each with a batch of its own) or is the same everywhere (one batch for all) cannot be told from plain features.
+_OF_A_MODULE = (
+    "FSDP2 gathers parameters while the module that was given to fully_shard runs: call that module, "
+    "classifier(input, target), not a part of it and not a function with its parameter, and make modules that share a "
+    "parameter before fully_shard. Otherwise gather it yourself, {name}.full_tensor(grad_placements=[Partial('avg')]) "
+    "where ranks have batches of their own"
+)
+_OF_CLASSES = ". Prototypes that every rank has a part of for good need process_group, see docs/scaling.md"
+_OF_A_BATCH = "Pass the rows of this rank, {name}.to_local(), or the whole tensor, {name}.full_tensor()"
 
 
 def autocast_enabled(x: Tensor) -> bool:
@@ -174,6 +186,14 @@ def sampling(class_fraction: float, label_smoothing: float, sparse: bool) -> Non
         raise ValueError(f"label_smoothing={label_smoothing} needs all classes, class_fraction=1, got {class_fraction}")
     if sparse and class_fraction == 1.0:
         raise ValueError("sparse=True needs class_fraction below 1: the whole softmax touches every class")
+
+
+def temperature(value: float | Tensor, like: Tensor) -> None:
+    """A :func:`positive_scalar`, or a tensor of shape (1,): ``fully_shard`` takes no 0-dimensional parameters."""
+    if isinstance(value, Tensor):
+        is_tensor("temperature", value)
+        value = value.reshape(()) if value.shape == (1,) else value
+    positive_scalar("temperature", value, like)
 
 
 def number(name: str, value: object) -> None:
