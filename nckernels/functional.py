@@ -45,7 +45,9 @@ def nonl_loss(
 
     Args:
         input: (M, d) features, any scale; float32, bfloat16, float16 or float64.
-        prototypes: (K, d) class prototypes, e.g. ``head.weight``; any scale, same dtype.
+        prototypes: (K, d) class prototypes, e.g. ``head.weight``; any scale, same dtype. With ``process_group`` also
+            a DTensor with placement ``Shard(0)``, of which each rank has some rows; their gradient is the whole
+            batch's, not to be averaged, see docs/scaling.md.
         target: (M,) class indices in [0, K), or ``ignore_index``.
         temperature: :math:`\tau > 0`, a number or a tensor of shape () or (1,), which may require grad.
         weight: (K,) rescaling of each class's samples, as in :func:`torch.nn.functional.cross_entropy`.
@@ -62,7 +64,7 @@ def nonl_loss(
             processes, or a :class:`torch.distributed.ProcessGroup`. Every rank returns the number of ranks times
             its own samples' share of the whole, so that the average over ranks, of losses and of gradients, is
             the whole batch's whatever the sizes of the local batches. All ranks must have the same prototypes
-            and call the loss, with as many samples as they like; see docs/scaling.md.
+            (or each a part) and call the loss, with as many samples as they like; see docs/scaling.md.
 
     Returns:
         A scalar, or (M,) for ``reduction="none"`` (0 where ignored); float32 (float64 for float64 input).
@@ -80,7 +82,9 @@ def nonl_loss(
     beta = _checked(input, prototypes, target, weight, temperature, ignore_index, reduction, process_group)
     _checks.choice("direction", direction, DIRECTIONS)
     _checks.sparse(sparse, direction)
-    ranks = _ranks(process_group, "nonl_loss", input, prototypes, temperature, reduction, direction=direction)
+    ranks = _ranks(
+        process_group, "nonl_loss", input, prototypes, temperature, reduction, direction=direction, sparse=sparse
+    )
     prototypes = class_parallel.prepared(prototypes, ranks, sparse)
     per_sample = _of_samples(weight, target)
     if direction != "both":
@@ -118,7 +122,7 @@ def ntce_loss(
     of :func:`nonl_loss`, without ``direction``.
     """
     beta = _checked(input, prototypes, target, weight, temperature, ignore_index, reduction, process_group)
-    ranks = _ranks(process_group, "ntce_loss", input, prototypes, temperature, reduction)
+    ranks = _ranks(process_group, "ntce_loss", input, prototypes, temperature, reduction, sparse=sparse)
     prototypes = class_parallel.prepared(prototypes, ranks, sparse)
     return contrast(
         input, prototypes, target, beta, direction="class", exclude="none", ignore_index=ignore_index,
@@ -246,7 +250,7 @@ def _ranks(
     prototypes: Tensor,
     temperature: float | Tensor,
     reduction: str,
-    **options: str,
+    **options: object,
 ) -> Ranks | None:
     """The ranks that the loss spans, which agree on it."""
     ranks = groups.resolve(process_group)

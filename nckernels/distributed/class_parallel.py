@@ -183,7 +183,7 @@ def _over_classes(
         some, slot = shard.rows, batch.target.where(batch.own, batch.target % k)
     else:
         classes, slot = choose(batch.target, ~batch.own, k, part)
-        some, slot = rows(shard.rows, classes, part.sparse), slot.where(batch.own, batch.target % len(classes))
+        some, slot = rows(shard.rows, classes, sparse=False), slot.where(batch.own, batch.target % len(classes))
     lse, pos = cosine_lse(
         batch.features, some, slot.masked_fill(batch.ignored, LEFT_OUT), beta, direction="instance", exclude=exclude,
         ignore_index=LEFT_OUT,
