@@ -10,6 +10,7 @@ python -m benchmarks correctness                         every kernel on small r
 python -m benchmarks host                                host time of the Triton backend's launches, without a GPU
 python -m benchmarks predict                             counted times on a GPU, beside those of a report
 python -m benchmarks scaling                             bytes and memory of losses that span processes
+python -m benchmarks many-classes                        a million classes, dense and sparse gradients
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from . import (
     e2e,
     harness,
     host,
+    many_classes,
     measure,
     plots,
     predict,
@@ -52,6 +54,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "host": host.main,
     "predict": predict.main,
     "scaling": scaling.main,
+    "many-classes": many_classes.main,
 }
 
 
