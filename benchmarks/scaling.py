@@ -79,6 +79,11 @@ class Step:
         return accumulation_dtype(self.dtype)
 
     @property
+    def compact(self) -> bool:
+        """Whether sums of the classes that occur are exchanged, instead of all."""
+        return self.classes > max(COMPACT_ABOVE, self.total)
+
+    @property
     def slots(self) -> int:
         return self.total if self.present is None else self.present
 
@@ -117,7 +122,7 @@ class Step:
         return [self.gather("keys", self.dtype, self.d), gradient]
 
     def _round(self) -> list[Exchange]:
-        """Each block of keys but the last to arrive goes on, and once more in the backward pass, as all gradients do."""
+        """Each block of keys but the last to arrive goes on, in both passes; all gradients do in the second."""
         ranks = len(self.counts)
         blocks = [self.counts[(self.rank + step) % ranks] * self.d for step in range(ranks)]
         keys = [Exchange("send", "keys", self.dtype, n) for n in blocks[:-1]]
@@ -127,9 +132,9 @@ class Step:
 
 def _class_direction(step: Step) -> list[Exchange]:
     """NTCE and NONL."""
-    if step.classes <= COMPACT_ABOVE:
-        return step.sums_of("class", step.classes)
-    return [*step.sizes, step.gather("labels", torch.int64), *step.sums_of("class", step.slots)]
+    if step.compact:
+        return [*step.sizes, step.gather("labels", torch.int64), *step.sums_of("class", step.slots)]
+    return [*(step.sizes if step.classes > COMPACT_ABOVE else ()), *step.sums_of("class", step.classes)]
 
 
 def _both_directions(step: Step) -> list[Exchange]:
@@ -171,6 +176,21 @@ def _uniformity(step: Step) -> list[Exchange]:
     return [*step.sizes, *replace(step, reduction="none").sums_of("batch", 1), *step.keys()]
 
 
+def _spread(step: Step, largest: list[Exchange], sums: int) -> list[Exchange]:
+    """Prototypes that are spread over the ranks: features travel as keys do, then numbers of each sample."""
+    back = step.reduce("gradients of these", sums * step.total, backward=True)
+    found = [step.reduce("sums, positive logits", sums * step.total), back, *step.weight]
+    return [*step.sizes, step.gather("labels", torch.int64), *step.keys(), *largest, *found]
+
+
+def _nonl_spread(step: Step) -> list[Exchange]:
+    return _spread(step, [], 2)
+
+
+def _normface_spread(step: Step) -> list[Exchange]:
+    return _spread(step, replace(step, reduction="none").sums_of("sample", step.total), 1)
+
+
 LOSSES: dict[str, Callable[[Step], list[Exchange]]] = {
     "ntce": _class_direction,
     "nonl": _class_direction,
@@ -184,6 +204,8 @@ LOSSES: dict[str, Callable[[Step], list[Exchange]]] = {
     "clip": _clip,
     "uniformity": _uniformity,
     "alignment": _local,
+    "nonl spread": _nonl_spread,
+    "normface spread": _normface_spread,
 }
 
 
@@ -194,26 +216,23 @@ def exchanges(loss: str, step: Step) -> list[Exchange]:
 
 # --- memory ------------------------------------------------------------------------------------------------
 
-GATHERED = {"supcon": 26, "simclr": 26}
-"""Bytes for every number of all ranks' keys at the peak, in the backward pass; 8 for the other losses. Eight are the keys
-and their gradient in float32, or in 16 bits the keys, their gradient in float32 and in 16 bits; SupCon's come from the
-sums of its classes, to which all keys are added, and from the way back."""
-TRAVELLING = {"supcon": 42, "simclr": 42}
-"""Bytes for every number of a block of keys in the ring; 22 for the other losses: two blocks, and the gradients of the
-one in use, of one that leaves and one that arrives."""
-
 
 def held(loss: str, step: Step) -> int:
-    """Bytes of matrices at the peak beyond features, prototypes, their gradients, the workspace and vectors."""
-    if loss in ("ntce", "nonl") and step.classes > COMPACT_ABOVE:
-        return 8 * step.slots * step.d  # prototypes of the classes that occur, and their gradient
-    if loss == "prototype":
-        return 4 * (step.classes or step.slots) * step.d * 3
-    if loss not in ("supcon", "simclr", "info_nce", "clip", "uniformity"):
-        return 0
-    if step.ring:
-        return TRAVELLING.get(loss, 22) * max(step.counts) * step.d
-    return GATHERED.get(loss, 8) * step.total * step.d
+    """Bytes of matrices at the peak beyond features, prototypes, their gradients, the workspace and vectors.
+
+    Gathered keys and their gradient take 8 bytes a number in float32; in 16 bits, too, as there is a gradient in
+    float32 and one in 16 bits. In the ring they are blocks: two of keys, and gradients of the one in use, one that
+    leaves and one that arrives. SupCon adds a second gradient, by way of the class sums, and for the positives some
+    copies of the rank's own samples.
+    """
+    longest = max(step.counts) * step.d
+    if loss in ("ntce", "nonl"):
+        return 8 * step.slots * step.d if step.compact else 0  # prototypes of classes that occur, and their gradient
+    if loss in ("info_nce", "clip", "uniformity"):
+        return 24 * longest if step.ring else 8 * step.total * step.d
+    if loss in ("supcon", "simclr"):
+        return 40 * longest if step.ring else 10 * step.total * step.d + 12 * longest
+    return 0
 
 
 # --- gathering all features --------------------------------------------------------------------------------
@@ -241,7 +260,7 @@ RANKS, SAMPLES = 256, 65_536
 CLASSES, DIMS, DTYPES = (1000, 21_841, 10_000_000), (512, 2048), (torch.float32, torch.bfloat16)
 GPU = GPUS["h100"]
 LATENCY, BANDWIDTH = 30e-6, 50e9
-"""Of one collective, seconds, and of a GPU's link to other nodes, bytes a second: assumptions, a 400 Gb/s adapter each."""
+"""Seconds for one collective, and bytes a second from a GPU to other nodes: assumptions, with 400 Gb/s for each GPU."""
 
 
 def batch(d: int, dtype: torch.dtype, classes: int = 0) -> Step:
@@ -292,6 +311,7 @@ def collectives_table() -> str:
         "NONL, K = 1000": ("nonl", batch(512, torch.bfloat16, 1000)),
         "NONL, K = 21,841": ("nonl", batch(512, torch.bfloat16, 21_841)),
         'NONL, K = 1000, `reduction="none"`': ("nonl", replace(batch(512, torch.bfloat16, 1000), reduction="none")),
+        "NONL, prototypes spread over the ranks": ("nonl spread", batch(512, torch.bfloat16, 10_000_000)),
         "NormFace": ("normface", batch(512, torch.bfloat16, 1000)),
         "prototype loss, K = 1000": ("prototype", batch(512, torch.bfloat16, 1000)),
         "CLIP, bfloat16, d = 512": ("clip", batch(512, torch.bfloat16)),

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import tempfile
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 import nckernels
+from nckernels._common import Reduction
 from nckernels.distributed.groups import GroupLike
 
 DEGREES = ((10.0, 35.0, 80.0, 120.0, 150.0), (20.0, 95.0, 130.0))
@@ -20,10 +22,10 @@ PROTOTYPES = (0.0, 120.0)
 TEMPERATURE = 0.5
 
 
-def ntce(rank: int, group: GroupLike, reduction: str = "mean") -> tuple[Tensor, Tensor]:
+def ntce(rank: int, group: GroupLike, reduction: Reduction = "mean") -> tuple[Tensor, Tensor]:
     """NTCE of a rank's samples, or of all eight for rank -1, and its derivative by the temperature."""
     own = slice(None) if rank < 0 else slice(rank, rank + 1)
-    degrees, labels = (torch.tensor(sum(map(list, whole[own]), [])) for whole in (DEGREES, LABELS))
+    degrees, labels = (torch.tensor([*itertools.chain(*whole[own])]) for whole in (DEGREES, LABELS))
     temperature = torch.tensor(TEMPERATURE, requires_grad=True)
     loss = nckernels.ntce_loss(
         _points(degrees), _points(torch.tensor(PROTOTYPES)), labels, temperature=temperature,
@@ -67,12 +69,12 @@ def table(first: list[float], second: list[float]) -> str:
 def example() -> str:
     """The table, by two processes."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_process, args=(folder,), nprocs=2)
+        spawn(_process, args=(folder,), nprocs=2)
         return table(*(torch.load(Path(folder) / f"{rank}") for rank in range(2)))
 
 
 def _process(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.save(of_rank(rank, 2), Path(folder) / f"{rank}")
     dist.destroy_process_group()
 
