@@ -50,6 +50,7 @@ class Sizes(NamedTuple):
         return min(self.counts) == self.longest
 
 
+@torch.compiler.disable(reason="the host has to know how many rows all ranks have")
 def sizes(rows: Tensor, ranks: Ranks) -> Sizes:
     """The number of rows on every rank, which all of them have to know before they exchange the rows.
 

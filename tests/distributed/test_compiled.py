@@ -69,6 +69,15 @@ def test_graphs(ranks2: Ranks, name: str) -> None:
         assert_equal(found)
 
 
+def as_one_graph(rank: int, world_size: int) -> None:
+    compiled_and_eager(rank, world_size, "supcon", {"fullgraph": True})
+
+
+def test_what_breaks_the_graph_is_said(ranks2: Ranks) -> None:
+    for error in ranks2.errors(as_one_graph):
+        assert "the host has to know how many rows all ranks have" in str(error)
+
+
 def by_inductor(rank: int, world_size: int) -> list[tuple[Tensor, ...]]:
     ranks = resolve("world")
     assert ranks is not None
