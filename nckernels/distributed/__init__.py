@@ -1,0 +1,1 @@
+"""Batches larger than one device takes at a time."""
