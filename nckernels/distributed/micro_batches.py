@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import _checks
 from .gradient_sync import GradientSync
 from .replay import Call
-from .streamed import streamed_loss
+from .streamed import ByClass, streamed_loss
 
 
 class MicroBatches:
@@ -125,7 +125,7 @@ class MicroBatches:
             with call.second_run():
                 for i, rows in enumerate(call.slices):
                     last = not pending and i + 1 == len(call.slices)
-                    with self._reduction.once() if sync and last else self._reduction.none():
+                    with self._synced(sync and last):
                         outputs = call.again(i)
                         pairs = [(x, g[rows]) for x, g in zip(outputs, gradients, strict=True) if g is not None]
                         pairs = [(x, g) for x, g in pairs if x.requires_grad]  # frozen parts do not
@@ -172,25 +172,30 @@ class MicroBatches:
             >>> criterion = nckernels.NONLLoss(512, 1000)
             >>> loss = micro.stream(criterion, y, x)  # was: loss = criterion(encoder(x), y); loss.backward()
         """
-        loss = streamed_loss(criterion, target)
+        _checks.is_tensor("target", target)
         call = Call(self.encoder, args, kwargs, self.micro_batch_size)
         if target.shape != (call.samples,):
             raise ValueError(
-                f"target must have shape ({call.samples},), one label per sample, got {tuple(target.shape)}"
+                f"target must have one label for each of {call.samples} samples, got {tuple(target.shape)}"
             )
-        if loss.twice:
+        loss = streamed_loss(criterion, target)
+        if isinstance(loss, ByClass):
             with call.first_run():
                 for i, rows in enumerate(call.slices):
                     loss.collect(_only(call.first(i)), rows)
-        run = call.again if loss.twice else call.once
-        with call.second_run() if loss.twice else nullcontext():
+            loss.collected()
+        run, context = (call.again, call.second_run()) if isinstance(loss, ByClass) else (call.once, nullcontext())
+        with context:
             for i, rows in enumerate(call.slices):
-                last = i + 1 == len(call.slices)
-                with self._reduction.once() if sync and last else self._reduction.none():
+                with self._synced(sync and i + 1 == len(call.slices)):
                     part = loss.part(_only(run(i)), rows)
                     if part.requires_grad:
                         (part if scale is None else scale(part)).backward()
         return loss.value()
+
+    def _synced(self, sync: bool) -> AbstractContextManager[None]:
+        """For one forward and backward pass: whether it ends the step."""
+        return self._reduction.once() if sync else self._reduction.none()
 
 
 def _has_gradient(features: list[Tensor]) -> bool:
