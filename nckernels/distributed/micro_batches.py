@@ -97,7 +97,7 @@ class MicroBatches:
         with call.first_run():
             parts = [call.first(i) for i in range(len(call.slices))]
         features = [torch.cat(column) for column in zip(*parts, strict=True)]
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.encoder.parameters()):
+        if torch.is_grad_enabled() and self._trained():
             for x in features:
                 x.requires_grad_(x.is_floating_point())
             self._pending.append((call, features))
@@ -115,7 +115,7 @@ class MicroBatches:
             RuntimeError: if no gradient has reached the features, or if an input was changed in place since.
         """
         pending, self._pending = [x for x in self._pending if _has_gradient(x[1])], []
-        if not pending:
+        if not pending and self._trained():
             raise RuntimeError("no gradient has reached the features: call backward() of the loss first")
         while pending:
             call, features = pending.pop(0)
@@ -192,6 +192,9 @@ class MicroBatches:
                     if part.requires_grad:
                         (part if scale is None else scale(part)).backward()
         return loss.value()
+
+    def _trained(self) -> bool:
+        return any(p.requires_grad for p in self.encoder.parameters())
 
     def _synced(self, sync: bool) -> AbstractContextManager[None]:
         """For one forward and backward pass: whether it ends the step."""

@@ -20,38 +20,39 @@ import torch
 from torch import Tensor, nn
 
 from .._common import inverse, logaddexp
-from ..backends.base import accumulation_dtype
+from ..backends.base import Exclude, accumulation_dtype
 from ..nn import NONLLoss, NormFaceLoss, NTCELoss, PrototypeClassifier
 from ..primitive import cosine_lse
 from . import groups
 from .collectives import all_reduce, logsumexp
+
+Criterion = NONLLoss | NTCELoss | NormFaceLoss
 
 
 def streamed_loss(criterion: nn.Module, target: Tensor) -> ByClass | ByRow:
     """``criterion`` for features that come in parts, in the order of ``target`` (M,)."""
     if isinstance(criterion, PrototypeClassifier):
         criterion = criterion.criterion
-    if not isinstance(criterion, NONLLoss | NTCELoss | NormFaceLoss):
+    if not isinstance(criterion, Criterion):
         raise TypeError(
             "criterion must be an NONLLoss, NTCELoss, NormFaceLoss or PrototypeClassifier, got "
             f"{type(criterion).__name__}; other losses need the features of the whole batch: micro(x), then the loss"
         )
     if criterion.reduction == "none":
         raise ValueError("criterion must have reduction 'mean' or 'sum', got 'none'")
-    if isinstance(criterion, NormFaceLoss) or getattr(criterion, "direction", "class") == "instance":
-        return ByRow(criterion, target)
-    if getattr(criterion, "direction", "class") == "both":
+    direction = "instance" if isinstance(criterion, NormFaceLoss) else getattr(criterion, "direction", "class")
+    if direction == "both":
         raise ValueError(
             "direction='both' couples the batch by more than a number per class; it needs the features of the whole "
             "batch: micro(x), then the loss"
         )
-    return ByClass(criterion, target)
+    return ByRow(criterion, target) if direction == "instance" else ByClass(criterion, target)
 
 
 class _Streamed:
     """What is known of the batch before its features are."""
 
-    def __init__(self, criterion: NONLLoss | NTCELoss | NormFaceLoss, target: Tensor) -> None:
+    def __init__(self, criterion: Criterion, target: Tensor) -> None:
         self.criterion, self.target = criterion, target
         self.ranks = groups.resolve(criterion.process_group)
         k, d = criterion.prototypes.shape
@@ -74,9 +75,9 @@ class _Streamed:
 class ByClass(_Streamed):
     """NTCE and NONL: :meth:`collect` for all parts, :meth:`collected`, then :meth:`part` for all of them."""
 
-    def __init__(self, criterion: NONLLoss | NTCELoss, target: Tensor) -> None:
+    def __init__(self, criterion: Criterion, target: Tensor) -> None:
         super().__init__(criterion, target)
-        self.exclude = "target" if isinstance(criterion, NONLLoss) else "none"
+        self.exclude: Exclude = "target" if isinstance(criterion, NONLLoss) else "none"
         self.lse = self.weight.new_full(self.class_weight.shape, -torch.inf)
         self.positives = self.weight.new_zeros(())
 
@@ -115,7 +116,7 @@ class ByClass(_Streamed):
 class ByRow(_Streamed):
     """NormFace, and NONL with direction "instance": :meth:`part` for all parts."""
 
-    def __init__(self, criterion: NONLLoss | NormFaceLoss, target: Tensor) -> None:
+    def __init__(self, criterion: Criterion, target: Tensor) -> None:
         super().__init__(criterion, target)
         self.of_part = copy.copy(criterion)  # shares the parameters
         self.of_part.reduction, self.of_part.process_group = "sum", None
