@@ -336,26 +336,26 @@ def test_autocast(way: str, inside: bool) -> None:
     x, y = torch.randn(64, 6), torch.randint(K, (64,))
     dtypes = []
     encoder[-1].register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
-    gradients = {}
+    losses, gradients = {}, {}
     for how in ("exact", "whole", way):
         encoder.zero_grad()
         micro = MicroBatches(encoder, 16)
         with torch.autocast("cpu", torch.bfloat16, enabled=how != "exact"):
             if how == "streamed":
-                micro.stream(criterion, y, x)
+                loss = micro.stream(criterion, y, x)
             else:
-                features = micro(x) if how == "cached" else encoder(x)
-                loss = criterion(features, y)
+                loss = criterion(micro(x) if how == "cached" else encoder(x), y)
             if how == "cached" and inside:
                 loss.backward()
                 micro.backward()
-        if how == "cached" and not inside:
+        if how in ("exact", "whole") or (how == "cached" and not inside):
             loss.backward()
-            micro.backward()
-        elif how in ("exact", "whole"):
-            loss.backward()
+            if how == "cached":
+                micro.backward()
+        losses[how] = float(loss.detach())
         gradients[how] = torch.cat([p.grad.flatten() for p in encoder.parameters()])
     assert dtypes == [torch.float32] + [torch.bfloat16] * 9
+    assert losses[way] == pytest.approx(losses["whole"], rel=1e-6)
     error = {how: float((g - gradients["exact"]).norm() / g.norm()) for how, g in gradients.items()}
     assert 1e-4 < error["whole"] < 0.02
     assert error[way] < 1.5 * error["whole"]

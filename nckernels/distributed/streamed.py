@@ -86,7 +86,7 @@ class ByClass(_Streamed):
         """Take in the features of a part."""
         lse, pos = self._lse(features, rows)
         self.lse = logaddexp(self.lse, lse)
-        self.positives += self.weight[rows] @ pos
+        self.positives += (self.weight[rows] * pos).sum()  # no @, which autocast would narrow
 
     def collected(self) -> None:
         """There are no more parts."""
@@ -98,12 +98,12 @@ class ByClass(_Streamed):
         lse, pos = self._lse(features, rows)
         empty = lse == -torch.inf
         share = self.of_all_ranks * (lse.detach() - self.lse).exp().masked_fill(empty, 0.0)
-        return self.scale * (share @ lse.masked_fill(empty, 0.0) - self.weight[rows] @ pos)
+        return self.scale * ((share * lse.masked_fill(empty, 0.0)).sum() - (self.weight[rows] * pos).sum())
 
     def value(self) -> Tensor:
         """The loss of the whole batch."""
         lse = self.lse.masked_fill(self.lse == -torch.inf, 0.0)  # a class without negatives: alignment only
-        return self.scale * (self.class_weight @ lse - self.positives)
+        return self.scale * ((self.class_weight * lse).sum() - self.positives)
 
     def _lse(self, features: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         c = self.criterion
