@@ -205,7 +205,15 @@ def test_stream_of_one_class() -> None:
     whole.backward()
     expected = {n: p.grad for n, p in encoder.named_parameters()}
     encoder.zero_grad()
-    torch.testing.assert_close(MicroBatches(encoder, 4).stream(criterion, y, x), whole.detach())
+    parts: list[Tensor] = []
+
+    def scale(part: Tensor) -> Tensor:
+        parts.append(part.detach())
+        return part
+
+    loss = MicroBatches(encoder, 4).stream(criterion, y, x, scale=scale)
+    torch.testing.assert_close(loss, whole.detach(), rtol=1e-12, atol=1e-12)
+    assert all(part.isfinite() for part in parts)
     assert_equal({n: p.grad for n, p in encoder.named_parameters()}, expected)
 
 
@@ -280,16 +288,20 @@ def test_same_state_in_both_runs(name: str, way: str) -> None:
     assert torch.equal(random, found_random)
 
 
-def test_buffers_that_others_change_between_the_runs() -> None:
-    """A queue that belongs to the encoder's module and is filled by the loss keeps what it got."""
+def test_what_happens_between_the_runs_stays() -> None:
+    """A queue in the encoder's module that the loss fills, and random numbers that the loss takes."""
     c = case("nonl")
-    c.encoder.register_buffer("queue", torch.zeros(3))
-    micro = MicroBatches(c.encoder, 3)
-    loss = c.loss(micro(*c.args))
-    c.encoder.queue += 1.0
-    loss.backward()
+    encoder = nn.Sequential(c.encoder, nn.Dropout())
+    encoder.register_buffer("queue", torch.zeros(3))
+    micro = MicroBatches(encoder, 3)
+    features = micro(*c.args)
+    encoder.queue += torch.rand(3)
+    queue, random = encoder.queue.clone(), torch.get_rng_state()
+    c.loss(features).backward()
     micro.backward()
-    assert torch.equal(c.encoder.queue, torch.ones(3))
+    assert torch.equal(encoder.queue, queue)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert features.grad is None  # nothing of that size is left behind
 
 
 # --- training loops ----------------------------------------------------------------------------------------
@@ -354,11 +366,20 @@ def test_autocast(way: str, inside: bool) -> None:
                 micro.backward()
         losses[how] = float(loss.detach())
         gradients[how] = torch.cat([p.grad.flatten() for p in encoder.parameters()])
-    assert dtypes == [torch.float32] + [torch.bfloat16] * 9
+    assert dtypes == [torch.float32] + [torch.bfloat16] * 9  # the whole batch, and two runs of four micro-batches
     assert losses[way] == pytest.approx(losses["whole"], rel=1e-6)
     error = {how: float((g - gradients["exact"]).norm() / g.norm()) for how, g in gradients.items()}
     assert 1e-4 < error["whole"] < 0.02
     assert error[way] < 1.5 * error["whole"]
+
+
+def test_autocast_cache() -> None:
+    """The first run leaves no weights without gradient to other users of the encoder."""
+    c = case("nonl", torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        MicroBatches(c.encoder, 3)(*c.args)
+        c.encoder(*c.args).sum().backward()
+    assert all(p.grad is not None for p in c.encoder.parameters())
 
 
 def test_frozen_parts() -> None:

@@ -46,23 +46,21 @@ class GradientSync:
     def once(self) -> Iterator[None]:
         """For one forward and backward pass: all gradients that have accumulated by its end are reduced.
 
-        Those of DistributedDataParallel under ``no_sync`` are not.
+        (But not by DistributedDataParallel under its user's ``no_sync``.)
         """
-        expected = [x for x in self._replicated if x.require_backward_grad_sync] + self._sharded
         reached: list[nn.Module] = []
         with ExitStack() as stack:
-            for wrapper in expected:
-                if isinstance(wrapper, DistributedDataParallel):
-                    parameters = [p for p in wrapper.module.parameters() if p.requires_grad]
-                    hook = _reaching(parameters, partial(reached.append, wrapper))
-                    stack.enter_context(wrapper.module.register_forward_hook(hook))
-                else:
-                    wrapper.set_requires_gradient_sync(True)
-                    # A gradient that arrives at its output is enough: one leaf, of nobody, lets it have one.
-                    hook = _reaching([torch.zeros((), requires_grad=True)], partial(reached.append, wrapper))
-                    stack.enter_context(wrapper.register_forward_hook(hook, prepend=True))
+            for wrapper in self._replicated:
+                parameters = [p for p in wrapper.module.parameters() if p.requires_grad]
+                hook = _reaching(parameters, partial(reached.append, wrapper))
+                stack.enter_context(wrapper.module.register_forward_hook(hook))
+            for wrapper in self._sharded:
+                wrapper.set_requires_gradient_sync(True)
+                # A gradient that arrives at its output is enough: one leaf, of nobody, lets it have one.
+                hook = _reaching([torch.zeros((), requires_grad=True)], partial(reached.append, wrapper))
+                stack.enter_context(wrapper.register_forward_hook(hook, prepend=True))
             yield
-        if any(x not in reached for x in expected):
+        if any(x not in reached for x in self._replicated + self._sharded):
             raise RuntimeError(
                 "gradients have not been reduced: the encoder's output for the last micro-batch does not depend on "
                 "that of a module in it which is wrapped in DistributedDataParallel or fully_shard"

@@ -44,7 +44,8 @@ class Call:
             self._buffers.restore()
             raise
         finally:
-            # Autocast keeps the weights that it has cast, here without gradient: nobody else must find them.
+            # PyTorch 2.10's autocast keeps the weights that it has cast, here without gradient: nobody else must find
+            # them (PyTorch issue 158232).
             torch.clear_autocast_cache()
 
     @contextmanager

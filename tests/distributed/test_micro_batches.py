@@ -24,14 +24,15 @@ Batches = list[tuple[Tensor, Tensor]]  # of all ranks
 class Net(nn.Module):
     """An encoder with the criterion of its features. Zeros go through its frozen part only."""
 
-    def __init__(self, group: Literal["world"] | None = None, unused: bool = False) -> None:
+    def __init__(self, group: Literal["world"] | None = None, unused: bool = False, rows: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.first, self.second = nn.Linear(6, 8), nn.Linear(8, D)
         self.frozen = nn.Linear(6, D).requires_grad_(False)
         self.register_buffer("calls", torch.zeros(()))
         temperature = nn.Parameter(torch.tensor(0.3))
-        self.criterion = nckernels.NONLLoss(D, K, temperature=temperature, process_group=group)
+        kind = nckernels.NormFaceLoss if rows else nckernels.NONLLoss
+        self.criterion = kind(D, K, temperature=temperature, process_group=group)
         if unused:
             self.unused = nn.Parameter(torch.ones(3))
         self.double()
@@ -48,14 +49,14 @@ class Net(nn.Module):
 
 
 class Features(nn.Module):
-    """A module around the wrapped one that takes the tensor from its outputs."""
+    """A module around the wrapped one that takes the tensor from its outputs, and works in place on it."""
 
     def __init__(self, ddp: nn.Module) -> None:
         super().__init__()
         self.ddp = ddp
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.ddp(x)["z"]
+        return self.ddp(x)["z"].mul_(1.0)
 
 
 def batches(world_size: int, step: int = 0, unequal: int = 3) -> Batches:
@@ -119,8 +120,8 @@ def step(way: str, micro: MicroBatches, net: Net, x: Tensor, y: Tensor, **option
 # --- DistributedDataParallel -------------------------------------------------------------------------------
 
 
-def train(rank: int, world_size: int, way: str, group: Any, options: dict[str, Any], unused: bool) -> None:
-    net, reduced = Net(group, unused), []
+def train(rank: int, world_size: int, way: str, group: Any, options: dict[str, Any], kind: dict[str, bool]) -> None:
+    net, reduced = Net(group, **kind), []
     ddp = wrap(net, reduced, **options)
     micro = MicroBatches(Features(ddp), SIZE)
     for i in range(3):
@@ -129,7 +130,7 @@ def train(rank: int, world_size: int, way: str, group: Any, options: dict[str, A
         if i > 0:
             assert len(reduced) > 1  # in the first step there may be one bucket
         assert_reduced_once(reduced)
-        assert_equal(gradients(net), expected([data], group is not None, unused=unused))
+        assert_equal(gradients(net), expected([data], group is not None, **kind))
         assert net.calls == 3 * i + (3, 4)[rank]  # buffers move once a micro-batch and begin a step as on rank 0
         net.zero_grad(set_to_none=i % 2 == 0)
     assert ddp.require_backward_grad_sync
@@ -138,18 +139,20 @@ def train(rank: int, world_size: int, way: str, group: Any, options: dict[str, A
 
 @pytest.mark.parametrize("way", ["cached", "streamed"])
 @pytest.mark.parametrize(
-    ("group", "options", "unused"),
+    ("group", "options", "kind"),
     [
-        (None, {}, False),
-        ("world", {}, False),
-        ("world", {"gradient_as_bucket_view": True}, False),
-        (None, {"find_unused_parameters": True}, True),
+        (None, {}, {}),
+        ("world", {}, {}),
+        ("world", {"gradient_as_bucket_view": True}, {"rows": True}),
+        (None, {"find_unused_parameters": True}, {"unused": True}),
     ],
     ids=["plain", "group", "bucket_view", "find_unused"],
 )
-def test_one_reduction_a_step(ranks2: Ranks, way: str, group: Any, options: dict[str, Any], unused: bool) -> None:
+def test_one_reduction_a_step(
+    ranks2: Ranks, way: str, group: Any, options: dict[str, Any], kind: dict[str, bool]
+) -> None:
     """Three micro-batches on one rank and four on the other; parameters of the loss are in the wrapper too."""
-    ranks2.run(train, way, group, options, unused)
+    ranks2.run(train, way, group, options, kind)
 
 
 def frozen_last(rank: int, world_size: int, way: str, options: dict[str, Any]) -> None:
@@ -193,29 +196,30 @@ def test_accumulation(ranks2: Ranks, way: str, by: str) -> None:
 
 
 def samples(rank: int, world_size: int, loss: str) -> None:
-    """Losses that compare samples with samples, of all ranks."""
     encoder, whole, reduced = Net(), Net(), []
-    micro = MicroBatches(wrap(encoder, reduced), SIZE)
+    ddp = wrap(encoder, reduced)
+    micro = MicroBatches(ddp, SIZE)
     data = batches(world_size)
 
-    def of(z: Tensor, y: Tensor, group: Any) -> Tensor:
+    def of(a: Tensor, b: Tensor, y: Tensor, group: Any) -> Tensor:
         if loss == "supcon":
-            return nckernels.supcon_loss(z, y, process_group=group)
-        return nckernels.clip_loss(z, z.roll(1, 1) + z.square(), process_group=group)
+            return nckernels.supcon_loss(torch.stack([a, b], 1), y, process_group=group)
+        return nckernels.clip_loss(a, b, process_group=group)
 
     x, y = data[rank]
-    of(micro(x)["z"], y, "world").backward()
+    of(micro(x)["z"], micro(x.flip(1))["z"], y, "world").backward()
     micro.backward()
     assert_reduced_once(reduced)
-    of(torch.cat([whole(x)["z"] for x, _ in data]), torch.cat([y for _, y in data]), None).backward()
+    x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
+    of(whole(x)["z"], whole(x.flip(1))["z"], y, None).backward()
     for name in ("first.weight", "first.bias", "second.weight", "second.bias"):
-        torch.testing.assert_close(
-            encoder.get_parameter(name).grad, whole.get_parameter(name).grad, rtol=1e-12, atol=1e-12
-        )
+        found, wanted = encoder.get_parameter(name).grad, whole.get_parameter(name).grad
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("loss", ["supcon", "clip"])
 def test_negatives_of_all_ranks(ranks2: Ranks, loss: str) -> None:
+    """Losses that compare samples with samples; two calls make a step, and parameters without a loss get zeros."""
     ranks2.run(samples, loss)
 
 
@@ -273,6 +277,28 @@ def test_errors(ranks2: Ranks) -> None:
 
 
 # --- fully_shard -------------------------------------------------------------------------------------------
+
+
+def plain_backward(rank: int, world_size: int) -> None:
+    """What ``sync`` says is for one call."""
+    net = Net()
+    del net.criterion
+    fully_shard(net)
+    micro, x = MicroBatches(Features(net), SIZE), batches(world_size, unequal=0)[rank][0]
+    micro(x).sum().backward()
+    micro.backward(sync=False)
+    with Reductions() as reductions:
+        net(x)["z"].sum().backward()
+    assert reductions.count == 1
+    net.set_requires_gradient_sync(False)
+    with Reductions() as reductions:
+        micro(x[:1]).sum().backward()
+        micro.backward()
+    assert reductions.count == 1
+
+
+def test_fully_shard_outside(ranks2: Ranks) -> None:
+    ranks2.run(plain_backward)
 
 
 class Reductions(TorchDispatchMode):
