@@ -288,6 +288,21 @@ def test_same_state_in_both_runs(name: str, way: str) -> None:
     assert torch.equal(random, found_random)
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("way", ["cached", "streamed"])
+def test_same_random_numbers_on_a_gpu(way: str) -> None:
+    results = []
+    for how in ("one graph", way):
+        encoder = stateful("dropout").float().cuda()
+        criterion = nckernels.NONLLoss(D, K, device="cuda")
+        x, y = torch.randn(14, 6).cuda(), torch.randint(K, (14,)).cuda()
+        loss = run(how, encoder, criterion, x, y, 4)
+        results.append((loss, [p.grad for p in encoder.parameters()], torch.cuda.get_rng_state()))
+    torch.testing.assert_close(results[1][:2], results[0][:2], rtol=1e-5, atol=1e-5)
+    assert torch.equal(results[1][2], results[0][2])
+
+
 def test_what_happens_between_the_runs_stays() -> None:
     """A queue in the encoder's module that the loss fills, and random numbers that the loss takes."""
     c = case("nonl")

@@ -215,6 +215,7 @@ def samples(rank: int, world_size: int, loss: str) -> None:
     for name in ("first.weight", "first.bias", "second.weight", "second.bias"):
         found, wanted = encoder.get_parameter(name).grad, whole.get_parameter(name).grad
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    assert torch.equal(encoder.criterion.prototypes.grad, torch.zeros(K, D, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("loss", ["supcon", "clip"])
