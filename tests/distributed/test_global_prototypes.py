@@ -1,0 +1,219 @@
+"""NONL, NTCE and NormFace with the negatives of all ranks: losses and gradients add up to the whole batch's."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from oracle import LOSSES
+from ranks import Ranks
+from torch import Tensor, nn
+
+import nckernels
+
+from .global_cases import (
+    CLASSES,
+    PROTOTYPE_VARIANTS,
+    REDUCTIONS,
+    Batch,
+    Problem,
+    assert_none,
+    batches,
+    check,
+    faults,
+    make,
+    package,
+    value_and_grads,
+)
+
+losses = pytest.mark.parametrize("loss", LOSSES)
+
+
+def problems(ranks: Ranks, loss: str, *names: str, **arguments: Any) -> dict[str, Problem]:
+    """The variants of a loss on the named batches, all reductions, without and with class weights."""
+    found = {}
+    dealt = batches(ranks.world_size)
+    variants = {v: options for v, (of, options) in PROTOTYPE_VARIANTS.items() if of == loss}
+    for name, variant, reduction, weight in itertools.product(names or dealt, variants, REDUCTIONS, (False, True)):
+        case = f"{variant}-{name}-{reduction}" + ("-weight" if weight else "")
+        found[case] = make(loss, dealt[name], variants[variant], reduction=reduction, weight=weight, **arguments)
+    return found
+
+
+@losses
+def test_ranks_add_up_to_the_whole_batch(ranks: Ranks, loss: str) -> None:
+    check(ranks, problems(ranks, loss))
+
+
+@losses
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_dtypes(ranks: Ranks, loss: str, dtype: torch.dtype) -> None:
+    check(ranks, problems(ranks, loss, "unequal", "empty-shard", "ignored-rank"), dtype)
+
+
+def with_backend(rank: int, world_size: int, cases: dict[str, Problem], backend: str) -> dict[str, Any]:
+    with nckernels.use_backend(backend):
+        return {
+            n: value_and_grads(p.part(rank), package(p.loss), process_group=dist.group.WORLD) for n, p in cases.items()
+        }
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked", "native"])
+def test_backends(ranks2: Ranks, backend: str) -> None:
+    """Each of them, and a group given as such."""
+    cases = {n: p for loss in LOSSES for n, p in problems(ranks2, loss, "unequal", "all-ignored").items()}
+    results = ranks2.run(with_backend, cases, backend)
+    assert_none(f"{n}: {f}" for n, p in cases.items() for f in faults(p, [r[n] for r in results]))
+
+
+@losses
+def test_many_classes_of_which_few_occur(ranks: Ranks, loss: str) -> None:
+    """Beyond 16,384 classes; on the ranks the same and other ones."""
+    classes = 20_000
+    g = torch.Generator().manual_seed(3)
+    few = torch.randint(classes, (8,), generator=g)
+    cases = {}
+    for name, batch in batches(ranks.world_size).items():
+        if name not in ("unequal", "empty-shard", "all-empty", "ignored-rank"):
+            continue
+        anywhere = torch.randint(classes, batch.classes.shape, generator=g)
+        shared = few[batch.classes % 8].where(batch.classes % 3 > 0, anywhere)
+        batch = Batch(batch.sizes, shared.where(batch.classes >= 0, batch.classes))
+        for variant in ("nonl", "nonl-instance", "nonl-both", "ntce", "normface"):
+            of, options = PROTOTYPE_VARIANTS[variant]
+            if of != loss:
+                continue
+            for reduction, weight in (("none", False), ("mean", True), ("sum", False)):
+                p = make(loss, batch, options, reduction=reduction, weight=weight, classes=classes, dim=4)
+                cases[f"{variant}-{name}-{reduction}"] = p
+    check(ranks, cases)
+
+
+@losses
+def test_many_more_samples_than_a_tile(ranks2: Ranks, loss: str) -> None:
+    """Several hundred samples and classes, a cold temperature."""
+    g = torch.Generator().manual_seed(5)
+    batch = Batch((301, 420), torch.randint(150, (721,), generator=g))
+    for dtype in (torch.float64, torch.float32):
+        cases = {
+            r: make(loss, batch, {}, reduction=r, weight=True, classes=150, dim=33, temperature=0.02)
+            for r in REDUCTIONS
+        }
+        check(ranks2, cases, dtype)
+
+
+def temperatures(rank: int, world_size: int, p: Problem) -> dict[str, Any]:
+    p = p.part(rank)
+    leaves = p.leaves
+    loss = package(p.loss)
+    tau = float(p.temperature)  # type: ignore[arg-type]
+    parameter = nn.Parameter(torch.tensor(tau, dtype=torch.float64))
+    kinds = {"number": tau, "tensor": torch.tensor(tau, dtype=torch.float64), "parameter": parameter}
+    found = {n: p.call(loss, {**leaves, "temperature": t}, process_group="world") for n, t in kinds.items()}
+    found["parameter"].backward(p.upstream)
+    # From a parameter in log space, as CLIP has it.
+    log = torch.tensor(tau, dtype=torch.float64).log().requires_grad_()
+    value = p.call(loss, {**leaves, "temperature": log.exp()}, process_group="world")
+    value.backward(p.upstream)
+    return {
+        **{n: x.detach() for n, x in found.items()}, "requires": [x.requires_grad for x in found.values()],
+        "grad": parameter.grad, "log grad": log.grad,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_kinds_of_temperature(ranks2: Ranks, reduction: str) -> None:
+    """A number, a tensor, a parameter: one loss, and a gradient for whoever wants one."""
+    for loss in LOSSES:
+        p = make(loss, batches(2)["unequal"], {}, reduction=reduction)
+        results = ranks2.run(temperatures, p)
+        for r in results:
+            torch.testing.assert_close(r["tensor"], r["number"], rtol=1e-14, atol=1e-14)
+            torch.testing.assert_close(r["parameter"], r["number"], rtol=1e-14, atol=1e-14)
+            assert r["requires"] == [False, False, True]
+            torch.testing.assert_close(r["log grad"], r["grad"] * p.temperature, rtol=1e-12, atol=1e-14)
+        truth = value_and_grads(p.whole(), package(loss))["temperature"]
+        total = sum(r["grad"] for r in results) / (1 if reduction == "none" else 2)
+        torch.testing.assert_close(total, truth, rtol=1e-11, atol=0)
+
+
+def partly(rank: int, world_size: int, cases: dict[str, Problem]) -> dict[str, Any]:
+    """Gradients where only some tensors require them, and backward twice."""
+    found: dict[str, Any] = {}
+    for name, p in cases.items():
+        p = p.part(rank)
+        loss = package(p.loss)
+        for wanted in p.leaves:
+            leaves = {n: x.detach().clone().requires_grad_(n == wanted) for n, x in p.leaves.items()}
+            out = p.call(loss, leaves, process_group="world")
+            once = torch.autograd.grad(out, leaves[wanted], p.upstream, retain_graph=True)[0]
+            again = torch.autograd.grad(out, leaves[wanted], 2 * p.upstream)[0]
+            found[name, wanted] = once, again
+        with torch.no_grad():
+            found[name] = p.call(loss, p.leaves, process_group="world")
+    return found
+
+
+def test_some_gradients_and_backward_twice(ranks2: Ranks) -> None:
+    cases = {n: p for loss in LOSSES for n, p in problems(ranks2, loss, "unequal").items() if "weight" not in n}
+    whole = [value_and_grads(p.whole(), package(p.loss)) for p in cases.values()]
+    results = ranks2.run(partly, cases)
+    for (name, p), expected in zip(cases.items(), whole, strict=True):
+        scale = 1 if p.reduction == "none" else 2
+        for wanted in p.leaves:
+            once, again = ([r[name, wanted][i] for r in results] for i in range(2))
+            add = torch.cat if wanted == "input 0" else sum
+            got: Tensor = add(once) / scale  # type: ignore[operator]
+            size = 1e-11 * (1 + expected[wanted].abs().max())
+            assert (got - expected[wanted]).abs().max() <= size, (name, wanted)
+            for a, b in zip(once, again, strict=True):
+                assert (2 * a - b).abs().max() <= 1e-14 * (1 + a.abs().max()), (name, wanted)
+        values = [r[name] for r in results]
+        got = torch.cat(values) if p.reduction == "none" else sum(values) / 2
+        torch.testing.assert_close(got, expected["loss"], rtol=1e-12, atol=1e-12)
+        assert not any(v.requires_grad for v in values)
+
+
+def of_subgroups(rank: int, world_size: int, cases: dict[str, list[Problem]]) -> dict[str, Any]:
+    groups = [dist.new_group([0, 3]), dist.new_group([1, 2])]
+    mine = 0 if rank in (0, 3) else 1
+    place = [[0, 3], [1, 2]][mine].index(rank)
+    return {
+        n: value_and_grads(p[mine].part(place), package(p[mine].loss), process_group=groups[mine])
+        for n, p in cases.items()
+    }
+
+
+def test_subgroups(ranks4: Ranks) -> None:
+    """Two groups of two at the same time, with batches of their own."""
+    cases = {}
+    for loss, reduction in itertools.product(LOSSES, REDUCTIONS):
+        p = make(loss, batches(2)["unequal"], {}, reduction=reduction, weight=True)
+        cases[f"{loss}-{reduction}"] = [p, make(loss, batches(2)["empty-shard"], {}, reduction=reduction, seed=1)]
+    results = ranks4.run(of_subgroups, cases)
+    lines = []
+    for name, (first, second) in cases.items():
+        for p, members in ((first, (0, 3)), (second, (1, 2))):
+            lines += [f"{name} {members}: {f}" for f in faults(p, [results[m][name] for m in members])]
+    assert_none(lines)
+
+
+def one_rank(rank: int, world_size: int, p: Problem) -> list[Tensor]:
+    groups = [dist.new_group([r]) for r in range(world_size)]
+    got = value_and_grads(p, package(p.loss), process_group=groups[rank])
+    alone = value_and_grads(p, package(p.loss))
+    return [got[n] - alone[n] for n in got]
+
+
+def test_group_of_one(ranks2: Ranks) -> None:
+    """The loss of one process, to a few roundings."""
+    for loss in LOSSES:
+        p = make(loss, Batch((20,), torch.arange(20) % CLASSES), {}, weight=True)
+        p = dataclasses.replace(p, sizes=((20,),))
+        for differences in ranks2.run(one_rank, p):
+            for difference in differences:
+                assert difference.abs().max() <= 1e-13
