@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -13,6 +14,7 @@ from typing_extensions import Unpack
 from . import _checks, contrastive, functional
 from ._common import REDUCTIONS, Reduction, unit
 from .backends.base import Direction
+from .distributed.groups import GroupLike, check
 from .primitive import DIRECTIONS
 
 
@@ -26,9 +28,32 @@ class LossOptions(TypedDict, total=False):
     reduction: Reduction
     device: torch.device | str | None
     dtype: torch.dtype | None
+    process_group: GroupLike
 
 
-class _PrototypeLoss(nn.Module):
+class _Loss(nn.Module):
+    """What all losses share: whose samples they contrast."""
+
+    def __init__(self, process_group: GroupLike) -> None:
+        super().__init__()
+        check(process_group)
+        self.process_group = process_group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Loss:
+        """A copy (of a model, for averaging its weights) spans the same processes: groups cannot be copied."""
+        copy = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copy
+        memo[id(self.process_group)] = self.process_group
+        copy.__dict__.update({name: deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return copy
+
+    def extra_repr(self) -> str:
+        if self.process_group is None:
+            return ""
+        return f"process_group={self.process_group if isinstance(self.process_group, str) else '...'!r}"
+
+
+class _PrototypeLoss(_Loss):
     """What the three losses share: prototypes, temperature and the options of F.cross_entropy."""
 
     prototypes: Tensor
@@ -47,8 +72,9 @@ class _PrototypeLoss(nn.Module):
         reduction: Reduction = "mean",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        process_group: GroupLike = None,
     ) -> None:
-        super().__init__()
+        super().__init__(process_group)
         if prototypes is None:
             if in_features is None or num_classes is None:
                 raise ValueError("give in_features and num_classes, or prototypes of shape (K, d)")
@@ -79,12 +105,13 @@ class _PrototypeLoss(nn.Module):
             "weight": self.weight,
             "ignore_index": self.ignore_index,
             "reduction": self.reduction,
+            "process_group": self.process_group,
         }
 
     def extra_repr(self) -> str:
         k, d = self.prototypes.shape
         shown = f"in_features={d}, num_classes={k}, temperature={_shown(self.temperature)}"
-        return f"{shown}, reduction={self.reduction!r}"
+        return _joined(f"{shown}, reduction={self.reduction!r}", super().extra_repr())
 
 
 class NONLLoss(_PrototypeLoss):
@@ -96,7 +123,7 @@ class NONLLoss(_PrototypeLoss):
         prototypes: instead of making them: a Parameter (K, d) to share, for example ``head.weight``, or a
             plain tensor, which stays fixed (a buffer), for example :func:`nckernels.geometry.simplex_etf`.
         temperature: a number; a tensor for a buffer; a Parameter to learn it.
-        weight, ignore_index, reduction, direction: as in the function.
+        weight, ignore_index, reduction, direction, process_group: as in the function.
         device, dtype: of prototypes made here.
 
     Shape:
@@ -181,7 +208,8 @@ class PrototypeClassifier(nn.Module):
         in_features: d.
         num_classes: K.
         loss: ``"nonl"``, ``"ntce"`` or ``"normface"``.
-        **options: ``temperature``, ``weight``, ``prototypes`` and the others of :class:`LossOptions`.
+        **options: ``temperature``, ``weight``, ``prototypes``, ``process_group`` and the others of
+            :class:`LossOptions`.
 
     Shape:
         input (M, d) or (..., d) -> logits (M, K) or (..., K), :math:`\cos(z_i, w_c) / \tau`.
@@ -227,15 +255,18 @@ class ContrastiveOptions(TypedDict, total=False):
 
     temperature: float | Tensor
     reduction: Reduction
+    process_group: GroupLike
 
 
-class _ContrastiveLoss(nn.Module):
+class _ContrastiveLoss(_Loss):
     """What the losses without prototypes share."""
 
     temperature: float | Tensor
 
-    def __init__(self, *, temperature: float | Tensor = 0.1, reduction: Reduction = "mean") -> None:
-        super().__init__()
+    def __init__(
+        self, *, temperature: float | Tensor = 0.1, reduction: Reduction = "mean", process_group: GroupLike = None
+    ) -> None:
+        super().__init__(process_group)
         like = temperature if isinstance(temperature, Tensor) else torch.empty(0)
         _checks.positive_scalar("temperature", temperature, like)
         _checks.choice("reduction", reduction, REDUCTIONS)
@@ -243,7 +274,7 @@ class _ContrastiveLoss(nn.Module):
         self.reduction: Reduction = reduction
 
     def extra_repr(self) -> str:
-        return f"temperature={_shown(self.temperature)}, reduction={self.reduction!r}"
+        return _joined(f"temperature={_shown(self.temperature)}, reduction={self.reduction!r}", super().extra_repr())
 
 
 class _AnchorLoss(_ContrastiveLoss):
@@ -262,7 +293,7 @@ class SupConLoss(_AnchorLoss):
 
     Args:
         temperature: a number; a tensor for a buffer; a Parameter to learn it.
-        ignore_index, reduction, decoupled: as in the function.
+        ignore_index, reduction, decoupled, process_group: as in the function.
 
     Shape:
         input (N, d) or (B, V, d), target (N,) or (B,) or None -> scalar, or (N,), (B, V).
@@ -278,6 +309,7 @@ class SupConLoss(_AnchorLoss):
             sample_weight=sample_weight,
             reduction=self.reduction,
             decoupled=self.decoupled,
+            process_group=self.process_group,
         )
 
 
@@ -303,6 +335,7 @@ class PrototypeLoss(_ContrastiveLoss):
             ignore_index=self.ignore_index,
             sample_weight=sample_weight,
             reduction=self.reduction,
+            process_group=self.process_group,
         )
 
 
@@ -322,6 +355,7 @@ class InfoNCELoss(_AnchorLoss):
             sample_weight=sample_weight,
             reduction=self.reduction,
             decoupled=self.decoupled,
+            process_group=self.process_group,
         )
 
 
@@ -329,9 +363,14 @@ class CLIPLoss(_ContrastiveLoss):
     """Module form of :func:`nckernels.clip_loss`, temperature 0.07; arguments as in :class:`SupConLoss`."""
 
     def __init__(
-        self, *, temperature: float | Tensor = 0.07, reduction: Reduction = "mean", decoupled: bool = False
+        self,
+        *,
+        temperature: float | Tensor = 0.07,
+        reduction: Reduction = "mean",
+        decoupled: bool = False,
+        process_group: GroupLike = None,
     ) -> None:
-        super().__init__(temperature=temperature, reduction=reduction)
+        super().__init__(temperature=temperature, reduction=reduction, process_group=process_group)
         self.decoupled = decoupled
 
     def forward(self, a: Tensor, b: Tensor, sample_weight: Tensor | None = None) -> Tensor:
@@ -343,40 +382,47 @@ class CLIPLoss(_ContrastiveLoss):
             sample_weight=sample_weight,
             reduction=self.reduction,
             decoupled=self.decoupled,
+            process_group=self.process_group,
         )
 
 
-class UniformityLoss(nn.Module):
+class UniformityLoss(_Loss):
     """Module form of :func:`nckernels.uniformity_loss`."""
 
-    def __init__(self, *, t: float = 2.0) -> None:
-        super().__init__()
+    def __init__(self, *, t: float = 2.0, process_group: GroupLike = None) -> None:
+        super().__init__(process_group)
         _checks.positive_scalar("t", t, torch.empty(0))
         self.t = t
 
     def forward(self, input: Tensor) -> Tensor:
         """The potential of features (N, d)."""
-        return contrastive.uniformity_loss(input, t=self.t)
+        return contrastive.uniformity_loss(input, t=self.t, process_group=self.process_group)
 
     def extra_repr(self) -> str:
-        return f"t={self.t:g}"
+        return _joined(f"t={self.t:g}", super().extra_repr())
 
 
-class AlignmentLoss(nn.Module):
+class AlignmentLoss(_Loss):
     """Module form of :func:`nckernels.alignment_loss`."""
 
-    def __init__(self, *, alpha: float = 2.0, reduction: Reduction = "mean") -> None:
-        super().__init__()
+    def __init__(self, *, alpha: float = 2.0, reduction: Reduction = "mean", process_group: GroupLike = None) -> None:
+        super().__init__(process_group)
         _checks.positive_scalar("alpha", alpha, torch.empty(0))
         _checks.choice("reduction", reduction, REDUCTIONS)
         self.alpha, self.reduction = alpha, reduction
 
     def forward(self, input: Tensor, other: Tensor) -> Tensor:
         """The distance of pairs (N, d), (N, d)."""
-        return contrastive.alignment_loss(input, other, alpha=self.alpha, reduction=self.reduction)
+        return contrastive.alignment_loss(
+            input, other, alpha=self.alpha, reduction=self.reduction, process_group=self.process_group
+        )
 
     def extra_repr(self) -> str:
-        return f"alpha={self.alpha:g}, reduction={self.reduction!r}"
+        return _joined(f"alpha={self.alpha:g}, reduction={self.reduction!r}", super().extra_repr())
+
+
+def _joined(*shown: str) -> str:
+    return ", ".join(part for part in shown if part)
 
 
 def _shown(temperature: float | Tensor) -> str:
