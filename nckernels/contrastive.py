@@ -50,7 +50,7 @@ def supcon_loss(
     Args:
         input: (N, d), or (B, V, d) with V views of every sample; any scale; float32, bfloat16, float16, float64.
         target: (N,) or (B,) labels, any integers. None: needs (B, V, d) with at least two views.
-        temperature: :math:`\tau > 0`, a number or a 0-dimensional tensor, which may require grad.
+        temperature: :math:`\tau > 0`, a number or a tensor of shape () or (1,), which may require grad.
         ignore_index: samples with this label are neither anchors nor positives nor negatives.
         sample_weight: (N,) or (B,) weights >= 0 of the anchors.
         reduction: ``"none"`` for one value per row of ``input``, ``"sum"``, or ``"mean"`` over the samples that
@@ -193,7 +193,7 @@ def info_nce_loss(
         query: (M, d), any scale.
         key: (K, d), same dtype; for example the batch's keys followed by a queue of older ones.
         target: (M,) index of every query's positive in ``key``. None: the i-th key, which needs K = M.
-        temperature: :math:`\tau > 0`, a number or a 0-dimensional tensor, which may require grad.
+        temperature: :math:`\tau > 0`, a number or a tensor of shape () or (1,), which may require grad.
         ignore_index: queries with this value in ``target`` are left out.
         sample_weight: (M,) weights >= 0 of the queries.
         reduction: ``"none"``, ``"sum"`` or ``"mean"``, weighted by ``sample_weight``.
@@ -245,7 +245,7 @@ def clip_loss(
 
     Args:
         a, b: (N, d) each; row i of one and row i of the other are a pair.
-        temperature: :math:`\tau > 0`, a number or a 0-dimensional tensor, which may require grad. CLIP learns
+        temperature: :math:`\tau > 0`, a number or a tensor of shape () or (1,), which may require grad. CLIP learns
             the logarithm of its inverse: pass ``torch.exp(-logit_scale)``.
         sample_weight, reduction, decoupled, process_group: as in :func:`info_nce_loss`. Of the two only ``b``
             travels between ranks: the sums over its columns are exchanged as those of classes are.
@@ -341,7 +341,7 @@ def _check_options(
     input: Tensor, temperature: float | Tensor, reduction: str, name: str, ignore_index: int = 0
 ) -> None:
     _checks.is_tensor(name, input)
-    _checks.positive_scalar("temperature", temperature, input)
+    _checks.temperature(temperature, input)
     _checks.choice("reduction", reduction, REDUCTIONS)
     _checks.integer("ignore_index", ignore_index)
 

@@ -45,7 +45,7 @@ def nonl_loss(
         input: (M, d) features, any scale; float32, bfloat16, float16 or float64.
         prototypes: (K, d) class prototypes, e.g. ``head.weight``; any scale, same dtype.
         target: (M,) class indices in [0, K), or ``ignore_index``.
-        temperature: :math:`\tau > 0`, a number or a 0-dimensional tensor, which may require grad.
+        temperature: :math:`\tau > 0`, a number or a tensor of shape () or (1,), which may require grad.
         weight: (K,) rescaling of each class's samples, as in :func:`torch.nn.functional.cross_entropy`.
         ignore_index: samples with this target contribute nothing, neither as anchor nor as negative.
         reduction: ``"none"`` for one value per sample, ``"sum"``, or ``"mean"``, weighted by ``weight``.
@@ -205,7 +205,7 @@ def _checked(
     """Check what all losses share; return beta = 1 / temperature."""
     _checks.features_and_prototypes(input, prototypes, "input")
     _checks.target(target, input, "input")
-    _checks.positive_scalar("temperature", temperature, input)
+    _checks.temperature(temperature, input)
     _checks.choice("reduction", reduction, REDUCTIONS)
     _checks.integer("ignore_index", ignore_index)
     if weight is not None:

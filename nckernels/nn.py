@@ -54,7 +54,7 @@ class _Loss(nn.Module):
 
 
 class _PrototypeLoss(_Loss):
-    """What the three losses share: prototypes, temperature and the options of F.cross_entropy."""
+    """What the three losses share: prototypes, temperature, the options of F.cross_entropy, and prediction."""
 
     prototypes: Tensor
     temperature: float | Tensor
@@ -90,13 +90,30 @@ class _PrototypeLoss(_Loss):
             )
         _checks.choice("reduction", reduction, REDUCTIONS)
         _checks.integer("ignore_index", ignore_index)
-        _checks.positive_scalar("temperature", temperature, prototypes)
+        _checks.temperature(temperature, prototypes)
         if weight is not None:
             _checks.vector("weight", weight, prototypes.shape[0], prototypes)
         _register(self, "prototypes", prototypes)
         _register(self, "temperature", temperature)
         self.register_buffer("weight", weight)
         self.ignore_index, self.reduction = ignore_index, reduction
+
+    def forward(self, input: Tensor, target: Tensor | None = None) -> Tensor:
+        """The loss of features (M, d) with class indices (M,); without them the logits of features (..., d)."""
+        prototypes = self.prototypes
+        if "prototypes" in self._buffers and isinstance(input, Tensor):
+            prototypes = prototypes.to(input.dtype)  # FSDP2's mixed precision casts features and parameters only
+        return self._logits(input, prototypes) if target is None else self._loss(input, prototypes, target)
+
+    def _loss(self, input: Tensor, prototypes: Tensor, target: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _logits(self, input: Tensor, prototypes: Tensor) -> Tensor:
+        if not _checks.is_dtensor(input):
+            _checks.is_tensor("prototypes", prototypes)
+        # Norms in the accumulation dtype: those of float16 rows can exceed what float16 holds.
+        rows, columns = (unit(x).to(x.dtype) for x in (input, prototypes))
+        return F.linear(rows, columns) / self.temperature
 
     def _shared(self) -> dict[str, Any]:
         """The keyword arguments that every loss function takes."""
@@ -121,13 +138,16 @@ class NONLLoss(_PrototypeLoss):
         in_features: d; with ``num_classes`` it makes learnable prototypes, initialised to nearly unit rows.
         num_classes: K.
         prototypes: instead of making them: a Parameter (K, d) to share, for example ``head.weight``, or a
-            plain tensor, which stays fixed (a buffer), for example :func:`nckernels.geometry.simplex_etf`.
-        temperature: a number; a tensor for a buffer; a Parameter to learn it.
+            plain tensor, which stays fixed (a buffer), for example :func:`nckernels.geometry.simplex_etf`, and
+            takes the dtype of the input.
+        temperature: a number; a tensor for a buffer; a Parameter to learn it, 0-dimensional or of shape (1,),
+            which is what ``fully_shard`` takes.
         weight, ignore_index, reduction, direction, process_group: as in the function.
         device, dtype: of prototypes made here.
 
     Shape:
         input (M, d), target (M,) -> scalar, or (M,) for ``reduction="none"``.
+        input (M, d) or (..., d) alone -> logits (M, K) or (..., K), as :class:`PrototypeClassifier`.
 
     Example:
         >>> criterion = nckernels.NONLLoss(64, 10, temperature=0.1)
@@ -146,17 +166,15 @@ class NONLLoss(_PrototypeLoss):
         _checks.choice("direction", direction, DIRECTIONS)
         self.direction = direction
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of features (M, d) with class indices (M,)."""
-        return functional.nonl_loss(input, self.prototypes, target, direction=self.direction, **self._shared())
+    def _loss(self, input: Tensor, prototypes: Tensor, target: Tensor) -> Tensor:
+        return functional.nonl_loss(input, prototypes, target, direction=self.direction, **self._shared())
 
 
 class NTCELoss(_PrototypeLoss):
     """Module form of :func:`nckernels.ntce_loss` ([NCD] Eq. 4); arguments as in :class:`NONLLoss`."""
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of features (M, d) with class indices (M,)."""
-        return functional.ntce_loss(input, self.prototypes, target, **self._shared())
+    def _loss(self, input: Tensor, prototypes: Tensor, target: Tensor) -> Tensor:
+        return functional.ntce_loss(input, prototypes, target, **self._shared())
 
 
 class NormFaceLoss(_PrototypeLoss):
@@ -183,11 +201,10 @@ class NormFaceLoss(_PrototypeLoss):
         self.label_smoothing = label_smoothing
         self.angular_margin, self.cosine_margin = angular_margin, cosine_margin
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of features (M, d) with class indices (M,)."""
+    def _loss(self, input: Tensor, prototypes: Tensor, target: Tensor) -> Tensor:
         return functional.normface_loss(
             input,
-            self.prototypes,
+            prototypes,
             target,
             label_smoothing=self.label_smoothing,
             angular_margin=self.angular_margin,
@@ -200,9 +217,13 @@ LOSSES: dict[str, type[_PrototypeLoss]] = {"nonl": NONLLoss, "ntce": NTCELoss, "
 
 
 class PrototypeClassifier(nn.Module):
-    r"""A cosine classifier: forward gives logits, :meth:`loss` trains it.
+    r"""A cosine classifier: it gives logits for features, and their loss if the labels are given too.
 
     Takes the place of the last ``nn.Linear`` of a network. The decision is the nearest prototype in angle.
+
+    Training and prediction are both calls of the module, so that whatever wraps modules works with it: ``fully_shard``
+    of the classifier, of its ``criterion`` or of the network that holds it, DistributedDataParallel, activation
+    checkpointing, ``torch.compile``, parametrizations, forward hooks.
 
     Args:
         in_features: d.
@@ -213,11 +234,12 @@ class PrototypeClassifier(nn.Module):
 
     Shape:
         input (M, d) or (..., d) -> logits (M, K) or (..., K), :math:`\cos(z_i, w_c) / \tau`.
+        input (M, d), target (M,) -> the loss, a scalar, or (M,) for ``reduction="none"``.
 
     Example:
         >>> head = nckernels.PrototypeClassifier(64, 10, loss="nonl")
         >>> x, y = torch.randn(32, 64), torch.randint(10, (32,))
-        >>> head.loss(x, y).backward()
+        >>> head(x, y).backward()
         >>> head(x).argmax(1)
     """
 
@@ -238,16 +260,16 @@ class PrototypeClassifier(nn.Module):
         """(K, d), as learnt; not normalised."""
         return self.criterion.prototypes
 
-    def forward(self, input: Tensor) -> Tensor:
-        # Norms in the accumulation dtype: those of float16 rows can exceed what float16 holds.
-        rows, columns = (unit(x).to(x.dtype) for x in (input, self.prototypes))
-        return F.linear(rows, columns) / self.criterion.temperature
+    def forward(self, input: Tensor, target: Tensor | None = None) -> Tensor:
+        """The logits of features (..., d), or the loss of features (M, d) with labels (M,)."""
+        result: Tensor = self.criterion(input, target)
+        return result
 
     def loss(self, input: Tensor, target: Tensor) -> Tensor:
-        """The training loss of features (M, d) with labels (M,)."""
-        loss = self.criterion(input, target)
-        assert isinstance(loss, Tensor)
-        return loss
+        """``self(input, target)``: the training loss of features (M, d) with labels (M,)."""
+        _checks.is_tensor("target", target)
+        result: Tensor = self(input, target)
+        return result
 
 
 class ContrastiveOptions(TypedDict, total=False):
@@ -268,7 +290,7 @@ class _ContrastiveLoss(_Loss):
     ) -> None:
         super().__init__(process_group)
         like = temperature if isinstance(temperature, Tensor) else torch.empty(0)
-        _checks.positive_scalar("temperature", temperature, like)
+        _checks.temperature(temperature, like)
         _checks.choice("reduction", reduction, REDUCTIONS)
         _register(self, "temperature", temperature)
         self.reduction: Reduction = reduction

@@ -135,12 +135,12 @@ def supcon_terms(
 
 def lse_of_others(rows: Tensor, inv_temperature: float, ranks: Ranks | None) -> tuple[Tensor, int]:
     """(n,) log-sum-exp of this rank's samples over all others of all ranks, and how many samples there are."""
-    own = torch.arange(len(rows), device=rows.device)
-    if ranks is None:
-        return cosine_lse(rows, rows, own, inv_temperature, direction="instance", exclude="self")[0], len(rows)
-    counts = collectives.sizes(rows, ranks)
+    counts = Sizes((len(rows),), 0) if ranks is None else collectives.sizes(rows, ranks)
     if counts.total < 2:
         return rows.new_zeros(0), counts.total
+    own = torch.arange(len(rows), device=rows.device)
+    if ranks is None:
+        return cosine_lse(rows, rows, own, inv_temperature, direction="instance", exclude="self")[0], counts.total
     rows = autocast(rows)
     if _travel(rows, counts):
         _, lse, _, _ = ring.lse(
