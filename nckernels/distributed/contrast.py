@@ -103,10 +103,11 @@ def reduced_contrast(
         uniformity = uniformity.masked_fill(uniformity == -torch.inf, 0.0)
         return own * ((uniformity if own_lse is None else 0.5 * (uniformity + own_lse)) - pos)
     by_class = own.new_zeros(len(class_lse)).index_add(0, classes, own)
+    # Products and sums, no inner products: autocast would take those in 16 bits.
     share, total = collectives.shared_logsumexp(class_lse, by_class, ranks)
     if own_lse is not None:
-        share = 0.5 * (share + own @ own_lse)
-    return _mean_or_sum(share - own @ pos, total, reduction, ranks, of_nothing)
+        share = 0.5 * (share + (own * own_lse).sum())
+    return _mean_or_sum(share - (own * pos).sum(), total, reduction, ranks, of_nothing)
 
 
 def reduce(
