@@ -6,22 +6,26 @@ error that the ranks are allowed, plus roundings that are stated below.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import oracle
 import oracle_contrastive
 import torch
-from oracle import EPS, HALF, LOSSES, worst
+import torch.distributed as dist
+from oracle import EPS, LOSSES, worst
 from ranks import Ranks
 from torch import Tensor
 
 import nckernels
 
 REDUCTIONS = ("none", "mean", "sum")
+MOST = (("none", True), ("mean", False), ("mean", True), ("sum", False))  # reductions, and whether there are weights
+SOME = (("none", False), ("mean", True), ("sum", False))
 CLASSES, DIM, IGNORED = 11, 12, -100
 ROUNDINGS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2 * torch.finfo(torch.bfloat16).eps}
 
@@ -269,14 +273,40 @@ def value_and_grads(p: Problem, function: Callable[..., Tensor], strict: bool = 
     return {"loss": out.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
-def on_ranks(rank: int, world_size: int, problems: dict[str, Problem], more: dict[str, Any]) -> dict[str, Any]:
+@contextlib.contextmanager
+def setting(backend: str | None = None, workspace: int | None = None, autocast: bool = False) -> Iterator[None]:
+    """How the package is to compute, in the ranks and in one process."""
+    with contextlib.ExitStack() as stack:
+        if backend is not None:
+            stack.enter_context(nckernels.use_backend(backend))
+        if workspace is not None:
+            stack.enter_context(nckernels.use_workspace(workspace))
+        if autocast:
+            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+        yield
+
+
+def on_ranks(rank: int, world_size: int, problems: dict[str, Problem], how: dict[str, Any]) -> dict[str, Any]:
     """In a rank: loss and gradients of its part of every problem."""
     results = {}
     for name, p in problems.items():
         try:
-            results[name] = value_and_grads(p.part(rank), package(p.loss), process_group="world", **more)
+            with setting(**how):
+                results[name] = value_and_grads(p.part(rank), package(p.loss), process_group="world")
         except Exception as error:
             raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
+    return results
+
+
+def on_two_pairs(rank: int, world_size: int, problems: dict[str, tuple[Problem, Problem]]) -> dict[str, Any]:
+    """In one of four ranks: the first problems are those of ranks 0 and 3, the second ones those of 1 and 2."""
+    members = [0, 3] if rank in (0, 3) else [1, 2]
+    groups = [dist.new_group(ranks) for ranks in ([0, 3], [1, 2])]
+    mine = int(rank in (1, 2))
+    results = {}
+    for name, pair in problems.items():
+        part = pair[mine].part(members.index(rank))
+        results[name] = value_and_grads(part, package(part.loss), process_group=groups[mine])
     return results
 
 
@@ -310,12 +340,16 @@ def losses_of_ranks(p: Problem, function: Callable[..., Tensor], whole: Tensor) 
     return list((world_size * own / total).masked_fill((own.sum() == 0) & ~whole.isnan(), 0.0))
 
 
-def faults(p: Problem, parts: list[dict[str, Tensor]], dtype: torch.dtype = torch.float64) -> list[str]:
-    """What is wrong with the ranks' results for a problem that has been cast to dtype: nothing, it is to be hoped."""
+def faults(p: Problem, parts: list[dict[str, Tensor]], **how: Any) -> list[str]:
+    """What is wrong with what the ranks returned."""
+    dtype = p.rows[0].dtype
     exact, out = p.to(torch.float64), torch.float64 if dtype == torch.float64 else torch.float32
     form = dense(p.loss, EPS[dtype])
     truth = value_and_grads(exact.whole(), form, strict=False)
-    alone = value_and_grads(p.whole(), package(p.loss))
+    with setting(**how):
+        alone = value_and_grads(p.whole(), package(p.loss))
+        rivals = losses_of_ranks(p, package(p.loss), alone["loss"])
+    compute = torch.bfloat16 if how.get("autocast") else dtype
     got, found = whole_of(parts, p), []
 
     def compare(name: str, got: Tensor, alone: Tensor, truth: Tensor, scale: Tensor | float, tol: float) -> None:
@@ -334,13 +368,12 @@ def faults(p: Problem, parts: list[dict[str, Tensor]], dtype: torch.dtype = torc
     if found:
         return found
 
-    roundings = ROUNDINGS[torch.float32 if dtype in HALF else dtype]
+    roundings = ROUNDINGS[out]
     beta = 1.0 if p.temperature is None else 1.0 / float(p.temperature)
     number = max(len(exact.rows[0].flatten(0, -2)), 1)
     scale = truth["loss"].nan_to_num(0.0).abs().amax() if truth["loss"].numel() else 0.0
     compare("loss", got["loss"], alone["loss"], truth["loss"], scale + beta, roundings)
     expected = losses_of_ranks(exact, form, truth["loss"])
-    rivals = losses_of_ranks(p, package(p.loss), alone["loss"])
     scale = max(worst(value.nan_to_num(0.0).abs()) for value in expected) + beta
     for rank, (part, rival, value) in enumerate(zip(parts, rivals, expected, strict=True)):
         compare(f"loss of rank {rank}", part["loss"].double(), rival, value, scale, roundings)
@@ -354,19 +387,28 @@ def faults(p: Problem, parts: list[dict[str, Tensor]], dtype: torch.dtype = torc
         norms = leaf.nan_to_num(1.0).norm(dim=-1, keepdim=True).clamp_min(EPS[dtype])
         term = beta * upstream / (number if p.reduction == "mean" else 1)
         largest = max(worst((truth[name] * norms).abs()), term)
-        compare(name, got[name], alone[name], truth[name], largest / norms, ROUNDINGS[dtype])
+        compare(name, got[name], alone[name], truth[name], largest / norms, ROUNDINGS[compute])
     return found
 
 
-def check(
-    ranks: Ranks, problems: dict[str, Problem], dtype: torch.dtype = torch.float64, **more: Any
-) -> list[dict[str, dict[str, Tensor]]]:
+def check(ranks: Ranks, problems: dict[str, Problem], dtype: torch.dtype = torch.float64, **how: Any) -> None:
     """Run all problems on the ranks; fail with the names of those that do not add up."""
     problems = {name: p.to(dtype) for name, p in problems.items()}
-    results = ranks.run(on_ranks, problems, more)
-    found = {name: faults(p, [r[name] for r in results], dtype) for name, p in problems.items()}
-    assert_none(f"{name}: {fault}" for name, faults in found.items() for fault in faults)
-    return results
+    results = ranks.run(on_ranks, problems, how)
+    assert_none(
+        f"{name}: {fault}" for name, p in problems.items() for fault in faults(p, [r[name] for r in results], **how)
+    )
+
+
+def check_two_pairs(ranks4: Ranks, problems: dict[str, tuple[Problem, Problem]]) -> None:
+    """The same for two groups of two at the same time, each with problems of its own."""
+    results = ranks4.run(on_two_pairs, problems)
+    assert_none(
+        f"{name} of ranks {members}: {fault}"
+        for name, pair in problems.items()
+        for p, members in zip(pair, ((0, 3), (1, 2)), strict=True)
+        for fault in faults(p, [results[member][name] for member in members])
+    )
 
 
 def assert_none(faults: Iterable[str]) -> None:

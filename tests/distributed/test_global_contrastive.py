@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 import torch
-import torch.distributed as dist
 from ranks import Ranks
 
 import nckernels
 
 from .global_cases import (
     CONTRASTIVE_VARIANTS,
+    MOST,
     REDUCTIONS,
+    SOME,
     Batch,
     Problem,
-    assert_none,
     batches,
     check,
-    faults,
+    check_two_pairs,
     make,
-    package,
-    value_and_grads,
 )
 
 NAMES = ("supcon", "prototype", "info_nce", "clip", "alignment", "uniformity")
@@ -32,49 +30,64 @@ UNLABELLED = ("unequal", "empty-shard", "all-empty", "one-sample", "one-class") 
 losses = pytest.mark.parametrize("loss", NAMES)
 
 
-def problems(ranks: Ranks, loss: str, *names: str) -> dict[str, Problem]:
-    """The variants of a loss on the named batches, all reductions, without and with sample weights."""
+def problems(
+    ranks: Ranks, loss: str, *names: str, reductions: Sequence[tuple[str, bool]] = SOME, seed: int = 0
+) -> dict[str, Problem]:
+    """The variants of a loss on the named batches, or all that are not empty; reductions, with or without weights."""
     found = {}
     dealt = batches(ranks.world_size)
     for variant, (of, options, differently) in CONTRASTIVE_VARIANTS.items():
         if of != loss:
             continue
-        labelled = of not in ("clip", "alignment", "uniformity") and differently.get("labelled", True)
-        for name, reduction in itertools.product(dealt, REDUCTIONS):
-            if name not in (names or dealt) or not (labelled or name in UNLABELLED):
+        labelled = loss not in ("clip", "alignment", "uniformity") and differently.get("labelled", True)
+        for name, (reduction, weight) in itertools.product(names or [n for n in dealt if n != "all-empty"], reductions):
+            if not labelled and name not in UNLABELLED:
                 continue
-            if loss == "uniformity" and (reduction != "mean" or name in ("all-empty", "one-sample")):
+            if loss == "uniformity" and (reduction != "sum" or name in ("all-empty", "one-sample")):
                 continue  # it has no reduction, and no value without pairs: see below
-            for weight in (False,) if loss in ("uniformity", "alignment") else (False, True):
-                case = f"{variant}-{name}-{reduction}" + ("-weight" if weight else "")
-                found[case] = make(loss, dealt[name], options, reduction=reduction, weight=weight, **differently)
+            weight = weight and loss != "alignment"
+            case = f"{variant}-{name}-{reduction}" + ("-weight" if weight else "")
+            found[case] = make(
+                loss, dealt[name], options, reduction=reduction, weight=weight, seed=seed, **differently
+            )  # fmt: skip
     return found
 
 
 @losses
 def test_ranks_add_up_to_the_whole_batch(ranks: Ranks, loss: str) -> None:
-    check(ranks, problems(ranks, loss))
+    check(ranks, problems(ranks, loss, reductions=MOST))
 
 
 @losses
+def test_all_batches_empty(ranks2: Ranks, loss: str) -> None:
+    if loss != "uniformity":
+        check(ranks2, problems(ranks2, loss, "all-empty", reductions=MOST))
+
+
+@losses
+def test_keys_that_travel(ranks: Ranks, loss: str) -> None:
+    """With a workspace that the keys of all ranks exceed."""
+    check(ranks, problems(ranks, loss, seed=3), workspace=512)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_dtypes(ranks: Ranks, loss: str, dtype: torch.dtype) -> None:
-    check(ranks, problems(ranks, loss, "unequal", "empty-shard", "ignored-rank"), dtype)
+@pytest.mark.parametrize("workspace", [None, 512], ids=["gathered", "travelling"])
+def test_dtypes(ranks: Ranks, dtype: torch.dtype, workspace: int | None) -> None:
+    for loss in NAMES:
+        check(ranks, problems(ranks, loss, "unequal", "empty-shard", seed=1), dtype, workspace=workspace)
 
 
-def with_backend(rank: int, world_size: int, cases: dict[str, Problem], backend: str) -> dict[str, Any]:
-    with nckernels.use_backend(backend):
-        return {
-            n: value_and_grads(p.part(rank), package(p.loss), process_group=dist.group.WORLD) for n, p in cases.items()
-        }
+@pytest.mark.parametrize("workspace", [None, 512], ids=["gathered", "travelling"])
+def test_autocast(ranks2: Ranks, workspace: int | None) -> None:
+    for loss in NAMES:
+        cases = problems(ranks2, loss, "unequal", "empty-shard", seed=1)
+        check(ranks2, cases, torch.float32, autocast=True, workspace=workspace)
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked", "native"])
 def test_backends(ranks2: Ranks, backend: str) -> None:
-    """Each of them, and a group given as such."""
-    cases = {n: p for loss in NAMES for n, p in problems(ranks2, loss, "unequal", "all-ignored").items()}
-    results = ranks2.run(with_backend, cases, backend)
-    assert_none(f"{n}: {f}" for n, p in cases.items() for f in faults(p, [r[n] for r in results]))
+    for loss in NAMES:
+        check(ranks2, problems(ranks2, loss, "unequal", "all-ignored", seed=2), backend=backend)
 
 
 @losses
@@ -82,15 +95,12 @@ def test_many_more_samples_than_a_tile(ranks2: Ranks, loss: str) -> None:
     g = torch.Generator().manual_seed(5)
     batch = Batch((301, 420), torch.randint(11, (721,), generator=g))
     for dtype in (torch.float64, torch.float32):
-        cases = {
-            r: make(loss, batch, {}, reduction=r, weight=loss not in ("alignment", "uniformity"), dim=33)
-            for r in REDUCTIONS
-        }
+        cases = {}
+        for reduction in REDUCTIONS[: 1 if loss == "uniformity" else 3]:
+            weight = loss not in ("alignment", "uniformity")
+            cases[reduction] = make(loss, batch, {}, reduction=reduction, weight=weight, dim=33)
         check(ranks2, cases, dtype)
-
-
-def keys_of_others(rank: int, world_size: int, cases: dict[str, Problem]) -> dict[str, Any]:
-    return {n: value_and_grads(p.part(rank), package(p.loss), process_group="world") for n, p in cases.items()}
+        check(ranks2, cases, dtype, workspace=64 * 1024)
 
 
 def test_info_nce_of_ranks_without_queries_or_keys(ranks2: Ranks) -> None:
@@ -105,32 +115,19 @@ def test_info_nce_of_ranks_without_queries_or_keys(ranks2: Ranks) -> None:
             "info_nce", tuple(rows), ((8, 0), keys), target, temperature=torch.tensor(0.3, dtype=torch.float64),
             upstream=upstream, options={"reduction": reduction, "decoupled": decoupled},
         )  # fmt: skip
-    results = ranks2.run(keys_of_others, cases)
-    assert_none(f"{n}: {f}" for n, p in cases.items() for f in faults(p, [r[n] for r in results]))
+    check(ranks2, cases)
+    check(ranks2, cases, workspace=512)
 
 
-def of_subgroups(rank: int, world_size: int, cases: dict[str, list[Problem]]) -> dict[str, Any]:
-    groups = [dist.new_group([0, 3]), dist.new_group([1, 2])]
-    mine = 0 if rank in (0, 3) else 1
-    place = [[0, 3], [1, 2]][mine].index(rank)
-    return {
-        n: value_and_grads(p[mine].part(place), package(p[mine].loss), process_group=groups[mine])
-        for n, p in cases.items()
-    }
-
-
-def test_subgroups(ranks4: Ranks) -> None:
-    """Two groups of two at the same time, with batches of their own."""
+def test_two_groups_at_the_same_time(ranks4: Ranks) -> None:
     dealt, cases = batches(2), {}
-    for loss, reduction in itertools.product(NAMES, REDUCTIONS):
-        p = make(loss, dealt["unequal"], {}, reduction=reduction)
-        cases[f"{loss}-{reduction}"] = [p, make(loss, dealt["empty-shard"], {}, reduction=reduction, seed=1)]
-    results = ranks4.run(of_subgroups, cases)
-    lines = []
-    for name, (first, second) in cases.items():
-        for p, members in ((first, (0, 3)), (second, (1, 2))):
-            lines += [f"{name} {members}: {f}" for f in faults(p, [results[m][name] for m in members])]
-    assert_none(lines)
+    for loss, (reduction, _) in itertools.product(NAMES, SOME):
+        pair = [
+            make(loss, dealt[name], {}, reduction=reduction, seed=i)
+            for i, name in enumerate(("unequal", "empty-shard"))
+        ]
+        cases[f"{loss}-{reduction}"] = (pair[0], pair[1])
+    check_two_pairs(ranks4, cases)
 
 
 def without_pairs(rank: int, world_size: int, rows: int) -> None:

@@ -18,8 +18,6 @@ from oracle import LOSSES
 from ranks import Dead, Failure, Ranks
 from torch import Tensor
 
-import nckernels
-
 from .global_cases import package
 
 COLLECTIVES = re.compile("all|reduce|gather|scatter|broadcast|send|recv|barrier")
@@ -101,8 +99,10 @@ def test_bytes_do_not_depend_on_samples_or_dimension(ranks2: Ranks) -> None:
             assert (forward[3] > forward[0]) == of_classes, case
             if reduction == "mean":
                 assert forward[0] > 0, case  # the sum of the weights, at least
-            # The upstream gradient of "mean" and "sum" is known; the others' per-sample ones are not.
-            assert (backward[0] > 0) == (of_classes and reduction == "none"), case
+            # The class's upstream gradient of "mean" and "sum" is known. Where it is not linear in the samples',
+            # or they have one each, it takes an exchange.
+            exchange = variant == "nonl-both" or (of_classes and reduction == "none")
+            assert (backward[0] > 0) == exchange, case
 
 
 # --------------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def test_bytes_do_not_depend_on_samples_or_dimension(ranks2: Ranks) -> None:
 
 
 def call(
-    name: str = "nonl", m: int = 6, k: int = 5, d: int = 4, dtype: torch.dtype = torch.float32, **kw: Any
+    name: str = "nonl", m: int = 6, k: int = 5, d: int = 4, dtype: torch.dtype = torch.float32, **options: Any
 ) -> Tensor:
     """A loss of random samples, with gradient."""
     x, w = (torch.randn(n, d, dtype=dtype, requires_grad=True) for n in (m, k))
@@ -176,7 +176,8 @@ def test_ranks_compare_once_per_configuration(ranks2: Ranks) -> None:
         ranks2.run(numbers_of_collectives, True), ranks2.run(numbers_of_collectives, False), strict=True
     ):
         assert trusted[0] == trusted[1] == trusted[2] > 0
-        assert compared == [trusted[0] + 1, trusted[0], trusted[0] + 1]
+        assert compared[1] == trusted[0]
+        assert compared[0] == compared[2] > trusted[0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -229,30 +230,34 @@ def test_no_warnings(ranks2: Ranks) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# ranks that fail. Collectives give up after 3 seconds here; nothing below may hang.
+# ranks that fail
 
 
-@pytest.fixture(scope="module")
-def impatient() -> Iterator[Ranks]:
-    with Ranks(2, timeout=3.0) as ranks:
-        yield ranks
+def bad_labels(rank: int, world_size: int) -> dict[str, Exception | None]:
+    """What every rank raises when rank 1 has a label out of range and leaves the group, as a script that ends does."""
+    found: dict[str, Exception | None] = {}
+    for name in ("nonl", "ntce", "normface", "prototype", "info_nce"):
+        group = dist.new_group()
+        x, w = torch.randn(6, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+        y = torch.tensor([0, 1, 2, 3, 4, 5 if rank == 1 else 4])
+        args, options = ((x, y), {"num_classes": 5}) if name == "prototype" else ((x, w, y), {})
+        found[name] = None
+        try:
+            package(name)(*args, process_group=group, **options)
+        except Exception as error:
+            found[name] = error
+        if rank == 1:
+            dist.destroy_process_group(group)
+    return found
 
 
-def a_bad_label(rank: int, world_size: int, name: str) -> Tensor:
-    x, w = torch.randn(6, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
-    y = torch.tensor([0, 1, 2, 3, 4, 5 if rank == 1 else 4])
-    if name == "prototype":
-        return nckernels.prototype_loss(x, y, num_classes=5, process_group="world")
-    return package(name)(x, w, y, process_group="world")
-
-
-@pytest.mark.parametrize("name", ["nonl", "ntce", "normface", "prototype", "info_nce"])
-def test_a_label_out_of_range_on_one_rank(impatient: Ranks, name: str) -> None:
-    """A ValueError there, an error elsewhere."""
-    other, here = impatient.errors(a_bad_label, name, deadline=20.0)
-    assert isinstance(here, ValueError), here
-    assert re.search("target|class|label", str(here))
-    assert isinstance(other, ValueError | RuntimeError), other
+def test_a_label_out_of_range_on_one_rank(ranks2: Ranks) -> None:
+    """A ValueError there that says so, and elsewhere an error."""
+    other, here = ranks2.run(bad_labels)
+    for name in other:
+        assert isinstance(here[name], ValueError), (name, here[name])
+        assert re.search("target|class|label", str(here[name])), (name, here[name])
+        assert isinstance(other[name], ValueError | RuntimeError), (name, other[name])
 
 
 def with_a_death(rank: int, world_size: int) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,18 +14,17 @@ from oracle import LOSSES
 from ranks import Ranks
 from torch import Tensor, nn
 
-import nckernels
-
 from .global_cases import (
     CLASSES,
+    MOST,
     PROTOTYPE_VARIANTS,
     REDUCTIONS,
+    SOME,
     Batch,
     Problem,
-    assert_none,
     batches,
     check,
-    faults,
+    check_two_pairs,
     make,
     package,
     value_and_grads,
@@ -33,41 +33,39 @@ from .global_cases import (
 losses = pytest.mark.parametrize("loss", LOSSES)
 
 
-def problems(ranks: Ranks, loss: str, *names: str, **arguments: Any) -> dict[str, Problem]:
-    """The variants of a loss on the named batches, all reductions, without and with class weights."""
+def problems(
+    ranks: Ranks, loss: str, *names: str, reductions: Sequence[tuple[str, bool]] = SOME, seed: int = 0
+) -> dict[str, Problem]:
+    """The variants of a loss on the named batches, or all; reductions, and whether with class weights."""
     found = {}
     dealt = batches(ranks.world_size)
     variants = {v: options for v, (of, options) in PROTOTYPE_VARIANTS.items() if of == loss}
-    for name, variant, reduction, weight in itertools.product(names or dealt, variants, REDUCTIONS, (False, True)):
+    for name, variant, (reduction, weight) in itertools.product(names or dealt, variants, reductions):
         case = f"{variant}-{name}-{reduction}" + ("-weight" if weight else "")
-        found[case] = make(loss, dealt[name], variants[variant], reduction=reduction, weight=weight, **arguments)
+        found[case] = make(loss, dealt[name], variants[variant], reduction=reduction, weight=weight, seed=seed)
     return found
 
 
 @losses
 def test_ranks_add_up_to_the_whole_batch(ranks: Ranks, loss: str) -> None:
-    check(ranks, problems(ranks, loss))
+    check(ranks, problems(ranks, loss, reductions=MOST))
 
 
-@losses
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_dtypes(ranks: Ranks, loss: str, dtype: torch.dtype) -> None:
-    check(ranks, problems(ranks, loss, "unequal", "empty-shard", "ignored-rank"), dtype)
+def test_dtypes(ranks: Ranks, dtype: torch.dtype) -> None:
+    for loss in LOSSES:
+        check(ranks, problems(ranks, loss, "unequal", "empty-shard", seed=1), dtype)
 
 
-def with_backend(rank: int, world_size: int, cases: dict[str, Problem], backend: str) -> dict[str, Any]:
-    with nckernels.use_backend(backend):
-        return {
-            n: value_and_grads(p.part(rank), package(p.loss), process_group=dist.group.WORLD) for n, p in cases.items()
-        }
+def test_autocast(ranks2: Ranks) -> None:
+    for loss in LOSSES:
+        check(ranks2, problems(ranks2, loss, "unequal", "empty-shard", seed=1), torch.float32, autocast=True)
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked", "native"])
 def test_backends(ranks2: Ranks, backend: str) -> None:
-    """Each of them, and a group given as such."""
-    cases = {n: p for loss in LOSSES for n, p in problems(ranks2, loss, "unequal", "all-ignored").items()}
-    results = ranks2.run(with_backend, cases, backend)
-    assert_none(f"{n}: {f}" for n, p in cases.items() for f in faults(p, [r[n] for r in results]))
+    for loss in LOSSES:
+        check(ranks2, problems(ranks2, loss, "unequal", "all-ignored", seed=2), backend=backend)
 
 
 @losses
@@ -159,7 +157,7 @@ def partly(rank: int, world_size: int, cases: dict[str, Problem]) -> dict[str, A
 
 
 def test_some_gradients_and_backward_twice(ranks2: Ranks) -> None:
-    cases = {n: p for loss in LOSSES for n, p in problems(ranks2, loss, "unequal").items() if "weight" not in n}
+    cases = {n: p for loss in LOSSES for n, p in problems(ranks2, loss, "unequal").items()}
     whole = [value_and_grads(p.whole(), package(p.loss)) for p in cases.values()]
     results = ranks2.run(partly, cases)
     for (name, p), expected in zip(cases.items(), whole, strict=True):
@@ -178,28 +176,13 @@ def test_some_gradients_and_backward_twice(ranks2: Ranks) -> None:
         assert not any(v.requires_grad for v in values)
 
 
-def of_subgroups(rank: int, world_size: int, cases: dict[str, list[Problem]]) -> dict[str, Any]:
-    groups = [dist.new_group([0, 3]), dist.new_group([1, 2])]
-    mine = 0 if rank in (0, 3) else 1
-    place = [[0, 3], [1, 2]][mine].index(rank)
-    return {
-        n: value_and_grads(p[mine].part(place), package(p[mine].loss), process_group=groups[mine])
-        for n, p in cases.items()
-    }
-
-
-def test_subgroups(ranks4: Ranks) -> None:
-    """Two groups of two at the same time, with batches of their own."""
-    cases = {}
-    for loss, reduction in itertools.product(LOSSES, REDUCTIONS):
-        p = make(loss, batches(2)["unequal"], {}, reduction=reduction, weight=True)
-        cases[f"{loss}-{reduction}"] = [p, make(loss, batches(2)["empty-shard"], {}, reduction=reduction, seed=1)]
-    results = ranks4.run(of_subgroups, cases)
-    lines = []
-    for name, (first, second) in cases.items():
-        for p, members in ((first, (0, 3)), (second, (1, 2))):
-            lines += [f"{name} {members}: {f}" for f in faults(p, [results[m][name] for m in members])]
-    assert_none(lines)
+def test_two_groups_at_the_same_time(ranks4: Ranks) -> None:
+    dealt, cases = batches(2), {}
+    for loss, (reduction, weight) in itertools.product(LOSSES, SOME):
+        first = make(loss, dealt["unequal"], {}, reduction=reduction, weight=weight)
+        second = make(loss, dealt["empty-shard"], {}, reduction=reduction, weight=weight, seed=1)
+        cases[f"{loss}-{reduction}"] = first, second
+    check_two_pairs(ranks4, cases)
 
 
 def one_rank(rank: int, world_size: int, p: Problem) -> list[Tensor]:
