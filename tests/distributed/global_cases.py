@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -17,7 +18,7 @@ import oracle
 import oracle_contrastive
 import torch
 import torch.distributed as dist
-from oracle import EPS, LOSSES, worst
+from oracle import EPS, HALF, LOSSES, worst
 from ranks import Ranks
 from torch import Tensor
 
@@ -27,7 +28,8 @@ REDUCTIONS = ("none", "mean", "sum")
 MOST = (("none", True), ("mean", False), ("mean", True), ("sum", False))  # reductions, and whether there are weights
 SOME = (("none", False), ("mean", True), ("sum", False))
 CLASSES, DIM, IGNORED = 11, 12, -100
-ROUNDINGS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2 * torch.finfo(torch.bfloat16).eps}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROUNDINGS = {torch.float64: 1e-12, torch.float32: 1e-6, **{half: 2 * torch.finfo(half).eps for half in HALF}}
 
 # (loss, options) by name
 PROTOTYPE_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -387,7 +389,10 @@ def faults(p: Problem, parts: list[dict[str, Tensor]], **how: Any) -> list[str]:
         norms = leaf.nan_to_num(1.0).norm(dim=-1, keepdim=True).clamp_min(EPS[dtype])
         term = beta * upstream / (number if p.reduction == "mean" else 1)
         largest = max(worst((truth[name] * norms).abs()), term)
-        compare(name, got[name], alone[name], truth[name], largest / norms, ROUNDINGS[compute])
+        size = largest / norms
+        if compute in HALF:
+            size = size + torch.finfo(compute).smallest_normal / torch.finfo(compute).eps
+        compare(name, got[name], alone[name], truth[name], size, ROUNDINGS[compute])
     return found
 
 
@@ -398,6 +403,49 @@ def check(ranks: Ranks, problems: dict[str, Problem], dtype: torch.dtype = torch
     assert_none(
         f"{name}: {fault}" for name, p in problems.items() for fault in faults(p, [r[name] for r in results], **how)
     )
+
+
+def otherwise(p: Problem) -> Problem:
+    """The same batch in other clothes: narrow integers, rows that are not contiguous, another index to ignore."""
+    if p.target is not None:
+        wide = p.loss == "supcon" or (p.loss == "prototype" and "num_classes" not in p.options)  # any labels
+        target = p.target.masked_fill(p.target == IGNORED, -5)
+        p = dataclasses.replace(
+            p, target=target if wide else target.to(torch.int8), options={**p.options, "ignore_index": -5}
+        )
+    return dataclasses.replace(p, rows=tuple(x.mT.contiguous().mT for x in p.rows))
+
+
+def some_gradients(rank: int, world_size: int, problems: dict[str, Problem], how: dict[str, Any]) -> dict[str, Any]:
+    """In a rank: no gradient, that of one leaf at a time, and the same from a second backward twice as large."""
+    found: dict[str, Any] = {}
+    for name, p in problems.items():
+        p = p.part(rank)
+        for wanted in p.leaves:
+            leaves = {n: x.detach().clone().requires_grad_(n == wanted) for n, x in p.leaves.items()}
+            with setting(**how):
+                out = p.call(package(p.loss), leaves, process_group="world")
+                once = torch.autograd.grad(out, leaves[wanted], p.upstream, retain_graph=True)[0]
+                found[name, wanted] = once, torch.autograd.grad(out, leaves[wanted], 2 * p.upstream)[0]
+        with torch.no_grad(), setting(**how):
+            found[name, "loss"] = p.call(package(p.loss), p.leaves, process_group="world")
+    return found
+
+
+def check_some_gradients(ranks: Ranks, problems: dict[str, Problem], **how: Any) -> None:
+    """What is computed without the gradients of other leaves adds up as well, and a graph can be used twice."""
+    results, lines = ranks.run(some_gradients, problems, how), []
+    for name, p in problems.items():
+        names = [*p.leaves, "loss"]
+        once = [{n: r[name, n] if n == "loss" else r[name, n][0] for n in names} for r in results]
+        lines += [f"{name}: {fault}" for fault in faults(p, once, **how)]
+        for n, r in itertools.product(p.leaves, results):
+            first, second = r[name, n]
+            if not torch.allclose(2 * first, second, rtol=1e-13, atol=1e-13):
+                lines.append(f"{name}: {n} of the second backward")
+        if any(part["loss"].requires_grad for part in once):
+            lines.append(f"{name}: a gradient under no_grad")
+    assert_none(lines)
 
 
 def check_two_pairs(ranks4: Ranks, problems: dict[str, tuple[Problem, Problem]]) -> None:

@@ -13,6 +13,7 @@ import nckernels
 
 from .global_cases import (
     CONTRASTIVE_VARIANTS,
+    DTYPES,
     MOST,
     REDUCTIONS,
     SOME,
@@ -20,8 +21,10 @@ from .global_cases import (
     Problem,
     batches,
     check,
+    check_some_gradients,
     check_two_pairs,
     make,
+    otherwise,
 )
 
 NAMES = ("supcon", "prototype", "info_nce", "clip", "alignment", "uniformity")
@@ -70,7 +73,7 @@ def test_keys_that_travel(ranks: Ranks, loss: str) -> None:
     check(ranks, problems(ranks, loss, seed=3), workspace=512)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("workspace", [None, 512], ids=["gathered", "travelling"])
 def test_dtypes(ranks: Ranks, dtype: torch.dtype, workspace: int | None) -> None:
     for loss in NAMES:
@@ -88,6 +91,19 @@ def test_autocast(ranks2: Ranks, workspace: int | None) -> None:
 def test_backends(ranks2: Ranks, backend: str) -> None:
     for loss in NAMES:
         check(ranks2, problems(ranks2, loss, "unequal", "all-ignored", seed=2), backend=backend)
+
+
+@pytest.mark.parametrize("workspace", [None, 512], ids=["gathered", "travelling"])
+def test_some_gradients_and_backward_twice(ranks2: Ranks, workspace: int | None) -> None:
+    for loss in NAMES:
+        check_some_gradients(ranks2, problems(ranks2, loss, "unequal", seed=4), workspace=workspace)
+
+
+@pytest.mark.parametrize("workspace", [None, 512], ids=["gathered", "travelling"])
+def test_integers_strides_and_ignore_index(ranks2: Ranks, workspace: int | None) -> None:
+    for loss in NAMES:
+        cases = {n: otherwise(p) for n, p in problems(ranks2, loss, "unequal", seed=5).items()}
+        check(ranks2, cases, workspace=workspace)
 
 
 @losses

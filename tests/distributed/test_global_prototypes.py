@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .global_cases import (
     CLASSES,
+    DTYPES,
     MOST,
     PROTOTYPE_VARIANTS,
     REDUCTIONS,
@@ -24,8 +25,10 @@ from .global_cases import (
     Problem,
     batches,
     check,
+    check_some_gradients,
     check_two_pairs,
     make,
+    otherwise,
     package,
     value_and_grads,
 )
@@ -51,7 +54,7 @@ def test_ranks_add_up_to_the_whole_batch(ranks: Ranks, loss: str) -> None:
     check(ranks, problems(ranks, loss, reductions=MOST))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes(ranks: Ranks, dtype: torch.dtype) -> None:
     for loss in LOSSES:
         check(ranks, problems(ranks, loss, "unequal", "empty-shard", seed=1), dtype)
@@ -139,41 +142,14 @@ def test_kinds_of_temperature(ranks2: Ranks, reduction: str) -> None:
         torch.testing.assert_close(total, truth, rtol=1e-11, atol=0)
 
 
-def partly(rank: int, world_size: int, cases: dict[str, Problem]) -> dict[str, Any]:
-    """Gradients where only some tensors require them, and backward twice."""
-    found: dict[str, Any] = {}
-    for name, p in cases.items():
-        p = p.part(rank)
-        loss = package(p.loss)
-        for wanted in p.leaves:
-            leaves = {n: x.detach().clone().requires_grad_(n == wanted) for n, x in p.leaves.items()}
-            out = p.call(loss, leaves, process_group="world")
-            once = torch.autograd.grad(out, leaves[wanted], p.upstream, retain_graph=True)[0]
-            again = torch.autograd.grad(out, leaves[wanted], 2 * p.upstream)[0]
-            found[name, wanted] = once, again
-        with torch.no_grad():
-            found[name] = p.call(loss, p.leaves, process_group="world")
-    return found
-
-
 def test_some_gradients_and_backward_twice(ranks2: Ranks) -> None:
-    cases = {n: p for loss in LOSSES for n, p in problems(ranks2, loss, "unequal").items()}
-    whole = [value_and_grads(p.whole(), package(p.loss)) for p in cases.values()]
-    results = ranks2.run(partly, cases)
-    for (name, p), expected in zip(cases.items(), whole, strict=True):
-        scale = 1 if p.reduction == "none" else 2
-        for wanted in p.leaves:
-            once, again = ([r[name, wanted][i] for r in results] for i in range(2))
-            add = torch.cat if wanted == "input 0" else sum
-            got: Tensor = add(once) / scale  # type: ignore[operator]
-            size = 1e-11 * (1 + expected[wanted].abs().max())
-            assert (got - expected[wanted]).abs().max() <= size, (name, wanted)
-            for a, b in zip(once, again, strict=True):
-                assert (2 * a - b).abs().max() <= 1e-14 * (1 + a.abs().max()), (name, wanted)
-        values = [r[name] for r in results]
-        got = torch.cat(values) if p.reduction == "none" else sum(values) / 2
-        torch.testing.assert_close(got, expected["loss"], rtol=1e-12, atol=1e-12)
-        assert not any(v.requires_grad for v in values)
+    for loss in LOSSES:
+        check_some_gradients(ranks2, problems(ranks2, loss, "unequal", seed=4))
+
+
+def test_integers_strides_and_ignore_index(ranks2: Ranks) -> None:
+    for loss in LOSSES:
+        check(ranks2, {n: otherwise(p) for n, p in problems(ranks2, loss, "unequal", seed=5).items()})
 
 
 def test_two_groups_at_the_same_time(ranks4: Ranks) -> None:
