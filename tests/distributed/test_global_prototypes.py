@@ -51,7 +51,7 @@ def problems(
 
 @losses
 def test_ranks_add_up_to_the_whole_batch(ranks: Ranks, loss: str) -> None:
-    check(ranks, problems(ranks, loss, reductions=MOST))
+    check(ranks, problems(ranks, loss, reductions=MOST if ranks.world_size == 2 else SOME))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
