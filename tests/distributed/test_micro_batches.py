@@ -268,7 +268,8 @@ def refuse(rank: int, world_size: int) -> None:
     with pytest.raises(ValueError, match="DistributedDataParallel with static_graph=True"):
         MicroBatches(Features(DistributedDataParallel(Net(), static_graph=True)), SIZE)
     mesh = init_device_mesh("cpu", (world_size,))
-    criterion = nckernels.NTCELoss(prototypes=nn.Parameter(distribute_tensor(torch.ones(K, D), mesh, [Shard(0)])))
+    prototypes = nn.Parameter(distribute_tensor(torch.ones(K, D), mesh, [Shard(0)]))
+    criterion = nckernels.NTCELoss(prototypes=prototypes, process_group="world")
     with pytest.raises(ValueError, match="prototypes spread over ranks need the features of the whole batch"):
         MicroBatches(nn.Linear(6, D), SIZE).stream(criterion, torch.zeros(4, dtype=torch.int64), torch.ones(4, 6))
     encoder = Features(DistributedDataParallel(Net()))
