@@ -19,6 +19,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from .._checks import is_dtensor
 from .._common import inverse, logaddexp
 from ..backends.base import Exclude, accumulation_dtype
 from ..nn import NONLLoss, NormFaceLoss, NTCELoss, PrototypeClassifier
@@ -40,6 +41,11 @@ def streamed_loss(criterion: nn.Module, target: Tensor) -> ByClass | ByRow:
         )
     if criterion.reduction == "none":
         raise ValueError("criterion must have reduction 'mean' or 'sum', got 'none'")
+    if criterion.sparse or getattr(criterion, "class_fraction", 1.0) != 1.0 or is_dtensor(criterion.prototypes):
+        raise ValueError(
+            "sparse=True, class_fraction and prototypes spread over ranks need the features of the whole batch: "
+            "micro(x), then the loss"
+        )
     direction = "instance" if isinstance(criterion, NormFaceLoss) else getattr(criterion, "direction", "class")
     if direction == "both":
         raise ValueError(
