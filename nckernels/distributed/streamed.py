@@ -70,8 +70,8 @@ class _Streamed:
         self.of_all_ranks, size = self.class_weight, 1
         if self.ranks is not None:
             groups.agree(
-                self.ranks, f"MicroBatches.stream of {type(criterion).__name__}", temperature=criterion.temperature,
-                like=criterion.prototypes, num_classes=k, d=d, reduction=criterion.reduction,
+                self.ranks, f"MicroBatches.stream of {type(criterion).__name__}", criterion.prototypes,
+                {"temperature": criterion.temperature}, num_classes=k, d=d, reduction=criterion.reduction,
             )  # fmt: skip
             self.of_all_ranks, size = all_reduce(self.class_weight, self.ranks), self.ranks.size
         # As of all losses with a process group, the average over its ranks is the whole.

@@ -136,6 +136,9 @@ DIFFERENT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "reduction-clip": ({"name": "clip"}, {"reduction": "none"}, "reduction"),
     "loss": ({}, {"name": "ntce"}, "loss"),
     "loss-supcon": ({"name": "supcon"}, {"name": "prototype"}, "loss"),
+    "margin": ({"name": "normface"}, {"angular_margin": 0.1}, "angular_margin"),
+    "t": ({"name": "uniformity"}, {"t": 3.0}, r"agree on t\b"),
+    "alpha": ({"name": "alignment"}, {"alpha": 3.0}, "alpha"),
     "empty-and-classes": ({}, {"m": 0, "k": 6}, r"\bK\b|prototypes|classes"),
 }
 
