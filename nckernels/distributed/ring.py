@@ -91,7 +91,8 @@ class _Ring(torch.autograd.Function):
         by_class = torch.cat([seen[owner].class_lse for owner in sorted(seen)])
         instance = torch.stack([result.instance_lse for result in seen.values()]).logsumexp(0)
         own = seen.get(job.ranks.rank)
-        pos = rows.new_zeros(len(rows), dtype=beta.dtype) if own is None else own.pos
+        # A copy: an output that ``ctx`` keeps would keep ``ctx``, and with it all tensors of the call.
+        pos = rows.new_zeros(len(rows), dtype=beta.dtype) if own is None else own.pos.clone()
         ctx.save_for_backward(rows, keys, beta, target, key_bias, key_group, instance)
         ctx.seen, ctx.job = seen, job  # of vectors, some N numbers
         return by_class, instance, pos, sums
