@@ -216,5 +216,8 @@ def _lse_of_other_labels(
     width = max(1, registry.get_workspace(rows.device) // (4 * u.element_size() * max(1, len(rows))))
     lse = u.new_full((len(rows),), -torch.inf)
     for block, block_labels in zip(keys.split(width), key_labels.split(width), strict=True):
-        lse = logaddexp(lse, checkpoint(tile, u, block, block_labels, inv_temperature, use_reentrant=False))
+        again = checkpoint(
+            tile, u, block, block_labels, inv_temperature, use_reentrant=False, preserve_rng_state=False
+        )  # fmt: skip
+        lse = logaddexp(lse, again)
     return lse
