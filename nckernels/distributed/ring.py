@@ -121,6 +121,7 @@ class _Ring(torch.autograd.Function):
                 ):  # fmt: skip
                     if term is not None:
                         total += term
+                del part, term  # before the next ones come
                 if key_group is not None:
                     unit, rnorm, index, outside = _units(block, key_group, owner, beta.dtype, job)
                     of_unit = by_sums[index].masked_fill_(outside, 0.0)
@@ -153,14 +154,18 @@ def _units(
 
 
 def _round(keys: Tensor, job: Job) -> Iterator[tuple[int, Tensor]]:
-    """(owner, its keys) of every rank; the next block is under way while one is in use."""
+    """(owner, its keys) of every rank; the next block is under way while one is in use.
+
+    Blocks arrive in two places by turns: each block is valid until the next one is asked for.
+    """
     ranks, block = job.ranks, keys.contiguous()
+    places = [keys.new_empty(max(job.counts.counts), keys.shape[1]) for _ in range(min(2, ranks.size - 1))]
     for step in range(ranks.size):
         owner, following = ((ranks.rank + step + ahead) % ranks.size for ahead in (0, 1))
         if step + 1 == ranks.size:
             yield owner, block
             return
-        arriving = keys.new_empty(job.counts.counts[following], keys.shape[1])
+        arriving = places[step % 2][: job.counts.counts[following]]
         under_way = _pass_on(block, arriving, ranks, tag=0)
         yield owner, block
         for work in under_way:
