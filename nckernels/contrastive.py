@@ -383,11 +383,14 @@ def _same_pairs(name: str, value: Tensor, other_name: str, other: Tensor, hint: 
 def _ranks(
     process_group: GroupLike, loss: str, input: Tensor, values: dict[str, float | Tensor], **options: Hashable
 ) -> Ranks | None:
-    """The ranks that the loss spans, which agree on it."""
+    """The ranks that the loss spans, which agree on it, and on what decides how keys travel."""
     ranks = resolve(process_group)
     if ranks is not None:
-        workspace = registry.get_workspace(input.device)  # it decides how keys travel
-        agree(ranks, loss, input, values, d=input.shape[-1], workspace=workspace, **options)
+        workspace = registry.get_workspace(input.device)
+        backend = registry.REFERENCE if registry.chosen() == registry.REFERENCE else f"other than {registry.REFERENCE}"
+        agree(
+            ranks, loss, input, values, d=input.shape[-1], set_workspace=workspace, set_backend=backend, **options
+        )  # fmt: skip
     return ranks
 
 
