@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import operators
+from .._class_sums import add_unit_rows, grad_of_unit_rows
 from ..backends import registry
 from ..backends.base import Forward, Inputs, Needs, OutputGrads, Spec
-from ..backends.chunked.tiles import rnorm_of, through_normalisation
 from ..primitive import scalar
 from .collectives import Sizes
 from .groups import Ranks
@@ -86,8 +86,7 @@ class _Ring(torch.autograd.Function):
                 inputs, spec = _step(rows, block, beta, target, key_bias, owner, job)
                 seen[owner] = operators.forward(inputs, spec, job.backend)
                 if key_group is not None:
-                    unit, _, index, outside = _units(block, key_group, owner, beta.dtype, job)
-                    sums.index_add_(0, index, unit.masked_fill_(outside, 0.0))
+                    add_unit_rows(sums, block, key_group[job.counts.of(owner)])
         by_class = torch.cat([seen[owner].class_lse for owner in sorted(seen)])
         instance = torch.stack([result.instance_lse for result in seen.values()]).logsumexp(0)
         own = seen.get(job.ranks.rank)
@@ -123,10 +122,7 @@ class _Ring(torch.autograd.Function):
                         total += term
                 del part, term  # before the next ones come
                 if key_group is not None:
-                    unit, rnorm, index, outside = _units(block, key_group, owner, beta.dtype, job)
-                    of_unit = by_sums[index].masked_fill_(outside, 0.0)
-                    through_normalisation(of_unit, unit, rnorm, block)
-                    block_grad += of_unit
+                    block_grad += grad_of_unit_rows(by_sums, block, key_group[job.counts.of(owner)])
             train.add(block_grad)
         found = (rows_grad.to(rows.dtype), train.arrived().to(keys.dtype), beta_grad)
         wanted = (grad if need else None for grad, need in zip(found, needs[:3], strict=True))
@@ -142,15 +138,6 @@ def _step(
         target, spec = target.where(target == spec.ignore_index, 0), spec._replace(exclude="none")
     bias = None if key_bias is None else key_bias[job.counts.of(owner)]
     return Inputs(rows, block, target, beta, None, bias), spec
-
-
-def _units(
-    block: Tensor, key_group: Tensor, owner: int, dtype: torch.dtype, job: Job
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Unit keys and inverse norms, the groups that they are added to, and (k, 1) which of them are added to none."""
-    group = key_group[job.counts.of(owner)]
-    rnorm = rnorm_of(block, dtype)
-    return block * rnorm[:, None], rnorm, group.clamp_min(0), (group < 0)[:, None]
 
 
 def _round(keys: Tensor, job: Job) -> Iterator[tuple[int, Tensor]]:

@@ -6,14 +6,15 @@ tile by tile. The gradients of the keys go back, summed, to the ranks that own t
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .. import _checks, primitive
-from .._class_sums import class_sums, groups, mean_positive
+from .._class_sums import add_unit_rows, grad_of_unit_rows, groups, mean_positive
 from .._common import Reduction, logaddexp, unit
 from ..backends import registry
 from ..backends.base import accumulation_dtype
@@ -114,21 +115,21 @@ def supcon_terms(
         nothing = unit(visible).sum(1)
         return nothing, nothing, ignored
     bias = _left_out(all_ignored, visible)
+    group, classes, key_group = _groups_here(labels, ignored, everybody, all_ignored)
+    of_class = visible.new_zeros(classes, dtype=accumulation_dtype(visible.dtype))
+    of_class.index_add_(0, key_group.clamp_min(0), (key_group >= 0).to(of_class.dtype))
     if _travel(rows, counts) and not decoupled:
-        group, classes, key_group = _groups_here(labels, ignored, everybody, all_ignored)
         own = torch.arange(len(rows), device=rows.device)
         _, lse, _, sums = ring.lse(
             visible, visible, own.masked_fill(ignored, _LEFT_OUT), inv_temperature, counts, ranks,
             direction="instance", exclude="target", ignore_index=_LEFT_OUT, key_bias=bias, key_group=key_group,
             groups=classes,
         )  # fmt: skip
-        of_class = sums.new_zeros(classes).index_add(0, key_group.clamp_min(0), (key_group >= 0).to(sums.dtype))
         return lse, *mean_positive(visible, group, ignored, classes, among=(sums, of_class))
 
     keys = collectives.gather(visible, counts, ranks)
-    group, classes = groups(everybody, all_ignored)
-    among = class_sums(unit(keys), group, all_ignored, classes)
-    positives = mean_positive(visible, group[counts.own], ignored, classes, among)
+    sums = _UnitSums.apply(keys, key_group, classes, counts)  # type: ignore[no-untyped-call]
+    positives = mean_positive(visible, group, ignored, classes, among=(sums, of_class))
     if decoupled:
         lse = _lse_of_other_labels(visible, labels, keys, everybody, ignore_index, inv_temperature)
     else:
@@ -184,6 +185,28 @@ def _groups_here(labels: Tensor, ignored: Tensor, everybody: Tensor, all_ignored
     found = torch.searchsorted(in_order, everybody).clamp_max(classes - 1)
     here = (in_order[found] == everybody) & ~all_ignored
     return group, classes, found.masked_fill(~here, -1)
+
+
+class _UnitSums(torch.autograd.Function):
+    """(groups, d) sums of each group's unit keys, by blocks: nothing is as large as the keys but their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, keys: Tensor, key_group: Tensor, groups: int, counts: Sizes) -> Tensor:
+        sums = keys.new_zeros(groups, keys.shape[1], dtype=accumulation_dtype(keys.dtype))
+        for block, group in zip(keys.split(counts.counts), key_group.split(counts.counts), strict=True):
+            add_unit_rows(sums, block, group)
+        ctx.counts = counts
+        ctx.save_for_backward(keys, key_group)
+        return sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        keys, key_group = ctx.saved_tensors
+        found = torch.empty_like(keys)
+        for block, group, part in zip(*(x.split(ctx.counts.counts) for x in (keys, key_group, found)), strict=True):
+            part.copy_(grad_of_unit_rows(grad, block, group))
+        return found, None, None, None
 
 
 def _left_out(ignored: Tensor, like: Tensor) -> Tensor | None:
