@@ -74,9 +74,8 @@ def contrast_keys(
     among_all = (target.long() + counts.own.start).masked_fill(ignored, LEFT_OUT)
     if counts.total == 0:
         # No query can have a positive. Zeros of which everything has a gradient, of zeros.
-        nothing = (
-            ((unit(query).sum(1) + unit(key).sum()) * inv_temperature).where(ignored, 0.0).masked_fill(ignored, 0.0)
-        )
+        nothing = (unit(query).sum(1) + unit(key).sum()) * inv_temperature
+        nothing = nothing.masked_fill(torch.ones_like(ignored), 0.0)
         return nothing if reduction == "none" else nothing.sum()
     if not _travel(key, counts):
         keys = collectives.gather(key, counts, ranks)
