@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._common import REDUCTIONS, Reduction, inverse, logaddexp, mean, norms, reduce
+from ._common import REDUCTIONS, Reduction, inverse, logaddexp, mean, norms, of_samples, reduce
 from .backends.base import Direction
 from .primitive import DIRECTIONS, contrast, cosine_lse
 
@@ -25,6 +25,7 @@ def nonl_loss(
     *,
     temperature: float | Tensor = 0.1,
     weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     direction: Direction = "class",
@@ -43,8 +44,9 @@ def nonl_loss(
         target: (M,) class indices in [0, K), or ``ignore_index``.
         temperature: :math:`\tau > 0`, a number or a 0-dimensional tensor, which may require grad.
         weight: (K,) rescaling of each class's samples, as in :func:`torch.nn.functional.cross_entropy`.
+        sample_weight: (M,) weights >= 0 of the samples as anchors; of weight 0 a sample is a negative only.
         ignore_index: samples with this target contribute nothing, neither as anchor nor as negative.
-        reduction: ``"none"`` for one value per sample, ``"sum"``, or ``"mean"``, weighted by ``weight``.
+        reduction: ``"none"`` for one value per sample, ``"sum"``, or ``"mean"``, weighted by both weights.
         direction: ``"class"`` is the paper's loss. The authors' code has two variants: ``"instance"``, whose
             sum runs over the other classes of the sample, :math:`\sum_{c \neq y_i} e^{S_{ic}/\tau}`, and
             ``"both"``, which adds the two sums inside the logarithm.
@@ -62,9 +64,9 @@ def nonl_loss(
         >>> y = torch.randint(10, (32,))
         >>> nckernels.nonl_loss(x, head.weight, y).backward()
     """
-    beta = _checked(input, prototypes, target, weight, temperature, ignore_index, reduction)
+    beta = _checked(input, prototypes, target, weight, sample_weight, temperature, ignore_index, reduction)
     _checks.choice("direction", direction, DIRECTIONS)
-    per_sample = _of_samples(weight, target)
+    per_sample = of_samples(weight, sample_weight, target)
     if direction != "both":
         return contrast(
             input, prototypes, target, beta, direction=direction, exclude="target", ignore_index=ignore_index,
@@ -86,6 +88,7 @@ def ntce_loss(
     *,
     temperature: float | Tensor = 0.1,
     weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
 ) -> Tensor:
@@ -97,10 +100,10 @@ def ntce_loss(
     Each class prototype is contrasted with all samples of the batch. Arguments, results and errors are those
     of :func:`nonl_loss`, without ``direction``.
     """
-    beta = _checked(input, prototypes, target, weight, temperature, ignore_index, reduction)
+    beta = _checked(input, prototypes, target, weight, sample_weight, temperature, ignore_index, reduction)
     return contrast(
         input, prototypes, target, beta, direction="class", exclude="none", ignore_index=ignore_index,
-        weight=_of_samples(weight, target), reduction=reduction,
+        weight=of_samples(weight, sample_weight, target), reduction=reduction,
     )  # fmt: skip
 
 
@@ -111,6 +114,7 @@ def normface_loss(
     *,
     temperature: float | Tensor = 0.1,
     weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
@@ -125,7 +129,7 @@ def normface_loss(
     This is ``F.cross_entropy(logits, target, ...)`` of the logits :math:`S / \tau`, which are never stored.
 
     Args:
-        input, prototypes, target, temperature, weight, ignore_index, reduction: as in :func:`nonl_loss`.
+        input, prototypes, target, temperature, weight, sample_weight, ignore_index, reduction: as in :func:`nonl_loss`.
         label_smoothing: in [0, 1], as in :func:`torch.nn.functional.cross_entropy`. It is a term of its own,
             in plain PyTorch, which takes up to three copies of ``input`` and of ``prototypes`` in float32.
         angular_margin: ArcFace's additive margin in radians, in [0, pi]: the target's cosine becomes
@@ -135,11 +139,11 @@ def normface_loss(
 
     Returns, Raises: as in :func:`nonl_loss`.
     """
-    beta = _checked(input, prototypes, target, weight, temperature, ignore_index, reduction)
+    beta = _checked(input, prototypes, target, weight, sample_weight, temperature, ignore_index, reduction)
     _checks.in_range("label_smoothing", label_smoothing, 0.0, 1.0)
     _checks.in_range("angular_margin", angular_margin, 0.0, math.pi)
     _checks.in_range("cosine_margin", cosine_margin, 0.0, 2.0)
-    per_sample = _of_samples(weight, target)
+    per_sample = of_samples(weight, sample_weight, target)
     if not (angular_margin or cosine_margin or label_smoothing):
         return contrast(
             input, prototypes, target, beta, direction="instance", exclude="none", ignore_index=ignore_index,
@@ -168,6 +172,8 @@ def normface_loss(
         rows, columns = input.to(dtype).masked_fill(ignored[:, None], 0.0), prototypes.to(dtype)
         average = (class_weight / norms(columns, prototypes.dtype)) @ columns / k
         spread = class_weight.mean() * lse - beta * (rows @ average) / norms(rows, input.dtype)
+    if sample_weight is not None:
+        spread = spread * sample_weight.to(dtype)
     if angular_margin or cosine_margin:
         spread = spread - share / k * (pos - cosine)
     smoothed = (1.0 - label_smoothing) * share * loss + label_smoothing * spread.masked_fill(ignored, 0.0)
@@ -182,6 +188,7 @@ def _checked(
     prototypes: Tensor,
     target: Tensor,
     weight: Tensor | None,
+    sample_weight: Tensor | None,
     temperature: float | Tensor,
     ignore_index: int,
     reduction: str,
@@ -194,12 +201,10 @@ def _checked(
     _checks.integer("ignore_index", ignore_index)
     if weight is not None:
         _checks.vector("weight", weight, prototypes.shape[0], input)
+    if sample_weight is not None:
+        _checks.vector("sample_weight", sample_weight, input.shape[0], input)
+        _checks.not_negative("sample_weight", sample_weight)
     return inverse(temperature)
-
-
-def _of_samples(weight: Tensor | None, target: Tensor) -> Tensor | None:
-    """Class weights as weights of the samples. That a target is out of range is for the kernels to notice."""
-    return None if weight is None else weight.index_select(0, target.long().clamp(0, len(weight) - 1))
 
 
 def _add_margins(cosine: Tensor, angular: float, additive: float) -> Tensor:

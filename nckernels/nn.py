@@ -100,7 +100,7 @@ class NONLLoss(_PrototypeLoss):
         device, dtype: of prototypes made here.
 
     Shape:
-        input (M, d), target (M,) -> scalar, or (M,) for ``reduction="none"``.
+        input (M, d), target (M,), sample_weight (M,) or None -> scalar, or (M,) for ``reduction="none"``.
 
     Example:
         >>> criterion = nckernels.NONLLoss(64, 10, temperature=0.1)
@@ -119,17 +119,19 @@ class NONLLoss(_PrototypeLoss):
         _checks.choice("direction", direction, DIRECTIONS)
         self.direction = direction
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of features (M, d) with class indices (M,)."""
-        return functional.nonl_loss(input, self.prototypes, target, direction=self.direction, **self._shared())
+        return functional.nonl_loss(
+            input, self.prototypes, target, sample_weight=sample_weight, direction=self.direction, **self._shared()
+        )
 
 
 class NTCELoss(_PrototypeLoss):
     """Module form of :func:`nckernels.ntce_loss` ([NCD] Eq. 4); arguments as in :class:`NONLLoss`."""
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of features (M, d) with class indices (M,)."""
-        return functional.ntce_loss(input, self.prototypes, target, **self._shared())
+        return functional.ntce_loss(input, self.prototypes, target, sample_weight=sample_weight, **self._shared())
 
 
 class NormFaceLoss(_PrototypeLoss):
@@ -156,12 +158,13 @@ class NormFaceLoss(_PrototypeLoss):
         self.label_smoothing = label_smoothing
         self.angular_margin, self.cosine_margin = angular_margin, cosine_margin
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of features (M, d) with class indices (M,)."""
         return functional.normface_loss(
             input,
             self.prototypes,
             target,
+            sample_weight=sample_weight,
             label_smoothing=self.label_smoothing,
             angular_margin=self.angular_margin,
             cosine_margin=self.cosine_margin,

@@ -1,0 +1,309 @@
+"""Losses over more samples than a small batch holds: a queue of past features, and running denominators.
+
+In the class direction ([NCD] Eqs. 4-5) each prototype is contrasted with the samples of the batch, which are few where
+the batch is small. Both modules here wrap such a loss and let it see more, for the price of an approximation: past
+features come from past weights of the network. Neither has an effect on losses whose sums run over the classes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from . import _checks
+from ._common import inverse, logaddexp, of_samples, reduce
+from .backends.base import accumulation_dtype
+from .nn import NONLLoss, NTCELoss, PrototypeLoss, SupConLoss
+from .primitive import cosine_lse
+
+
+class FeatureQueue(nn.Module):
+    r"""A ring buffer of past features and their labels (the queue of He et al. 2020, the memory of Wang et al. 2020).
+
+    All of it is in the state dict. Shapes never change and nothing waits for the host, so it works under
+    ``torch.compile`` and in CUDA graphs: slots that were never written have the label ``ignore_index``, with which
+    losses leave them out, and features of 0.
+
+    Args:
+        size: number N of slots.
+        dim: size d of the features.
+        ignore_index: label of empty slots.
+        device, dtype: of ``features``.
+
+    Attributes:
+        features: (N, d), as they were enqueued, in no particular order; never requires grad.
+        labels: (N,) int64.
+
+    Example:
+        >>> queue = nckernels.FeatureQueue(4096, 64)  # MoCo: one positive each, the batch's keys and past ones
+        >>> q, k = torch.randn(32, 64, requires_grad=True), torch.randn(32, 64)
+        >>> loss = nckernels.info_nce_loss(q, torch.cat([k, queue.features]), torch.arange(32))
+        >>> queue.enqueue(k)
+
+    There labels play no part, and an empty slot counts as a key that is orthogonal to all queries.
+
+    Each process has a queue of its own. DistributedDataParallel copies the buffers of the module it wraps from rank 0
+    to all ranks, queues included, unless it is given ``broadcast_buffers=False``: keep the queue outside of that
+    module, next to the loss.
+    """
+
+    features: Tensor
+    labels: Tensor
+    position: Tensor
+
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        *,
+        ignore_index: int = -100,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _checks.positive_integer("size", size)
+        _checks.positive_integer("dim", dim)
+        _checks.integer("ignore_index", ignore_index)
+        self.ignore_index = ignore_index
+        self.register_buffer("features", torch.zeros(size, dim, device=device, dtype=dtype))
+        self.register_buffer("labels", torch.full((size,), ignore_index, device=device))
+        self.register_buffer("position", torch.zeros((), device=device, dtype=torch.int64))
+
+    @torch.no_grad()
+    def enqueue(self, features: Tensor, labels: Tensor | None = None) -> None:
+        """Overwrite the oldest entries; of more rows than there are slots the last ones stay.
+
+        Args:
+            features: (n, d) of any floating dtype, without gradient from here on.
+            labels: (n,) integers; None for losses that have no use for them. A row with ``ignore_index`` takes a
+                slot that stays without effect.
+        """
+        size, dim = self.features.shape
+        _checks.matrix("features", features, "n", "d")
+        if features.shape[1] != dim:
+            raise ValueError(f"features must have shape (n, {dim}), got {tuple(features.shape)}")
+        _checks.same_device("features", features, "the queue", self.features)
+        if labels is None:
+            labels = torch.zeros(len(features), device=features.device, dtype=torch.int64)
+        _checks.target(labels, features)
+        features, labels = features[-size:], labels[-size:]
+        slots = (self.position + torch.arange(len(features), device=features.device)) % size
+        self.features.index_copy_(0, slots, features.to(self.features.dtype))
+        self.labels.index_copy_(0, slots, labels.long())
+        self.position.add_(len(features)).remainder_(size)
+
+    def extra_repr(self) -> str:
+        size, dim = self.features.shape
+        return f"size={size}, dim={dim}"
+
+
+class QueueLoss(nn.Module):
+    r"""A loss whose samples are also contrasted with those of a :class:`FeatureQueue`.
+
+    With the rows of the queue, :math:`q` with labels :math:`y^q`, NONL of sample i of the batch becomes
+
+    .. math::
+        \ell_i = \log \Big( \sum_{j : y_j \neq y_i} e^{S_{j,y_i} / \tau}
+                 + \sum_{j : y^q_j \neq y_i} e^{\cos(q_j, w_{y_i}) / \tau} \Big) - S_{i,y_i} / \tau
+
+    and NTCE the same over all of both. The queue's rows are no anchors: they have no loss of their own, and the mean
+    runs over the batch. Their similarities are computed anew from today's prototypes, which get their gradient; the
+    rows themselves are constants. In SupCon and the prototype loss they are negatives of the other labels and
+    positives of their own, and count in class means.
+
+    In training mode every call ends by enqueueing its batch; in eval mode the queue is only read.
+
+    Args:
+        criterion: an :class:`NONLLoss` (``direction`` "class" or "both"), :class:`NTCELoss`, :class:`SupConLoss` or
+            :class:`PrototypeLoss`, for instance the ``criterion`` of a :class:`PrototypeClassifier`.
+        queue: of the criterion's ``ignore_index``.
+
+    Shape, Raises:
+        those of the criterion; SupCon needs labels.
+
+    Example:
+        >>> head = nckernels.PrototypeClassifier(64, 10, loss="nonl")
+        >>> criterion = nckernels.QueueLoss(head.criterion, nckernels.FeatureQueue(480, 64))
+        >>> x, y = torch.randn(32, 64, requires_grad=True), torch.randint(10, (32,))
+        >>> criterion(x, y).backward()  # where head.loss(x, y) was
+
+    Two biases come with it. Past features are those of past weights. And while the sum contains the queue, only the
+    share of the batch's rows pulls at the network: features are repelled by other prototypes with M / (M + N) of the
+    weight that they have in a batch of M + N samples, prototypes by features with all of it.
+
+    SupCon and the prototype loss cost what a batch of M + N samples costs, the losses with prototypes
+    as much as one of M + N samples of the classes in the batch.
+    """
+
+    def __init__(self, criterion: NONLLoss | NTCELoss | SupConLoss | PrototypeLoss, queue: FeatureQueue) -> None:
+        super().__init__()
+        if not isinstance(criterion, NONLLoss | NTCELoss | SupConLoss | PrototypeLoss):
+            raise TypeError(
+                f"criterion must be an NONLLoss, NTCELoss, SupConLoss or PrototypeLoss, got {type(criterion).__name__}"
+            )
+        _by_class(criterion, ("class", "both"))
+        if criterion.ignore_index != queue.ignore_index:
+            raise ValueError(
+                "criterion and queue must have the same ignore_index, "
+                f"got {criterion.ignore_index} and {queue.ignore_index}"
+            )
+        self.criterion, self.queue = criterion, queue
+
+    def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        """The loss of features (M, d), in SupCon also (B, V, d), with labels (M,), (B,)."""
+        rows, labels, weight = _rows(input, target, sample_weight)
+        past, past_labels = self.queue.features.to(rows.dtype), self.queue.labels
+        if isinstance(self.criterion, NONLLoss | NTCELoss):
+            past_labels = _as_one(past_labels, labels, len(self.criterion.prototypes), self.queue.ignore_index)
+        loss: Tensor = self.criterion(
+            torch.cat([rows, past]),
+            torch.cat([labels, past_labels]),
+            torch.cat([weight, weight.new_zeros(len(past))]),
+        )
+        if self.criterion.reduction == "none":
+            loss = loss[: len(rows)].view(input.shape[:-1])
+        if self.training:
+            self.queue.enqueue(rows, labels)
+        return loss
+
+
+class RunningDenominatorLoss(nn.Module):
+    r"""NONL or NTCE whose denominators are averages over this batch and, fading, those before it.
+
+    With :math:`\gamma` the decay, :math:`e_{jc} = e^{S_{jc} / \tau}` where the loss sums it and 0 where not,
+    :math:`M_s` the samples of batch s that are not ignored, and t the present batch,
+
+    .. math::
+        D_c = M_t \, \frac{\sum_{s \le t} \gamma^{t-s} \sum_{j=1}^{M_s} e_{jc}}{\sum_{s \le t} \gamma^{t-s} M_s} \qquad
+        \ell_i = \log D_{y_i} - S_{i,y_i} / \tau
+
+    Each sum is divided by its number of samples, so that D is of the scale of one batch whatever the sizes of the
+    others; numerator and denominator start at zero together, so that the first steps need no other correction, and
+    the first loss is the criterion's own. The state is one number per class and one more; both are in the state dict.
+
+    Gradients are those of :math:`\log D` in which only this batch counts as a function, at its full weight:
+
+    .. math::
+        \partial \log D_c = \sum_{j=1}^{M_t} \frac{\partial e_{jc}}{D_c}
+
+    These are the weights of a softmax with a denominator of longer memory. They add up to one over many batches and
+    not within each. (Gradients of D as it is written would have :math:`1 - \gamma` of it, too little beside that of the
+    alignment.) Estimators of this kind optimise the logarithm of an expectation, from which the mean over small
+    batches is biased: for contrastive losses see SogCLR (Yuan et al. 2022).
+
+    What it estimates: the loss and gradient of a batch as large as the data, M times its mean exponential in place of
+    the sum. The bias of a single batch (the logarithm of a small sum is too small on average, by about half the
+    squared relative deviation of the sum) shrinks as the average spans M / (1 - decay) samples. Another one takes its
+    place: past exponentials are those of past features and prototypes, too old by about 1 / (1 - decay) steps.
+
+    Args:
+        criterion: an :class:`NONLLoss` of direction "class" or an :class:`NTCELoss`, for instance the ``criterion``
+            of a :class:`PrototypeClassifier`.
+        decay: :math:`\gamma` in [0, 1); 0 is the criterion itself.
+
+    Shape, Raises:
+        those of the criterion. In training mode every call updates the state; in eval mode it is read only.
+
+    The exponentials of all K classes are computed for every batch, also of those that it lacks: averages over batches
+    that contain a class would be biased. In DistributedDataParallel each rank averages over its own batches; copies of
+    rank 0's state at every step (``broadcast_buffers``) do no harm.
+    """
+
+    lse: Tensor
+    count: Tensor
+
+    def __init__(self, criterion: NONLLoss | NTCELoss, decay: float = 0.9) -> None:
+        super().__init__()
+        if not isinstance(criterion, NONLLoss | NTCELoss):
+            raise TypeError(f"criterion must be an NONLLoss or NTCELoss, got {type(criterion).__name__}")
+        _by_class(criterion, ("class",))
+        _checks.number("decay", decay)
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"decay must be at least 0 and less than 1, got {decay}")
+        self.criterion, self.decay = criterion, decay
+        prototypes = criterion.prototypes
+        dtype = accumulation_dtype(prototypes.dtype)
+        self.register_buffer("lse", torch.full((len(prototypes),), -torch.inf, device=prototypes.device, dtype=dtype))
+        # One element rather than a 0-dimensional tensor, whose changes torch.compile loses (float64, CPU, torch 2.13).
+        self.register_buffer("count", torch.zeros(1, device=prototypes.device, dtype=dtype))
+
+    def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        """The loss of features (M, d) with class indices (M,)."""
+        criterion = self.criterion
+        ignored = target == criterion.ignore_index
+        lse, pos = cosine_lse(
+            input, criterion.prototypes, target, inverse(criterion.temperature), direction="class",
+            exclude="target" if isinstance(criterion, NONLLoss) else "none", ignore_index=criterion.ignore_index,
+        )  # fmt: skip
+        running, share = self._update(lse.detach(), (~ignored).sum())
+        lse = _or_zero(lse)
+        lse = running + share * (lse - lse.detach())  # the value is log D, the derivative that of sum / D
+        classes = target.long().masked_fill(ignored, 0)
+        loss = lse.index_select(0, classes).masked_fill(ignored, 0.0) - pos
+        return reduce(loss, ~ignored, of_samples(criterion.weight, sample_weight, target), criterion.reduction)
+
+    @torch.no_grad()
+    def _update(self, lse: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
+        """log D, 0 where nothing was ever summed, and the batch's share of D; both (K,)."""
+        kept = self.lse.to(lse.dtype) + math.log(self.decay) if self.decay else torch.full_like(lse, -torch.inf)
+        total, count = logaddexp(kept, lse), self.decay * self.count.to(lse.dtype) + samples
+        if self.training:
+            self.lse.copy_(total)
+            self.count.copy_(count)
+        # Without samples there are no anchors, and any number will do that is not NaN.
+        log_d = total + (samples.clamp_min(1) / count.clamp_min(torch.finfo(count.dtype).tiny)).log()
+        share = (lse - log_d).exp().where(lse > -torch.inf, 0.0)
+        # torch.compile keeps what was concatenated. What it takes for cheap it computes again in the backward pass, here
+        # from buffers that have moved on by then.
+        log_d, share = torch.stack([_or_zero(log_d), share]).unbind()
+        return log_d, share
+
+    def extra_repr(self) -> str:
+        return f"decay={self.decay:g}"
+
+
+# --- steps ------------------------------------------------------------------------------------------------
+
+
+def _by_class(criterion: nn.Module, directions: tuple[str, ...]) -> None:
+    """NONL has a direction whose sum does not run over the samples."""
+    if isinstance(criterion, NONLLoss) and criterion.direction not in directions:
+        raise ValueError(
+            f"criterion must have a sum over the samples, direction {' or '.join(map(repr, directions))}, "
+            f"got {criterion.direction!r}"
+        )
+
+
+def _rows(input: Tensor, target: Tensor, sample_weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples and their views as rows (M, d), labels (M,) and weights (M,)."""
+    _checks.is_tensor("input", input)
+    if input.dim() not in (2, 3):
+        raise ValueError(f"input must have shape (M, d) or (B, V, d), got {tuple(input.shape)}")
+    _checks.target(target, input, "input")
+    if sample_weight is None:
+        weight = torch.ones(len(target), dtype=accumulation_dtype(input.dtype), device=input.device)
+    else:
+        _checks.vector("sample_weight", sample_weight, len(target), input)
+        weight = sample_weight
+    views = 1 if input.dim() == 2 else input.shape[1]
+    return input.flatten(0, -2), target.long().repeat_interleave(views), weight.repeat_interleave(views)
+
+
+def _as_one(past: Tensor, target: Tensor, classes: int, ignore_index: int) -> Tensor:
+    """Labels of the queue in which all classes that the batch lacks are one of those.
+
+    To the batch they are all the same, negatives, and the sums of few classes have to be computed.
+    """
+    index = target.where(target != ignore_index, classes).clamp(0, classes)
+    present = torch.zeros(classes + 1, dtype=torch.uint8, device=target.device).index_fill(0, index, 1)[:classes]
+    if 0 <= ignore_index < classes:
+        present[ignore_index] = 1  # it is no class
+    known = (past == ignore_index) | (present[past.clamp(0, classes - 1)] == 1)
+    return past.where(known, present.argmin())
+
+
+def _or_zero(lse: Tensor) -> Tensor:
+    """0 for an empty sum: what remains is the alignment."""
+    return lse.masked_fill(lse == -torch.inf, 0.0)
