@@ -9,6 +9,7 @@ python -m benchmarks tune --device cuda                  tile tables of the Trit
 python -m benchmarks correctness                         every kernel on small ragged problems, against float64
 python -m benchmarks host                                host time of the Triton backend's launches, without a GPU
 python -m benchmarks predict                             counted times on a GPU, beside those of a report
+python -m benchmarks queue                               small batches with queues and running denominators, on digits
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from . import (
     problems,
     readme,
     report,
+    small_batches,
     tune,
 )
 from .rivals import BASELINE, RIVALS
@@ -49,6 +51,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "tune": tune.main,
     "host": host.main,
     "predict": predict.main,
+    "queue": small_batches.main,
 }
 
 

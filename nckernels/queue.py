@@ -255,8 +255,8 @@ class RunningDenominatorLoss(nn.Module):
         # Without samples there are no anchors, and any number will do that is not NaN.
         log_d = total + (samples.clamp_min(1) / count.clamp_min(torch.finfo(count.dtype).tiny)).log()
         share = (lse - log_d).exp().where(lse > -torch.inf, 0.0)
-        # torch.compile keeps what was concatenated. What it takes for cheap it computes again in the backward pass, here
-        # from buffers that have moved on by then.
+        # torch.compile keeps what was concatenated for the backward pass. What it takes for cheap it computes again, here
+        # from buffers that have moved on.
         log_d, share = torch.stack([_or_zero(log_d), share]).unbind()
         return log_d, share
 
