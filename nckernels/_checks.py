@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .backends.base import bad_target
 
@@ -22,11 +23,26 @@ def is_tensor(name: str, value: object) -> None:
     """A plain tensor: no other type, and no DTensor, whose shards a kernel would mistake for the whole."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if type(value).__name__ == "DTensor":
-        raise TypeError(
-            f"{name} is a DTensor, which the kernels do not take; pass the local tensor, "
-            f"{name}.to_local(), or the whole one, {name}.full_tensor()"
-        )
+    if is_dtensor(value):
+        trained = isinstance(value, Parameter) or name in ("prototypes", "temperature")
+        instead = _OF_A_MODULE if trained else _OF_A_BATCH
+        raise TypeError(f"{name} is a DTensor, which the kernels do not take. {instead.format(name=name)}")
+
+
+def is_dtensor(value: Tensor) -> bool:
+    """Whether PyTorch has spread the tensor over ranks; torch.distributed need not be there to ask."""
+    return type(value).__name__ == "DTensor"
+
+
+# Even a replicated parameter is not simply taken for its local copy: whether its gradient has to be averaged over the
+# ranks (each with a batch of its own) or is the same everywhere (one batch for all) cannot be told from plain features.
+_OF_A_MODULE = (
+    "FSDP2 gathers parameters while the module that was given to fully_shard runs: call that module, "
+    "classifier(input, target), not a part of it and not a function with its parameter, and make modules that share a "
+    "parameter before fully_shard. Otherwise gather it yourself, {name}.full_tensor(grad_placements=[Partial('avg')]) "
+    "where ranks have batches of their own"
+)
+_OF_A_BATCH = "Pass the rows of this rank, {name}.to_local(), or the whole tensor, {name}.full_tensor()"
 
 
 def autocast_enabled(x: Tensor) -> bool:
@@ -147,6 +163,14 @@ def positive_scalar(name: str, value: float | Tensor, like: Tensor) -> None:
     number(name, value)
     if not 0.0 < value < float("inf"):
         raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def temperature(value: float | Tensor, like: Tensor) -> None:
+    """A :func:`positive_scalar`, or a tensor of shape (1,): ``fully_shard`` takes no 0-dimensional parameters."""
+    if isinstance(value, Tensor):
+        is_tensor("temperature", value)
+        value = value.reshape(()) if value.shape == (1,) else value
+    positive_scalar("temperature", value, like)
 
 
 def number(name: str, value: object) -> None:

@@ -48,16 +48,21 @@ def class_sums(rows: Tensor, group: Tensor, ignored: Tensor, classes: int) -> tu
     return sums, rows.new_zeros(classes).index_add(0, group, (~ignored).to(rows.dtype))
 
 
-def mean_positive(rows: Tensor, group: Tensor, classes: int, ignored: Tensor) -> tuple[Tensor, Tensor]:
+def mean_positive(
+    rows: Tensor, group: Tensor, ignored: Tensor, classes: int, among: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Mean cosine of every sample with the others of its group, and whether there are any.
 
     The sum of the cosines is one inner product with the sum of the class: O(N d) for all pairs. For the backward
     one matrix of the rows' size is kept.
+
+    Args:
+        among: the :func:`class_sums` of the unit rows of more samples, these ones among them; None: of these.
     """
     visible = visible_rows(rows, ignored)
     rnorm = norms(visible, rows.dtype).reciprocal()
     unit_rows = visible * rnorm[:, None]
-    sums, counts = class_sums(unit_rows, group, ignored, classes)
+    sums, counts = class_sums(unit_rows, group, ignored, classes) if among is None else among
     others = counts[group] - 1.0
     has_positive = (others > 0) & ~ignored
     total = torch.linalg.vecdot(visible, sums[group] - unit_rows) * rnorm

@@ -15,9 +15,10 @@ REDUCTIONS = ("none", "mean", "sum")
 
 
 def inverse(temperature: float | Tensor) -> float | Tensor:
-    """beta = 1 / temperature, in the accumulation dtype of a tensor."""
+    """beta = 1 / temperature, of a tensor 0-dimensional and in its accumulation dtype."""
     if isinstance(temperature, Tensor):
-        return temperature.to(accumulation_dtype(temperature.dtype)).reciprocal()
+        beta = temperature.to(accumulation_dtype(temperature.dtype)).reciprocal()
+        return beta.reshape(()) if beta.dim() else beta
     return 1.0 / temperature
 
 

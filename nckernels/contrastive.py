@@ -18,9 +18,13 @@ from torch import Tensor
 
 from . import _checks
 from ._class_sums import class_sums, groups, height, mean_positive, visible_rows
-from ._common import REDUCTIONS, Reduction, inverse, logaddexp, norms, reduce, unit
+from ._common import REDUCTIONS, Reduction, inverse, logaddexp, norms, unit
+from .backends import registry
 from .backends.base import accumulation_dtype
-from .primitive import autocast, contrast, contrast_with_itself, cosine_lse
+from .distributed import collectives, samples
+from .distributed.contrast import reduce
+from .distributed.groups import GroupLike, Ranks, agree, resolve
+from .primitive import autocast, contrast_with_itself, cosine_lse
 
 _LEFT_OUT = -1  # in place of the index of a sample that takes no part
 
@@ -34,6 +38,7 @@ def supcon_loss(
     sample_weight: Tensor | None = None,
     reduction: Reduction = "mean",
     decoupled: bool = False,
+    process_group: GroupLike = None,
 ) -> Tensor:
     r"""Supervised contrastive loss, SupCon or SCL ([NCD] Eq. 2; the "out" form of Khosla et al. 2020).
 
@@ -45,12 +50,16 @@ def supcon_loss(
     Args:
         input: (N, d), or (B, V, d) with V views of every sample; any scale; float32, bfloat16, float16, float64.
         target: (N,) or (B,) labels, any integers. None: needs (B, V, d) with at least two views.
-        temperature: :math:`\tau > 0`, a number or a 0-dimensional tensor, which may require grad.
+        temperature: :math:`\tau > 0`, a number or a tensor of shape () or (1,), which may require grad.
         ignore_index: samples with this label are neither anchors nor positives nor negatives.
         sample_weight: (N,) or (B,) weights >= 0 of the anchors.
         reduction: ``"none"`` for one value per row of ``input``, ``"sum"``, or ``"mean"`` over the samples that
             have a positive, weighted by ``sample_weight``.
         decoupled: sum over the negatives only, :math:`y_j \neq y_i` (Yeh et al. 2022; what NONL is to NTCE).
+        process_group: whose samples are positives and negatives: None for this process's, ``"world"`` for those of
+            all processes, or a :class:`torch.distributed.ProcessGroup`. Every rank returns the number of ranks times
+            its own samples' share of the whole, so that the average over ranks, of losses and of gradients, is the
+            whole batch's whatever the sizes of the local batches. All ranks must call the loss; see docs/scaling.md.
 
     Returns:
         A scalar, or (N,), (B, V) for ``reduction="none"``; float32 (float64 for float64 input). A sample without
@@ -66,11 +75,20 @@ def supcon_loss(
     """
     rows, labels, weight = _samples(input, target, temperature, ignore_index, sample_weight, reduction)
     beta, shape, n = inverse(temperature), input.shape[:-1], len(rows)
-    if n == 0:
+    ranks = _ranks(process_group, "supcon_loss", input, temperature, reduction, decoupled=decoupled)
+    if n == 0 and ranks is None:
         return _nothing(shape, reduction, beta, input)
     if target is None:
         ignore_index = _LEFT_OUT  # labels count the samples: nobody is ignored
     rows = autocast(rows)  # positives and negatives alike
+    if ranks is not None:
+        if target is None:
+            labels = samples.distinct_labels(labels, ranks)
+        with _checks.no_autocast(rows):
+            terms = samples.supcon_terms(rows, labels, ignore_index, beta, ranks, decoupled=decoupled)
+        lse, cosine, has_positive = terms
+        loss = (_uniformity(lse) - beta * cosine).masked_fill(~has_positive, 0.0)
+        return _reduced(loss, has_positive, weight, reduction, shape, ranks)
     in_one_step = contrast_with_itself(
         rows, labels, beta, exclude="same_label" if decoupled else "self", ignore_index=ignore_index,
         weight=weight, reduction=reduction,
@@ -81,7 +99,7 @@ def supcon_loss(
     group, classes = (labels, len(input)) if target is None else groups(labels, ignored)
     # Before the sums, so that its backward comes after theirs, which frees what they keep.
     with _checks.no_autocast(rows):
-        cosine, has_positive = mean_positive(rows, group, classes, ignored)
+        cosine, has_positive = mean_positive(rows, group, ignored, classes)
     if decoupled:
         lse, _ = cosine_lse(
             rows, rows, labels, beta, direction="instance", exclude="same_label", ignore_index=ignore_index
@@ -102,6 +120,7 @@ def prototype_loss(
     ignore_index: int = -100,
     sample_weight: Tensor | None = None,
     reduction: Reduction = "mean",
+    process_group: GroupLike = None,
 ) -> Tensor:
     r"""SupCon with class means in place of samples ([NCD] Eq. 6); it has the same minimisers ([NCD] Theorem 4.2).
 
@@ -114,8 +133,8 @@ def prototype_loss(
     Args:
         num_classes: K, with labels in [0, K): spares grouping the labels, and on a GPU, where the host does not
             know how many classes occur, the room for as many of them as there are samples.
-        input, target, temperature, ignore_index, sample_weight, reduction: as in :func:`supcon_loss`; ``target``
-            cannot be None.
+        input, target, temperature, ignore_index, sample_weight, reduction, process_group: as in
+            :func:`supcon_loss`; ``target`` cannot be None.
 
     Returns, Raises: as in :func:`supcon_loss`; the mean runs over all samples that are not ignored.
     """
@@ -124,17 +143,20 @@ def prototype_loss(
     if num_classes is not None:
         _checks.positive_integer("num_classes", num_classes)
     beta, shape = inverse(temperature), input.shape[:-1]
-    if len(rows) == 0:
+    ranks = _ranks(process_group, "prototype_loss", input, temperature, reduction, num_classes=num_classes)
+    if len(rows) == 0 and ranks is None:
         return _nothing(shape, reduction, beta, input)
     ignored = labels == ignore_index
     if num_classes is None:
-        group, classes = groups(labels, ignored)
+        group, classes = groups(labels, ignored) if ranks is None else samples.groups_of_all(labels, ignored, ranks)
     else:
         _checks.in_classes(labels, num_classes, ignore_index)
         group, classes = labels, num_classes
     index = group.masked_fill(ignored, _LEFT_OUT)
     visible = visible_rows(rows, ignored)
     sums, counts = class_sums(visible / norms(visible, rows.dtype)[:, None], group, ignored, classes)
+    if ranks is not None:
+        sums, counts = collectives.all_reduce(sums, ranks), collectives.all_reduce(counts, ranks)
     # Means lie inside the unit ball. One more coordinate, 0 for the samples, lifts them onto the sphere and leaves
     # the inner products as they are. (Several, so that rows stay aligned in memory.)
     means = sums / counts.clamp_min(1.0)[:, None]
@@ -147,7 +169,7 @@ def prototype_loss(
     own = counts[group.masked_fill(ignored, 0)] - 1.0  # samples of the same class beside this one
     lse = torch.where(own > 0, logaddexp(lse, own.clamp_min(1.0).log() + pos), lse)
     loss = (_uniformity(lse) - pos).masked_fill(ignored, 0.0)
-    return _reduced(loss, ~ignored, weight, reduction, shape)
+    return _reduced(loss, ~ignored, weight, reduction, shape, ranks)
 
 
 def info_nce_loss(
@@ -160,6 +182,7 @@ def info_nce_loss(
     sample_weight: Tensor | None = None,
     reduction: Reduction = "mean",
     decoupled: bool = False,
+    process_group: GroupLike = None,
 ) -> Tensor:
     r"""InfoNCE: each query against all keys, one of which is its positive (van den Oord et al. 2018).
 
@@ -170,11 +193,13 @@ def info_nce_loss(
         query: (M, d), any scale.
         key: (K, d), same dtype; for example the batch's keys followed by a queue of older ones.
         target: (M,) index of every query's positive in ``key``. None: the i-th key, which needs K = M.
-        temperature: :math:`\tau > 0`, a number or a 0-dimensional tensor, which may require grad.
+        temperature: :math:`\tau > 0`, a number or a tensor of shape () or (1,), which may require grad.
         ignore_index: queries with this value in ``target`` are left out.
         sample_weight: (M,) weights >= 0 of the queries.
         reduction: ``"none"``, ``"sum"`` or ``"mean"``, weighted by ``sample_weight``.
         decoupled: leave the positive out of the sum.
+        process_group: whose keys a query is contrasted with, and the rest as in :func:`supcon_loss`. ``target``
+            counts this rank's own keys.
 
     Returns:
         A scalar, or (M,); float32 (float64 for float64 input). The mean of nothing is 0.
@@ -191,13 +216,14 @@ def info_nce_loss(
     else:
         _checks.target(target, query, "query")
     _check_weights(sample_weight, len(query), query)
-    if len(query) == len(key) == 0:
+    ranks = _ranks(process_group, "info_nce_loss", query, temperature, reduction, decoupled=decoupled)
+    if len(query) == len(key) == 0 and ranks is None:
         return _nothing(query.shape[:1], reduction, inverse(temperature), query, key)
-    _checks.features_and_prototypes(query, key, "query", "key")
-    return contrast(
-        query, key, target, inverse(temperature), direction="instance",
-        exclude="target" if decoupled else "none", ignore_index=ignore_index,
-        weight=sample_weight, reduction=reduction, of_nothing=0.0,
+    if ranks is None or len(key):
+        _checks.features_and_prototypes(query, key, "query", "key")
+    return samples.contrast_keys(
+        query, key, target, inverse(temperature), direction="instance", exclude="target" if decoupled else "none",
+        ignore_index=ignore_index, weight=sample_weight, reduction=reduction, ranks=ranks,
     )  # fmt: skip
 
 
@@ -209,6 +235,7 @@ def clip_loss(
     sample_weight: Tensor | None = None,
     reduction: Reduction = "mean",
     decoupled: bool = False,
+    process_group: GroupLike = None,
 ) -> Tensor:
     r"""InfoNCE in both directions in one pass over the matrix, as CLIP trains (Radford et al. 2021).
 
@@ -218,9 +245,10 @@ def clip_loss(
 
     Args:
         a, b: (N, d) each; row i of one and row i of the other are a pair.
-        temperature: :math:`\tau > 0`, a number or a 0-dimensional tensor, which may require grad. CLIP learns
+        temperature: :math:`\tau > 0`, a number or a tensor of shape () or (1,), which may require grad. CLIP learns
             the logarithm of its inverse: pass ``torch.exp(-logit_scale)``.
-        sample_weight, reduction, decoupled: as in :func:`info_nce_loss`.
+        sample_weight, reduction, decoupled, process_group: as in :func:`info_nce_loss`. Of the two only ``b``
+            travels between ranks: the sums over its columns are exchanged as those of classes are.
 
     Returns, Raises: as in :func:`info_nce_loss`.
     """
@@ -229,17 +257,19 @@ def clip_loss(
     _checks.matrix("b", b, "N", "d")
     _same_pairs("a", a, "b", b)
     _check_weights(sample_weight, len(a), a)
-    if len(a) == 0:
+    ranks = _ranks(process_group, "clip_loss", a, temperature, reduction, decoupled=decoupled)
+    if len(a) == 0 and ranks is None:
         return _nothing(a.shape[:1], reduction, inverse(temperature), a, b)
-    _checks.features_and_prototypes(a, b, "a", "b")
-    index = torch.arange(len(a), device=a.device)
-    return contrast(
-        a, b, index, inverse(temperature), direction="both", exclude="target" if decoupled else "none",
-        ignore_index=_LEFT_OUT, weight=sample_weight, reduction=reduction, of_nothing=0.0,
+    if len(a):
+        _checks.features_and_prototypes(a, b, "a", "b")
+    return samples.contrast_keys(
+        a, b, torch.arange(len(a), device=a.device), inverse(temperature), direction="both",
+        exclude="target" if decoupled else "none", ignore_index=_LEFT_OUT, weight=sample_weight,
+        reduction=reduction, ranks=ranks,
     )  # fmt: skip
 
 
-def uniformity_loss(input: Tensor, *, t: float = 2.0) -> Tensor:
+def uniformity_loss(input: Tensor, *, t: float = 2.0, process_group: GroupLike = None) -> Tensor:
     r"""How far unit rows are from a uniform distribution on the sphere (Wang & Isola 2020).
 
     .. math::
@@ -248,22 +278,34 @@ def uniformity_loss(input: Tensor, *, t: float = 2.0) -> Tensor:
     Args:
         input: (N, d) with N >= 2, any scale. A zero row counts as orthogonal to all others.
         t: > 0, of the Gaussian potential.
+        process_group: None for the pairs of this process's rows, ``"world"`` for those of all processes' rows, or a
+            :class:`torch.distributed.ProcessGroup`. Every rank returns the whole value, and the average over ranks of
+            the gradients is the whole batch's.
 
     Returns:
         A scalar, float32 (float64 for float64 input).
     """
     _checks.matrix("input", input, "N", "d")
     _checks.positive_scalar("t", t, input)
-    n = len(input)
     _checks.some_columns("input", input)
+    ranks = _ranks(process_group, "uniformity_loss", input, t, "mean")
+    lse, n = samples.lse_of_others(input, 2.0 * t, ranks)  # |a - b|^2 = 2 - 2 s
     if n < 2:
         raise ValueError(f"input must have at least two rows to have pairs, got {tuple(input.shape)}")
-    index = torch.arange(n, device=input.device)
-    lse, _ = cosine_lse(input, input, index, 2.0 * t, direction="instance", exclude="self")  # |a - b|^2 = 2 - 2 s
-    return torch.logsumexp(lse, 0) - (math.log(n) + math.log(n - 1) + 2.0 * t)
+    whole = torch.logsumexp(lse, 0)
+    if ranks is not None:
+        whole = collectives.logsumexp(whole, ranks)
+    return whole - (math.log(n) + math.log(n - 1) + 2.0 * t)
 
 
-def alignment_loss(input: Tensor, other: Tensor, *, alpha: float = 2.0, reduction: Reduction = "mean") -> Tensor:
+def alignment_loss(
+    input: Tensor,
+    other: Tensor,
+    *,
+    alpha: float = 2.0,
+    reduction: Reduction = "mean",
+    process_group: GroupLike = None,
+) -> Tensor:
     r"""How far the two members of positive pairs are apart (Wang & Isola 2020).
 
     .. math::
@@ -273,6 +315,7 @@ def alignment_loss(input: Tensor, other: Tensor, *, alpha: float = 2.0, reductio
         input, other: (N, d) each, any scale; row i of one and row i of the other are a pair.
         alpha: > 0.
         reduction: ``"none"``, ``"sum"`` or ``"mean"``; the mean of nothing is 0.
+        process_group: whose pairs the mean runs over, as in :func:`supcon_loss`.
 
     Returns:
         A scalar, or (N,); float32 (float64 for float64 input).
@@ -283,11 +326,12 @@ def alignment_loss(input: Tensor, other: Tensor, *, alpha: float = 2.0, reductio
     _checks.same_device("input", input, "other", other)
     _checks.positive_scalar("alpha", alpha, input)
     _checks.choice("reduction", reduction, REDUCTIONS)
+    ranks = _ranks(process_group, "alignment_loss", input, alpha, reduction)
     squares = (unit(input) - unit(other)).square().sum(1)
     # A power below 1 has an infinite slope at 0, where the distance itself is flat: no gradient there.
     same = squares == 0.0
     loss = (squares.masked_fill(same, 1.0) ** (alpha / 2)).masked_fill(same, 0.0)
-    return reduce(loss, torch.ones_like(loss, dtype=torch.bool), None, reduction, of_nothing=0.0)
+    return reduce(loss, torch.ones_like(loss, dtype=torch.bool), None, reduction, ranks, of_nothing=0.0)
 
 
 # --- arguments --------------------------------------------------------------------------------------------
@@ -297,7 +341,7 @@ def _check_options(
     input: Tensor, temperature: float | Tensor, reduction: str, name: str, ignore_index: int = 0
 ) -> None:
     _checks.is_tensor(name, input)
-    _checks.positive_scalar("temperature", temperature, input)
+    _checks.temperature(temperature, input)
     _checks.choice("reduction", reduction, REDUCTIONS)
     _checks.integer("ignore_index", ignore_index)
 
@@ -314,6 +358,19 @@ def _same_pairs(name: str, value: Tensor, other_name: str, other: Tensor, hint: 
             f"{name} and {other_name} must hold pairs and have the same shape, "
             f"got {tuple(value.shape)} and {tuple(other.shape)}{hint}"
         )
+
+
+def _ranks(
+    process_group: GroupLike, loss: str, input: Tensor, temperature: float | Tensor, reduction: str, **options: object
+) -> Ranks | None:
+    """The ranks that the loss spans, which agree on it."""
+    ranks = resolve(process_group)
+    if ranks is not None:
+        agree(
+            ranks, loss, like=input, temperature=temperature, d=input.shape[-1], reduction=reduction,
+            workspace=registry.get_workspace(input.device), **options,
+        )  # fmt: skip
+    return ranks
 
 
 def _samples(
@@ -367,7 +424,14 @@ def _nothing(shape: torch.Size, reduction: Reduction, beta: float | Tensor, *inp
     return zero.expand(shape) if reduction == "none" else zero
 
 
-def _reduced(loss: Tensor, counted: Tensor, weight: Tensor | None, reduction: Reduction, shape: torch.Size) -> Tensor:
+def _reduced(
+    loss: Tensor,
+    counted: Tensor,
+    weight: Tensor | None,
+    reduction: Reduction,
+    shape: torch.Size,
+    ranks: Ranks | None = None,
+) -> Tensor:
     """The reduction of rows that were samples and their views; the mean of nothing is 0."""
-    result = reduce(loss, counted, weight, reduction, of_nothing=0.0)
+    result = reduce(loss, counted, weight, reduction, ranks, of_nothing=0.0)
     return result.view(shape) if reduction == "none" else result

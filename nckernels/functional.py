@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._common import REDUCTIONS, Reduction, inverse, logaddexp, mean, norms, of_samples, reduce
+from ._common import REDUCTIONS, Reduction, inverse, logaddexp, norms, of_samples
 from .backends.base import Direction
-from .primitive import DIRECTIONS, contrast, cosine_lse
+from .distributed import groups
+from .distributed.contrast import class_logsumexp, contrast, reduce, reduce_weighted
+from .distributed.groups import GroupLike, Ranks
+from .primitive import DIRECTIONS, cosine_lse
 
 
 def nonl_loss(
@@ -29,6 +32,7 @@ def nonl_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     direction: Direction = "class",
+    process_group: GroupLike = None,
 ) -> Tensor:
     r"""Negatives-only normalised loss, NONL ([NCD] Eq. 5).
 
@@ -42,7 +46,7 @@ def nonl_loss(
         input: (M, d) features, any scale; float32, bfloat16, float16 or float64.
         prototypes: (K, d) class prototypes, e.g. ``head.weight``; any scale, same dtype.
         target: (M,) class indices in [0, K), or ``ignore_index``.
-        temperature: :math:`\tau > 0`, a number or a 0-dimensional tensor, which may require grad.
+        temperature: :math:`\tau > 0`, a number or a tensor of shape () or (1,), which may require grad.
         weight: (K,) rescaling of each class's samples, as in :func:`torch.nn.functional.cross_entropy`.
         sample_weight: (M,) weights >= 0 of the samples as anchors; of weight 0 a sample is a negative only.
         ignore_index: samples with this target contribute nothing, neither as anchor nor as negative.
@@ -50,6 +54,11 @@ def nonl_loss(
         direction: ``"class"`` is the paper's loss. The authors' code has two variants: ``"instance"``, whose
             sum runs over the other classes of the sample, :math:`\sum_{c \neq y_i} e^{S_{ic}/\tau}`, and
             ``"both"``, which adds the two sums inside the logarithm.
+        process_group: whose samples are contrasted: None for this process's, ``"world"`` for those of all
+            processes, or a :class:`torch.distributed.ProcessGroup`. Every rank returns the number of ranks times
+            its own samples' share of the whole, so that the average over ranks, of losses and of gradients, is
+            the whole batch's whatever the sizes of the local batches. All ranks must have the same prototypes
+            and call the loss, with as many samples as they like; see docs/scaling.md.
 
     Returns:
         A scalar, or (M,) for ``reduction="none"`` (0 where ignored); float32 (float64 for float64 input).
@@ -66,19 +75,21 @@ def nonl_loss(
     """
     beta = _checked(input, prototypes, target, weight, sample_weight, temperature, ignore_index, reduction)
     _checks.choice("direction", direction, DIRECTIONS)
+    ranks = _ranks(process_group, "nonl_loss", input, prototypes, temperature, reduction, direction=direction)
     per_sample = of_samples(weight, sample_weight, target)
     if direction != "both":
         return contrast(
             input, prototypes, target, beta, direction=direction, exclude="target", ignore_index=ignore_index,
-            weight=per_sample, reduction=reduction,
+            weight=per_sample, reduction=reduction, ranks=ranks,
         )  # fmt: skip
     (class_lse, instance_lse), pos = cosine_lse(
         input, prototypes, target, beta, direction="both", exclude="target", ignore_index=ignore_index
     )
     ignored = target == ignore_index
-    lse = logaddexp(class_lse.index_select(0, target.long().masked_fill(ignored, 0)), instance_lse)
+    of_class = class_logsumexp(class_lse, ranks).index_select(0, target.long().masked_fill(ignored, 0))
+    lse = logaddexp(of_class, instance_lse)
     loss = lse.masked_fill(ignored | (lse == -torch.inf), 0.0) - pos  # no negatives: alignment only
-    return reduce(loss, ~ignored, per_sample, reduction)
+    return reduce(loss, ~ignored, per_sample, reduction, ranks)
 
 
 def ntce_loss(
@@ -91,6 +102,7 @@ def ntce_loss(
     sample_weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
+    process_group: GroupLike = None,
 ) -> Tensor:
     r"""Normalised temperature-scaled cross-entropy over the batch, NTCE ([NCD] Eq. 4).
 
@@ -101,9 +113,10 @@ def ntce_loss(
     of :func:`nonl_loss`, without ``direction``.
     """
     beta = _checked(input, prototypes, target, weight, sample_weight, temperature, ignore_index, reduction)
+    ranks = _ranks(process_group, "ntce_loss", input, prototypes, temperature, reduction)
     return contrast(
         input, prototypes, target, beta, direction="class", exclude="none", ignore_index=ignore_index,
-        weight=of_samples(weight, sample_weight, target), reduction=reduction,
+        weight=of_samples(weight, sample_weight, target), reduction=reduction, ranks=ranks,
     )  # fmt: skip
 
 
@@ -120,6 +133,7 @@ def normface_loss(
     label_smoothing: float = 0.0,
     angular_margin: float = 0.0,
     cosine_margin: float = 0.0,
+    process_group: GroupLike = None,
 ) -> Tensor:
     r"""NormFace, the softmax cross-entropy of cosine logits ([NCD] Eq. 3).
 
@@ -129,7 +143,8 @@ def normface_loss(
     This is ``F.cross_entropy(logits, target, ...)`` of the logits :math:`S / \tau`, which are never stored.
 
     Args:
-        input, prototypes, target, temperature, weight, sample_weight, ignore_index, reduction: as in :func:`nonl_loss`.
+        input, prototypes, target, temperature, weight, sample_weight, ignore_index, reduction, process_group: as
+            in :func:`nonl_loss`; a sample's loss does not depend on others, and only the mean spans the ranks.
         label_smoothing: in [0, 1], as in :func:`torch.nn.functional.cross_entropy`. It is a term of its own,
             in plain PyTorch, which takes up to three copies of ``input`` and of ``prototypes`` in float32.
         angular_margin: ArcFace's additive margin in radians, in [0, pi]: the target's cosine becomes
@@ -143,11 +158,12 @@ def normface_loss(
     _checks.in_range("label_smoothing", label_smoothing, 0.0, 1.0)
     _checks.in_range("angular_margin", angular_margin, 0.0, math.pi)
     _checks.in_range("cosine_margin", cosine_margin, 0.0, 2.0)
+    ranks = _ranks(process_group, "normface_loss", input, prototypes, temperature, reduction)
     per_sample = of_samples(weight, sample_weight, target)
     if not (angular_margin or cosine_margin or label_smoothing):
         return contrast(
             input, prototypes, target, beta, direction="instance", exclude="none", ignore_index=ignore_index,
-            weight=per_sample, reduction=reduction,
+            weight=per_sample, reduction=reduction, ranks=ranks,
         )  # fmt: skip
     if angular_margin or cosine_margin:
         others, cosine = cosine_lse(
@@ -161,7 +177,7 @@ def normface_loss(
     lse = lse.masked_fill(ignored, 0.0)
     loss = (lse - pos).masked_fill(ignored, 0.0)
     if label_smoothing == 0.0:
-        return reduce(loss, ~ignored, per_sample, reduction)
+        return reduce(loss, ~ignored, per_sample, reduction, ranks)
 
     # (1 - eps) w_y (lse - t_y) + eps/K sum_c w_c (lse - t_c); the last sum needs a weighted mean of the unit
     # prototypes, not the logits. A margin moves its target's term as well.
@@ -177,7 +193,7 @@ def normface_loss(
     if angular_margin or cosine_margin:
         spread = spread - share / k * (pos - cosine)
     smoothed = (1.0 - label_smoothing) * share * loss + label_smoothing * spread.masked_fill(ignored, 0.0)
-    return mean(smoothed, share) if reduction == "mean" else reduce(smoothed, ~ignored, None, reduction)
+    return reduce_weighted(smoothed, share, reduction, ranks)
 
 
 # --- steps -------------------------------------------------------------------------------------------------
@@ -196,7 +212,7 @@ def _checked(
     """Check what all losses share; return beta = 1 / temperature."""
     _checks.features_and_prototypes(input, prototypes, "input")
     _checks.target(target, input, "input")
-    _checks.positive_scalar("temperature", temperature, input)
+    _checks.temperature(temperature, input)
     _checks.choice("reduction", reduction, REDUCTIONS)
     _checks.integer("ignore_index", ignore_index)
     if weight is not None:
@@ -205,6 +221,26 @@ def _checked(
         _checks.vector("sample_weight", sample_weight, input.shape[0], input)
         _checks.not_negative("sample_weight", sample_weight)
     return inverse(temperature)
+
+
+def _ranks(
+    process_group: GroupLike,
+    loss: str,
+    input: Tensor,
+    prototypes: Tensor,
+    temperature: float | Tensor,
+    reduction: str,
+    **options: str,
+) -> Ranks | None:
+    """The ranks that the loss spans, which agree on it."""
+    ranks = groups.resolve(process_group)
+    if ranks is not None:
+        classes, columns = prototypes.shape
+        groups.agree(
+            ranks, loss, like=input, temperature=temperature, num_classes=classes, d=columns, reduction=reduction,
+            **options,
+        )  # fmt: skip
+    return ranks
 
 
 def _add_margins(cosine: Tensor, angular: float, additive: float) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -13,6 +14,7 @@ from typing_extensions import Unpack
 from . import _checks, contrastive, functional
 from ._common import REDUCTIONS, Reduction, unit
 from .backends.base import Direction
+from .distributed.groups import GroupLike, check
 from .primitive import DIRECTIONS
 
 
@@ -26,10 +28,33 @@ class LossOptions(TypedDict, total=False):
     reduction: Reduction
     device: torch.device | str | None
     dtype: torch.dtype | None
+    process_group: GroupLike
 
 
-class _PrototypeLoss(nn.Module):
-    """What the three losses share: prototypes, temperature and the options of F.cross_entropy."""
+class _Loss(nn.Module):
+    """What all losses share: whose samples they contrast."""
+
+    def __init__(self, process_group: GroupLike) -> None:
+        super().__init__()
+        check(process_group)
+        self.process_group = process_group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Loss:
+        """A copy (of a model, for averaging its weights) spans the same processes: groups cannot be copied."""
+        copy = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copy
+        memo[id(self.process_group)] = self.process_group
+        copy.__dict__.update({name: deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return copy
+
+    def extra_repr(self) -> str:
+        if self.process_group is None:
+            return ""
+        return f"process_group={self.process_group if isinstance(self.process_group, str) else '...'!r}"
+
+
+class _PrototypeLoss(_Loss):
+    """What the three losses share: prototypes, temperature, the options of F.cross_entropy, and prediction."""
 
     prototypes: Tensor
     temperature: float | Tensor
@@ -47,8 +72,9 @@ class _PrototypeLoss(nn.Module):
         reduction: Reduction = "mean",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        process_group: GroupLike = None,
     ) -> None:
-        super().__init__()
+        super().__init__(process_group)
         if prototypes is None:
             if in_features is None or num_classes is None:
                 raise ValueError("give in_features and num_classes, or prototypes of shape (K, d)")
@@ -64,13 +90,32 @@ class _PrototypeLoss(nn.Module):
             )
         _checks.choice("reduction", reduction, REDUCTIONS)
         _checks.integer("ignore_index", ignore_index)
-        _checks.positive_scalar("temperature", temperature, prototypes)
+        _checks.temperature(temperature, prototypes)
         if weight is not None:
             _checks.vector("weight", weight, prototypes.shape[0], prototypes)
         _register(self, "prototypes", prototypes)
         _register(self, "temperature", temperature)
         self.register_buffer("weight", weight)
         self.ignore_index, self.reduction = ignore_index, reduction
+
+    def forward(self, input: Tensor, target: Tensor | None = None, sample_weight: Tensor | None = None) -> Tensor:
+        """The loss of features (M, d) with class indices (M,); without them the logits of features (..., d)."""
+        prototypes = self.prototypes
+        if "prototypes" in self._buffers and isinstance(input, Tensor):
+            prototypes = prototypes.to(input.dtype)  # FSDP2's mixed precision casts features and parameters only
+        if target is None:
+            return self._logits(input, prototypes)
+        return self._loss(input, prototypes, target, sample_weight)
+
+    def _loss(self, input: Tensor, prototypes: Tensor, target: Tensor, sample_weight: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def _logits(self, input: Tensor, prototypes: Tensor) -> Tensor:
+        if not _checks.is_dtensor(input):
+            _checks.is_tensor("prototypes", prototypes)
+        # Norms in the accumulation dtype: those of float16 rows can exceed what float16 holds.
+        rows, columns = (unit(x).to(x.dtype) for x in (input, prototypes))
+        return F.linear(rows, columns) / self.temperature
 
     def _shared(self) -> dict[str, Any]:
         """The keyword arguments that every loss function takes."""
@@ -79,12 +124,13 @@ class _PrototypeLoss(nn.Module):
             "weight": self.weight,
             "ignore_index": self.ignore_index,
             "reduction": self.reduction,
+            "process_group": self.process_group,
         }
 
     def extra_repr(self) -> str:
         k, d = self.prototypes.shape
         shown = f"in_features={d}, num_classes={k}, temperature={_shown(self.temperature)}"
-        return f"{shown}, reduction={self.reduction!r}"
+        return _joined(f"{shown}, reduction={self.reduction!r}", super().extra_repr())
 
 
 class NONLLoss(_PrototypeLoss):
@@ -94,13 +140,16 @@ class NONLLoss(_PrototypeLoss):
         in_features: d; with ``num_classes`` it makes learnable prototypes, initialised to nearly unit rows.
         num_classes: K.
         prototypes: instead of making them: a Parameter (K, d) to share, for example ``head.weight``, or a
-            plain tensor, which stays fixed (a buffer), for example :func:`nckernels.geometry.simplex_etf`.
-        temperature: a number; a tensor for a buffer; a Parameter to learn it.
-        weight, ignore_index, reduction, direction: as in the function.
+            plain tensor, which stays fixed (a buffer), for example :func:`nckernels.geometry.simplex_etf`, and
+            takes the dtype of the input.
+        temperature: a number; a tensor for a buffer; a Parameter to learn it, 0-dimensional or of shape (1,),
+            which is what ``fully_shard`` takes.
+        weight, ignore_index, reduction, direction, process_group: as in the function.
         device, dtype: of prototypes made here.
 
     Shape:
         input (M, d), target (M,), sample_weight (M,) or None -> scalar, or (M,) for ``reduction="none"``.
+        input (M, d) or (..., d) alone -> logits (M, K) or (..., K), as :class:`PrototypeClassifier`.
 
     Example:
         >>> criterion = nckernels.NONLLoss(64, 10, temperature=0.1)
@@ -119,19 +168,17 @@ class NONLLoss(_PrototypeLoss):
         _checks.choice("direction", direction, DIRECTIONS)
         self.direction = direction
 
-    def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        """The loss of features (M, d) with class indices (M,)."""
+    def _loss(self, input: Tensor, prototypes: Tensor, target: Tensor, sample_weight: Tensor | None) -> Tensor:
         return functional.nonl_loss(
-            input, self.prototypes, target, sample_weight=sample_weight, direction=self.direction, **self._shared()
+            input, prototypes, target, sample_weight=sample_weight, direction=self.direction, **self._shared()
         )
 
 
 class NTCELoss(_PrototypeLoss):
     """Module form of :func:`nckernels.ntce_loss` ([NCD] Eq. 4); arguments as in :class:`NONLLoss`."""
 
-    def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        """The loss of features (M, d) with class indices (M,)."""
-        return functional.ntce_loss(input, self.prototypes, target, sample_weight=sample_weight, **self._shared())
+    def _loss(self, input: Tensor, prototypes: Tensor, target: Tensor, sample_weight: Tensor | None) -> Tensor:
+        return functional.ntce_loss(input, prototypes, target, sample_weight=sample_weight, **self._shared())
 
 
 class NormFaceLoss(_PrototypeLoss):
@@ -158,11 +205,10 @@ class NormFaceLoss(_PrototypeLoss):
         self.label_smoothing = label_smoothing
         self.angular_margin, self.cosine_margin = angular_margin, cosine_margin
 
-    def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        """The loss of features (M, d) with class indices (M,)."""
+    def _loss(self, input: Tensor, prototypes: Tensor, target: Tensor, sample_weight: Tensor | None) -> Tensor:
         return functional.normface_loss(
             input,
-            self.prototypes,
+            prototypes,
             target,
             sample_weight=sample_weight,
             label_smoothing=self.label_smoothing,
@@ -176,23 +222,29 @@ LOSSES: dict[str, type[_PrototypeLoss]] = {"nonl": NONLLoss, "ntce": NTCELoss, "
 
 
 class PrototypeClassifier(nn.Module):
-    r"""A cosine classifier: forward gives logits, :meth:`loss` trains it.
+    r"""A cosine classifier: it gives logits for features, and their loss if the labels are given too.
 
     Takes the place of the last ``nn.Linear`` of a network. The decision is the nearest prototype in angle.
+
+    Training and prediction are both calls of the module, so that whatever wraps modules works with it: ``fully_shard``
+    of the classifier, of its ``criterion`` or of the network that holds it, DistributedDataParallel, activation
+    checkpointing, ``torch.compile``, parametrizations, forward hooks.
 
     Args:
         in_features: d.
         num_classes: K.
         loss: ``"nonl"``, ``"ntce"`` or ``"normface"``.
-        **options: ``temperature``, ``weight``, ``prototypes`` and the others of :class:`LossOptions`.
+        **options: ``temperature``, ``weight``, ``prototypes``, ``process_group`` and the others of
+            :class:`LossOptions`.
 
     Shape:
         input (M, d) or (..., d) -> logits (M, K) or (..., K), :math:`\cos(z_i, w_c) / \tau`.
+        input (M, d), target (M,) -> the loss, a scalar, or (M,) for ``reduction="none"``.
 
     Example:
         >>> head = nckernels.PrototypeClassifier(64, 10, loss="nonl")
         >>> x, y = torch.randn(32, 64), torch.randint(10, (32,))
-        >>> head.loss(x, y).backward()
+        >>> head(x, y).backward()
         >>> head(x).argmax(1)
     """
 
@@ -213,16 +265,16 @@ class PrototypeClassifier(nn.Module):
         """(K, d), as learnt; not normalised."""
         return self.criterion.prototypes
 
-    def forward(self, input: Tensor) -> Tensor:
-        # Norms in the accumulation dtype: those of float16 rows can exceed what float16 holds.
-        rows, columns = (unit(x).to(x.dtype) for x in (input, self.prototypes))
-        return F.linear(rows, columns) / self.criterion.temperature
+    def forward(self, input: Tensor, target: Tensor | None = None) -> Tensor:
+        """The logits of features (..., d), or the loss of features (M, d) with labels (M,)."""
+        result: Tensor = self.criterion(input, target)
+        return result
 
     def loss(self, input: Tensor, target: Tensor) -> Tensor:
-        """The training loss of features (M, d) with labels (M,)."""
-        loss = self.criterion(input, target)
-        assert isinstance(loss, Tensor)
-        return loss
+        """``self(input, target)``: the training loss of features (M, d) with labels (M,)."""
+        _checks.is_tensor("target", target)
+        result: Tensor = self(input, target)
+        return result
 
 
 class ContrastiveOptions(TypedDict, total=False):
@@ -230,23 +282,26 @@ class ContrastiveOptions(TypedDict, total=False):
 
     temperature: float | Tensor
     reduction: Reduction
+    process_group: GroupLike
 
 
-class _ContrastiveLoss(nn.Module):
+class _ContrastiveLoss(_Loss):
     """What the losses without prototypes share."""
 
     temperature: float | Tensor
 
-    def __init__(self, *, temperature: float | Tensor = 0.1, reduction: Reduction = "mean") -> None:
-        super().__init__()
+    def __init__(
+        self, *, temperature: float | Tensor = 0.1, reduction: Reduction = "mean", process_group: GroupLike = None
+    ) -> None:
+        super().__init__(process_group)
         like = temperature if isinstance(temperature, Tensor) else torch.empty(0)
-        _checks.positive_scalar("temperature", temperature, like)
+        _checks.temperature(temperature, like)
         _checks.choice("reduction", reduction, REDUCTIONS)
         _register(self, "temperature", temperature)
         self.reduction: Reduction = reduction
 
     def extra_repr(self) -> str:
-        return f"temperature={_shown(self.temperature)}, reduction={self.reduction!r}"
+        return _joined(f"temperature={_shown(self.temperature)}, reduction={self.reduction!r}", super().extra_repr())
 
 
 class _AnchorLoss(_ContrastiveLoss):
@@ -265,7 +320,7 @@ class SupConLoss(_AnchorLoss):
 
     Args:
         temperature: a number; a tensor for a buffer; a Parameter to learn it.
-        ignore_index, reduction, decoupled: as in the function.
+        ignore_index, reduction, decoupled, process_group: as in the function.
 
     Shape:
         input (N, d) or (B, V, d), target (N,) or (B,) or None -> scalar, or (N,), (B, V).
@@ -281,6 +336,7 @@ class SupConLoss(_AnchorLoss):
             sample_weight=sample_weight,
             reduction=self.reduction,
             decoupled=self.decoupled,
+            process_group=self.process_group,
         )
 
 
@@ -306,6 +362,7 @@ class PrototypeLoss(_ContrastiveLoss):
             ignore_index=self.ignore_index,
             sample_weight=sample_weight,
             reduction=self.reduction,
+            process_group=self.process_group,
         )
 
 
@@ -325,6 +382,7 @@ class InfoNCELoss(_AnchorLoss):
             sample_weight=sample_weight,
             reduction=self.reduction,
             decoupled=self.decoupled,
+            process_group=self.process_group,
         )
 
 
@@ -332,9 +390,14 @@ class CLIPLoss(_ContrastiveLoss):
     """Module form of :func:`nckernels.clip_loss`, temperature 0.07; arguments as in :class:`SupConLoss`."""
 
     def __init__(
-        self, *, temperature: float | Tensor = 0.07, reduction: Reduction = "mean", decoupled: bool = False
+        self,
+        *,
+        temperature: float | Tensor = 0.07,
+        reduction: Reduction = "mean",
+        decoupled: bool = False,
+        process_group: GroupLike = None,
     ) -> None:
-        super().__init__(temperature=temperature, reduction=reduction)
+        super().__init__(temperature=temperature, reduction=reduction, process_group=process_group)
         self.decoupled = decoupled
 
     def forward(self, a: Tensor, b: Tensor, sample_weight: Tensor | None = None) -> Tensor:
@@ -346,40 +409,47 @@ class CLIPLoss(_ContrastiveLoss):
             sample_weight=sample_weight,
             reduction=self.reduction,
             decoupled=self.decoupled,
+            process_group=self.process_group,
         )
 
 
-class UniformityLoss(nn.Module):
+class UniformityLoss(_Loss):
     """Module form of :func:`nckernels.uniformity_loss`."""
 
-    def __init__(self, *, t: float = 2.0) -> None:
-        super().__init__()
+    def __init__(self, *, t: float = 2.0, process_group: GroupLike = None) -> None:
+        super().__init__(process_group)
         _checks.positive_scalar("t", t, torch.empty(0))
         self.t = t
 
     def forward(self, input: Tensor) -> Tensor:
         """The potential of features (N, d)."""
-        return contrastive.uniformity_loss(input, t=self.t)
+        return contrastive.uniformity_loss(input, t=self.t, process_group=self.process_group)
 
     def extra_repr(self) -> str:
-        return f"t={self.t:g}"
+        return _joined(f"t={self.t:g}", super().extra_repr())
 
 
-class AlignmentLoss(nn.Module):
+class AlignmentLoss(_Loss):
     """Module form of :func:`nckernels.alignment_loss`."""
 
-    def __init__(self, *, alpha: float = 2.0, reduction: Reduction = "mean") -> None:
-        super().__init__()
+    def __init__(self, *, alpha: float = 2.0, reduction: Reduction = "mean", process_group: GroupLike = None) -> None:
+        super().__init__(process_group)
         _checks.positive_scalar("alpha", alpha, torch.empty(0))
         _checks.choice("reduction", reduction, REDUCTIONS)
         self.alpha, self.reduction = alpha, reduction
 
     def forward(self, input: Tensor, other: Tensor) -> Tensor:
         """The distance of pairs (N, d), (N, d)."""
-        return contrastive.alignment_loss(input, other, alpha=self.alpha, reduction=self.reduction)
+        return contrastive.alignment_loss(
+            input, other, alpha=self.alpha, reduction=self.reduction, process_group=self.process_group
+        )
 
     def extra_repr(self) -> str:
-        return f"alpha={self.alpha:g}, reduction={self.reduction!r}"
+        return _joined(f"alpha={self.alpha:g}, reduction={self.reduction!r}", super().extra_repr())
+
+
+def _joined(*shown: str) -> str:
+    return ", ".join(part for part in shown if part)
 
 
 def _shown(temperature: float | Tensor) -> str:

@@ -38,7 +38,7 @@ def run(inputs: Inputs, spec: Spec, backend: str) -> tuple[Tensor | None, Tensor
             return reference.cosine_lse(inputs, spec)
     if plain(*inputs):
         return (
-            _Eager.apply(*inputs, spec, backend, False) if _needs_grad(inputs) else _forward(inputs, spec, backend)[:3]
+            _Eager.apply(*inputs, spec, backend, False) if _needs_grad(inputs) else forward(inputs, spec, backend)[:3]
         )
     operator = torch.ops.nckernels.cosine_lse
     return operator(*inputs, *spec, backend, _needs_grad(inputs))[:3]
@@ -48,7 +48,7 @@ def run_contrast(inputs: Inputs, spec: Spec, backend: str) -> Tensor:
     """:func:`contrast` of the primitive's results for plain tensors and one direction without bias."""
     if _needs_grad(inputs):
         return _Eager.apply(*inputs, spec, backend, True)
-    return contrast(*_forward(inputs, spec, backend)[:3], inputs.target, spec)
+    return contrast(*forward(inputs, spec, backend)[:3], inputs.target, spec)
 
 
 def contrast(class_lse: Tensor, instance_lse: Tensor, pos: Tensor, target: Tensor, spec: Spec) -> Tensor:
@@ -114,7 +114,7 @@ torch.library.define(
 )
 
 
-def _forward(inputs: Inputs, spec: Spec, backend: str, keep: bool = False) -> Forward:
+def forward(inputs: Inputs, spec: Spec, backend: str, keep: bool = False) -> Forward:
     with no_autocast(inputs.features):
         chosen = registry.BACKENDS[backend]
         if not chosen.checks_values:
@@ -123,7 +123,7 @@ def _forward(inputs: Inputs, spec: Spec, backend: str, keep: bool = False) -> Fo
 
 
 def _forward_operator(*args: Any) -> Forward:
-    return _forward(Inputs(*args[:6]), Spec(*args[6:12]), args[12], args[13])
+    return forward(Inputs(*args[:6]), Spec(*args[6:12]), args[12], args[13])
 
 
 @torch.library.register_fake("nckernels::cosine_lse")
@@ -135,14 +135,14 @@ def _forward_fake(*args: Any) -> Forward:
     return Forward(*(z.new_empty(size, dtype=accumulation_dtype(z.dtype)) for size in sizes))
 
 
-def _backward(inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, backend: str, needs: Needs) -> Gradients:
+def backward(inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, backend: str, needs: Needs) -> Gradients:
     with no_autocast(inputs.features):
         return registry.BACKENDS[backend].backward(inputs, saved, grads, spec, needs)
 
 
 def _backward_operator(*args: Any) -> tuple[Tensor, ...]:
     inputs, saved, grads = Inputs(*args[:6]), Forward(*args[6:12]), OutputGrads(*args[12:15])
-    result = _backward(inputs, saved, grads, Spec(*args[15:21]), args[21], Needs(*args[22]))
+    result = backward(inputs, saved, grads, Spec(*args[15:21]), args[21], Needs(*args[22]))
     return tuple(inputs.features.new_empty(0) if grad is None else grad for grad in result)
 
 
@@ -196,7 +196,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:
         inputs, (spec, backend, contrasted) = Inputs(*args[:6]), args[6:]
-        result = _forward(inputs, spec, backend, keep=True)
+        result = forward(inputs, spec, backend, keep=True)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs, *result)
         ctx.call = args[6:]
@@ -218,7 +218,7 @@ class _Eager(torch.autograd.Function):
             found = operator(*inputs, *saved, *grads, *spec, backend, list(needs))
             result = [grad if need else None for grad, need in zip(found, needs, strict=True)]
         else:
-            result = list(_backward(inputs, saved, grads, spec, backend, needs))
+            result = list(backward(inputs, saved, grads, spec, backend, needs))
         return *_in_place(result), None, None, None
 
 

@@ -135,7 +135,7 @@ def cosine_lse(
     features, prototypes, target = _operands(features, prototypes, target)
     dtype = accumulation_dtype(features.dtype)
     biases = (None if bias is None else bias.to(dtype) for bias in (sample_bias, class_bias))
-    inputs = Inputs(features, prototypes, target, _scalar(inv_temperature, features), *biases)
+    inputs = Inputs(features, prototypes, target, scalar(inv_temperature, features), *biases)
     class_lse, instance_lse, pos = operators.run(inputs, spec, registry.resolve(features.device, features.dtype))
     if direction == "both":
         return (cast(Tensor, class_lse), cast(Tensor, instance_lse)), pos
@@ -176,7 +176,7 @@ def contrast(
     ):
         reduced = Reduced(weight, reduction == "mean", of_nothing)
         return operators.Step.apply(features, prototypes, inv_temperature, target, reduced, spec, backend)
-    inputs = Inputs(features, prototypes, target, _scalar(inv_temperature, features), None, None)
+    inputs = Inputs(features, prototypes, target, scalar(inv_temperature, features), None, None)
     if plain:
         loss = operators.run_contrast(inputs, spec, backend)
     else:
@@ -235,7 +235,7 @@ def autocast(operand: Tensor) -> Tensor:
     return operand.to(torch.get_autocast_dtype(operand.device.type))
 
 
-def _scalar(value: float | Tensor, features: Tensor) -> Tensor:
+def scalar(value: float | Tensor, features: Tensor) -> Tensor:
     """A 0-dimensional tensor in the accumulation dtype."""
     dtype = accumulation_dtype(features.dtype)
     if isinstance(value, Tensor):

@@ -8,13 +8,16 @@ features come from past weights of the network. Neither has an effect on losses 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from . import _checks
-from ._common import inverse, logaddexp, of_samples, reduce
+from ._common import inverse, logaddexp, of_samples
 from .backends.base import accumulation_dtype
+from .distributed import collectives, groups
+from .distributed.contrast import class_logsumexp, reduce
 from .nn import NONLLoss, NTCELoss, PrototypeLoss, SupConLoss
 from .primitive import cosine_lse
 
@@ -129,6 +132,9 @@ class QueueLoss(nn.Module):
         >>> x, y = torch.randn(32, 64, requires_grad=True), torch.randint(10, (32,))
         >>> criterion(x, y).backward()  # where head.loss(x, y) was
 
+    With a ``process_group`` in the criterion the rows are those of all ranks' batches and queues, each rank's queue
+    with its own past: R queues of N rows are one of R N, and in the losses with prototypes none of them travel.
+
     Two biases come with it. Past features are those of past weights. And while the sum contains the queue, only the
     share of the batch's rows pulls at the network: features are repelled by other prototypes with M / (M + N) of the
     weight that they have in a batch of M + N samples, prototypes by features with all of it.
@@ -155,7 +161,7 @@ class QueueLoss(nn.Module):
         """The loss of features (M, d), in SupCon also (B, V, d), with labels (M,), (B,)."""
         rows, labels, weight = _rows(input, target, sample_weight)
         past, past_labels = self.queue.features.to(rows.dtype), self.queue.labels
-        if isinstance(self.criterion, NONLLoss | NTCELoss):
+        if isinstance(self.criterion, NONLLoss | NTCELoss) and self.criterion.process_group is None:
             past_labels = _as_one(past_labels, labels, len(self.criterion.prototypes), self.queue.ignore_index)
         loss: Tensor = self.criterion(
             torch.cat([rows, past]),
@@ -207,8 +213,11 @@ class RunningDenominatorLoss(nn.Module):
         those of the criterion. In training mode every call updates the state; in eval mode it is read only.
 
     The exponentials of all K classes are computed for every batch, also of those that it lacks: averages over batches
-    that contain a class would be biased. In DistributedDataParallel each rank averages over its own batches; copies of
-    rank 0's state at every step (``broadcast_buffers``) do no harm.
+    that contain a class would be biased. With a ``process_group`` in the criterion a batch is that of all ranks, and so
+    all have the same state; without, each averages over its own batches, unless it is overwritten by rank 0's
+    (``broadcast_buffers`` of DistributedDataParallel), which does no harm.
+
+    Where FSDP2 shards prototypes give this module to ``fully_shard``, not the criterion, whose forward is not called.
     """
 
     lse: Tensor
@@ -232,17 +241,28 @@ class RunningDenominatorLoss(nn.Module):
     def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of features (M, d) with class indices (M,)."""
         criterion = self.criterion
-        ignored = target == criterion.ignore_index
+        exclude: Literal["target", "none"] = "target" if isinstance(criterion, NONLLoss) else "none"
+        ranks = groups.resolve(criterion.process_group)
+        if ranks is not None:
+            classes, columns = criterion.prototypes.shape
+            groups.agree(
+                ranks, type(self).__name__, like=input, temperature=criterion.temperature, num_classes=classes,
+                d=columns, exclude=exclude, reduction=criterion.reduction, decay=self.decay,
+            )  # fmt: skip
         lse, pos = cosine_lse(
-            input, criterion.prototypes, target, inverse(criterion.temperature), direction="class",
-            exclude="target" if isinstance(criterion, NONLLoss) else "none", ignore_index=criterion.ignore_index,
+            input, criterion.prototypes, target, inverse(criterion.temperature), direction="class", exclude=exclude,
+            ignore_index=criterion.ignore_index,
         )  # fmt: skip
-        running, share = self._update(lse.detach(), (~ignored).sum())
+        ignored = target == criterion.ignore_index
+        lse, samples = class_logsumexp(lse, ranks), (~ignored).sum()
+        running, share = self._update(
+            lse.detach(), samples if ranks is None else collectives.all_reduce(samples, ranks)
+        )
         lse = _or_zero(lse)
         lse = running + share * (lse - lse.detach())  # the value is log D, the derivative that of sum / D
-        classes = target.long().masked_fill(ignored, 0)
-        loss = lse.index_select(0, classes).masked_fill(ignored, 0.0) - pos
-        return reduce(loss, ~ignored, of_samples(criterion.weight, sample_weight, target), criterion.reduction)
+        loss = lse.index_select(0, target.long().masked_fill(ignored, 0)).masked_fill(ignored, 0.0) - pos
+        weight = of_samples(criterion.weight, sample_weight, target)
+        return reduce(loss, ~ignored, weight, criterion.reduction, ranks)
 
     @torch.no_grad()
     def _update(self, lse: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,8 +275,8 @@ class RunningDenominatorLoss(nn.Module):
         # Without samples there are no anchors, and any number will do that is not NaN.
         log_d = total + (samples.clamp_min(1) / count.clamp_min(torch.finfo(count.dtype).tiny)).log()
         share = (lse - log_d).exp().where(lse > -torch.inf, 0.0)
-        # torch.compile keeps what was concatenated for the backward pass. What it takes for cheap it computes again, here
-        # from buffers that have moved on.
+        # torch.compile keeps what was concatenated for the backward pass. The cheap rest it computes again, here that
+        # would be from buffers that have moved on.
         log_d, share = torch.stack([_or_zero(log_d), share]).unbind()
         return log_d, share
 

@@ -113,7 +113,7 @@ REFUSED = [
     Refused("tau-negative", TEMPERATURES, {"temperature": -1.5}, "temperature", r"-1\.5", "positive|> ?0"),
     Refused("tau-nan", TEMPERATURES, {"temperature": NAN}, "temperature", "nan", "positive|> ?0|finite"),
     Refused("tau-inf", TEMPERATURES, {"temperature": INF}, "temperature", "inf", "finite"),
-    Refused("tau-1d", TEMPERATURES, {"temperature": torch.ones(1)}, "temperature", shape_of(1), r"0-?d|scalar|\(\)"),
+    Refused("tau-1d", TEMPERATURES, {"temperature": torch.ones(2)}, "temperature", shape_of(2), r"0-?d|scalar|\(\)"),
     Refused("tau-integer", TEMPERATURES, {"temperature": torch.tensor(3)}, "temperature", "int64", "float"),
     Refused("weight-short", TEMPERATURES, {"sample_weight": torch.ones(5)}, "sample_weight", shape_of(5), r"\b6\b"),
     Refused("weight-2d", TEMPERATURES, {"sample_weight": torch.ones(N, 1)}, "sample_weight", shape_of(N, 1), SHAPE_1D),

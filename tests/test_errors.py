@@ -117,7 +117,6 @@ COMMON = [
     Refused("beta-negative", {"inv_temperature": -1.5}, "inv_temperature", r"-1\.5", "positive|> ?0|greater"),
     Refused("beta-nan", {"inv_temperature": NAN}, "inv_temperature", "nan", "positive|> ?0|finite"),
     Refused("beta-inf", {"inv_temperature": INF}, "inv_temperature", "inf", "finite"),
-    Refused("beta-1d", {"inv_temperature": torch.ones(1)}, "inv_temperature", shape(1), r"0-?d|scalar|\(\)"),
     Refused("beta-rows", {"inv_temperature": torch.ones(M)}, "inv_temperature", shape(M), r"0-?d|scalar|\(\)"),
     Refused("beta-integer", {"inv_temperature": torch.tensor(3)}, "inv_temperature", "int64", "float"),
     Refused("beta-meta", {"inv_temperature": torch.ones((), device="meta")}, "inv_temperature", "meta", "cpu"),
@@ -127,6 +126,7 @@ COMMON = [
 ]
 
 PRIMITIVE = [
+    Refused("beta-1d", {"inv_temperature": torch.ones(1)}, "inv_temperature", shape(1), r"0-?d|scalar|\(\)"),
     Refused("direction", {"direction": "column"}, "direction", "column", "class.*instance.*both"),
     Refused("direction-none", {"direction": None}, "direction", "None", "class.*instance.*both"),
     Refused("exclude", {"exclude": "diagonal"}, "exclude", "diagonal", "none.*target.*self.*same_label"),
@@ -343,12 +343,39 @@ def test_distributed_tensors_are_refused(mesh: Any, name: str, argument: str) ->
         {argument: distribute_tensor(plain, mesh, [Shard(0)])},
         argument,
         "DTensor",
-        r"to_local|full_tensor|Tensor",
+        r"fully_shard" if argument == "prototypes" else r"rows of this rank, \w+\.to_local\(\)",
     )
     if name == "cosine_lse":
         case.check(cosine_lse)
     else:
         case.check(loss_call(name), RENAMED)
+
+
+@pytest.mark.parametrize("placement", ["Shard", "Replicate"])
+@pytest.mark.parametrize("name", ["cosine_lse", *LOSSES])
+def test_distributed_parameters_are_refused(mesh: Any, name: str, placement: str) -> None:
+    """Replicas too: from plain features nobody can tell how the gradient has to be reduced."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    placements = [Shard(0) if placement == "Shard" else Replicate()]
+    spread = torch.nn.Parameter(distribute_tensor(randn(K, D), mesh, placements))
+    advice = (
+        r"fully_shard.*classifier\(input, target\).*prototypes\.full_tensor\(grad_placements=\[Partial\('avg'\)\]\)"
+    )
+    case = Refused("dtensor", {"prototypes": spread}, "prototypes", "DTensor", advice)
+    if name == "cosine_lse":
+        case.check(cosine_lse)
+        return
+    case.check(loss_call(name), RENAMED)
+    module = {"nonl": nckernels.NONLLoss, "ntce": nckernels.NTCELoss, "normface": nckernels.NormFaceLoss}[name]
+    with pytest.raises(
+        TypeError, match=r"prototypes is a DTensor.*make modules that share a parameter before fully_shard"
+    ):
+        module(prototypes=spread)
+    criterion = module(D, K)
+    criterion.prototypes = spread  # as fully_shard of a network leaves it, outside of the network's forward
+    with pytest.raises(TypeError, match=r"prototypes is a DTensor.*call that module"):
+        criterion(randn(M, D))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from oracle import (
 )
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import nckernels
 
@@ -160,6 +162,64 @@ def test_compiled_training_step(backend: Backend) -> None:
     expected = torch.autograd.grad(step(x, y), parameters)
     for a, b in zip(torch.autograd.grad(compiled(x, y), parameters), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+class Net(nn.Module):
+    """A layer and a classifier: labels in, loss out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 8), nckernels.PrototypeClassifier(8, 5)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        return self.head(self.body(x), y)
+
+
+class CallsLoss(Net):
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        z = self.body(x)
+        return self.head(z) if y is None else self.head.loss(z, y)
+
+
+def compiled_network(way: str, compiler: str) -> Net:
+    """Compiled in whole or in part, always in one graph."""
+    net = CallsLoss() if way.endswith("loss") else Net()
+    options: dict[str, Any] = {"fullgraph": True, "backend": compiler}
+    if way == "head in place, loss":
+        net.head.compile(**options)
+    elif way == "head":
+        net.head = torch.compile(net.head, **options)
+    elif way == "criterion":
+        net.head.criterion = torch.compile(net.head.criterion, **options)
+    else:
+        if way == "checkpointed head":
+            net.head = checkpoint_wrapper(net.head)
+        net.compile(**options)
+    return net
+
+
+WAYS = ["network", "network, loss", "head", "head in place, loss", "criterion", "checkpointed head"]
+
+
+@pytest.mark.parametrize(
+    ("way", "compiler"),
+    [*((way, "aot_eager") for way in WAYS), pytest.param("network", "inductor", marks=pytest.mark.slow)],
+)
+def test_compiled_networks(way: str, compiler: str) -> None:
+    """Loss, gradients and logits of a network, compiled with its loss or around it."""
+    torch.manual_seed(0)
+    net, plain = compiled_network(way, compiler), Net()
+    plain.load_state_dict(
+        {re.sub(r"_orig_mod\.|_checkpoint_wrapped_module\.", "", k): v for k, v in net.state_dict().items()}
+    )
+    x, y = torch.randn(20, 6), torch.arange(20) % 5
+    loss, expected = net(x, y), plain(x, y)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    loss.backward()
+    expected.backward()
+    for a, b in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-6 * float(b.grad.abs().max()))
+    torch.testing.assert_close(net(x), plain(x), rtol=0, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,10 +14,14 @@ import torch
 from conftest import Backend
 from oracle import LOSSES, cosine, package_loss
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 import nckernels
 
 MODULES = {"nonl": nckernels.NONLLoss, "ntce": nckernels.NTCELoss, "normface": nckernels.NormFaceLoss}
+CONTRASTIVE = [nckernels.SupConLoss, nckernels.PrototypeLoss, nckernels.InfoNCELoss, nckernels.CLIPLoss]
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "nonl": ("nonl", {}),
     "nonl-both": ("nonl", {"direction": "both", "temperature": 0.3}),
@@ -186,6 +192,126 @@ def test_classifier_loss_of_normface_is_cross_entropy_of_its_logits() -> None:
     x, y = batch()
     expected = nn.functional.cross_entropy(head(x.double()), y)
     torch.testing.assert_close(head.loss(x.double(), y), expected, rtol=1e-12, atol=1e-12)
+
+
+@names
+def test_hooks_run_for_logits_and_losses(name: str) -> None:
+    """On the classifier and on its criterion."""
+    head, (x, y), calls = nckernels.PrototypeClassifier(6, 5, loss=name), batch(), []
+    logits, loss = head(-x), head(-x, y)
+
+    def negate(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        calls.append(module)
+        return -inputs[0], *inputs[1:]
+
+    def increment(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        calls.append(module)
+        return output + 1
+
+    head.criterion.register_forward_pre_hook(negate)
+    head.register_forward_hook(increment)
+    for got, expected in ((head(x), logits), (head(x, y), loss), (head.loss(x, y), loss)):
+        assert torch.equal(got, expected + 1)
+    assert calls == [head.criterion, head] * 3
+    assert torch.equal(head.criterion(x), logits)
+    with pytest.raises(TypeError, match=r"target must be a torch\.Tensor, got NoneType"):
+        head.loss(x, None)  # is not a prediction
+
+
+class Square(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x
+
+    def right_inverse(self, x: Tensor) -> Tensor:
+        return x.sqrt()
+
+
+class Exp(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.exp()
+
+    def right_inverse(self, x: Tensor) -> Tensor:
+        return x.log()
+
+
+@names
+def test_parametrizations(name: str) -> None:
+    """Prototypes with non-negative entries, a positive temperature."""
+    start, temperature = torch.rand(5, 6), nn.Parameter(torch.tensor(0.2))
+    head = nckernels.PrototypeClassifier(prototypes=nn.Parameter(start.clone()), temperature=temperature, loss=name)
+    parametrize.register_parametrization(head.criterion, "prototypes", Square())
+    parametrize.register_parametrization(head.criterion, "temperature", Exp())
+    torch.testing.assert_close(head.prototypes, start)
+    roots, log = head.parameters()
+    (x, y), logits = batch(), cosine(batch()[0], roots * roots) / log.exp()
+    torch.testing.assert_close(head(x), logits, rtol=1e-6, atol=1e-5)
+    got, expected = head(x, y), package_loss(name)(x, roots * roots, y, temperature=log.exp())
+    assert torch.equal(got, expected)
+    for a, b in zip(torch.autograd.grad(got, (roots, log)), torch.autograd.grad(expected, (roots, log)), strict=True):
+        assert torch.equal(a, b)
+
+
+CHECKPOINTS: dict[str, Callable[[nn.Module], Callable[..., Tensor]]] = {
+    "reentrant": lambda module: functools.partial(checkpoint, module, use_reentrant=True),
+    "not-reentrant": lambda module: functools.partial(checkpoint, module, use_reentrant=False),
+    "wrapper": checkpoint_wrapper,
+}
+
+
+@pytest.mark.parametrize("how", CHECKPOINTS)
+@names
+def test_activation_checkpointing(backend: Backend, name: str, how: str) -> None:
+    """Computed twice, with the same loss and gradients."""
+    head = nckernels.PrototypeClassifier(6, 5, loss=name, device=backend.device)
+    x, y = (t.to(backend.device) for t in batch())
+    x.requires_grad_()
+    calls: list[nn.Module] = []
+    head.criterion.register_forward_pre_hook(lambda module, inputs: calls.append(module))
+    checkpointed = CHECKPOINTS[how](head)
+    for targets in ((y,), ()):
+        results = []
+        for call in (head, checkpointed):
+            calls.clear()
+            head.zero_grad()
+            x.grad = None
+            value = call(x, *targets)
+            value.square().sum().backward()
+            results.append((value, x.grad, head.prototypes.grad))
+            assert len(calls) == (1 if call is head else 2)
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6 * float(b.detach().abs().max()))
+
+
+@names
+def test_fixed_prototypes_take_the_dtype_of_the_input(name: str) -> None:
+    fixed, (x, y) = nckernels.geometry.simplex_etf(5, 6), batch()
+    head = nckernels.PrototypeClassifier(prototypes=fixed, loss=name)
+    learnt = nckernels.PrototypeClassifier(prototypes=nn.Parameter(fixed), loss=name)
+    for dtype in (torch.bfloat16, torch.float64):
+        same = nckernels.PrototypeClassifier(prototypes=fixed.to(dtype), loss=name)
+        assert torch.equal(head(x.to(dtype), y), same(x.to(dtype), y))
+        assert torch.equal(head(x.to(dtype)), same(x.to(dtype)))
+        with pytest.raises(TypeError, match="same dtype"):
+            learnt(x.to(dtype), y)
+
+
+@pytest.mark.parametrize("module", [*MODULES.values(), *CONTRASTIVE], ids=lambda m: m.__name__)
+def test_temperature_of_one_element(module: type[nn.Module]) -> None:
+    """Of shape (1,), for fully_shard, or ()."""
+    x, y = batch()
+    arguments = (x, x.roll(1)) if module in (nckernels.InfoNCELoss, nckernels.CLIPLoss) else (x, y)
+    sizes = (6, 5) if module in MODULES.values() else ()
+    results = []
+    for shape in ((), (1,)):
+        torch.manual_seed(0)
+        criterion = module(*sizes, temperature=nn.Parameter(torch.full(shape, 0.2)))
+        value = criterion(*arguments)
+        (grad,) = torch.autograd.grad(value, criterion.temperature)
+        assert grad.shape == shape
+        results.append((value, grad.reshape(()), *([criterion(x)] if sizes else [])))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    with pytest.raises(ValueError, match=r"temperature.*\(2,\)"):
+        module(*sizes, temperature=torch.ones(2))
 
 
 def test_classifier_learns() -> None:

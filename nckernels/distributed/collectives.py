@@ -1,0 +1,187 @@
+"""Collectives with gradients: what one rank computes depends on tensors of the others.
+
+The gradient of a rank's tensor is that of the sum of all ranks' results. So the backward pass of a sum over ranks sums
+the ranks' upstream gradients, and that of a gathered matrix adds up each row's gradients on the rank that owns it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .groups import Ranks
+
+# Torch 2.13 has new names for them, and warns of the old ones. A build without distributed has neither.
+_gather_into: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
+
+
+class Sizes(NamedTuple):
+    """How many rows every rank has."""
+
+    counts: tuple[int, ...]
+    rank: int
+
+    @property
+    def own(self) -> slice:
+        """This rank's rows in the concatenation of all."""
+        return self.of(self.rank)
+
+    def of(self, rank: int) -> slice:
+        """The rows of a rank in the concatenation of all."""
+        start = sum(self.counts[:rank])
+        return slice(start, start + self.counts[rank])
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts)
+
+
+def sizes(rows: Tensor, ranks: Ranks) -> Sizes:
+    """The number of rows on every rank, which all of them have to know before they exchange the rows.
+
+    It travels between hosts where the group can ("cpu:gloo,cuda:nccl", what ``init_process_group()`` makes by default).
+    In a group with NCCL alone it travels between GPUs, and the host waits for it.
+    """
+    by_host = "cpu" in dist.get_backend_config(ranks.group)
+    mine = torch.tensor([len(rows)], device="cpu" if by_host else rows.device)
+    counts = mine.new_empty(ranks.size)
+    _gather_into(counts, mine, group=ranks.group)
+    return Sizes(tuple(counts.tolist()), ranks.rank)
+
+
+def all_reduce(x: Tensor, ranks: Ranks) -> Tensor:
+    """The sum over all ranks, of the same shape everywhere."""
+    return _Sum.apply(x, ranks)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def gather(rows: Tensor, counts: Sizes, ranks: Ranks) -> Tensor:
+    """The rows of all ranks in the order of the ranks, (n_r, ...) -> (N, ...)."""
+    return _Gather.apply(rows, counts, ranks)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def logsumexp(lse: Tensor, ranks: Ranks) -> Tensor:
+    """Log-sum-exp over all ranks, elementwise; -inf, without gradient, where all of them have -inf."""
+    return _LogSumExp.apply(lse, ranks)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def shared_logsumexp(lse: Tensor, weight: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    r"""This rank's share of a weighted sum of log-sum-exps over all ranks, and the sum of all weights.
+
+    .. math::
+        \sum_c a_{rc} \log \sum_q e^{l_{qc}} \qquad \sum_q \sum_c a_{qc}
+
+    Every rank's share depends on the ``lse`` l of all. But the gradient of the sum of all shares needs only the sum of
+    all weights a, which comes with the exponentials: nothing is exchanged in the backward pass. For that all ranks must
+    have the same upstream gradient, as they have when each calls ``backward()`` on its loss.
+
+    Args:
+        lse: (K,), -inf where this rank has nothing to sum. Where all have -inf the log-sum-exp counts as 0.
+        weight: (K,), this rank's.
+    """
+    return _SharedLogSumExp.apply(lse, weight, ranks)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return _summed(x, ranks)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _summed(grad, ctx.ranks), None
+
+
+class _LogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, lse: Tensor, ranks: Ranks) -> Tensor:
+        top = _top(lse, ranks)
+        terms = (lse - top).exp()
+        total = _summed(terms, ranks)
+        ctx.ranks = ranks
+        ctx.save_for_backward(terms, total)
+        return total.log() + top
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        terms, total = ctx.saved_tensors
+        grad = _summed(grad.masked_fill(total == 0.0, 0.0), ctx.ranks)
+        return grad * _share(terms, total), None
+
+
+class _SharedLogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, lse: Tensor, weight: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+        top = _top(lse, ranks)
+        terms = (lse - top).exp()
+        total, weights = _summed(torch.stack([terms, weight]), ranks)
+        whole = (total.log() + top).masked_fill(total == 0.0, 0.0)
+        ctx.ranks = ranks
+        ctx.save_for_backward(weights * _share(terms, total), whole)
+        return weight @ whole, weights.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, of_total: Tensor) -> tuple[Tensor | None, ...]:
+        coefficient, whole = ctx.saved_tensors
+        by_weight = None
+        if ctx.needs_input_grad[1]:
+            by_weight = grad * whole + _summed(of_total, ctx.ranks)
+        return grad * coefficient, by_weight, None
+
+
+class _Gather(torch.autograd.Function):
+    """Rows are padded to the longest rank's number, in which collectives take them."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: Sizes, ranks: Ranks) -> Tensor:
+        ctx.counts, ctx.ranks = counts, ranks
+        longest = max(counts.counts)
+        gathered = rows.new_empty(ranks.size * longest, *rows.shape[1:])
+        _gather_into(gathered, _padded(rows, longest), group=ranks.group)
+        if all(n == longest for n in counts.counts):
+            return gathered
+        blocks = gathered.split(longest) if longest else []
+        return torch.cat([block[:n] for block, n in zip(blocks, counts.counts, strict=False)] or [gathered])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        counts, ranks = ctx.counts, ctx.ranks
+        longest = max(counts.counts)
+        wide = grad.float() if grad.dtype.itemsize < 4 else grad  # many ranks' gradients add up
+        blocks = torch.cat([_padded(block, longest) for block in wide.split(counts.counts)])
+        own = wide.new_empty(longest, *grad.shape[1:])
+        _reduce_scatter(own, blocks, group=ranks.group)
+        return own[: counts.counts[ranks.rank]].to(grad.dtype), None, None
+
+
+def _summed(x: Tensor, ranks: Ranks) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=ranks.group)
+    return total
+
+
+def _top(lse: Tensor, ranks: Ranks) -> Tensor:
+    """The largest of all ranks, with which no exponential overflows; 0 where all of them are -inf."""
+    top = lse.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=ranks.group)
+    return top.masked_fill(top == -torch.inf, 0.0)
+
+
+def _share(terms: Tensor, total: Tensor) -> Tensor:
+    """exp(lse - whole) of this rank's log-sum-exp and that of all, 0 where there is nothing."""
+    return (terms / total).masked_fill(total == 0.0, 0.0)
+
+
+def _padded(rows: Tensor, length: int) -> Tensor:
+    missing = length - len(rows)
+    return F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, missing)) if missing else rows.contiguous()

@@ -1,0 +1,100 @@
+"""Which processes a loss spans, and whether they agree on what they compute.
+
+A loss takes ``process_group``: None for this process alone, ``"world"`` for the default group, which is looked up
+when the loss is called, or a group of :func:`torch.distributed.new_group`.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+GroupLike = Any
+"""ProcessGroup | Literal["world"] | None. (A build of torch without distributed has no ProcessGroup to name.)"""
+
+WORLD: Literal["world"] = "world"
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a group, seen from one of them."""
+
+    group: Any
+    rank: int
+    size: int
+
+
+def check(process_group: GroupLike) -> None:
+    """A process group, "world" or None; whether this process is in it is seen when it is used."""
+    if process_group is None or process_group == WORLD:
+        return
+    is_group = dist.is_available() and (
+        isinstance(process_group, dist.ProcessGroup) or process_group == dist.GroupMember.NON_GROUP_MEMBER
+    )
+    if not is_group:
+        raise TypeError(
+            "process_group must be a torch.distributed.ProcessGroup, 'world' or None, "
+            f"got {process_group!r} of type {type(process_group).__name__}"
+        )
+
+
+def resolve(process_group: GroupLike) -> Ranks | None:
+    """The processes that a loss spans; None for one process, alone in its group or without any.
+
+    Raises:
+        TypeError: if ``process_group`` is something else.
+        ValueError: if ``torch.distributed`` is not initialised, or this process is not in the group.
+    """
+    check(process_group)
+    if process_group is None:
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(
+            f"process_group={process_group!r} needs a call of torch.distributed.init_process_group first; "
+            "process_group=None is this process alone"
+        )
+    if process_group == WORLD:
+        process_group = dist.group.WORLD
+    rank, size = dist.get_rank(process_group), dist.get_world_size(process_group)
+    if rank < 0:
+        raise ValueError(f"process_group does not contain this process, rank {dist.get_rank()} of the world")
+    return None if size == 1 else Ranks(process_group, rank, size)
+
+
+_agreed: weakref.WeakKeyDictionary[Any, set[Hashable]] = weakref.WeakKeyDictionary()
+
+
+def agree(ranks: Ranks, loss: str, *, temperature: float | Tensor, like: Tensor, **options: Any) -> None:
+    """Compare what all ranks must have in common, once for each group and configuration, in one small exchange.
+
+    A temperature that is a number is compared with the rest, but a new value is no new configuration. The environment
+    variable ``NCKERNELS_CHECK_RANKS=0`` switches the exchange off.
+
+    Raises:
+        ValueError: on every rank, naming what differs.
+    """
+    if torch.compiler.is_compiling() or like.is_meta or os.environ.get("NCKERNELS_CHECK_RANKS") == "0":
+        return
+    options = {"loss": loss, **options, "dtype": like.dtype}
+    known, configuration = _agreed.setdefault(ranks.group, set()), tuple(options.items())
+    if configuration in known:
+        return
+    options["temperature"] = "a tensor" if isinstance(temperature, Tensor) else temperature
+    everybody: list[Any] = [None] * ranks.size
+    dist.all_gather_object(everybody, options, group=ranks.group)
+    for name in dict.fromkeys(name for theirs in everybody for name in theirs):
+        values = [theirs.get(name, "nothing") for theirs in everybody]
+        for rank, value in enumerate(values):
+            if value != values[0]:
+                raise ValueError(
+                    f"{loss}: the ranks of process_group must agree on {name}, "
+                    f"got {values[0]} on rank 0 and {value} on rank {rank}"
+                )
+    known.add(configuration)

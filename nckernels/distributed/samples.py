@@ -1,0 +1,214 @@
+"""Samples of all ranks contrasted with one another: each rank has its own rows as anchors, and everybody's as keys.
+
+Keys travel, (N, d) numbers of all ranks; the matrix of similarities never does, and a rank makes its own part of it
+tile by tile. The gradients of the keys go back, summed, to the ranks that own them.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .. import _checks, primitive
+from .._class_sums import class_sums, groups, mean_positive
+from .._common import Reduction, logaddexp, unit
+from ..backends import registry
+from ..backends.reference import masked_logsumexp
+from ..primitive import autocast, cosine_lse
+from . import collectives, ring
+from .collectives import Sizes
+from .contrast import contrast, reduced_contrast
+from .groups import Ranks
+
+_LEFT_OUT = -1
+
+
+def distinct_labels(labels: Tensor, ranks: Ranks) -> Tensor:
+    """Labels that count this rank's samples from 0, as numbers that no other rank has."""
+    return labels + collectives.sizes(labels, ranks).own.start
+
+
+def groups_of_all(labels: Tensor, ignored: Tensor, ranks: Ranks) -> tuple[Tensor, int]:
+    """:func:`nckernels._class_sums.groups` of the labels of all ranks: this rank's, and the number of classes."""
+    counts = collectives.sizes(labels, ranks)
+    if counts.total == 0:
+        return labels, 1
+    everybody, all_ignored = (collectives.gather(x, counts, ranks) for x in (labels, ignored))
+    group, classes = groups(everybody, all_ignored)
+    return group[counts.own], classes
+
+
+def contrast_keys(
+    query: Tensor,
+    key: Tensor,
+    target: Tensor,
+    inv_temperature: float | Tensor,
+    *,
+    direction: Literal["instance", "both"],
+    exclude: Literal["none", "target"],
+    ignore_index: int,
+    weight: Tensor | None,
+    reduction: Reduction,
+    ranks: Ranks | None,
+) -> Tensor:
+    """:func:`nckernels.primitive.contrast` of this rank's queries with the keys of all ranks; the mean of none is 0.
+
+    Args:
+        query: (M, d), this rank's.
+        key: (K, d), this rank's.
+        target: (M,) each query's positive among this rank's keys.
+    """
+    if ranks is None:
+        return primitive.contrast(
+            query, key, target, inv_temperature, direction=direction, exclude=exclude, ignore_index=ignore_index,
+            weight=weight, reduction=reduction, of_nothing=0.0,
+        )  # fmt: skip
+    _checks.in_classes(target, len(key), ignore_index)
+    query, key = autocast(query), autocast(key)
+    counts = collectives.sizes(key, ranks)
+    ignored = target == ignore_index
+    among_all = (target.long() + counts.own.start).masked_fill(ignored, _LEFT_OUT)
+    if not _travel(key, counts):
+        keys = collectives.gather(key, counts, ranks)
+        return contrast(
+            query, keys, among_all, inv_temperature, direction=direction, exclude=exclude, ignore_index=_LEFT_OUT,
+            weight=weight, reduction=reduction, ranks=ranks, of_nothing=0.0,
+        )  # fmt: skip
+    class_lse, instance_lse, pos, _ = ring.lse(
+        query, key, target.long().masked_fill(ignored, _LEFT_OUT), inv_temperature, counts, ranks,
+        direction=direction, exclude=exclude, ignore_index=_LEFT_OUT,
+    )  # fmt: skip
+    return reduced_contrast(
+        class_lse if direction == "both" else None, instance_lse, pos, among_all, ignore_index=_LEFT_OUT,
+        weight=weight, reduction=reduction, ranks=ranks, of_nothing=0.0,
+    )  # fmt: skip
+
+
+def supcon_terms(
+    rows: Tensor, labels: Tensor, ignore_index: int, inv_temperature: float | Tensor, ranks: Ranks, *, decoupled: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What SupCon needs of this rank's samples among those of all ranks.
+
+    Args:
+        rows: (n, d) of this rank, any number of them.
+        labels: (n,) labels that mean the same on all ranks.
+
+    Returns:
+        (n,) log-sum-exp over the other samples, or the samples of other labels (``decoupled``); (n,) mean cosine with
+        the other samples of the label; (n,) whether there are any.
+    """
+    counts = collectives.sizes(rows, ranks)
+    ignored = labels == ignore_index
+    visible = rows.masked_fill(ignored[:, None], 0.0)  # ignored rows may hold anything
+    everybody = collectives.gather(labels, counts, ranks)
+    all_ignored = everybody == ignore_index
+    if counts.total == 0:
+        return rows.new_zeros(0, dtype=visible.dtype), rows.new_zeros(0), ignored
+    bias = _left_out(all_ignored, visible)
+    if _travel(rows, counts) and not decoupled:
+        group, classes, key_group = _groups_here(labels, ignored, everybody, all_ignored)
+        own = torch.arange(len(rows), device=rows.device)
+        _, lse, _, sums = ring.lse(
+            visible, visible, own.masked_fill(ignored, _LEFT_OUT), inv_temperature, counts, ranks,
+            direction="instance", exclude="target", ignore_index=_LEFT_OUT, key_bias=bias, key_group=key_group,
+            groups=classes,
+        )  # fmt: skip
+        of_class = sums.new_zeros(classes).index_add(0, key_group.clamp_min(0), (key_group >= 0).to(sums.dtype))
+        return lse, *mean_positive(visible, group, ignored, classes, among=(sums, of_class))
+
+    keys = collectives.gather(visible, counts, ranks)
+    group, classes = groups(everybody, all_ignored)
+    among = class_sums(unit(keys), group, all_ignored, classes)
+    positives = mean_positive(visible, group[counts.own], ignored, classes, among)
+    if decoupled:
+        lse = _lse_of_other_labels(visible, labels, keys, everybody, ignore_index, inv_temperature)
+    else:
+        lse, _ = cosine_lse(
+            visible, keys, _own(counts, rows).masked_fill(ignored, _LEFT_OUT), inv_temperature, direction="instance",
+            exclude="target", logit_bias=bias, ignore_index=_LEFT_OUT,
+        )  # fmt: skip
+    return lse, *positives
+
+
+def lse_of_others(rows: Tensor, inv_temperature: float, ranks: Ranks | None) -> tuple[Tensor, int]:
+    """(n,) log-sum-exp of this rank's samples over all others of all ranks, and how many samples there are."""
+    counts = Sizes((len(rows),), 0) if ranks is None else collectives.sizes(rows, ranks)
+    if counts.total < 2:
+        return rows.new_zeros(0), counts.total
+    own = torch.arange(len(rows), device=rows.device)
+    if ranks is None:
+        return cosine_lse(rows, rows, own, inv_temperature, direction="instance", exclude="self")[0], counts.total
+    rows = autocast(rows)
+    if _travel(rows, counts):
+        _, lse, _, _ = ring.lse(
+            rows, rows, own, inv_temperature, counts, ranks, direction="instance", exclude="target",
+            ignore_index=_LEFT_OUT,
+        )  # fmt: skip
+        return lse, counts.total
+    keys = collectives.gather(rows, counts, ranks)
+    lse, _ = cosine_lse(rows, keys, _own(counts, rows), inv_temperature, direction="instance", exclude="target")
+    return lse, counts.total
+
+
+def _travel(keys: Tensor, counts: Sizes) -> bool:
+    """Whether keys go round instead of being gathered: where those of all ranks exceed the workspace.
+
+    The reference backend and compilers, which look into every operation, see them gathered.
+    """
+    if torch.compiler.is_compiling() or registry.resolve(keys.device, keys.dtype) == registry.REFERENCE:
+        return False
+    return counts.total * keys.shape[1] * keys.element_size() > registry.get_workspace(keys.device)
+
+
+def _own(counts: Sizes, like: Tensor) -> Tensor:
+    """Indices of this rank's rows in the concatenation of all."""
+    return torch.arange(counts.own.start, counts.own.stop, device=like.device)
+
+
+def _groups_here(labels: Tensor, ignored: Tensor, everybody: Tensor, all_ignored: Tensor) -> tuple[Tensor, int, Tensor]:
+    """Groups of this rank's labels, their number, and the group of each label of all ranks, -1 where it is not here."""
+    nothing = torch.iinfo(torch.int64).max
+    if len(labels) == 0:
+        return labels, 1, torch.full_like(everybody, -1)
+    group, classes = groups(labels, ignored)
+    in_order = labels.new_full((classes,), nothing).scatter_(0, group, labels.masked_fill(ignored, nothing))
+    found = torch.searchsorted(in_order, everybody).clamp_max(classes - 1)
+    here = (in_order[found] == everybody) & ~all_ignored
+    return group, classes, found.masked_fill(~here, -1)
+
+
+def _left_out(ignored: Tensor, like: Tensor) -> Tensor | None:
+    """A bias that takes ignored keys out of the sums; None where the host knows that there are none."""
+    known = ignored.device.type == "cpu" and not torch.compiler.is_compiling()
+    if known and not bool(ignored.any()):
+        return None
+    return like.new_zeros(len(ignored)).masked_fill(ignored, -torch.inf)
+
+
+def _lse_of_other_labels(
+    rows: Tensor,
+    labels: Tensor,
+    keys: Tensor,
+    key_labels: Tensor,
+    ignore_index: int,
+    inv_temperature: float | Tensor,
+) -> Tensor:
+    """Log-sum-exp over the keys of other labels, by tiles of keys that the backward pass makes again.
+
+    The primitive has this mask for samples against themselves only: its rows and columns share their labels.
+    """
+    u = unit(rows)
+    counted = (labels != ignore_index)[:, None]
+
+    def tile(u: Tensor, keys: Tensor, key_labels: Tensor, beta: float | Tensor) -> Tensor:
+        allowed = counted & (labels[:, None] != key_labels) & (key_labels != ignore_index)
+        return masked_logsumexp(beta * (u @ unit(keys).T), allowed, dim=1)
+
+    width = max(1, registry.get_workspace(rows.device) // (4 * u.element_size() * max(1, len(rows))))
+    lse = u.new_full((len(rows),), -torch.inf)
+    for block, block_labels in zip(keys.split(width), key_labels.split(width), strict=True):
+        lse = logaddexp(lse, checkpoint(tile, u, block, block_labels, inv_temperature, use_reentrant=False))
+    return lse
