@@ -17,7 +17,8 @@ from . import _checks
 from ._common import inverse, logaddexp, of_samples
 from .backends.base import accumulation_dtype
 from .distributed import collectives, groups
-from .distributed.contrast import class_logsumexp, reduce
+from .distributed.contrast import class_logsumexp
+from .distributed.groups import Ranks
 from .nn import NONLLoss, NTCELoss, PrototypeLoss, SupConLoss
 from .primitive import cosine_lse
 
@@ -179,48 +180,52 @@ class RunningDenominatorLoss(nn.Module):
     r"""NONL or NTCE whose denominators are averages over this batch and, fading, those before it.
 
     With :math:`\gamma` the decay, :math:`e_{jc} = e^{S_{jc} / \tau}` where the loss sums it and 0 where not,
-    :math:`M_s` the samples of batch s that are not ignored, and t the present batch,
+    :math:`w_i` the weights of the samples, :math:`M_s` the number of samples of batch s and t the present one,
 
     .. math::
-        D_c = M_t \, \frac{\sum_{s \le t} \gamma^{t-s} \sum_{j=1}^{M_s} e_{jc}}{\sum_{s \le t} \gamma^{t-s} M_s} \qquad
-        \ell_i = \log D_{y_i} - S_{i,y_i} / \tau
+        D_c = M_t \, \frac{\sum_{s \le t} \gamma^{t-s} \sum_j e_{jc}}{\sum_{s \le t} \gamma^{t-s} M_s} \qquad
+        a_c = \frac{\sum_{s \le t} \gamma^{t-s} \sum_{i : y_i = c} w_i}{\sum_{s \le t} \gamma^{t-s} \sum_i w_i} \qquad
+        L = \sum_c a_c \log D_c - \frac{\sum_i w_i S_{i,y_i} / \tau}{\sum_i w_i}
 
-    Each sum is divided by its number of samples, so that D is of the scale of one batch whatever the sizes of the
-    others; numerator and denominator start at zero together, so that the first steps need no other correction, and
-    the first loss is the criterion's own. The state is one number per class and one more; both are in the state dict.
+    where sums over j and i run over batch s, the last two over batch t. D is a mean exponential times the size of the
+    batch, so that the sizes of the others drop out. Numerators and denominators start at zero together, so that the
+    first steps need no other correction: the first loss and its gradient are the criterion's own.
 
-    Gradients are those of :math:`\log D` in which only this batch counts as a function, at its full weight:
+    In the gradient the past is a constant and the batch counts in full:
 
     .. math::
-        \partial \log D_c = \sum_{j=1}^{M_t} \frac{\partial e_{jc}}{D_c}
+        \partial L = \sum_c a_c \sum_j \frac{\partial e_{jc}}{D_c} - \ldots
 
-    These are the weights of a softmax with a denominator of longer memory. They add up to one over many batches and
-    not within each. (Gradients of D as it is written would have :math:`1 - \gamma` of it, too little beside that of the
-    alignment.) Estimators of this kind optimise the logarithm of an expectation, from which the mean over small
-    batches is biased: for contrastive losses see SogCLR (Yuan et al. 2022).
+    These are the weights of a softmax whose denominator has a longer memory. They add up to one over many batches, not
+    within each. (Derivatives of :math:`\log D` as it is written would have about :math:`1 - \gamma` of it, too little
+    beside the alignment.) Whatever else is in its batch, a sample has the gradient that it has in a batch of all the
+    data. SogCLR (Yuan et al. 2022) estimates contrastive losses in this way, with a running sum for each anchor.
 
-    What it estimates: the loss and gradient of a batch as large as the data, M times its mean exponential in place of
-    the sum. The bias of a single batch (the logarithm of a small sum is too small on average, by about half the
-    squared relative deviation of the sum) shrinks as the average spans M / (1 - decay) samples. Another one takes its
-    place: past exponentials are those of past features and prototypes, too old by about 1 / (1 - decay) steps.
+    What it estimates: loss and gradient of the whole data as one batch. The gradient is unbiased where D and a are
+    exact, while the logarithm of a small batch's sum is too small on average, by half its squared relative deviation.
+    What remains is the age of the average, of about 1 / (1 - decay) steps: past exponentials are those of past features
+    and past prototypes. Where they change faster, the weights of a step do not add up to one on average either, and the
+    repulsion is too strong or too weak.
 
     Args:
-        criterion: an :class:`NONLLoss` of direction "class" or an :class:`NTCELoss`, for instance the ``criterion``
-            of a :class:`PrototypeClassifier`.
+        criterion: an :class:`NONLLoss` of direction "class" or an :class:`NTCELoss`, of reduction "mean", for instance
+            the ``criterion`` of a :class:`PrototypeClassifier`.
         decay: :math:`\gamma` in [0, 1); 0 is the criterion itself.
 
     Shape, Raises:
-        those of the criterion. In training mode every call updates the state; in eval mode it is read only.
+        those of the criterion. In training mode every call updates the state, two numbers per class and one, all in the
+        state dict; in eval mode it is only read.
 
-    The exponentials of all K classes are computed for every batch, also of those that it lacks: averages over batches
-    that contain a class would be biased. With a ``process_group`` in the criterion a batch is that of all ranks, and so
-    all have the same state; without, each averages over its own batches, unless it is overwritten by rank 0's
+    The exponentials of all K classes are computed for every batch, and all prototypes have a gradient, also those of
+    classes that the batch lacks. With a ``process_group`` in the criterion a batch is that of all ranks, and all have
+    the same state; without, each averages over its own batches, unless it is overwritten by rank 0's
     (``broadcast_buffers`` of DistributedDataParallel), which does no harm.
 
     Where FSDP2 shards prototypes give this module to ``fully_shard``, not the criterion, whose forward is not called.
     """
 
     lse: Tensor
+    anchors: Tensor
     count: Tensor
 
     def __init__(self, criterion: NONLLoss | NTCELoss, decay: float = 0.9) -> None:
@@ -228,15 +233,18 @@ class RunningDenominatorLoss(nn.Module):
         if not isinstance(criterion, NONLLoss | NTCELoss):
             raise TypeError(f"criterion must be an NONLLoss or NTCELoss, got {type(criterion).__name__}")
         _by_class(criterion, ("class",))
+        if criterion.reduction != "mean":
+            raise ValueError(f"criterion must have reduction 'mean', got {criterion.reduction!r}")
         _checks.number("decay", decay)
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"decay must be at least 0 and less than 1, got {decay}")
         self.criterion, self.decay = criterion, decay
-        prototypes = criterion.prototypes
-        dtype = accumulation_dtype(prototypes.dtype)
-        self.register_buffer("lse", torch.full((len(prototypes),), -torch.inf, device=prototypes.device, dtype=dtype))
+        zeros = torch.zeros(len(criterion.prototypes), device=criterion.prototypes.device)
+        zeros = zeros.to(accumulation_dtype(criterion.prototypes.dtype))
+        self.register_buffer("lse", zeros - torch.inf)
+        self.register_buffer("anchors", zeros)
         # One element rather than a 0-dimensional tensor, whose changes torch.compile loses (float64, CPU, torch 2.13).
-        self.register_buffer("count", torch.zeros(1, device=prototypes.device, dtype=dtype))
+        self.register_buffer("count", zeros[:1].clone())
 
     def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of features (M, d) with class indices (M,)."""
@@ -247,38 +255,41 @@ class RunningDenominatorLoss(nn.Module):
             classes, columns = criterion.prototypes.shape
             groups.agree(
                 ranks, type(self).__name__, like=input, temperature=criterion.temperature, num_classes=classes,
-                d=columns, exclude=exclude, reduction=criterion.reduction, decay=self.decay,
+                d=columns, exclude=exclude, decay=self.decay,
             )  # fmt: skip
         lse, pos = cosine_lse(
             input, criterion.prototypes, target, inverse(criterion.temperature), direction="class", exclude=exclude,
             ignore_index=criterion.ignore_index,
         )  # fmt: skip
-        ignored = target == criterion.ignore_index
-        lse, samples = class_logsumexp(lse, ranks), (~ignored).sum()
-        running, share = self._update(
-            lse.detach(), samples if ranks is None else collectives.all_reduce(samples, ranks)
-        )
-        lse = _or_zero(lse)
-        lse = running + share * (lse - lse.detach())  # the value is log D, the derivative that of sum / D
-        loss = lse.index_select(0, target.long().masked_fill(ignored, 0)).masked_fill(ignored, 0.0) - pos
+        counted = target != criterion.ignore_index
         weight = of_samples(criterion.weight, sample_weight, target)
-        return reduce(loss, ~ignored, weight, criterion.reduction, ranks)
+        weight = counted.to(pos.dtype) if weight is None else weight.detach().to(pos.dtype).where(counted, 0.0)
+        anchors = torch.zeros_like(lse).index_add(0, target.long().where(counted, 0), weight)
+        value, slope = self._uniformity(lse.detach(), anchors, counted.sum().to(lse.dtype), ranks)
+        lse = _or_zero(lse)
+        own = (slope * (lse - lse.detach())).sum() - (weight * pos).sum() / _summed(weight.sum(), ranks)
+        return value + (own if ranks is None else ranks.size * own)
 
     @torch.no_grad()
-    def _update(self, lse: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
-        """log D, 0 where nothing was ever summed, and the batch's share of D; both (K,)."""
-        kept = self.lse.to(lse.dtype) + math.log(self.decay) if self.decay else torch.full_like(lse, -torch.inf)
-        total, count = logaddexp(kept, lse), self.decay * self.count.to(lse.dtype) + samples
+    def _uniformity(self, lse: Tensor, anchors: Tensor, samples: Tensor, ranks: Ranks | None) -> tuple[Tensor, Tensor]:
+        """The value of the first term, and its derivative in each class's log-sum-exp of this rank's samples."""
+        decay = self.decay
+        kept = self.lse.to(lse.dtype) + math.log(decay) if decay else torch.full_like(lse, -torch.inf)
+        samples = _summed(samples, ranks)
+        total = logaddexp(kept, class_logsumexp(lse, ranks))
+        anchors = decay * self.anchors.to(lse.dtype) + _summed(anchors, ranks)
+        count = decay * self.count.to(lse.dtype) + samples
         if self.training:
             self.lse.copy_(total)
+            self.anchors.copy_(anchors)
             self.count.copy_(count)
-        # Without samples there are no anchors, and any number will do that is not NaN.
-        log_d = total + (samples.clamp_min(1) / count.clamp_min(torch.finfo(count.dtype).tiny)).log()
-        share = (lse - log_d).exp().where(lse > -torch.inf, 0.0)
+        log_d = _or_zero(total + (samples / count).log())  # a class without negatives, ever, has its alignment only
+        share = anchors / anchors.sum()
+        slope = share * (lse - log_d).exp()
         # torch.compile keeps what was concatenated for the backward pass. The cheap rest it computes again, here that
         # would be from buffers that have moved on.
-        log_d, share = torch.stack([_or_zero(log_d), share]).unbind()
-        return log_d, share
+        terms = torch.cat([slope, (share * log_d).sum()[None]])
+        return terms[-1], terms[:-1]
 
     def extra_repr(self) -> str:
         return f"decay={self.decay:g}"
@@ -322,6 +333,11 @@ def _as_one(past: Tensor, target: Tensor, classes: int, ignore_index: int) -> Te
         present[ignore_index] = 1  # it is no class
     known = (past == ignore_index) | (present[past.clamp(0, classes - 1)] == 1)
     return past.where(known, present.argmin())
+
+
+def _summed(x: Tensor, ranks: Ranks | None) -> Tensor:
+    """Over all ranks."""
+    return x if ranks is None else collectives.all_reduce(x, ranks)
 
 
 def _or_zero(lse: Tensor) -> Tensor:

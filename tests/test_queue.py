@@ -161,6 +161,7 @@ def test_moco(cpu_backend: Backend) -> None:
         (lambda: QueueLoss(make("ntce"), make_queue(2))(torch.zeros(6), torch.zeros(6)), ValueError, r"got \(6,\)"),
         (lambda: RunningDenominatorLoss(nckernels.SupConLoss()), TypeError, "NONLLoss or NTCELoss, got SupConLoss"),
         (lambda: RunningDenominatorLoss(make("nonl", direction="both")), ValueError, "direction 'class', got 'both'"),
+        (lambda: RunningDenominatorLoss(make("ntce", reduction="sum")), ValueError, "reduction 'mean', got 'sum'"),
         (lambda: RunningDenominatorLoss(make("ntce"), 1.0), ValueError, "decay must be .* less than 1, got 1.0"),
         (lambda: RunningDenominatorLoss(make("ntce"), "0.9"), TypeError, "decay must be a number"),
     ],
@@ -338,38 +339,36 @@ def test_autocast() -> None:
 # Running denominators
 
 
-def history(name: str, batches: list[tuple[Tensor, Tensor]], w: Tensor, temperature: Tensor, decay: float) -> Tensor:
-    """(K,) D of the last batch, as the formula is written."""
-    sums = [exponentials(name, x, y, w, temperature).sum(0).detach() for x, y in batches]
-    counts = [int((y != IGNORED).sum()) for _, y in batches]
-    fading = [decay ** (len(batches) - 1 - s) for s in range(len(batches))]
-    total = sum(f * s for f, s in zip(fading, sums, strict=True))
-    return counts[-1] * total / sum(f * n for f, n in zip(fading, counts, strict=True))
+def faded(values: list[Tensor], decay: float) -> Tensor:
+    """Their sum, in which each step back counts a factor of decay less."""
+    return torch.stack([decay ** (len(values) - 1 - s) * value for s, value in enumerate(values)]).sum(0)
 
 
 @by_class
-@reductions
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weight"])
-def test_running(cpu_backend: Backend, name: str, reduction: str, weighted: bool) -> None:
-    """Batches of several sizes: value, and gradients of the batch's sum over the whole denominator."""
-    weight = torch.rand(CLASSES, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) if weighted else None
-    criterion = RunningDenominatorLoss(make(name, reduction=reduction, weight=weight), decay=0.7)
+def test_running(cpu_backend: Backend, name: str, weighted: bool) -> None:
+    """Batches of several sizes: the value as it is written, and the gradient whose denominators are numbers."""
+    g = torch.Generator().manual_seed(1)
+    weight = torch.rand(CLASSES, dtype=torch.float64, generator=g) if weighted else None
+    criterion = RunningDenominatorLoss(make(name, weight=weight), decay=0.7)
     w, temperature = criterion.criterion.prototypes, criterion.criterion.temperature
-    batches = []
-    for seed, count in enumerate([6, 20, 3, 12]):
-        x, y = samples(count, seed)
-        batches.append((x, y))
-        d = history(name, batches, w, temperature, 0.7)
-        pos, now = cosine(x, w) / temperature, exponentials(name, x, y, w, temperature).sum(0)
-        value = reduced(
-            torch.stack([d[c].log() - pos[i, c] for i, c in enumerate(y.clamp_min(0))]), y, weight, reduction
-        )
-        slope = reduced(
-            torch.stack([now[c] / d[c] - pos[i, c] for i, c in enumerate(y.clamp_min(0))]), y, weight, reduction
-        )
-        got = criterion(x, y)
-        close(got, value)
-        close(grads(got, x, w, temperature), grads(slope, x, w, temperature))
+    sums, anchors, counts = [], [], []
+    for seed, count in enumerate([6, 20, 1, 12]):
+        x, y = samples(count, seed, ignored=0.0 if count == 1 else 0.2)
+        sample_weight = torch.rand(count, dtype=torch.float64, generator=g) if weighted else None
+        share = (y != IGNORED).double()
+        if weighted:
+            share = share * weight[y.clamp_min(0)] * sample_weight
+        now = exponentials(name, x, y, w, temperature).sum(0)
+        sums.append(now.detach())
+        anchors.append(torch.stack([share[y == c].sum() for c in range(CLASSES)]))
+        counts.append((y != IGNORED).sum().double())
+        d = counts[-1] * faded(sums, 0.7) / faded(counts, 0.7)
+        a = faded(anchors, 0.7) / faded(anchors, 0.7).sum()
+        alignment = (share * (cosine(x, w) / temperature)[torch.arange(count), y.clamp_min(0)]).sum() / share.sum()
+        got = criterion(x, y, sample_weight)
+        close(got, (a * d.log()).sum() - alignment)
+        close(grads(got, x, w, temperature), grads((a * now / d).sum() - alignment, x, w, temperature))
 
 
 @by_class
@@ -388,62 +387,59 @@ def test_the_first_step_is_the_loss_itself(backend: Backend, name: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_the_running_gradient_is_that_of_the_whole_set() -> None:
-    """On average over all batches, when the memory holds all samples and nothing moves; that of single batches is not.
-
-    One term is missing, and known: a sample is no negative of itself, and its batch has M - 1 others.
-    """
-    whole, part = 9, 3
+@by_class
+@pytest.mark.parametrize("part", [1, 3])
+def test_the_running_gradient_is_that_of_the_whole_set(name: str, part: int) -> None:
+    """On average over all batches, if the memory holds all samples and nothing moves; that of single batches is not."""
+    whole = 9
     x, y = samples(whole, 0, classes=3, ignored=0.0)
-    criterion = RunningDenominatorLoss(make("nonl"), decay=1 - 1e-15).eval()
+    criterion = RunningDenominatorLoss(make(name), decay=1 - 1e-15).eval()
     plain, w = criterion.criterion, criterion.criterion.prototypes
     many = 1e15
-    criterion.lse.copy_(exponentials("nonl", x, y, w, plain.temperature).sum(0).log() + math.log(many))
+    criterion.lse.copy_(exponentials(name, x, y, w, plain.temperature).sum(0).log() + math.log(many))
+    criterion.anchors.copy_(torch.bincount(y, minlength=CLASSES).double() * many)
     criterion.count.fill_(whole * many)
 
     def mean(loss: nn.Module) -> Tensor:
         batches = torch.combinations(torch.arange(whole), part)
         return torch.stack([torch.autograd.grad(loss(x[i], y[i]), w)[0] for i in batches]).mean(0)
 
-    gradient = torch.autograd.grad(plain(x, y), w)[0]
-    alignment = torch.autograd.grad(-(cosine(x, w) / plain.temperature)[torch.arange(whole), y].mean(), w)[0]
-    expected = alignment + (part - 1) / part * whole / (whole - 1) * (gradient - alignment)
+    expected = torch.autograd.grad(plain(x, y), w)[0]
     close(mean(criterion), expected)
-    assert (mean(plain) - expected).norm() > 0.1 * gradient.norm()
+    assert (mean(plain) - expected).norm() > 0.1 * expected.norm()
 
 
 @by_class
 def test_degenerate_batches(cpu_backend: Backend, name: str) -> None:
     """Nothing to sum, now or ever: finite values and gradients, and a state that goes on."""
-    w = make(name).prototypes
+    plain = MODULES[name](DIM, CLASSES, dtype=torch.float64, temperature=TEMPERATURE)
+    w = plain.prototypes
     x, y = samples(4, 0, ignored=0.0)
-    nobody = torch.full((4,), IGNORED)
-    one_class = torch.full((4,), 2)
-
-    def fresh(reduction: str = "sum") -> RunningDenominatorLoss:
-        return RunningDenominatorLoss(MODULES[name](prototypes=w, temperature=TEMPERATURE, reduction=reduction), 0.5)
-
+    nobody, one_class = torch.full((4,), IGNORED), torch.full((4,), 2)
     for labels in (nobody, nobody[:0], one_class):
-        criterion, plain = fresh(), fresh().criterion
+        criterion = RunningDenominatorLoss(plain, 0.5)
         rows = x[: len(labels)]
-        got, expected = criterion(rows, labels), plain(rows, labels)
-        close(got, expected)
-        close(grads(got, x, w), grads(expected, x, w))
-        assert all(bool(g.isfinite().all()) for g in grads(criterion(rows, labels), x, w))
+        first = criterion(rows, labels)
+        assert bool(first.isnan()) == (labels is not one_class)
+        if labels is one_class:
+            close(first, plain(rows, labels))
+            close(grads(first, x, w), grads(plain(rows, labels), x, w))
         after = criterion(x, y)  # other classes come
         assert bool(after.isfinite())
         assert all(bool(g.isfinite().all()) for g in grads(after, x, w))
-    assert bool(fresh("mean")(x, nobody).isnan())
+        assert bool(criterion(rows, labels).isnan()) == (labels is not one_class)
 
-    # A class that has negatives in the past only: they are a constant.
-    criterion = fresh()
+    # A class that has negatives in the past only.
+    criterion = RunningDenominatorLoss(plain, 0.5)
     criterion(x, y)
-    before = criterion.lse.clone()
+    sums, anchors = criterion.lse.exp(), criterion.anchors.clone()
+    now = exponentials(name, x, one_class, w, plain.temperature).sum(0)
+    a = (0.5 * anchors + 4 * F.one_hot(torch.tensor(2), CLASSES)) / 6
+    d = 4 * (0.5 * sums + now.detach()) / 6
+    alignment = (cosine(x, w) / TEMPERATURE)[:, 2].mean()
     got = criterion(x, one_class)
-    if name == "nonl":
-        pos = cosine(x, w)[:, 2].sum() / TEMPERATURE
-        close(got, 4 * (before[2] + math.log(0.5 * 4 / (0.5 * 4 + 4))) - pos)
-        close(grads(got, x, w), grads(-pos, x, w))
+    close(got, (a * d.log()).sum() - alignment)
+    close(grads(got, x, w), grads((a * now / d).sum() - alignment, x, w))
 
 
 def test_an_empty_batch_leaves_the_average() -> None:
@@ -452,6 +448,7 @@ def test_an_empty_batch_leaves_the_average() -> None:
         criterion(*samples(4, 0))
     with_it(samples(3, 1)[0], torch.full((3,), IGNORED))
     close(with_it.lse - with_it.count.log(), without.lse - without.count.log())
+    close(with_it.anchors / with_it.count, without.anchors / without.count)
 
 
 # Modules
@@ -495,7 +492,7 @@ def test_resuming_is_exact(wrap: Callable[[str], nn.Module], name: str) -> None:
     for criterion in (second, copy.deepcopy(first)):
         assert all(torch.equal(a, b) for a, b in zip(train(criterion, range(3, 6)), expected[3:], strict=True))
     assert all(torch.equal(a, b) for a, b in zip(second.buffers(), whole.buffers(), strict=True))
-    kept = {"queue.features", "queue.labels", "queue.position"} if wrap is queued else {"lse", "count"}
+    kept = {"queue.features", "queue.labels", "queue.position"} if wrap is queued else {"lse", "anchors", "count"}
     assert set(first.state_dict()) == kept | {"criterion.prototypes", "criterion.temperature"}
 
 
