@@ -9,7 +9,11 @@ python -m benchmarks tune --device cuda                  tile tables of the Trit
 python -m benchmarks correctness                         every kernel on small ragged problems, against float64
 python -m benchmarks host                                host time of the Triton backend's launches, without a GPU
 python -m benchmarks predict                             counted times on a GPU, beside those of a report
+
 python -m benchmarks queue                               small batches with queues and running denominators, on digits
+
+python -m benchmarks many-classes                        a million classes, dense and sparse gradients
+
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ from . import (
     e2e,
     harness,
     host,
+    many_classes,
     measure,
     plots,
     predict,
@@ -51,6 +56,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "tune": tune.main,
     "host": host.main,
     "predict": predict.main,
+    "many-classes": many_classes.main,
     "queue": small_batches.main,
 }
 

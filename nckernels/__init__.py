@@ -18,6 +18,7 @@ from .contrastive import (
     supcon_loss,
     uniformity_loss,
 )
+from .distributed.micro_batches import MicroBatches
 from .functional import nonl_loss, normface_loss, ntce_loss
 from .nn import (
     AlignmentLoss,
@@ -44,6 +45,7 @@ __all__ = [
     "FixedPrototypes",
     "InfoNCELoss",
     "LinearProbe",
+    "MicroBatches",
     "NONLLoss",
     "NTCELoss",
     "NormFaceLoss",

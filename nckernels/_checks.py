@@ -25,7 +25,7 @@ def is_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if is_dtensor(value):
         trained = isinstance(value, Parameter) or name in ("prototypes", "temperature")
-        instead = _OF_A_MODULE if trained else _OF_A_BATCH
+        instead = (_OF_A_MODULE if trained else _OF_A_BATCH) + (_OF_CLASSES if name == "prototypes" else "")
         raise TypeError(f"{name} is a DTensor, which the kernels do not take. {instead.format(name=name)}")
 
 
@@ -42,6 +42,7 @@ _OF_A_MODULE = (
     "parameter before fully_shard. Otherwise gather it yourself, {name}.full_tensor(grad_placements=[Partial('avg')]) "
     "where ranks have batches of their own"
 )
+_OF_CLASSES = ". Prototypes that every rank has a part of for good need process_group, see docs/scaling.md"
 _OF_A_BATCH = "Pass the rows of this rank, {name}.to_local(), or the whole tensor, {name}.full_tensor()"
 
 
@@ -56,9 +57,10 @@ def no_autocast(like: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.autocast(like.device.type, enabled=False) if autocast_enabled(like) else contextlib.nullcontext()
 
 
-def matrix(name: str, value: Tensor, rows: str, columns: str) -> None:
-    """A (rows, columns) float tensor."""
-    is_tensor(name, value)
+def matrix(name: str, value: Tensor, rows: str, columns: str, sharded: bool = False) -> None:
+    """A (rows, columns) float tensor; ``sharded`` lets a DTensor pass."""
+    if not (sharded and is_dtensor(value)):
+        is_tensor(name, value)
     if value.dim() != 2:
         raise ValueError(f"{name} must have shape ({rows}, {columns}), got {tuple(value.shape)}")
     if value.dtype not in FLOAT_DTYPES:
@@ -76,10 +78,14 @@ def features_and_prototypes(
     prototypes: Tensor,
     feature_name: str = "features",
     prototype_name: str = "prototypes",
+    sharded: bool = False,
 ) -> None:
-    """(M, d) and (K, d), K and d at least 1, one device and one dtype, at least after autocast."""
+    """(M, d) and (K, d), K and d at least 1, one device and one dtype, at least after autocast.
+
+    The prototypes may be a DTensor where they may be ``sharded``.
+    """
     matrix(feature_name, features, "M", "d")
-    matrix(prototype_name, prototypes, "K", "d")
+    matrix(prototype_name, prototypes, "K", "d", sharded)
     if features.shape[1] != prototypes.shape[1]:
         raise ValueError(
             f"{feature_name} and {prototype_name} must have the same number of columns d, "
@@ -163,6 +169,23 @@ def positive_scalar(name: str, value: float | Tensor, like: Tensor) -> None:
     number(name, value)
     if not 0.0 < value < float("inf"):
         raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def sparse(value: bool, direction: str) -> None:
+    """Sparse gradients need a loss that leaves most classes alone."""
+    if value and direction != "class":
+        raise ValueError(f"sparse=True needs direction='class', got {direction!r}, which touches every class")
+
+
+def sampling(class_fraction: float, label_smoothing: float, sparse: bool) -> None:
+    """The part of the classes in a softmax, and what goes with it."""
+    number("class_fraction", class_fraction)
+    if not 0.0 < class_fraction <= 1.0:
+        raise ValueError(f"class_fraction must be above 0 and at most 1, got {class_fraction}")
+    if class_fraction < 1.0 and label_smoothing:
+        raise ValueError(f"label_smoothing={label_smoothing} needs all classes, class_fraction=1, got {class_fraction}")
+    if sparse and class_fraction == 1.0:
+        raise ValueError("sparse=True needs class_fraction below 1: the whole softmax touches every class")
 
 
 def temperature(value: float | Tensor, like: Tensor) -> None:

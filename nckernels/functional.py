@@ -14,11 +14,12 @@ from torch import Tensor
 
 from . import _checks
 from ._common import REDUCTIONS, Reduction, inverse, logaddexp, norms, of_samples
+from ._compact import BATCH_SPARSE, Part
 from .backends.base import Direction
-from .distributed import groups
-from .distributed.contrast import class_logsumexp, contrast, reduce, reduce_weighted
+from .distributed import class_parallel, groups
+from .distributed.contrast import contrast, lse_of_samples, reduce, reduce_weighted, sum_of_unit_rows
 from .distributed.groups import GroupLike, Ranks
-from .primitive import DIRECTIONS, cosine_lse
+from .primitive import DIRECTIONS
 
 
 def nonl_loss(
@@ -32,6 +33,7 @@ def nonl_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     direction: Direction = "class",
+    sparse: bool = False,
     process_group: GroupLike = None,
 ) -> Tensor:
     r"""Negatives-only normalised loss, NONL ([NCD] Eq. 5).
@@ -44,7 +46,9 @@ def nonl_loss(
 
     Args:
         input: (M, d) features, any scale; float32, bfloat16, float16 or float64.
-        prototypes: (K, d) class prototypes, e.g. ``head.weight``; any scale, same dtype.
+        prototypes: (K, d) class prototypes, e.g. ``head.weight``; any scale, same dtype. With ``process_group`` also
+            a DTensor with placement ``Shard(0)``, of which each rank has some rows; their gradient is the whole
+            batch's, not to be averaged, see docs/scaling.md.
         target: (M,) class indices in [0, K), or ``ignore_index``.
         temperature: :math:`\tau > 0`, a number or a tensor of shape () or (1,), which may require grad.
         weight: (K,) rescaling of each class's samples, as in :func:`torch.nn.functional.cross_entropy`.
@@ -54,11 +58,15 @@ def nonl_loss(
         direction: ``"class"`` is the paper's loss. The authors' code has two variants: ``"instance"``, whose
             sum runs over the other classes of the sample, :math:`\sum_{c \neq y_i} e^{S_{ic}/\tau}`, and
             ``"both"``, which adds the two sums inside the logarithm.
+        sparse: give ``prototypes`` a sparse gradient, as ``nn.Embedding(sparse=True)`` does: a COO tensor of the
+            rows of the classes in the batch, for :class:`torch.optim.SGD` or :class:`torch.optim.SparseAdam`. Time
+            and memory of a step then do not depend on K. Needs ``direction="class"``, in which the other classes
+            have no part.
         process_group: whose samples are contrasted: None for this process's, ``"world"`` for those of all
             processes, or a :class:`torch.distributed.ProcessGroup`. Every rank returns the number of ranks times
             its own samples' share of the whole, so that the average over ranks, of losses and of gradients, is
             the whole batch's whatever the sizes of the local batches. All ranks must have the same prototypes
-            and call the loss, with as many samples as they like; see docs/scaling.md.
+            (or each a part) and call the loss, with as many samples as they like; see docs/scaling.md.
 
     Returns:
         A scalar, or (M,) for ``reduction="none"`` (0 where ignored); float32 (float64 for float64 input).
@@ -73,21 +81,26 @@ def nonl_loss(
         >>> y = torch.randint(10, (32,))
         >>> nckernels.nonl_loss(x, head.weight, y).backward()
     """
-    beta = _checked(input, prototypes, target, weight, sample_weight, temperature, ignore_index, reduction)
+    beta = _checked(
+        input, prototypes, target, weight, sample_weight, temperature, ignore_index, reduction, process_group
+    )
     _checks.choice("direction", direction, DIRECTIONS)
-    ranks = _ranks(process_group, "nonl_loss", input, prototypes, temperature, reduction, direction=direction)
+    _checks.sparse(sparse, direction)
+    ranks = _ranks(
+        process_group, "nonl_loss", input, prototypes, temperature, reduction, direction=direction, sparse=sparse
+    )
+    prototypes = class_parallel.prepared(prototypes, ranks, sparse)
     per_sample = of_samples(weight, sample_weight, target)
     if direction != "both":
         return contrast(
             input, prototypes, target, beta, direction=direction, exclude="target", ignore_index=ignore_index,
-            weight=per_sample, reduction=reduction, ranks=ranks,
+            weight=per_sample, reduction=reduction, part=BATCH_SPARSE if sparse else None, ranks=ranks,
         )  # fmt: skip
-    (class_lse, instance_lse), pos = cosine_lse(
-        input, prototypes, target, beta, direction="both", exclude="target", ignore_index=ignore_index
-    )
+    lse, pos = lse_of_samples(
+        input, prototypes, target, beta, direction="both", exclude="target", ignore_index=ignore_index,
+        reduction=reduction, part=None, ranks=ranks,
+    )  # fmt: skip
     ignored = target == ignore_index
-    of_class = class_logsumexp(class_lse, ranks).index_select(0, target.long().masked_fill(ignored, 0))
-    lse = logaddexp(of_class, instance_lse)
     loss = lse.masked_fill(ignored | (lse == -torch.inf), 0.0) - pos  # no negatives: alignment only
     return reduce(loss, ~ignored, per_sample, reduction, ranks)
 
@@ -102,6 +115,7 @@ def ntce_loss(
     sample_weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
+    sparse: bool = False,
     process_group: GroupLike = None,
 ) -> Tensor:
     r"""Normalised temperature-scaled cross-entropy over the batch, NTCE ([NCD] Eq. 4).
@@ -112,11 +126,15 @@ def ntce_loss(
     Each class prototype is contrasted with all samples of the batch. Arguments, results and errors are those
     of :func:`nonl_loss`, without ``direction``.
     """
-    beta = _checked(input, prototypes, target, weight, sample_weight, temperature, ignore_index, reduction)
-    ranks = _ranks(process_group, "ntce_loss", input, prototypes, temperature, reduction)
+    beta = _checked(
+        input, prototypes, target, weight, sample_weight, temperature, ignore_index, reduction, process_group
+    )
+    ranks = _ranks(process_group, "ntce_loss", input, prototypes, temperature, reduction, sparse=sparse)
+    prototypes = class_parallel.prepared(prototypes, ranks, sparse)
     return contrast(
         input, prototypes, target, beta, direction="class", exclude="none", ignore_index=ignore_index,
-        weight=of_samples(weight, sample_weight, target), reduction=reduction, ranks=ranks,
+        weight=of_samples(weight, sample_weight, target), reduction=reduction, part=BATCH_SPARSE if sparse else None,
+        ranks=ranks,
     )  # fmt: skip
 
 
@@ -133,6 +151,9 @@ def normface_loss(
     label_smoothing: float = 0.0,
     angular_margin: float = 0.0,
     cosine_margin: float = 0.0,
+    class_fraction: float = 1.0,
+    generator: torch.Generator | None = None,
+    sparse: bool = False,
     process_group: GroupLike = None,
 ) -> Tensor:
     r"""NormFace, the softmax cross-entropy of cosine logits ([NCD] Eq. 3).
@@ -151,28 +172,43 @@ def normface_loss(
             :math:`\cos(\theta + m)`, and :math:`\cos\theta - m \sin m` where :math:`\theta + m > \pi`, so
             that it stays decreasing in :math:`\theta`.
         cosine_margin: CosFace's additive margin, in [0, 2], subtracted from the target's cosine.
+        class_fraction: r in (0, 1]. Below 1 the sum runs over a part of the classes, an approximation for millions
+        of them (PartialFC, An et al. 2022): those that occur in the batch, and others drawn uniformly without
+        replacement, anew in every call, :math:`\max(\lceil r K \rceil, \min(M, K))` in all. Only their rows of
+        ``prototypes`` get a gradient. Nothing corrects for the missing ones: sums are too small, the loss of a
+        sample is below the whole one by up to about :math:`\log(1/r)`, and the drawn classes get as much more
+        than their share of the gradient. Without ``label_smoothing``.
+    generator: of the random classes, on the device of ``input``; None is PyTorch's own, which
+            :func:`torch.manual_seed` sets. Its state determines the classes.
+        sparse: give ``prototypes`` a sparse gradient, as in :func:`nonl_loss`; needs ``class_fraction`` below 1.
 
     Returns, Raises: as in :func:`nonl_loss`.
     """
-    beta = _checked(input, prototypes, target, weight, sample_weight, temperature, ignore_index, reduction)
+    beta = _checked(
+        input, prototypes, target, weight, sample_weight, temperature, ignore_index, reduction, process_group
+    )
     _checks.in_range("label_smoothing", label_smoothing, 0.0, 1.0)
     _checks.in_range("angular_margin", angular_margin, 0.0, math.pi)
     _checks.in_range("cosine_margin", cosine_margin, 0.0, 2.0)
+    _checks.sampling(class_fraction, label_smoothing, sparse)
     ranks = _ranks(process_group, "normface_loss", input, prototypes, temperature, reduction)
+    prototypes = class_parallel.prepared(prototypes, ranks, sparse)
     per_sample = of_samples(weight, sample_weight, target)
+    part = Part(class_fraction, generator, sparse) if class_fraction < 1.0 else None
     if not (angular_margin or cosine_margin or label_smoothing):
         return contrast(
             input, prototypes, target, beta, direction="instance", exclude="none", ignore_index=ignore_index,
-            weight=per_sample, reduction=reduction, ranks=ranks,
+            weight=per_sample, reduction=reduction, part=part, ranks=ranks,
         )  # fmt: skip
-    if angular_margin or cosine_margin:
-        others, cosine = cosine_lse(
-            input, prototypes, target, beta, direction="instance", exclude="target", ignore_index=ignore_index
-        )
-        pos = beta * _add_margins(cosine / beta, angular_margin, cosine_margin)
-        lse = logaddexp(others, pos)
-    else:
-        lse, pos = cosine_lse(input, prototypes, target, beta, direction="instance", ignore_index=ignore_index)
+    margin = bool(angular_margin or cosine_margin)
+    lse, pos = lse_of_samples(
+        input, prototypes, target, beta, direction="instance", exclude="target" if margin else "none",
+        ignore_index=ignore_index, reduction=reduction, part=part, ranks=ranks,
+    )  # fmt: skip
+    cosine = pos
+    if margin:
+        pos = beta * _add_margins(pos / beta, angular_margin, cosine_margin)
+        lse = logaddexp(lse, pos)
     ignored = target == ignore_index
     lse = lse.masked_fill(ignored, 0.0)
     loss = (lse - pos).masked_fill(ignored, 0.0)
@@ -185,12 +221,12 @@ def normface_loss(
     class_weight = torch.ones(k, dtype=dtype, device=input.device) if weight is None else weight.to(dtype)
     share = (~ignored).to(dtype) if per_sample is None else per_sample.to(dtype).masked_fill(ignored, 0.0)
     with torch.autocast(input.device.type, enabled=False):
-        rows, columns = input.to(dtype).masked_fill(ignored[:, None], 0.0), prototypes.to(dtype)
-        average = (class_weight / norms(columns, prototypes.dtype)) @ columns / k
+        rows = input.to(dtype).masked_fill(ignored[:, None], 0.0)
+        average = sum_of_unit_rows(prototypes, class_weight, reduction, ranks) / k
         spread = class_weight.mean() * lse - beta * (rows @ average) / norms(rows, input.dtype)
     if sample_weight is not None:
         spread = spread * sample_weight.to(dtype)
-    if angular_margin or cosine_margin:
+    if margin:
         spread = spread - share / k * (pos - cosine)
     smoothed = (1.0 - label_smoothing) * share * loss + label_smoothing * spread.masked_fill(ignored, 0.0)
     return reduce_weighted(smoothed, share, reduction, ranks)
@@ -208,9 +244,10 @@ def _checked(
     temperature: float | Tensor,
     ignore_index: int,
     reduction: str,
+    process_group: GroupLike,
 ) -> float | Tensor:
     """Check what all losses share; return beta = 1 / temperature."""
-    _checks.features_and_prototypes(input, prototypes, "input")
+    _checks.features_and_prototypes(input, prototypes, "input", sharded=process_group is not None)
     _checks.target(target, input, "input")
     _checks.temperature(temperature, input)
     _checks.choice("reduction", reduction, REDUCTIONS)
@@ -230,7 +267,7 @@ def _ranks(
     prototypes: Tensor,
     temperature: float | Tensor,
     reduction: str,
-    **options: str,
+    **options: object,
 ) -> Ranks | None:
     """The ranks that the loss spans, which agree on it."""
     ranks = groups.resolve(process_group)
@@ -238,7 +275,7 @@ def _ranks(
         classes, columns = prototypes.shape
         groups.agree(
             ranks, loss, like=input, temperature=temperature, num_classes=classes, d=columns, reduction=reduction,
-            **options,
+            prototypes="of the whole group" if _checks.is_dtensor(prototypes) else "on every rank", **options,
         )  # fmt: skip
     return ranks
 

@@ -26,6 +26,7 @@ class LossOptions(TypedDict, total=False):
     weight: Tensor | None
     ignore_index: int
     reduction: Reduction
+    sparse: bool
     device: torch.device | str | None
     dtype: torch.dtype | None
     process_group: GroupLike
@@ -70,6 +71,7 @@ class _PrototypeLoss(_Loss):
         weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: Reduction = "mean",
+        sparse: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         process_group: GroupLike = None,
@@ -82,7 +84,7 @@ class _PrototypeLoss(_Loss):
             _checks.positive_integer("num_classes", num_classes)
             prototypes = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
             nn.init.normal_(prototypes, std=1.0 / math.sqrt(in_features))  # rows of about unit norm
-        _checks.matrix("prototypes", prototypes, "K", "d")
+        _checks.matrix("prototypes", prototypes, "K", "d", sharded=process_group is not None)
         if in_features not in (None, prototypes.shape[1]) or num_classes not in (None, prototypes.shape[0]):
             raise ValueError(
                 f"prototypes of shape {tuple(prototypes.shape)} do not fit "
@@ -96,16 +98,20 @@ class _PrototypeLoss(_Loss):
         _register(self, "prototypes", prototypes)
         _register(self, "temperature", temperature)
         self.register_buffer("weight", weight)
-        self.ignore_index, self.reduction = ignore_index, reduction
+        self.ignore_index, self.reduction, self.sparse = ignore_index, reduction, sparse
 
     def forward(self, input: Tensor, target: Tensor | None = None, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of features (M, d) with class indices (M,); without them the logits of features (..., d)."""
-        prototypes = self.prototypes
-        if "prototypes" in self._buffers and isinstance(input, Tensor):
-            prototypes = prototypes.to(input.dtype)  # FSDP2's mixed precision casts features and parameters only
+        prototypes = self.prototypes_like(input)
         if target is None:
             return self._logits(input, prototypes)
         return self._loss(input, prototypes, target, sample_weight)
+
+    def prototypes_like(self, input: Tensor) -> Tensor:
+        """The prototypes, fixed ones in the dtype of the input: FSDP2's mixed precision casts all else."""
+        if "prototypes" in self._buffers and isinstance(input, Tensor):
+            return self.prototypes.to(input.dtype)
+        return self.prototypes
 
     def _loss(self, input: Tensor, prototypes: Tensor, target: Tensor, sample_weight: Tensor | None) -> Tensor:
         raise NotImplementedError
@@ -124,6 +130,7 @@ class _PrototypeLoss(_Loss):
             "weight": self.weight,
             "ignore_index": self.ignore_index,
             "reduction": self.reduction,
+            "sparse": self.sparse,
             "process_group": self.process_group,
         }
 
@@ -144,7 +151,7 @@ class NONLLoss(_PrototypeLoss):
             takes the dtype of the input.
         temperature: a number; a tensor for a buffer; a Parameter to learn it, 0-dimensional or of shape (1,),
             which is what ``fully_shard`` takes.
-        weight, ignore_index, reduction, direction, process_group: as in the function.
+        weight, ignore_index, reduction, direction, sparse, process_group: as in the function.
         device, dtype: of prototypes made here.
 
     Shape:
@@ -166,6 +173,7 @@ class NONLLoss(_PrototypeLoss):
     ) -> None:
         super().__init__(in_features, num_classes, **options)
         _checks.choice("direction", direction, DIRECTIONS)
+        _checks.sparse(self.sparse, direction)
         self.direction = direction
 
     def _loss(self, input: Tensor, prototypes: Tensor, target: Tensor, sample_weight: Tensor | None) -> Tensor:
@@ -184,8 +192,8 @@ class NTCELoss(_PrototypeLoss):
 class NormFaceLoss(_PrototypeLoss):
     """Module form of :func:`nckernels.normface_loss` ([NCD] Eq. 3).
 
-    Arguments as in :class:`NONLLoss`, and the function's ``label_smoothing``, ``angular_margin`` and
-    ``cosine_margin``.
+    Arguments as in :class:`NONLLoss`, and the function's ``label_smoothing``, ``angular_margin``, ``cosine_margin``,
+    ``class_fraction`` and ``generator``.
     """
 
     def __init__(
@@ -196,13 +204,17 @@ class NormFaceLoss(_PrototypeLoss):
         label_smoothing: float = 0.0,
         angular_margin: float = 0.0,
         cosine_margin: float = 0.0,
+        class_fraction: float = 1.0,
+        generator: torch.Generator | None = None,
         **options: Unpack[LossOptions],
     ) -> None:
         super().__init__(in_features, num_classes, **options)
         _checks.in_range("label_smoothing", label_smoothing, 0.0, 1.0)
         _checks.in_range("angular_margin", angular_margin, 0.0, math.pi)
         _checks.in_range("cosine_margin", cosine_margin, 0.0, 2.0)
+        _checks.sampling(class_fraction, label_smoothing, self.sparse)
         self.label_smoothing = label_smoothing
+        self.class_fraction, self.generator = class_fraction, generator
         self.angular_margin, self.cosine_margin = angular_margin, cosine_margin
 
     def _loss(self, input: Tensor, prototypes: Tensor, target: Tensor, sample_weight: Tensor | None) -> Tensor:
@@ -214,6 +226,8 @@ class NormFaceLoss(_PrototypeLoss):
             label_smoothing=self.label_smoothing,
             angular_margin=self.angular_margin,
             cosine_margin=self.cosine_margin,
+            class_fraction=self.class_fraction,
+            generator=self.generator,
             **self._shared(),
         )
 

@@ -17,7 +17,6 @@ from . import _checks
 from ._common import inverse, logaddexp, of_samples
 from .backends.base import accumulation_dtype
 from .distributed import collectives, groups
-from .distributed.contrast import class_logsumexp
 from .distributed.groups import Ranks
 from .nn import NONLLoss, NTCELoss, PrototypeLoss, SupConLoss
 from .primitive import cosine_lse
@@ -235,6 +234,8 @@ class RunningDenominatorLoss(nn.Module):
         _by_class(criterion, ("class",))
         if criterion.reduction != "mean":
             raise ValueError(f"criterion must have reduction 'mean', got {criterion.reduction!r}")
+        if criterion.sparse:
+            raise ValueError("criterion must have sparse=False: every batch gives all prototypes a gradient")
         _checks.number("decay", decay)
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"decay must be at least 0 and less than 1, got {decay}")
@@ -258,8 +259,8 @@ class RunningDenominatorLoss(nn.Module):
                 d=columns, exclude=exclude, decay=self.decay,
             )  # fmt: skip
         lse, pos = cosine_lse(
-            input, criterion.prototypes, target, inverse(criterion.temperature), direction="class", exclude=exclude,
-            ignore_index=criterion.ignore_index,
+            input, criterion.prototypes_like(input), target, inverse(criterion.temperature), direction="class",
+            exclude=exclude, ignore_index=criterion.ignore_index,
         )  # fmt: skip
         counted = target != criterion.ignore_index
         weight = of_samples(criterion.weight, sample_weight, target)
@@ -276,7 +277,7 @@ class RunningDenominatorLoss(nn.Module):
         decay = self.decay
         kept = self.lse.to(lse.dtype) + math.log(decay) if decay else torch.full_like(lse, -torch.inf)
         samples = _summed(samples, ranks)
-        total = logaddexp(kept, class_logsumexp(lse, ranks))
+        total = logaddexp(kept, lse if ranks is None else collectives.logsumexp(lse, ranks))
         anchors = decay * self.anchors.to(lse.dtype) + _summed(anchors, ranks)
         count = decay * self.count.to(lse.dtype) + samples
         if self.training:

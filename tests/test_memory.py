@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import nckernels
+from nckernels.backends import native
 
 MIB = 2**20
 # "O(M + K) vectors": norms, log-sum-exps, their gradients, positions, targets. 256 bytes are two dozen of
@@ -38,6 +39,7 @@ class Case:
     workspace: int | None  # None: the default of 32 MiB
     dtype: str = "float32"
     grads: str = "xw"
+    backend: str = "chunked"
 
     def allowed(self, bytes_per_row: int = BYTES_PER_ROW) -> int:
         return (self.workspace or 32 * MIB) + bytes_per_row * (self.samples + self.classes)
@@ -56,6 +58,8 @@ FORMS: dict[str, Callable[..., Tensor]] = {
     "nonl": nckernels.nonl_loss,
     "nonl-both": functools.partial(nckernels.nonl_loss, direction="both"),
     "ntce": nckernels.ntce_loss,
+    "nonl-sparse": functools.partial(nckernels.nonl_loss, sparse=True),
+    "ntce-sparse": functools.partial(nckernels.ntce_loss, sparse=True),
     "normface": nckernels.normface_loss,
     "smoothing": functools.partial(nckernels.normface_loss, label_smoothing=0.1),
     "cosface": functools.partial(nckernels.normface_loss, cosine_margin=0.1),
@@ -81,10 +85,27 @@ FLOAT64 = [Case("nonl", 2048, 1000, 128, MIB, "float64")]
 HALF = [Case(form, 4096, 2000, 128, MIB, "bfloat16") for form in ("nonl", "normface")]
 # A copy of the prototypes would be 24 MiB.
 MANY_CLASSES = [Case(form, 512, 100_000, 64, MIB) for form in ("nonl", "ntce")]
+# The prototypes take 244 MiB, and so would their dense gradient.
+SPARSE = [
+    Case(f"{f}-sparse", 1024, 1_000_000, 64, None, backend=b) for f, b in (("nonl", "native"), ("ntce", "chunked"))
+]
 # 8192 x 8192 floats are 256 MiB, a copy of the rows is 4 MiB.
 CONTRASTIVE = [Case(f, 8192, 100, 128, MIB, grads="x") for f in ("supcon", "supcon-decoupled", "prototype")]
 PAIRS = [Case("uniformity", 8192, 1, 128, MIB, grads="x"), Case("clip", 8192, 8192, 128, MIB)]
-CASES = CONTRASTIVE + PAIRS + NAIVE + DEFAULT + SMALL + OPTIONS + SMOOTHING + PARTIAL + FLOAT64 + HALF + MANY_CLASSES
+CASES = (
+    CONTRASTIVE
+    + PAIRS
+    + NAIVE
+    + DEFAULT
+    + SMALL
+    + OPTIONS
+    + SMOOTHING
+    + PARTIAL
+    + FLOAT64
+    + HALF
+    + MANY_CLASSES
+    + SPARSE
+)
 LARGE = [Case(f, 32768, 8000, 64, 8 * MIB, dtype) for f in ("nonl", "normface") for dtype in ("float32", "float64")]
 
 
@@ -122,10 +143,12 @@ def measure(cases: list[Case]) -> list[int]:
     peaks, left = [], 0
     for case in cases:
         workspace = contextlib.nullcontext() if case.workspace is None else nckernels.use_workspace(case.workspace)
-        with nckernels.use_backend("chunked"), workspace:
+        with nckernels.use_backend(case.backend), workspace:
             step(case.form, *make(case, 8, 4))  # lazy initialisation
             x, w, y = make(case, case.samples, case.classes)
+            native.peak_scratch()
             peak, more = replay(functools.partial(step, case.form, x, w, y))
+        peak += native.peak_scratch()  # which torch does not see
         peaks.append(left + peak - sum(t.nbytes for t in (x, w) if t.requires_grad))
         left += more
     return peaks
@@ -213,6 +236,13 @@ def test_half_gradients_accumulate_in_float32(peaks: dict[Case, int], case: Case
 def test_absent_classes_cost_a_few_bytes(peaks: dict[Case, int], case: Case) -> None:
     """The class direction touches the prototypes of present classes only: 64 bytes a class, not a row."""
     assert_within(case, peaks[case], case.allowed(bytes_per_row=64))
+
+
+@pytest.mark.parametrize("case", SPARSE, ids=id_of)
+def test_sparse_gradients_of_a_million_classes(peaks: dict[Case, int], case: Case) -> None:
+    """8 MiB, gradients included."""
+    whole = peaks[case] + 4 * case.classes * case.dim
+    assert whole <= 8 * MIB, f"{case}: {whole / MIB:.2f} MiB beyond the prototypes"
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from oracle import (
     run,
     simplex,
 )
+from parts import check_in_parts
 from torch import Tensor
 
 import nckernels
@@ -591,3 +592,14 @@ def test_inputs_of_the_eps_table_are_those_of_normalize() -> None:
     assert all(EPS[t] == 1e-12 for t in DTYPES[:3])
     assert EPS[torch.float16] >= torch.finfo(torch.float16).smallest_normal
     assert set(INPUTS) == set(make_problem(3, 3, 3, direction="both", bias=True).inputs())
+
+
+@dtypes
+@pytest.mark.parametrize("direction", ["instance", "both"])
+def test_columns_in_parts(backend: Backend, small_workspace: None, direction: str, dtype: torch.dtype) -> None:
+    """What the ring of keys stands on: a backward pass that divides by the sum over more columns than its own."""
+    if backend.name == "reference":
+        pytest.skip("is differentiated by PyTorch")
+    backend.require(dtype)
+    for beta, d in ((10.0, 8), (61.0, 300)):
+        check_in_parts(direction, dtype, d, backend.device, beta)

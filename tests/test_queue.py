@@ -161,6 +161,7 @@ def test_moco(cpu_backend: Backend) -> None:
         (lambda: QueueLoss(make("ntce"), make_queue(2))(torch.zeros(6), torch.zeros(6)), ValueError, r"got \(6,\)"),
         (lambda: RunningDenominatorLoss(nckernels.SupConLoss()), TypeError, "NONLLoss or NTCELoss, got SupConLoss"),
         (lambda: RunningDenominatorLoss(make("nonl", direction="both")), ValueError, "direction 'class', got 'both'"),
+        (lambda: RunningDenominatorLoss(make("ntce", sparse=True)), ValueError, "criterion must have sparse=False"),
         (lambda: RunningDenominatorLoss(make("ntce", reduction="sum")), ValueError, "reduction 'mean', got 'sum'"),
         (lambda: RunningDenominatorLoss(make("ntce"), 1.0), ValueError, "decay must be .* less than 1, got 1.0"),
         (lambda: RunningDenominatorLoss(make("ntce"), "0.9"), TypeError, "decay must be a number"),
@@ -215,6 +216,20 @@ def test_classes_that_only_the_queue_has(cpu_backend: Backend, name: str) -> Non
         assert not bool(gradient[[0, 1, 2, 5, 7]].any())
         # Relabelled by hand: that is what spares the columns of the other classes.
         assert len(set(criterion.queue.labels.tolist()) - {ignored}) > 3
+
+
+@by_class
+def test_sparse_gradients(name: str) -> None:
+    """Of the classes in the batch and at most one more, whose row is 0."""
+    dense, sparse = (QueueLoss(make(name, sparse=sparse), make_queue(40)) for sparse in (False, True))
+    x, y = samples(2, 0, ignored=0.0)
+    got = []
+    for criterion in (dense, sparse):
+        criterion.queue.enqueue(*samples(40, 1))
+        got += grads(criterion(x, y), criterion.criterion.prototypes)
+    assert got[1].is_sparse
+    assert len(got[1].coalesce().indices()[0]) <= 3
+    close(got[1].to_dense(), got[0])
 
 
 def test_both_directions(cpu_backend: Backend) -> None:

@@ -171,7 +171,11 @@ class Backend(ABC):
 
     @abstractmethod
     def backward(self, inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, needs: Needs) -> Gradients:
-        """Compute the wanted gradients. Neither ``inputs`` nor ``saved`` may be changed."""
+        """Compute the wanted gradients. Neither ``inputs`` nor ``saved`` may be changed.
+
+        Where the classes are part of more, ``saved.instance_lse`` can be that over all of them: exponentials are
+        divided by it, whatever the sum of this call's would be.
+        """
 
     def can_step(self, features: Tensor, prototypes: Tensor, spec: Spec) -> bool:
         """Whether there is a ``step`` for such a problem."""

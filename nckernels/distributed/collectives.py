@@ -126,7 +126,7 @@ class _SharedLogSumExp(torch.autograd.Function):
         whole = (total.log() + top).masked_fill(total == 0.0, 0.0)
         ctx.ranks = ranks
         ctx.save_for_backward(weights * _share(terms, total), whole)
-        return weight @ whole, weights.sum()
+        return (weight * whole).sum(), weights.sum()
 
     @staticmethod
     @once_differentiable

@@ -18,17 +18,15 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _common, primitive
-from .._class_sums import groups
 from .._common import Reduction
+from .._compact import LEFT_OUT, Part, choose, present, rows
 from ..backends.base import Direction
-from . import collectives
+from . import class_parallel, collectives
 from .groups import Ranks
 
 COMPACT_ABOVE = 16_384
 """With more classes than this the ranks exchange which of them occur, and compute and exchange sums of those alone.
 Fewer classes are cheaper to exchange whole, and with them nothing has to be known about the other batches."""
-
-_LEFT_OUT = -1
 
 
 def contrast(
@@ -43,12 +41,26 @@ def contrast(
     weight: Tensor | None,
     reduction: Reduction,
     ranks: Ranks | None,
+    part: Part | None = None,
     of_nothing: float = math.nan,
 ) -> Tensor:
     """:func:`nckernels.primitive.contrast` of the batches of all ``ranks``; None: of this process's.
 
-    The prototypes are the same on all ranks. ``target`` and ``weight`` belong to this rank's features.
+    The prototypes are the same on all ranks, or spread over them. ``target`` and ``weight`` belong to this rank's
+    features. With a ``part`` of the prototypes there is one direction.
     """
+    if ranks is not None and _checks.is_dtensor(prototypes):
+        lse, pos = class_parallel.lse_of_samples(
+            features, prototypes, target, inv_temperature, direction=direction, exclude=exclude,
+            ignore_index=ignore_index, reduction=reduction, part=part, ranks=ranks,
+        )  # fmt: skip
+        return reduced_contrast(
+            None, lse, pos, target, ignore_index=ignore_index, weight=weight, reduction=reduction, ranks=ranks,
+            of_nothing=of_nothing,
+        )  # fmt: skip
+    if part is not None and (ranks is None or direction == "instance"):
+        prototypes, target = part_of(prototypes, target, ignore_index, part)
+        ignore_index = LEFT_OUT
     if ranks is None or direction == "instance":
         loss = primitive.contrast(
             features, prototypes, target, inv_temperature, direction=direction, exclude=exclude,
@@ -60,9 +72,10 @@ def contrast(
         own = _counted_weights(target != ignore_index, weight, loss)
         return _of_all(loss, own.sum(), reduction, ranks, of_nothing)
 
-    if direction == "class" and len(prototypes) > COMPACT_ABOVE:
-        prototypes, target = present_classes(prototypes, target, ignore_index, ranks)
-        ignore_index = _LEFT_OUT
+    if direction == "class" and (part is not None or len(prototypes) > COMPACT_ABOVE):
+        sparse = part is not None and part.sparse
+        prototypes, target = present_classes(prototypes, target, ignore_index, ranks, sparse)
+        ignore_index = LEFT_OUT
     lses, pos = primitive.cosine_lse(
         features, prototypes, target, inv_temperature, direction=direction, exclude=exclude, ignore_index=ignore_index
     )
@@ -103,10 +116,11 @@ def reduced_contrast(
         uniformity = uniformity.masked_fill(uniformity == -torch.inf, 0.0)
         return own * ((uniformity if own_lse is None else 0.5 * (uniformity + own_lse)) - pos)
     by_class = own.new_zeros(len(class_lse)).index_add(0, classes, own)
+    # Products and sums, no inner products: autocast would take those in 16 bits.
     share, total = collectives.shared_logsumexp(class_lse, by_class, ranks)
     if own_lse is not None:
-        share = 0.5 * (share + own @ own_lse)
-    return _mean_or_sum(share - own @ pos, total, reduction, ranks, of_nothing)
+        share = 0.5 * (share + (own * own_lse).sum())
+    return _mean_or_sum(share - (own * pos).sum(), total, reduction, ranks, of_nothing)
 
 
 def reduce(
@@ -135,12 +149,63 @@ def reduce_weighted(
     return weighted.sum() if reduction == "sum" else _common.mean(weighted, weight, of_nothing)
 
 
-def class_logsumexp(lse: Tensor, ranks: Ranks | None) -> Tensor:
-    """(K,) log-sum-exp of each class over the samples of all ranks."""
-    return lse if ranks is None else collectives.logsumexp(lse, ranks)
+def lse_of_samples(
+    features: Tensor,
+    prototypes: Tensor,
+    target: Tensor,
+    inv_temperature: float | Tensor,
+    *,
+    direction: Literal["instance", "both"],
+    exclude: Literal["none", "target"],
+    ignore_index: int,
+    reduction: Reduction,
+    part: Part | None,
+    ranks: Ranks | None,
+) -> tuple[Tensor, Tensor]:
+    """(M,) log-sum-exp over the classes for each of this rank's samples, and (M,) its positive logit.
+
+    With ``direction="both"`` the sum over all ranks' samples for the sample's class is added to that over the classes.
+    ``reduction`` is what will be done with the results by :func:`reduce`.
+    """
+    if ranks is not None and _checks.is_dtensor(prototypes):
+        return class_parallel.lse_of_samples(
+            features, prototypes, target, inv_temperature, direction=direction, exclude=exclude,
+            ignore_index=ignore_index, reduction=reduction, part=part, ranks=ranks,
+        )  # fmt: skip
+    if part is not None:
+        prototypes, target = part_of(prototypes, target, ignore_index, part)
+        ignore_index = LEFT_OUT
+    lses, pos = primitive.cosine_lse(
+        features, prototypes, target, inv_temperature, direction=direction, exclude=exclude, ignore_index=ignore_index
+    )
+    if not isinstance(lses, tuple):
+        return lses, pos
+    class_lse, instance_lse = lses
+    if ranks is not None:
+        class_lse = collectives.logsumexp(class_lse, ranks)
+    own_class = target.long().masked_fill(target == ignore_index, 0)
+    return _common.logaddexp(class_lse.index_select(0, own_class), instance_lse), pos
 
 
-def present_classes(prototypes: Tensor, target: Tensor, ignore_index: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
+def sum_of_unit_rows(prototypes: Tensor, weight: Tensor, reduction: Reduction, ranks: Ranks | None) -> Tensor:
+    """(d,) weighted sum of the unit prototypes, in the dtype of the (K,) weights."""
+    if ranks is not None and _checks.is_dtensor(prototypes):
+        return class_parallel.sum_of_unit_rows(prototypes, weight, reduction, ranks)
+    columns = prototypes.to(weight.dtype)
+    return (weight / _common.norms(columns, prototypes.dtype)) @ columns
+
+
+def part_of(prototypes: Tensor, target: Tensor, ignore_index: int, part: Part) -> tuple[Tensor, Tensor]:
+    """The prototypes of some classes, and the targets as their indices, ``LEFT_OUT`` where ignored."""
+    _checks.in_classes(target, len(prototypes), ignore_index)
+    ignored = target == ignore_index
+    classes, slot = choose(target, ignored, len(prototypes), part)
+    return rows(prototypes, classes, part.sparse), slot.masked_fill(ignored, LEFT_OUT)
+
+
+def present_classes(
+    prototypes: Tensor, target: Tensor, ignore_index: int, ranks: Ranks, sparse: bool
+) -> tuple[Tensor, Tensor]:
     """The prototypes of the classes that occur on any rank, the same everywhere, and the targets as their indices.
 
     Ignored samples have target -1. Where the host does not know how many classes occur, on a GPU, there is a row for
@@ -148,13 +213,10 @@ def present_classes(prototypes: Tensor, target: Tensor, ignore_index: int, ranks
     """
     _checks.in_classes(target, len(prototypes), ignore_index)
     counts = collectives.sizes(target, ranks)
-    if counts.total == 0:
-        return prototypes[:1], target.long()
     everybody = collectives.gather(target.long(), counts, ranks)
     ignored = everybody == ignore_index
-    slot, occurring = groups(everybody, ignored)
-    classes = slot.new_zeros(occurring).scatter_(0, slot, everybody.masked_fill(ignored, 0))
-    return prototypes.index_select(0, classes), slot.masked_fill(ignored, _LEFT_OUT)[counts.own]
+    classes, slot = present(everybody, ignored)
+    return rows(prototypes, classes, sparse), slot.masked_fill(ignored, LEFT_OUT)[counts.own]
 
 
 def _counted_weights(counted: Tensor, weight: Tensor | None, like: Tensor) -> Tensor:

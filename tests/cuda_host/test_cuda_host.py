@@ -17,6 +17,7 @@ from typing import Any
 
 import host_build
 import oracle
+import parts
 import pytest
 import torch
 from torch import Tensor
@@ -218,6 +219,12 @@ def test_single_gradients(emulator: Emulator, wanted: str) -> None:
         problem = oracle.make_problem(140, 150, d, direction=direction, exclude="target", bias=True)
         if wanted in problem.inputs():
             oracle.check(problem, torch.bfloat16, wrt=(wanted,))
+
+
+@pytest.mark.parametrize("d", [40, 264])
+def test_columns_in_parts(emulator: Emulator, d: int) -> None:
+    parts.check_in_parts("both", torch.bfloat16, d)
+    parts.check_in_parts("instance", torch.float32, d, beta=61.0)
 
 
 def test_everything_ignored_and_nothing_at_all(emulator: Emulator) -> None:

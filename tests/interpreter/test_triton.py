@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import check, check_float16_zero_row, check_spoilt, make_problem, package, run, simplex
+from parts import check_in_parts
 
 import nckernels
 from nckernels.backends.base import Inputs, Spec
@@ -73,6 +74,12 @@ def test_single_gradients_of_features_against_themselves(wrt: str, d: int) -> No
     with nckernels.use_workspace(4096):  # shared among few programs, panel by panel
         problem = make_problem(50, 50, d, exclude="self", bias=wrt == "sample_bias", itself=True)
         check(problem, torch.float32, wrt=(wrt,))
+
+
+@pytest.mark.parametrize("d", [SHORT, LONG])
+def test_columns_in_parts(d: int) -> None:
+    check_in_parts("both", torch.bfloat16, d)
+    check_in_parts("instance", torch.float32, d, beta=61.0)
 
 
 @pytest.mark.parametrize("beta", [1.0, 100.0, 1000.0])
