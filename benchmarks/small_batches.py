@@ -100,7 +100,7 @@ def _outcome(run: Run, name: str) -> Outcome:
 def table(outcomes: list[Outcome]) -> str:
     """Means over the seeds, with standard deviations in brackets, of every variant at its best rate."""
     rates = sorted({o.lr for o in outcomes})
-    head = f"{'loss':<5} {'variant':<22} {'lr':>5} {'whole loss':>15} {'test %':>10}"
+    head = f"{'loss':<5} {'variant':<24} {'lr':>5} {'whole loss':>15} {'test %':>10}"
     head += "".join(f" {title:>17}" for title, _ in METRICS) + " | test % at lr " + " ".join(f"{r:>5g}" for r in rates)
     lines = [head, "-" * len(head)]
     for loss, variant in dict.fromkeys((o.loss, o.variant) for o in outcomes):
@@ -109,7 +109,7 @@ def table(outcomes: list[Outcome]) -> str:
         complete = max(map(len, by_rate.values()))  # a rate at which a run diverged does not stand for election
         rate = min((r for r in rates if len(by_rate[r]) == complete), key=lambda r: _mean(o.whole for o in by_rate[r]))
         best = by_rate[rate]
-        cells = [f"{loss:<5} {variant:<22} {rate:>5g} {_spread([o.whole for o in best], '.4f'):>15}"]
+        cells = [f"{loss:<5} {variant:<24} {rate:>5g} {_spread([o.whole for o in best], '.4f'):>15}"]
         cells.append(f"{_spread([100 * o.accuracy for o in best], '.1f'):>10}")
         cells += [f"{_spread([o.metrics[key] for o in best], '.1e'):>17}" for _, key in METRICS]
         shown = [f"{100 * _mean(o.accuracy for o in runs):5.1f}" if runs else "    -" for runs in by_rate.values()]
