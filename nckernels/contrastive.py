@@ -11,6 +11,7 @@ a CPU, and its gradient in one product. Positives need no pairs at all, only the
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +76,15 @@ def supcon_loss(
     """
     rows, labels, weight = _samples(input, target, temperature, ignore_index, sample_weight, reduction)
     beta, shape, n = inverse(temperature), input.shape[:-1], len(rows)
-    ranks = _ranks(process_group, "supcon_loss", input, temperature, reduction, decoupled=decoupled)
+    ranks = _ranks(
+        process_group,
+        "supcon_loss",
+        input,
+        {"temperature": temperature},
+        reduction=reduction,
+        decoupled=decoupled,
+        labels=target is not None,
+    )
     if n == 0 and ranks is None:
         return _nothing(shape, reduction, beta, input)
     if target is None:
@@ -143,7 +152,14 @@ def prototype_loss(
     if num_classes is not None:
         _checks.positive_integer("num_classes", num_classes)
     beta, shape = inverse(temperature), input.shape[:-1]
-    ranks = _ranks(process_group, "prototype_loss", input, temperature, reduction, num_classes=num_classes)
+    ranks = _ranks(
+        process_group,
+        "prototype_loss",
+        input,
+        {"temperature": temperature},
+        reduction=reduction,
+        num_classes=num_classes,
+    )
     if len(rows) == 0 and ranks is None:
         return _nothing(shape, reduction, beta, input)
     ignored = labels == ignore_index
@@ -216,7 +232,9 @@ def info_nce_loss(
     else:
         _checks.target(target, query, "query")
     _check_weights(sample_weight, len(query), query)
-    ranks = _ranks(process_group, "info_nce_loss", query, temperature, reduction, decoupled=decoupled)
+    ranks = _ranks(
+        process_group, "info_nce_loss", query, {"temperature": temperature}, reduction=reduction, decoupled=decoupled
+    )
     if len(query) == len(key) == 0 and ranks is None:
         return _nothing(query.shape[:1], reduction, inverse(temperature), query, key)
     if ranks is None or len(key):
@@ -257,7 +275,9 @@ def clip_loss(
     _checks.matrix("b", b, "N", "d")
     _same_pairs("a", a, "b", b)
     _check_weights(sample_weight, len(a), a)
-    ranks = _ranks(process_group, "clip_loss", a, temperature, reduction, decoupled=decoupled)
+    ranks = _ranks(
+        process_group, "clip_loss", a, {"temperature": temperature}, reduction=reduction, decoupled=decoupled
+    )
     if len(a) == 0 and ranks is None:
         return _nothing(a.shape[:1], reduction, inverse(temperature), a, b)
     if len(a):
@@ -288,7 +308,7 @@ def uniformity_loss(input: Tensor, *, t: float = 2.0, process_group: GroupLike =
     _checks.matrix("input", input, "N", "d")
     _checks.positive_scalar("t", t, input)
     _checks.some_columns("input", input)
-    ranks = _ranks(process_group, "uniformity_loss", input, t, "mean")
+    ranks = _ranks(process_group, "uniformity_loss", input, {"t": t})
     lse, n = samples.lse_of_others(input, 2.0 * t, ranks)  # |a - b|^2 = 2 - 2 s
     if n < 2:
         raise ValueError(f"input must have at least two rows to have pairs, got {tuple(input.shape)}")
@@ -326,7 +346,7 @@ def alignment_loss(
     _checks.same_device("input", input, "other", other)
     _checks.positive_scalar("alpha", alpha, input)
     _checks.choice("reduction", reduction, REDUCTIONS)
-    ranks = _ranks(process_group, "alignment_loss", input, alpha, reduction)
+    ranks = _ranks(process_group, "alignment_loss", input, {"alpha": alpha}, reduction=reduction)
     squares = (unit(input) - unit(other)).square().sum(1)
     # A power below 1 has an infinite slope at 0, where the distance itself is flat: no gradient there.
     same = squares == 0.0
@@ -361,15 +381,13 @@ def _same_pairs(name: str, value: Tensor, other_name: str, other: Tensor, hint: 
 
 
 def _ranks(
-    process_group: GroupLike, loss: str, input: Tensor, temperature: float | Tensor, reduction: str, **options: object
+    process_group: GroupLike, loss: str, input: Tensor, values: dict[str, float | Tensor], **options: Hashable
 ) -> Ranks | None:
     """The ranks that the loss spans, which agree on it."""
     ranks = resolve(process_group)
     if ranks is not None:
-        agree(
-            ranks, loss, like=input, temperature=temperature, d=input.shape[-1], reduction=reduction,
-            workspace=registry.get_workspace(input.device), **options,
-        )  # fmt: skip
+        workspace = registry.get_workspace(input.device)  # it decides how keys travel
+        agree(ranks, loss, input, values, d=input.shape[-1], workspace=workspace, **options)
     return ranks
 
 

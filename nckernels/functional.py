@@ -8,6 +8,7 @@ Every function replaces ``F.cross_entropy(head(x), y)`` by ``loss(x, head.weight
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
@@ -191,7 +192,10 @@ def normface_loss(
     _checks.in_range("angular_margin", angular_margin, 0.0, math.pi)
     _checks.in_range("cosine_margin", cosine_margin, 0.0, 2.0)
     _checks.sampling(class_fraction, label_smoothing, sparse)
-    ranks = _ranks(process_group, "normface_loss", input, prototypes, temperature, reduction)
+    ranks = _ranks(
+        process_group, "normface_loss", input, prototypes, temperature, reduction, label_smoothing=label_smoothing,
+        angular_margin=angular_margin, cosine_margin=cosine_margin, class_fraction=class_fraction, sparse=sparse,
+    )  # fmt: skip
     prototypes = class_parallel.prepared(prototypes, ranks, sparse)
     per_sample = of_samples(weight, sample_weight, target)
     part = Part(class_fraction, generator, sparse) if class_fraction < 1.0 else None
@@ -267,15 +271,16 @@ def _ranks(
     prototypes: Tensor,
     temperature: float | Tensor,
     reduction: str,
-    **options: object,
+    **options: Hashable,
 ) -> Ranks | None:
     """The ranks that the loss spans, which agree on it."""
     ranks = groups.resolve(process_group)
     if ranks is not None:
         classes, columns = prototypes.shape
+        where = "of the whole group" if _checks.is_dtensor(prototypes) else "on every rank"
         groups.agree(
-            ranks, loss, like=input, temperature=temperature, num_classes=classes, d=columns, reduction=reduction,
-            prototypes="of the whole group" if _checks.is_dtensor(prototypes) else "on every rank", **options,
+            ranks, loss, input, {"temperature": temperature}, num_classes=classes, d=columns, reduction=reduction,
+            prototypes=where, **options,
         )  # fmt: skip
     return ranks
 

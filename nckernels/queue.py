@@ -255,7 +255,7 @@ class RunningDenominatorLoss(nn.Module):
         if ranks is not None:
             classes, columns = criterion.prototypes.shape
             groups.agree(
-                ranks, type(self).__name__, like=input, temperature=criterion.temperature, num_classes=classes,
+                ranks, type(self).__name__, input, {"temperature": criterion.temperature}, num_classes=classes,
                 d=columns, exclude=exclude, decay=self.decay,
             )  # fmt: skip
         lse, pos = cosine_lse(

@@ -19,6 +19,7 @@ from benchmarks import (
     compare,
     e2e,
     harness,
+    many_classes,
     measure,
     plots,
     problems,
@@ -362,6 +363,19 @@ def test_pictures_need_three_sizes(small: Path) -> None:
     assert [(axis, len(points)) for axis, _, points in plots._sweeps(found)] == [("M", 3)]
     found.measured = found.measured[:2]
     assert plots._sweeps(found) == []
+
+
+def test_many_classes(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every variant is timed and weighed; sparse gradients are lighter than dense ones of 2.4 MiB."""
+    assert many_classes.main(["--samples", "16", "--classes", "20000", "--dim", "32", "--seconds", "0.05"]) == 0
+    first, head, *rows = capsys.readouterr().out.splitlines()
+    assert first.startswith("M=16 K=20000 d=32")
+    assert head.split() == ["ms", "a", "step", "least", "extra", "MiB"]
+    assert len(rows) == 6
+    for row in rows:
+        median, least, extra = map(float, row.split()[-3:])
+        assert median >= least > 0
+        assert (extra < 1.0) == ("sparse" in row)
 
 
 # --- small batches -----------------------------------------------------------------------------------------

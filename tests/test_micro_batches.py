@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -543,6 +544,37 @@ def test_bad_outputs(function: Callable[[Tensor], Any], error: type[Exception], 
         MicroBatches(Returns(function), 3)(torch.ones(5, 6))
 
 
+def test_features_that_nobody_keeps() -> None:
+    """Without a gradient nothing waits for the second run: neither the features nor the inputs."""
+    c = case("clip")
+    micro, x = MicroBatches(c.encoder, 3), c.args[0].clone()
+    images, texts = micro(x, **c.kwargs)
+    alive = [weakref.ref(tensor) for tensor in (x, images, texts["text"])]
+    del x, images, texts
+    assert [ref() for ref in alive] == [None, None, None]
+
+
+def test_two_losses_of_the_same_features() -> None:
+    """Backward passes of the same features before one second run, and before two."""
+    c = case("clip")
+
+    def second(output: tuple[Tensor, dict[str, Tensor]]) -> Tensor:
+        return output[0].square().mean()
+
+    output = c.encoder(*c.args, **c.kwargs)
+    (c.loss(output) + second(output)).backward()
+    expected = c.gradients()
+    for at_once in (True, False):
+        micro = MicroBatches(c.encoder, 3)
+        output = micro(*c.args, **c.kwargs)
+        c.loss(output).backward()
+        if not at_once:
+            micro.backward()
+        second(output).backward()
+        micro.backward()
+        assert_equal(c.gradients(), expected)
+
+
 def test_order_of_calls() -> None:
     c = case("nonl")
     micro = MicroBatches(c.encoder, 3)
@@ -580,6 +612,8 @@ def test_inputs_changed_in_place(by: str) -> None:
         (nckernels.SupConLoss(), 8, TypeError, "criterion must be an NONLLoss, .* got SupConLoss"),
         (nckernels.NONLLoss(D, K, reduction="none"), 8, ValueError, "reduction 'mean' or 'sum', got 'none'"),
         (nckernels.NONLLoss(D, K, direction="both"), 8, ValueError, "direction='both' couples"),
+        (nckernels.NTCELoss(D, K, sparse=True), 8, ValueError, "need the features of the whole batch"),
+        (nckernels.NormFaceLoss(D, K, class_fraction=0.5), 8, ValueError, "need the features of the whole batch"),
         (nckernels.NTCELoss(D, K), 7, ValueError, r"target must have one label for each of 8 samples, got \(7,\)"),
     ],
 )

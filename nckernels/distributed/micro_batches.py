@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,14 +36,14 @@ class MicroBatches:
         micro.backward()                             # new
         optimizer.step()
 
-    Everything else stays: several parameter groups, gradient accumulation, clipping, GradScaler, autocast (the second
+    Everything else stays: gradient accumulation, clipping, GradScaler, autocast (the second
     run has that of the first), losses with a ``process_group``. ``micro`` may be called several times before
     ``loss.backward()``; two encoders have a ``MicroBatches`` each.
 
     Args:
         encoder: a module that returns tensors with one row per sample. DistributedDataParallel and ``fully_shard``
-            in it reduce gradients once, in the last backward pass of :meth:`backward`, with those of the loss's
-            parameters if they are in there too.
+            in it, which come before this, reduce gradients once, in the last backward pass of :meth:`backward`, with
+            those of the loss's parameters if they are in there too.
         micro_batch_size: samples per micro-batch, at least 1; the last one of a batch may have fewer.
 
     Both runs compute the same:
@@ -60,7 +61,7 @@ class MicroBatches:
 
     Raises:
         TypeError: if ``encoder`` is not a module, or ``micro_batch_size`` not an int.
-        ValueError: if ``micro_batch_size`` is below 1.
+        ValueError: if ``micro_batch_size`` is below 1, or for DistributedDataParallel with ``static_graph=True``.
     """
 
     def __init__(self, encoder: nn.Module, micro_batch_size: int) -> None:
@@ -69,7 +70,7 @@ class MicroBatches:
         _checks.positive_integer("micro_batch_size", micro_batch_size)
         self.encoder, self.micro_batch_size = encoder, micro_batch_size
         self._reduction = GradientSync(encoder)
-        self._pending: list[tuple[Call, list[Tensor]]] = []
+        self._pending: dict[Call, dict[int, Tensor]] = {}  # outputs that have a gradient, by their index
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The first run: what ``encoder(*args, **kwargs)`` returns, for the whole batch.
@@ -88,7 +89,7 @@ class MicroBatches:
             RuntimeError: if :meth:`backward` has not been called after an earlier ``loss.backward()``.
             TypeError, ValueError: for other inputs and outputs than these.
         """
-        if any(_has_gradient(features) for _, features in self._pending):
+        if self._pending:
             raise RuntimeError(
                 "features of an earlier call have a gradient that has not reached the encoder: call backward() of "
                 "MicroBatches after that of the loss, or discard() to leave that step out"
@@ -98,9 +99,10 @@ class MicroBatches:
             parts = [call.first(i) for i in range(len(call.slices))]
         features = [torch.cat(column) for column in zip(*parts, strict=True)]
         if torch.is_grad_enabled() and self._trained():
-            for x in features:
-                x.requires_grad_(x.is_floating_point())
-            self._pending.append((call, features))
+            for i, x in enumerate(features):
+                if x.is_floating_point():
+                    # The call lives as long as the features, unless they get a gradient.
+                    x.requires_grad_().register_post_accumulate_grad_hook(partial(self._remember, call, i))
         return call.unflatten(features)
 
     def backward(self, *, sync: bool = True) -> None:
@@ -114,27 +116,28 @@ class MicroBatches:
         Raises:
             RuntimeError: if no gradient has reached the features, or if an input was changed in place since.
         """
-        pending, self._pending = [x for x in self._pending if _has_gradient(x[1])], []
+        pending, self._pending = list(self._pending.items()), {}
         if not pending and self._trained():
             raise RuntimeError("no gradient has reached the features: call backward() of the loss first")
         while pending:
             call, features = pending.pop(0)
-            gradients = [x.grad for x in features]
-            for x in features:
+            gradients = {i: cast(Tensor, x.grad) for i, x in features.items()}
+            for x in features.values():
                 x.grad = None
             with call.second_run():
                 for i, rows in enumerate(call.slices):
                     last = not pending and i + 1 == len(call.slices)
                     with self._synced(sync and last):
                         outputs = call.again(i)
-                        pairs = [(x, g[rows]) for x, g in zip(outputs, gradients, strict=True) if g is not None]
-                        pairs = [(x, g) for x, g in pairs if x.requires_grad]  # frozen parts do not
-                        if pairs:
-                            torch.autograd.backward([x for x, _ in pairs], [g for _, g in pairs])
+                        trained = [j for j in gradients if outputs[j].requires_grad]  # frozen parts do not
+                        if trained:
+                            torch.autograd.backward(
+                                [outputs[j] for j in trained], [gradients[j][rows] for j in trained]
+                            )
 
     def discard(self) -> None:
-        """Forget what waits for :meth:`backward`, for a step that is left out."""
-        self._pending = []
+        """Forget what waits for :meth:`backward`, for a step that is left out after ``loss.backward()``."""
+        self._pending = {}
 
     def stream(
         self,
@@ -193,16 +196,16 @@ class MicroBatches:
                         (part if scale is None else scale(part)).backward()
         return loss.value()
 
+    def _remember(self, call: Call, index: int, features: Tensor) -> None:
+        """An output of a call has a gradient."""
+        self._pending.setdefault(call, {})[index] = features
+
     def _trained(self) -> bool:
         return any(p.requires_grad for p in self.encoder.parameters())
 
     def _synced(self, sync: bool) -> AbstractContextManager[None]:
         """For one forward and backward pass: whether it ends the step."""
         return self._reduction.once() if sync else self._reduction.none()
-
-
-def _has_gradient(features: list[Tensor]) -> bool:
-    return any(x.grad is not None for x in features)
 
 
 def _only(outputs: list[Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ from .. import _checks, primitive
 from .._class_sums import class_sums, groups, mean_positive
 from .._common import Reduction, logaddexp, unit
 from ..backends import registry
+from ..backends.base import accumulation_dtype
 from ..backends.reference import masked_logsumexp
 from ..primitive import autocast, cosine_lse
 from . import collectives, ring
@@ -71,6 +72,10 @@ def contrast_keys(
     counts = collectives.sizes(key, ranks)
     ignored = target == ignore_index
     among_all = (target.long() + counts.own.start).masked_fill(ignored, _LEFT_OUT)
+    if counts.total == 0:
+        # No query can have a positive. Zeros of which everything has a gradient, of zeros.
+        nothing = ((unit(query).sum(1) + unit(key).sum()) * inv_temperature).masked_fill(~ignored | ignored, 0.0)
+        return nothing if reduction == "none" else nothing.sum()
     if not _travel(key, counts):
         keys = collectives.gather(key, counts, ranks)
         return contrast(
@@ -106,7 +111,8 @@ def supcon_terms(
     everybody = collectives.gather(labels, counts, ranks)
     all_ignored = everybody == ignore_index
     if counts.total == 0:
-        return rows.new_zeros(0, dtype=visible.dtype), rows.new_zeros(0), ignored
+        nothing = unit(visible).sum(1)
+        return nothing, nothing, ignored
     bias = _left_out(all_ignored, visible)
     if _travel(rows, counts) and not decoupled:
         group, classes, key_group = _groups_here(labels, ignored, everybody, all_ignored)
@@ -185,7 +191,7 @@ def _left_out(ignored: Tensor, like: Tensor) -> Tensor | None:
     known = ignored.device.type == "cpu" and not torch.compiler.is_compiling()
     if known and not bool(ignored.any()):
         return None
-    return like.new_zeros(len(ignored)).masked_fill(ignored, -torch.inf)
+    return like.new_zeros(len(ignored), dtype=accumulation_dtype(like.dtype)).masked_fill(ignored, -torch.inf)
 
 
 def _lse_of_other_labels(

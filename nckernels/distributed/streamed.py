@@ -19,6 +19,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from .._checks import is_dtensor
 from .._common import inverse, logaddexp
 from ..backends.base import Exclude, accumulation_dtype
 from ..nn import NONLLoss, NormFaceLoss, NTCELoss, PrototypeClassifier
@@ -40,6 +41,11 @@ def streamed_loss(criterion: nn.Module, target: Tensor) -> ByClass | ByRow:
         )
     if criterion.reduction == "none":
         raise ValueError("criterion must have reduction 'mean' or 'sum', got 'none'")
+    if criterion.sparse or getattr(criterion, "class_fraction", 1.0) != 1.0 or is_dtensor(criterion.prototypes):
+        raise ValueError(
+            "sparse=True, class_fraction and prototypes spread over ranks need the features of the whole batch: "
+            "micro(x), then the loss"
+        )
     direction = "instance" if isinstance(criterion, NormFaceLoss) else getattr(criterion, "direction", "class")
     if direction == "both":
         raise ValueError(
@@ -64,8 +70,8 @@ class _Streamed:
         self.of_all_ranks, size = self.class_weight, 1
         if self.ranks is not None:
             groups.agree(
-                self.ranks, f"MicroBatches.stream of {type(criterion).__name__}", temperature=criterion.temperature,
-                like=criterion.prototypes, num_classes=k, d=d, reduction=criterion.reduction,
+                self.ranks, f"MicroBatches.stream of {type(criterion).__name__}", criterion.prototypes,
+                {"temperature": criterion.temperature}, num_classes=k, d=d, reduction=criterion.reduction,
             )  # fmt: skip
             self.of_all_ranks, size = all_reduce(self.class_weight, self.ranks), self.ranks.size
         # As of all losses with a process group, the average over its ranks is the whole.

@@ -10,7 +10,9 @@ import torch
 from ranks import Ranks
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -265,6 +267,11 @@ def test_failures(ranks2: Ranks, way: str, calls: int) -> None:
 def refuse(rank: int, world_size: int) -> None:
     with pytest.raises(ValueError, match="DistributedDataParallel with static_graph=True"):
         MicroBatches(Features(DistributedDataParallel(Net(), static_graph=True)), SIZE)
+    mesh = init_device_mesh("cpu", (world_size,))
+    prototypes = nn.Parameter(distribute_tensor(torch.ones(K, D), mesh, [Shard(0)]))
+    criterion = nckernels.NTCELoss(prototypes=prototypes, process_group="world")
+    with pytest.raises(ValueError, match="prototypes spread over ranks need the features of the whole batch"):
+        MicroBatches(nn.Linear(6, D), SIZE).stream(criterion, torch.zeros(4, dtype=torch.int64), torch.ones(4, 6))
     encoder = Features(DistributedDataParallel(Net()))
     encoder.register_forward_hook(lambda module, args, z: z.detach())
     micro = MicroBatches(encoder, SIZE)
