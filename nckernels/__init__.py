@@ -33,6 +33,7 @@ from .nn import (
     UniformityLoss,
 )
 from .primitive import cosine_lse
+from .queue import FeatureQueue, QueueLoss, RunningDenominatorLoss
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ __all__ = [
     "AlignmentLoss",
     "CLIPLoss",
     "ClassifierResult",
+    "FeatureQueue",
     "FixedPrototypes",
     "InfoNCELoss",
     "LinearProbe",
@@ -49,6 +51,8 @@ __all__ = [
     "NormFaceLoss",
     "PrototypeClassifier",
     "PrototypeLoss",
+    "QueueLoss",
+    "RunningDenominatorLoss",
     "SupConLoss",
     "UniformityLoss",
     "__version__",

@@ -59,7 +59,8 @@ def supcon_loss(
         process_group: whose samples are positives and negatives: None for this process's, ``"world"`` for those of
             all processes, or a :class:`torch.distributed.ProcessGroup`. Every rank returns the number of ranks times
             its own samples' share of the whole, so that the average over ranks, of losses and of gradients, is the
-            whole batch's whatever the sizes of the local batches. All ranks must call the loss; see docs/scaling.md.
+            whole batch's whatever the sizes of the local batches. All ranks must call the loss, all with gradients
+            or none; see docs/scaling.md.
 
     Returns:
         A scalar, or (N,), (B, V) for ``reduction="none"``; float32 (float64 for float64 input). A sample without

@@ -26,6 +26,7 @@ from benchmarks import (
     readme,
     report,
     rivals,
+    small_batches,
     tune,
     variants,
 )
@@ -375,3 +376,30 @@ def test_many_classes(capsys: pytest.CaptureFixture[str]) -> None:
         median, least, extra = map(float, row.split()[-3:])
         assert median >= least > 0
         assert (extra < 1.0) == ("sparse" in row)
+
+
+# --- small batches -----------------------------------------------------------------------------------------
+
+
+def test_small_batches_are_trained_with_each_variant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    out = tmp_path / "outcomes.json"
+    grid = ["--epochs", "1", "--seeds", "1", "--lr", "0.1", "--small", "200", "--large", "600"]
+    assert suite.main(["queue", *grid, "--out", str(out)]) == 0
+    table = capsys.readouterr().out
+    rows = [(line[:5].strip(), line[6:30].strip()) for line in table.splitlines()[2:]]
+    names = ["batch 200", "batch 200, queue 400", "batch 200, decay 0.5", "batch 200, decay 0.6667", "batch 600"]
+    assert rows == [(loss, name) for loss in ("nonl", "ntce") for name in names]
+    assert suite.main(["queue", "--report", str(out)]) == 0
+    assert capsys.readouterr().out == table
+
+
+def test_a_rate_is_chosen_by_the_training_loss_among_those_that_did_not_diverge() -> None:
+    def outcome(lr: float, seed: int, whole: float, accuracy: float) -> small_batches.Outcome:
+        values = {key: 1.0 for _, key in small_batches.METRICS}
+        return small_batches.Outcome("nonl", "batch 32", lr, seed, accuracy, whole, values)
+
+    runs = [outcome(0.1, s, 2.0 + s, 0.5) for s in (0, 1)] + [outcome(0.2, s, 3.0 + s, 0.9) for s in (0, 1)]
+    row = small_batches.table([*runs, outcome(0.4, 0, 1.0, 0.7)]).splitlines()[2]
+    assert row.split()[3:8] == ["0.1", "2.5000", "(0.7071)", "50.0", "(0.0)"]
+    assert row.split()[-3:] == ["50.0", "90.0", "70.0"]

@@ -197,6 +197,16 @@ def test_losses_start_alike_and_leave_the_global_seed_alone() -> None:
     assert ce.metrics["inter_erank"][0] == nonl.metrics["inter_erank"][0]
 
 
+@pytest.mark.parametrize(
+    ("loss", "more"), [("nonl", {"queue": 100}), ("scl", {"queue": 100}), ("ntce", {"decay": 0.5})]
+)
+def test_losses_that_see_past_batches(loss: str, more: dict[str, float]) -> None:
+    """From the second step on they are others."""
+    plain, longer = (fit(tiny(loss=loss, batch_size=400, **o), progress=False).history for o in ({}, more))
+    assert plain.loss[1] == pytest.approx(longer.loss[1], rel=1e-5)
+    assert abs(plain.loss[2] - longer.loss[2]) > 1e-3
+
+
 def test_amp_and_backend() -> None:
     assert math.isfinite(fit(tiny(amp=True), progress=False).history.loss[-1])
     reference = fit(tiny(backend="reference"), progress=False).history
@@ -241,6 +251,9 @@ def test_history_round_trip(tmp_path: Path) -> None:
         ("lr", -0.1),
         ("lr", math.inf),
         ("weight_decay", -1e-4),
+        ("queue", -1),
+        ("decay", -0.5),
+        ("decay", 1.0),
     ],
 )
 def test_bad_settings_are_named(name: str, value: object) -> None:
@@ -255,6 +268,12 @@ def test_bad_settings_found_later_are_named() -> None:
         fit(tiny(device="quantum"), progress=False)
     with pytest.raises(ValueError, match="no-such-backend"):
         fit(tiny(backend="no-such-backend"), progress=False)
+    with pytest.raises(ValueError, match=r"queue: criterion must be .* got CrossEntropyHead"):
+        fit(tiny(loss="ce", queue=8), progress=False)
+    with pytest.raises(ValueError, match=r"decay: criterion must be .* got SupConLoss"):
+        fit(tiny(loss="scl", decay=0.5), progress=False)
+    with pytest.raises(ValueError, match="queue, decay: expected one of them"):
+        fit(tiny(queue=8, decay=0.5), progress=False)
 
 
 # Command line
