@@ -387,8 +387,9 @@ def test_small_batches_are_trained_with_each_variant(tmp_path: Path, capsys: pyt
     grid = ["--epochs", "1", "--seeds", "1", "--lr", "0.1", "--small", "200", "--large", "600"]
     assert suite.main(["queue", *grid, "--out", str(out)]) == 0
     table = capsys.readouterr().out
-    rows = [(line[:5].strip(), line[6:30].strip()) for line in table.splitlines()[2:]]
-    names = ["batch 200", "batch 200, queue 400", "batch 200, decay 0.5", "batch 200, decay 0.6667", "batch 600"]
+    rows = [(line[:5].strip(), line[6:32].strip()) for line in table.splitlines()[2:-1]]
+    more = ["queue 400", "repelled 0.3333", "decay 0.5", "decay 0.6667"]
+    names = ["batch 200", *(f"batch 200, {name}" for name in more), "batch 600"]
     assert rows == [(loss, name) for loss in ("nonl", "ntce") for name in names]
     assert suite.main(["queue", "--report", str(out)]) == 0
     assert capsys.readouterr().out == table

@@ -131,8 +131,18 @@ class Run:
         torch.save(checkpoint, folder / "checkpoint.pt")
 
 
-def fit(config: TrainConfig, *, progress: bool = True) -> Run:
+def fit(
+    config: TrainConfig,
+    *,
+    progress: bool = True,
+    loss_of: Callable[[AnyHead], Callable[[Tensor, Tensor], Tensor]] | None = None,
+) -> Run:
     """Train a network and record its way to neural collapse.
+
+    Args:
+        config: all there is to choose from the command line.
+        progress: show a bar.
+        loss_of: makes another training loss for the head, of features and labels.
 
     The seed fixes initialisation and batches, so that runs of different losses see the same of both, and on
     one CPU the same seed gives the same history. The global random state is left as it was.
@@ -147,7 +157,7 @@ def fit(config: TrainConfig, *, progress: bool = True) -> Run:
         torch.manual_seed(config.seed)
         model = ConvNet(data.train_images.shape[1], config.dim, config.features).to(device)
         head = make_head(config.loss, config.dim, data.num_classes, config.temperature, device)
-    criterion = make_loss(head, config.queue, config.decay)
+    criterion = make_loss(head, config.queue, config.decay) if loss_of is None else loss_of(head)
     parameters = [*model.parameters(), *head.parameters()]
     optimiser = torch.optim.SGD(parameters, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay)
     generator = torch.Generator().manual_seed(config.seed)
