@@ -9,11 +9,9 @@ python -m benchmarks tune --device cuda                  tile tables of the Trit
 python -m benchmarks correctness                         every kernel on small ragged problems, against float64
 python -m benchmarks host                                host time of the Triton backend's launches, without a GPU
 python -m benchmarks predict                             counted times on a GPU, beside those of a report
-
+python -m benchmarks scaling                             bytes and memory of losses that span processes
 python -m benchmarks queue                               small batches with queues and running denominators, on digits
-
 python -m benchmarks many-classes                        a million classes, dense and sparse gradients
-
 """
 
 from __future__ import annotations
@@ -42,6 +40,7 @@ from . import (
     problems,
     readme,
     report,
+    scaling,
     small_batches,
     tune,
 )
@@ -56,6 +55,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "tune": tune.main,
     "host": host.main,
     "predict": predict.main,
+    "scaling": scaling.main,
     "many-classes": many_classes.main,
     "queue": small_batches.main,
 }

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ._common import norms
 from .backends.base import accumulation_dtype
+from .backends.chunked.tiles import rnorm_of, through_normalisation
 
 
 def groups(labels: Tensor, ignored: Tensor) -> tuple[Tensor, int]:
@@ -46,6 +47,20 @@ def class_sums(rows: Tensor, group: Tensor, ignored: Tensor, classes: int) -> tu
     group = group.masked_fill(ignored, 0)
     sums = rows.new_zeros(classes, rows.shape[1]).index_add(0, group, rows)
     return sums, rows.new_zeros(classes).index_add(0, group, (~ignored).to(rows.dtype))
+
+
+def add_unit_rows(sums: Tensor, rows: Tensor, group: Tensor) -> None:
+    """Add each row, at unit length, to the sum of its group; rows with a negative group to none."""
+    unit_rows = rows * rnorm_of(rows, sums.dtype)[:, None]
+    sums.index_add_(0, group.clamp_min(0), unit_rows.masked_fill_((group < 0)[:, None], 0.0))
+
+
+def grad_of_unit_rows(of_sums: Tensor, rows: Tensor, group: Tensor) -> Tensor:
+    """The gradient of ``rows``, given that of the sums to which :func:`add_unit_rows` has added them."""
+    rnorm = rnorm_of(rows, of_sums.dtype)
+    grad = of_sums[group.clamp_min(0)].masked_fill_((group < 0)[:, None], 0.0)
+    through_normalisation(grad, rows * rnorm[:, None], rnorm, rows)
+    return grad
 
 
 def mean_positive(

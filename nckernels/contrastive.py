@@ -20,14 +20,13 @@ from torch import Tensor
 from . import _checks
 from ._class_sums import class_sums, groups, height, mean_positive, visible_rows
 from ._common import REDUCTIONS, Reduction, inverse, logaddexp, norms, unit
+from ._compact import LEFT_OUT
 from .backends import registry
 from .backends.base import accumulation_dtype
 from .distributed import collectives, samples
 from .distributed.contrast import reduce
 from .distributed.groups import GroupLike, Ranks, agree, resolve
 from .primitive import autocast, contrast_with_itself, cosine_lse
-
-_LEFT_OUT = -1  # in place of the index of a sample that takes no part
 
 
 def supcon_loss(
@@ -60,7 +59,8 @@ def supcon_loss(
         process_group: whose samples are positives and negatives: None for this process's, ``"world"`` for those of
             all processes, or a :class:`torch.distributed.ProcessGroup`. Every rank returns the number of ranks times
             its own samples' share of the whole, so that the average over ranks, of losses and of gradients, is the
-            whole batch's whatever the sizes of the local batches. All ranks must call the loss; see docs/scaling.md.
+            whole batch's whatever the sizes of the local batches. All ranks must call the loss, all with gradients
+            or none; see docs/scaling.md.
 
     Returns:
         A scalar, or (N,), (B, V) for ``reduction="none"``; float32 (float64 for float64 input). A sample without
@@ -88,7 +88,7 @@ def supcon_loss(
     if n == 0 and ranks is None:
         return _nothing(shape, reduction, beta, input)
     if target is None:
-        ignore_index = _LEFT_OUT  # labels count the samples: nobody is ignored
+        ignore_index = LEFT_OUT  # labels count the samples: nobody is ignored
     rows = autocast(rows)  # positives and negatives alike
     if ranks is not None:
         if target is None:
@@ -114,8 +114,8 @@ def supcon_loss(
             rows, rows, labels, beta, direction="instance", exclude="same_label", ignore_index=ignore_index
         )
     else:
-        index = torch.arange(n, device=rows.device).masked_fill(ignored, _LEFT_OUT)
-        lse, _ = cosine_lse(rows, rows, index, beta, direction="instance", exclude="self", ignore_index=_LEFT_OUT)
+        index = torch.arange(n, device=rows.device).masked_fill(ignored, LEFT_OUT)
+        lse, _ = cosine_lse(rows, rows, index, beta, direction="instance", exclude="self", ignore_index=LEFT_OUT)
     loss = (_uniformity(lse) - beta * cosine).masked_fill(~has_positive, 0.0)
     return _reduced(loss, has_positive, weight, reduction, shape)
 
@@ -168,7 +168,7 @@ def prototype_loss(
     else:
         _checks.in_classes(labels, num_classes, ignore_index)
         group, classes = labels, num_classes
-    index = group.masked_fill(ignored, _LEFT_OUT)
+    index = group.masked_fill(ignored, LEFT_OUT)
     visible = visible_rows(rows, ignored)
     sums, counts = class_sums(visible / norms(visible, rows.dtype)[:, None], group, ignored, classes)
     if ranks is not None:
@@ -180,7 +180,7 @@ def prototype_loss(
     lifted = F.pad(torch.cat([means, height(means, rows.dtype)[:, None]], 1), (0, extra - 1)).to(rows.dtype)
     lse, pos = cosine_lse(
         F.pad(rows, (0, extra)), lifted, index, beta, direction="instance", exclude="target",
-        logit_bias=counts.log(), ignore_index=_LEFT_OUT,
+        logit_bias=counts.log(), ignore_index=LEFT_OUT,
     )  # fmt: skip
     own = counts[group.masked_fill(ignored, 0)] - 1.0  # samples of the same class beside this one
     lse = torch.where(own > 0, logaddexp(lse, own.clamp_min(1.0).log() + pos), lse)
@@ -228,7 +228,7 @@ def info_nce_loss(
     _checks.matrix("key", key, "K", "d")
     if target is None:
         _same_pairs("query", query, "key", key, "; give target if there are other keys than positives")
-        target, ignore_index = torch.arange(len(query), device=query.device), _LEFT_OUT
+        target, ignore_index = torch.arange(len(query), device=query.device), LEFT_OUT
     else:
         _checks.target(target, query, "query")
     _check_weights(sample_weight, len(query), query)
@@ -284,7 +284,7 @@ def clip_loss(
         _checks.features_and_prototypes(a, b, "a", "b")
     return samples.contrast_keys(
         a, b, torch.arange(len(a), device=a.device), inverse(temperature), direction="both",
-        exclude="target" if decoupled else "none", ignore_index=_LEFT_OUT, weight=sample_weight,
+        exclude="target" if decoupled else "none", ignore_index=LEFT_OUT, weight=sample_weight,
         reduction=reduction, ranks=ranks,
     )  # fmt: skip
 
@@ -383,11 +383,14 @@ def _same_pairs(name: str, value: Tensor, other_name: str, other: Tensor, hint: 
 def _ranks(
     process_group: GroupLike, loss: str, input: Tensor, values: dict[str, float | Tensor], **options: Hashable
 ) -> Ranks | None:
-    """The ranks that the loss spans, which agree on it."""
+    """The ranks that the loss spans, which agree on it, and on what decides how keys travel."""
     ranks = resolve(process_group)
     if ranks is not None:
-        workspace = registry.get_workspace(input.device)  # it decides how keys travel
-        agree(ranks, loss, input, values, d=input.shape[-1], workspace=workspace, **options)
+        workspace = registry.get_workspace(input.device)
+        backend = registry.REFERENCE if registry.chosen() == registry.REFERENCE else f"other than {registry.REFERENCE}"
+        agree(
+            ranks, loss, input, values, d=input.shape[-1], set_workspace=workspace, set_backend=backend, **options
+        )  # fmt: skip
     return ranks
 
 

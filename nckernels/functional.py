@@ -8,7 +8,6 @@ Every function replaces ``F.cross_entropy(head(x), y)`` by ``loss(x, head.weight
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
 
 import torch
 from torch import Tensor
@@ -67,7 +66,8 @@ def nonl_loss(
             processes, or a :class:`torch.distributed.ProcessGroup`. Every rank returns the number of ranks times
             its own samples' share of the whole, so that the average over ranks, of losses and of gradients, is
             the whole batch's whatever the sizes of the local batches. All ranks must have the same prototypes
-            (or each a part) and call the loss, with as many samples as they like; see docs/scaling.md.
+            (or each a part), call the loss, with as many samples as they like, and multiply it by the same
+            factors; see docs/scaling.md.
 
     Returns:
         A scalar, or (M,) for ``reduction="none"`` (0 where ignored); float32 (float64 for float64 input).
@@ -179,7 +179,7 @@ def normface_loss(
         ``prototypes`` get a gradient. Nothing corrects for the missing ones: sums are too small, the loss of a
         sample is below the whole one by up to about :math:`\log(1/r)`, and the drawn classes get as much more
         than their share of the gradient. Without ``label_smoothing``.
-    generator: of the random classes, on the device of ``input``; None is PyTorch's own, which
+        generator: of the random classes, on the device of ``input``; None is PyTorch's own, which
             :func:`torch.manual_seed` sets. Its state determines the classes.
         sparse: give ``prototypes`` a sparse gradient, as in :func:`nonl_loss`; needs ``class_fraction`` below 1.
 
@@ -193,8 +193,9 @@ def normface_loss(
     _checks.in_range("cosine_margin", cosine_margin, 0.0, 2.0)
     _checks.sampling(class_fraction, label_smoothing, sparse)
     ranks = _ranks(
-        process_group, "normface_loss", input, prototypes, temperature, reduction, label_smoothing=label_smoothing,
-        angular_margin=angular_margin, cosine_margin=cosine_margin, class_fraction=class_fraction, sparse=sparse,
+        process_group, "normface_loss", input, prototypes, temperature, reduction, sparse=sparse,
+        label_smoothing=label_smoothing, angular_margin=angular_margin, cosine_margin=cosine_margin,
+        class_fraction=class_fraction,
     )  # fmt: skip
     prototypes = class_parallel.prepared(prototypes, ranks, sparse)
     per_sample = of_samples(weight, sample_weight, target)
@@ -271,16 +272,19 @@ def _ranks(
     prototypes: Tensor,
     temperature: float | Tensor,
     reduction: str,
-    **options: Hashable,
+    *,
+    sparse: bool,
+    direction: Direction | None = None,
+    **values: float,
 ) -> Ranks | None:
-    """The ranks that the loss spans, which agree on it."""
+    """The ranks that the loss spans, which agree on it; ``values`` may change from call to call."""
     ranks = groups.resolve(process_group)
     if ranks is not None:
         classes, columns = prototypes.shape
         where = "of the whole group" if _checks.is_dtensor(prototypes) else "on every rank"
         groups.agree(
-            ranks, loss, input, {"temperature": temperature}, num_classes=classes, d=columns, reduction=reduction,
-            prototypes=where, **options,
+            ranks, loss, input, {"temperature": temperature, **values}, num_classes=classes, d=columns,
+            reduction=reduction, direction=direction, prototypes=where, sparse=sparse,
         )  # fmt: skip
     return ranks
 

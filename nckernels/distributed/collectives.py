@@ -41,6 +41,14 @@ class Sizes(NamedTuple):
     def total(self) -> int:
         return sum(self.counts)
 
+    @property
+    def longest(self) -> int:
+        return max(self.counts)
+
+    @property
+    def equal(self) -> bool:
+        return min(self.counts) == self.longest
+
 
 def sizes(rows: Tensor, ranks: Ranks) -> Sizes:
     """The number of rows on every rank, which all of them have to know before they exchange the rows.
@@ -122,7 +130,9 @@ class _SharedLogSumExp(torch.autograd.Function):
     def forward(ctx: Any, lse: Tensor, weight: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
         top = _top(lse, ranks)
         terms = (lse - top).exp()
-        total, weights = _summed(torch.stack([terms, weight]), ranks)
+        both = terms.new_empty(2, *terms.shape)  # not torch.stack: Inductor would sum ``terms`` itself in its place
+        both[0], both[1] = terms, weight
+        total, weights = _summed(both, ranks)
         whole = (total.log() + top).masked_fill(total == 0.0, 0.0)
         ctx.ranks = ranks
         ctx.save_for_backward(weights * _share(terms, total), whole)
@@ -144,10 +154,10 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: Sizes, ranks: Ranks) -> Tensor:
         ctx.counts, ctx.ranks = counts, ranks
-        longest = max(counts.counts)
+        longest = counts.longest
         gathered = rows.new_empty(ranks.size * longest, *rows.shape[1:])
         _gather_into(gathered, _padded(rows, longest), group=ranks.group)
-        if all(n == longest for n in counts.counts):
+        if counts.equal:
             return gathered
         blocks = gathered.split(longest) if longest else []
         return torch.cat([block[:n] for block, n in zip(blocks, counts.counts, strict=False)] or [gathered])
@@ -156,11 +166,11 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         counts, ranks = ctx.counts, ctx.ranks
-        longest = max(counts.counts)
-        wide = grad.float() if grad.dtype.itemsize < 4 else grad  # many ranks' gradients add up
-        blocks = torch.cat([_padded(block, longest) for block in wide.split(counts.counts)])
-        own = wide.new_empty(longest, *grad.shape[1:])
-        _reduce_scatter(own, blocks, group=ranks.group)
+        wide = (grad.float() if grad.dtype.itemsize < 4 else grad).contiguous()  # many ranks' gradients add up
+        if not counts.equal:
+            wide = torch.cat([_padded(block, counts.longest) for block in wide.split(counts.counts)])
+        own = wide.new_empty(counts.longest, *grad.shape[1:])
+        _reduce_scatter(own, wide, group=ranks.group)
         return own[: counts.counts[ranks.rank]].to(grad.dtype), None, None
 
 

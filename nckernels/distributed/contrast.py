@@ -22,11 +22,13 @@ from .._common import Reduction
 from .._compact import LEFT_OUT, Part, choose, present, rows
 from ..backends.base import Direction
 from . import class_parallel, collectives
+from .collectives import Sizes
 from .groups import Ranks
 
 COMPACT_ABOVE = 16_384
-"""With more classes than this the ranks exchange which of them occur, and compute and exchange sums of those alone.
-Fewer classes are cheaper to exchange whole, and with them nothing has to be known about the other batches."""
+"""With more classes than this, and than samples on all ranks, the ranks exchange which of them occur, and compute and
+exchange sums of those alone. Fewer classes are cheaper to exchange whole, and with so few that they always are nothing
+has to be known about the other batches."""
 
 
 def contrast(
@@ -73,9 +75,11 @@ def contrast(
         return _of_all(loss, own.sum(), reduction, ranks, of_nothing)
 
     if direction == "class" and (part is not None or len(prototypes) > COMPACT_ABOVE):
-        sparse = part is not None and part.sparse
-        prototypes, target = present_classes(prototypes, target, ignore_index, ranks, sparse)
-        ignore_index = LEFT_OUT
+        counts = collectives.sizes(target, ranks)
+        if part is not None or counts.total < len(prototypes):
+            sparse = part is not None and part.sparse
+            prototypes, target = present_classes(prototypes, target, ignore_index, counts, ranks, sparse)
+            ignore_index = LEFT_OUT
     lses, pos = primitive.cosine_lse(
         features, prototypes, target, inv_temperature, direction=direction, exclude=exclude, ignore_index=ignore_index
     )
@@ -204,7 +208,7 @@ def part_of(prototypes: Tensor, target: Tensor, ignore_index: int, part: Part) -
 
 
 def present_classes(
-    prototypes: Tensor, target: Tensor, ignore_index: int, ranks: Ranks, sparse: bool
+    prototypes: Tensor, target: Tensor, ignore_index: int, counts: Sizes, ranks: Ranks, sparse: bool
 ) -> tuple[Tensor, Tensor]:
     """The prototypes of the classes that occur on any rank, the same everywhere, and the targets as their indices.
 
@@ -212,7 +216,6 @@ def present_classes(
     every sample of all ranks.
     """
     _checks.in_classes(target, len(prototypes), ignore_index)
-    counts = collectives.sizes(target, ranks)
     everybody = collectives.gather(target.long(), counts, ranks)
     ignored = everybody == ignore_index
     classes, slot = present(everybody, ignored)

@@ -31,6 +31,13 @@ class GradientSync:
         self._replicated = [x for x in wrappers if isinstance(x, DistributedDataParallel)]
         self._sharded: list[Any] = [x for x in wrappers if not isinstance(x, DistributedDataParallel)]
 
+    def broadcast_buffers(self) -> None:
+        """Rank 0's buffers for all, now: what DistributedDataParallel does in its next forward pass."""
+        for wrapper in self._replicated:
+            if wrapper._check_sync_bufs_pre_fwd():
+                wrapper._sync_buffers()
+                wrapper.require_forward_param_sync = False  # until the end of the next pass that reduces gradients
+
     @contextmanager
     def none(self) -> Iterator[None]:
         """Gradients of forward and backward passes inside stay with this process."""

@@ -95,6 +95,7 @@ class MicroBatches:
                 "MicroBatches after that of the loss, or discard() to leave that step out"
             )
         call = Call(self.encoder, args, kwargs, self.micro_batch_size)
+        self._reduction.broadcast_buffers()  # before they are copied for the second run
         with call.first_run():
             parts = [call.first(i) for i in range(len(call.slices))]
         features = [torch.cat(column) for column in zip(*parts, strict=True)]
@@ -183,6 +184,7 @@ class MicroBatches:
             )
         loss = streamed_loss(criterion, target)
         if isinstance(loss, ByClass):
+            self._reduction.broadcast_buffers()
             with call.first_run():
                 for i, rows in enumerate(call.slices):
                     loss.collect(_only(call.first(i)), rows)

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import operators
+from .._class_sums import add_unit_rows, grad_of_unit_rows
 from ..backends import registry
 from ..backends.base import Forward, Inputs, Needs, OutputGrads, Spec
-from ..backends.chunked.tiles import rnorm_of, through_normalisation
 from ..primitive import scalar
 from .collectives import Sizes
 from .groups import Ranks
@@ -86,12 +86,12 @@ class _Ring(torch.autograd.Function):
                 inputs, spec = _step(rows, block, beta, target, key_bias, owner, job)
                 seen[owner] = operators.forward(inputs, spec, job.backend)
                 if key_group is not None:
-                    unit, _, index, outside = _units(block, key_group, owner, beta.dtype, job)
-                    sums.index_add_(0, index, unit.masked_fill_(outside, 0.0))
+                    add_unit_rows(sums, block, key_group[job.counts.of(owner)])
         by_class = torch.cat([seen[owner].class_lse for owner in sorted(seen)])
         instance = torch.stack([result.instance_lse for result in seen.values()]).logsumexp(0)
         own = seen.get(job.ranks.rank)
-        pos = rows.new_zeros(len(rows), dtype=beta.dtype) if own is None else own.pos
+        # A copy: an output that ``ctx`` keeps would keep ``ctx``, and with it all tensors of the call.
+        pos = rows.new_zeros(len(rows), dtype=beta.dtype) if own is None else own.pos.clone()
         ctx.save_for_backward(rows, keys, beta, target, key_bias, key_group, instance)
         ctx.seen, ctx.job = seen, job  # of vectors, some N numbers
         return by_class, instance, pos, sums
@@ -120,11 +120,9 @@ class _Ring(torch.autograd.Function):
                 ):  # fmt: skip
                     if term is not None:
                         total += term
+                del part, term  # before the next ones come
                 if key_group is not None:
-                    unit, rnorm, index, outside = _units(block, key_group, owner, beta.dtype, job)
-                    of_unit = by_sums[index].masked_fill_(outside, 0.0)
-                    through_normalisation(of_unit, unit, rnorm, block)
-                    block_grad += of_unit
+                    block_grad += grad_of_unit_rows(by_sums, block, key_group[job.counts.of(owner)])
             train.add(block_grad)
         found = (rows_grad.to(rows.dtype), train.arrived().to(keys.dtype), beta_grad)
         wanted = (grad if need else None for grad, need in zip(found, needs[:3], strict=True))
@@ -142,24 +140,19 @@ def _step(
     return Inputs(rows, block, target, beta, None, bias), spec
 
 
-def _units(
-    block: Tensor, key_group: Tensor, owner: int, dtype: torch.dtype, job: Job
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Unit keys and inverse norms, the groups that they are added to, and (k, 1) which of them are added to none."""
-    group = key_group[job.counts.of(owner)]
-    rnorm = rnorm_of(block, dtype)
-    return block * rnorm[:, None], rnorm, group.clamp_min(0), (group < 0)[:, None]
-
-
 def _round(keys: Tensor, job: Job) -> Iterator[tuple[int, Tensor]]:
-    """(owner, its keys) of every rank; the next block is under way while one is in use."""
+    """(owner, its keys) of every rank; the next block is under way while one is in use.
+
+    Blocks arrive in two places by turns: each block is valid until the next one is asked for.
+    """
     ranks, block = job.ranks, keys.contiguous()
+    places = [keys.new_empty(max(job.counts.counts), keys.shape[1]) for _ in range(min(2, ranks.size - 1))]
     for step in range(ranks.size):
         owner, following = ((ranks.rank + step + ahead) % ranks.size for ahead in (0, 1))
         if step + 1 == ranks.size:
             yield owner, block
             return
-        arriving = keys.new_empty(job.counts.counts[following], keys.shape[1])
+        arriving = places[step % 2][: job.counts.counts[following]]
         under_way = _pass_on(block, arriving, ranks, tag=0)
         yield owner, block
         for work in under_way:

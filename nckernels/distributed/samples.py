@@ -6,15 +6,17 @@ tile by tile. The gradients of the keys go back, summed, to the ranks that own t
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .. import _checks, primitive
-from .._class_sums import class_sums, groups, mean_positive
+from .._class_sums import add_unit_rows, grad_of_unit_rows, groups, mean_positive
 from .._common import Reduction, logaddexp, unit
+from .._compact import LEFT_OUT
 from ..backends import registry
 from ..backends.base import accumulation_dtype
 from ..backends.reference import masked_logsumexp
@@ -23,8 +25,6 @@ from . import collectives, ring
 from .collectives import Sizes
 from .contrast import contrast, reduced_contrast
 from .groups import Ranks
-
-_LEFT_OUT = -1
 
 
 def distinct_labels(labels: Tensor, ranks: Ranks) -> Tensor:
@@ -71,23 +71,24 @@ def contrast_keys(
     query, key = autocast(query), autocast(key)
     counts = collectives.sizes(key, ranks)
     ignored = target == ignore_index
-    among_all = (target.long() + counts.own.start).masked_fill(ignored, _LEFT_OUT)
+    among_all = (target.long() + counts.own.start).masked_fill(ignored, LEFT_OUT)
     if counts.total == 0:
         # No query can have a positive. Zeros of which everything has a gradient, of zeros.
-        nothing = ((unit(query).sum(1) + unit(key).sum()) * inv_temperature).masked_fill(~ignored | ignored, 0.0)
+        nothing = (unit(query).sum(1) + unit(key).sum()) * inv_temperature
+        nothing = nothing.masked_fill(torch.ones_like(ignored), 0.0)
         return nothing if reduction == "none" else nothing.sum()
     if not _travel(key, counts):
         keys = collectives.gather(key, counts, ranks)
         return contrast(
-            query, keys, among_all, inv_temperature, direction=direction, exclude=exclude, ignore_index=_LEFT_OUT,
+            query, keys, among_all, inv_temperature, direction=direction, exclude=exclude, ignore_index=LEFT_OUT,
             weight=weight, reduction=reduction, ranks=ranks, of_nothing=0.0,
         )  # fmt: skip
     class_lse, instance_lse, pos, _ = ring.lse(
-        query, key, target.long().masked_fill(ignored, _LEFT_OUT), inv_temperature, counts, ranks,
-        direction=direction, exclude=exclude, ignore_index=_LEFT_OUT,
+        query, key, target.long().masked_fill(ignored, LEFT_OUT), inv_temperature, counts, ranks,
+        direction=direction, exclude=exclude, ignore_index=LEFT_OUT,
     )  # fmt: skip
     return reduced_contrast(
-        class_lse if direction == "both" else None, instance_lse, pos, among_all, ignore_index=_LEFT_OUT,
+        class_lse if direction == "both" else None, instance_lse, pos, among_all, ignore_index=LEFT_OUT,
         weight=weight, reduction=reduction, ranks=ranks, of_nothing=0.0,
     )  # fmt: skip
 
@@ -114,27 +115,27 @@ def supcon_terms(
         nothing = unit(visible).sum(1)
         return nothing, nothing, ignored
     bias = _left_out(all_ignored, visible)
+    group, classes, key_group = _groups_here(labels, ignored, everybody, all_ignored)
+    of_class = visible.new_zeros(classes, dtype=accumulation_dtype(visible.dtype))
+    of_class.index_add_(0, key_group.clamp_min(0), (key_group >= 0).to(of_class.dtype))
     if _travel(rows, counts) and not decoupled:
-        group, classes, key_group = _groups_here(labels, ignored, everybody, all_ignored)
         own = torch.arange(len(rows), device=rows.device)
         _, lse, _, sums = ring.lse(
-            visible, visible, own.masked_fill(ignored, _LEFT_OUT), inv_temperature, counts, ranks,
-            direction="instance", exclude="target", ignore_index=_LEFT_OUT, key_bias=bias, key_group=key_group,
+            visible, visible, own.masked_fill(ignored, LEFT_OUT), inv_temperature, counts, ranks,
+            direction="instance", exclude="target", ignore_index=LEFT_OUT, key_bias=bias, key_group=key_group,
             groups=classes,
         )  # fmt: skip
-        of_class = sums.new_zeros(classes).index_add(0, key_group.clamp_min(0), (key_group >= 0).to(sums.dtype))
         return lse, *mean_positive(visible, group, ignored, classes, among=(sums, of_class))
 
     keys = collectives.gather(visible, counts, ranks)
-    group, classes = groups(everybody, all_ignored)
-    among = class_sums(unit(keys), group, all_ignored, classes)
-    positives = mean_positive(visible, group[counts.own], ignored, classes, among)
+    sums = _UnitSums.apply(keys, key_group, classes, counts)  # type: ignore[no-untyped-call]
+    positives = mean_positive(visible, group, ignored, classes, among=(sums, of_class))
     if decoupled:
         lse = _lse_of_other_labels(visible, labels, keys, everybody, ignore_index, inv_temperature)
     else:
         lse, _ = cosine_lse(
-            visible, keys, _own(counts, rows).masked_fill(ignored, _LEFT_OUT), inv_temperature, direction="instance",
-            exclude="target", logit_bias=bias, ignore_index=_LEFT_OUT,
+            visible, keys, _own(counts, rows).masked_fill(ignored, LEFT_OUT), inv_temperature, direction="instance",
+            exclude="target", logit_bias=bias, ignore_index=LEFT_OUT,
         )  # fmt: skip
     return lse, *positives
 
@@ -151,7 +152,7 @@ def lse_of_others(rows: Tensor, inv_temperature: float, ranks: Ranks | None) -> 
     if _travel(rows, counts):
         _, lse, _, _ = ring.lse(
             rows, rows, own, inv_temperature, counts, ranks, direction="instance", exclude="target",
-            ignore_index=_LEFT_OUT,
+            ignore_index=LEFT_OUT,
         )  # fmt: skip
         return lse, counts.total
     keys = collectives.gather(rows, counts, ranks)
@@ -186,6 +187,28 @@ def _groups_here(labels: Tensor, ignored: Tensor, everybody: Tensor, all_ignored
     return group, classes, found.masked_fill(~here, -1)
 
 
+class _UnitSums(torch.autograd.Function):
+    """(groups, d) sums of each group's unit keys, by blocks: nothing is as large as the keys but their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, keys: Tensor, key_group: Tensor, groups: int, counts: Sizes) -> Tensor:
+        sums = keys.new_zeros(groups, keys.shape[1], dtype=accumulation_dtype(keys.dtype))
+        for block, group in zip(keys.split(counts.counts), key_group.split(counts.counts), strict=True):
+            add_unit_rows(sums, block, group)
+        ctx.counts = counts
+        ctx.save_for_backward(keys, key_group)
+        return sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        keys, key_group = ctx.saved_tensors
+        found = torch.empty_like(keys)
+        for block, group, part in zip(*(x.split(ctx.counts.counts) for x in (keys, key_group, found)), strict=True):
+            part.copy_(grad_of_unit_rows(grad, block, group))
+        return found, None, None, None
+
+
 def _left_out(ignored: Tensor, like: Tensor) -> Tensor | None:
     """A bias that takes ignored keys out of the sums; None where the host knows that there are none."""
     known = ignored.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -216,5 +239,8 @@ def _lse_of_other_labels(
     width = max(1, registry.get_workspace(rows.device) // (4 * u.element_size() * max(1, len(rows))))
     lse = u.new_full((len(rows),), -torch.inf)
     for block, block_labels in zip(keys.split(width), key_labels.split(width), strict=True):
-        lse = logaddexp(lse, checkpoint(tile, u, block, block_labels, inv_temperature, use_reentrant=False))
+        again = checkpoint(
+            tile, u, block, block_labels, inv_temperature, use_reentrant=False, preserve_rng_state=False
+        )  # fmt: skip
+        lse = logaddexp(lse, again)
     return lse

@@ -264,6 +264,48 @@ def test_failures(ranks2: Ranks, way: str, calls: int) -> None:
     ranks2.run(fail, way, calls)
 
 
+class Moving(nn.Module):
+    """Its output depends on a buffer that every forward pass changes, differently on each rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, D)
+        self.register_buffer("mean", torch.zeros(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.layer(x)
+        self.mean.mul_(0.5).add_(z.detach().mean(0))
+        return z + self.mean * z.square()
+
+
+def broadcast(rank: int, world_size: int, way: str) -> None:
+    torch.manual_seed(0)
+    ddp = DistributedDataParallel(Moving())
+    micro, criterion = MicroBatches(ddp, SIZE), nckernels.NTCELoss(D, K, process_group="world")
+    outputs: list[Tensor] = []
+    ddp.register_forward_hook(lambda module, inputs, output: outputs.append(output.detach().clone()))
+    torch.manual_seed(1 + rank)
+    for _ in range(3):
+        x, y = torch.randn(8, 6), torch.randint(K, (8,))
+        outputs.clear()
+        if way == "stream":
+            micro.stream(criterion, y, x)
+        else:
+            criterion(micro(x), y).backward()
+            micro.backward()
+        first, second = outputs[: len(outputs) // 2], outputs[len(outputs) // 2 :]
+        torch.testing.assert_close(torch.cat(second), torch.cat(first), rtol=0, atol=0)
+    means = [torch.empty(D) for _ in range(world_size)]
+    torch.distributed.all_gather(means, ddp.module.mean)
+    assert not torch.equal(*means)  # or else there was nothing to broadcast
+
+
+@pytest.mark.parametrize("way", ["backward", "stream"])
+def test_both_runs_start_with_the_buffers_of_rank_0(ranks2: Ranks, way: str) -> None:
+    """DistributedDataParallel makes buffers rank 0's at the beginning of a step, so for both runs."""
+    ranks2.run(broadcast, way)
+
+
 def refuse(rank: int, world_size: int) -> None:
     with pytest.raises(ValueError, match="DistributedDataParallel with static_graph=True"):
         MicroBatches(Features(DistributedDataParallel(Net(), static_graph=True)), SIZE)
