@@ -398,6 +398,15 @@ def test_small_batches_are_trained_with_each_variant(
     assert capsys.readouterr().out == table
 
 
+def test_the_table_of_small_batches_is_what_the_outcomes_say(capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path(__file__).parents[1]
+    file = "benchmarks/results/2026-11-30-small-batches-32.json"
+    assert small_batches.main(["--report", str(root / file)]) == 0
+    page = (root / "docs" / "scaling.md").read_text()
+    assert file in page
+    assert capsys.readouterr().out in page
+
+
 def test_a_rate_is_chosen_by_the_training_loss_among_those_that_did_not_diverge() -> None:
     def outcome(lr: float, seed: int, whole: float, accuracy: float) -> small_batches.Outcome:
         values = {key: 1.0 for _, key in small_batches.METRICS}
