@@ -135,9 +135,10 @@ class QueueLoss(nn.Module):
     With a ``process_group`` in the criterion the rows are those of all ranks' batches and queues, each rank's queue
     with its own past: R queues of N rows are one of R N, and in the losses with prototypes none of them travel.
 
-    Two biases come with it. Past features are those of past weights. And while the sum contains the queue, only the
-    share of the batch's rows pulls at the network: features are repelled by other prototypes with M / (M + N) of the
-    weight that they have in a batch of M + N samples, prototypes by features with all of it.
+    Two biases come with it. Past features are those of past weights. And the sum contains rows that are constants, so
+    that of the repulsion only the batch's share reaches the network: features are repelled by prototypes with
+    M / (M + N) of the weight that they have in a batch of M + N samples, prototypes by features with all of it. It is
+    this bias that made classes collapse further in the measurements of docs/scaling.md.
 
     SupCon and the prototype loss cost what a batch of M + N samples costs, the losses with prototypes
     as much as one of M + N samples of the classes in the batch.
