@@ -10,6 +10,7 @@ python -m benchmarks correctness                         every kernel on small r
 python -m benchmarks host                                host time of the Triton backend's launches, without a GPU
 python -m benchmarks predict                             counted times on a GPU, beside those of a report
 python -m benchmarks scaling                             bytes and memory of losses that span processes
+python -m benchmarks queue                               small batches with queues and running denominators, on digits
 python -m benchmarks many-classes                        a million classes, dense and sparse gradients
 """
 
@@ -40,6 +41,7 @@ from . import (
     readme,
     report,
     scaling,
+    small_batches,
     tune,
 )
 from .rivals import BASELINE, RIVALS
@@ -55,6 +57,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "predict": predict.main,
     "scaling": scaling.main,
     "many-classes": many_classes.main,
+    "queue": small_batches.main,
 }
 
 

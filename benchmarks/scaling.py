@@ -231,7 +231,7 @@ def held(loss: str, step: Step) -> int:
     if loss in ("info_nce", "clip", "uniformity"):
         return 24 * longest if step.ring else 8 * step.total * step.d
     if loss in ("supcon", "simclr"):
-        return 40 * longest if step.ring else 10 * step.total * step.d + 12 * longest
+        return 36 * longest if step.ring else 10 * step.total * step.d + 12 * longest
     return 0
 
 

@@ -18,6 +18,7 @@ from .contrastive import (
     supcon_loss,
     uniformity_loss,
 )
+from .distributed.micro_batches import MicroBatches
 from .functional import nonl_loss, normface_loss, ntce_loss
 from .nn import (
     AlignmentLoss,
@@ -32,6 +33,7 @@ from .nn import (
     UniformityLoss,
 )
 from .primitive import cosine_lse
+from .queue import FeatureQueue, QueueLoss, RunningDenominatorLoss
 
 __version__ = "0.1.0"
 
@@ -39,14 +41,18 @@ __all__ = [
     "AlignmentLoss",
     "CLIPLoss",
     "ClassifierResult",
+    "FeatureQueue",
     "FixedPrototypes",
     "InfoNCELoss",
     "LinearProbe",
+    "MicroBatches",
     "NONLLoss",
     "NTCELoss",
     "NormFaceLoss",
     "PrototypeClassifier",
     "PrototypeLoss",
+    "QueueLoss",
+    "RunningDenominatorLoss",
     "SupConLoss",
     "UniformityLoss",
     "__version__",

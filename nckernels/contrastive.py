@@ -11,6 +11,7 @@ a CPU, and its gradient in one product. Positives need no pairs at all, only the
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +20,13 @@ from torch import Tensor
 from . import _checks
 from ._class_sums import class_sums, groups, height, mean_positive, visible_rows
 from ._common import REDUCTIONS, Reduction, inverse, logaddexp, norms, unit
+from ._compact import LEFT_OUT
 from .backends import registry
 from .backends.base import accumulation_dtype
 from .distributed import collectives, samples
 from .distributed.contrast import reduce
 from .distributed.groups import GroupLike, Ranks, agree, resolve
 from .primitive import autocast, contrast_with_itself, cosine_lse
-
-_LEFT_OUT = -1  # in place of the index of a sample that takes no part
 
 
 def supcon_loss(
@@ -59,7 +59,8 @@ def supcon_loss(
         process_group: whose samples are positives and negatives: None for this process's, ``"world"`` for those of
             all processes, or a :class:`torch.distributed.ProcessGroup`. Every rank returns the number of ranks times
             its own samples' share of the whole, so that the average over ranks, of losses and of gradients, is the
-            whole batch's whatever the sizes of the local batches. All ranks must call the loss; see docs/scaling.md.
+            whole batch's whatever the sizes of the local batches. All ranks must call the loss, all with gradients
+            or none; see docs/scaling.md.
 
     Returns:
         A scalar, or (N,), (B, V) for ``reduction="none"``; float32 (float64 for float64 input). A sample without
@@ -75,11 +76,19 @@ def supcon_loss(
     """
     rows, labels, weight = _samples(input, target, temperature, ignore_index, sample_weight, reduction)
     beta, shape, n = inverse(temperature), input.shape[:-1], len(rows)
-    ranks = _ranks(process_group, "supcon_loss", input, temperature, reduction, decoupled=decoupled)
+    ranks = _ranks(
+        process_group,
+        "supcon_loss",
+        input,
+        {"temperature": temperature},
+        reduction=reduction,
+        decoupled=decoupled,
+        labels=target is not None,
+    )
     if n == 0 and ranks is None:
         return _nothing(shape, reduction, beta, input)
     if target is None:
-        ignore_index = _LEFT_OUT  # labels count the samples: nobody is ignored
+        ignore_index = LEFT_OUT  # labels count the samples: nobody is ignored
     rows = autocast(rows)  # positives and negatives alike
     if ranks is not None:
         if target is None:
@@ -105,8 +114,8 @@ def supcon_loss(
             rows, rows, labels, beta, direction="instance", exclude="same_label", ignore_index=ignore_index
         )
     else:
-        index = torch.arange(n, device=rows.device).masked_fill(ignored, _LEFT_OUT)
-        lse, _ = cosine_lse(rows, rows, index, beta, direction="instance", exclude="self", ignore_index=_LEFT_OUT)
+        index = torch.arange(n, device=rows.device).masked_fill(ignored, LEFT_OUT)
+        lse, _ = cosine_lse(rows, rows, index, beta, direction="instance", exclude="self", ignore_index=LEFT_OUT)
     loss = (_uniformity(lse) - beta * cosine).masked_fill(~has_positive, 0.0)
     return _reduced(loss, has_positive, weight, reduction, shape)
 
@@ -143,7 +152,14 @@ def prototype_loss(
     if num_classes is not None:
         _checks.positive_integer("num_classes", num_classes)
     beta, shape = inverse(temperature), input.shape[:-1]
-    ranks = _ranks(process_group, "prototype_loss", input, temperature, reduction, num_classes=num_classes)
+    ranks = _ranks(
+        process_group,
+        "prototype_loss",
+        input,
+        {"temperature": temperature},
+        reduction=reduction,
+        num_classes=num_classes,
+    )
     if len(rows) == 0 and ranks is None:
         return _nothing(shape, reduction, beta, input)
     ignored = labels == ignore_index
@@ -152,7 +168,7 @@ def prototype_loss(
     else:
         _checks.in_classes(labels, num_classes, ignore_index)
         group, classes = labels, num_classes
-    index = group.masked_fill(ignored, _LEFT_OUT)
+    index = group.masked_fill(ignored, LEFT_OUT)
     visible = visible_rows(rows, ignored)
     sums, counts = class_sums(visible / norms(visible, rows.dtype)[:, None], group, ignored, classes)
     if ranks is not None:
@@ -164,7 +180,7 @@ def prototype_loss(
     lifted = F.pad(torch.cat([means, height(means, rows.dtype)[:, None]], 1), (0, extra - 1)).to(rows.dtype)
     lse, pos = cosine_lse(
         F.pad(rows, (0, extra)), lifted, index, beta, direction="instance", exclude="target",
-        logit_bias=counts.log(), ignore_index=_LEFT_OUT,
+        logit_bias=counts.log(), ignore_index=LEFT_OUT,
     )  # fmt: skip
     own = counts[group.masked_fill(ignored, 0)] - 1.0  # samples of the same class beside this one
     lse = torch.where(own > 0, logaddexp(lse, own.clamp_min(1.0).log() + pos), lse)
@@ -212,11 +228,13 @@ def info_nce_loss(
     _checks.matrix("key", key, "K", "d")
     if target is None:
         _same_pairs("query", query, "key", key, "; give target if there are other keys than positives")
-        target, ignore_index = torch.arange(len(query), device=query.device), _LEFT_OUT
+        target, ignore_index = torch.arange(len(query), device=query.device), LEFT_OUT
     else:
         _checks.target(target, query, "query")
     _check_weights(sample_weight, len(query), query)
-    ranks = _ranks(process_group, "info_nce_loss", query, temperature, reduction, decoupled=decoupled)
+    ranks = _ranks(
+        process_group, "info_nce_loss", query, {"temperature": temperature}, reduction=reduction, decoupled=decoupled
+    )
     if len(query) == len(key) == 0 and ranks is None:
         return _nothing(query.shape[:1], reduction, inverse(temperature), query, key)
     if ranks is None or len(key):
@@ -257,14 +275,16 @@ def clip_loss(
     _checks.matrix("b", b, "N", "d")
     _same_pairs("a", a, "b", b)
     _check_weights(sample_weight, len(a), a)
-    ranks = _ranks(process_group, "clip_loss", a, temperature, reduction, decoupled=decoupled)
+    ranks = _ranks(
+        process_group, "clip_loss", a, {"temperature": temperature}, reduction=reduction, decoupled=decoupled
+    )
     if len(a) == 0 and ranks is None:
         return _nothing(a.shape[:1], reduction, inverse(temperature), a, b)
     if len(a):
         _checks.features_and_prototypes(a, b, "a", "b")
     return samples.contrast_keys(
         a, b, torch.arange(len(a), device=a.device), inverse(temperature), direction="both",
-        exclude="target" if decoupled else "none", ignore_index=_LEFT_OUT, weight=sample_weight,
+        exclude="target" if decoupled else "none", ignore_index=LEFT_OUT, weight=sample_weight,
         reduction=reduction, ranks=ranks,
     )  # fmt: skip
 
@@ -288,7 +308,7 @@ def uniformity_loss(input: Tensor, *, t: float = 2.0, process_group: GroupLike =
     _checks.matrix("input", input, "N", "d")
     _checks.positive_scalar("t", t, input)
     _checks.some_columns("input", input)
-    ranks = _ranks(process_group, "uniformity_loss", input, t, "mean")
+    ranks = _ranks(process_group, "uniformity_loss", input, {"t": t})
     lse, n = samples.lse_of_others(input, 2.0 * t, ranks)  # |a - b|^2 = 2 - 2 s
     if n < 2:
         raise ValueError(f"input must have at least two rows to have pairs, got {tuple(input.shape)}")
@@ -326,7 +346,7 @@ def alignment_loss(
     _checks.same_device("input", input, "other", other)
     _checks.positive_scalar("alpha", alpha, input)
     _checks.choice("reduction", reduction, REDUCTIONS)
-    ranks = _ranks(process_group, "alignment_loss", input, alpha, reduction)
+    ranks = _ranks(process_group, "alignment_loss", input, {"alpha": alpha}, reduction=reduction)
     squares = (unit(input) - unit(other)).square().sum(1)
     # A power below 1 has an infinite slope at 0, where the distance itself is flat: no gradient there.
     same = squares == 0.0
@@ -361,14 +381,15 @@ def _same_pairs(name: str, value: Tensor, other_name: str, other: Tensor, hint: 
 
 
 def _ranks(
-    process_group: GroupLike, loss: str, input: Tensor, temperature: float | Tensor, reduction: str, **options: object
+    process_group: GroupLike, loss: str, input: Tensor, values: dict[str, float | Tensor], **options: Hashable
 ) -> Ranks | None:
-    """The ranks that the loss spans, which agree on it."""
+    """The ranks that the loss spans, which agree on it, and on what decides how keys travel."""
     ranks = resolve(process_group)
     if ranks is not None:
+        workspace = registry.get_workspace(input.device)
+        backend = registry.REFERENCE if registry.chosen() == registry.REFERENCE else f"other than {registry.REFERENCE}"
         agree(
-            ranks, loss, like=input, temperature=temperature, d=input.shape[-1], reduction=reduction,
-            workspace=registry.get_workspace(input.device), **options,
+            ranks, loss, input, values, d=input.shape[-1], set_workspace=workspace, set_backend=backend, **options
         )  # fmt: skip
     return ranks
 

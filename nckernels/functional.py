@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._common import REDUCTIONS, Reduction, inverse, logaddexp, norms
+from ._common import REDUCTIONS, Reduction, inverse, logaddexp, norms, of_samples
 from ._compact import BATCH_SPARSE, Part
 from .backends.base import Direction
 from .distributed import class_parallel, groups
@@ -29,6 +29,7 @@ def nonl_loss(
     *,
     temperature: float | Tensor = 0.1,
     weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     direction: Direction = "class",
@@ -51,8 +52,9 @@ def nonl_loss(
         target: (M,) class indices in [0, K), or ``ignore_index``.
         temperature: :math:`\tau > 0`, a number or a tensor of shape () or (1,), which may require grad.
         weight: (K,) rescaling of each class's samples, as in :func:`torch.nn.functional.cross_entropy`.
+        sample_weight: (M,) weights >= 0 of the samples as anchors; of weight 0 a sample is a negative only.
         ignore_index: samples with this target contribute nothing, neither as anchor nor as negative.
-        reduction: ``"none"`` for one value per sample, ``"sum"``, or ``"mean"``, weighted by ``weight``.
+        reduction: ``"none"`` for one value per sample, ``"sum"``, or ``"mean"``, weighted by both weights.
         direction: ``"class"`` is the paper's loss. The authors' code has two variants: ``"instance"``, whose
             sum runs over the other classes of the sample, :math:`\sum_{c \neq y_i} e^{S_{ic}/\tau}`, and
             ``"both"``, which adds the two sums inside the logarithm.
@@ -64,7 +66,8 @@ def nonl_loss(
             processes, or a :class:`torch.distributed.ProcessGroup`. Every rank returns the number of ranks times
             its own samples' share of the whole, so that the average over ranks, of losses and of gradients, is
             the whole batch's whatever the sizes of the local batches. All ranks must have the same prototypes
-            (or each a part) and call the loss, with as many samples as they like; see docs/scaling.md.
+            (or each a part), call the loss, with as many samples as they like, and multiply it by the same
+            factors; see docs/scaling.md.
 
     Returns:
         A scalar, or (M,) for ``reduction="none"`` (0 where ignored); float32 (float64 for float64 input).
@@ -79,14 +82,16 @@ def nonl_loss(
         >>> y = torch.randint(10, (32,))
         >>> nckernels.nonl_loss(x, head.weight, y).backward()
     """
-    beta = _checked(input, prototypes, target, weight, temperature, ignore_index, reduction, process_group)
+    beta = _checked(
+        input, prototypes, target, weight, sample_weight, temperature, ignore_index, reduction, process_group
+    )
     _checks.choice("direction", direction, DIRECTIONS)
     _checks.sparse(sparse, direction)
     ranks = _ranks(
         process_group, "nonl_loss", input, prototypes, temperature, reduction, direction=direction, sparse=sparse
     )
     prototypes = class_parallel.prepared(prototypes, ranks, sparse)
-    per_sample = _of_samples(weight, target)
+    per_sample = of_samples(weight, sample_weight, target)
     if direction != "both":
         return contrast(
             input, prototypes, target, beta, direction=direction, exclude="target", ignore_index=ignore_index,
@@ -108,6 +113,7 @@ def ntce_loss(
     *,
     temperature: float | Tensor = 0.1,
     weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     sparse: bool = False,
@@ -121,12 +127,15 @@ def ntce_loss(
     Each class prototype is contrasted with all samples of the batch. Arguments, results and errors are those
     of :func:`nonl_loss`, without ``direction``.
     """
-    beta = _checked(input, prototypes, target, weight, temperature, ignore_index, reduction, process_group)
+    beta = _checked(
+        input, prototypes, target, weight, sample_weight, temperature, ignore_index, reduction, process_group
+    )
     ranks = _ranks(process_group, "ntce_loss", input, prototypes, temperature, reduction, sparse=sparse)
     prototypes = class_parallel.prepared(prototypes, ranks, sparse)
     return contrast(
         input, prototypes, target, beta, direction="class", exclude="none", ignore_index=ignore_index,
-        weight=_of_samples(weight, target), reduction=reduction, part=BATCH_SPARSE if sparse else None, ranks=ranks,
+        weight=of_samples(weight, sample_weight, target), reduction=reduction, part=BATCH_SPARSE if sparse else None,
+        ranks=ranks,
     )  # fmt: skip
 
 
@@ -137,6 +146,7 @@ def normface_loss(
     *,
     temperature: float | Tensor = 0.1,
     weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
@@ -155,8 +165,8 @@ def normface_loss(
     This is ``F.cross_entropy(logits, target, ...)`` of the logits :math:`S / \tau`, which are never stored.
 
     Args:
-        input, prototypes, target, temperature, weight, ignore_index, reduction, process_group: as in
-            :func:`nonl_loss`; a sample's loss does not depend on others, and only the mean spans the ranks.
+        input, prototypes, target, temperature, weight, sample_weight, ignore_index, reduction, process_group: as
+            in :func:`nonl_loss`; a sample's loss does not depend on others, and only the mean spans the ranks.
         label_smoothing: in [0, 1], as in :func:`torch.nn.functional.cross_entropy`. It is a term of its own,
             in plain PyTorch, which takes up to three copies of ``input`` and of ``prototypes`` in float32.
         angular_margin: ArcFace's additive margin in radians, in [0, pi]: the target's cosine becomes
@@ -169,20 +179,26 @@ def normface_loss(
         ``prototypes`` get a gradient. Nothing corrects for the missing ones: sums are too small, the loss of a
         sample is below the whole one by up to about :math:`\log(1/r)`, and the drawn classes get as much more
         than their share of the gradient. Without ``label_smoothing``.
-    generator: of the random classes, on the device of ``input``; None is PyTorch's own, which
+        generator: of the random classes, on the device of ``input``; None is PyTorch's own, which
             :func:`torch.manual_seed` sets. Its state determines the classes.
         sparse: give ``prototypes`` a sparse gradient, as in :func:`nonl_loss`; needs ``class_fraction`` below 1.
 
     Returns, Raises: as in :func:`nonl_loss`.
     """
-    beta = _checked(input, prototypes, target, weight, temperature, ignore_index, reduction, process_group)
+    beta = _checked(
+        input, prototypes, target, weight, sample_weight, temperature, ignore_index, reduction, process_group
+    )
     _checks.in_range("label_smoothing", label_smoothing, 0.0, 1.0)
     _checks.in_range("angular_margin", angular_margin, 0.0, math.pi)
     _checks.in_range("cosine_margin", cosine_margin, 0.0, 2.0)
     _checks.sampling(class_fraction, label_smoothing, sparse)
-    ranks = _ranks(process_group, "normface_loss", input, prototypes, temperature, reduction)
+    ranks = _ranks(
+        process_group, "normface_loss", input, prototypes, temperature, reduction, sparse=sparse,
+        label_smoothing=label_smoothing, angular_margin=angular_margin, cosine_margin=cosine_margin,
+        class_fraction=class_fraction,
+    )  # fmt: skip
     prototypes = class_parallel.prepared(prototypes, ranks, sparse)
-    per_sample = _of_samples(weight, target)
+    per_sample = of_samples(weight, sample_weight, target)
     part = Part(class_fraction, generator, sparse) if class_fraction < 1.0 else None
     if not (angular_margin or cosine_margin or label_smoothing):
         return contrast(
@@ -213,6 +229,8 @@ def normface_loss(
         rows = input.to(dtype).masked_fill(ignored[:, None], 0.0)
         average = sum_of_unit_rows(prototypes, class_weight, reduction, ranks) / k
         spread = class_weight.mean() * lse - beta * (rows @ average) / norms(rows, input.dtype)
+    if sample_weight is not None:
+        spread = spread * sample_weight.to(dtype)
     if margin:
         spread = spread - share / k * (pos - cosine)
     smoothed = (1.0 - label_smoothing) * share * loss + label_smoothing * spread.masked_fill(ignored, 0.0)
@@ -227,6 +245,7 @@ def _checked(
     prototypes: Tensor,
     target: Tensor,
     weight: Tensor | None,
+    sample_weight: Tensor | None,
     temperature: float | Tensor,
     ignore_index: int,
     reduction: str,
@@ -240,6 +259,9 @@ def _checked(
     _checks.integer("ignore_index", ignore_index)
     if weight is not None:
         _checks.vector("weight", weight, prototypes.shape[0], input)
+    if sample_weight is not None:
+        _checks.vector("sample_weight", sample_weight, input.shape[0], input)
+        _checks.not_negative("sample_weight", sample_weight)
     return inverse(temperature)
 
 
@@ -250,22 +272,21 @@ def _ranks(
     prototypes: Tensor,
     temperature: float | Tensor,
     reduction: str,
-    **options: object,
+    *,
+    sparse: bool,
+    direction: Direction | None = None,
+    **values: float,
 ) -> Ranks | None:
-    """The ranks that the loss spans, which agree on it."""
+    """The ranks that the loss spans, which agree on it; ``values`` may change from call to call."""
     ranks = groups.resolve(process_group)
     if ranks is not None:
         classes, columns = prototypes.shape
+        where = "of the whole group" if _checks.is_dtensor(prototypes) else "on every rank"
         groups.agree(
-            ranks, loss, like=input, temperature=temperature, num_classes=classes, d=columns, reduction=reduction,
-            prototypes="of the whole group" if _checks.is_dtensor(prototypes) else "on every rank", **options,
+            ranks, loss, input, {"temperature": temperature, **values}, num_classes=classes, d=columns,
+            reduction=reduction, direction=direction, prototypes=where, sparse=sparse,
         )  # fmt: skip
     return ranks
-
-
-def _of_samples(weight: Tensor | None, target: Tensor) -> Tensor | None:
-    """Class weights as weights of the samples. That a target is out of range is for the kernels to notice."""
-    return None if weight is None else weight.index_select(0, target.long().clamp(0, len(weight) - 1))
 
 
 def _add_margins(cosine: Tensor, angular: float, additive: float) -> Tensor:

@@ -100,14 +100,20 @@ class _PrototypeLoss(_Loss):
         self.register_buffer("weight", weight)
         self.ignore_index, self.reduction, self.sparse = ignore_index, reduction, sparse
 
-    def forward(self, input: Tensor, target: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor | None = None, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of features (M, d) with class indices (M,); without them the logits of features (..., d)."""
-        prototypes = self.prototypes
-        if "prototypes" in self._buffers and isinstance(input, Tensor):
-            prototypes = prototypes.to(input.dtype)  # FSDP2's mixed precision casts features and parameters only
-        return self._logits(input, prototypes) if target is None else self._loss(input, prototypes, target)
+        prototypes = self.prototypes_like(input)
+        if target is None:
+            return self._logits(input, prototypes)
+        return self._loss(input, prototypes, target, sample_weight)
 
-    def _loss(self, input: Tensor, prototypes: Tensor, target: Tensor) -> Tensor:
+    def prototypes_like(self, input: Tensor) -> Tensor:
+        """The prototypes, fixed ones in the dtype of the input: FSDP2's mixed precision casts all else."""
+        if "prototypes" in self._buffers and isinstance(input, Tensor):
+            return self.prototypes.to(input.dtype)
+        return self.prototypes
+
+    def _loss(self, input: Tensor, prototypes: Tensor, target: Tensor, sample_weight: Tensor | None) -> Tensor:
         raise NotImplementedError
 
     def _logits(self, input: Tensor, prototypes: Tensor) -> Tensor:
@@ -149,7 +155,7 @@ class NONLLoss(_PrototypeLoss):
         device, dtype: of prototypes made here.
 
     Shape:
-        input (M, d), target (M,) -> scalar, or (M,) for ``reduction="none"``.
+        input (M, d), target (M,), sample_weight (M,) or None -> scalar, or (M,) for ``reduction="none"``.
         input (M, d) or (..., d) alone -> logits (M, K) or (..., K), as :class:`PrototypeClassifier`.
 
     Example:
@@ -170,15 +176,17 @@ class NONLLoss(_PrototypeLoss):
         _checks.sparse(self.sparse, direction)
         self.direction = direction
 
-    def _loss(self, input: Tensor, prototypes: Tensor, target: Tensor) -> Tensor:
-        return functional.nonl_loss(input, prototypes, target, direction=self.direction, **self._shared())
+    def _loss(self, input: Tensor, prototypes: Tensor, target: Tensor, sample_weight: Tensor | None) -> Tensor:
+        return functional.nonl_loss(
+            input, prototypes, target, sample_weight=sample_weight, direction=self.direction, **self._shared()
+        )
 
 
 class NTCELoss(_PrototypeLoss):
     """Module form of :func:`nckernels.ntce_loss` ([NCD] Eq. 4); arguments as in :class:`NONLLoss`."""
 
-    def _loss(self, input: Tensor, prototypes: Tensor, target: Tensor) -> Tensor:
-        return functional.ntce_loss(input, prototypes, target, **self._shared())
+    def _loss(self, input: Tensor, prototypes: Tensor, target: Tensor, sample_weight: Tensor | None) -> Tensor:
+        return functional.ntce_loss(input, prototypes, target, sample_weight=sample_weight, **self._shared())
 
 
 class NormFaceLoss(_PrototypeLoss):
@@ -209,11 +217,12 @@ class NormFaceLoss(_PrototypeLoss):
         self.class_fraction, self.generator = class_fraction, generator
         self.angular_margin, self.cosine_margin = angular_margin, cosine_margin
 
-    def _loss(self, input: Tensor, prototypes: Tensor, target: Tensor) -> Tensor:
+    def _loss(self, input: Tensor, prototypes: Tensor, target: Tensor, sample_weight: Tensor | None) -> Tensor:
         return functional.normface_loss(
             input,
             prototypes,
             target,
+            sample_weight=sample_weight,
             label_smoothing=self.label_smoothing,
             angular_margin=self.angular_margin,
             cosine_margin=self.cosine_margin,

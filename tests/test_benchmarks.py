@@ -15,7 +15,21 @@ import pytest
 import torch
 
 from benchmarks import __main__ as suite
-from benchmarks import compare, e2e, harness, measure, plots, problems, readme, report, rivals, tune, variants
+from benchmarks import (
+    compare,
+    e2e,
+    harness,
+    many_classes,
+    measure,
+    plots,
+    problems,
+    readme,
+    report,
+    rivals,
+    small_batches,
+    tune,
+    variants,
+)
 from benchmarks.harness import GEMM, Measured, Result
 from benchmarks.problems import Problem
 
@@ -349,3 +363,56 @@ def test_pictures_need_three_sizes(small: Path) -> None:
     assert [(axis, len(points)) for axis, _, points in plots._sweeps(found)] == [("M", 3)]
     found.measured = found.measured[:2]
     assert plots._sweeps(found) == []
+
+
+def test_many_classes(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every variant is timed and weighed; sparse gradients are lighter than dense ones of 2.4 MiB."""
+    assert many_classes.main(["--samples", "16", "--classes", "20000", "--dim", "32", "--seconds", "0.05"]) == 0
+    first, head, *rows = capsys.readouterr().out.splitlines()
+    assert first.startswith("M=16 K=20000 d=32")
+    assert head.split() == ["ms", "a", "step", "least", "extra", "MiB"]
+    assert len(rows) == 6
+    for row in rows:
+        median, least, extra = map(float, row.split()[-3:])
+        assert median >= least > 0
+        assert (extra < 1.0) == ("sparse" in row)
+
+
+# --- small batches -----------------------------------------------------------------------------------------
+
+
+def test_small_batches_are_trained_with_each_variant(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sklearn")
+    monkeypatch.delitem(small_batches.LOSSES, "ntce")
+    out = tmp_path / "outcomes.json"
+    grid = ["--epochs", "1", "--seeds", "1", "--lr", "0.1", "--small", "200", "--large", "600"]
+    assert suite.main(["queue", *grid, "--out", str(out)]) == 0
+    table = capsys.readouterr().out
+    rows = [(line[:5].strip(), line[6:32].strip()) for line in table.splitlines()[2:-1]]
+    more = ["queue 400", "repelled 0.3333", "decay 0.5", "decay 0.6667"]
+    names = ["batch 200", *(f"batch 200, {name}" for name in more), "batch 600"]
+    assert rows == [("nonl", name) for name in names]
+    assert suite.main(["queue", "--report", str(out)]) == 0
+    assert capsys.readouterr().out == table
+
+
+def test_the_table_of_small_batches_is_what_the_outcomes_say(capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path(__file__).parents[1]
+    file = "benchmarks/results/2026-11-30-small-batches-32.json"
+    assert small_batches.main(["--report", str(root / file)]) == 0
+    page = (root / "docs" / "scaling.md").read_text()
+    assert file in page
+    assert capsys.readouterr().out in page
+
+
+def test_a_rate_is_chosen_by_the_training_loss_among_those_that_did_not_diverge() -> None:
+    def outcome(lr: float, seed: int, whole: float, accuracy: float) -> small_batches.Outcome:
+        values = {key: 1.0 for _, key in small_batches.METRICS}
+        return small_batches.Outcome("nonl", "batch 32", lr, seed, accuracy, whole, values)
+
+    runs = [outcome(0.1, s, 2.0 + s, 0.5) for s in (0, 1)] + [outcome(0.2, s, 3.0 + s, 0.9) for s in (0, 1)]
+    row = small_batches.table([*runs, outcome(0.4, 0, 1.0, 0.7)]).splitlines()[2]
+    assert row.split()[3:8] == ["0.1", "2.5000", "(0.7071)", "50.0", "(0.0)"]
+    assert row.split()[-3:] == ["50.0", "90.0", "70.0"]

@@ -174,3 +174,9 @@ def test_changed_sources_are_another_library(tmp_path: Path, monkeypatch: pytest
     assert native.library().key() == before
     (sources / "simd.hpp").write_text((sources / "simd.hpp").read_text() + "\n")
     assert native.library().key() != before
+
+
+def test_import_leaves_the_compiler_alone() -> None:
+    """torch._dynamo doubles the time of the import, for everybody."""
+    found = run_python("import nckernels, sys; print('torch._dynamo' in sys.modules)")
+    assert found.stdout.strip() == "False", found.stderr

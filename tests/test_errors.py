@@ -205,6 +205,8 @@ LOSS = [
     Refused("weight-list", {"weight": [1.0] * K}, "weight", "list", "[Tt]ensor"),
     Refused("weight-integer", {"weight": torch.ones(K, dtype=torch.int64)}, "weight", "int64", "float"),
     Refused("weight-meta", {"weight": torch.ones(K, device="meta")}, "weight", "meta", "cpu"),
+    Refused("sample-weight-short", {"sample_weight": torch.ones(2)}, "sample_weight", shape(2), shape(M) + r"|\(M,?\)"),
+    Refused("sample-weight-negative", {"sample_weight": torch.full((M,), -1.0)}, "sample_weight", r"-1", "negative"),
 ]
 
 NORMFACE = [

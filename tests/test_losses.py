@@ -372,6 +372,33 @@ def test_normface_is_cross_entropy_of_the_dense_logits(
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)  # float64 roundings
 
 
+@pytest.mark.parametrize("weight", [False, True], ids=["plain", "weight"])
+@variants
+def test_sample_weights(cpu_backend: Backend, variant: str, weight: bool) -> None:
+    """They multiply the losses and, for the mean, count as the class weights do; negatives of weight 0 stay."""
+    name, options = VARIANTS[variant]
+    b = make_batch(weight=weight)
+    share = torch.rand(len(b.target), dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    share[::3] = 0.0
+    w = torch.ones(len(b.prototypes)).double() if b.weight is None else b.weight
+    total = (w[b.target.clamp_min(0)] * share)[b.target >= 0].sum()
+    single = value_and_grads(name, b, True, reduction="none", **options)["loss"]
+    leaves = [t.detach().clone().requires_grad_() for t in (b.input, b.prototypes, b.temperature)]
+
+    def weighted(reduction: str, sample_weight: Tensor | None) -> Tensor:
+        return package_loss(name)(
+            leaves[0], leaves[1], b.target, temperature=leaves[2], weight=b.weight, sample_weight=sample_weight,
+            reduction=reduction, **options,
+        )  # fmt: skip
+
+    expected = {"none": share * single, "sum": (share * single).sum(), "mean": (share * single).sum() / total}
+    for reduction, value in expected.items():
+        torch.testing.assert_close(weighted(reduction, share), value, rtol=1e-12, atol=1e-12)
+    got = torch.autograd.grad(weighted("sum", share), leaves)
+    truth = torch.autograd.grad((weighted("none", None) * share).sum(), leaves)
+    torch.testing.assert_close(got, truth, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_weights_as_in_cross_entropy(cpu_backend: Backend, name: str) -> None:
     """A weight of zero drops the sample as an anchor, from the mean's denominator too; all zero gives NaN."""

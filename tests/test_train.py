@@ -18,7 +18,7 @@ pytest.importorskip("tqdm")
 import nckernels
 from nckernels.metrics import NeuralCollapse, optimum
 from nckernels.train import History, TrainConfig, augment, cli, data, demo, fit
-from nckernels.train.models import LOSSES, ConvNet, make_head
+from nckernels.train.models import LOSSES, ConvNet, make_head, make_loss
 from nckernels.train.trainer import cosine_lr, extract
 
 TINY = TrainConfig(epochs=1, batch_size=512, eval_every=1, dim=16, device="cpu")
@@ -197,6 +197,22 @@ def test_losses_start_alike_and_leave_the_global_seed_alone() -> None:
     assert ce.metrics["inter_erank"][0] == nonl.metrics["inter_erank"][0]
 
 
+@pytest.mark.parametrize(("loss", "more"), [("nonl", {"queue": 100}), ("ntce", {"decay": 0.5})])
+def test_losses_that_see_past_batches(loss: str, more: dict[str, float]) -> None:
+    """From the second step on they are others."""
+    plain, longer = (fit(tiny(loss=loss, batch_size=400, **o), progress=False).history for o in ({}, more))
+    assert plain.loss[1] == pytest.approx(longer.loss[1], rel=1e-5)
+    assert abs(plain.loss[2] - longer.loss[2]) > 1e-3
+
+
+def test_supcon_with_a_queue() -> None:
+    head = make_head("scl", 6, 4, temperature=0.2)
+    loss, x, y = make_loss(head, 16, 0.0), torch.randn(5, 2, 6), torch.arange(5) % 4
+    torch.testing.assert_close(loss(x, y), nckernels.supcon_loss(x, y, temperature=0.2))
+    assert loss.queue.labels[:10].tolist() == y.repeat_interleave(2).tolist()
+    assert not torch.equal(loss(x, y), nckernels.supcon_loss(x, y, temperature=0.2))
+
+
 def test_amp_and_backend() -> None:
     assert math.isfinite(fit(tiny(amp=True), progress=False).history.loss[-1])
     reference = fit(tiny(backend="reference"), progress=False).history
@@ -241,6 +257,9 @@ def test_history_round_trip(tmp_path: Path) -> None:
         ("lr", -0.1),
         ("lr", math.inf),
         ("weight_decay", -1e-4),
+        ("queue", -1),
+        ("decay", -0.5),
+        ("decay", 1.0),
     ],
 )
 def test_bad_settings_are_named(name: str, value: object) -> None:
@@ -255,6 +274,12 @@ def test_bad_settings_found_later_are_named() -> None:
         fit(tiny(device="quantum"), progress=False)
     with pytest.raises(ValueError, match="no-such-backend"):
         fit(tiny(backend="no-such-backend"), progress=False)
+    with pytest.raises(ValueError, match=r"queue: criterion must be .* got CrossEntropyHead"):
+        fit(tiny(loss="ce", queue=8), progress=False)
+    with pytest.raises(ValueError, match=r"decay: criterion must be .* got SupConLoss"):
+        fit(tiny(loss="scl", decay=0.5), progress=False)
+    with pytest.raises(ValueError, match="queue, decay: expected one of them"):
+        fit(tiny(queue=8, decay=0.5), progress=False)
 
 
 # Command line

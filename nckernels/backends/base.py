@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -198,6 +199,16 @@ class Backend(ABC):
         elif value != 1.0:  # as backward() of the loss itself has it
             grad = grad.mul_(value)
         return grad.to(dtype)
+
+
+def constant(function: Callable[[], str | None]) -> Callable[[], str | None]:
+    """Let compilers take the function's result for a constant, without looking inside.
+
+    As :func:`torch.compiler.assume_constant_result`, which imports all of the compiler for it: a second and a half of
+    everybody's ``import nckernels``.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def bad_temperature(value: float) -> ValueError:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import build, tiled
-from .base import Backend, Forward, Gradients, Inputs, Needs, OutputGrads, Spec
+from .base import Backend, Forward, Gradients, Inputs, Needs, OutputGrads, Spec, constant
 from .tiled.kernels import Kernels, Partial, tf32
 from .tiled.plan import FULL_WAVE, Blocks
 from .tiled.sides import Result, Side
@@ -49,7 +49,7 @@ def _load() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _missing() -> str | None:
     return "this build of torch has no CUDA" if torch.version.cuda is None else _load()
 

@@ -30,6 +30,7 @@ from .base import (
     accumulation_dtype,
     bad_target,
     bad_temperature,
+    constant,
     norm_eps,
     number,
 )
@@ -78,7 +79,7 @@ def _library() -> ctypes.CDLL:
     return loaded
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _missing() -> str | None:
     loaded = _load()
     return loaded if isinstance(loaded, str) else None

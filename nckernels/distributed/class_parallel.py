@@ -96,7 +96,7 @@ def lse_of_samples(
     scale = _scale(reduction, ranks)
     beta = _scaled_grad(inv_temperature, scale) if isinstance(inv_temperature, Tensor) else inv_temperature
     shard = _shard(prototypes, ranks)
-    batch = _gather(_scaled_grad(features, scale), target, shard, len(prototypes), ignore_index, ranks)
+    batch = _everybody(_scaled_grad(features, scale), target, shard, len(prototypes), ignore_index, ranks)
     whole: list[Tensor] = []
     if direction != "instance":
         lse, pos = _over_samples(batch, shard, beta, exclude)
@@ -137,7 +137,7 @@ def _shard(prototypes: Any, ranks: Ranks) -> Shard:
     return Shard(local, first)
 
 
-def _gather(features: Tensor, target: Tensor, shard: Shard, classes: int, ignore_index: int, ranks: Ranks) -> Batch:
+def _everybody(features: Tensor, target: Tensor, shard: Shard, classes: int, ignore_index: int, ranks: Ranks) -> Batch:
     counts = collectives.sizes(features, ranks)
     everybody = collectives.gather(autocast(features), counts, ranks)
     labels = collectives.gather(target.long(), counts, ranks)

@@ -236,6 +236,6 @@ def _of_all(loss: Tensor, weight: Tensor, reduction: Reduction, ranks: Ranks, of
 def _mean_or_sum(share: Tensor, total: Tensor, reduction: Reduction, ranks: Ranks, of_nothing: float) -> Tensor:
     if reduction == "sum":
         return ranks.size * share
-    if of_nothing == 0.0:
-        total = total.masked_fill(total == 0, 1)
-    return ranks.size * (share / total)
+    nothing = total == 0
+    mean = ranks.size * (share / total.masked_fill(nothing, 1))
+    return mean.masked_fill(nothing, of_nothing)

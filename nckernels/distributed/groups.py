@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import _checks
+
 GroupLike = Any
 """ProcessGroup | Literal["world"] | None. (A build of torch without distributed has no ProcessGroup to name.)"""
 
@@ -71,30 +73,35 @@ def resolve(process_group: GroupLike) -> Ranks | None:
 _agreed: weakref.WeakKeyDictionary[Any, set[Hashable]] = weakref.WeakKeyDictionary()
 
 
-def agree(ranks: Ranks, loss: str, *, temperature: float | Tensor, like: Tensor, **options: Any) -> None:
+def agree(ranks: Ranks, loss: str, input: Tensor, values: dict[str, float | Tensor], **options: Hashable) -> None:
     """Compare what all ranks must have in common, once for each group and configuration, in one small exchange.
 
-    A temperature that is a number is compared with the rest, but a new value is no new configuration. The environment
-    variable ``NCKERNELS_CHECK_RANKS=0`` switches the exchange off.
+    Args:
+        values: what may change from call to call, such as a temperature. It is compared where it is a number, but a new
+            value is no new configuration.
+        options: with the name of the loss and the dtype they are the configuration.
+
+    The environment variable ``NCKERNELS_CHECK_RANKS=0`` switches the exchange off.
 
     Raises:
         ValueError: on every rank, naming what differs.
     """
-    if torch.compiler.is_compiling() or like.is_meta or os.environ.get("NCKERNELS_CHECK_RANKS") == "0":
+    if torch.compiler.is_compiling() or input.is_meta or os.environ.get("NCKERNELS_CHECK_RANKS") == "0":
         return
-    options = {"loss": loss, **options, "dtype": like.dtype}
+    autocast = torch.get_autocast_dtype(input.device.type) if _checks.autocast_enabled(input) else None
+    options = {"loss": loss, **options, "dtype": input.dtype, "autocast": autocast}
     known, configuration = _agreed.setdefault(ranks.group, set()), tuple(options.items())
     if configuration in known:
         return
-    options["temperature"] = "a tensor" if isinstance(temperature, Tensor) else temperature
+    shown = {name: "a tensor" if isinstance(value, Tensor) else value for name, value in values.items()}
     everybody: list[Any] = [None] * ranks.size
-    dist.all_gather_object(everybody, options, group=ranks.group)
+    dist.all_gather_object(everybody, options | shown, group=ranks.group)
     for name in dict.fromkeys(name for theirs in everybody for name in theirs):
-        values = [theirs.get(name, "nothing") for theirs in everybody]
-        for rank, value in enumerate(values):
-            if value != values[0]:
+        found = [theirs.get(name, "nothing") for theirs in everybody]
+        for rank, value in enumerate(found):
+            if value != found[0]:
                 raise ValueError(
                     f"{loss}: the ranks of process_group must agree on {name}, "
-                    f"got {values[0]} on rank 0 and {value} on rank {rank}"
+                    f"got {found[0]} on rank 0 and {value} on rank {rank}"
                 )
     known.add(configuration)

@@ -90,7 +90,8 @@ class _Ring(torch.autograd.Function):
         by_class = torch.cat([seen[owner].class_lse for owner in sorted(seen)])
         instance = torch.stack([result.instance_lse for result in seen.values()]).logsumexp(0)
         own = seen.get(job.ranks.rank)
-        pos = rows.new_zeros(len(rows), dtype=beta.dtype) if own is None else own.pos
+        # A copy: an output that ``ctx`` keeps would keep ``ctx``, and with it all tensors of the call.
+        pos = rows.new_zeros(len(rows), dtype=beta.dtype) if own is None else own.pos.clone()
         ctx.save_for_backward(rows, keys, beta, target, key_bias, key_group, instance)
         ctx.seen, ctx.job = seen, job  # of vectors, some N numbers
         return by_class, instance, pos, sums
@@ -119,6 +120,7 @@ class _Ring(torch.autograd.Function):
                 ):  # fmt: skip
                     if term is not None:
                         total += term
+                del part, term  # before the next ones come
                 if key_group is not None:
                     block_grad += grad_of_unit_rows(by_sums, block, key_group[job.counts.of(owner)])
             train.add(block_grad)
@@ -139,14 +141,18 @@ def _step(
 
 
 def _round(keys: Tensor, job: Job) -> Iterator[tuple[int, Tensor]]:
-    """(owner, its keys) of every rank; the next block is under way while one is in use."""
+    """(owner, its keys) of every rank; the next block is under way while one is in use.
+
+    Blocks arrive in two places by turns: each block is valid until the next one is asked for.
+    """
     ranks, block = job.ranks, keys.contiguous()
+    places = [keys.new_empty(max(job.counts.counts), keys.shape[1]) for _ in range(min(2, ranks.size - 1))]
     for step in range(ranks.size):
         owner, following = ((ranks.rank + step + ahead) % ranks.size for ahead in (0, 1))
         if step + 1 == ranks.size:
             yield owner, block
             return
-        arriving = keys.new_empty(job.counts.counts[following], keys.shape[1])
+        arriving = places[step % 2][: job.counts.counts[following]]
         under_way = _pass_on(block, arriving, ranks, tag=0)
         yield owner, block
         for work in under_way:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import _checks, primitive
 from .._class_sums import add_unit_rows, grad_of_unit_rows, groups, mean_positive
 from .._common import Reduction, logaddexp, unit
+from .._compact import LEFT_OUT
 from ..backends import registry
 from ..backends.base import accumulation_dtype
 from ..backends.reference import masked_logsumexp
@@ -24,8 +25,6 @@ from . import collectives, ring
 from .collectives import Sizes
 from .contrast import contrast, reduced_contrast
 from .groups import Ranks
-
-_LEFT_OUT = -1
 
 
 def distinct_labels(labels: Tensor, ranks: Ranks) -> Tensor:
@@ -72,19 +71,24 @@ def contrast_keys(
     query, key = autocast(query), autocast(key)
     counts = collectives.sizes(key, ranks)
     ignored = target == ignore_index
-    among_all = (target.long() + counts.own.start).masked_fill(ignored, _LEFT_OUT)
+    among_all = (target.long() + counts.own.start).masked_fill(ignored, LEFT_OUT)
+    if counts.total == 0:
+        # No query can have a positive. Zeros of which everything has a gradient, of zeros.
+        nothing = (unit(query).sum(1) + unit(key).sum()) * inv_temperature
+        nothing = nothing.masked_fill(torch.ones_like(ignored), 0.0)
+        return nothing if reduction == "none" else nothing.sum()
     if not _travel(key, counts):
         keys = collectives.gather(key, counts, ranks)
         return contrast(
-            query, keys, among_all, inv_temperature, direction=direction, exclude=exclude, ignore_index=_LEFT_OUT,
+            query, keys, among_all, inv_temperature, direction=direction, exclude=exclude, ignore_index=LEFT_OUT,
             weight=weight, reduction=reduction, ranks=ranks, of_nothing=0.0,
         )  # fmt: skip
     class_lse, instance_lse, pos, _ = ring.lse(
-        query, key, target.long().masked_fill(ignored, _LEFT_OUT), inv_temperature, counts, ranks,
-        direction=direction, exclude=exclude, ignore_index=_LEFT_OUT,
+        query, key, target.long().masked_fill(ignored, LEFT_OUT), inv_temperature, counts, ranks,
+        direction=direction, exclude=exclude, ignore_index=LEFT_OUT,
     )  # fmt: skip
     return reduced_contrast(
-        class_lse if direction == "both" else None, instance_lse, pos, among_all, ignore_index=_LEFT_OUT,
+        class_lse if direction == "both" else None, instance_lse, pos, among_all, ignore_index=LEFT_OUT,
         weight=weight, reduction=reduction, ranks=ranks, of_nothing=0.0,
     )  # fmt: skip
 
@@ -108,7 +112,8 @@ def supcon_terms(
     everybody = collectives.gather(labels, counts, ranks)
     all_ignored = everybody == ignore_index
     if counts.total == 0:
-        return rows.new_zeros(0, dtype=visible.dtype), rows.new_zeros(0), ignored
+        nothing = unit(visible).sum(1)
+        return nothing, nothing, ignored
     bias = _left_out(all_ignored, visible)
     group, classes, key_group = _groups_here(labels, ignored, everybody, all_ignored)
     of_class = visible.new_zeros(classes, dtype=accumulation_dtype(visible.dtype))
@@ -116,8 +121,8 @@ def supcon_terms(
     if _travel(rows, counts) and not decoupled:
         own = torch.arange(len(rows), device=rows.device)
         _, lse, _, sums = ring.lse(
-            visible, visible, own.masked_fill(ignored, _LEFT_OUT), inv_temperature, counts, ranks,
-            direction="instance", exclude="target", ignore_index=_LEFT_OUT, key_bias=bias, key_group=key_group,
+            visible, visible, own.masked_fill(ignored, LEFT_OUT), inv_temperature, counts, ranks,
+            direction="instance", exclude="target", ignore_index=LEFT_OUT, key_bias=bias, key_group=key_group,
             groups=classes,
         )  # fmt: skip
         return lse, *mean_positive(visible, group, ignored, classes, among=(sums, of_class))
@@ -129,8 +134,8 @@ def supcon_terms(
         lse = _lse_of_other_labels(visible, labels, keys, everybody, ignore_index, inv_temperature)
     else:
         lse, _ = cosine_lse(
-            visible, keys, _own(counts, rows).masked_fill(ignored, _LEFT_OUT), inv_temperature, direction="instance",
-            exclude="target", logit_bias=bias, ignore_index=_LEFT_OUT,
+            visible, keys, _own(counts, rows).masked_fill(ignored, LEFT_OUT), inv_temperature, direction="instance",
+            exclude="target", logit_bias=bias, ignore_index=LEFT_OUT,
         )  # fmt: skip
     return lse, *positives
 
@@ -147,7 +152,7 @@ def lse_of_others(rows: Tensor, inv_temperature: float, ranks: Ranks | None) -> 
     if _travel(rows, counts):
         _, lse, _, _ = ring.lse(
             rows, rows, own, inv_temperature, counts, ranks, direction="instance", exclude="target",
-            ignore_index=_LEFT_OUT,
+            ignore_index=LEFT_OUT,
         )  # fmt: skip
         return lse, counts.total
     keys = collectives.gather(rows, counts, ranks)
@@ -234,5 +239,8 @@ def _lse_of_other_labels(
     width = max(1, registry.get_workspace(rows.device) // (4 * u.element_size() * max(1, len(rows))))
     lse = u.new_full((len(rows),), -torch.inf)
     for block, block_labels in zip(keys.split(width), key_labels.split(width), strict=True):
-        lse = logaddexp(lse, checkpoint(tile, u, block, block_labels, inv_temperature, use_reentrant=False))
+        again = checkpoint(
+            tile, u, block, block_labels, inv_temperature, use_reentrant=False, preserve_rng_state=False
+        )  # fmt: skip
+        lse = logaddexp(lse, again)
     return lse

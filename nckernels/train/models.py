@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, get_args
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
@@ -108,3 +109,27 @@ def make_head(
     if loss == "ce":
         return CrossEntropyHead(dim, num_classes).to(device)
     return nckernels.PrototypeClassifier(dim, num_classes, loss=loss, temperature=temperature).to(device)
+
+
+def make_loss(head: AnyHead, queue: int, decay: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """The training loss of a head: its own, or one that sees ``queue`` past features or running denominators too.
+
+    Raises:
+        ValueError: for both at once, and for losses whose sums do not run over the samples.
+    """
+    if not queue and not decay:
+        return head.loss
+    if queue and decay:
+        raise ValueError("queue, decay: expected one of them")
+    criterion: Any = getattr(head, "criterion", head)
+    if isinstance(head, ContrastiveHead):
+        criterion = nckernels.SupConLoss(temperature=head.temperature)
+    try:
+        if decay:
+            return nckernels.RunningDenominatorLoss(criterion, decay)
+        prototypes = head.prototypes
+        return nckernels.QueueLoss(
+            criterion, nckernels.FeatureQueue(queue, prototypes.shape[1], device=prototypes.device)
+        )
+    except TypeError as error:
+        raise ValueError(f"{'decay' if decay else 'queue'}: {error}") from error

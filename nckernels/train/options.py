@@ -14,6 +14,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "dataset": {"choices": sorted(DATASETS), "help": "what to train on"},
     "loss": {"choices": LOSSES, "help": "what to train with; scl is SupCon, without a classifier"},
     "temperature": {"type": float, "help": "of all losses but ce"},
+    "queue": {"type": int, "help": "past features that nonl, ntce and scl contrast with besides the batch"},
+    "decay": {"type": float, "help": "of running denominators of nonl and ntce, for instance 0.9; 0: none"},
     "views": {"type": int, "help": "random views of each sample under scl"},
     "epochs": {"type": int, "help": "passes over the training set"},
     "batch_size": {"type": int, "help": "samples per iteration, all the same"},

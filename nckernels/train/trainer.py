@@ -21,7 +21,7 @@ from nckernels.metrics import neural_collapse
 
 from . import augment
 from . import data as datasets
-from .models import FEATURES, LOSSES, AnyHead, ContrastiveHead, ConvNet, Features, LossName, make_head
+from .models import FEATURES, LOSSES, AnyHead, ContrastiveHead, ConvNet, Features, LossName, make_head, make_loss
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,10 @@ class TrainConfig:
     loss: LossName = "nonl"
     temperature: float = 0.1
     """Of the normalised losses; cross-entropy has none."""
+    queue: int = 0
+    """Past features that NONL, NTCE and SupCon contrast with besides the batch (:class:`nckernels.QueueLoss`)."""
+    decay: float = 0.0
+    """Of the running denominators of NONL and NTCE (:class:`nckernels.RunningDenominatorLoss`); 0: none."""
     views: int = 2
     """Random views of each sample in a batch under ``"scl"``; the other losses see the images as they are."""
     epochs: int = 60
@@ -70,6 +74,10 @@ class TrainConfig:
         for name in ("temperature", "lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        if self.queue < 0:
+            raise ValueError(f"queue: expected at least 0, got {self.queue}")
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay: expected a number >= 0 and < 1, got {self.decay}")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay: expected a number >= 0, got {self.weight_decay}")
 
@@ -123,8 +131,18 @@ class Run:
         torch.save(checkpoint, folder / "checkpoint.pt")
 
 
-def fit(config: TrainConfig, *, progress: bool = True) -> Run:
+def fit(
+    config: TrainConfig,
+    *,
+    progress: bool = True,
+    loss_of: Callable[[AnyHead], Callable[[Tensor, Tensor], Tensor]] | None = None,
+) -> Run:
     """Train a network and record its way to neural collapse.
+
+    Args:
+        config: all there is to choose from the command line.
+        progress: show a bar.
+        loss_of: makes another training loss for the head, of features and labels.
 
     The seed fixes initialisation and batches, so that runs of different losses see the same of both, and on
     one CPU the same seed gives the same history. The global random state is left as it was.
@@ -139,6 +157,7 @@ def fit(config: TrainConfig, *, progress: bool = True) -> Run:
         torch.manual_seed(config.seed)
         model = ConvNet(data.train_images.shape[1], config.dim, config.features).to(device)
         head = make_head(config.loss, config.dim, data.num_classes, config.temperature, device)
+    criterion = make_loss(head, config.queue, config.decay) if loss_of is None else loss_of(head)
     parameters = [*model.parameters(), *head.parameters()]
     optimiser = torch.optim.SGD(parameters, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay)
     generator = torch.Generator().manual_seed(config.seed)
@@ -158,7 +177,7 @@ def fit(config: TrainConfig, *, progress: bool = True) -> Run:
                     group["lr"] = cosine_lr(config.lr, step, total)
                 indices = indices.to(device)
                 images, labels = data.train_images[indices], data.train_labels[indices]
-                losses += _train_step(run, images, labels, optimiser, generator)
+                losses += _train_step(run, criterion, images, labels, optimiser, generator)
                 step, since = step + 1, since + 1
                 bar.update()
                 if step % config.eval_every == 0 or step == total:
@@ -195,7 +214,12 @@ def cosine_lr(lr: float, step: int, total: int) -> float:
 
 
 def _train_step(
-    run: Run, images: Tensor, labels: Tensor, optimiser: torch.optim.Optimizer, generator: torch.Generator
+    run: Run,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    optimiser: torch.optim.Optimizer,
+    generator: torch.Generator,
 ) -> Tensor:
     run.model.train()
     config = run.history.config
@@ -205,7 +229,7 @@ def _train_step(
             features = run.model(views.flatten(0, 1)).unflatten(0, views.shape[:2])
         else:
             features = run.model(images)
-        loss = run.head.loss(features, labels)
+        loss = criterion(features, labels)
     optimiser.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     optimiser.step()

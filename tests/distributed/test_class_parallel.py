@@ -81,7 +81,7 @@ def on_ranks(rank: int, world_size: int, problems: dict[str, Problem]) -> dict[s
 def check(ranks: Ranks, problems: dict[str, Problem], dtype: torch.dtype) -> None:
     problems = {name: p.to(dtype) for name, p in problems.items()}
     results = ranks.run(on_ranks, problems)
-    assert_none(f"{n}: {f}" for n, p in problems.items() for f in faults(p, [r[n] for r in results], dtype))
+    assert_none(f"{n}: {f}" for n, p in problems.items() for f in faults(p, [r[n] for r in results]))
 
 
 def problems(

@@ -1,16 +1,14 @@
-"""The harness itself: results, errors, hangs and deaths of ranks, and a clean start after each."""
+"""The harness itself: results and errors of ranks, and a clean start after each."""
 
 from __future__ import annotations
 
 import os
-import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Dead, Failure, Ranks, RanksError, Stuck
+from ranks import COLLECTIVE, Ranks, RanksError
 from torch import Tensor
 
 
@@ -36,21 +34,6 @@ def out_of_step(rank: int, world_size: int) -> None:
     raise ValueError
 
 
-def one_sleeps(rank: int, world_size: int) -> None:
-    if rank == 0:
-        time.sleep(1000)
-
-
-def one_is_killed(rank: int, world_size: int) -> str:
-    if rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    try:
-        dist.barrier()
-    except RuntimeError:
-        return "survived"
-    return "no error"
-
-
 def assert_clean(ranks: Ranks) -> list[int]:
     results = ranks.run(total, torch.ones(3))
     expected = torch.full((3,), sum(range(1, ranks.world_size + 1)) * 1.0)
@@ -74,36 +57,17 @@ def test_errors_are_results(ranks2: Ranks) -> None:
 
 
 def test_one_failure_is_soon_known(ranks2: Ranks) -> None:
-    """Nobody waits for the time-out of the rank that waits for the failed one."""
-    assert_clean(ranks2)
+    """Nobody waits for the time-out of a rank that waits for the failed one; the next run has new processes."""
+    pids = assert_clean(ranks2)
     start = time.monotonic()
     with pytest.raises(RanksError) as error:
         ranks2.run(one_raises)
-    assert time.monotonic() - start < 10.0
+    assert time.monotonic() - start < COLLECTIVE / 2
     assert 'raise ValueError("one rank only")' in str(error.value)
-    assert "rank 0 did not answer" in str(error.value)
-    assert "in one_raises" in str(error.value).split("rank 1 raised")[0]  # where rank 0 is waiting
-    assert_clean(ranks2)
-
-
-def test_hangs_and_deaths() -> None:
-    with Ranks(2) as ranks:
-        pids = assert_clean(ranks)
-        stuck, returned = ranks.outcomes(one_sleeps, deadline=0.5)
-        assert isinstance(stuck, Stuck)
-        assert "in one_sleeps" in stuck.stacks
-        assert returned is None
-        again = assert_clean(ranks)
-        assert not set(pids) & set(again)
-        assert ranks.outcomes(one_is_killed) == ["survived", Dead(-signal.SIGKILL)]
-    for pid in (*pids, *again):
-        assert not Path(f"/proc/{pid}").exists()
-
-
-def test_time_out_of_collectives() -> None:
-    with Ranks(2, timeout=1.0) as ranks:
-        waiting, failed = ranks.outcomes(one_raises)
-        assert isinstance(waiting, Failure)
-        assert isinstance(waiting.error, RuntimeError)
-        assert isinstance(failed, Failure)
-        assert isinstance(failed.error, ValueError)
+    where, _ = str(error.value).split("rank 1 raised")
+    assert "rank 0 did not answer" in where
+    assert "in one_raises" in where
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert not set(pids) & set(assert_clean(ranks2))

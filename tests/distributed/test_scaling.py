@@ -168,7 +168,7 @@ def peaks(rank: int, world_size: int) -> list[tuple[str, int, int, int]]:
             measured = peak_memory(once, torch.device("cpu")).extra
             held = scaling.held(loss, step)
         gradients, vectors = sum(leaf.numel() for leaf in leaves) * 4, 256 * (step.total + ROWS + classes)
-        most = int(1.05 * held) + gradients + workspace + vectors
+        most = int(1.1 * held) + gradients + workspace + vectors
         found.append((f"{case} {dtype}{' ring' if ring else ''}", held, most, measured))
     return found
 

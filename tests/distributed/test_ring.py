@@ -1,0 +1,66 @@
+"""What a call with keys that go round needs, and what it leaves behind: nothing."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from ranks import Ranks
+from test_memory import replay
+
+import nckernels
+
+LOSSES = {
+    "supcon": lambda x: nckernels.supcon_loss(x, torch.arange(len(x)) % 3, process_group="world"),
+    "clip": lambda x: nckernels.clip_loss(x, x.tanh(), process_group="world"),
+    "uniformity": lambda x: nckernels.uniformity_loss(x, process_group="world"),
+}
+
+
+def left_behind(rank: int, world_size: int, name: str, backward: bool) -> bool:
+    """Whether anything of the call is left to the garbage collector, as its tensors are in a cycle of references."""
+
+    with nckernels.use_workspace(64):
+        LOSSES[name](torch.randn(6, 4))  # the first call compares the ranks' options
+    features = torch.randn(6, 4, requires_grad=True) * 1.0
+    gc.collect()
+    gc.disable()
+    try:
+        with nckernels.use_workspace(64):
+            loss = LOSSES[name](features)
+        if backward:
+            loss.backward()
+        del features, loss
+        return gc.collect() > 0
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("name", LOSSES)
+def test_nothing_outlives_the_loss(ranks2: Ranks, name: str, backward: bool) -> None:
+    assert ranks2.run(left_behind, name, backward) == [False, False]
+
+
+def peak(rank: int, world_size: int, backward: bool) -> float:
+    """The most that a call allocates at a time, in rows of a rank."""
+    rows, columns = 1024, 128
+    x = torch.randn(rows, columns, requires_grad=backward)
+
+    def call() -> None:
+        loss = nckernels.uniformity_loss(x, process_group="world")
+        if backward:
+            loss.backward()
+
+    with nckernels.use_workspace(2**14):
+        call()
+        x.grad = None
+        return replay(call)[0] / (4 * rows * columns)
+
+
+@pytest.mark.parametrize(("backward", "blocks"), [(False, 2), (True, 8)])
+def test_memory_does_not_grow_with_the_number_of_ranks(ranks4: Ranks, backward: bool, blocks: int) -> None:
+    """Two blocks in the forward pass. Then the gradients of one block in use, leaving, arriving; of the rows twice."""
+    for found in ranks4.run(peak, backward):
+        assert found < blocks + 0.4  # vectors and tiles
