@@ -50,13 +50,14 @@ class Sizes(NamedTuple):
         return min(self.counts) == self.longest
 
 
-@torch.compiler.disable(reason="the host has to know how many rows all ranks have")
 def sizes(rows: Tensor, ranks: Ranks) -> Sizes:
     """The number of rows on every rank, which all of them have to know before they exchange the rows.
 
     It travels between hosts where the group can ("cpu:gloo,cuda:nccl", what ``init_process_group()`` makes by default).
     In a group with NCCL alone it travels between GPUs, and the host waits for it.
     """
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break("the host has to know how many rows all ranks have")  # type: ignore[no-untyped-call]
     by_host = "cpu" in dist.get_backend_config(ranks.group)
     mine = torch.tensor([len(rows)], device="cpu" if by_host else rows.device)
     counts = mine.new_empty(ranks.size)
