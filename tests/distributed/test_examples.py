@@ -15,7 +15,7 @@ pytest.importorskip("sklearn")
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("nonl_ddp.py", "supcon_ddp.py", "clip_ddp.py")
-SECONDS = 60
+SECONDS = 180
 
 
 @pytest.fixture(scope="module")
