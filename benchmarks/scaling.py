@@ -150,14 +150,10 @@ def _supcon(step: Step) -> list[Exchange]:
     return [*step.sizes, step.gather("labels", torch.int64), *step.keys(), *step.weight]
 
 
-def _simclr(step: Step) -> list[Exchange]:
-    return [*step.sizes, *_supcon(step)]
-
-
 def _prototype(step: Step) -> list[Exchange]:
     labels, classes = [], step.classes
     if not classes:
-        labels = [*step.sizes, step.gather("labels", torch.int64), step.gather("ignored", torch.bool)]
+        labels = [*step.sizes, step.gather("labels", torch.int64)]
         classes = step.slots
     sums = step.reduce("sum of each class", classes * step.d)
     counts = step.reduce("size of each class", classes)
@@ -198,7 +194,7 @@ LOSSES: dict[str, Callable[[Step], list[Exchange]]] = {
     "nonl both": _both_directions,
     "normface": _local,
     "supcon": _supcon,
-    "simclr": _simclr,
+    "simclr": _supcon,
     "prototype": _prototype,
     "info_nce": _info_nce,
     "clip": _clip,
@@ -231,7 +227,7 @@ def held(loss: str, step: Step) -> int:
     if loss in ("info_nce", "clip", "uniformity"):
         return 24 * longest if step.ring else 8 * step.total * step.d
     if loss in ("supcon", "simclr"):
-        return 36 * longest if step.ring else 10 * step.total * step.d + 12 * longest
+        return 34 * longest if step.ring else 10 * step.total * step.d + 9 * longest
     return 0
 
 

@@ -52,6 +52,11 @@ def autocast_enabled(x: Tensor) -> bool:
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
+def host_knows(x: Tensor) -> bool:
+    """Whether looking at values stalls nobody: those of a CPU's tensor, outside of a compiler."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def no_autocast(like: Tensor) -> contextlib.AbstractContextManager[object]:
     """Autocast was honoured on entry; inside, dtypes are chosen with care."""
     return torch.autocast(like.device.type, enabled=False) if autocast_enabled(like) else contextlib.nullcontext()
@@ -124,7 +129,7 @@ def target(value: Tensor, features: Tensor, feature_name: str = "features") -> N
 
 def in_classes(target: Tensor, num_classes: int, ignore_index: int | None = None) -> None:
     """Values of ``target`` in [0, num_classes) or ``ignore_index``, where looking at them stalls nobody."""
-    if target.device.type != "cpu" or torch.compiler.is_compiling():
+    if not host_knows(target):
         return
     good = (target >= 0) & (target < num_classes)
     if ignore_index is not None:
@@ -146,7 +151,7 @@ def vector(name: str, value: Tensor, size: int, like: Tensor) -> None:
 
 def not_negative(name: str, value: Tensor) -> None:
     """No value below 0, where looking at them stalls nobody."""
-    if value.device.type != "cpu" or torch.compiler.is_compiling():
+    if not host_knows(value):
         return
     bad = value.detach() < 0
     if bool(bad.any()):
@@ -163,7 +168,7 @@ def positive_scalar(name: str, value: float | Tensor, like: Tensor) -> None:
             raise TypeError(f"{name} must be of a floating dtype, got a tensor of {value.dtype}")
         if value.device != like.device:
             raise ValueError(f"{name} must be on the same device as the features, {like.device}, got {value.device}")
-        if value.device.type != "cpu" or torch.compiler.is_compiling():
+        if not host_knows(value):
             return  # the value is checked where it is read, see operators._check_values
         value = float(value.detach())
     number(name, value)

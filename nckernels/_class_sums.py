@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _checks
 from ._common import norms
 from .backends.base import accumulation_dtype
 from .backends.chunked.tiles import rnorm_of, through_normalisation
@@ -31,15 +32,17 @@ def groups(labels: Tensor, ignored: Tensor) -> tuple[Tensor, int]:
     ordered, order = labels.masked_fill(ignored, torch.iinfo(torch.int64).max).sort()
     starts = F.pad(ordered[1:] != ordered[:-1], (1, 0)).cumsum(0)
     group = torch.empty_like(starts).scatter_(0, order, starts)
-    known = labels.device.type == "cpu" and not torch.compiler.is_compiling()
-    return group, int(starts[-1]) + 1 if known else len(labels)
+    return group, int(starts[-1]) + 1 if _checks.host_knows(labels) else len(labels)
 
 
 def visible_rows(rows: Tensor, ignored: Tensor) -> Tensor:
-    """Rows in the accumulation dtype, 0 where ignored: those may hold anything. No copy where there are none."""
-    rows = rows.to(accumulation_dtype(rows.dtype))
-    known = rows.device.type == "cpu" and not torch.compiler.is_compiling()
-    return rows if known and not bool(ignored.any()) else rows.masked_fill(ignored[:, None], 0.0)
+    """Rows in the accumulation dtype, 0 where ignored."""
+    return without_ignored(rows.to(accumulation_dtype(rows.dtype)), ignored)
+
+
+def without_ignored(rows: Tensor, ignored: Tensor) -> Tensor:
+    """The rows, 0 where ignored: those may hold anything. No copy where the host knows that there are none."""
+    return rows if _checks.host_knows(rows) and not bool(ignored.any()) else rows.masked_fill(ignored[:, None], 0.0)
 
 
 def class_sums(rows: Tensor, group: Tensor, ignored: Tensor, classes: int) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,11 @@ def logaddexp(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(no_a, b, torch.where(no_b, a, both))
 
 
+def or_zero(lse: Tensor) -> Tensor:
+    """0, without gradient, for an empty sum: what remains of a loss is the alignment."""
+    return lse.masked_fill(lse == -torch.inf, 0.0)
+
+
 def norms(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Row norms, at least the eps of the dtype that the rows were given in."""
     return torch.linalg.vector_norm(rows, dim=-1).clamp_min(norm_eps(dtype))

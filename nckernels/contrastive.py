@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import _checks
 from ._class_sums import class_sums, groups, height, mean_positive, visible_rows
-from ._common import REDUCTIONS, Reduction, inverse, logaddexp, norms, unit
+from ._common import REDUCTIONS, Reduction, inverse, logaddexp, norms, or_zero, unit
 from ._compact import LEFT_OUT
 from .backends import registry
 from .backends.base import accumulation_dtype
@@ -91,12 +91,12 @@ def supcon_loss(
         ignore_index = LEFT_OUT  # labels count the samples: nobody is ignored
     rows = autocast(rows)  # positives and negatives alike
     if ranks is not None:
-        if target is None:
-            labels = samples.distinct_labels(labels, ranks)
         with _checks.no_autocast(rows):
-            terms = samples.supcon_terms(rows, labels, ignore_index, beta, ranks, decoupled=decoupled)
+            terms = samples.supcon_terms(
+                rows, labels, ignore_index, beta, ranks, distinct=target is None, decoupled=decoupled
+            )
         lse, cosine, has_positive = terms
-        loss = (_uniformity(lse) - beta * cosine).masked_fill(~has_positive, 0.0)
+        loss = (or_zero(lse) - beta * cosine).masked_fill(~has_positive, 0.0)
         return _reduced(loss, has_positive, weight, reduction, shape, ranks)
     in_one_step = contrast_with_itself(
         rows, labels, beta, exclude="same_label" if decoupled else "self", ignore_index=ignore_index,
@@ -116,7 +116,7 @@ def supcon_loss(
     else:
         index = torch.arange(n, device=rows.device).masked_fill(ignored, LEFT_OUT)
         lse, _ = cosine_lse(rows, rows, index, beta, direction="instance", exclude="self", ignore_index=LEFT_OUT)
-    loss = (_uniformity(lse) - beta * cosine).masked_fill(~has_positive, 0.0)
+    loss = (or_zero(lse) - beta * cosine).masked_fill(~has_positive, 0.0)
     return _reduced(loss, has_positive, weight, reduction, shape)
 
 
@@ -164,7 +164,9 @@ def prototype_loss(
         return _nothing(shape, reduction, beta, input)
     ignored = labels == ignore_index
     if num_classes is None:
-        group, classes = groups(labels, ignored) if ranks is None else samples.groups_of_all(labels, ignored, ranks)
+        group, classes = (
+            groups(labels, ignored) if ranks is None else samples.groups_of_all(labels, ignore_index, ranks)
+        )
     else:
         _checks.in_classes(labels, num_classes, ignore_index)
         group, classes = labels, num_classes
@@ -184,7 +186,7 @@ def prototype_loss(
     )  # fmt: skip
     own = counts[group.masked_fill(ignored, 0)] - 1.0  # samples of the same class beside this one
     lse = torch.where(own > 0, logaddexp(lse, own.clamp_min(1.0).log() + pos), lse)
-    loss = (_uniformity(lse) - pos).masked_fill(ignored, 0.0)
+    loss = (or_zero(lse) - pos).masked_fill(ignored, 0.0)
     return _reduced(loss, ~ignored, weight, reduction, shape, ranks)
 
 
@@ -428,11 +430,6 @@ def _samples(
 
 
 # --- steps ------------------------------------------------------------------------------------------------
-
-
-def _uniformity(lse: Tensor) -> Tensor:
-    """0 for an empty sum: what remains is the alignment."""
-    return lse.masked_fill(lse == -torch.inf, 0.0)
 
 
 def _nothing(shape: torch.Size, reduction: Reduction, beta: float | Tensor, *inputs: Tensor) -> Tensor:

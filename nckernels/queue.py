@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks
-from ._common import inverse, logaddexp, of_samples
+from ._common import inverse, logaddexp, of_samples, or_zero
 from .backends.base import accumulation_dtype
 from .distributed import collectives, groups
 from .distributed.groups import Ranks
@@ -268,7 +268,7 @@ class RunningDenominatorLoss(nn.Module):
         weight = counted.to(pos.dtype) if weight is None else weight.detach().to(pos.dtype).where(counted, 0.0)
         anchors = torch.zeros_like(lse).index_add(0, target.long().where(counted, 0), weight)
         value, slope = self._uniformity(lse.detach(), anchors, counted.sum().to(lse.dtype), ranks)
-        lse = _or_zero(lse)
+        lse = or_zero(lse)
         own = (slope * (lse - lse.detach())).sum() - (weight * pos).sum() / _summed(weight.sum(), ranks)
         return value + (own if ranks is None else ranks.size * own)
 
@@ -285,7 +285,7 @@ class RunningDenominatorLoss(nn.Module):
             self.lse.copy_(total)
             self.anchors.copy_(anchors)
             self.count.copy_(count)
-        log_d = _or_zero(total + (samples / count).log())  # a class without negatives, ever, has its alignment only
+        log_d = or_zero(total + (samples / count).log())  # a class without negatives, ever, has its alignment only
         share = anchors / anchors.sum()
         slope = share * (lse - log_d).exp()
         # torch.compile keeps what was concatenated for the backward pass. The cheap rest it computes again, here that
@@ -340,8 +340,3 @@ def _as_one(past: Tensor, target: Tensor, classes: int, ignore_index: int) -> Te
 def _summed(x: Tensor, ranks: Ranks | None) -> Tensor:
     """Over all ranks."""
     return x if ranks is None else collectives.all_reduce(x, ranks)
-
-
-def _or_zero(lse: Tensor) -> Tensor:
-    """0 for an empty sum: what remains is the alignment."""
-    return lse.masked_fill(lse == -torch.inf, 0.0)

@@ -116,8 +116,7 @@ def reduced_contrast(
         return reduce_weighted(own * (own_lse - pos), own, reduction, ranks, of_nothing)
     classes = target.long().masked_fill(ignored, 0)
     if reduction == "none":
-        uniformity = collectives.logsumexp(class_lse, ranks).index_select(0, classes)
-        uniformity = uniformity.masked_fill(uniformity == -torch.inf, 0.0)
+        uniformity = _common.or_zero(collectives.logsumexp(class_lse, ranks).index_select(0, classes))
         return own * ((uniformity if own_lse is None else 0.5 * (uniformity + own_lse)) - pos)
     by_class = own.new_zeros(len(class_lse)).index_add(0, classes, own)
     # Products and sums, no inner products: autocast would take those in 16 bits.

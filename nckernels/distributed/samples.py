@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .. import _checks, primitive
-from .._class_sums import add_unit_rows, grad_of_unit_rows, groups, mean_positive
+from .._class_sums import add_unit_rows, grad_of_unit_rows, groups, mean_positive, without_ignored
 from .._common import Reduction, logaddexp, unit
 from .._compact import LEFT_OUT
 from ..backends import registry
@@ -27,18 +27,13 @@ from .contrast import contrast, reduced_contrast
 from .groups import Ranks
 
 
-def distinct_labels(labels: Tensor, ranks: Ranks) -> Tensor:
-    """Labels that count this rank's samples from 0, as numbers that no other rank has."""
-    return labels + collectives.sizes(labels, ranks).own.start
-
-
-def groups_of_all(labels: Tensor, ignored: Tensor, ranks: Ranks) -> tuple[Tensor, int]:
+def groups_of_all(labels: Tensor, ignore_index: int, ranks: Ranks) -> tuple[Tensor, int]:
     """:func:`nckernels._class_sums.groups` of the labels of all ranks: this rank's, and the number of classes."""
     counts = collectives.sizes(labels, ranks)
     if counts.total == 0:
         return labels, 1
-    everybody, all_ignored = (collectives.gather(x, counts, ranks) for x in (labels, ignored))
-    group, classes = groups(everybody, all_ignored)
+    everybody = collectives.gather(labels, counts, ranks)
+    group, classes = groups(everybody, everybody == ignore_index)
     return group[counts.own], classes
 
 
@@ -94,50 +89,47 @@ def contrast_keys(
 
 
 def supcon_terms(
-    rows: Tensor, labels: Tensor, ignore_index: int, inv_temperature: float | Tensor, ranks: Ranks, *, decoupled: bool
+    rows: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    inv_temperature: float | Tensor,
+    ranks: Ranks,
+    *,
+    distinct: bool,
+    decoupled: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What SupCon needs of this rank's samples among those of all ranks.
 
     Args:
         rows: (n, d) of this rank, any number of them.
-        labels: (n,) labels that mean the same on all ranks.
+        labels: (n,) labels that mean the same on all ranks, or (``distinct``) count each rank's samples from 0.
 
     Returns:
         (n,) log-sum-exp over the other samples, or the samples of other labels (``decoupled``); (n,) mean cosine with
         the other samples of the label; (n,) whether there are any.
     """
     counts = collectives.sizes(rows, ranks)
+    if distinct:
+        labels = labels + counts.own.start
     ignored = labels == ignore_index
-    visible = rows.masked_fill(ignored[:, None], 0.0)  # ignored rows may hold anything
+    visible = without_ignored(rows, ignored)
     everybody = collectives.gather(labels, counts, ranks)
     all_ignored = everybody == ignore_index
     if counts.total == 0:
         nothing = unit(visible).sum(1)
         return nothing, nothing, ignored
-    bias = _left_out(all_ignored, visible)
     group, classes, key_group = _groups_here(labels, ignored, everybody, all_ignored)
     of_class = visible.new_zeros(classes, dtype=accumulation_dtype(visible.dtype))
     of_class.index_add_(0, key_group.clamp_min(0), (key_group >= 0).to(of_class.dtype))
-    if _travel(rows, counts) and not decoupled:
-        own = torch.arange(len(rows), device=rows.device)
-        _, lse, _, sums = ring.lse(
-            visible, visible, own.masked_fill(ignored, LEFT_OUT), inv_temperature, counts, ranks,
-            direction="instance", exclude="target", ignore_index=LEFT_OUT, key_bias=bias, key_group=key_group,
-            groups=classes,
-        )  # fmt: skip
-        return lse, *mean_positive(visible, group, ignored, classes, among=(sums, of_class))
-
-    keys = collectives.gather(visible, counts, ranks)
-    sums = _UnitSums.apply(keys, key_group, classes, counts)  # type: ignore[no-untyped-call]
-    positives = mean_positive(visible, group, ignored, classes, among=(sums, of_class))
     if decoupled:
+        keys = collectives.gather(visible, counts, ranks)
+        sums = _UnitSums.apply(keys, key_group, classes, counts)  # type: ignore[no-untyped-call]
+        positives = mean_positive(visible, group, ignored, classes, among=(sums, of_class))
         lse = _lse_of_other_labels(visible, labels, keys, everybody, ignore_index, inv_temperature)
-    else:
-        lse, _ = cosine_lse(
-            visible, keys, _own(counts, rows).masked_fill(ignored, LEFT_OUT), inv_temperature, direction="instance",
-            exclude="target", logit_bias=bias, ignore_index=LEFT_OUT,
-        )  # fmt: skip
-    return lse, *positives
+        return lse, *positives
+    bias = _left_out(all_ignored, visible)
+    lse, sums = _over_others(visible, ignored, inv_temperature, counts, ranks, bias, key_group, classes)
+    return lse, *mean_positive(visible, group, ignored, classes, among=(sums, of_class))
 
 
 def lse_of_others(rows: Tensor, inv_temperature: float, ranks: Ranks | None) -> tuple[Tensor, int]:
@@ -145,19 +137,45 @@ def lse_of_others(rows: Tensor, inv_temperature: float, ranks: Ranks | None) -> 
     counts = Sizes((len(rows),), 0) if ranks is None else collectives.sizes(rows, ranks)
     if counts.total < 2:
         return rows.new_zeros(0), counts.total
-    own = torch.arange(len(rows), device=rows.device)
     if ranks is None:
+        own = torch.arange(len(rows), device=rows.device)
         return cosine_lse(rows, rows, own, inv_temperature, direction="instance", exclude="self")[0], counts.total
-    rows = autocast(rows)
-    if _travel(rows, counts):
-        _, lse, _, _ = ring.lse(
+    return _over_others(autocast(rows), None, inv_temperature, counts, ranks)[0], counts.total
+
+
+def _over_others(
+    rows: Tensor,
+    ignored: Tensor | None,
+    inv_temperature: float | Tensor,
+    counts: Sizes,
+    ranks: Ranks,
+    bias: Tensor | None = None,
+    key_group: Tensor | None = None,
+    classes: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """(n,) log-sum-exp of this rank's rows over all others, and (classes, d) sums of the unit rows of each group.
+
+    The rows of all ranks are gathered or go round.
+    """
+    travel = _travel(rows, counts)
+    first = 0 if travel else counts.own.start  # of this rank's rows, among those that they are compared with
+    own = torch.arange(first, first + len(rows), device=rows.device)
+    if ignored is not None:
+        own = own.masked_fill(ignored, LEFT_OUT)
+    if travel:
+        _, lse, _, sums = ring.lse(
             rows, rows, own, inv_temperature, counts, ranks, direction="instance", exclude="target",
-            ignore_index=LEFT_OUT,
+            ignore_index=LEFT_OUT, key_bias=bias, key_group=key_group, groups=classes,
         )  # fmt: skip
-        return lse, counts.total
+        return lse, sums
     keys = collectives.gather(rows, counts, ranks)
-    lse, _ = cosine_lse(rows, keys, _own(counts, rows), inv_temperature, direction="instance", exclude="target")
-    return lse, counts.total
+    # Before the log-sum-exp, so that its backward comes after that one's, which frees what it keeps.
+    sums = rows.new_zeros(0) if key_group is None else _UnitSums.apply(keys, key_group, classes, counts)  # type: ignore[no-untyped-call]
+    lse, _ = cosine_lse(
+        rows, keys, own, inv_temperature, direction="instance", exclude="target", logit_bias=bias,
+        ignore_index=LEFT_OUT,
+    )  # fmt: skip
+    return lse, sums
 
 
 def _travel(keys: Tensor, counts: Sizes) -> bool:
@@ -168,11 +186,6 @@ def _travel(keys: Tensor, counts: Sizes) -> bool:
     if torch.compiler.is_compiling() or registry.resolve(keys.device, keys.dtype) == registry.REFERENCE:
         return False
     return counts.total * keys.shape[1] * keys.element_size() > registry.get_workspace(keys.device)
-
-
-def _own(counts: Sizes, like: Tensor) -> Tensor:
-    """Indices of this rank's rows in the concatenation of all."""
-    return torch.arange(counts.own.start, counts.own.stop, device=like.device)
 
 
 def _groups_here(labels: Tensor, ignored: Tensor, everybody: Tensor, all_ignored: Tensor) -> tuple[Tensor, int, Tensor]:
@@ -211,8 +224,7 @@ class _UnitSums(torch.autograd.Function):
 
 def _left_out(ignored: Tensor, like: Tensor) -> Tensor | None:
     """A bias that takes ignored keys out of the sums; None where the host knows that there are none."""
-    known = ignored.device.type == "cpu" and not torch.compiler.is_compiling()
-    if known and not bool(ignored.any()):
+    if _checks.host_knows(ignored) and not bool(ignored.any()):
         return None
     return like.new_zeros(len(ignored), dtype=accumulation_dtype(like.dtype)).masked_fill(ignored, -torch.inf)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import is_dtensor
-from .._common import inverse, logaddexp
+from .._common import inverse, logaddexp, or_zero
 from ..backends.base import Exclude, accumulation_dtype
 from ..nn import NONLLoss, NormFaceLoss, NTCELoss, PrototypeClassifier
 from ..primitive import cosine_lse
@@ -108,8 +108,7 @@ class ByClass(_Streamed):
 
     def value(self) -> Tensor:
         """The loss of the whole batch."""
-        lse = self.lse.masked_fill(self.lse == -torch.inf, 0.0)  # a class without negatives: alignment only
-        return self.scale * ((self.class_weight * lse).sum() - self.positives)
+        return self.scale * ((self.class_weight * or_zero(self.lse)).sum() - self.positives)
 
     def _lse(self, features: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         c = self.criterion
