@@ -21,17 +21,18 @@ LOSSES = {
 def left_behind(rank: int, world_size: int, name: str, backward: bool) -> bool:
     """Whether anything of the call is left to the garbage collector, as its tensors are in a cycle of references."""
 
-    with nckernels.use_workspace(64):
-        LOSSES[name](torch.randn(6, 4))  # the first call compares the ranks' options
-    features = torch.randn(6, 4, requires_grad=True) * 1.0
-    gc.collect()
-    gc.disable()
-    try:
+    def call() -> None:
+        features = torch.randn(6, 4, requires_grad=True) * 1.0
         with nckernels.use_workspace(64):
             loss = LOSSES[name](features)
         if backward:
             loss.backward()
-        del features, loss
+
+    call()  # the first one compares the ranks' options, and whatever else happens once in a process
+    gc.collect()
+    gc.disable()
+    try:
+        call()
         return gc.collect() > 0
     finally:
         gc.enable()
