@@ -1,4 +1,4 @@
-"""Point sets on the unit sphere that the losses are designed to reach."""
+"""Point sets on the unit sphere in closed form."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import math
 
 import torch
 from torch import Tensor
-
-__all__ = ["simplex_etf"]
 
 
 def simplex_etf(
