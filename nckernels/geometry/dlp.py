@@ -102,23 +102,27 @@ def plot(rows: Sequence[Table7Row], path: str | os.PathLike[str]) -> None:
         raise ImportError('plot needs matplotlib: pip install "nckernels[lab]"') from error
     methods = (
         ("random", "Random directions", "#8a8a8a"),
-        ("recipe", "Published recipe\n(1000 steps, rate 0.1)", "#e69f00"),
+        ("recipe", "Published recipe\n(gradient descent, rate 0.1)", "#e69f00"),
         ("ours", "uniform_prototypes", "#0072b2"),
     )
     figure = Figure(figsize=(4.2 * len(rows) + 1.4, 7.4), facecolor="white")
     FigureCanvasAgg(figure)
     axes: Any = figure.subplots(len(methods), len(rows), sharex=True, sharey=True, squeeze=False)
     count = len(rows[0].ours)
+    bins = [3 * i - 1.5 for i in range(62)]  # right angles and antipodes fall into the middle of a bin
     for column, row in enumerate(rows):
         qualities = row.qualities()
         for line, (method, label, colour) in enumerate(methods):
             axis = axes[line][column]
             closest = qualities[method].separation
-            axis.hist(_angles(getattr(row, method)), bins=range(0, 183, 3), color=colour, log=True)
+            axis.hist(_angles(getattr(row, method)), bins=bins, color=colour, log=True)
             axis.axvline(closest, color="#222222", linewidth=1.2)
-            axis.text(closest - 3, 0.93, f"closest pair\n{closest:.0f}°", transform=axis.get_xaxis_transform(),
-                      ha="right", va="top", fontsize=9)  # fmt: skip
-            axis.set_xlim(0, 180)
+            right = closest < 45  # no room for the words on the left
+            axis.text(
+                closest + (3 if right else -3), 0.93, f"closest pair\n{closest:.0f}°", va="top", fontsize=9,
+                ha="left" if right else "right", transform=axis.get_xaxis_transform(),
+            )  # fmt: skip
+            axis.set_xlim(0, bins[-1])
             axis.set_xticks(range(0, 181, 30))
             for side in ("top", "right"):
                 axis.spines[side].set_visible(False)
