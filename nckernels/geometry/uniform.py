@@ -62,7 +62,7 @@ def uniform_prototypes(
         num_classes: number of prototypes K, at least 1. One is a random direction.
         dim: dimension d, at least 1.
         t: > 0, of the Gaussian potential; 2 in [DLP]. A larger one weighs the closest pairs more: with 100 prototypes
-            in 10 dimensions t = 20 leaves a largest cosine of 0.36 where t = 2 leaves 0.44.
+            in 10 dimensions t = 20 leaves a largest cosine of 0.36 where t = 2 leaves 0.43.
         seed: fixes the starts, which are drawn on the CPU, and the rotation of closed forms. The same seed gives the
             same bits on one machine with the same versions, backend, workspace and number of threads. It does not
             elsewhere: rounding then leads to another local minimum, of about the same value.
