@@ -263,8 +263,8 @@ def dot_regression_loss(
     which fades at s = 1, the minimum, and at s = -1. (What [DLP] prints as Eq. 7, :math:`-(1 - s) s`, is a scalar and
     lacks the direction.)
 
-    Time and memory are O(M d), without a matrix (M, K). Where a feature is near its prototype, :math:`1 - s` is computed
-    as :math:`\lVert u - w \rVert^2 / 2`, which loses no digits there. 16-bit input is computed in float32.
+    Time and memory are O(M d), without a matrix (M, K). Where a feature is near its prototype, :math:`1 - s` is
+    computed as :math:`\lVert u - w \rVert^2 / 2`, which loses no digits there; 16-bit input in float32.
 
     Args:
         input, target, weight, sample_weight, ignore_index, reduction, process_group: as in :func:`nonl_loss`; a
