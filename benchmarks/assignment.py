@@ -21,6 +21,7 @@ import os
 import platform
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from .report import commit
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "neural-collapse.md"
 MARKERS = tuple(f"<!-- assignment table: {word} -->" for word in ("begin", "end"))
-RATES = (0.1, 0.3, 1.0, 3.0)
+RATES = (0.03, 0.1, 0.3, 1.0)
 ROWS: dict[str, dict[str, Any]] = {
     "static": {"loss": "dlp", "assignment": "static"},
     "dynamic": {"loss": "dlp"},
@@ -166,8 +167,9 @@ def _each(work: Callable[[Task], Outcome], todo: Sequence[Task], processes: int)
     if processes == 1:
         yield from map(work, todo)
         return
-    with multiprocessing.get_context("spawn").Pool(min(processes, max(1, len(todo)))) as pool:
-        yield from pool.imap_unordered(work, todo)
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(work, task) for task in todo]):
+            yield future.result()
 
 
 def train(task: Task, settings: dict[str, Any]) -> Outcome:
@@ -246,7 +248,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--dims", type=int, nargs="+", default=[10, 25], help="dimensions: 10 25")
     add("--seeds", type=int, default=3, help="runs of each row at its rate: 3")
-    add("--rates", type=float, nargs="+", default=list(RATES), help="learning rates to choose from: 0.1 0.3 1 3")
+    add("--rates", type=float, nargs="+", default=list(RATES), help="learning rates to choose from: 0.03 0.1 0.3 1")
     add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="all")
     add("--epochs", type=int, default=10, help="passes over the training set: 10")
     add("--batch-size", type=int, default=128, help="128")
