@@ -159,7 +159,9 @@ def _train_all(tasks: Iterable[Task], results: Results, args: argparse.Namespace
             results.runs.append(outcome)
             results.save(args.out)
             bar.update()
-            bar.write(f"{outcome.row}, d={outcome.dim}, lr {outcome.lr:g}, seed {outcome.seed}: {outcome.accuracy:.1%}")
+            if not args.quiet:
+                run = f"{outcome.row}, d={outcome.dim}, lr {outcome.lr:g}, seed {outcome.seed}"
+                bar.write(f"{run}: {outcome.accuracy:.1%}")
 
 
 def _each(work: Callable[[Task], Outcome], todo: Sequence[Task], processes: int) -> Iterable[Outcome]:
@@ -258,7 +260,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--out", type=Path, default=Path("out/assignment.json"), help="results, to go on with: out/assignment.json")
     add("--report", type=Path, help="train nothing, read such a file")
     add("--write", action="store_true", help="write the table into docs/neural-collapse.md")
-    add("--quiet", action="store_true", help="no progress bar")
+    add("--quiet", action="store_true", help="the table only")
     args = parser.parse_args(argv)
     for name in ("seeds", "processes"):
         if getattr(args, name) < 1:
