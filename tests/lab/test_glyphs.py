@@ -74,6 +74,14 @@ def test_no_test_face_is_trained_on() -> None:
     assert all(not torch.equal(a, b) for a in pictures[:12] for b in pictures[12:])
 
 
+def test_views_and_noise_of_the_two_sets_are_different() -> None:
+    """The same face on one side and on the other: not the same images up to scale."""
+    options = {**TINY, "test_views": 2}
+    test = glyphs.glyphs(**options, train_faces=glyphs.MONO, test_faces=glyphs.SANS).test_images
+    train = glyphs.glyphs(**options, train_faces=glyphs.SANS, test_faces=glyphs.MONO).train_images
+    assert torch.corrcoef(torch.stack([test.flatten(), train.flatten()]))[0, 1] < 0.95
+
+
 def test_characters_differ_in_every_face() -> None:
     found = glyphs.characters()
     assert len(found) >= 400
