@@ -304,7 +304,7 @@ def dot_regression(
     """:func:`dot_regression_loss` of checked arguments, with (M,) weights of samples and prototypes of any dtype."""
     ignored = target == ignore_index
     rows = visible_rows(input, ignored)
-    # A class's gradients add up in the dtype gathered from. Without a gradient only what is gathered is widened.
+    # On a GPU a class's gradients add up in the dtype gathered from. Without one only what is gathered is widened.
     wide = prototypes.to(rows.dtype) if prototypes.requires_grad else prototypes
     own = wide.index_select(0, target.long().masked_fill(ignored, 0)).to(rows.dtype)
     gap = _gap(rows, own, norm_eps(input.dtype), norm_eps(prototypes.dtype)).masked_fill(ignored, 0.0)

@@ -33,8 +33,9 @@ def head(**options: Any) -> nckernels.FixedPrototypeHead:
 
 
 def batch(seed: int = 0, size: int = 20) -> tuple[Tensor, Tensor]:
+    """Every class occurs."""
     g = torch.Generator().manual_seed(seed)
-    return 3 * torch.randn(size, D, generator=g), torch.randint(K, (size,), generator=g)
+    return 3 * torch.randn(size, D, generator=g), torch.randperm(size, generator=g) % K
 
 
 # --- assign ------------------------------------------------------------------------------------------------
