@@ -35,7 +35,7 @@ from .report import commit
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "neural-collapse.md"
 MARKERS = tuple(f"<!-- assignment table: {word} -->" for word in ("begin", "end"))
-RATES = (0.03, 0.1, 0.3, 1.0)
+RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
 ROWS: dict[str, dict[str, Any]] = {
     "static": {"loss": "dlp", "assignment": "static"},
     "dynamic": {"loss": "dlp"},
@@ -250,7 +250,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--dims", type=int, nargs="+", default=[10, 25], help="dimensions: 10 25")
     add("--seeds", type=int, default=3, help="runs of each row at its rate: 3")
-    add("--rates", type=float, nargs="+", default=list(RATES), help="learning rates to choose from: 0.03 0.1 0.3 1")
+    add("--rates", type=float, nargs="+", default=list(RATES), help="learning rates to choose from: 0.03 0.1 0.3 1 3")
     add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="all")
     add("--epochs", type=int, default=10, help="passes over the training set: 10")
     add("--batch-size", type=int, default=128, help="128")

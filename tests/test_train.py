@@ -222,8 +222,16 @@ def test_the_width_of_the_network() -> None:
     assert [block[0].out_channels for block in run.model.blocks] == [5, 10, 20]
 
 
+@pytest.mark.parametrize("loss", ["ce", "psc-star", "nonl", "dlp"])
+def test_classifiers_with_a_bias_are_measured_with_it(loss: str) -> None:
+    spread = fit(tiny(loss=loss), progress=False).history.metrics["bias_spread"]
+    assert all(value > 0 if loss in ("ce", "psc-star") else math.isnan(value) for value in spread)
+
+
 def test_relu_features_are_never_negative() -> None:
     run = fit(tiny(features="relu"), progress=False)
+    line = next(line for line in cli.summary(run).splitlines() if line.split()[0] == "offset")
+    assert float(line.split()[2]) == pytest.approx(1 / math.sqrt(10), rel=1e-3)
     features = extract(run.model, run.data.test_images)
     assert features.min() >= 0
     assert features.shape == (360, 16)

@@ -29,6 +29,7 @@ from .models import (
     Assignment,
     ContrastiveHead,
     ConvNet,
+    CrossEntropyHead,
     Features,
     LossName,
     make_head,
@@ -292,7 +293,8 @@ def _record(run: Run, step: int, loss: float) -> str:
     history.train_accuracy.append(_accuracy(run.head(features), data.train_labels))
     test_logits = run.head(extract(run.model, data.test_images))
     history.test_accuracy.append(_accuracy(test_logits, data.test_labels))
-    collapse = neural_collapse(features, data.train_labels, run.head.prototypes)
+    bias = run.head.bias if isinstance(run.head, CrossEntropyHead) else None
+    collapse = neural_collapse(features, data.train_labels, run.head.prototypes, bias=bias)
     for name, value in asdict(collapse).items():
         history.metrics.setdefault(name, []).append(value)
     return f"loss {loss:.3f}, test {history.test_accuracy[-1]:.1%}, NC1 {collapse.nc1:.1e}"
