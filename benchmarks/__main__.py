@@ -11,6 +11,7 @@ python -m benchmarks host                                host time of the Triton
 python -m benchmarks predict                             counted times on a GPU, beside those of a report
 python -m benchmarks scaling                             bytes and memory of losses that span processes
 python -m benchmarks queue                               small batches with queues and running denominators, on digits
+python -m benchmarks assignment                          fixed prototypes with assigned labels, on glyphs
 python -m benchmarks many-classes                        a million classes, dense and sparse gradients
 """
 
@@ -28,6 +29,7 @@ import torch
 from tqdm import tqdm
 
 from . import (
+    assignment,
     compare,
     correctness,
     e2e,
@@ -58,6 +60,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "scaling": scaling.main,
     "many-classes": many_classes.main,
     "queue": small_batches.main,
+    "assignment": assignment.main,
 }
 
 

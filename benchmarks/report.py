@@ -96,7 +96,7 @@ def start(suite: str, device: torch.device, dtype: str, command: str, ceilings: 
     else:
         machine["instructions"] = torch.backends.cpu.get_cpu_capability()
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    return Report(suite, dtype, command, machine, ceilings, versions=versions, commit=_commit(), date=date)
+    return Report(suite, dtype, command, machine, ceilings, versions=versions, commit=commit(), date=date)
 
 
 def heading(report: Report) -> str:
@@ -188,7 +188,7 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
-def _commit() -> str:
+def commit() -> str:
     try:
         command = ["git", "describe", "--always", "--dirty"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -8,7 +8,8 @@ import itertools
 import json
 import random
 import time
-from dataclasses import replace
+import types
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 
 from benchmarks import __main__ as suite
 from benchmarks import (
+    assignment,
     compare,
     e2e,
     harness,
@@ -416,3 +418,105 @@ def test_a_rate_is_chosen_by_the_training_loss_among_those_that_did_not_diverge(
     row = small_batches.table([*runs, outcome(0.4, 0, 1.0, 0.7)]).splitlines()[2]
     assert row.split()[3:8] == ["0.1", "2.5000", "(0.7071)", "50.0", "(0.0)"]
     assert row.split()[-3:] == ["50.0", "90.0", "70.0"]
+
+
+# --- assignment of labels to fixed prototypes --------------------------------------------------------------
+
+
+def trained(row: str, lr: float, accuracy: float, seed: int = 0, dataset: str = "glyphs") -> assignment.Outcome:
+    return assignment.Outcome(row, 10, lr, seed, dataset, accuracy, 2 * accuracy)
+
+
+def outcomes() -> assignment.Results:
+    """Two rates for each of two rows; the rate that is better on the validation faces is worse on the test faces."""
+    results = assignment.Results({})
+    for row, good, bad in (("static", 0.1, 1.0), ("dynamic", 1.0, 0.1)):
+        results.runs += [trained(row, lr, 0.3, dataset="glyphs-validation") for lr in (good, 3.0)]
+        results.runs += [trained(row, bad, 0.2, dataset="glyphs-validation")]
+        results.runs += [trained(row, bad, 0.9, seed) for seed in (0, 1)]
+    results.runs += [trained("static", 0.1, a, seed) for a, seed in ((0.14, 1), (0.10, 0))]
+    results.runs += [trained("dynamic", 1.0, a, seed) for a, seed in ((0.20, 0), (0.30, 1))]
+    return results
+
+
+def test_the_table_of_assignments_has_the_rates_chosen_on_the_validation_faces() -> None:
+    results = outcomes()
+    head, _, *rows = assignment.table(results).splitlines()
+    assert head == "|  | d = 10: unseen faces, % | trained faces, % | lr |"
+    static, dynamic = (f"| {assignment.TITLES[row]} |" for row in ("static", "dynamic"))
+    assert rows == [f"{static} 12.0 (2.8) | 24.0 | 0.1 |", f"{dynamic} 25.0 (7.1) | 50.0 | 1 |"]
+    assert assignment.verdict(results) == "d = 10: assigning anew gains +13.0 points (+10.0, +16.0)."
+
+
+def test_the_table_of_assignments_goes_between_the_markers() -> None:
+    begin, end = assignment.MARKERS
+    page = assignment.written(f"before\n{begin}\nold\n{end}\nafter\n", outcomes())
+    assert page == f"before\n{begin}\n{assignment.table(outcomes())}\n{end}\nafter\n"
+    assert assignment.written(page, outcomes()) == page
+    with pytest.raises(SystemExit, match="assignment table: begin"):
+        assignment.written("no markers", outcomes())
+
+
+def test_assignments_go_on_where_they_were_cut_off(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[assignment.Task] = []
+
+    def train(task: assignment.Task, settings: dict[str, object]) -> assignment.Outcome:
+        calls.append(task)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        accuracy = 0.5 if (task.row, task.lr) in (("static", 0.3), ("dynamic", 0.1)) else 0.4
+        return assignment.Outcome(**asdict(task), accuracy=accuracy, train_accuracy=1.0)
+
+    monkeypatch.setattr(assignment, "train", train)
+    monkeypatch.setattr(assignment, "_versions", dict)
+    out = tmp_path / "new" / "results.json"
+    grid = ["assignment", "--dims", "4", "--seeds", "2", "--rates", "0.1", "0.3", "--rows", "static", "dynamic"]
+    grid += ["--out", str(out), "--quiet"]
+    with pytest.raises(KeyboardInterrupt):
+        suite.main(grid)
+    assert len(assignment.Results.load(out).runs) == 5
+    assert suite.main(grid) == 0
+    printed = capsys.readouterr().out
+    assert len(calls) == 9  # 8 runs, one of them twice
+    tested = {(t.row, t.lr, t.seed) for t in calls if t.dataset == "glyphs"}
+    assert tested == {(row, lr, seed) for row, lr in (("static", 0.3), ("dynamic", 0.1)) for seed in (0, 1)}
+    saved = json.loads(out.read_text())
+    assert saved["commands"] == ["python -m benchmarks " + " ".join(grid)]
+    assert saved["settings"] == {"epochs": 10, "batch_size": 128, "width": 16, "temperature": 0.1}
+    assert suite.main(["assignment", "--report", str(out)]) == 0
+    assert capsys.readouterr().out == printed
+    with pytest.raises(SystemExit, match="was made with"):
+        suite.main([*grid, "--epochs", "3"])
+    assert len(calls) == 9
+
+
+def test_a_training_that_diverges_has_no_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverge(config: object, *, progress: bool) -> None:
+        raise FloatingPointError
+
+    monkeypatch.setattr(assignment, "fit", diverge)
+    settings = {"epochs": 1, "batch_size": 8, "width": 4, "temperature": 0.1}
+    done = assignment.train(assignment.Task("static", 10, 0.1, 0, "glyphs"), settings)
+    assert (done.accuracy, done.train_accuracy) == (0.0, 0.0)
+
+
+def test_each_row_is_a_configuration_of_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = []
+
+    def fit(config: object, *, progress: bool) -> object:
+        configs.append(config)
+        return types.SimpleNamespace(history=types.SimpleNamespace(test_accuracy=[0.5], train_accuracy=[0.6]))
+
+    monkeypatch.setattr(assignment, "fit", fit)
+    settings = {"epochs": 3, "batch_size": 8, "width": 4, "temperature": 0.1}
+    for row in assignment.ROWS:
+        done = assignment.train(assignment.Task(row, 12, 0.2, 5, "glyphs-validation"), settings)
+        assert (done.accuracy, done.train_accuracy) == (0.5, 0.6)
+    assert [(c.loss, c.assignment) for c in configs] == [
+        ("dlp", "static"), ("dlp", "dynamic"), ("ce", "dynamic"), ("psc-star", "dynamic"), ("nonl", "dynamic")
+    ]  # fmt: skip
+    assert {(c.dataset, c.dim, c.lr, c.seed, c.epochs, c.width) for c in configs} == {
+        ("glyphs-validation", 12, 0.2, 5, 3, 4)
+    }

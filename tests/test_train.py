@@ -146,6 +146,41 @@ def test_cross_entropy_head_is_the_plain_thing() -> None:
     assert torch.equal(head.loss(x, y), F.cross_entropy(x @ head.weight.T + head.bias, y))
 
 
+def test_psc_star_is_cross_entropy_with_uniform_prototypes() -> None:
+    torch.manual_seed(0)
+    head = make_head("psc-star", 6, 4, temperature=0.1)
+    x, y = torch.randn(9, 6), torch.arange(9) % 4
+    w = F.normalize(head.weight, dim=1)
+    pairs = torch.pdist(w).square().mul(-2).exp().mean().log()
+    torch.testing.assert_close(head.loss(x, y), F.cross_entropy(x @ head.weight.T + head.bias, y) + 0.01 * pairs)
+
+
+def test_etf_dr_pulls_to_a_simplex() -> None:
+    torch.manual_seed(0)
+    head = make_head("etf-dr", 5, 6, temperature=0.1)
+    cosines = head.prototypes @ head.prototypes.T
+    torch.testing.assert_close(cosines, 1.2 * torch.eye(6) - 0.2, atol=1e-6, rtol=0)
+    x, y = torch.randn(9, 5), torch.arange(9) % 6
+    torch.testing.assert_close(head.loss(x, y), 0.5 * (F.cosine_similarity(x, head.prototypes[y]) - 1).square().mean())
+    assert list(head.parameters()) == []
+    with pytest.raises(ValueError, match=r"dim: 7 vectors with equal pairwise cosines .* need at least 6 dimensions"):
+        make_head("etf-dr", 5, 7, temperature=0.1)
+
+
+def test_both_assignments_start_from_the_same_random_one() -> None:
+    heads = []
+    for assignment, seed in (("static", 0), ("dynamic", 0), ("static", 1)):
+        torch.manual_seed(seed)
+        heads.append(make_head("dlp", 4, 7, temperature=0.1, assignment=assignment, refresh_every=3))
+    static, dynamic, other = (head.prototypes for head in heads)
+    assert torch.equal(static, dynamic)
+    assert not torch.equal(static, other)
+    # The points themselves are those of the dimensions and the number of classes, whatever the seed.
+    torch.testing.assert_close(static.sum(0), other.sum(0))
+    assert {tuple(row) for row in static.tolist()} == {tuple(row) for row in other.tolist()}
+    assert heads[1].refresh_every == 3
+
+
 # Trainer
 
 
@@ -160,10 +195,43 @@ def test_history_of_a_run(loss: str) -> None:
     series = [history.loss, history.train_accuracy, history.test_accuracy, *history.metrics.values()]
     assert {len(values) for values in series} == {3}
     assert history.seconds > 0
+    assert history.num_classes == 10
+
+
+@pytest.mark.parametrize("changes", [{"loss": "etf-dr"}, {"loss": "dlp", "dim": 4}, {"loss": "psc-star"}])
+def test_fixed_and_uniform_prototypes_learn(changes: dict[str, object]) -> None:
+    """The loss falls, and the test images are told apart: one of ten by chance."""
+    history = fit(tiny(epochs=12, batch_size=128, lr=0.4, eval_every=1000, **changes), progress=False).history
+    assert history.test_accuracy[-1] > 0.7
+
+
+def test_labels_are_assigned_anew_after_every_epoch() -> None:
+    """The points stay; which class has which changes in a dynamic head only, after whole epochs."""
+    dlp = {"loss": "dlp", "dim": 4, "epochs": 3, "batch_size": 400, "lr": 0.4}
+    static, dynamic = (fit(tiny(**dlp, assignment=a), progress=False) for a in ("static", "dynamic"))
+    assert static.head.assignment.tolist() == list(range(10))
+    assert static.history.loss[1:4] == dynamic.history.loss[1:4]  # one epoch of 3 iterations
+    assert static.history.loss[4] != dynamic.history.loss[4]
+    assert sorted(dynamic.head.assignment.tolist()) == list(range(10))
+    assert dynamic.head.calls == 9
+    assert dynamic.head.refresh_every == 3
+
+
+def test_the_width_of_the_network() -> None:
+    run = fit(tiny(width=5), progress=False)
+    assert [block[0].out_channels for block in run.model.blocks] == [5, 10, 20]
+
+
+@pytest.mark.parametrize("loss", ["ce", "psc-star", "nonl", "dlp"])
+def test_classifiers_with_a_bias_are_measured_with_it(loss: str) -> None:
+    spread = fit(tiny(loss=loss), progress=False).history.metrics["bias_spread"]
+    assert all(value > 0 if loss in ("ce", "psc-star") else math.isnan(value) for value in spread)
 
 
 def test_relu_features_are_never_negative() -> None:
     run = fit(tiny(features="relu"), progress=False)
+    line = next(line for line in cli.summary(run).splitlines() if line.split()[0] == "offset")
+    assert float(line.split()[2]) == pytest.approx(1 / math.sqrt(10), rel=1e-3)
     features = extract(run.model, run.data.test_images)
     assert features.min() >= 0
     assert features.shape == (360, 16)
@@ -214,7 +282,8 @@ def test_supcon_with_a_queue() -> None:
 
 
 def test_amp_and_backend() -> None:
-    assert math.isfinite(fit(tiny(amp=True), progress=False).history.loss[-1])
+    for loss in ("nonl", "dlp"):
+        assert math.isfinite(fit(tiny(loss=loss, amp=True), progress=False).history.loss[-1])
     reference = fit(tiny(backend="reference"), progress=False).history
     assert reference.loss[-1] == pytest.approx(fit(tiny(), progress=False).history.loss[-1], rel=1e-3)
 
@@ -237,6 +306,12 @@ def test_history_round_trip(tmp_path: Path) -> None:
     assert loaded.config == history.config
     assert math.isnan(loaded.loss[0])
     assert untimed(loaded) == untimed(history)
+    assert loaded.num_classes == 10
+    values = json.loads((tmp_path / "history.json").read_text())
+    del values["num_classes"], values["config"]["assignment"], values["config"]["width"]
+    (tmp_path / "old.json").write_text(json.dumps(values))
+    old = History.load(tmp_path / "old.json")
+    assert (old.num_classes, old.config) == (0, history.config)
     assert "NaN" not in (tmp_path / "history.json").read_text()
 
 
@@ -245,6 +320,9 @@ def test_history_round_trip(tmp_path: Path) -> None:
     [
         ("dataset", "mnist"),
         ("loss", "hinge"),
+        ("assignment", "random"),
+        ("assignment", "static"),
+        ("width", 0),
         ("features", "tanh"),
         ("epochs", 0),
         ("batch_size", 0),
@@ -278,6 +356,10 @@ def test_bad_settings_found_later_are_named() -> None:
         fit(tiny(loss="ce", queue=8), progress=False)
     with pytest.raises(ValueError, match=r"decay: criterion must be .* got SupConLoss"):
         fit(tiny(loss="scl", decay=0.5), progress=False)
+    with pytest.raises(ValueError, match=r"dim: 10 vectors .* need at least 9 dimensions, got 8"):
+        fit(tiny(loss="etf-dr", dim=8), progress=False)
+    with pytest.raises(ValueError, match=r"queue: criterion must be .* got FixedPrototypeHead"):
+        fit(tiny(loss="dlp", queue=8), progress=False)
     with pytest.raises(ValueError, match="queue, decay: expected one of them"):
         fit(tiny(queue=8, decay=0.5), progress=False)
 
@@ -354,8 +436,9 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("fixed prototypes (FP)", "linear probe (LP)", "normalised probe (NLP)"):
         assert any(line.startswith(name) for line in lines)
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
-    for loss in LOSSES:
+    for loss in ("ce", "normface", "ntce", "nonl", "scl"):
         assert History.load(tmp_path / f"{loss}.json").config.loss == loss
+    assert len(list(tmp_path.glob("*.json"))) == 5
 
 
 def test_demo_table() -> None:

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Literal
 
 from nckernels import ClassifierResult
 from nckernels.metrics import optimum
@@ -53,9 +54,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def summary(run: Run) -> str:
-    """The final accuracy and metrics, one per line, with the value at neural collapse."""
+    """The final accuracy and metrics, one per line, with the value at neural collapse, or as close as ReLU gets."""
     history = run.history
-    best = asdict(optimum(run.data.num_classes))
+    reach: Literal["relu", "signed"] = "relu" if history.config.features == "relu" else "signed"
+    best = asdict(optimum(run.data.num_classes, features=reach))
     lines = [
         f"{history.config.loss} on {history.config.dataset}: {history.steps[-1]} iterations in "
         f"{history.seconds:.1f} s, accuracy {history.train_accuracy[-1]:.2%} train, "

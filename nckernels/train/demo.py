@@ -17,7 +17,6 @@ from nckernels.metrics import first_reach, optimum
 
 from . import plots
 from .cli import classifier_table
-from .models import LOSSES
 from .options import add_options
 from .trainer import History, TrainConfig, fit
 
@@ -59,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     shared = {key: value for key, value in vars(arguments).items() if key not in ("out", "quiet")}
     runs = []
     try:
-        for loss in LOSSES:
+        for loss in NAMES:
             config = TrainConfig(**{**asdict(DEFAULTS), **shared, "loss": loss})
             runs.append(fit(config, progress=not arguments.quiet))
     except ValueError as error:

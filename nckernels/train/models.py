@@ -10,12 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import nckernels
+from nckernels import geometry
 
 Features = Literal["linear", "mlp", "relu"]
-LossName = Literal["ce", "normface", "ntce", "nonl", "scl"]
+LossName = Literal["ce", "normface", "ntce", "nonl", "scl", "etf-dr", "dlp", "psc-star"]
+Assignment = Literal["dynamic", "static"]
 
 FEATURES: tuple[str, ...] = get_args(Features)
 LOSSES: tuple[str, ...] = get_args(LossName)
+ASSIGNMENTS: tuple[str, ...] = get_args(Assignment)
+
+UNIFORMITY = 1e-2  # lambda of PSC*, [DLP] Table 8
 
 
 class ConvNet(nn.Module):
@@ -89,6 +94,17 @@ class CrossEntropyHead(nn.Linear):
         return F.cross_entropy(self(features), target)
 
 
+class PSCStarHead(CrossEntropyHead):
+    """PSC*: cross-entropy plus 1e-2 times the uniformity of the prototypes' directions ([DLP] section 4.4.4).
+
+    PSC is the usual linear layer with bias, whose rows have any length. The uniformity leaves out the pairs of a
+    prototype with itself, which [DLP] Eq. 5 has.
+    """
+
+    def loss(self, features: Tensor, target: Tensor) -> Tensor:
+        return super().loss(features, target) + UNIFORMITY * nckernels.uniformity_loss(self.weight)
+
+
 class ContrastiveHead(nckernels.FixedPrototypes):
     """Nothing to learn: SupCon on the features, and the class means of the last ``fit`` as the classifier."""
 
@@ -97,13 +113,37 @@ class ContrastiveHead(nckernels.FixedPrototypes):
         return nckernels.supcon_loss(features, target, temperature=self.temperature)
 
 
-AnyHead = CrossEntropyHead | nckernels.PrototypeClassifier | ContrastiveHead
+AnyHead = CrossEntropyHead | nckernels.PrototypeClassifier | ContrastiveHead | nckernels.FixedPrototypeHead
 
 
 def make_head(
-    loss: LossName, dim: int, num_classes: int, temperature: float, device: torch.device | None = None
+    loss: LossName,
+    dim: int,
+    num_classes: int,
+    temperature: float,
+    device: torch.device | None = None,
+    *,
+    assignment: Assignment = "dynamic",
+    refresh_every: int = 1,
 ) -> AnyHead:
-    """The classifier that trains with ``loss``; cross-entropy has no temperature."""
+    """The classifier that trains with ``loss``.
+
+    Args:
+        temperature: of the losses with cosine logits: not of cross-entropy, PSC* and dot regression.
+        assignment: of ``"dlp"``, whose points the classes first get at random. ``"static"`` leaves it at that.
+        refresh_every: iterations between two assignments; once an epoch in [DLP].
+
+    Raises:
+        ValueError: for ``"etf-dr"`` with dim < num_classes - 1, where there is no simplex.
+    """
+    if loss == "etf-dr":
+        points = geometry.simplex_etf(num_classes, dim)
+        return nckernels.FixedPrototypeHead(points, assignment="static").to(device)
+    if loss == "dlp":
+        points = geometry.uniform_prototypes(num_classes, dim)[torch.randperm(num_classes)]
+        return nckernels.FixedPrototypeHead(points, assignment=assignment, refresh_every=refresh_every).to(device)
+    if loss == "psc-star":
+        return PSCStarHead(dim, num_classes).to(device)
     if loss == "scl":
         return ContrastiveHead(num_classes, dim, temperature=temperature, device=device)
     if loss == "ce":

@@ -7,13 +7,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from .data import DATASETS
-from .models import FEATURES, LOSSES
+from .models import ASSIGNMENTS, FEATURES, LOSSES
 from .trainer import TrainConfig
 
 _OPTIONS: dict[str, dict[str, Any]] = {
     "dataset": {"choices": sorted(DATASETS), "help": "what to train on"},
     "loss": {"choices": LOSSES, "help": "what to train with; scl is SupCon, without a classifier"},
-    "temperature": {"type": float, "help": "of all losses but ce"},
+    "temperature": {"type": float, "help": "of normface, ntce, nonl and scl"},
+    "assignment": {"choices": ASSIGNMENTS, "help": "of dlp's points to the classes: after every epoch, or at random"},
     "queue": {"type": int, "help": "past features that nonl, ntce and scl contrast with besides the batch"},
     "decay": {"type": float, "help": "of running denominators of nonl and ntce, for instance 0.9; 0: none"},
     "views": {"type": int, "help": "random views of each sample under scl"},
@@ -22,6 +23,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "lr": {"type": float, "help": "initial learning rate; a cosine takes it to lr / 1000"},
     "weight_decay": {"type": float, "help": "of SGD with momentum 0.9"},
     "dim": {"type": int, "help": "size of the features"},
+    "width": {"type": int, "help": "channels of the network's first block"},
     "features": {
         "choices": FEATURES,
         "help": "linear, mlp: signed features; relu: non-negative ones, which cannot reach neural collapse",

@@ -21,7 +21,20 @@ from nckernels.metrics import neural_collapse
 
 from . import augment
 from . import data as datasets
-from .models import FEATURES, LOSSES, AnyHead, ContrastiveHead, ConvNet, Features, LossName, make_head, make_loss
+from .models import (
+    ASSIGNMENTS,
+    FEATURES,
+    LOSSES,
+    AnyHead,
+    Assignment,
+    ContrastiveHead,
+    ConvNet,
+    CrossEntropyHead,
+    Features,
+    LossName,
+    make_head,
+    make_loss,
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +49,9 @@ class TrainConfig:
     dataset: str = "digits"
     loss: LossName = "nonl"
     temperature: float = 0.1
-    """Of the normalised losses; cross-entropy has none."""
+    """Of the losses with cosine logits; cross-entropy, PSC* and dot regression have none."""
+    assignment: Assignment = "dynamic"
+    """Of the points of ``"dlp"`` to the classes: anew after every epoch, or at random for good."""
     queue: int = 0
     """Past features that NONL, NTCE and SupCon contrast with besides the batch (:class:`nckernels.QueueLoss`)."""
     decay: float = 0.0
@@ -49,6 +64,8 @@ class TrainConfig:
     """Initial learning rate of SGD with momentum 0.9; a cosine over the iterations takes it to lr * 0.1^3."""
     weight_decay: float = 1e-4
     dim: int = 64
+    width: int = 16
+    """Channels of the network's first block."""
     features: Features = "linear"
     seed: int = 42
     device: str = "auto"
@@ -64,11 +81,13 @@ class TrainConfig:
     faster on a busy one; and the result does not depend on the number of cores."""
 
     def __post_init__(self) -> None:
-        known = {"dataset": datasets.DATASETS, "loss": LOSSES, "features": FEATURES}
+        known = {"dataset": datasets.DATASETS, "loss": LOSSES, "features": FEATURES, "assignment": ASSIGNMENTS}
         for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("epochs", "batch_size", "dim", "eval_every", "threads", "views"):
+        if self.assignment == "static" and self.loss != "dlp":
+            raise ValueError(f"assignment: expected 'dynamic' for every loss but dlp, got {self.assignment!r}")
+        for name in ("epochs", "batch_size", "dim", "width", "eval_every", "threads", "views"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("temperature", "lr"):
@@ -99,6 +118,8 @@ class History:
     """Time spent on training iterations, evaluations not included."""
     classifiers: list[ClassifierResult] = field(default_factory=list)
     """After ``"scl"``: fixed prototypes and the two linear probes on the trained network ([NCD] Table 2)."""
+    num_classes: int = 0
+    """K of the dataset, which the optima of the metrics depend on; 0 in files that were written without it."""
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(_nan_to_null(asdict(self)), indent=1, allow_nan=False) + "\n")
@@ -148,22 +169,32 @@ def fit(
     one CPU the same seed gives the same history. The global random state is left as it was.
 
     Raises:
-        ValueError: where device, backend or batch size do not fit the machine or the dataset.
+        ValueError: where device, backend or batch size do not fit the machine or the dataset, and for ``"etf-dr"``
+            in too few dimensions.
         FloatingPointError: when loss or features are no longer finite.
     """
     device = _device(config.device)
     data = datasets.load(config.dataset).to(device)
+    samples = len(data.train_labels)
+    per_epoch = samples // config.batch_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = ConvNet(data.train_images.shape[1], config.dim, config.features).to(device)
-        head = make_head(config.loss, config.dim, data.num_classes, config.temperature, device)
+        model = ConvNet(data.train_images.shape[1], config.dim, config.features, config.width).to(device)
+        head = make_head(
+            config.loss,
+            config.dim,
+            data.num_classes,
+            config.temperature,
+            device,
+            assignment=config.assignment,
+            refresh_every=max(1, per_epoch),
+        )
     criterion = make_loss(head, config.queue, config.decay) if loss_of is None else loss_of(head)
     parameters = [*model.parameters(), *head.parameters()]
     optimiser = torch.optim.SGD(parameters, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay)
     generator = torch.Generator().manual_seed(config.seed)
-    run = Run(model, head, data, History(config))
-    samples = len(data.train_labels)
-    total = config.epochs * (samples // config.batch_size)
+    run = Run(model, head, data, History(config, num_classes=data.num_classes))
+    total = config.epochs * per_epoch
     backend = contextlib.nullcontext() if config.backend is None else nckernels.use_backend(config.backend)
 
     bar = tqdm(total=total, desc=config.loss, unit="it", disable=not progress)
@@ -262,7 +293,8 @@ def _record(run: Run, step: int, loss: float) -> str:
     history.train_accuracy.append(_accuracy(run.head(features), data.train_labels))
     test_logits = run.head(extract(run.model, data.test_images))
     history.test_accuracy.append(_accuracy(test_logits, data.test_labels))
-    collapse = neural_collapse(features, data.train_labels, run.head.prototypes)
+    bias = run.head.bias if isinstance(run.head, CrossEntropyHead) else None
+    collapse = neural_collapse(features, data.train_labels, run.head.prototypes, bias=bias)
     for name, value in asdict(collapse).items():
         history.metrics.setdefault(name, []).append(value)
     return f"loss {loss:.3f}, test {history.test_accuracy[-1]:.1%}, NC1 {collapse.nc1:.1e}"

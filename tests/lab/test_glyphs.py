@@ -1,0 +1,193 @@
+"""The glyphs: what is drawn, on which side of the split, and what the cache does to it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+matplotlib = pytest.importorskip("matplotlib")
+
+from nckernels.train import data, glyphs  # noqa: E402
+from nckernels.train.data import Dataset  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:these glyphs are drawn by matplotlib")
+TINY = {"num_classes": 7, "image_size": 16, "train_views": 2, "test_views": 1, "seed": 3}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("NCKERNELS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def same(a: Dataset, b: Dataset) -> bool:
+    return torch.equal(a.train_images, b.train_images) and torch.equal(a.test_images, b.test_images)
+
+
+def test_shapes_labels_and_scale() -> None:
+    made = glyphs.glyphs(**TINY)
+    assert made.train_images.shape == (7 * 2 * 12, 1, 16, 16)
+    assert made.test_images.shape == (7 * 1 * 4, 1, 16, 16)
+    assert made.train_images.dtype == made.test_images.dtype == torch.float32
+    assert made.train_labels.dtype == made.test_labels.dtype == torch.int64
+    assert torch.equal(made.train_labels.bincount(), torch.full((7,), 24))
+    assert torch.equal(made.test_labels.bincount(), torch.full((7,), 4))
+    assert made.train_images.mean().item() == pytest.approx(0, abs=1e-5)
+    assert made.train_images.std(correction=0).item() == pytest.approx(1, abs=1e-5)
+    assert made.num_classes == 7
+
+
+def test_an_image_is_of_the_character_of_its_label() -> None:
+    """The mean image of a class mostly looks like its own picture; by chance one of thirty would."""
+    made = glyphs.glyphs(30, train_views=20, test_views=20)
+    pictures = torch.stack([glyphs._picture(c, "DejaVuSans", 40).float() for c in glyphs.classes(30)])
+    pictures = F.avg_pool2d(pictures[:, None], 4).flatten(1)
+    for images, labels in ((made.train_images, made.train_labels), (made.test_images, made.test_labels)):
+        means = torch.stack([F.avg_pool2d(images[labels == c].mean(0), 2).flatten() for c in range(30)])
+        a, b = (
+            F.normalize(x - x.mean(1, keepdim=True), dim=1)
+            for x in (means - means.mean(0), pictures - pictures.mean(0))
+        )
+        assert ((a @ b.T).argmax(1) == torch.arange(30)).float().mean() > 0.5
+
+
+def test_no_test_face_is_trained_on() -> None:
+    assert not set(glyphs.DEJAVU) & set(glyphs.STIX)
+    assert len(glyphs.DEJAVU) == 12
+    assert len(glyphs.STIX) == 4
+    made = glyphs.glyphs(**TINY)
+    other_train = glyphs.glyphs(**TINY, train_faces=glyphs.SANS)
+    other_test = glyphs.glyphs(**TINY, test_faces=glyphs.STIX[:1])
+    # Half of the pixels are paper: a change of scale aside, the test set is fixed.
+    scale = other_train.test_images.std() / made.test_images.std()
+    moved = (made.test_images - made.test_images.mean()) * scale + other_train.test_images.mean()
+    torch.testing.assert_close(moved, other_train.test_images, rtol=0, atol=1e-5)
+    assert torch.equal(made.train_images, other_test.train_images)
+    assert torch.equal(made.test_images[:7], other_test.test_images)
+    pictures = [torch.stack([glyphs._picture(c, face, 32) for c in glyphs.classes(7, 3)]) for face in glyphs.FACES]
+    assert all(not torch.equal(a, b) for a in pictures[:12] for b in pictures[12:])
+
+
+def test_views_and_noise_of_the_two_sets_are_different() -> None:
+    """The same face on one side and on the other: not the same images up to scale."""
+    options = {**TINY, "test_views": 2}
+    test = glyphs.glyphs(**options, train_faces=glyphs.MONO, test_faces=glyphs.SANS).test_images
+    train = glyphs.glyphs(**options, train_faces=glyphs.SANS, test_faces=glyphs.MONO).train_images
+    assert torch.corrcoef(torch.stack([test.flatten(), train.flatten()]))[0, 1] < 0.95
+
+
+def test_characters_differ_in_every_face() -> None:
+    found = glyphs.characters()
+    assert len(found) >= 400
+    assert set("0123456789abcdefghijkmnopqrstuvwxyz") - set(found) == set()
+    assert ("A" in found, "\N{GREEK CAPITAL LETTER ALPHA}" in found) == (True, False)
+    for face in ("DejaVuSans-Oblique", "STIXGeneralBolIta"):
+        pictures = [glyphs._picture(c, face, 40) for c in found]
+        assert len({p.numpy().tobytes() for p in pictures}) == len(found)
+        assert min(p.sum() for p in pictures) > 0
+
+
+def test_a_smaller_set_has_the_first_classes_of_a_larger_one() -> None:
+    assert glyphs.classes(100).startswith(glyphs.classes(10))
+    assert len(set(glyphs.classes(100))) == 100
+    assert glyphs.classes(10, seed=1) != glyphs.classes(10)
+
+
+def test_the_same_bytes_from_another_process_without_a_cache(cache: Path) -> None:
+    made = glyphs.glyphs(**TINY)
+    script = (
+        "import sys, numpy as np; from nckernels.train import glyphs; "
+        f"d = glyphs.glyphs(**{TINY!r}); np.savez(sys.argv[1], d.train_images.numpy(), d.test_images.numpy())"
+    )
+    environment = {**os.environ, "NCKERNELS_CACHE": str(cache / "other"), "PYTHONHASHSEED": "7"}
+    out = cache / "out.npz"
+    subprocess.run([sys.executable, "-c", script, str(out)], check=True, env=environment, timeout=120)
+    import numpy as np
+
+    with np.load(out) as file:
+        assert file["arr_0"].tobytes() == made.train_images.numpy().tobytes()
+        assert file["arr_1"].tobytes() == made.test_images.numpy().tobytes()
+    assert not same(made, glyphs.glyphs(**{**TINY, "seed": 4}))
+
+
+def test_the_second_time_nothing_is_drawn(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = glyphs.glyphs(**TINY)
+    (file,) = cache.iterdir()
+    assert file.name.startswith(f"glyphs-7-matplotlib-{matplotlib.__version__}-")
+    monkeypatch.setattr(glyphs, "_draw", None)
+    assert same(glyphs.glyphs(**TINY), made)
+    with pytest.raises(TypeError):
+        glyphs.glyphs(**{**TINY, "test_views": 2})  # other options, another file
+
+
+@pytest.mark.parametrize("damage", ["truncated", "bit flipped", "empty", "text", "other content"])
+def test_a_damaged_file_is_made_again(damage: str, cache: Path) -> None:
+    made = glyphs.glyphs(**TINY)
+    (file,) = cache.iterdir()
+    good = file.read_bytes()
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 1
+    other = {"truncated": good[:-200], "bit flipped": bytes(flipped), "empty": b"", "text": b"not a zip"}
+    if damage == "other content":
+        import numpy as np
+
+        np.savez(file, train=np.zeros((3, 1, 16, 16), np.uint8), test=np.zeros(1, np.uint8))
+    else:
+        file.write_bytes(other[damage])
+    assert same(glyphs.glyphs(**TINY), made)
+    assert file.read_bytes() == good
+    assert list(cache.iterdir()) == [file]  # nothing unfinished lies about
+
+
+def test_a_folder_that_cannot_be_written_to_costs_only_the_cache(cache: Path) -> None:
+    cache.write_text("a file where the folder would be")
+    assert glyphs.glyphs(**TINY).num_classes == 7
+
+
+def test_the_cache_follows_the_usual_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("NCKERNELS_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    glyphs.glyphs(**TINY)
+    assert len(list((tmp_path / "xdg" / "nckernels").iterdir())) == 1
+
+
+def test_another_matplotlib_is_told(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    monkeypatch.setattr(matplotlib, "__version__", "3.99.0")
+    with pytest.warns(UserWarning, match=r"drawn by matplotlib 3\.99\.0; the documentation's figures .* 3\.11\.2"):
+        glyphs.glyphs(**TINY)
+    assert "3.99.0" in next(cache.iterdir()).name
+
+
+def test_registered_sets() -> None:
+    made, validation = data.load("glyphs"), data.load("glyphs-validation")
+    assert made.train_images.shape == (19200, 1, 20, 20)
+    assert made.test_images.shape == (4000, 1, 20, 20)
+    assert validation.train_images.shape == (12800, 1, 20, 20)
+    assert validation.test_images.shape == (4000, 1, 20, 20)
+    assert made.num_classes == validation.num_classes == 100
+    # The faces to choose settings on are among the training faces, none of them a test face of "glyphs".
+    assert not set(glyphs.SERIF) & {*glyphs.SANS, *glyphs.MONO, *glyphs.STIX}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_classes": 1}, "num_classes: expected at least 2, got 1"),
+        ({"num_classes": 10_000}, r"num_classes: expected 2 to \d+, got 10000"),
+        ({"image_size": 4}, "image_size: expected at least 8, got 4"),
+        ({"train_views": 0}, "train_views: expected at least 1, got 0"),
+        ({"test_faces": ("Comic",)}, "test_faces: expected some of DejaVuSans, .*, got Comic"),
+        ({"train_faces": ()}, "train_faces: expected some of .*, got none"),
+        ({"train_faces": ("DejaVuSans", "DejaVuSans")}, "train_faces: expected every face once"),
+        ({"test_faces": ("DejaVuSans",)}, "test_faces: expected none of the training faces, got DejaVuSans"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        glyphs.glyphs(**options)
