@@ -131,7 +131,7 @@ def test_one_hot_and_smoothed_labels(c: float, lambda_b: float, delta: float) ->
 
 
 def test_label_smoothing_is_a_shifted_simplex_of_negative_shift() -> None:
-    """(1-delta) I + delta J/K = alpha (I - beta J/K) with alpha = 1-delta, beta = -delta/(1-delta), not as printed +."""
+    """(1-delta) I + delta J/K = alpha (I - beta J/K) for alpha = 1-delta, beta = -delta/(1-delta), not as printed +."""
     from nckernels.ufm import label_smoothing
 
     from nckernels.geometry import shifted_simplex_etf
