@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from .. import _checks
+
 
 def simplex_etf(
     num_classes: int,
@@ -45,28 +47,160 @@ def simplex_etf(
         >>> (w @ w.T)[0, 1]  # -1/9
         tensor(-0.1111)
     """
-    if num_classes < 1:
-        raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
-    if dim < max(1, num_classes - 1):
+    _check_sizes(num_classes, dim)
+    if dim < num_classes - 1:
         raise ValueError(
             f"dim: {num_classes} vectors with equal pairwise cosines -1/(K-1) need at least "
-            f"{max(1, num_classes - 1)} dimensions, got {dim}"
+            f"{num_classes - 1} dimensions, got {dim}"
         )
-    dtype = torch.get_default_dtype() if dtype is None else dtype
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
-
-    home = torch.device("cpu") if generator is None else generator.device
-    frame = _random_frame(dim, max(1, num_classes - 1), generator, home)
+    dtype = _checked_dtype(dtype)
+    frame = _random_frame(dim, max(1, num_classes - 1), generator)
     if num_classes == 1:
         rows = frame.T
     else:
-        rows = math.sqrt(num_classes / (num_classes - 1)) * (_centred_basis(num_classes, home) @ frame.T)
-    return rows.to(device=torch.device("cpu") if device is None else device, dtype=dtype)
+        rows = math.sqrt(num_classes / (num_classes - 1)) * (_centred_basis(num_classes, frame.device) @ frame.T)
+    return _placed(rows, dtype, device)
 
 
-def _random_frame(dim: int, count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """``count`` orthonormal columns in ``dim`` dimensions, uniform over all such frames."""
+def orthogonal_frame(
+    num_classes: int,
+    dim: int,
+    *,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Orthonormal rows: ``num_classes`` unit vectors at right angles, uniform over all such frames.
+
+    These are the class means of non-negative features at their optimum, and those of [ENC] Theorem III.1 as
+    the penalty on the bias grows.
+
+    Args:
+        num_classes: number of vectors K, at least 1.
+        dim: dimension d, at least K.
+        generator, dtype, device: as in :func:`simplex_etf`.
+
+    Returns:
+        Tensor of shape (num_classes, dim).
+    """
+    _check_sizes(num_classes, dim)
+    if dim < num_classes:
+        raise ValueError(f"dim: {num_classes} orthogonal vectors need at least {num_classes} dimensions, got {dim}")
+    dtype = _checked_dtype(dtype)
+    return _placed(_random_frame(dim, num_classes, generator).T, dtype, device)
+
+
+def shifted_simplex_etf(
+    num_classes: int,
+    dim: int,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    *,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    r"""Shifted simplex equiangular tight frame ([ENC] Definition III.1), classes in rows.
+
+    With ``P`` a random semi-orthogonal ``d x K`` matrix, the columns of
+
+    .. math:: M = \alpha P \Big( I - \frac{\beta}{K} 1 1^\top \Big), \qquad
+              M^\top M = \alpha^2 \Big( I - \frac{1 - (1 - \beta)^2}{K} 1 1^\top \Big).
+
+    ``beta=0`` is an orthogonal frame, ``beta=1`` a simplex. ``beta`` and ``2 - beta`` give the same angles.
+    Subtracting the mean row from any of them leaves the simplex, ``beta=1``. The rows all have the norm
+    :math:`\alpha \sqrt{1 - (1 - (1 - \beta)^2)/K}`, which is not 1: :func:`simplex_etf` is
+    :math:`\alpha = \sqrt{K/(K-1)}, \beta = 1`.
+
+    Args:
+        num_classes: number of vectors K, at least 1. A single one has the norm :math:`\alpha |1 - \beta|`,
+            which is 0 for ``beta=1``.
+        dim: dimension d, at least K; for ``beta=1``, where the rows sum to zero, K - 1 (and at least 1).
+        alpha: scale, positive and finite.
+        beta: shift, any finite number.
+        generator, dtype, device: as in :func:`simplex_etf`. For d >= K a seed gives the same P whatever
+            ``alpha`` and ``beta`` are.
+
+    Returns:
+        Tensor of shape (num_classes, dim).
+    """
+    _check_sizes(num_classes, dim)
+    _checks.number("alpha", alpha)
+    if not 0.0 < alpha < math.inf:
+        raise ValueError(f"alpha must be positive and finite, got {alpha}")
+    _checks.number("beta", beta)
+    if not math.isfinite(beta):
+        raise ValueError(f"beta must be finite, got {beta}")
+    needed = max(1, num_classes - 1 if beta == 1.0 else num_classes)
+    if dim < needed:
+        instead = "" if beta == 1.0 else f" (beta=1 needs {max(1, num_classes - 1)})"
+        raise ValueError(
+            f"dim: {num_classes} vectors with beta={beta:g} need at least {needed} dimensions{instead}, got {dim}"
+        )
+    dtype = _checked_dtype(dtype)
+    # I - beta 11'/K = V V' + (1 - beta) 11'/K with V the basis of the hyperplane that is orthogonal to the ones.
+    frame = _random_frame(dim, min(dim, num_classes), generator)
+    ones = frame.new_full((num_classes, 1), (1.0 - beta) / math.sqrt(num_classes))
+    coordinates = torch.cat([_centred_basis(num_classes, frame.device), ones], 1)[:, : frame.shape[1]]
+    return _placed(alpha * (coordinates @ frame.T), dtype, device)
+
+
+def cross_polytope(
+    num_classes: int,
+    dim: int,
+    *,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Cross-polytope: the 2d vectors +-e_i, randomly rotated. Rows i and i + d are antipodal.
+
+    It is the only set of K = 2d unit vectors with no cosine above 0. With fewer vectors, d + 1 < K < 2d, the
+    largest cosine cannot be below 0 either (Rankin 1955), but which of the 2d vectors to leave out is no property
+    of the polytope, and what is left is less uniform than, for instance, simplices in orthogonal subspaces. So K is 2d.
+
+    Args:
+        num_classes: number of vectors K, exactly 2d.
+        dim: dimension d, at least 1.
+        generator, dtype, device: as in :func:`simplex_etf`.
+
+    Returns:
+        Tensor of shape (num_classes, dim).
+    """
+    _check_sizes(num_classes, dim)
+    if num_classes != 2 * dim:
+        raise ValueError(
+            f"dim: a cross-polytope has 2d vectors, so {num_classes} of them need dim = num_classes / 2"
+            f"{'' if num_classes % 2 else f' = {num_classes // 2}'}, got {dim}"
+        )
+    dtype = _checked_dtype(dtype)
+    axes = _random_frame(dim, dim, generator).T
+    return _placed(torch.cat([axes, -axes]), dtype, device)
+
+
+def _check_sizes(num_classes: int, dim: int) -> None:
+    _checks.integer("num_classes", num_classes)
+    _checks.integer("dim", dim)
+    if num_classes < 1:
+        raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
+    if dim < 1:
+        raise ValueError(f"dim: expected at least 1, got {dim}")
+
+
+def _checked_dtype(dtype: torch.dtype | None) -> torch.dtype:
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
+    return dtype
+
+
+def _placed(rows: Tensor, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+    return rows.to(device="cpu" if device is None else device, dtype=dtype).contiguous()
+
+
+def _random_frame(dim: int, count: int, generator: torch.Generator | None) -> Tensor:
+    """``count`` orthonormal columns in ``dim`` dimensions, uniform over all such frames, on the generator's device."""
+    device = torch.device("cpu") if generator is None else generator.device
     gaussian = torch.randn(dim, count, generator=generator, dtype=torch.float64, device=device)
     q, r = torch.linalg.qr(gaussian)
     # QR is unique only up to the signs of R's diagonal; fixing them makes Q's distribution uniform.
