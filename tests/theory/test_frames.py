@@ -51,7 +51,7 @@ def test_defaults_are_a_simplex_of_rows_shorter_than_one() -> None:
     same(w @ w.T, 0.8 * (v @ v.T), 1e-12)
 
 
-@pytest.mark.parametrize(("k", "dim"), [(2, 1), (2, 5), (6, 3), (100, 50)])
+@pytest.mark.parametrize(("k", "dim"), [(2, 1), (6, 3), (100, 50)])
 def test_cross_polytope(k: int, dim: int) -> None:
     """Plus and minus of an orthonormal basis: each row has one opposite and is orthogonal to all others."""
     from nckernels.geometry import cross_polytope
@@ -177,11 +177,18 @@ def test_quality_of_known_sets() -> None:
 
 
 def test_bad_input_is_named() -> None:
-    from nckernels.geometry import orthogonal_frame, prototype_quality, shifted_simplex_etf, uniform_prototypes
+    from nckernels.geometry import (
+        cross_polytope,
+        orthogonal_frame,
+        prototype_quality,
+        shifted_simplex_etf,
+        uniform_prototypes,
+    )
 
     for call, argument in (
         (lambda: orthogonal_frame(5, 4), "dim"),
         (lambda: orthogonal_frame(0, 4), "num_classes"),
+        (lambda: cross_polytope(7, 4), "dim"),
         (lambda: shifted_simplex_etf(5, 4, 1.0, 0.5), "dim"),
         (lambda: shifted_simplex_etf(5, 8, math.nan, 0.5), "alpha"),
         (lambda: shifted_simplex_etf(5, 8, 1.0, math.inf), "beta"),
