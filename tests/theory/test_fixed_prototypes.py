@@ -115,13 +115,15 @@ def test_dtypes(dtype: torch.dtype) -> None:
 
 
 def test_float32_near_the_optimum() -> None:
-    """1 - s of a feature at angle t is t^2/2: the loss is t^4/8 and no noise of eps^2 may make it grow past it."""
-    w = torch.tensor([[1.0, 0.0]])
-    for angle in (0.1, 0.03):
-        x = torch.tensor([[math.cos(angle), math.sin(angle)]])
-        got = nckernels.dot_regression_loss(x, w, torch.tensor([0])).item()
-        assert got == pytest.approx((1 - math.cos(angle)) ** 2 / 2, rel=4e-7 / (1 - math.cos(angle)))
-    assert nckernels.dot_regression_loss(7 * w, w, torch.tensor([0])).item() <= 1e-14
+    """At an angle t the loss is t^4/8, which 1 - s in float32 does not see: half of the squared chord does."""
+    w = torch.eye(8)
+    for angle in (1e-1, 1e-2, 1e-3):
+        x = torch.cos(torch.tensor(angle)) * w + torch.sin(torch.tensor(angle)) * w.roll(1, 0)
+        got = nckernels.dot_regression_loss(x, w, torch.arange(8)).item()
+        chords = [math.dist(unit(u), unit(v)) for u, v in zip(rows(x), rows(w), strict=True)]
+        want = math.fsum(c**4 / 8 for c in chords) / 8
+        assert got == pytest.approx(want, rel=1e-6 / angle, abs=0)
+    assert nckernels.dot_regression_loss(7 * w, w, torch.arange(8)).item() <= 1e-14
 
 
 def test_degenerate_batches() -> None:
@@ -232,7 +234,8 @@ def test_representatives_are_algorithm_1(momentum: float) -> None:
 
     One sample of a class in each batch, and directions only: how Q starts and whether it is made unit again is open.
     """
-    h = head(momentum=momentum, refresh_every=10**6).double()
+    h = head(momentum=momentum, refresh_every=10**6)
+    h.assignment.copy_(torch.tensor([3, 0, 4, 1, 2]))  # representatives are of labels, not of points
     h(randn(5, 4, seed=20), torch.arange(5))
     for step in range(4):
         before = h.representatives.detach().clone().double()
