@@ -113,6 +113,9 @@ def test_table_7_with_100_prototypes(dim: int, most: float, least: float) -> Non
         assert float(s.min()) <= -0.99
     if dim >= 99:
         same(s, torch.full_like(s, -1 / 99), 1e-12)
+    if dim == 10:  # in no closed form: nothing is gained by a step along the sphere
+        (grad,) = torch.autograd.grad(uniformity(w.requires_grad_(), 2.0), w)
+        assert float(grad.norm()) < 1e-4
 
 
 def test_heptagon() -> None:
@@ -124,7 +127,7 @@ def test_heptagon() -> None:
     same(gaps, torch.full((7,), 2 * math.pi / 7), 1e-4)
 
 
-@pytest.mark.parametrize(("k", "dim", "t"), [(4, 3, 2.0), (9, 3, 2.0), (9, 3, 6.0), (12, 3, 2.0), (30, 10, 2.0)])
+@pytest.mark.parametrize(("k", "dim", "t"), [(4, 3, 2.0), (9, 3, 2.0), (9, 3, 6.0), (12, 3, 2.0)])
 def test_uniform_prototypes_are_a_minimum(k: int, dim: int, t: float) -> None:
     """No step along the sphere gains anything, and random points are far above; twelve are an icosahedron."""
     from nckernels.geometry import uniform_prototypes
@@ -170,6 +173,7 @@ def test_quality_of_known_sets() -> None:
     assert (cross.max_cosine, cross.min_cosine) == pytest.approx((0, -1), abs=1e-12)
     assert cross.mean_cosine == pytest.approx(-1 / 7)
     assert cross.separation == pytest.approx(90)
+    assert math.isnan(prototype_quality(torch.randn(1, 4)).max_cosine)
     # Two prototypes in one place have no separation, however short the rows.
     twin = torch.tensor([[1e-20, 2e-20], [3.0, 6.0], [1.0, 0.0]], dtype=F64)
     assert prototype_quality(twin).max_cosine == pytest.approx(1)
@@ -195,7 +199,6 @@ def test_bad_input_is_named() -> None:
         (lambda: uniform_prototypes(0, 4), "num_classes"),
         (lambda: uniform_prototypes(4, 0), "dim"),
         (lambda: uniform_prototypes(4, 2, t=-1.0), "t"),
-        (lambda: prototype_quality(torch.randn(1, 4)), "prototypes"),
         (lambda: prototype_quality(torch.randn(4)), "prototypes"),
         (lambda: prototype_quality(torch.randn(4, 3) * math.nan), "prototypes"),
     ):
