@@ -264,7 +264,7 @@ def test_shares_are_distances_to_the_optimum_in_ranges(features: str) -> None:
     from nckernels.metrics import shares
 
     x, y, w, bias = problem(6, k=4)
-    result = neural_collapse(x, y, w, bias=bias)
+    result = neural_collapse(x, y, -w, bias=bias)  # opposite ones are further from the optimum than a range
     best, size = optimum(4, features=features), ranges(4, x.shape[1])
     got = shares(result, 4, x.shape[1], features=features)
     assert got.keys() == size.keys()
