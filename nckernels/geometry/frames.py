@@ -47,19 +47,19 @@ def simplex_etf(
         >>> (w @ w.T)[0, 1]  # -1/9
         tensor(-0.1111)
     """
-    _check_sizes(num_classes, dim)
+    check_sizes(num_classes, dim)
     if dim < num_classes - 1:
         raise ValueError(
             f"dim: {num_classes} vectors with equal pairwise cosines -1/(K-1) need at least "
             f"{num_classes - 1} dimensions, got {dim}"
         )
-    dtype = _checked_dtype(dtype)
+    dtype = checked_dtype(dtype)
     frame = _random_frame(dim, max(1, num_classes - 1), generator)
     if num_classes == 1:
         rows = frame.T
     else:
         rows = math.sqrt(num_classes / (num_classes - 1)) * (_centred_basis(num_classes, frame.device) @ frame.T)
-    return _placed(rows, dtype, device)
+    return placed(rows, dtype, device)
 
 
 def orthogonal_frame(
@@ -83,11 +83,11 @@ def orthogonal_frame(
     Returns:
         Tensor of shape (num_classes, dim).
     """
-    _check_sizes(num_classes, dim)
+    check_sizes(num_classes, dim)
     if dim < num_classes:
         raise ValueError(f"dim: {num_classes} orthogonal vectors need at least {num_classes} dimensions, got {dim}")
-    dtype = _checked_dtype(dtype)
-    return _placed(_random_frame(dim, num_classes, generator).T, dtype, device)
+    dtype = checked_dtype(dtype)
+    return placed(_random_frame(dim, num_classes, generator).T, dtype, device)
 
 
 def shifted_simplex_etf(
@@ -124,7 +124,7 @@ def shifted_simplex_etf(
     Returns:
         Tensor of shape (num_classes, dim).
     """
-    _check_sizes(num_classes, dim)
+    check_sizes(num_classes, dim)
     _checks.number("alpha", alpha)
     if not 0.0 < alpha < math.inf:
         raise ValueError(f"alpha must be positive and finite, got {alpha}")
@@ -137,12 +137,12 @@ def shifted_simplex_etf(
         raise ValueError(
             f"dim: {num_classes} vectors with beta={beta:g} need at least {needed} dimensions{instead}, got {dim}"
         )
-    dtype = _checked_dtype(dtype)
+    dtype = checked_dtype(dtype)
     # I - beta 11'/K = V V' + (1 - beta) 11'/K with V the basis of the hyperplane that is orthogonal to the ones.
     frame = _random_frame(dim, min(dim, num_classes), generator)
     ones = frame.new_full((num_classes, 1), (1.0 - beta) / math.sqrt(num_classes))
     coordinates = torch.cat([_centred_basis(num_classes, frame.device), ones], 1)[:, : frame.shape[1]]
-    return _placed(alpha * (coordinates @ frame.T), dtype, device)
+    return placed(alpha * (coordinates @ frame.T), dtype, device)
 
 
 def cross_polytope(
@@ -167,18 +167,18 @@ def cross_polytope(
     Returns:
         Tensor of shape (num_classes, dim).
     """
-    _check_sizes(num_classes, dim)
+    check_sizes(num_classes, dim)
     if num_classes != 2 * dim:
         raise ValueError(
             f"dim: a cross-polytope has 2d vectors, so {num_classes} of them need dim = num_classes / 2"
             f"{'' if num_classes % 2 else f' = {num_classes // 2}'}, got {dim}"
         )
-    dtype = _checked_dtype(dtype)
+    dtype = checked_dtype(dtype)
     axes = _random_frame(dim, dim, generator).T
-    return _placed(torch.cat([axes, -axes]), dtype, device)
+    return placed(torch.cat([axes, -axes]), dtype, device)
 
 
-def _check_sizes(num_classes: int, dim: int) -> None:
+def check_sizes(num_classes: int, dim: int) -> None:
     _checks.integer("num_classes", num_classes)
     _checks.integer("dim", dim)
     if num_classes < 1:
@@ -187,14 +187,14 @@ def _check_sizes(num_classes: int, dim: int) -> None:
         raise ValueError(f"dim: expected at least 1, got {dim}")
 
 
-def _checked_dtype(dtype: torch.dtype | None) -> torch.dtype:
+def checked_dtype(dtype: torch.dtype | None) -> torch.dtype:
     dtype = torch.get_default_dtype() if dtype is None else dtype
     if not dtype.is_floating_point:
         raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
     return dtype
 
 
-def _placed(rows: Tensor, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+def placed(rows: Tensor, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
     return rows.to(device="cpu" if device is None else device, dtype=dtype).contiguous()
 
 
