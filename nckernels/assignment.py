@@ -20,6 +20,7 @@ from . import _checks
 from ._class_sums import class_sums, visible_rows
 from ._common import REDUCTIONS, Reduction, norms, unit
 from ._compact import LEFT_OUT
+from .backends.base import accumulation_dtype
 from .distributed import collectives, groups
 from .distributed.groups import GroupLike, Ranks
 from .functional import dot_regression
@@ -82,10 +83,10 @@ class FixedPrototypeHead(_Loss):
 
         nckernels.FixedPrototypeHead(nckernels.geometry.simplex_etf(K, d), assignment="static")
 
-    PSC*, to which [DLP] compares, learns its prototypes instead. It is cross-entropy with the uniformity of the weight
-    rows as a further term, for example with cosine logits::
+    PSC*, to which [DLP] compares, learns its prototypes instead: the rows of a linear layer, by cross-entropy and a
+    uniformity term (Table 8)::
 
-        loss = nckernels.normface_loss(x, head.weight, y) + 1e-2 * nckernels.uniformity_loss(head.weight)
+        loss = F.cross_entropy(linear(x), y) + 1e-2 * nckernels.uniformity_loss(linear.weight)
 
     **The moving average.** For a sample with unit feature u of class c the paper has :math:`\bar z_c \leftarrow \alpha
     \bar z_c + (1 - \alpha) u`, which over a batch depends on the order of its samples. The head takes the mean over all
@@ -162,9 +163,11 @@ class FixedPrototypeHead(_Loss):
         _checks.matrix("prototypes", prototypes, "K", "d")
         if 0 in prototypes.shape:
             raise ValueError(f"prototypes must have K >= 1 rows and d >= 1 columns, got {tuple(prototypes.shape)}")
-        points = unit(prototypes.detach())
         if not prototypes.is_meta:
             _check_points(prototypes.detach())
+        # Largest numbers of 1 first: squares of rows of any scale neither overflow nor vanish.
+        wide = prototypes.detach().to(accumulation_dtype(prototypes.dtype))
+        points = unit(wide / wide.abs().amax(1, keepdim=True))
         _checks.choice("assignment", assignment, ASSIGNMENTS)
         _checks.in_range("momentum", momentum, 0.0, 1.0)
         _checks.positive_integer("refresh_every", refresh_every)

@@ -263,8 +263,8 @@ def dot_regression_loss(
     which fades at s = 1, the minimum, and at s = -1. (What [DLP] prints as Eq. 7, :math:`-(1 - s) s`, is a scalar and
     lacks the direction.)
 
-    Time and memory are O(M d), without a matrix (M, K). :math:`1 - s` is computed as :math:`\lVert u - w \rVert^2 / 2`,
-    which is exact to its own rounding where a feature has all but reached its prototype; 16-bit input in float32.
+    Time and memory are O(M d), without a matrix (M, K). Where a feature is near its prototype, :math:`1 - s` is
+    computed as :math:`\lVert u - w \rVert^2 / 2`, which loses no digits there; 16-bit input in float32.
 
     Args:
         input, target, weight, sample_weight, ignore_index, reduction, process_group: as in :func:`nonl_loss`; a
@@ -304,7 +304,7 @@ def dot_regression(
     """:func:`dot_regression_loss` of checked arguments, with (M,) weights of samples and prototypes of any dtype."""
     ignored = target == ignore_index
     rows = visible_rows(input, ignored)
-    # A class's gradients add up in the dtype gathered from. Without a gradient only what is gathered is widened.
+    # On a GPU a class's gradients add up in the dtype gathered from. Without one only what is gathered is widened.
     wide = prototypes.to(rows.dtype) if prototypes.requires_grad else prototypes
     own = wide.index_select(0, target.long().masked_fill(ignored, 0)).to(rows.dtype)
     gap = _gap(rows, own, norm_eps(input.dtype), norm_eps(prototypes.dtype)).masked_fill(ignored, 0.0)
@@ -312,18 +312,16 @@ def dot_regression(
 
 
 def _gap(a: Tensor, b: Tensor, a_eps: float, b_eps: float) -> Tensor:
-    """(M,) 1 - cos(a_i, b_i), to a relative rounding: half of the squared chord has no cancellation near cos = 1.
+    """(M,) 1 - cos(a_i, b_i), each to its own rounding.
 
-    A row whose norm is below its eps is not of unit length after normalisation; a term of its own makes up for it.
+    Near cos = 1 it is half of the squared chord, in which nothing cancels. Further away the subtraction is the better
+    one: the roundings of the two norms do not add up in it. Rows with a norm below eps have no chord of that kind.
     """
-    (a, a_short), (b, b_short) = _unit_and_shortage(a, a_eps), _unit_and_shortage(b, b_eps)
-    return 0.5 * ((a - b).square().sum(1) + a_short + b_short)
-
-
-def _unit_and_shortage(rows: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Normalised rows, and 1 minus their squared norm: 0 but for rows with a norm below eps."""
-    norms = torch.linalg.vector_norm(rows, dim=1)
-    return rows / norms.clamp_min(eps)[:, None], 1.0 - (norms / eps).clamp_max(1.0).square()
+    a_norm, b_norm = torch.linalg.vector_norm(a, dim=1), torch.linalg.vector_norm(b, dim=1)
+    a, b = a / a_norm.clamp_min(a_eps)[:, None], b / b_norm.clamp_min(b_eps)[:, None]
+    cosine = (a * b).sum(1)
+    near = (cosine > 0.5) & (a_norm >= a_eps) & (b_norm >= b_eps)
+    return torch.where(near, 0.5 * (a - b).square().sum(1), 1.0 - cosine)
 
 
 def _checked(
