@@ -99,7 +99,13 @@ def slow_metrics(features: Tensor, target: Tensor, prototypes: Tensor) -> Neural
     s_w = sum(torch.outer(x - means[y], x - means[y]) for x, y in zip(u, target.tolist(), strict=True)) / n
     s_b = sum(torch.outer(m - centre, m - centre) for m in means) / k
     norms = torch.stack([(m - centre).norm() for m in means])
-    errors = torch.stack([centred[a, b] + 1 / (k - 1) for a in range(k) for b in range(a)])
+    pairs = [(a, b) for a in range(k) for b in range(a)]
+    errors = torch.stack([centred[a, b] + 1 / (k - 1) for a, b in pairs])
+    spread = [sum((x - m).norm() ** 2 for x in rows) / len(rows) for rows, m in zip(classes, means, strict=True)]
+    v, b = w / w.norm(), (means - centre) / (means - centre).norm()
+    left, _, right = torch.linalg.svd(b @ v.T)  # Procrustes: the orthogonal Q with the largest tr(V B^T Q)
+    nearest = [min(range(k), key=lambda c: (x - means[c]).norm().item()) for x in u]
+    decided = [max(range(k), key=lambda c: (x @ w[c]).item()) for x in u]
     return NeuralCollapse(
         intra_erank=sum(intra) / len(intra),
         inter_erank=slow_erank(torch.cov((means - global_mean).T)),
@@ -120,6 +126,14 @@ def slow_metrics(features: Tensor, target: Tensor, prototypes: Tensor) -> Neural
         offset=(centre.norm() / (means.norm(dim=1) ** 2).mean().sqrt()).item(),
         mir_centred=mir(centred),
         hdr_centred=hdr(centred),
+        nc1_rank=min(k - 1, u.shape[1]),
+        scatter_ratio=(torch.trace(s_w) / torch.trace(s_b)).item(),
+        cdnv=sum(
+            (spread[a] + spread[c]).item() / (2 * (means[a] - means[c]).norm().item() ** 2) for a, c in pairs
+        ) / len(pairs),
+        nc3_rotated=((v.T - b.T @ (left @ right)).norm() ** 2).item(),
+        nc4=sum(a == c for a, c in zip(nearest, decided, strict=True)) / n,
+        bias_spread=math.nan,
     )  # fmt: skip
 
 
@@ -135,7 +149,7 @@ def test_against_literal_definitions(seed: int, num_classes: int, dim: int) -> N
 def test_exact_simplex_is_the_optimum(num_classes: int, dim: int, scale: float) -> None:
     w = simplex_etf(num_classes, dim, dtype=torch.float64)
     target = torch.arange(num_classes).repeat(6)
-    result = neural_collapse(scale * w[target], target, w)
+    result = neural_collapse(scale * w[target], target, w, bias=torch.full((num_classes,), 2.0))
     close(result, optimum(num_classes), atol=1e-10, skip=PUBLISHED_CENTRING)
     # In float64 the noise in the global mean is below the eps of the normalisation and mostly vanishes.
     assert result.mir == pytest.approx(optimum(num_classes).mir, abs=1e-5)
@@ -232,7 +246,9 @@ def test_ranges_hold(problem: tuple[Tensor, Tensor, Tensor]) -> None:
     assert 0 <= result.hdr <= 1
     assert 0 <= result.offset <= 1 + 1e-9
     assert result.nc1 >= 0
-    assert set(ranges(k, d)) == set(asdict(result)) - {"nc1"}
+    assert 0 <= result.nc3_rotated <= 2
+    assert 0 <= result.nc4 <= 1
+    assert set(ranges(k, d)) == set(asdict(result)) - {"nc1", "scatter_ratio", "cdnv", "bias_spread"}
 
 
 def test_absent_classes_are_left_out() -> None:
@@ -262,14 +278,15 @@ def test_classes_of_one_sample() -> None:
 def test_one_class() -> None:
     result = neural_collapse(torch.randn(6, 8), torch.zeros(6, dtype=torch.long), torch.randn(1, 8))
     undefined = {name for name, value in asdict(result).items() if math.isnan(value)}
-    defined = {"intra_erank", "weight_alignment", "instance_alignment", "within_scatter"}
+    defined = {"intra_erank", "weight_alignment", "instance_alignment", "within_scatter", "nc1_rank"}
+    assert result.nc1_rank == 0
     assert undefined == set(asdict(result)) - defined
 
 
 def test_two_classes() -> None:
     w = simplex_etf(2, 4, dtype=torch.float64)
     target = torch.arange(2).repeat(3)
-    close(neural_collapse(w[target], target, w), optimum(2), atol=1e-10)
+    close(neural_collapse(w[target], target, w, bias=torch.zeros(2)), optimum(2), atol=1e-10)
 
 
 def test_means_that_coincide_are_no_collapse() -> None:
@@ -415,7 +432,7 @@ def test_metrics_do_not_depend_on_lengths() -> None:
     expected = asdict(neural_collapse(x, y, w))
     for scale in (1e-14, 1e-150, 1e100):
         for name, value in asdict(neural_collapse(x * scale, y, w * scale)).items():
-            assert value == pytest.approx(expected[name], rel=1e-9), (name, scale)
+            assert value == pytest.approx(expected[name], rel=1e-9, nan_ok=True), (name, scale)
 
 
 def test_parallel_float32_prototypes_have_no_rank() -> None:

@@ -1,7 +1,8 @@
 """The single metrics of neural collapse.
 
 They take features as they are: pass unit vectors for the definitions of [NCD], raw ones for those of Papyan et al.
-Labels are expected in [0, K) with every class present. All arithmetic is float64.
+Functions of ``(features, target)`` take (N, d) floating-point features and (N,) integer labels and look at the
+classes that occur. Anything else, and features that are not finite, is a ValueError. All arithmetic is float64.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import Tensor
 
 NAN = float("nan")
 _NO_ENTROPY = 1e-12  # the entropy of a rank-one Gram matrix, up to rounding
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_CHUNK = 2**22  # entries of a block of samples against classes: 32 MiB
 
 
 def class_means(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -53,18 +56,22 @@ def covariance_rank(points: Tensor, *, noise: float | None = None) -> float:
 
 def intra_class_rank(features: Tensor, target: Tensor, *, noise: float | None = None) -> float:
     """Mean over the classes of :func:`covariance_rank`; classes with one sample are left out."""
-    by_class = features[target.argsort()].split(torch.bincount(target).tolist())
+    check_features(features, target)
+    by_class = features[target.argsort()].split(target.unique(return_counts=True)[1].tolist())
     ranks = [covariance_rank(rows, noise=noise) for rows in by_class if len(rows) > 1]
     return sum(ranks) / len(ranks) if ranks else NAN
 
 
 def weight_alignment(prototypes: Tensor, means: Tensor) -> float:
     """Mean over c of |v_c - m_c/|m_c||^2 with v_c the unit prototype: NC3, from 0 to 4."""
+    _check_shape("means", means, tuple(prototypes.shape))
     return (directions(prototypes) - unit(means)).square().sum(1).mean().item()
 
 
 def instance_alignment(features: Tensor, prototypes: Tensor, target: Tensor) -> float:
     """Mean over i of |u_i - v_{y_i}|^2, u and v unit vectors: NC1 and NC3 together, from 0 to 4."""
+    check_features(features, target)
+    check_labels(target, len(prototypes))
     return (directions(features) - directions(prototypes)[target]).square().sum(1).mean().item()
 
 
@@ -93,34 +100,165 @@ def entropy_difference_ratio(gram_w: Tensor, gram_m: Tensor) -> float:
     return _ratio(abs(h_w - h_m), max(h_w, h_m), floor=_NO_ENTROPY)
 
 
+def within_class_scatter(features: Tensor, target: Tensor) -> float:
+    """Mean over i of |z_i - m_{y_i}|^2 = tr S_W, the plain size of the within-class scatter."""
+    return class_statistics(features, target).within
+
+
 def variability_collapse(features: Tensor, target: Tensor, *, noise: float | None = None) -> float:
     """NC1 of Papyan et al.: tr(S_W S_B^+) / K.
 
     S_W = (1/N) sum_i (z_i - m_{y_i})(z_i - m_{y_i})^T and S_B = (1/K) sum_c (m_c - m)(m_c - m)^T, m the mean
     of the class means. Only the scatter along the directions in which the means differ counts. Directions
-    whose spread is at most the rounding error (``noise``, by default of the dtype) are left out of S_B. NaN
-    if the means coincide: nothing is then separated, though the formula would give 0.
-
-    With B the (K, d) matrix of the m_c - m and its SVD B = P diag(s) Q^T, S_B^+ = K Q diag(s)^-2 Q^T, hence
-    the value is the mean of |diag(s)^-1 Q^T (z_i - m_{y_i})|^2: no d x d matrix is formed.
+    whose spread is at most the rounding error (``noise``, by default of the dtype) are left out of S_B;
+    :func:`between_class_rank` counts the others. NaN if the means coincide: nothing is then separated, though
+    the formula would give 0. The value is large without any harm where the means spread little along one of
+    the directions; :mod:`nckernels.metrics` explains it.
     """
+    statistics = class_statistics(features, target, noise=noise)
+    return whitened_scatter(features, statistics, between_class_axes(statistics))
+
+
+def between_class_rank(features: Tensor, target: Tensor, *, noise: float | None = None) -> int:
+    """The number of directions that S_B^+ has in :func:`variability_collapse`.
+
+    At most min(K - 1, d), and 0 if the means coincide.
+    """
+    return between_class_axes(class_statistics(features, target, noise=noise)).shape[1]
+
+
+def scatter_ratio(features: Tensor, target: Tensor, *, noise: float | None = None) -> float:
+    """tr(S_W) / tr(S_B), S_W and S_B as in :func:`variability_collapse`: 0 at collapse, unbounded.
+
+    Every direction counts with its size, so that no direction in which the means hardly differ can dominate.
+    NaN if the means coincide up to the rounding error (``noise``, by default of the dtype).
+    """
+    return scatter_ratio_of(class_statistics(features, target, noise=noise))
+
+
+def class_distance_variance(features: Tensor, target: Tensor, *, noise: float | None = None) -> float:
+    """Class-distance normalised variance (Galanti et al. 2022): 0 at collapse, unbounded.
+
+    The mean over the pairs of classes of (v_c + v_c') / (2 |m_c - m_c'|^2) with v_c the mean of |z_i - m_c|^2
+    in class c. It takes O(K^2 d) time and O(K^2) memory. NaN for one class, and as soon as the means of any two
+    classes coincide up to the rounding error (``noise``, by default of the dtype).
+    """
+    return class_distance_variance_of(class_statistics(features, target, noise=noise))
+
+
+class ClassStatistics(NamedTuple):
+    """What the sizes of scatter are made of, for the classes that occur, in the order of their labels."""
+
+    means: Tensor
+    """(K, d) m_c, plain means."""
+    variances: Tensor
+    """(K,) v_c, mean over the class of |z_i - m_c|^2."""
+    counts: Tensor
+    """(K,) n_c."""
+    labels: Tensor
+    """(N,) labels in [0, K)."""
+    rounding: float
+    """The rounding error of a mean: ``noise`` times the rms norm of the features."""
+
+    @property
+    def within(self) -> float:
+        """tr S_W."""
+        return ((self.counts * self.variances).sum() / self.counts.sum()).item()
+
+    @property
+    def between(self) -> float:
+        """tr S_B; NaN if the means coincide, that is, differ by no more than the rounding error."""
+        spread = _rms(self.means - self.means.mean(0))
+        return spread**2 if spread > self.rounding else NAN
+
+
+def class_statistics(features: Tensor, target: Tensor, *, noise: float | None = None) -> ClassStatistics:
+    """See :class:`ClassStatistics`; ``noise`` is by default the rounding error of the features' dtype."""
+    check_features(features, target)
     noise = rounding_noise(features.dtype) if noise is None else noise
     features = double(features)
-    means, _ = class_means(features, target, int(target.max()) + 1)
+    present, labels = target.to(features.device).unique(return_inverse=True)
+    means, counts = class_means(features, labels, len(present))
+    deviations = (features - means[labels]).square().sum(1)
+    variances = torch.zeros_like(means[:, 0]).index_add_(0, labels, deviations) / counts
+    return ClassStatistics(means, variances, counts, labels, noise * _rms(features))
+
+
+def between_class_axes(statistics: ClassStatistics) -> Tensor:
+    """(d, r) matrix X with X X^T = S_B^+ / K, a column for each direction in which the means differ.
+
+    With B the (K, d) matrix of the m_c - m and its SVD B = P diag(s) Q^T, S_B^+ = K Q diag(s)^-2 Q^T and
+    X = Q diag(s)^-1: no d x d matrix is formed. An s_j of at most the rounding error is taken for 0.
+    """
+    means = statistics.means
     _, s, q_t = torch.linalg.svd(means - means.mean(0), full_matrices=False)
-    rounding = torch.maximum(noise * means.norm(), max(means.shape) * torch.finfo(s.dtype).eps * s[0])
-    keep = s > rounding
-    if not keep.any():
+    of_svd = max(means.shape) * torch.finfo(s.dtype).eps * s[0]
+    keep = s > torch.clamp(of_svd, min=statistics.rounding * math.sqrt(len(means)))
+    return q_t[keep].T / s[keep]
+
+
+def whitened_scatter(features: Tensor, statistics: ClassStatistics, axes: Tensor) -> float:
+    """tr(S_W X X^T) = mean over i of |X^T (z_i - m_{y_i})|^2; NaN without a direction."""
+    if axes.shape[1] == 0:
         return NAN
-    whitening = q_t[keep].T / s[keep]
-    return ((features @ whitening) - (means @ whitening)[target]).square().sum(1).mean().item()
+    deviations = double(features) - statistics.means[statistics.labels]
+    return (deviations @ axes).square().sum(1).mean().item()
 
 
-def within_class_scatter(features: Tensor, target: Tensor) -> float:
-    """Mean over i of |z_i - m_{y_i}|^2 = tr S_W, the plain size of the within-class scatter."""
-    features = double(features)
-    means, _ = class_means(features, target, int(target.max()) + 1)
-    return (features - means[target]).square().sum(1).mean().item()
+def scatter_ratio_of(statistics: ClassStatistics) -> float:
+    """:func:`scatter_ratio` of given statistics."""
+    return statistics.within / statistics.between
+
+
+def class_distance_variance_of(statistics: ClassStatistics) -> float:
+    """:func:`class_distance_variance` of given statistics."""
+    means, variances = statistics.means, statistics.variances
+    first, second = torch.triu_indices(len(means), len(means), offset=1, device=means.device)
+    distances = F.pdist(means)  # the pairs in that order; differences, not a Gram matrix: close means stay apart
+    if len(distances) == 0 or distances.min() <= statistics.rounding:
+        return NAN
+    return ((variances[first] + variances[second]) / (2 * distances.square())).mean().item()
+
+
+def rotated_self_duality(prototypes: Tensor, means: Tensor) -> float:
+    """NC3' ([ENC] Eq. 12): how far the prototypes are from a rotation of the means, up to a scale.
+
+    min over orthogonal (K, K) matrices Q of |V^T/|V| - B^T Q/|B||_F^2 = 2 - 2 |V B^T|_* / (|V| |B|) with V the
+    (K, d) prototypes and B the (K, d) means as they are given, neither centred nor normalised, and |.|_* the
+    nuclear norm (orthogonal Procrustes problem). Q mixes classes. From 0, where the directions and relative
+    sizes of the scatter are the same, V^T V / |V|^2 = B^T B / |B|^2, to 2, where the two spans are orthogonal.
+    NaN where either is zero.
+    """
+    _check_shape("means", means, tuple(prototypes.shape))
+    v, b = double(prototypes), double(means)
+    size = (v.norm() * b.norm()).item()
+    if size == 0:
+        return NAN
+    # V B^T has the singular values of R_V R_B^T with V = Q_V R_V, B = Q_B R_B: at most min(K, d) of them.
+    r_v, r_b = torch.linalg.qr(v / v.norm(), mode="r").R, torch.linalg.qr(b / b.norm(), mode="r").R
+    return max(0.0, 2 - 2 * torch.linalg.svdvals(r_v @ r_b.T).sum().item())
+
+
+def nearest_mean_agreement(features: Tensor, prototypes: Tensor, means: Tensor, bias: Tensor | None = None) -> float:
+    """NC4: share of samples that argmax_c z.w_c + b_c assigns to the class of the nearest mean m_c.
+
+    Features (N, d), prototypes and means (K, d) and bias (K,) are taken as they are: with unit features and
+    unit prototypes and no bias the classifier compares cosines. Ties go to the lower class, and so do all samples
+    where all prototypes are zero. The (N, K) matrices exist in blocks only.
+    """
+    check_features(features)
+    _check_shape("means", means, (len(prototypes), features.shape[1]))
+    _check_shape("prototypes", prototypes, tuple(means.shape))
+    z, w, m = double(features), double(prototypes), double(means)
+    offset = torch.zeros_like(w[:, 0]) if bias is None else double(bias)
+    _check_shape("bias", offset, (len(w),))
+    centre = m.mean(0)  # |z - m_c|^2 loses nothing to a common offset
+    m = m - centre
+    agree = 0
+    for rows in z.split(max(1, _CHUNK // len(w))):
+        nearest = (m.square().sum(1) / 2 - (rows - centre) @ m.T).argmin(1)
+        agree += int(((rows @ w.T + offset).argmax(1) == nearest).sum())
+    return agree / len(z)
 
 
 class SimplexDeviation(NamedTuple):
@@ -157,6 +295,28 @@ def simplex_deviation(means: Tensor) -> SimplexDeviation:
     )
 
 
+def check_features(features: Tensor, target: Tensor | None = None) -> None:
+    """ValueError unless these are (N, d) finite floating-point features, N >= 1, and (N,) integer labels."""
+    if features.ndim != 2 or len(features) == 0 or not features.is_floating_point():
+        raise ValueError(
+            f"features: expected a floating-point tensor (N, d) with N >= 1, got {features.dtype} of shape "
+            f"{tuple(features.shape)}"
+        )
+    if target is not None and (target.shape != features.shape[:1] or target.dtype not in _INTEGERS):
+        raise ValueError(
+            f"target: expected {len(features)} integer labels, got {target.dtype} of shape {tuple(target.shape)}"
+        )
+    if not features.isfinite().all():
+        raise ValueError("features: expected finite values, got inf or NaN")
+
+
+def check_labels(target: Tensor, num_classes: int) -> None:
+    """ValueError unless all labels are in [0, num_classes)."""
+    low, high = int(target.min()), int(target.max())
+    if low < 0 or high >= num_classes:
+        raise ValueError(f"target: expected labels in [0, {num_classes}), got {low} to {high}")
+
+
 def home(device: torch.device) -> torch.device:
     """Where float64 arithmetic runs: Metal has none."""
     return torch.device("cpu") if device.type == "mps" else device
@@ -179,6 +339,15 @@ def unit(x: Tensor) -> Tensor:
 def rounding_noise(dtype: torch.dtype) -> float:
     """Relative rounding error of vectors given in ``dtype`` and averaged in float64."""
     return torch.finfo(dtype).eps / 4 + 16 * torch.finfo(torch.float64).eps
+
+
+def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
+
+
+def _rms(rows: Tensor) -> float:
+    return rows.norm().item() / math.sqrt(len(rows))
 
 
 def _spectrum_rank(spectrum: Tensor) -> float:

@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .measures import (
     NAN,
-    class_means,
+    between_class_axes,
+    check_features,
+    check_labels,
+    class_distance_variance_of,
+    class_statistics,
     covariance_rank,
     directions,
+    double,
     entropy_difference_ratio,
     home,
     instance_alignment,
     intra_class_rank,
     mutual_information_ratio,
+    nearest_mean_agreement,
+    rotated_self_duality,
     rounding_noise,
+    scatter_ratio_of,
     simplex_deviation,
     unit,
-    variability_collapse,
     weight_alignment,
-    within_class_scatter,
+    whitened_scatter,
 )
 
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+Features = Literal["signed", "relu"]
 
 
 @dataclass(frozen=True)
@@ -67,11 +76,28 @@ class NeuralCollapse:
     """MIR with the class means centred before they are normalised; optimum as for ``mir``."""
     hdr_centred: float
     """HDR with the class means centred before they are normalised; optimum 0."""
+    nc1_rank: float
+    """Number of directions of S_B^+ in ``nc1``, at most min(K - 1, d); 0 if the means coincide, optimum K - 1."""
+    scatter_ratio: float
+    """tr(S_W) / tr(S_B): within-class scatter relative to that of the means, all directions alike; optimum 0."""
+    cdnv: float
+    """Mean over the pairs of (v_c + v_c') / (2 |m_c - m_c'|^2), v_c the mean of |u_i - m_c|^2; optimum 0."""
+    nc3_rotated: float
+    """NC3' of [ENC] Eq. 12: v_c against the centred means up to rotation and scale, from 0 to 2; optimum 0."""
+    nc4: float
+    """Share of the samples that the classifier gives to the class of the nearest mean; optimum 1."""
+    bias_spread: float
+    """Standard deviation over the classes of the bias; optimum 0."""
 
 
 @torch.no_grad()
 def neural_collapse(
-    features: Tensor, target: Tensor, prototypes: Tensor | None = None, *, num_classes: int | None = None
+    features: Tensor,
+    target: Tensor,
+    prototypes: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    num_classes: int | None = None,
 ) -> NeuralCollapse:
     """Every metric of neural collapse, of a whole (training) set at once.
 
@@ -80,61 +106,108 @@ def neural_collapse(
         target: (N,) integer labels in [0, num_classes).
         prototypes: (num_classes, d), any positive scale per row. Without them the metrics that compare with
             prototypes are NaN.
-        num_classes: by default the number of prototypes, or without prototypes the largest label + 1.
+        bias: (num_classes,) floating-point. With it the classifier of ``nc4`` is linear, argmax_c z.w_c + b_c
+            against the nearest mean of the features, all of them as given. Without it the classifier compares
+            cosines, argmax_c u.v_c against the nearest mean of unit features. The other metrics ignore it.
+        num_classes: by default the number of prototypes, or without prototypes the length of the bias, or
+            without either the largest label + 1.
 
-    Classes without samples are left out everywhere but in ``weights_erank``. Classes with one sample have no
-    covariance and are left out of ``intra_erank``. With a single class every between-class metric is NaN.
+    Classes without samples are left out everywhere but in ``weights_erank`` and ``bias_spread``. Classes with
+    one sample have no covariance and are left out of ``intra_erank``; in ``cdnv`` their variance is 0. With a
+    single class every between-class metric is NaN and ``nc1_rank`` is 0. If the means coincide, up to the
+    rounding error of the features' dtype, ``nc1``, ``scatter_ratio``, ``cdnv``, ``nc3_rotated`` and ``nc4`` are
+    NaN; for ``cdnv`` two means that coincide suffice. Prototypes that are all zero have rank 0, squared distance
+    1 from every unit vector and entropy 0 (``hdr`` 1, ``mir`` NaN), no rotation (``nc3_rotated`` NaN), and the
+    decision is always the first class.
+
+    Raises:
+        ValueError: where a shape, a dtype, a label or a value that is not finite does not fit the above.
     """
-    _check(features, target, prototypes, num_classes)
-    if num_classes is None:
-        num_classes = int(target.max()) + 1 if prototypes is None else len(prototypes)
-    if int(target.min()) < 0 or int(target.max()) >= num_classes:
-        raise ValueError(
-            f"target: expected labels in [0, {num_classes}), got {int(target.min())} to {int(target.max())}"
-        )
+    num_classes = _check(features, target, prototypes, bias, num_classes)
     noise = rounding_noise(features.dtype)
     u, target = directions(features), target.to(device=home(features.device), dtype=torch.int64)
-    means, counts = class_means(u, target, num_classes)
-    present = counts > 0
-    means = means[present]
-    compact = (present.cumsum(0) - 1)[target]  # labels without the absent classes
+    statistics = class_statistics(u, target, noise=noise)
+    means, compact = statistics.means, statistics.labels
+    present = torch.bincount(target, minlength=num_classes) > 0
+    axes = between_class_axes(statistics)
     deviation = simplex_deviation(means)
-    v = None if prototypes is None else directions(prototypes)
-    seen = None if v is None else v[present]
-    published = unit(unit(means) - unit(u.mean(0)))
     centred = unit(means - means.mean(0))
+
+    def against(metric: Callable[[Tensor], float]) -> float:
+        """A metric of the unit prototypes of the classes that occur."""
+        return NAN if prototypes is None else metric(directions(prototypes)[present])
+
+    def rotation(v: Tensor) -> float:
+        return NAN if math.isnan(statistics.between) else rotated_self_duality(v, means - means.mean(0))
+
+    def agreement(v: Tensor) -> float:
+        if bias is None or prototypes is None:
+            return NAN if math.isnan(statistics.between) else nearest_mean_agreement(u, v, means)
+        raw = class_statistics(features, target)
+        w, b = prototypes[present], bias[present]
+        return NAN if math.isnan(raw.between) else nearest_mean_agreement(features, w, raw.means, b)
+
+    published = unit(unit(means) - unit(u.mean(0)))
+    g_published, g_centred = published @ published.T, centred @ centred.T
     return NeuralCollapse(
         intra_erank=intra_class_rank(u, compact, noise=noise),
         inter_erank=covariance_rank(means, noise=noise),
         weights_erank=NAN
-        if v is None or prototypes is None
-        else covariance_rank(v, noise=rounding_noise(prototypes.dtype)),
-        weight_alignment=NAN if seen is None else weight_alignment(seen, means),
-        instance_alignment=NAN if seen is None else instance_alignment(u, seen, compact),
-        mir=NAN if seen is None else mutual_information_ratio(seen @ seen.T, published @ published.T),
-        hdr=NAN if seen is None else entropy_difference_ratio(seen @ seen.T, published @ published.T),
-        nc1=variability_collapse(u, compact, noise=noise),
-        within_scatter=within_class_scatter(u, compact),
+        if prototypes is None
+        else covariance_rank(directions(prototypes), noise=rounding_noise(prototypes.dtype)),
+        weight_alignment=against(lambda v: weight_alignment(v, means)),
+        instance_alignment=against(lambda v: instance_alignment(u, v, compact)),
+        mir=against(lambda v: mutual_information_ratio(v @ v.T, g_published)),
+        hdr=against(lambda v: entropy_difference_ratio(v @ v.T, g_published)),
+        nc1=whitened_scatter(u, statistics, axes),
+        within_scatter=statistics.within,
         nc2_norms=deviation.norms,
         nc2_cosines=deviation.cosines,
         nc2_cosines_max=deviation.cosines_max,
         offset=deviation.offset,
-        mir_centred=NAN if seen is None else mutual_information_ratio(seen @ seen.T, centred @ centred.T),
-        hdr_centred=NAN if seen is None else entropy_difference_ratio(seen @ seen.T, centred @ centred.T),
+        mir_centred=against(lambda v: mutual_information_ratio(v @ v.T, g_centred)),
+        hdr_centred=against(lambda v: entropy_difference_ratio(v @ v.T, g_centred)),
+        nc1_rank=float(axes.shape[1]),
+        scatter_ratio=scatter_ratio_of(statistics),
+        cdnv=class_distance_variance_of(statistics),
+        nc3_rotated=against(rotation),
+        nc4=against(agreement),
+        bias_spread=NAN if bias is None else double(bias).std(correction=0).item(),
     )
 
 
-def optimum(num_classes: int) -> NeuralCollapse:
-    """The value of every metric at exact neural collapse with K classes."""
+def optimum(num_classes: int, *, features: Features = "signed") -> NeuralCollapse:
+    """The value of every metric at the optimum of K >= 2 classes; NaN where that is 0/0.
+
+    Args:
+        num_classes: K.
+        features: ``"signed"``: neural collapse, means and prototypes on one centred simplex. ``"relu"``: the optimum
+            of features without negative entries, which cannot form that simplex. The features of a class are all one
+            vector of an orthonormal frame and the prototypes are the simplex of the centred frame (u_i.v_y =
+            sqrt((K-1)/K)). Alignments, ``mir``, ``hdr`` and ``offset`` differ, nothing else does.
+
+    With h(r) the entropy of K unit vectors that have pairwise cosines r, and s = -1/(K-1) those of the simplex,
+    MIR = (h(s) + h(r) - h(r s)) / min(h(s), h(r)) and HDR = |h(s) - h(r)| / max(h(s), h(r)). Signed r is s, hence
+    MIR = 1/(K-1) + ((K-2)/(K-1)) ln(K-2)/ln(K-1) and HDR = 0. For an orthonormal frame the published centring makes
+    r = (1 - 2/sqrt(K)) / (2 - 2/sqrt(K)).
+    """
     k = num_classes
     if k < 2:
         raise ValueError(f"num_classes: expected at least 2, got {k}")
-    mir = NAN if k == 2 else 1 / (k - 1) + (k - 2) / (k - 1) * math.log(k - 2) / math.log(k - 1)
-    zero_entropy = NAN if k == 2 else 0.0  # two antipodal vectors have entropy 0, their ratios are 0/0
+    if features not in ("signed", "relu"):
+        raise ValueError(f"features: expected 'signed' or 'relu', got {features!r}")
+    relu = features == "relu"
+    simplex = -1 / (k - 1)
+    published = (1 - 2 / math.sqrt(k)) / (2 - 2 / math.sqrt(k)) if relu else simplex
+    mir, hdr = _entropy_ratios(k, simplex, published)
+    mir_centred, hdr_centred = _entropy_ratios(k, simplex, simplex)
+    alignment = 2 - 2 * math.sqrt((k - 1) / k) if relu else 0.0
     return NeuralCollapse(
-        intra_erank=0.0, inter_erank=k - 1.0, weights_erank=k - 1.0, weight_alignment=0.0,
-        instance_alignment=0.0, mir=mir, hdr=zero_entropy, nc1=0.0, within_scatter=0.0, nc2_norms=0.0,
-        nc2_cosines=0.0, nc2_cosines_max=0.0, offset=0.0, mir_centred=mir, hdr_centred=zero_entropy,
+        intra_erank=0.0, inter_erank=k - 1.0, weights_erank=k - 1.0, weight_alignment=alignment,
+        instance_alignment=alignment, mir=mir, hdr=hdr, nc1=0.0, within_scatter=0.0, nc2_norms=0.0,
+        nc2_cosines=0.0, nc2_cosines_max=0.0, offset=1 / math.sqrt(k) if relu else 0.0, mir_centred=mir_centred,
+        hdr_centred=hdr_centred, nc1_rank=k - 1.0, scatter_ratio=0.0, cdnv=0.0, nc3_rotated=0.0, nc4=1.0,
+        bias_spread=0.0,
     )  # fmt: skip
 
 
@@ -143,7 +216,8 @@ def ranges(num_classes: int, dim: int) -> dict[str, float]:
 
     The ranks span 0 to d within classes and 0 to K - 1 between them; squared distances of unit vectors span 0
     to 2, the value of unrelated directions; the rest spans 0 to 1. [NCD] does not print its tolerances:
-    these match the axes of its Fig. 2. ``nc1`` is unbounded and therefore not listed.
+    these match the axes of its Fig. 2. ``nc1``, ``scatter_ratio``, ``cdnv`` and ``bias_spread`` are unbounded
+    and therefore not listed.
     """
     return {
         "intra_erank": float(dim),
@@ -160,28 +234,64 @@ def ranges(num_classes: int, dim: int) -> dict[str, float]:
         "offset": 1.0,
         "mir_centred": 1.0,
         "hdr_centred": 1.0,
+        "nc1_rank": num_classes - 1.0,
+        "nc3_rotated": 2.0,
+        "nc4": 1.0,
     }
 
 
-def _check(features: Tensor, target: Tensor, prototypes: Tensor | None, num_classes: int | None) -> None:
-    if features.ndim != 2 or len(features) == 0 or not features.is_floating_point():
-        raise ValueError(
-            f"features: expected a floating-point tensor (N, d) with N >= 1, got {features.dtype} of shape "
-            f"{tuple(features.shape)}"
-        )
-    if target.shape != features.shape[:1] or target.dtype not in _INTEGERS:
-        raise ValueError(
-            f"target: expected {len(features)} integer labels, got {target.dtype} of shape {tuple(target.shape)}"
-        )
-    if not features.isfinite().all():
-        raise ValueError("features: expected finite values, got inf or NaN")
-    if prototypes is None:
-        return
-    if prototypes.ndim != 2 or prototypes.shape[1] != features.shape[1] or len(prototypes) == 0:
-        raise ValueError(
-            f"prototypes: expected shape (num_classes, {features.shape[1]}), got {tuple(prototypes.shape)}"
-        )
-    if num_classes is not None and num_classes != len(prototypes):
-        raise ValueError(f"num_classes: expected {len(prototypes)}, the number of prototypes, got {num_classes}")
-    if not prototypes.isfinite().all():
-        raise ValueError("prototypes: expected finite values, got inf or NaN")
+def shares(result: NeuralCollapse, num_classes: int, dim: int, *, features: Features = "signed") -> dict[str, float]:
+    """How much of the way to the optimum each metric of :func:`ranges` has gone: 1 - |value - optimum| / range.
+
+    Clipped to [0, 1]; NaN where the value or the optimum is. "95 % NC" is a share of at least 0.95.
+    """
+    values, best = asdict(result), asdict(optimum(num_classes, features=features))
+
+    def share(name: str, size: float) -> float:
+        missing = abs(values[name] - best[name]) / size
+        return NAN if math.isnan(missing) else max(0.0, 1 - missing)
+
+    return {name: share(name, size) for name, size in ranges(num_classes, dim).items()}
+
+
+def _entropy_ratios(k: int, r_w: float, r_m: float) -> tuple[float, float]:
+    """MIR and HDR of K equiangular vectors with cosines r_w and K with r_m; NaN where the denominator is 0."""
+
+    def entropy(r: float) -> float:
+        eigenvalues = ((1 - r) / k, k - 1), ((1 + (k - 1) * r) / k, 1)  # of the Gram matrix over K, how often
+        return -sum(times * x * math.log(x) for x, times in eigenvalues if x > 1e-15)
+
+    h_w, h_m = entropy(r_w), entropy(r_m)
+    low, high = min(h_w, h_m), max(h_w, h_m)
+    mir = (h_w + h_m - entropy(r_w * r_m)) / low if low > 0 else NAN
+    return mir, (high - low) / high if high > 0 else NAN
+
+
+def _check(
+    features: Tensor, target: Tensor, prototypes: Tensor | None, bias: Tensor | None, num_classes: int | None
+) -> int:
+    """The number of classes, if everything fits."""
+    check_features(features, target)
+    if prototypes is not None:
+        if prototypes.ndim != 2 or prototypes.shape[1] != features.shape[1] or len(prototypes) == 0:
+            raise ValueError(
+                f"prototypes: expected shape (num_classes, {features.shape[1]}), got {tuple(prototypes.shape)}"
+            )
+        if num_classes is not None and num_classes != len(prototypes):
+            raise ValueError(f"num_classes: expected {len(prototypes)}, the number of prototypes, got {num_classes}")
+        if not prototypes.isfinite().all():
+            raise ValueError("prototypes: expected finite values, got inf or NaN")
+        num_classes = len(prototypes)
+    if bias is not None:
+        wanted = "num_classes" if num_classes is None else num_classes
+        if bias.ndim != 1 or not bias.is_floating_point() or num_classes not in (None, len(bias)):
+            raise ValueError(
+                f"bias: expected a floating-point tensor ({wanted},), got {bias.dtype} of shape {tuple(bias.shape)}"
+            )
+        if not bias.isfinite().all():
+            raise ValueError("bias: expected finite values, got inf or NaN")
+        num_classes = len(bias)
+    if num_classes is None:
+        num_classes = int(target.max()) + 1
+    check_labels(target, num_classes)
+    return num_classes
