@@ -142,7 +142,7 @@ def _both_directions(step: Step) -> list[Exchange]:
 
 
 def _local(step: Step) -> list[Exchange]:
-    """NormFace, NONL over the classes, alignment: only the mean spans the ranks."""
+    """NormFace, NONL over the classes, dot regression, alignment: only the mean spans the ranks."""
     return step.weight
 
 
@@ -193,6 +193,7 @@ LOSSES: dict[str, Callable[[Step], list[Exchange]]] = {
     "nonl instance": _local,
     "nonl both": _both_directions,
     "normface": _local,
+    "dot_regression": _local,
     "supcon": _supcon,
     "simclr": _supcon,
     "prototype": _prototype,

@@ -8,6 +8,7 @@ and :mod:`nckernels.metrics` have the simplex and the measures of neural collaps
 """
 
 from . import geometry, metrics
+from .assignment import FixedPrototypeHead
 from .backends.registry import set_backend, set_workspace, use_backend, use_workspace
 from .classifiers import ClassifierResult, FixedPrototypes, LinearProbe, compare_classifiers
 from .contrastive import (
@@ -19,10 +20,11 @@ from .contrastive import (
     uniformity_loss,
 )
 from .distributed.micro_batches import MicroBatches
-from .functional import nonl_loss, normface_loss, ntce_loss
+from .functional import dot_regression_loss, nonl_loss, normface_loss, ntce_loss
 from .nn import (
     AlignmentLoss,
     CLIPLoss,
+    DotRegressionLoss,
     InfoNCELoss,
     NONLLoss,
     NormFaceLoss,
@@ -41,7 +43,9 @@ __all__ = [
     "AlignmentLoss",
     "CLIPLoss",
     "ClassifierResult",
+    "DotRegressionLoss",
     "FeatureQueue",
+    "FixedPrototypeHead",
     "FixedPrototypes",
     "InfoNCELoss",
     "LinearProbe",
@@ -60,6 +64,7 @@ __all__ = [
     "clip_loss",
     "compare_classifiers",
     "cosine_lse",
+    "dot_regression_loss",
     "geometry",
     "info_nce_loss",
     "metrics",

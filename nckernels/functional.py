@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from . import _checks
+from ._class_sums import visible_rows
 from ._common import REDUCTIONS, Reduction, inverse, logaddexp, norms, of_samples
 from ._compact import BATCH_SPARSE, Part
-from .backends.base import Direction
+from .backends.base import Direction, norm_eps
 from .distributed import class_parallel, groups
 from .distributed.contrast import contrast, lse_of_samples, reduce, reduce_weighted, sum_of_unit_rows
 from .distributed.groups import GroupLike, Ranks
@@ -237,7 +238,90 @@ def normface_loss(
     return reduce_weighted(smoothed, share, reduction, ranks)
 
 
+def dot_regression_loss(
+    input: Tensor,
+    prototypes: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    process_group: GroupLike = None,
+) -> Tensor:
+    r"""Dot regression: every feature is pulled to the prototype of its class ([DLP] Eq. 6; Yang et al. 2022).
+
+    .. math::
+        \ell_i = \tfrac{1}{2} (S_{i,y_i} - 1)^2
+
+    Nothing pushes classes apart: that is for prototypes that are fixed far from one another, such as
+    :func:`nckernels.geometry.simplex_etf`. With unit features u and prototypes w the gradient is
+
+    .. math::
+        \frac{\partial \ell_i}{\partial z_i} = -\frac{(1 - s)(w - s u)}{\lVert z_i \rVert}, \qquad s = u \cdot w,
+
+    which fades at s = 1, the minimum, and at s = -1. (What [DLP] prints as Eq. 7, :math:`-(1 - s) s`, is a scalar and
+    lacks the direction.)
+
+    Time and memory are O(M d), without a matrix (M, K). Where a feature is near its prototype, :math:`1 - s` is
+    computed as :math:`\lVert u - w \rVert^2 / 2`, which loses no digits there; 16-bit input in float32.
+
+    Args:
+        input, target, weight, sample_weight, ignore_index, reduction, process_group: as in :func:`nonl_loss`; a
+            sample's loss does not depend on others, and only the mean spans the ranks.
+        prototypes: (K, d), any scale, same dtype as ``input``; gets a gradient if it requires one. No DTensor.
+
+    Returns, Raises: as in :func:`nonl_loss`. A zero row has cosine 0 with everything, loss 1/2, and a finite gradient.
+
+    Example:
+        >>> w = nckernels.geometry.simplex_etf(10, 64)
+        >>> x, y = torch.randn(32, 64, requires_grad=True), torch.randint(10, (32,))
+        >>> nckernels.dot_regression_loss(x, w, y).backward()
+    """
+    _checks.features_and_prototypes(input, prototypes, "input")
+    _check_samples(input, prototypes, target, weight, sample_weight, ignore_index, reduction)
+    _checks.in_classes(target, len(prototypes), ignore_index)
+    ranks = groups.resolve(process_group)
+    if ranks is not None:
+        classes, columns = prototypes.shape
+        groups.agree(ranks, "dot_regression_loss", input, {}, num_classes=classes, d=columns, reduction=reduction)
+    per_sample = of_samples(weight, sample_weight, target)
+    return dot_regression(input, prototypes, target, per_sample, ignore_index, reduction, ranks)
+
+
 # --- steps -------------------------------------------------------------------------------------------------
+
+
+def dot_regression(
+    input: Tensor,
+    prototypes: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: Reduction,
+    ranks: Ranks | None,
+) -> Tensor:
+    """:func:`dot_regression_loss` of checked arguments, with (M,) weights of samples and prototypes of any dtype."""
+    ignored = target == ignore_index
+    rows = visible_rows(input, ignored)
+    # On a GPU a class's gradients add up in the dtype gathered from. Without one only what is gathered is widened.
+    wide = prototypes.to(rows.dtype) if prototypes.requires_grad else prototypes
+    own = wide.index_select(0, target.long().masked_fill(ignored, 0)).to(rows.dtype)
+    gap = _gap(rows, own, norm_eps(input.dtype), norm_eps(prototypes.dtype)).masked_fill(ignored, 0.0)
+    return reduce(0.5 * gap * gap, ~ignored, weight, reduction, ranks)
+
+
+def _gap(a: Tensor, b: Tensor, a_eps: float, b_eps: float) -> Tensor:
+    """(M,) 1 - cos(a_i, b_i), each to its own rounding.
+
+    Near cos = 1 it is half of the squared chord, in which nothing cancels. Further away the subtraction is the better
+    one: the roundings of the two norms do not add up in it. Rows with a norm below eps have no chord of that kind.
+    """
+    a_norm, b_norm = torch.linalg.vector_norm(a, dim=1), torch.linalg.vector_norm(b, dim=1)
+    a, b = a / a_norm.clamp_min(a_eps)[:, None], b / b_norm.clamp_min(b_eps)[:, None]
+    cosine = (a * b).sum(1)
+    near = (cosine > 0.5) & (a_norm >= a_eps) & (b_norm >= b_eps)
+    return torch.where(near, 0.5 * (a - b).square().sum(1), 1.0 - cosine)
 
 
 def _checked(
@@ -251,10 +335,24 @@ def _checked(
     reduction: str,
     process_group: GroupLike,
 ) -> float | Tensor:
-    """Check what all losses share; return beta = 1 / temperature."""
+    """Check what all contrastive losses share; return beta = 1 / temperature."""
     _checks.features_and_prototypes(input, prototypes, "input", sharded=process_group is not None)
-    _checks.target(target, input, "input")
+    _check_samples(input, prototypes, target, weight, sample_weight, ignore_index, reduction)
     _checks.temperature(temperature, input)
+    return inverse(temperature)
+
+
+def _check_samples(
+    input: Tensor,
+    prototypes: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+) -> None:
+    """Check labels, weights and options of features and prototypes that fit one another."""
+    _checks.target(target, input, "input")
     _checks.choice("reduction", reduction, REDUCTIONS)
     _checks.integer("ignore_index", ignore_index)
     if weight is not None:
@@ -262,7 +360,6 @@ def _checked(
     if sample_weight is not None:
         _checks.vector("sample_weight", sample_weight, input.shape[0], input)
         _checks.not_negative("sample_weight", sample_weight)
-    return inverse(temperature)
 
 
 def _ranks(

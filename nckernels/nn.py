@@ -18,18 +18,23 @@ from .distributed.groups import GroupLike, check
 from .primitive import DIRECTIONS
 
 
-class LossOptions(TypedDict, total=False):
-    """Keyword arguments that all loss modules share; see :class:`NONLLoss`."""
+class PrototypeOptions(TypedDict, total=False):
+    """Keyword arguments that all modules with prototypes share; see :class:`NONLLoss`."""
 
     prototypes: Tensor | None
-    temperature: float | Tensor
     weight: Tensor | None
     ignore_index: int
     reduction: Reduction
-    sparse: bool
     device: torch.device | str | None
     dtype: torch.dtype | None
     process_group: GroupLike
+
+
+class LossOptions(PrototypeOptions, total=False):
+    """Keyword arguments that the losses that contrast share; see :class:`NONLLoss`."""
+
+    temperature: float | Tensor
+    sparse: bool
 
 
 class _Loss(nn.Module):
@@ -54,11 +59,10 @@ class _Loss(nn.Module):
         return f"process_group={self.process_group if isinstance(self.process_group, str) else '...'!r}"
 
 
-class _PrototypeLoss(_Loss):
-    """What the three losses share: prototypes, temperature, the options of F.cross_entropy, and prediction."""
+class _OfPrototypes(_Loss):
+    """What losses with prototypes share: prototypes, the options of F.cross_entropy, and prediction."""
 
     prototypes: Tensor
-    temperature: float | Tensor
     weight: Tensor | None
 
     def __init__(
@@ -67,11 +71,9 @@ class _PrototypeLoss(_Loss):
         num_classes: int | None = None,
         *,
         prototypes: Tensor | None = None,
-        temperature: float | Tensor = 0.1,
         weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: Reduction = "mean",
-        sparse: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         process_group: GroupLike = None,
@@ -92,13 +94,11 @@ class _PrototypeLoss(_Loss):
             )
         _checks.choice("reduction", reduction, REDUCTIONS)
         _checks.integer("ignore_index", ignore_index)
-        _checks.temperature(temperature, prototypes)
         if weight is not None:
             _checks.vector("weight", weight, prototypes.shape[0], prototypes)
         _register(self, "prototypes", prototypes)
-        _register(self, "temperature", temperature)
         self.register_buffer("weight", weight)
-        self.ignore_index, self.reduction, self.sparse = ignore_index, reduction, sparse
+        self.ignore_index, self.reduction = ignore_index, reduction
 
     def forward(self, input: Tensor, target: Tensor | None = None, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of features (M, d) with class indices (M,); without them the logits of features (..., d)."""
@@ -117,27 +117,54 @@ class _PrototypeLoss(_Loss):
         raise NotImplementedError
 
     def _logits(self, input: Tensor, prototypes: Tensor) -> Tensor:
-        if not _checks.is_dtensor(input):
-            _checks.is_tensor("prototypes", prototypes)
-        # Norms in the accumulation dtype: those of float16 rows can exceed what float16 holds.
-        rows, columns = (unit(x).to(x.dtype) for x in (input, prototypes))
-        return F.linear(rows, columns) / self.temperature
+        return cosines(input, prototypes)
 
     def _shared(self) -> dict[str, Any]:
         """The keyword arguments that every loss function takes."""
         return {
-            "temperature": self.temperature,
             "weight": self.weight,
             "ignore_index": self.ignore_index,
             "reduction": self.reduction,
-            "sparse": self.sparse,
             "process_group": self.process_group,
         }
 
     def extra_repr(self) -> str:
         k, d = self.prototypes.shape
-        shown = f"in_features={d}, num_classes={k}, temperature={_shown(self.temperature)}"
-        return _joined(f"{shown}, reduction={self.reduction!r}", super().extra_repr())
+        return _joined(
+            f"in_features={d}, num_classes={k}", self._shown(), f"reduction={self.reduction!r}", super().extra_repr()
+        )
+
+    def _shown(self) -> str:
+        return ""
+
+
+class _PrototypeLoss(_OfPrototypes):
+    """What the losses that contrast share beyond that: temperature and sparse gradients."""
+
+    temperature: float | Tensor
+
+    def __init__(
+        self,
+        in_features: int | None = None,
+        num_classes: int | None = None,
+        *,
+        temperature: float | Tensor = 0.1,
+        sparse: bool = False,
+        **options: Unpack[PrototypeOptions],
+    ) -> None:
+        super().__init__(in_features, num_classes, **options)
+        _checks.temperature(temperature, self.prototypes)
+        _register(self, "temperature", temperature)
+        self.sparse = sparse
+
+    def _logits(self, input: Tensor, prototypes: Tensor) -> Tensor:
+        return super()._logits(input, prototypes) / self.temperature
+
+    def _shared(self) -> dict[str, Any]:
+        return {**super()._shared(), "temperature": self.temperature, "sparse": self.sparse}
+
+    def _shown(self) -> str:
+        return f"temperature={_shown(self.temperature)}"
 
 
 class NONLLoss(_PrototypeLoss):
@@ -230,6 +257,18 @@ class NormFaceLoss(_PrototypeLoss):
             generator=self.generator,
             **self._shared(),
         )
+
+
+class DotRegressionLoss(_OfPrototypes):
+    """Module form of :func:`nckernels.dot_regression_loss` ([DLP] Eq. 6).
+
+    Arguments as in :class:`NONLLoss`, without ``temperature`` and ``sparse``. Without labels it gives cosines.
+    Prototypes are meant to be fixed, a plain tensor: learnt ones can gather in one point, with all features.
+    :class:`nckernels.FixedPrototypeHead` can also choose which prototype belongs to which class.
+    """
+
+    def _loss(self, input: Tensor, prototypes: Tensor, target: Tensor, sample_weight: Tensor | None) -> Tensor:
+        return functional.dot_regression_loss(input, prototypes, target, sample_weight=sample_weight, **self._shared())
 
 
 LOSSES: dict[str, type[_PrototypeLoss]] = {"nonl": NONLLoss, "ntce": NTCELoss, "normface": NormFaceLoss}
@@ -460,6 +499,15 @@ class AlignmentLoss(_Loss):
 
     def extra_repr(self) -> str:
         return _joined(f"alpha={self.alpha:g}, reduction={self.reduction!r}", super().extra_repr())
+
+
+def cosines(input: Tensor, prototypes: Tensor) -> Tensor:
+    """(..., K) cosines of features (..., d) with prototypes (K, d)."""
+    if not _checks.is_dtensor(input):
+        _checks.is_tensor("prototypes", prototypes)
+    # Norms in the accumulation dtype: those of float16 rows can exceed what float16 holds.
+    rows, columns = (unit(x).to(x.dtype) for x in (input, prototypes))
+    return F.linear(rows, columns)
 
 
 def _joined(*shown: str) -> str:

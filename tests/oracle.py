@@ -435,7 +435,7 @@ def loss(
     cosine_margin: float = 0.0,
     eps: float = 1e-12,
 ) -> Tensor:
-    """One of the three losses from its printed per-sample form; ignored samples are dropped first."""
+    """A loss with prototypes from its printed per-sample form; ignored samples are dropped first."""
     keep = target != ignore_index
     y = target[keep].long()
     s = cosine(input[keep], prototypes, eps)
@@ -446,6 +446,8 @@ def loss(
         samples = F.cross_entropy(logits, y, w, label_smoothing=label_smoothing, reduction="none")
     elif name == "ntce":
         samples = w[y] * ntce_samples(s, y, beta)
+    elif name == "dot_regression":  # [DLP] Eq. 6
+        samples = w[y] * 0.5 * (s.gather(1, y[:, None]).squeeze(1) - 1.0) ** 2
     else:
         samples = w[y] * nonl_samples(s, y, beta, direction)
     if reduction == "none":

@@ -28,6 +28,7 @@ REDUCTIONS = ("none", "mean", "sum")
 MOST = (("none", True), ("mean", False), ("mean", True), ("sum", False))  # reductions, and whether there are weights
 SOME = (("none", False), ("mean", True), ("sum", False))
 CLASSES, DIM, IGNORED = 11, 12, -100
+WITH_PROTOTYPES, NO_TEMPERATURE = (*LOSSES, "dot_regression"), ("uniformity", "alignment", "dot_regression")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDINGS = {torch.float64: 1e-12, torch.float32: 1e-6, **{half: 2 * torch.finfo(half).eps for half in HALF}}
 
@@ -214,7 +215,7 @@ def make(
             own = torch.tensor(keys).repeat_interleave(torch.tensor(sizes))
             target = (torch.rand(n, generator=g) * own).long()
         inputs, dealt = [rows(n), rows(sum(keys))], [sizes, keys]
-    elif loss in LOSSES or options.get("num_classes") is not None:
+    elif loss in WITH_PROTOTYPES or options.get("num_classes") is not None:
         target = batch.classes
     elif loss != "uniformity" and labelled:
         target = torch.tensor([-7, 0, 3, 10**9, -(2**40), 5, 6, 7, -8, 9, 10])[batch.classes]
@@ -223,7 +224,7 @@ def make(
         shape = (n,) + (1,) * (inputs[0].dim() - 1)
         inputs[0] = inputs[0].masked_fill(ignored.reshape(shape), math.nan)
     class_weight = sample_weight = None
-    if weight and loss in LOSSES:
+    if weight and loss in WITH_PROTOTYPES:
         class_weight = torch.rand(classes, generator=g, dtype=torch.float64)
         class_weight[1] = 0.0
     elif weight:
@@ -234,8 +235,8 @@ def make(
         tuple(inputs),
         tuple(dealt),
         target,
-        rows(classes) if loss in LOSSES else None,
-        None if loss in ("uniformity", "alignment") else torch.tensor(temperature, dtype=torch.float64),
+        rows(classes) if loss in WITH_PROTOTYPES else None,
+        None if loss in NO_TEMPERATURE else torch.tensor(temperature, dtype=torch.float64),
         class_weight,
         sample_weight,
         options=options,
@@ -257,7 +258,7 @@ def dense(loss: str, eps: float) -> Callable[..., Tensor]:
     """The oracle with the signature of the package."""
 
     def form(*args: Any, num_classes: int | None = None, **options: Any) -> Tensor:
-        function = partial(oracle.loss, loss) if loss in LOSSES else oracle_contrastive.NAIVE[loss]
+        function = partial(oracle.loss, loss) if loss in WITH_PROTOTYPES else oracle_contrastive.NAIVE[loss]
         return function(*args, eps=eps, **options)
 
     return form

@@ -25,7 +25,9 @@ from benchmarks.scaling import Exchange, Step
 from nckernels.distributed import contrast
 
 D, VIEWS, PER_CLASS = 6, 2, 3
-PROTOTYPES = ("ntce", "nonl", "nonl both", "nonl instance", "normface", "nonl spread", "normface spread")
+PROTOTYPES = (
+    "ntce", "nonl", "nonl both", "nonl instance", "normface", "dot_regression", "nonl spread", "normface spread",
+)  # fmt: skip
 KEYS = ("supcon", "simclr", "info_nce", "clip", "uniformity")
 SIZES = {2: ((4, 4), (5, 2), (0, 3)), 4: ((1, 4, 0, 2),)}
 KINDS = {
@@ -72,7 +74,7 @@ def call(loss: str, step: Step, x: Tensor, w: Tensor, y: Tensor) -> Tensor:
     name, *rest = loss.split()
     function = getattr(nckernels, f"{name}_loss" if name != "simclr" else "supcon_loss")
     options: dict[str, Any] = {"process_group": "world", "reduction": step.reduction}
-    if name in ("ntce", "nonl", "normface"):
+    if name in ("ntce", "nonl", "normface", "dot_regression"):
         return function(x, w, y, **options | ({} if rest in ([], ["spread"]) else {"direction": rest[0]}))
     if name == "supcon":
         return function(x, y, **options)

@@ -1,0 +1,330 @@
+"""Fixed prototypes, and which of them belongs to which class ([DLP], Yang et al. 2022).
+
+Points that were laid out on the sphere beforehand need no term that pushes classes apart: every feature is pulled to
+the point of its class (:func:`nckernels.dot_regression_loss`). In a simplex all points are alike, and any labelling of
+them will do. With more classes than dimensions they are not: similar classes had better have neighbouring points. The
+labelling is then chosen during training, from where the features of each class lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from typing_extensions import Self
+
+from . import _checks
+from ._class_sums import class_sums, visible_rows
+from ._common import REDUCTIONS, Reduction, norms, unit
+from ._compact import LEFT_OUT
+from .backends.base import accumulation_dtype
+from .distributed import collectives, groups
+from .distributed.groups import GroupLike, Ranks
+from .functional import dot_regression
+from .nn import _Loss, cosines
+
+ASSIGNMENTS = ("dynamic", "static")
+
+
+def assign(representatives: Tensor, points: Tensor) -> Tensor:
+    r"""The one-to-one assignment of classes to points with the largest sum of inner products ([DLP] Eq. 9).
+
+    .. math::
+        A^* = \arg\min_A \sum_{j=1}^{K} -\bar z_j \cdot p_{A(j)}
+
+    Args:
+        representatives: (K, d), a row for each class, taken as it is: a row of twice the length has twice the say, and
+            a class whose row is zero, because no sample of it has been seen, gets one of the points that the others
+            leave.
+        points: (K, d) points.
+
+    Returns:
+        (K,) int64, the row of ``points`` for each class; on the device of ``representatives``. The same input gives
+        the same result, also where several assignments are equally good.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected, also for NaN and infinities.
+        ImportError: without scipy.
+
+    The (K, K) inner products are computed on the device in float32 (float64 for float64) and solved on the host, which
+    waits for them, by :func:`scipy.optimize.linear_sum_assignment`, in float64 and O(K^3) at worst. With K = 10,000
+    and d = 512 on one core that takes 7 times as long as the products where both sides are random, and less than the
+    products where the representatives are near points. The solver of ``lapx`` takes 0.7 and 0.5 times as long as
+    scipy's, for the same result: not enough to be worth a dependency.
+    """
+    solve = _solver()
+    for name, value in (("representatives", representatives), ("points", points)):
+        _checks.matrix(name, value, "K", "d")
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"{name} must be finite, got NaN or infinite numbers")
+    if representatives.shape != points.shape:
+        raise ValueError(
+            "representatives and points must have the same shape (K, d), "
+            f"got {tuple(representatives.shape)} and {tuple(points.shape)}"
+        )
+    _checks.same_device("representatives", representatives, "points", points)
+    dtype = torch.promote_types(torch.promote_types(representatives.dtype, points.dtype), torch.float32)
+    with torch.no_grad(), _checks.no_autocast(points):
+        products = representatives.to(dtype) @ points.to(dtype).T
+    _, columns = solve(products.cpu().double().numpy(), maximize=True)
+    return torch.from_numpy(columns).to(representatives.device, torch.int64)
+
+
+class FixedPrototypeHead(_Loss):
+    r"""A classifier whose prototypes are fixed points, dealt out to the classes once or anew during training.
+
+    ``assignment="dynamic"`` is [DLP] Algorithm 1. For every class the head keeps a representative, a moving average of
+    its unit features, and every ``refresh_every`` training calls it assigns the points to the classes by
+    :func:`assign`. The loss is :func:`nckernels.dot_regression_loss`, with the gradient to the features only. With
+    ``assignment="static"`` class c has point c for good, and on a simplex that is ETF+DR (Yang et al. 2022)::
+
+        nckernels.FixedPrototypeHead(nckernels.geometry.simplex_etf(K, d), assignment="static")
+
+    PSC*, to which [DLP] compares, learns its prototypes instead: the rows of a linear layer, by cross-entropy and a
+    uniformity term (Table 8)::
+
+        loss = F.cross_entropy(linear(x), y) + 1e-2 * nckernels.uniformity_loss(linear.weight)
+
+    **The moving average.** For a sample with unit feature u of class c the paper has :math:`\bar z_c \leftarrow \alpha
+    \bar z_c + (1 - \alpha) u`, which over a batch depends on the order of its samples. The head takes the mean over all
+    orders: with the :math:`n_c` samples of a class and their mean :math:`m_c`,
+
+    .. math::
+        \bar z_c \leftarrow \alpha^{n_c} \bar z_c + (1 - \alpha^{n_c}) m_c .
+
+    It starts at zero and is not normalised, as in [DLP] Eq. 9. Samples that are ignored do not move it, nor do those
+    without a direction, whose features are zero, NaN or infinite.
+
+    **The refresh.** At first class c has point c; [DLP] says of its start only that there is one. As there, the call
+    that completes ``refresh_every`` calls returns the loss of the assignment before, and the new one is for the next.
+    The refresh is the one time that the host waits for the device.
+
+    Args:
+        prototypes: (K, d) points of any scale, for example of :func:`nckernels.geometry.uniform_prototypes`; at least
+            float32 is kept.
+        assignment: ``"dynamic"`` or ``"static"``.
+        momentum: :math:`\alpha` in [0, 1]; at 0 only the batch at hand counts, at 1 nothing moves.
+        refresh_every: n >= 1, calls between two assignments; the paper's is the length of an epoch.
+        ignore_index, reduction: as in :func:`nckernels.dot_regression_loss`.
+        process_group: whose samples are averaged, in the loss and in the representatives, as in
+            :func:`nckernels.nonl_loss`. A training call of a dynamic head all-reduces the sums and counts of the
+            classes, K d + K numbers. At a refresh rank 0 assigns and the others get its assignment. Without a group
+            each process has representatives of its own. DistributedDataParallel then makes every rank follow rank 0
+            (with its default ``broadcast_buffers=True``; otherwise the ranks drift apart).
+
+    Shape:
+        input (M, d) or (..., d) -> cosines (M, K) or (..., K), in the order of the labels.
+        input (M, d), target (M,) -> the loss, a scalar, or (M,) for ``reduction="none"``. In training mode a dynamic
+        head also learns from them; in eval mode nothing changes.
+
+    Raises:
+        ValueError: for points that are zero, NaN or infinite; for options out of range; for features of another d and
+            labels out of range (on a GPU a device-side assertion).
+        RuntimeError: by ``load_state_dict`` for another K or d, or an assignment that is no permutation.
+        ImportError: for a dynamic head without scipy.
+
+    ``state_dict`` has all that training changes, the number of calls included. Points and averages are no parameters,
+    and stay in float32 if the model is cast to 16 bits. Under ``torch.compile`` a training call of a dynamic head ends
+    with a graph break, where the calls are counted; everything else compiles whole. Activation checkpointing that
+    includes the head would have it learn from each batch twice.
+
+    Example:
+        >>> points = nckernels.geometry.simplex_etf(10, 64)
+        >>> head = nckernels.FixedPrototypeHead(points, refresh_every=50)
+        >>> x, y = torch.randn(32, 64, requires_grad=True), torch.randint(10, (32,))
+        >>> head(x, y).backward()
+        >>> head(x).argmax(1)
+    """
+
+    points: Tensor
+    """(K, d) unit rows."""
+    assignment: Tensor
+    """(K,) int64, the row of ``points`` for each label."""
+    representatives: Tensor
+    """(K, d) moving averages of unit features; zeros for a class without a sample, and in a static head."""
+    calls: int
+    """Training calls so far, of a dynamic head."""
+
+    def __init__(
+        self,
+        prototypes: Tensor,
+        *,
+        assignment: Literal["dynamic", "static"] = "dynamic",
+        momentum: float = 0.9,
+        refresh_every: int = 100,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+        process_group: GroupLike = None,
+    ) -> None:
+        super().__init__(process_group)
+        _checks.matrix("prototypes", prototypes, "K", "d")
+        if 0 in prototypes.shape:
+            raise ValueError(f"prototypes must have K >= 1 rows and d >= 1 columns, got {tuple(prototypes.shape)}")
+        if not prototypes.is_meta:
+            _check_points(prototypes.detach())
+        # Largest numbers of 1 first: squares of rows of any scale neither overflow nor vanish.
+        wide = prototypes.detach().to(accumulation_dtype(prototypes.dtype))
+        points = unit(wide / wide.abs().amax(1, keepdim=True))
+        _checks.choice("assignment", assignment, ASSIGNMENTS)
+        _checks.in_range("momentum", momentum, 0.0, 1.0)
+        _checks.positive_integer("refresh_every", refresh_every)
+        _checks.integer("ignore_index", ignore_index)
+        _checks.choice("reduction", reduction, REDUCTIONS)
+        self.dynamic, self.momentum, self.refresh_every = assignment == "dynamic", momentum, refresh_every
+        self.ignore_index, self.reduction, self.calls = ignore_index, reduction, 0
+        if self.dynamic:
+            _solver()
+        self.register_buffer("points", points)
+        self.register_buffer("assignment", torch.arange(len(points), device=points.device))
+        self.register_buffer("representatives", torch.zeros_like(points))
+
+    @property
+    def prototypes(self) -> Tensor:
+        """(K, d) unit rows; row c is the point of label c."""
+        return self.points.index_select(0, self.assignment)
+
+    def forward(self, input: Tensor, target: Tensor | None = None) -> Tensor:
+        """The cosines of features (..., d), or the loss of features (M, d) with labels (M,)."""
+        if target is None:
+            _checks.is_tensor("input", input)
+            self._check_columns(input)
+            return cosines(input, self.prototypes.to(input.dtype))
+        _checks.matrix("input", input, "M", "d")
+        self._check_columns(input)
+        _checks.same_device("input", input, "the head's points", self.points)
+        _checks.target(target, input, "input")
+        _checks.in_classes(target, len(self.points), self.ignore_index)
+        ranks = self._ranks(input)
+        ignored = target == self.ignore_index
+        label = target.long().masked_fill(ignored, 0)
+        point = self.assignment.index_select(0, label).masked_fill(ignored, LEFT_OUT)
+        loss = dot_regression(input, self.points, point, None, LEFT_OUT, self.reduction, ranks)
+        if self.training and self.dynamic:
+            self._learn(input.detach(), label, ignored, ranks)
+            self._count()
+        return loss
+
+    def loss(self, input: Tensor, target: Tensor) -> Tensor:
+        """``self(input, target)``: the training loss of features (M, d) with labels (M,)."""
+        _checks.is_tensor("target", target)
+        result: Tensor = self(input, target)
+        return result
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Assign the points to the classes now; with a process group on all of its ranks."""
+        if not self.dynamic:
+            raise RuntimeError("a head with assignment='static' keeps its assignment")
+        ranks = groups.resolve(self.process_group)
+        if ranks is None:
+            self.assignment.copy_(assign(self.representatives, self.points))
+            return
+        # The sums are the same on all ranks, but ranks may be machines that round differently. If rank 0 fails, the
+        # others must not wait for it.
+        chosen = torch.full_like(self.assignment, LEFT_OUT)
+        try:
+            if ranks.rank == 0:
+                chosen = assign(self.representatives, self.points)
+        finally:
+            dist.broadcast(chosen, group_src=0, group=ranks.group)
+        if ranks.rank > 0 and int(chosen[0]) == LEFT_OUT:
+            raise RuntimeError("rank 0 of process_group could not assign the points to the classes; see its error")
+        self.assignment.copy_(chosen)
+
+    @torch.no_grad()
+    def _learn(self, input: Tensor, label: Tensor, ignored: Tensor, ranks: Ranks | None) -> None:
+        """Move the representatives: the mean of the paper's recursion over all orders of the batch."""
+        rows = visible_rows(input, ignored)
+        length = norms(rows, input.dtype)
+        left_out = ignored | ~length.isfinite() | (rows == 0.0).all(1)
+        rows = (rows / length[:, None]).masked_fill(left_out[:, None], 0.0).to(self.representatives.dtype)
+        sums, counts = class_sums(rows, label, left_out, len(self.points))
+        if ranks is not None:
+            both = collectives.all_reduce(torch.cat([sums, counts[:, None]], 1), ranks)
+            sums, counts = both[:, :-1], both[:, -1]
+        kept = torch.pow(torch.full_like(counts, self.momentum), counts)[:, None]  # 0 ** 0 is 1
+        means = sums / counts.clamp_min(1.0)[:, None]
+        self.representatives.mul_(kept).add_((1.0 - kept) * means)
+
+    @torch.compiler.disable
+    def _count(self) -> None:
+        self.calls += 1
+        if self.calls % self.refresh_every == 0:
+            self.refresh()
+
+    def _ranks(self, input: Tensor) -> Ranks | None:
+        ranks = groups.resolve(self.process_group)
+        if ranks is not None:
+            classes, columns = self.points.shape
+            groups.agree(
+                ranks, "FixedPrototypeHead", input, {}, num_classes=classes, d=columns, reduction=self.reduction,
+                dynamic=self.dynamic, momentum=self.momentum, refresh_every=self.refresh_every, training=self.training,
+            )  # fmt: skip
+        return ranks
+
+    def _check_columns(self, input: Tensor) -> None:
+        d = self.points.shape[1]
+        if input.dim() == 0 or input.shape[-1] != d:
+            raise ValueError(f"input must have d={d} columns, as the prototypes have, got {tuple(input.shape)}")
+
+    def get_extra_state(self) -> Tensor:
+        """The number of calls."""
+        return torch.tensor(self.calls)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the number of calls from a state."""
+        self.calls = int(state)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        found = state_dict.get(f"{prefix}assignment")
+        if isinstance(found, Tensor) and found.shape == self.assignment.shape and not found.is_meta:
+            rows = torch.arange(len(found), device=found.device)
+            if found.is_floating_point() or not torch.equal(found.long().sort().values, rows):
+                errors = args[-1]
+                errors.append(
+                    f"{prefix}assignment must be a permutation of 0 to {len(found) - 1}, one point for each class, "
+                    f"got {found[:8].tolist()}{'...' if len(found) > 8 else ''}"
+                )
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
+        """Points and averages stay in float32 in a model that is cast, ``model.half()``: they are no parameters."""
+        exact = {name: self._buffers[name] for name in ("points", "representatives")}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            now = self._buffers[name]
+            assert before is not None
+            assert now is not None
+            if now.dtype.itemsize < 4:
+                self._buffers[name] = before.to(now.device)
+        return self
+
+    def extra_repr(self) -> str:
+        k, d = self.points.shape
+        shown = f"in_features={d}, num_classes={k}, assignment={'dynamic' if self.dynamic else 'static'!r}"
+        if self.dynamic:
+            shown += f", momentum={self.momentum:g}, refresh_every={self.refresh_every}"
+        return ", ".join(filter(None, (shown, super().extra_repr())))
+
+
+def _check_points(prototypes: Tensor) -> None:
+    """Rows with a direction."""
+    bad = ~prototypes.isfinite().all(1) | (prototypes == 0.0).all(1)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"prototypes must have finite rows that are not zero, got {prototypes[row, :4].tolist()}"
+            f"{'...' if prototypes.shape[1] > 4 else ''} in row {row}"
+        )
+
+
+def _solver() -> Callable[..., Any]:
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError as error:
+        raise ImportError('the assignment needs scipy: pip install "nckernels[lab]"') from error
+    return linear_sum_assignment
