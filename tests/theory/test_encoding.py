@@ -11,21 +11,14 @@ Encodings here have one column for each class, as in the paper.
 
 from __future__ import annotations
 
+import itertools
 import math
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from .formulas import centring, orthogonal, randn, same
-
-ROWS_ARE_CLASSES = False
-"""How nckernels.ufm takes an encoding."""
-
-
-def ours(encoding: Tensor) -> Tensor:
-    return encoding.T.contiguous() if ROWS_ARE_CLASSES else encoding
 
 
 def program(
@@ -104,37 +97,38 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("delta", [0.0, 0.2, 0.5])
 @pytest.mark.parametrize(("c", "lambda_b"), CASES)
-def test_one_hot_and_smoothed_labels(c: float, lambda_b: float, delta: float) -> None:
+def test_one_hot_and_smoothed_labels(c: float, lambda_b: float) -> None:
     """Theorem III.1 on both sides of lambda_b = c/(1-c) and of c = 1, and its extension to smoothed labels."""
     from nckernels.ufm import label_smoothing, mse_optimum, one_hot
 
-    p = lambdas(c)
-    encoding = one_hot(K) if delta == 0 else label_smoothing(K, delta)
-    same(encoding, smoothed(delta), 1e-7 if encoding.dtype == torch.float32 else 1e-15)
-    gram, bias = closed_form(c, lambda_b, delta, kappa(p))
-    if c < 1 and delta == 0:  # as printed
-        beta, first = (1.0, 1 / (1 + lambda_b)) if lambda_b <= c / (1 - c) else (c / (lambda_b * (1 - c)), c / lambda_b)
-        same(gram, (1 - c) / kappa(p) * (torch.eye(K, dtype=torch.float64) - beta / K))
-        same(bias, torch.full((K,), first / K, dtype=torch.float64))
-    got = mse_optimum(smoothed(delta), N, lambda_b=lambda_b, **p)
-    same(got.gram, gram, 1e-9)
-    same(got.bias, bias, 1e-9)
-    assert float(got.kappa) == pytest.approx(kappa(p), rel=1e-12)
-    # The value from factors: P^T P = Gram, W = kappa Hbar^T, since encodings are symmetric and positive here.
-    values, vectors = torch.linalg.eigh(gram)
-    hbar = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    y = torch.arange(K).repeat(N)
-    want = value(kappa(p) * hbar.T, hbar.T[y], bias, smoothed(delta).T[y], lambda_b=lambda_b, **p)
-    assert float(got.loss) == pytest.approx(want, abs=1e-12)
+    for delta in (0.0, 0.2, 0.5):
+        p = lambdas(c)
+        encoding = one_hot(K) if delta == 0 else label_smoothing(K, delta)
+        same(encoding, smoothed(delta), 1e-15)
+        gram, bias = closed_form(c, lambda_b, delta, kappa(p))
+        if c < 1 and delta == 0:  # as printed
+            beta, first = (
+                (1.0, 1 / (1 + lambda_b)) if lambda_b <= c / (1 - c) else (c / (lambda_b * (1 - c)), c / lambda_b)
+            )
+            same(gram, (1 - c) / kappa(p) * (torch.eye(K, dtype=torch.float64) - beta / K))
+            same(bias, torch.full((K,), first / K, dtype=torch.float64))
+        got = mse_optimum(smoothed(delta), N, lambda_b=lambda_b, **p)
+        same(got.gram, gram, 1e-9)
+        same(got.bias, bias, 1e-9)
+        assert float(got.kappa) == pytest.approx(kappa(p), rel=1e-12)
+        # The value from factors: P^T P = Gram, W = kappa Hbar^T, since encodings are symmetric and positive here.
+        values, vectors = torch.linalg.eigh(gram)
+        hbar = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+        y = torch.arange(K).repeat(N)
+        want = value(kappa(p) * hbar.T, hbar.T[y], bias, smoothed(delta).T[y], lambda_b=lambda_b, **p)
+        assert float(got.loss) == pytest.approx(want, abs=1e-12)
 
 
 def test_label_smoothing_is_a_shifted_simplex_of_negative_shift() -> None:
     """(1-delta) I + delta J/K = alpha (I - beta J/K) for alpha = 1-delta, beta = -delta/(1-delta), not as printed +."""
-    from nckernels.ufm import label_smoothing
-
     from nckernels.geometry import shifted_simplex_etf
+    from nckernels.ufm import label_smoothing
 
     delta = 0.3
     labels = label_smoothing(K, delta).double()
@@ -151,12 +145,12 @@ def test_optimum_of_any_encoding(seed: int, c: float, lambda_b: float) -> None:
 
     p, y = lambdas(c), randn(K, K, seed=seed)
     gram, bias, least = program(y, [N] * K, lambda_b=lambda_b, **p)
-    got = mse_optimum(ours(y), N, lambda_b=lambda_b, **p)
+    got = mse_optimum(y, N, lambda_b=lambda_b, **p)
     same(got.gram, gram, 1e-6)
     same(got.bias, bias, 1e-6)
     assert float(got.loss) == pytest.approx(least, abs=1e-9)
     q = orthogonal(K, seed + 10)
-    turned = mse_optimum(ours(q @ y), N, lambda_b=lambda_b, **p)
+    turned = mse_optimum(q @ y, N, lambda_b=lambda_b, **p)
     same(turned.gram, got.gram, 1e-6)
     same(turned.bias, q @ got.bias.double(), 1e-6)
 
@@ -176,14 +170,12 @@ def encodings() -> dict[str, Tensor]:
 @pytest.mark.parametrize(("c", "lambda_b"), [(0.3, 0.0), (0.3, 0.2), (0.3, 2.0)])
 def test_descent_ends_where_the_theorems_say(name: str, c: float, lambda_b: float) -> None:
     """Theorems III.1, III.4, IV.1 and IV.4 to 1e-6, by descent from a random start in d = K + 2."""
+    from nckernels.metrics import rotated_self_duality
     from nckernels.ufm import mse_optimum, solve_mse
 
-    from nckernels.metrics import rotated_self_duality
-
     p, y = lambdas(c), encodings()[name]
-    found = solve_mse(ours(y), N, K + 2, lambda_b=lambda_b, **p)
-    h, w, b, target = (x.double() for x in parts(found))
-    target = target.long()
+    found = solve_mse(y, N, K + 2, lambda_b=lambda_b, **p)
+    h, w, b, target = found.features, found.weight, found.bias, found.target
     assert h.shape == (K * N, K + 2)
     assert w.shape == (K, K + 2)
     means = torch.stack([h[target == k].mean(0) for k in range(K)])
@@ -200,7 +192,7 @@ def test_descent_ends_where_the_theorems_say(name: str, c: float, lambda_b: floa
     gram, bias, least = program(y, [N] * K, lambda_b=lambda_b, **p)
     same(means @ means.T, gram, 1e-6)
     same(b, bias, 1e-6)
-    want = mse_optimum(ours(y), N, lambda_b=lambda_b, **p)
+    want = mse_optimum(y, N, lambda_b=lambda_b, **p)
     same(means @ means.T, want.gram, 1e-6)
     assert value(w, h, b, y.T[target], lambda_b=lambda_b, **p) == pytest.approx(least, abs=1e-9)
     if name in ("one-hot", "smoothed", "centred"):  # III.1: self-duality itself, W^T = kappa Hbar
@@ -213,19 +205,42 @@ def test_nothing_is_learnt_above_c_1() -> None:
     """For c >= 1 weights and features vanish and the bias takes 1/(1+lambda_b) of the mean label."""
     from nckernels.ufm import solve_mse
 
-    h, w, b, _ = parts(solve_mse(torch.eye(K, dtype=torch.float64), N, K + 1, lambda_b=0.25, **lambdas(1.3)))
-    same(h, torch.zeros_like(h), 1e-6)
-    same(w, torch.zeros_like(w), 1e-6)
-    same(b, torch.full((K,), 0.8 / K), 1e-6)
+    found = solve_mse(torch.eye(K, dtype=torch.float64), N, K + 1, lambda_b=0.25, **lambdas(1.3))
+    same(found.features, torch.zeros(K * N, K + 1), 1e-6)
+    same(found.weight, torch.zeros(K, K + 1), 1e-6)
+    same(found.bias, torch.full((K,), 0.8 / K), 1e-6)
+
+
+def test_unequal_classes() -> None:
+    """NC1 and lambda_W W^T W = lambda_H H H^T hold without balance, Theorem III.4 too; the optimum is the program's."""
+    from nckernels.ufm import mse_optimum, solve_mse
+
+    counts = [1, 2, 7, 4]
+    p = {"lambda_w": 0.02, "lambda_h": 0.004}
+    for name, lambda_b in itertools.product(("one-hot", "random", "centred"), (0.0, 0.4)):
+        y = encodings()[name]
+        if name == "centred":  # over the samples, not over the classes
+            y = y - (y * torch.tensor(counts)).sum(1, keepdim=True) / sum(counts)
+        gram, bias, least = program(y, counts, lambda_b=lambda_b, **p)
+        best = mse_optimum(y, counts, lambda_b=lambda_b, **p)
+        same(best.gram, gram, 1e-7)
+        same(best.bias, bias, 1e-7)
+        assert best.loss == pytest.approx(least, abs=1e-10)
+        assert math.isnan(best.kappa)
+        found = solve_mse(y, counts, K + 1, lambda_b=lambda_b, **p)
+        h, w, b, target = found.features, found.weight, found.bias, found.target
+        assert torch.bincount(target).tolist() == counts
+        means = torch.stack([h[target == k].mean(0) for k in range(K)])
+        same(h, means[target], 1e-6)
+        same(p["lambda_w"] * w.T @ w, p["lambda_h"] * h.T @ h, 1e-8)
+        same(means @ means.T, gram, 1e-6)
+        assert value(w, h, b, y.T[target], lambda_b=lambda_b, **p) == pytest.approx(least, abs=1e-9)
+        if lambda_b == 0 or name == "centred":
+            same(b, (y * torch.tensor(counts)).sum(1) / sum(counts), 1e-6)
 
 
 def test_centred_encoding_has_mean_zero() -> None:
     from nckernels.ufm import centred
 
     y = randn(K, K, seed=0)
-    same(centred(ours(y)), ours(y - y.mean(1, keepdim=True)), 1e-12)
-
-
-def parts(found: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features (N, d), prototypes (K, d), bias (K,) and labels of what solve_mse returns."""
-    return found.features, found.prototypes, found.bias, found.target
+    same(centred(y), y - y.mean(1, keepdim=True), 1e-12)
