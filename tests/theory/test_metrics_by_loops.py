@@ -316,6 +316,15 @@ def test_degenerate_but_valid_input() -> None:
     assert not math.isfinite(twice.scatter_ratio)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_mir_of_means_that_coincide_is_no_large_number(seed: int) -> None:
+    """One feature for all classes, as of a network that has died: MIR is at most 1, H(A * B) >= max(H(A), H(B))."""
+    x, w = randn(1, 5, seed=seed).expand(30, 5), randn(6, 5, seed=seed + 1)
+    result = neural_collapse(x, torch.arange(30) % 6, w)
+    for name in ("mir", "mir_centred"):
+        assert not getattr(result, name) > 1 + 1e-9, name
+
+
 def test_nc4_where_every_class_is_its_own_mean() -> None:
     """Samples at their means agree with simplex prototypes, and none with the opposite ones."""
     w, y = simplex_rows(4, 5), torch.arange(4).repeat(2)
