@@ -1,0 +1,223 @@
+"""The unconstrained features model of the losses on unit vectors ([NCD] Theorem A.1, Theorem 4.2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nckernels import _checks
+from nckernels.contrastive import prototype_loss, supcon_loss
+from nckernels.functional import nonl_loss, normface_loss, ntce_loss
+from nckernels.metrics import NeuralCollapse, class_means, neural_collapse
+
+from ._minimise import minimise
+
+Features = Literal["signed", "relu"]
+FEATURES = ("signed", "relu")
+
+WITH_PROTOTYPES: dict[str, Callable[..., Tensor]] = {
+    "normface": normface_loss,
+    "ntce": ntce_loss,
+    "nonl": nonl_loss,
+}
+WITHOUT_PROTOTYPES: dict[str, Callable[..., Tensor]] = {"supcon": supcon_loss, "prototype": prototype_loss}
+LOSSES = (*WITH_PROTOTYPES, *WITHOUT_PROTOTYPES)
+
+# From a random start at a low temperature NormFace and NTCE are flat before they have collapsed: their gradient fades
+# like exp(-a). The minimisers are the same at every temperature, so the search starts where they are easy to find.
+_EASY_TEMPERATURE = 0.5
+
+_REACHED = 1e-9  # the closed form is a lower bound: a start that comes this close ends the search
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Result of :func:`solve`: unit vectors in float64, K classes, n samples of each."""
+
+    features: Tensor
+    """(n K, d) unit rows, sorted by class."""
+    target: Tensor
+    """(n K,) labels, int64."""
+    prototypes: Tensor
+    """(K, d) unit rows: the loss's prototypes, or the directions of the class means for a loss without any."""
+    value: float
+    """The loss at the features and prototypes."""
+    minimum: float
+    """What the closed form says, see :func:`minimum`."""
+    collapse: NeuralCollapse
+    """Every metric of neural collapse of the features and prototypes."""
+
+    @property
+    def gap(self) -> float:
+        """``value - minimum``: 0 at a global minimiser, never below it but for rounding."""
+        return self.value - self.minimum
+
+
+def minimum(
+    loss: str, num_classes: int, samples_per_class: int, temperature: float, *, features: Features = "signed"
+) -> float:
+    r"""The least value of a loss over all unit vectors, K classes with n samples each.
+
+    ========================= ===================================== =================================
+    loss                      minimum                               source
+    ========================= ===================================== =================================
+    ``normface``              log(1 + (K-1) exp(-a))                [NCD] Eq. 3, Theorem A.1
+    ``ntce``                  log n + log(1 + (K-1) exp(-a))        [NCD] Eq. 4, Theorem A.1
+    ``nonl``                  log(n (K-1)) - a                      [NCD] Eq. 5, Theorem A.1
+    ``supcon``, ``prototype`` log(n - 1 + n (K-1) exp(-a))          [NCD] Eqs. 2 and 6, Theorem 4.2
+    ========================= ===================================== =================================
+
+    Here :math:`a` is the distance between the logit of the own class and those of the others at the minimiser. It is
+    :math:`\frac{K}{(K-1)\tau}` for signed features, which collapse to a simplex (d >= K - 1). Non-negative features
+    (``"relu"``) collapse to an orthonormal frame (d >= K): then :math:`a = \sqrt{K/(K-1)}/\tau` for a loss with
+    prototypes, which are free and form a simplex, and :math:`a = 1/\tau` for a loss without.
+
+    Why the non-negative bound holds: by Jensen's inequality the losses with prototypes are at least the value of the
+    mean gap :math:`\frac{1}{K-1} \sum_c \hat w_c \cdot (\mu_c - \mu)`, which is at most
+    :math:`\frac{1}{K-1} \sum_c |\mu_c - \mu| \le \sqrt{K/(K-1)}` because :math:`\mu_c \cdot \mu_{c'} \ge 0`; the losses
+    without prototypes see no cosine below 0 between classes and none above 1 inside them.
+
+    Args:
+        loss: ``"normface"``, ``"ntce"``, ``"nonl"``, ``"supcon"`` or ``"prototype"``.
+        num_classes: K, at least 2.
+        samples_per_class: n, at least 1; at least 2 for ``"supcon"``, which is 0 without positives.
+        temperature: :math:`\tau > 0`.
+        features: ``"signed"``, or ``"relu"`` for features without negative entries.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+    """
+    _check(loss, num_classes, samples_per_class, temperature, features)
+    k, n = num_classes, samples_per_class
+    if features == "signed":
+        a = k / (k - 1) / temperature
+    elif loss in WITH_PROTOTYPES:
+        a = math.sqrt(k / (k - 1)) / temperature
+    else:
+        a = 1.0 / temperature
+    if loss == "normface":
+        return math.log1p((k - 1) * math.exp(-a))
+    if loss == "ntce":
+        return math.log(n) + math.log1p((k - 1) * math.exp(-a))
+    if loss == "nonl" or n == 1:
+        return math.log(n * (k - 1)) - a
+    return math.log(n - 1 + n * (k - 1) * math.exp(-a))
+
+
+def solve(
+    loss: str,
+    num_classes: int,
+    dim: int,
+    samples_per_class: int,
+    temperature: float,
+    *,
+    seed: int = 0,
+    features: Features = "signed",
+    starts: int = 8,
+    steps: int = 1000,
+    tolerance: float = 1e-11,
+) -> Solution:
+    """Minimise a loss over free unit features, and free unit prototypes where it has them, from random starts.
+
+    The loss is the package's own public function in float64; nothing here knows the minimiser. Temperatures below 0.5
+    are reached from 0.5 by halving, each minimum the start of the next search: a random start at a low temperature is
+    flat. Signed features have no other local minima, as far as was seen. Non-negative ones have: of 10 classes in 10
+    dimensions 2 to 4 of 10 starts end where two classes share a direction and one has two. So the best of several
+    starts is returned, and the search is over when one reaches the closed form, which is a lower bound.
+
+    Args:
+        loss, num_classes, samples_per_class, temperature, features: as in :func:`minimum`.
+        dim: d, at least K - 1 for signed features and K for non-negative ones; in fewer dimensions the closed form is
+            a bound that is not reached.
+        seed: of the Gaussian starts.
+        starts: random starts at most.
+        steps: iterations of a run of L-BFGS at most.
+        tolerance: largest entry of the gradient at which a run is over.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+    """
+    lowest = minimum(loss, num_classes, samples_per_class, temperature, features=features)
+    least = num_classes - 1 if features == "signed" else num_classes
+    _checks.integer("dim", dim)
+    if dim < least:
+        raise ValueError(f"dim must be at least {least} for {num_classes} classes of {features} features, got {dim}")
+    _checks.integer("seed", seed)
+    _checks.positive_integer("starts", starts)
+    _checks.positive_integer("steps", steps)
+    _checks.positive_scalar("tolerance", tolerance, torch.empty(0))
+
+    generator = torch.Generator().manual_seed(seed)
+    best: Solution | None = None
+    for _ in range(starts):
+        found = _search(
+            loss, num_classes, dim, samples_per_class, temperature, generator, features, lowest, steps, tolerance
+        )
+        best = found if best is None or found.value < best.value else best
+        if best.gap <= _REACHED:
+            break
+    assert best is not None
+    return best
+
+
+def _search(
+    loss: str,
+    num_classes: int,
+    dim: int,
+    samples_per_class: int,
+    temperature: float,
+    generator: torch.Generator,
+    features: Features,
+    lowest: float,
+    steps: int,
+    tolerance: float,
+) -> Solution:
+    """One random start."""
+    target = torch.arange(num_classes).repeat_interleave(samples_per_class)
+    free = torch.randn(len(target), dim, generator=generator, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(num_classes, dim, generator=generator, dtype=torch.float64).requires_grad_()
+    learnable = loss in WITH_PROTOTYPES
+
+    def rows() -> Tensor:
+        return free if features == "signed" else free.square()  # squares: every non-negative direction, and smooth
+
+    def value(at: float) -> Tensor:
+        if learnable:
+            return WITH_PROTOTYPES[loss](rows(), weight, target, temperature=at)
+        return WITHOUT_PROTOTYPES[loss](rows(), target, temperature=at)
+
+    for at in _cooling(temperature):
+        minimise(partial(value, at), [free, weight] if learnable else [free], steps=steps, tolerance=tolerance)
+
+    with torch.no_grad():
+        unit = F.normalize(rows())
+        prototypes = F.normalize(weight if learnable else class_means(unit, target, num_classes)[0])
+        reached = float(value(temperature))
+    return Solution(unit, target, prototypes, reached, lowest, neural_collapse(unit, target, prototypes))
+
+
+def _cooling(temperature: float) -> list[float]:
+    """Temperatures from an easy one down to the one that is asked for."""
+    stages = [temperature]
+    while stages[-1] < _EASY_TEMPERATURE:
+        stages.append(min(2 * stages[-1], _EASY_TEMPERATURE))
+    return stages[::-1]
+
+
+def _check(loss: str, num_classes: int, samples_per_class: int, temperature: float, features: str) -> None:
+    _checks.choice("loss", loss, LOSSES)
+    _checks.choice("features", features, FEATURES)
+    _checks.integer("num_classes", num_classes)
+    if num_classes < 2:
+        raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+    _checks.positive_integer("samples_per_class", samples_per_class)
+    if loss == "supcon" and samples_per_class < 2:
+        raise ValueError(f"samples_per_class must be at least 2 for 'supcon', got {samples_per_class}")
+    _checks.positive_scalar("temperature", temperature, torch.empty(0))
