@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .measures import (
     NAN,
+    ClassStatistics,
+    SimplexDeviation,
     between_class_axes,
     check_features,
     check_labels,
@@ -22,7 +24,6 @@ from .measures import (
     double,
     entropy_difference_ratio,
     home,
-    instance_alignment,
     intra_class_rank,
     mutual_information_ratio,
     nearest_mean_agreement,
@@ -115,10 +116,10 @@ def neural_collapse(
     Classes without samples are left out everywhere but in ``weights_erank`` and ``bias_spread``. Classes with
     one sample have no covariance and are left out of ``intra_erank``; in ``cdnv`` their variance is 0. With a
     single class every between-class metric is NaN and ``nc1_rank`` is 0. If the means coincide, up to the
-    rounding error of the features' dtype, ``nc1``, ``scatter_ratio``, ``cdnv``, ``nc3_rotated`` and ``nc4`` are
-    NaN; for ``cdnv`` two means that coincide suffice. Prototypes that are all zero have rank 0, squared distance
-    1 from every unit vector and entropy 0 (``hdr`` 1, ``mir`` NaN), no rotation (``nc3_rotated`` NaN), and the
-    decision is always the first class.
+    rounding error of the features' dtype, ``nc1``, ``scatter_ratio``, ``cdnv``, ``mir``, ``hdr``, their centred
+    forms, the ``nc2_*``, ``nc3_rotated`` and ``nc4`` are NaN; for ``cdnv`` two means that coincide suffice.
+    Prototypes that are all zero have rank 0, squared distance 1 from every unit vector and entropy 0 (``hdr`` 1,
+    ``mir`` NaN), no rotation (``nc3_rotated`` NaN), and the decision is always the first class.
 
     Raises:
         ValueError: where a shape, a dtype, a label or a value that is not finite does not fit the above.
@@ -129,49 +130,95 @@ def neural_collapse(
     statistics = class_statistics(u, target, noise=noise)
     means, compact = statistics.means, statistics.labels
     present = torch.bincount(target, minlength=num_classes) > 0
-    axes = between_class_axes(statistics)
-    deviation = simplex_deviation(means)
-    centred = unit(means - means.mean(0))
 
-    def against(metric: Callable[[Tensor], float]) -> float:
-        """A metric of the unit prototypes of the classes that occur."""
-        return NAN if prototypes is None else metric(directions(prototypes)[present])
-
-    def rotation(v: Tensor) -> float:
-        return NAN if math.isnan(statistics.between) else rotated_self_duality(v, means - means.mean(0))
-
-    def agreement(v: Tensor) -> float:
-        if bias is None or prototypes is None:
+    def agreement() -> float:
+        if prototypes is None:
+            return NAN
+        if bias is None:
+            v = directions(prototypes)[present]
             return NAN if math.isnan(statistics.between) else nearest_mean_agreement(u, v, means)
         raw = class_statistics(features, target)
         w, b = prototypes[present], bias[present]
         return NAN if math.isnan(raw.between) else nearest_mean_agreement(features, w, raw.means, b)
 
-    published = unit(unit(means) - unit(u.mean(0)))
-    g_published, g_centred = published @ published.T, centred @ centred.T
-    return NeuralCollapse(
+    return report_of(
+        statistics,
+        present,
+        prototypes,
+        bias,
+        mean=u.mean(0),
+        noise=noise,
         intra_erank=intra_class_rank(u, compact, noise=noise),
+        nc1=whitened_scatter(u, statistics, between_class_axes(statistics)),
+        nc4=agreement(),
+    )
+
+
+def report_of(
+    statistics: ClassStatistics,
+    present: Tensor,
+    prototypes: Tensor | None,
+    bias: Tensor | None,
+    *,
+    mean: Tensor,
+    noise: float,
+    intra_erank: float,
+    nc1: float,
+    nc4: float,
+) -> NeuralCollapse:
+    """What follows from the statistics of the classes that are ``present``, and the three metrics that do not.
+
+    Args:
+        statistics: of the unit features.
+        present: (K,) bool.
+        prototypes, bias: of all K classes.
+        mean: (d,) of all unit features.
+        noise: :func:`rounding_noise` of the features.
+    """
+    means, counts = statistics.means, statistics.counts
+    coincide = math.isnan(statistics.between)  # then the centred means are rounding errors
+    deviation = SimplexDeviation(NAN, NAN, NAN, simplex_deviation(means).offset)
+    if not coincide:
+        deviation = simplex_deviation(means)
+    b = means - means.mean(0)
+    centred, published = unit(b), unit(unit(means) - unit(mean))
+    g_centred, g_published = centred @ centred.T, published @ published.T
+
+    def against(metric: Callable[[Tensor], float], *, of_differences: bool = False) -> float:
+        """A metric of the unit prototypes of the classes that occur."""
+        if prototypes is None or (of_differences and coincide):
+            return NAN
+        return metric(directions(prototypes).to(means.device)[present])
+
+    def instances(v: Tensor) -> float:
+        """The mean of |u_i - v_{y_i}|^2: sum_c n_c (v_c + |m_c - v_c|^2) / N."""
+        squares = statistics.variances + (means - v).square().sum(1)
+        return ((counts * squares).sum() / counts.sum()).item()
+
+    weights_erank = NAN
+    if prototypes is not None:
+        weights_erank = covariance_rank(directions(prototypes), noise=rounding_noise(prototypes.dtype))
+    return NeuralCollapse(
+        intra_erank=intra_erank,
         inter_erank=covariance_rank(means, noise=noise),
-        weights_erank=NAN
-        if prototypes is None
-        else covariance_rank(directions(prototypes), noise=rounding_noise(prototypes.dtype)),
+        weights_erank=weights_erank,
         weight_alignment=against(lambda v: weight_alignment(v, means)),
-        instance_alignment=against(lambda v: instance_alignment(u, v, compact)),
-        mir=against(lambda v: mutual_information_ratio(v @ v.T, g_published)),
-        hdr=against(lambda v: entropy_difference_ratio(v @ v.T, g_published)),
-        nc1=whitened_scatter(u, statistics, axes),
+        instance_alignment=against(instances),
+        mir=against(lambda v: mutual_information_ratio(v @ v.T, g_published), of_differences=True),
+        hdr=against(lambda v: entropy_difference_ratio(v @ v.T, g_published), of_differences=True),
+        nc1=nc1,
         within_scatter=statistics.within,
         nc2_norms=deviation.norms,
         nc2_cosines=deviation.cosines,
         nc2_cosines_max=deviation.cosines_max,
         offset=deviation.offset,
-        mir_centred=against(lambda v: mutual_information_ratio(v @ v.T, g_centred)),
-        hdr_centred=against(lambda v: entropy_difference_ratio(v @ v.T, g_centred)),
-        nc1_rank=float(axes.shape[1]),
+        mir_centred=against(lambda v: mutual_information_ratio(v @ v.T, g_centred), of_differences=True),
+        hdr_centred=against(lambda v: entropy_difference_ratio(v @ v.T, g_centred), of_differences=True),
+        nc1_rank=float(between_class_axes(statistics).shape[1]),
         scatter_ratio=scatter_ratio_of(statistics),
         cdnv=class_distance_variance_of(statistics),
-        nc3_rotated=against(rotation),
-        nc4=against(agreement),
+        nc3_rotated=against(lambda v: rotated_self_duality(v, b), of_differences=True),
+        nc4=nc4,
         bias_spread=NAN if bias is None else double(bias).std(correction=0).item(),
     )
 

@@ -34,22 +34,14 @@ from .measures import (
     _spectrum_rank,
     between_class_axes,
     check_labels,
-    class_distance_variance_of,
     covariance_rank,
     directions,
     double,
-    entropy_difference_ratio,
     home,
-    mutual_information_ratio,
     nearest_mean_agreement,
-    rotated_self_duality,
     rounding_noise,
-    scatter_ratio_of,
-    simplex_deviation,
-    unit,
-    weight_alignment,
 )
-from .report import NeuralCollapse
+from .report import NeuralCollapse, report_of
 
 try:
     from torchmetrics import Metric
@@ -265,49 +257,19 @@ def _report(state: Tensor, noise: Tensor, prototypes: Tensor | None, bias: Tenso
     means, counts = statistics.means, statistics.counts
     if len(means) == 0:
         return NeuralCollapse(**{field.name: NAN for field in fields(NeuralCollapse)})
-    total, mean = counts.sum(), (counts @ means) / counts.sum()
+    total = counts.sum()
     axes = between_class_axes(statistics)
     projected = (axes * (_Moments.of(state).within @ axes)).sum() / total  # tr(S_W X X^T)
-    deviation = simplex_deviation(means)
-    centred = unit(means - means.mean(0))
-    published = unit(unit(means) - unit(mean))
-    g_published, g_centred = published @ published.T, centred @ centred.T
-
-    def against(metric: Callable[[Tensor], float]) -> float:
-        """A metric of the unit prototypes of the classes that occur."""
-        return NAN if prototypes is None else metric(directions(prototypes).to(state.device)[present])
-
-    def instances(v: Tensor) -> float:
-        """The mean of |u_i - v_{y_i}|^2: sum_c n_c (v_c + |m_c - v_c|^2) / N."""
-        return (counts @ (statistics.variances + (means - v).square().sum(1)) / total).item()
-
-    def rotation(v: Tensor) -> float:
-        return NAN if math.isnan(statistics.between) else rotated_self_duality(v, means - means.mean(0))
-
-    return NeuralCollapse(
+    return report_of(
+        statistics,
+        present,
+        prototypes,
+        bias,
+        mean=(counts @ means) / total,
+        noise=noise.item(),
         intra_erank=NAN,
-        inter_erank=covariance_rank(means, noise=noise.item()),
-        weights_erank=NAN
-        if prototypes is None
-        else covariance_rank(directions(prototypes), noise=rounding_noise(prototypes.dtype)),
-        weight_alignment=against(lambda v: weight_alignment(v, means)),
-        instance_alignment=against(instances),
-        mir=against(lambda v: mutual_information_ratio(v @ v.T, g_published)),
-        hdr=against(lambda v: entropy_difference_ratio(v @ v.T, g_published)),
         nc1=projected.item() if axes.shape[1] else NAN,
-        within_scatter=statistics.within,
-        nc2_norms=deviation.norms,
-        nc2_cosines=deviation.cosines,
-        nc2_cosines_max=deviation.cosines_max,
-        offset=deviation.offset,
-        mir_centred=against(lambda v: mutual_information_ratio(v @ v.T, g_centred)),
-        hdr_centred=against(lambda v: entropy_difference_ratio(v @ v.T, g_centred)),
-        nc1_rank=float(axes.shape[1]),
-        scatter_ratio=scatter_ratio_of(statistics),
-        cdnv=class_distance_variance_of(statistics),
-        nc3_rotated=against(rotation),
         nc4=NAN,
-        bias_spread=NAN if bias is None else double(bias).std(correction=0).item(),
     )
 
 
