@@ -1,4 +1,4 @@
-"""``python -m nckernels info | train | demo``."""
+"""``python -m nckernels info | train | demo | lab | convergence``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ commands:
   info    versions, devices, backends, which one would run for which tensors and why not the others
   train   train a small network with one of the losses (--help for the options)
   demo    train cross-entropy, NormFace, NTCE, NONL and SupCon on digits; a table and a picture (--help)
+  lab     the papers' claims, each measured beside its closed form, with a picture (--help)
+  convergence
+          when the metrics of training runs reach neural collapse, from their histories (--help)
 """
 
 
@@ -22,6 +25,10 @@ def main(argv: list[str]) -> int:
         from .train.cli import main as run
     elif command == "demo":
         from .train.demo import main as run
+    elif command == "lab":
+        from .lab.cli import main as run
+    elif command == "convergence":
+        from .metrics.cli import main as run
     else:
         wanted = command in ("-h", "--help")
         print(USAGE, end="", file=sys.stdout if wanted else sys.stderr)

@@ -47,7 +47,8 @@ def polish(objective: Callable[[Tensor], Tensor], at: Tensor, *, tolerance: floa
     """
     if at.numel() > NEWTON_SIZE:
         return at
-    gradient_of, hessian_of = torch.func.grad(objective), torch.func.hessian(objective)
+    gradient_of = torch.func.grad(objective)
+    hessian_of = torch.func.jacrev(gradient_of)
     gradient = gradient_of(at)
     for _ in range(20):
         if float(gradient.abs().max()) <= tolerance:

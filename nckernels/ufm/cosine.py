@@ -53,6 +53,10 @@ class Solution:
     """What the closed form says, see :func:`minimum`."""
     collapse: NeuralCollapse
     """Every metric of neural collapse of the features and prototypes."""
+    start: Tensor
+    """(n K, d) unit rows, the random features from which the search went to ``features``."""
+    start_value: float
+    """The loss at the random start, where it has prototypes at random ones too."""
 
     @property
     def gap(self) -> float:
@@ -193,6 +197,8 @@ def _search(
             return WITH_PROTOTYPES[loss](rows(), weight, target, temperature=at)
         return WITHOUT_PROTOTYPES[loss](rows(), target, temperature=at)
 
+    with torch.no_grad():
+        start, start_value = F.normalize(rows()), float(value(temperature))
     for at in _cooling(temperature):
         minimise(partial(value, at), [free, weight] if learnable else [free], steps=steps, tolerance=tolerance)
 
@@ -200,7 +206,9 @@ def _search(
         unit = F.normalize(rows())
         prototypes = F.normalize(weight if learnable else class_means(unit, target, num_classes)[0])
         reached = float(value(temperature))
-    return Solution(unit, target, prototypes, reached, lowest, neural_collapse(unit, target, prototypes))
+    return Solution(
+        unit, target, prototypes, reached, lowest, neural_collapse(unit, target, prototypes), start, start_value
+    )
 
 
 def _cooling(temperature: float) -> list[float]:

@@ -165,7 +165,7 @@ def solve_mse(
         dim: d, at least K.
         seed: of the start.
         steps: iterations of a run of L-BFGS at most.
-        tolerance: largest entry of the gradient at which the search is over.
+        tolerance: largest entry of the gradient at which L-BFGS is over.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.

@@ -1,0 +1,104 @@
+"""The lab: every experiment agrees, draws its picture, and notices a closed form that is wrong."""
+
+import dataclasses
+import math
+
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("scipy")
+
+from nckernels import ufm
+from nckernels.__main__ import main as command
+from nckernels.geometry.dlp import dlp_table7
+from nckernels.lab import bias, cli, collapse, encodings, errata, prototypes, relu, supcon
+from nckernels.lab.report import Check, Result, table
+
+SMALL = {
+    "collapse": lambda **options: collapse.run(sizes=((3, 2), (4, 5)), **options),
+    "bias": lambda **options: bias.run(multiples=(0.1, 0.9, 1.7, 50.0), **options),
+    "encodings": encodings.run,
+    "relu": lambda **options: relu.run(losses=("nonl",), classes=(3, 4), **options),
+    "supcon": lambda **options: supcon.run(sizes=((3, 3),), **options),
+    "prototypes": lambda **options: prototypes.run(dims=(20, 10), num_classes=20, **options),
+    "errata": errata.run,
+}
+
+
+def test_every_experiment_has_a_small_setting():
+    assert list(SMALL) == list(cli.EXPERIMENTS)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_experiments_agree_and_draw(monkeypatch, tmp_path, capsys, name):
+    monkeypatch.setitem(cli.EXPERIMENTS, name, SMALL[name])
+    assert command(["lab", name, "--quiet", "--out", str(tmp_path / "new"), "--seed", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "\nagrees\n" in text
+    assert "DIFFERS" not in text
+    picture = (tmp_path / "new" / f"{name}.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 20_000
+
+
+def wrong_minimum(*args, **kwargs):
+    return ufm.minimum(*args, **kwargs) - 1e-6
+
+
+def test_a_wrong_closed_form_differs(monkeypatch, tmp_path, capsys):
+    """Each experiment whose closed form or measurement is off says so."""
+
+    def solve(*args, **kwargs):
+        return dataclasses.replace(ufm.solve(*args, **kwargs), minimum=wrong_minimum(*args[:2], *args[3:5]))
+
+    def recipe_for_ours(*args, **kwargs):
+        return [dataclasses.replace(row, ours=row.recipe) for row in dlp_table7(*args, **kwargs)]
+
+    optimum = relu.optimum
+    monkeypatch.setattr(collapse, "solve", solve)
+    monkeypatch.setattr(supcon, "minimum", wrong_minimum)
+    monkeypatch.setattr(bias, "expected_shift", lambda lambda_b, c: min(1.0, c / lambda_b))
+    monkeypatch.setattr(relu, "optimum", lambda k, features: optimum(k))
+    monkeypatch.setattr(encodings, "self_duality", lambda weight, means: 0.0)
+    monkeypatch.setattr(errata, "optimum", lambda k: dataclasses.replace(optimum(k), mir=1.0))
+    monkeypatch.setattr(prototypes, "dlp_table7", recipe_for_ours)
+    for name, run in SMALL.items():
+        result = run()
+        assert not result.agrees, name
+        assert "DIFFERS" in table(result)
+    monkeypatch.setitem(cli.EXPERIMENTS, "bias", SMALL["bias"])
+    assert command(["lab", "bias", "--quiet", "--out", str(tmp_path)]) == 1
+    assert "differs: " in capsys.readouterr().out
+
+
+def test_all_runs_all_and_names_what_differs(monkeypatch, tmp_path, capsys):
+    def experiment(measured):
+        return lambda *, seed, progress: Result(
+            "", [Check("x", measured, 1.0)], lambda path: path.write_text("picture")
+        )
+
+    for index, name in enumerate(cli.EXPERIMENTS):
+        monkeypatch.setitem(cli.EXPERIMENTS, name, experiment(1.5 if index == 1 else 1.0))
+    assert command(["lab", "all", "--quiet", "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "6 of 7 experiments agree; bias: no"
+    assert len(list(tmp_path.iterdir())) == 7
+
+
+def test_checks():
+    assert Check("", 1.0, 1.1, 0.2).agrees
+    assert not Check("", 1.0, 1.1, 0.05).agrees
+    assert not Check("", math.nan, 1.0, math.inf).agrees
+    assert Check("", 2.0, 1.0, relation=">").agrees
+    assert not Check("", 2.0, 1.0, relation="<").agrees
+    assert not Check("", math.nan, 1.0, relation="<").agrees
+    text = table(Result("Claim.", [Check("a", 1.0, 2.0, printed="3"), Check("b", 1.0, 2.0, relation="<")], print))
+    assert text.splitlines()[0] == "Claim."
+    assert "printed" in text
+    assert "at most 2" in text
+    assert text.endswith("differs: 1 of 2 beyond what is allowed")
+
+
+def test_unknown_experiment(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command(["lab", "everything"])
+    assert "invalid choice" in capsys.readouterr().err
