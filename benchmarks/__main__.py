@@ -12,6 +12,7 @@ python -m benchmarks predict                             counted times on a GPU,
 python -m benchmarks scaling                             bytes and memory of losses that span processes
 python -m benchmarks queue                               small batches with queues and running denominators, on digits
 python -m benchmarks assignment                          fixed prototypes with assigned labels, on glyphs
+python -m benchmarks solvers                             assigning 10,000 classes to points: scipy and lapx
 python -m benchmarks many-classes                        a million classes, dense and sparse gradients
 """
 
@@ -44,6 +45,7 @@ from . import (
     report,
     scaling,
     small_batches,
+    solvers,
     tune,
 )
 from .rivals import BASELINE, RIVALS
@@ -58,6 +60,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "host": host.main,
     "predict": predict.main,
     "scaling": scaling.main,
+    "solvers": solvers.main,
     "many-classes": many_classes.main,
     "queue": small_batches.main,
     "assignment": assignment.main,

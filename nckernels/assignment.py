@@ -53,7 +53,7 @@ def assign(representatives: Tensor, points: Tensor) -> Tensor:
     waits for them, by :func:`scipy.optimize.linear_sum_assignment`, in float64 and O(K^3) at worst. With K = 10,000
     and d = 512 on one core that takes 7 times as long as the products where both sides are random, and less than the
     products where the representatives are near points. The solver of ``lapx`` takes 0.7 and 0.5 times as long as
-    scipy's, for the same result: not enough to be worth a dependency.
+    scipy's, for the same result: not enough to be worth a dependency (``python -m benchmarks solvers``).
     """
     solve = _solver()
     for name, value in (("representatives", representatives), ("points", points)):
@@ -204,7 +204,8 @@ class FixedPrototypeHead(_Loss):
         loss = dot_regression(input, self.points, point, None, LEFT_OUT, self.reduction, ranks)
         if self.training and self.dynamic:
             self._learn(input.detach(), label, ignored, ranks)
-            self._count()
+            # Counted outside of graphs. The decorator would import torch._dynamo with this module.
+            (torch.compiler.disable(self._count) if torch.compiler.is_compiling() else self._count)()
         return loss
 
     def loss(self, input: Tensor, target: Tensor) -> Tensor:
@@ -249,7 +250,6 @@ class FixedPrototypeHead(_Loss):
         means = sums / counts.clamp_min(1.0)[:, None]
         self.representatives.mul_(kept).add_((1.0 - kept) * means)
 
-    @torch.compiler.disable
     def _count(self) -> None:
         self.calls += 1
         if self.calls % self.refresh_every == 0:

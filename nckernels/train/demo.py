@@ -35,7 +35,7 @@ PUBLISHED = (
 )
 DIRECT = (
     ("NC1", "nc1", ".1e"),
-    ("scatter", "within_scatter", ".1e"),
+    ("CDNV", "cdnv", ".1e"),
     ("NC2norm", "nc2_norms", ".1e"),
     ("NC2cos", "nc2_cosines", ".1e"),
     ("offset", "offset", ".3f"),
@@ -45,9 +45,10 @@ WIDTH = 8
 NOTES = """\
 optimum: the value at exact neural collapse. like CE after: the share of CE's iterations until the (smoothed)
 metric is as close to the optimum as CE's final value and stays there. intra counts directions of scatter and
-ignores its size: NC1 and scatter measure that. offset: distance of the centre of the means from the origin,
-1/sqrt(K) for the orthogonal frame of ReLU features. HDR subtracts the direction of the global mean, which is
-noise near collapse; HDRctr subtracts the mean itself. SCL, FP: SupCon of two views, class means as prototypes.
+ignores its size: NC1 and CDNV measure that, and CDNV is the more robust one. offset: distance of the centre of the
+means from the origin, 1/sqrt(K) for the orthogonal frame of ReLU features. HDR subtracts the direction of the global
+mean, which is noise near collapse; HDRctr subtracts the mean itself. SCL, FP: SupCon of two views, class means as
+prototypes.
 """
 
 
