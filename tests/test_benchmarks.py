@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import json
 import random
+import re
 import time
 import types
 from dataclasses import asdict, replace
@@ -520,3 +521,13 @@ def test_each_row_is_a_configuration_of_the_trainer(monkeypatch: pytest.MonkeyPa
     assert {(c.dataset, c.dim, c.lr, c.seed, c.epochs, c.width) for c in configs} == {
         ("glyphs-validation", 12, 0.2, 5, 3, 4)
     }
+
+
+def test_the_page_has_the_table_of_the_latest_report() -> None:
+    found = assignment.Results.load(
+        sorted((assignment.PAGE.parents[1] / "benchmarks/results").glob("*-assignment.json"))[-1]
+    )
+    page = assignment.PAGE.read_text()
+    assert assignment.written(page, found) == page
+    gains = re.findall(r"gains \+([\d.]+)", assignment.verdict(found))
+    assert "gains {} points in 10 dimensions and {} in 25".format(*gains) in page
