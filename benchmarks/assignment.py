@@ -209,8 +209,8 @@ def verdict(results: Results) -> str:
     """What reassigning gains over the random assignment, seed by seed."""
     lines = []
     for dim in sorted({r.dim for r in results.runs}):
-        pairs = list(zip(results.tests("dynamic", dim), results.tests("static", dim), strict=False))
-        gains = [100 * (dynamic.accuracy - static.accuracy) for dynamic, static in pairs]
+        dynamic, static = ({r.seed: r.accuracy for r in results.tests(row, dim)} for row in ("dynamic", "static"))
+        gains = [100 * (dynamic[seed] - static[seed]) for seed in sorted(dynamic.keys() & static.keys())]
         if gains:
             each = ", ".join(f"{gain:+.1f}" for gain in gains)
             lines.append(f"d = {dim}: assigning anew gains {statistics.fmean(gains):+.1f} points ({each}).")

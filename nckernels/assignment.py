@@ -8,6 +8,7 @@ labelling is then chosen during training, from where the features of each class 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -68,7 +69,7 @@ def assign(representatives: Tensor, points: Tensor) -> Tensor:
     _checks.same_device("representatives", representatives, "points", points)
     dtype = torch.promote_types(torch.promote_types(representatives.dtype, points.dtype), torch.float32)
     with torch.no_grad(), _checks.no_autocast(points):
-        products = representatives.to(dtype) @ points.to(dtype).T
+        products = _scaled(representatives.to(dtype)) @ _scaled(points.to(dtype)).T
     _, columns = solve(products.cpu().double().numpy(), maximize=True)
     return torch.from_numpy(columns).to(representatives.device, torch.int64)
 
@@ -309,6 +310,15 @@ class FixedPrototypeHead(_Loss):
         if self.dynamic:
             shown += f", momentum={self.momentum:g}, refresh_every={self.refresh_every}"
         return ", ".join(filter(None, (shown, super().extra_repr())))
+
+
+def _scaled(matrix: Tensor) -> Tensor:
+    """Divided by a power of two, which changes no digit, where products of its largest number could overflow."""
+    if matrix.numel() == 0:
+        return matrix
+    limit = 1 - math.frexp(torch.finfo(matrix.dtype).tiny)[1]  # smaller powers have no normal number
+    exponent = torch.frexp(matrix.abs().amax()).exponent.clamp(0, limit)
+    return matrix * torch.ldexp(matrix.new_ones(()), -exponent)
 
 
 def _check_points(prototypes: Tensor) -> None:

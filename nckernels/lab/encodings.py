@@ -40,11 +40,11 @@ def run(
     lambda_h: float = 2e-3,
     lambda_b: float = 0.05,
 ) -> Result:
-    """Minimise squared error with each encoding, and once with classes of different sizes."""
+    """Minimise squared error with each encoding, once with classes of different sizes and once with a free bias."""
     k, n, labels = num_classes, samples_per_class, encodings(num_classes, seed)
 
-    def solved(encoding: Tensor, sizes: int | list[int]) -> MSESolution:
-        return solve_mse(encoding, sizes, k, lambda_w=lambda_w, lambda_h=lambda_h, lambda_b=lambda_b, seed=seed)
+    def solved(encoding: Tensor, sizes: int | list[int], penalty: float = lambda_b) -> MSESolution:
+        return solve_mse(encoding, sizes, k, lambda_w=lambda_w, lambda_h=lambda_h, lambda_b=penalty, seed=seed)
 
     found = {name: solved(encoding, n) for name, encoding in bar(list(labels.items()), "encodings", progress)}
     checks = []
@@ -64,11 +64,15 @@ def run(
         ]  # fmt: skip
     uneven = solved(labels["random"], [n + 3 * c for c in range(k)])
     balance = lambda_w * uneven.weight.T @ uneven.weight - lambda_h * uneven.features.T @ uneven.features
+    free = solved(labels["random"], [n + 3 * c for c in range(k)], penalty=0.0)
+    mean_label = labels["random"].T[free.target].mean(0)
     checks += [
         Check("random, unequal classes: loss", uneven.loss, uneven.optimum.loss, 1e-10),
         Check("random, unequal classes: NC1", within_class_scatter(uneven.features, uneven.target), 0.0, 1e-12),
         Check("random, unequal classes: lambda_W W^T W - lambda_H H H^T", float(balance.abs().max()), 0.0, 1e-9),
-    ]
+        Check("random, unequal classes, lambda_b = 0: bias - mean label",
+              float((free.bias - mean_label).abs().max()), 0.0, 1e-7),
+    ]  # fmt: skip
     return Result(
         "Samples of a class coincide whatever the labels. Weights equal to the means need one-hot-like labels; weights "
         "equal to them up to a rotation need nothing.",

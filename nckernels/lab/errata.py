@@ -55,7 +55,7 @@ def run(*, seed: int = 0, progress: bool = False, num_classes: int = 10) -> Resu
 
 
 def gradient_of_dot_regression(seed: int) -> Erratum:
-    """The gradient of (z.w - 1)^2/2 in x, z = x/|x| and s = z.w, is -(1 - s)(w - s z)/|x|: longest where s = 0."""
+    """The gradient of (z.w - 1)^2/2 in x, z = x/|x| and s = z.w, is -(1 - s)(w - s z)/|x|: not 0 where s = 0."""
     generator = torch.Generator().manual_seed(seed)
     x, w = torch.randn(2, 1, 8, generator=generator, dtype=torch.float64)
     w = F.normalize(w)
@@ -94,17 +94,17 @@ def learning_rate_of_prototypes(seed: int) -> Erratum:
 
 
 def rank_of_vanishing_scatter(seed: int, num_classes: int) -> Erratum:
-    """The effective rank of a covariance ignores its size: a simplex with noise of 1e-6."""
+    """The effective rank of a covariance ignores its size: a simplex whose samples are 1e-6 from their means."""
     generator = torch.Generator().manual_seed(seed)
     target = torch.arange(num_classes).repeat_interleave(20)
     points = simplex_etf(num_classes, max(16, num_classes), generator=generator, dtype=torch.float64)[target]
     noise = torch.randn(points.shape, generator=generator, dtype=torch.float64)
-    near = neural_collapse(points + 1e-6 * noise, target)
+    near = neural_collapse(points + 1e-6 / math.sqrt(points.shape[1]) * noise, target)
     return Erratum(
         "[NCD] Table 3",
         "The optimum of the intra-class effective rank is 0: lower is more collapsed.",
-        f"It counts directions, at least 1, whatever their size. Features {math.sqrt(near.within_scatter):.0e} from "
-        f"their means have {near.intra_erank:.1f}.",
+        f"It counts directions, at least 1, whatever their size. Features about "
+        f"{10 ** round(math.log10(near.within_scatter) / 2):.0e} from their means have {near.intra_erank:.1f}.",
         [Check("[NCD] Table 3: intra-class rank, features 1e-6 from collapse", near.intra_erank, 1.0, 0.0, ">", "0")],
     )
 

@@ -30,7 +30,7 @@ def run(
     *,
     seed: int = 0,
     progress: bool = False,
-    losses: Sequence[str] = ("nonl", "normface"),
+    losses: Sequence[str] = ("nonl", "ntce", "normface"),
     classes: Sequence[int] = (3, 4, 6, 10),
     samples_per_class: int = 3,
     temperature: float = 0.5,

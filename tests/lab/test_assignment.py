@@ -65,6 +65,14 @@ def test_nothing_seen_is_any_assignment_and_autocast_does_not_blur_it() -> None:
         assert assign(p.flip(0), p).tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_matrices_of_any_finite_numbers_are_assigned(dtype: torch.dtype) -> None:
+    """Also where products of the largest numbers would overflow."""
+    huge = torch.finfo(dtype).max * torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=dtype)
+    assert assign(huge.flip(0), huge).tolist() == [1, 0]
+    assert assign(torch.finfo(dtype).tiny * huge.sign().flip(0), huge).tolist() == [1, 0]
+
+
 @pytest.mark.parametrize(
     ("z", "p", "error", "message"),
     [

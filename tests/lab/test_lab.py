@@ -4,10 +4,12 @@ import dataclasses
 import math
 
 import pytest
+import torch
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
 
+import nckernels
 from nckernels import ufm
 from nckernels.__main__ import main as command
 from nckernels.geometry.dlp import dlp_table7
@@ -70,6 +72,23 @@ def test_a_wrong_closed_form_differs(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(cli.EXPERIMENTS, "bias", SMALL["bias"])
     assert command(["lab", "bias", "--quiet", "--out", str(tmp_path)]) == 1
     assert "differs: " in capsys.readouterr().out
+
+
+def test_the_scatter_has_the_size_that_its_label_says():
+    erratum = errata.rank_of_vanishing_scatter(seed=0, num_classes=10)
+    assert "features 1e-6 from collapse" in erratum.checks[0].what
+    assert "Features about 1e-06 from their means" in erratum.found
+
+
+def test_the_gradient_of_dot_regression_is_longest_elsewhere_than_at_a_right_angle():
+    """The documentation says only that it is not 0 there."""
+    lengths = {}
+    for s in (-0.5, 0.0):
+        x = torch.tensor([[s, math.sqrt(1 - s * s)]], dtype=torch.float64, requires_grad=True)
+        w = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+        nckernels.dot_regression_loss(x, w, torch.zeros(1, dtype=torch.int64)).backward()
+        lengths[s] = float(x.grad.norm())
+    assert lengths == pytest.approx({-0.5: 0.75 * math.sqrt(3), 0.0: 1.0})
 
 
 def test_all_runs_all_and_names_what_differs(monkeypatch, tmp_path, capsys):
