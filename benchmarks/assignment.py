@@ -262,7 +262,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--write", action="store_true", help="write the table into docs/neural-collapse.md")
     add("--quiet", action="store_true", help="the table only")
     args = parser.parse_args(argv)
-    for name in ("seeds", "processes"):
+    for name in ("seeds", "processes", "epochs", "batch_size", "width"):
         if getattr(args, name) < 1:
-            parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
+            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
     return args
