@@ -125,7 +125,7 @@ def neural_collapse(
     ``mir`` NaN), no rotation (``nc3_rotated`` NaN), and the decision is always the first class.
 
     With prototypes, ``mir``, ``hdr`` and their centred forms need the eigenvalues of five K x K matrices: O(K^3) time,
-    and about six such matrices in memory (800 MB each at K = 10,000). Nothing else needs one.
+    and about six such matrices in memory (800 MB each at K = 10,000). For d < K nothing else makes one.
 
     Raises:
         ValueError: where a shape, a dtype, a label or a value that is not finite does not fit the above.
