@@ -30,8 +30,8 @@ def convergence_iteration(
 
     Args:
         steps: iterations at which ``values`` were taken, increasing.
-        values: one metric. A NaN counts as outside and restarts the average.
-        optimum: see :func:`optimum`.
+        values: one metric. One that is not finite counts as outside and restarts the average.
+        optimum: see :func:`optimum`. NaN is never reached.
         tolerance: for "95 % NC" 0.05 times the metric's entry in :func:`ranges`.
         smoothing: weight of the past in the exponentially weighted average a_t = s a_{t-1} + (1 - s) x_t over
             the evaluations, in [0, 1); 0 takes the values as they are.
@@ -57,6 +57,10 @@ def first_reach(
     With ``level`` the final value of another run, divided by that run's iterations, this is part (II) of
     [NCD] Table 7: the share of its iterations needed to match it. None if it is not matched at the end.
     """
+    if math.isnan(level):
+        raise ValueError("level: expected a number, got nan")
+    if math.isnan(optimum):
+        raise ValueError("optimum: expected a number, got nan")
     return convergence_iteration(steps, values, optimum, abs(level - optimum), smoothing=smoothing)
 
 
@@ -295,6 +299,6 @@ def _smoothed(values: Sequence[float], smoothing: float) -> list[float]:
     averages: list[float] = []
     average = NAN
     for value in values:
-        average = value if math.isnan(average) else smoothing * average + (1 - smoothing) * value
+        average = value if not math.isfinite(average) else smoothing * average + (1 - smoothing) * value
         averages.append(average)
     return averages

@@ -1,13 +1,16 @@
 """The single metrics of neural collapse.
 
 They take features as they are: pass unit vectors for the definitions of [NCD], raw ones for those of Papyan et al.
-Functions of ``(features, target)`` take (N, d) floating-point features and (N,) integer labels and look at the
-classes that occur. Anything else, and features that are not finite, is a ValueError. All arithmetic is float64.
+Functions of ``(features, target)`` take (N, d) floating-point features and (N,) integer labels, on whatever device, and
+look at the classes that occur. Prototypes, means and points are floating-point matrices with a row for each class or
+point. Anything else, and values that are not finite, is a ValueError that names the argument. All arithmetic is
+float64.
 """
 
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -17,19 +20,20 @@ from torch import Tensor
 NAN = float("nan")
 _NO_ENTROPY = 1e-12  # the entropy of a rank-one Gram matrix, up to rounding
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_CHUNK = 2**22  # entries of a block of samples against classes: 32 MiB
+_CHUNK = 2**22  # entries of a block of samples or classes against classes: 32 MiB
 
 
 def class_means(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Plain means per class, (K, d) in float64, zero where a class is absent, and the class counts (K,)."""
-    features = double(features)
-    sums = features.new_zeros(num_classes, features.shape[1]).index_add_(0, target, features)
-    counts = torch.bincount(target, minlength=num_classes)
-    return sums / counts.clamp(min=1).unsqueeze(1), counts
+    check_features(features, target)
+    check_positive("num_classes", num_classes)
+    check_labels(target, num_classes)
+    return _class_means(double(features), _index(target, features), num_classes)
 
 
 def effective_rank(matrix: Tensor) -> float:
     """exp of the entropy of the singular values scaled to sum 1 (Roy & Vetterli 2007), 0 for zero."""
+    check_matrix("matrix", matrix)
     return _spectrum_rank(torch.linalg.svdvals(double(matrix)))
 
 
@@ -42,6 +46,7 @@ def covariance_rank(points: Tensor, *, noise: float | None = None) -> float:
     The authors' code adds 1e-7 to each of the d shares before the entropy, which raises the result by less
     than 0.1 % at d = 512; it is left out here so that a simplex gives K - 1 exactly.
     """
+    check_matrix("points", points)
     if len(points) < 2:
         return NAN
     noise = rounding_noise(points.dtype) if noise is None else noise
@@ -57,26 +62,34 @@ def covariance_rank(points: Tensor, *, noise: float | None = None) -> float:
 def intra_class_rank(features: Tensor, target: Tensor, *, noise: float | None = None) -> float:
     """Mean over the classes of :func:`covariance_rank`; classes with one sample are left out."""
     check_features(features, target)
-    by_class = features[target.argsort()].split(target.unique(return_counts=True)[1].tolist())
+    target = _index(target, features)
+    by_class = double(features)[target.argsort()].split(target.unique(return_counts=True)[1].tolist())
+    noise = rounding_noise(features.dtype) if noise is None else noise
     ranks = [covariance_rank(rows, noise=noise) for rows in by_class if len(rows) > 1]
     return sum(ranks) / len(ranks) if ranks else NAN
 
 
 def weight_alignment(prototypes: Tensor, means: Tensor) -> float:
     """Mean over c of |v_c - m_c/|m_c||^2 with v_c the unit prototype: NC3, from 0 to 4."""
+    check_matrix("prototypes", prototypes)
+    check_matrix("means", means)
     _check_shape("means", means, tuple(prototypes.shape))
-    return (directions(prototypes) - unit(means)).square().sum(1).mean().item()
+    return (directions(prototypes) - unit(means).to(home(prototypes.device))).square().sum(1).mean().item()
 
 
 def instance_alignment(features: Tensor, prototypes: Tensor, target: Tensor) -> float:
     """Mean over i of |u_i - v_{y_i}|^2, u and v unit vectors: NC1 and NC3 together, from 0 to 4."""
     check_features(features, target)
+    check_matrix("prototypes", prototypes)
+    _check_shape("prototypes", prototypes, (len(prototypes), features.shape[1]))
     check_labels(target, len(prototypes))
-    return (directions(features) - directions(prototypes)[target]).square().sum(1).mean().item()
+    v = directions(prototypes).to(home(features.device))[_index(target, features)]
+    return (directions(features) - v).square().sum(1).mean().item()
 
 
 def matrix_entropy(gram: Tensor) -> float:
     """-sum l ln l over the eigenvalues l of G/K, G = Gram matrix of K unit vectors: from 0 to ln K."""
+    _check_square("gram", gram)
     eigenvalues = torch.linalg.eigvalsh(double(gram) / len(gram)).clamp(min=0)
     return -torch.xlogy(eigenvalues, eigenvalues).sum().item()
 
@@ -86,18 +99,23 @@ def mutual_information_ratio(gram_w: Tensor, gram_m: Tensor) -> float:
 
     NaN where an entropy is 0: one vector, or two that are parallel.
     """
-    if len(gram_w) < 2:
-        return NAN
-    h_w, h_m, h_joint = matrix_entropy(gram_w), matrix_entropy(gram_m), matrix_entropy(gram_w * gram_m)
-    return _ratio(h_w + h_m - h_joint, min(h_w, h_m), floor=_NO_ENTROPY)
+    _check_square("gram_w", gram_w)
+    _check_square("gram_m", gram_m, len(gram_w))
+    return _mutual_information_ratio(*map(matrix_entropy, (gram_w, gram_m, gram_w * gram_m)))
 
 
 def entropy_difference_ratio(gram_w: Tensor, gram_m: Tensor) -> float:
     """HDR = |H(G_W) - H(G_M)| / max(H(G_W), H(G_M)) [NCD §5.2]; NaN where both are 0."""
-    if len(gram_w) < 2:
-        return NAN
-    h_w, h_m = matrix_entropy(gram_w), matrix_entropy(gram_m)
-    return _ratio(abs(h_w - h_m), max(h_w, h_m), floor=_NO_ENTROPY)
+    _check_square("gram_w", gram_w)
+    _check_square("gram_m", gram_m, len(gram_w))
+    return _entropy_difference_ratio(matrix_entropy(gram_w), matrix_entropy(gram_m))
+
+
+def entropy_ratios(h_w: float, gram_w: Tensor, gram_m: Tensor) -> tuple[float, float]:
+    """MIR and HDR with H(G_W) known, which is the same for every G_M: an eigenvalue problem costs O(K^3)."""
+    h_m = matrix_entropy(gram_m)
+    mir = _mutual_information_ratio(h_w, h_m, matrix_entropy(gram_w * gram_m))
+    return mir, _entropy_difference_ratio(h_w, h_m)
 
 
 def within_class_scatter(features: Tensor, target: Tensor) -> float:
@@ -140,7 +158,7 @@ def class_distance_variance(features: Tensor, target: Tensor, *, noise: float | 
     """Class-distance normalised variance (Galanti et al. 2022): 0 at collapse, unbounded.
 
     The mean over the pairs of classes of (v_c + v_c') / (2 |m_c - m_c'|^2) with v_c the mean of |z_i - m_c|^2
-    in class c. It takes O(K^2 d) time and O(K^2) memory. NaN for one class, and as soon as the means of any two
+    in class c. It takes O(K^2 d) time and no K x K matrix. NaN for one class, and as soon as the means of any two
     classes coincide up to the rounding error (``noise``, by default of the dtype).
     """
     return class_distance_variance_of(class_statistics(features, target, noise=noise))
@@ -177,8 +195,8 @@ def class_statistics(features: Tensor, target: Tensor, *, noise: float | None = 
     check_features(features, target)
     noise = rounding_noise(features.dtype) if noise is None else noise
     features = double(features)
-    present, labels = target.to(features.device).unique(return_inverse=True)
-    means, counts = class_means(features, labels, len(present))
+    present, labels = _index(target, features).unique(return_inverse=True)
+    means, counts = _class_means(features, labels, len(present))
     deviations = (features - means[labels]).square().sum(1)
     variances = torch.zeros_like(means[:, 0]).index_add_(0, labels, deviations) / counts
     return ClassStatistics(means, variances, counts, labels, noise * _rms(features))
@@ -213,11 +231,18 @@ def scatter_ratio_of(statistics: ClassStatistics) -> float:
 def class_distance_variance_of(statistics: ClassStatistics) -> float:
     """:func:`class_distance_variance` of given statistics."""
     means, variances = statistics.means, statistics.variances
-    first, second = torch.triu_indices(len(means), len(means), offset=1, device=means.device)
-    distances = F.pdist(means)  # the pairs in that order; differences, not a Gram matrix: close means stay apart
-    if len(distances) == 0 or distances.min() <= statistics.rounding:
+    k = len(means)
+    if k < 2:
         return NAN
-    return ((variances[first] + variances[second]) / (2 * distances.square())).mean().item()
+    # The sum over the pairs is that of v_c / (2 |m_c - m_c'|^2) over all c != c': rows in blocks, no K x K matrix.
+    total, closest = means.new_zeros(()), means.new_tensor(math.inf)
+    for block, v in zip(_blocks(k), variances.split(_block_size(k)), strict=True):
+        # Differences, not a Gram matrix: close means stay apart.
+        distances = torch.cdist(means[block], means, compute_mode="donot_use_mm_for_euclid_dist")
+        distances.diagonal(block.start).fill_(math.inf)
+        closest = torch.minimum(closest, distances.min())
+        total += (v * distances.square_().reciprocal_().sum(1)).sum()
+    return NAN if closest <= statistics.rounding else (total / (k * (k - 1))).item()
 
 
 def rotated_self_duality(prototypes: Tensor, means: Tensor) -> float:
@@ -229,8 +254,10 @@ def rotated_self_duality(prototypes: Tensor, means: Tensor) -> float:
     sizes of the scatter are the same, V^T V / |V|^2 = B^T B / |B|^2, to 2, where the two spans are orthogonal.
     NaN where either is zero.
     """
+    check_matrix("prototypes", prototypes)
+    check_matrix("means", means)
     _check_shape("means", means, tuple(prototypes.shape))
-    v, b = double(prototypes), double(means)
+    v, b = double(prototypes), double(means).to(home(prototypes.device))
     size = (v.norm() * b.norm()).item()
     if size == 0:
         return NAN
@@ -247,15 +274,19 @@ def nearest_mean_agreement(features: Tensor, prototypes: Tensor, means: Tensor, 
     where all prototypes are zero. The (N, K) matrices exist in blocks only.
     """
     check_features(features)
+    check_matrix("prototypes", prototypes, empty=False)
+    check_matrix("means", means)
     _check_shape("means", means, (len(prototypes), features.shape[1]))
     _check_shape("prototypes", prototypes, tuple(means.shape))
-    z, w, m = double(features), double(prototypes), double(means)
-    offset = torch.zeros_like(w[:, 0]) if bias is None else double(bias)
+    z = double(features)
+    w, m = double(prototypes).to(z.device), double(means).to(z.device)
+    offset = torch.zeros_like(w[:, 0]) if bias is None else double(bias).to(z.device)
     _check_shape("bias", offset, (len(w),))
+    _check_finite("bias", offset)
     centre = m.mean(0)  # |z - m_c|^2 loses nothing to a common offset
     m = m - centre
     agree = 0
-    for rows in z.split(max(1, _CHUNK // len(w))):
+    for rows in z.split(_block_size(len(w))):
         nearest = (m.square().sum(1) / 2 - (rows - centre) @ m.T).argmin(1)
         agree += int(((rows @ w.T + offset).argmax(1) == nearest).sum())
     return agree / len(z)
@@ -271,43 +302,79 @@ class SimplexDeviation(NamedTuple):
 
 
 def simplex_deviation(means: Tensor) -> SimplexDeviation:
-    """Distance of K class means from a centred simplex: true NC2. NaN for fewer than two means.
+    """Distance of K class means (K, d) from a centred simplex: true NC2. NaN for fewer than two means.
 
     With b_c = m_c - mean(m): ``norms`` is std |b_c| / mean |b_c|; ``cosines`` and ``cosines_max`` are the
     root mean square and the largest deviation of cos(b_c, b_c') from -1/(K-1) over the pairs; ``offset`` is
-    |mean(m)| / rms |m_c|, which is the only one of them that an orthogonal frame does not bring to 0.
+    |mean(m)| / rms |m_c|, which is the only one of them that an orthogonal frame does not bring to 0. The first three
+    are NaN if the means coincide up to the rounding error of their dtype.
     """
+    check_matrix("means", means)
     k = len(means)
     if k < 2:
         return SimplexDeviation(NAN, NAN, NAN, NAN)
-    means = double(means)
+    noise, means = rounding_noise(means.dtype), double(means)
     centre = means.mean(0)
     centred = means - centre
+    spread, size = _rms(centred), _rms(means)
+    offset = _ratio(centre.norm().item(), size)
+    if spread <= noise * size:  # they would have cosines of 0 with one another, next to a simplex of many classes
+        return SimplexDeviation(NAN, NAN, NAN, offset)
     norms = centred.norm(dim=1)
-    pointing = unit(centred)
-    upper = torch.triu_indices(k, k, offset=1, device=means.device)
-    error = (pointing @ pointing.T)[upper[0], upper[1]] + 1 / (k - 1)
+    pointing = unit(centred / spread)
+    squares, largest = means.new_zeros(()), means.new_zeros(())
+    for block in _blocks(k):
+        error = pointing[block] @ pointing.T + 1 / (k - 1)
+        error.diagonal(block.start).zero_()
+        squares += error.square().sum()
+        largest = torch.maximum(largest, error.abs().max())
     return SimplexDeviation(
         norms=_ratio(norms.std(correction=0).item(), norms.mean().item()),
-        cosines=error.square().mean().sqrt().item(),
-        cosines_max=error.abs().max().item(),
-        offset=_ratio(centre.norm().item(), means.square().sum(1).mean().sqrt().item()),
+        cosines=(squares / (k * (k - 1))).sqrt().item(),
+        cosines_max=largest.item(),
+        offset=offset,
     )
 
 
 def check_features(features: Tensor, target: Tensor | None = None) -> None:
-    """ValueError unless these are (N, d) finite floating-point features, N >= 1, and (N,) integer labels."""
-    if features.ndim != 2 or len(features) == 0 or not features.is_floating_point():
+    """ValueError unless these are (N, d) finite floating-point features, N and d >= 1, and (N,) integer labels."""
+    if not is_matrix(features) or 0 in features.shape:
         raise ValueError(
-            f"features: expected a floating-point tensor (N, d) with N >= 1, got {features.dtype} of shape "
-            f"{tuple(features.shape)}"
+            f"features: expected a floating-point tensor (N, d) with N >= 1 and d >= 1, got {described(features)}"
         )
-    if target is not None and (target.shape != features.shape[:1] or target.dtype not in _INTEGERS):
-        raise ValueError(
-            f"target: expected {len(features)} integer labels, got {target.dtype} of shape {tuple(target.shape)}"
-        )
-    if not features.isfinite().all():
-        raise ValueError("features: expected finite values, got inf or NaN")
+    if target is not None and not are_labels(target, len(features)):
+        raise ValueError(f"target: expected {len(features)} integer labels, got {described(target)}")
+    _check_finite("features", features)
+
+
+def check_matrix(name: str, value: Tensor, *, empty: bool = True) -> None:
+    """ValueError unless this is a finite floating-point matrix with columns, and with rows unless it may be empty."""
+    if not is_matrix(value) or value.shape[1] == 0 or not (empty or len(value)):
+        least = "one column" if empty else "one row and one column"
+        raise ValueError(f"{name}: expected a floating-point matrix with at least {least}, got {described(value)}")
+    _check_finite(name, value)
+
+
+def is_matrix(value: object) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 2 and value.is_floating_point()
+
+
+def are_labels(value: object, count: int) -> bool:
+    return isinstance(value, Tensor) and value.shape == (count,) and value.dtype in _INTEGERS
+
+
+def described(value: object) -> str:
+    """What came, for the message of an error."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    kind = type(value).__name__
+    return f"a {kind} of {len(value)}" if isinstance(value, tuple | list) else f"a {kind}"
+
+
+def check_positive(name: str, value: object, *, least: int = 1) -> None:
+    """ValueError unless this is an integer and at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+        raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
 
 
 def check_labels(target: Tensor, num_classes: int) -> None:
@@ -327,8 +394,12 @@ def double(x: Tensor) -> Tensor:
 
 
 def directions(x: Tensor) -> Tensor:
-    """Unit rows in float64, however short they were; zero rows stay zero."""
-    return F.normalize(double(x), dim=-1, eps=torch.finfo(torch.float64).tiny)
+    """Unit rows in float64, however short or long they were; zero rows stay zero."""
+    tiny = torch.finfo(torch.float64).tiny
+    rows = double(x)
+    if x.dtype == torch.float64:  # the squares of smaller dtypes have room in float64
+        rows = rows / rows.abs().amax(-1, keepdim=True).clamp(min=tiny)
+    return F.normalize(rows, dim=-1, eps=tiny)
 
 
 def unit(x: Tensor) -> Tensor:
@@ -344,6 +415,47 @@ def rounding_noise(dtype: torch.dtype) -> float:
 def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(value.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
+
+
+def _check_square(name: str, value: Tensor, size: int | None = None) -> None:
+    check_matrix(name, value, empty=False)
+    size = len(value) if size is None else size
+    _check_shape(name, value, (size, size))
+
+
+def _check_finite(name: str, value: Tensor) -> None:
+    if not value.isfinite().all():
+        raise ValueError(f"{name}: expected finite values, got inf or NaN")
+
+
+def _class_means(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """:func:`class_means` of float64 features and int64 labels that have been checked."""
+    sums = features.new_zeros(num_classes, features.shape[1]).index_add_(0, target, features)
+    counts = torch.bincount(target, minlength=num_classes)
+    return sums / counts.clamp(min=1).unsqueeze(1), counts
+
+
+def _index(target: Tensor, features: Tensor) -> Tensor:
+    """Labels that can index what is computed from the features. Others would: uint8 is taken for a mask."""
+    return target.to(device=home(features.device), dtype=torch.int64)
+
+
+def _block_size(classes: int) -> int:
+    return max(1, _CHUNK // classes)
+
+
+def _blocks(classes: int) -> list[slice]:
+    """Rows of a matrix of all classes against all, as many at a time as there is room for."""
+    size = _block_size(classes)
+    return [slice(start, min(start + size, classes)) for start in range(0, classes, size)]
+
+
+def _mutual_information_ratio(h_w: float, h_m: float, h_joint: float) -> float:
+    return _ratio(h_w + h_m - h_joint, min(h_w, h_m), floor=_NO_ENTROPY)
+
+
+def _entropy_difference_ratio(h_w: float, h_m: float) -> float:
+    return _ratio(abs(h_w - h_m), max(h_w, h_m), floor=_NO_ENTROPY)
 
 
 def _rms(rows: Tensor) -> float:

@@ -17,15 +17,18 @@ from .measures import (
     between_class_axes,
     check_features,
     check_labels,
+    check_matrix,
+    check_positive,
     class_distance_variance_of,
     class_statistics,
     covariance_rank,
+    described,
     directions,
     double,
-    entropy_difference_ratio,
+    entropy_ratios,
     home,
     intra_class_rank,
-    mutual_information_ratio,
+    matrix_entropy,
     nearest_mean_agreement,
     rotated_self_duality,
     rounding_noise,
@@ -41,7 +44,7 @@ Features = Literal["signed", "relu"]
 
 @dataclass(frozen=True)
 class NeuralCollapse:
-    """Result of :func:`neural_collapse`. A value that the data leaves undefined is NaN.
+    """Result of :func:`neural_collapse`. A value that the data leave undefined is NaN.
 
     u_i: unit features; m_c: plain mean of the u_i of class c; v_c: unit prototypes; K: classes present.
     The first seven fields follow [NCD] Table 3, the others are ours.
@@ -121,6 +124,9 @@ def neural_collapse(
     Prototypes that are all zero have rank 0, squared distance 1 from every unit vector and entropy 0 (``hdr`` 1,
     ``mir`` NaN), no rotation (``nc3_rotated`` NaN), and the decision is always the first class.
 
+    With prototypes, ``mir``, ``hdr`` and their centred forms need the eigenvalues of five K x K matrices: O(K^3) time,
+    and about six such matrices in memory (800 MB each at K = 10,000). For d < K nothing else makes one.
+
     Raises:
         ValueError: where a shape, a dtype, a label or a value that is not finite does not fit the above.
     """
@@ -135,10 +141,10 @@ def neural_collapse(
         if prototypes is None:
             return NAN
         if bias is None:
-            v = directions(prototypes)[present]
+            v = directions(prototypes).to(u.device)[present]
             return NAN if math.isnan(statistics.between) else nearest_mean_agreement(u, v, means)
         raw = class_statistics(features, target)
-        w, b = prototypes[present], bias[present]
+        w, b = double(prototypes).to(u.device)[present], double(bias).to(u.device)[present]
         return NAN if math.isnan(raw.between) else nearest_mean_agreement(features, w, raw.means, b)
 
     return report_of(
@@ -181,20 +187,23 @@ def report_of(
     if not coincide:
         deviation = simplex_deviation(means)
     b = means - means.mean(0)
-    centred, published = unit(b), unit(unit(means) - unit(mean))
-    g_centred, g_published = centred @ centred.T, published @ published.T
+    v = None if prototypes is None else directions(prototypes).to(means.device)[present]
 
     def against(metric: Callable[[Tensor], float], *, of_differences: bool = False) -> float:
         """A metric of the unit prototypes of the classes that occur."""
-        if prototypes is None or (of_differences and coincide):
-            return NAN
-        return metric(directions(prototypes).to(means.device)[present])
+        return NAN if v is None or (of_differences and coincide) else metric(v)
 
     def instances(v: Tensor) -> float:
         """The mean of |u_i - v_{y_i}|^2: sum_c n_c (v_c + |m_c - v_c|^2) / N."""
         squares = statistics.variances + (means - v).square().sum(1)
         return ((counts * squares).sum() / counts.sum()).item()
 
+    mir = hdr = mir_centred = hdr_centred = NAN
+    if v is not None and not coincide:  # K x K matrices
+        gram, published, centred = v @ v.T, unit(unit(means) - unit(mean)), unit(b)
+        entropy = matrix_entropy(gram)
+        mir, hdr = entropy_ratios(entropy, gram, published @ published.T)
+        mir_centred, hdr_centred = entropy_ratios(entropy, gram, centred @ centred.T)
     weights_erank = NAN
     if prototypes is not None:
         weights_erank = covariance_rank(directions(prototypes), noise=rounding_noise(prototypes.dtype))
@@ -204,16 +213,16 @@ def report_of(
         weights_erank=weights_erank,
         weight_alignment=against(lambda v: weight_alignment(v, means)),
         instance_alignment=against(instances),
-        mir=against(lambda v: mutual_information_ratio(v @ v.T, g_published), of_differences=True),
-        hdr=against(lambda v: entropy_difference_ratio(v @ v.T, g_published), of_differences=True),
+        mir=mir,
+        hdr=hdr,
         nc1=nc1,
         within_scatter=statistics.within,
         nc2_norms=deviation.norms,
         nc2_cosines=deviation.cosines,
         nc2_cosines_max=deviation.cosines_max,
         offset=deviation.offset,
-        mir_centred=against(lambda v: mutual_information_ratio(v @ v.T, g_centred), of_differences=True),
-        hdr_centred=against(lambda v: entropy_difference_ratio(v @ v.T, g_centred), of_differences=True),
+        mir_centred=mir_centred,
+        hdr_centred=hdr_centred,
         nc1_rank=float(between_class_axes(statistics).shape[1]),
         scatter_ratio=scatter_ratio_of(statistics),
         cdnv=class_distance_variance_of(statistics),
@@ -239,8 +248,7 @@ def optimum(num_classes: int, *, features: Features = "signed") -> NeuralCollaps
     r = (1 - 2/sqrt(K)) / (2 - 2/sqrt(K)).
     """
     k = num_classes
-    if k < 2:
-        raise ValueError(f"num_classes: expected at least 2, got {k}")
+    check_positive("num_classes", k, least=2)
     if features not in ("signed", "relu"):
         raise ValueError(f"features: expected 'signed' or 'relu', got {features!r}")
     relu = features == "relu"
@@ -265,7 +273,13 @@ def ranges(num_classes: int, dim: int) -> dict[str, float]:
     to 2, the value of unrelated directions; the rest spans 0 to 1. [NCD] does not print its tolerances:
     these match the axes of its Fig. 2. ``nc1``, ``scatter_ratio``, ``cdnv`` and ``bias_spread`` are unbounded
     and therefore not listed.
+
+    Args:
+        num_classes: K, at least 2.
+        dim: d, at least 1.
     """
+    check_positive("num_classes", num_classes, least=2)
+    check_positive("dim", dim)
     return {
         "intra_erank": float(dim),
         "inter_erank": num_classes - 1.0,
@@ -291,6 +305,12 @@ def shares(result: NeuralCollapse, num_classes: int, dim: int, *, features: Feat
     """How much of the way to the optimum each metric of :func:`ranges` has gone: 1 - |value - optimum| / range.
 
     Clipped to [0, 1]; NaN where the value or the optimum is. "95 % NC" is a share of at least 0.95.
+
+    Args:
+        result: of :func:`neural_collapse`.
+        num_classes: K, the number of classes that occur, which is what all but ``weights_erank`` are measured against.
+        dim: number of features d.
+        features: which :func:`optimum` counts.
     """
     values, best = asdict(result), asdict(optimum(num_classes, features=features))
 
@@ -319,22 +339,22 @@ def _check(
 ) -> int:
     """The number of classes, if everything fits."""
     check_features(features, target)
+    if num_classes is not None:
+        check_positive("num_classes", num_classes)
     if prototypes is not None:
-        if prototypes.ndim != 2 or prototypes.shape[1] != features.shape[1] or len(prototypes) == 0:
+        check_matrix("prototypes", prototypes, empty=False)
+        if prototypes.shape[1] != features.shape[1]:
             raise ValueError(
                 f"prototypes: expected shape (num_classes, {features.shape[1]}), got {tuple(prototypes.shape)}"
             )
         if num_classes is not None and num_classes != len(prototypes):
             raise ValueError(f"num_classes: expected {len(prototypes)}, the number of prototypes, got {num_classes}")
-        if not prototypes.isfinite().all():
-            raise ValueError("prototypes: expected finite values, got inf or NaN")
         num_classes = len(prototypes)
     if bias is not None:
         wanted = "num_classes" if num_classes is None else num_classes
-        if bias.ndim != 1 or not bias.is_floating_point() or num_classes not in (None, len(bias)):
-            raise ValueError(
-                f"bias: expected a floating-point tensor ({wanted},), got {bias.dtype} of shape {tuple(bias.shape)}"
-            )
+        fits = isinstance(bias, Tensor) and bias.ndim == 1 and bias.is_floating_point()
+        if not fits or num_classes not in (None, len(bias)):
+            raise ValueError(f"bias: expected a floating-point tensor ({wanted},), got {described(bias)}")
         if not bias.isfinite().all():
             raise ValueError("bias: expected finite values, got inf or NaN")
         num_classes = len(bias)

@@ -28,16 +28,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .measures import (
-    _INTEGERS,
     NAN,
     ClassStatistics,
     _spectrum_rank,
+    are_labels,
     between_class_axes,
     check_labels,
+    check_positive,
     covariance_rank,
+    described,
     directions,
     double,
     home,
+    is_matrix,
     nearest_mean_agreement,
     rounding_noise,
 )
@@ -152,8 +155,8 @@ class CollapseMetric(Metric):
     ) -> None:
         # torchmetrics would answer from its cache on a rank without new samples, and the others wait for it.
         super().__init__(**{"compute_with_cache": False, **kwargs})
-        _check_positive("num_classes", num_classes)
-        _check_positive("dim", dim)
+        check_positive("num_classes", num_classes)
+        check_positive("dim", dim)
         self.num_classes, self.dim = num_classes, dim
         place = home(self.device)
         state = torch.zeros(num_classes + dim, dim + 2, dtype=torch.float64, device=place)
@@ -323,7 +326,7 @@ def measure(
         )
     if getattr(encoder, "training", False):
         raise ValueError("encoder: expected it in eval mode (encoder.eval()), got training mode")
-    _check_positive("memory", memory)
+    check_positive("memory", memory)
     classifier = next((x for x in (prototypes, bias) if x is not None), None)
     if num_classes is None:
         if classifier is None:
@@ -333,10 +336,10 @@ def measure(
     def read(number: int, of: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in _with_progress(batches, f"pass {number}" + (f" of {of}" if of else ""), progress):
             if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
-                raise ValueError(f"batches: expected pairs of an input and a tensor of labels, got {_described(batch)}")
+                raise ValueError(f"batches: expected pairs of an input and a tensor of labels, got {described(batch)}")
             features = batch[0] if encoder is None else encoder(batch[0])
             if not isinstance(features, Tensor) or features.ndim != 2:
-                raise ValueError(f"features: expected a tensor (B, d), got {_described(features)}")
+                raise ValueError(f"features: expected a tensor (B, d), got {described(features)}")
             if len(features):
                 yield features, batch[1].to(features.device)
 
@@ -566,45 +569,25 @@ class _Agreement:
 
 def _check_batch(features: Tensor, target: Tensor, num_classes: int, dim: int) -> None:
     """Shapes and dtypes, and values where looking at them makes nobody wait."""
-    if features.ndim != 2 or features.shape[1] != dim or not features.is_floating_point():
-        raise ValueError(
-            f"features: expected a floating-point tensor (B, {dim}), got {features.dtype} of shape "
-            f"{tuple(features.shape)}"
-        )
-    if target.shape != features.shape[:1] or target.dtype not in _INTEGERS:
-        raise ValueError(
-            f"target: expected {len(features)} integer labels, got {target.dtype} of shape {tuple(target.shape)}"
-        )
+    if not is_matrix(features) or features.shape[1] != dim:
+        raise ValueError(f"features: expected a floating-point tensor (B, {dim}), got {described(features)}")
+    if not are_labels(target, len(features)):
+        raise ValueError(f"target: expected {len(features)} integer labels, got {described(target)}")
     if len(features) and features.device.type == "cpu" and not torch.compiler.is_compiling():
         if not features.isfinite().all():
             raise ValueError("features: expected finite values, got inf or NaN")
         check_labels(target, num_classes)
 
 
-def _check_positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
-
-
 def _checked(name: str, value: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
     """A copy of a finite floating-point tensor of this shape."""
     if value is None:
         return None
-    if tuple(value.shape) != shape or not value.is_floating_point():
-        raise ValueError(
-            f"{name}: expected a floating-point tensor of shape {shape}, got {value.dtype} of shape "
-            f"{tuple(value.shape)}"
-        )
+    if not isinstance(value, Tensor) or tuple(value.shape) != shape or not value.is_floating_point():
+        raise ValueError(f"{name}: expected a floating-point tensor of shape {shape}, got {described(value)}")
     if not value.isfinite().all():
         raise ValueError(f"{name}: expected finite values, got inf or NaN")
     return value.detach().clone()
-
-
-def _described(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    kind = type(value).__name__
-    return f"a {kind} of {len(value)}" if isinstance(value, tuple | list) else f"a {kind}"
 
 
 def _distributed() -> bool:

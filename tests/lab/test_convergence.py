@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from nckernels.metrics import RunHistory, convergence_table, optimum
+from nckernels.metrics import RunHistory, convergence_iteration, convergence_table, first_reach, optimum
 from nckernels.metrics.cli import main
 from nckernels.metrics.convergence import TABLE_7, TABLE_7_METRICS
 
@@ -226,3 +226,10 @@ def test_command_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_command_loads_no_trainer() -> None:
     code = "import sys, nckernels.metrics.cli; print(*[m for m in sys.modules if m.startswith('nckernels.train')])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+
+
+def test_values_that_are_not_finite() -> None:
+    """An infinite value does not stay in the average for good, and a level that is none is named."""
+    assert convergence_iteration([1, 2, 3], [math.inf, 0, 0], 0, 0.1) == 2
+    with pytest.raises(ValueError, match="level: expected a number, got nan"):
+        first_reach([1], [0.0], math.nan, 0)

@@ -16,15 +16,23 @@ from nckernels.geometry import simplex_etf
 from nckernels.metrics import (
     between_class_rank,
     class_distance_variance,
+    class_means,
+    covariance_rank,
+    effective_rank,
+    entropy_difference_ratio,
     instance_alignment,
     intra_class_rank,
+    matrix_entropy,
     measures,
+    mutual_information_ratio,
     nearest_mean_agreement,
     neural_collapse,
     optimum,
+    ranges,
     rotated_self_duality,
     scatter_ratio,
     shares,
+    simplex_deviation,
     variability_collapse,
     weight_alignment,
     within_class_scatter,
@@ -291,7 +299,7 @@ def test_relu_optimum_is_where_the_paper_arrives() -> None:
     assert math.isnan(two.mir)
     with pytest.raises(ValueError, match="features: expected 'signed' or 'relu', got 'gelu'"):
         optimum(10, features="gelu")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="num_classes: expected at least 2, got 1"):
+    with pytest.raises(ValueError, match="num_classes: expected an integer >= 2, got 1"):
         optimum(1, features="relu")
 
 
@@ -361,3 +369,70 @@ def test_zero_prototypes() -> None:
     assert (result.weight_alignment, result.instance_alignment) == pytest.approx((1, 1))
     assert all(math.isnan(value) for value in (result.mir, result.mir_centred, result.nc3_rotated))
     assert 0 <= result.nc4 <= 1
+
+
+# What comes in
+
+
+def test_labels_of_every_integer_dtype() -> None:
+    """PyTorch takes uint8 for a mask and int16 for no index at all."""
+    x, y, w = normal(12, 4), torch.arange(12) % 3, normal(3, 4, seed=1)
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        assert instance_alignment(x, w, y.to(dtype)) == instance_alignment(x, w, y)
+        assert torch.equal(class_means(x, y.to(dtype), 3)[0], class_means(x, y, 3)[0])
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-165, 1e200])
+def test_length_does_not_matter(scale: float) -> None:
+    """The squares of such rows leave float64's range: unit vectors of length 1e108, or 0, came of it."""
+    x, y, w = normal(12, 4), torch.arange(12) % 3, normal(3, 4, seed=1)
+    result, expected = asdict(neural_collapse(scale * x, y, scale * w)), asdict(neural_collapse(x, y, w))
+    assert result == pytest.approx(expected, rel=1e-9, nan_ok=True)
+    short = 1e-13 * simplex_etf(10, 20, dtype=torch.float64)
+    assert simplex_deviation(short).cosines_max < 1e-12
+
+
+def test_means_that_coincide_are_no_simplex() -> None:
+    """Cosines of 0 are only 1 / (K - 1) away from those of a simplex."""
+    for means in (torch.ones(1000, 5), torch.zeros(3, 2), 0.3 + 1e-9 * normal(50, 4).float()):
+        deviation = simplex_deviation(means)
+        assert all(map(math.isnan, deviation[:3]))
+
+
+def test_blocks_of_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No matrix of all pairs of classes without prototypes, and the same values."""
+    k, d = 60, 5
+    x, y = normal(3 * k, d), torch.arange(3 * k) % k
+    once = asdict(neural_collapse(x, y))
+    monkeypatch.setattr(measures, "_CHUNK", 7 * k)
+    with Largest() as largest:
+        assert asdict(neural_collapse(x, y)) == pytest.approx(once, rel=1e-12, nan_ok=True)
+    assert largest.entries <= 3 * k * d < k * k
+
+
+def test_bad_input_is_named() -> None:
+    x, y, w = normal(12, 4), torch.arange(12) % 3, normal(3, 4)
+    nan, gram = torch.full_like(w, math.nan), w @ w.T
+    bad: list[tuple[str, Callable[[], object]]] = [
+        ("matrix: expected finite", lambda: effective_rank(nan)),
+        ("points: expected a floating-point matrix", lambda: covariance_rank(y.view(3, 4))),
+        ("points: expected finite", lambda: covariance_rank(nan)),
+        (r"gram: expected shape \(3, 3\)", lambda: matrix_entropy(w)),
+        (r"gram_m: expected shape \(3, 3\)", lambda: mutual_information_ratio(gram, gram[:2, :2])),
+        (r"gram_m: expected shape \(3, 3\)", lambda: entropy_difference_ratio(gram, gram[:2, :2])),
+        ("means: expected finite", lambda: rotated_self_duality(w, nan)),
+        ("means: expected finite", lambda: nearest_mean_agreement(x, w, nan)),
+        ("prototypes: .* at least one row", lambda: nearest_mean_agreement(x, w[:0], w[:0])),
+        ("means: expected a floating-point matrix", lambda: simplex_deviation(w[0])),
+        ("means: expected finite", lambda: weight_alignment(w, nan)),
+        (r"prototypes: expected shape \(3, 4\)", lambda: instance_alignment(x, w[:, :1], y)),
+        (r"target: expected labels in \[0, 2\)", lambda: class_means(x, y, 2)),
+        ("num_classes: expected an integer >= 1, got 3.0", lambda: neural_collapse(x, y, num_classes=3.0)),  # type: ignore[arg-type]
+        ("prototypes: .* got torch.int64", lambda: neural_collapse(x, y, w.long())),
+        ("features: .* d >= 1", lambda: neural_collapse(x[:, :0], y)),
+        ("target: .* got a list of 12", lambda: neural_collapse(x, y.tolist())),  # type: ignore[arg-type]
+        ("dim: expected an integer >= 1, got 0", lambda: ranges(3, 0)),
+    ]
+    for message, call in bad:
+        with pytest.raises(ValueError, match=message):
+            call()

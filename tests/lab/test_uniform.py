@@ -254,8 +254,9 @@ def test_errors_name_the_argument() -> None:
             uniform_prototypes(9, 3, **options)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="seed must be an int"):
         uniform_prototypes(9, 3, seed=1.0)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="dtype"):
-        uniform_prototypes(9, 3, dtype=torch.int32)
+    for dtype in (torch.int32, "float32"):
+        with pytest.raises(TypeError, match="dtype: expected a floating-point dtype, got"):
+            uniform_prototypes(9, 3, dtype=dtype)  # type: ignore[arg-type]
     for sizes in ((0, 3), (3, 0)):
         with pytest.raises(ValueError, match=r"(num_classes|dim): expected"):
             uniform_prototypes(*sizes)
