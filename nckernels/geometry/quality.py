@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from ..metrics.measures import directions
 
 _TILE = 1024  # rows and columns of cosines at a time: 8 MiB
 
@@ -88,14 +89,12 @@ def check_potential(t: float) -> None:
 
 def _directions(prototypes: Tensor) -> Tensor:
     """Unit rows in float64."""
-    home = torch.device("cpu") if prototypes.device.type == "mps" else prototypes.device  # Metal has no float64
-    rows = prototypes.detach().to(device=home, dtype=torch.float64)
-    size = rows.abs().amax(1, keepdim=True) if rows.shape[1] else rows.new_zeros(len(rows), 1)
+    rows = prototypes.detach()
+    size = rows.abs().amax(1) if rows.shape[1] else rows.new_zeros(len(rows))
     for bad, what in ((~size.isfinite(), "be finite"), (size == 0.0, "not be zero")):
         if bool(bad.any()):
             raise ValueError(f"prototypes: every row must {what}, row {int(bad.int().argmax())} breaks this")
-    rows = rows / size  # a square of what is very short or long would leave float64's range
-    return rows / rows.norm(dim=1, keepdim=True)
+    return directions(rows)
 
 
 def _angle(a: Tensor, b: Tensor) -> float:

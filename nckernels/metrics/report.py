@@ -147,21 +147,24 @@ def neural_collapse(
         w, b = double(prototypes).to(u.device)[present], double(bias).to(u.device)[present]
         return NAN if math.isnan(raw.between) else nearest_mean_agreement(features, w, raw.means, b)
 
+    axes = between_class_axes(statistics)
     return report_of(
         statistics,
+        axes,
         present,
         prototypes,
         bias,
         mean=u.mean(0),
         noise=noise,
         intra_erank=intra_class_rank(u, compact, noise=noise),
-        nc1=whitened_scatter(u, statistics, between_class_axes(statistics)),
+        nc1=whitened_scatter(u, statistics, axes),
         nc4=agreement(),
     )
 
 
 def report_of(
     statistics: ClassStatistics,
+    axes: Tensor,
     present: Tensor,
     prototypes: Tensor | None,
     bias: Tensor | None,
@@ -176,6 +179,7 @@ def report_of(
 
     Args:
         statistics: of the unit features.
+        axes: their :func:`between_class_axes`.
         present: (K,) bool.
         prototypes, bias: of all K classes.
         mean: (d,) of all unit features.
@@ -183,11 +187,15 @@ def report_of(
     """
     means, counts = statistics.means, statistics.counts
     coincide = math.isnan(statistics.between)  # then the centred means are rounding errors
-    deviation = SimplexDeviation(NAN, NAN, NAN, simplex_deviation(means).offset)
-    if not coincide:
-        deviation = simplex_deviation(means)
+    deviation = simplex_deviation(means)
+    if coincide:
+        deviation = SimplexDeviation(NAN, NAN, NAN, deviation.offset)
     b = means - means.mean(0)
-    v = None if prototypes is None else directions(prototypes).to(means.device)[present]
+    v, weights_erank = None, NAN
+    if prototypes is not None:
+        rows = directions(prototypes)
+        v = rows.to(means.device)[present]
+        weights_erank = covariance_rank(rows, noise=rounding_noise(prototypes.dtype))
 
     def against(metric: Callable[[Tensor], float], *, of_differences: bool = False) -> float:
         """A metric of the unit prototypes of the classes that occur."""
@@ -204,9 +212,6 @@ def report_of(
         entropy = matrix_entropy(gram)
         mir, hdr = entropy_ratios(entropy, gram, published @ published.T)
         mir_centred, hdr_centred = entropy_ratios(entropy, gram, centred @ centred.T)
-    weights_erank = NAN
-    if prototypes is not None:
-        weights_erank = covariance_rank(directions(prototypes), noise=rounding_noise(prototypes.dtype))
     return NeuralCollapse(
         intra_erank=intra_erank,
         inter_erank=covariance_rank(means, noise=noise),
@@ -223,7 +228,7 @@ def report_of(
         offset=deviation.offset,
         mir_centred=mir_centred,
         hdr_centred=hdr_centred,
-        nc1_rank=float(between_class_axes(statistics).shape[1]),
+        nc1_rank=float(axes.shape[1]),
         scatter_ratio=scatter_ratio_of(statistics),
         cdnv=class_distance_variance_of(statistics),
         nc3_rotated=against(lambda v: rotated_self_duality(v, b), of_differences=True),

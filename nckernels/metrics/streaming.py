@@ -265,6 +265,7 @@ def _report(state: Tensor, noise: Tensor, prototypes: Tensor | None, bias: Tenso
     projected = (axes * (_Moments.of(state).within @ axes)).sum() / total  # tr(S_W X X^T)
     return report_of(
         statistics,
+        axes,
         present,
         prototypes,
         bias,
