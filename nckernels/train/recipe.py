@@ -1,0 +1,299 @@
+"""What a training run is: all its settings, by section, with their defaults and meanings.
+
+:mod:`.recipes` reads them from TOML files, of the package or one's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, cast, get_args
+
+from . import typed
+
+LossName = Literal["ce", "normface", "ntce", "nonl", "scl", "prototype", "etf-dr", "dlp", "psc-star", "bce"]
+Projection = Literal["none", "linear", "mlp"]
+Precision = Literal["float32", "bfloat16", "float16"]
+
+LOSSES: tuple[str, ...] = get_args(LossName)
+CONTRASTIVE = ("scl", "prototype")
+"""Losses without prototypes: they contrast views, and the class means are the classifier."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """``[data]``: what to train and to test on."""
+
+    name: str = "digits"
+    """digits, glyphs, cifar10, cifar100, folder, or a data set of torchvision's such as food101."""
+    root: str = "data"
+    """Folder with the files; nothing is downloaded into it."""
+    validation: bool = False
+    """Hold out a part of the training set and test on that: to choose settings without the test set."""
+    classes: tuple[int, int] = (0, 0)
+    """Classes [from, to) only, labelled from 0; (0, 0): all."""
+    image_size: int = 0
+    """Height and width of the network's input in pixels; 0: as the data set has them (224 for files)."""
+    imbalance: float = 1.0
+    """Smallest class / largest class of a long-tailed training set, exponential in between; 1: as it is."""
+    balanced: bool = False
+    """Draw classes uniformly, then a sample of the class: batches without a long tail."""
+    workers: int = 4
+    """Processes that read files, on each rank; data sets in memory need none."""
+    skip_unreadable: bool = False
+    """Leave out images that cannot be read, with a warning that counts them; else the first one is an error."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of the data set's own loader, for instance ``num_classes`` and ``train_views`` of glyphs."""
+
+
+@dataclass(frozen=True)
+class Augment:
+    """``[augment]``: random views of the training images; the default is the images as they are."""
+
+    views: int = 1
+    """Views of each sample in a batch; at least 2 for losses without prototypes."""
+    crop: tuple[float, float] = (1.0, 1.0)
+    """Area of a random crop, resized to the whole; aspect ratios 3/4 to 4/3. (1, 1): none."""
+    flip: float = 0.0
+    """Probability of a horizontal flip."""
+    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """Brightness, contrast, saturation, hue of ColorJitter."""
+    jitter_probability: float = 0.8
+    grayscale: float = 0.0
+    """Probability of grey."""
+    blur: float = 0.0
+    """Probability of a Gaussian blur, of standard deviation 0.1 to 2 pixels."""
+    rotate: float = 0.0
+    """Largest rotation in degrees."""
+    zoom: float = 0.0
+    """Largest change of the size, as a share of it."""
+    shift: float = 0.0
+    """Largest shift, as a share of half the width."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """``[model]``: an encoder and what lies between it and the loss."""
+
+    name: str = "convnet"
+    """convnet, resnet18 or resnet32 (for small images), ``timm:NAME`` or ``torchvision:NAME``."""
+    width: int = 16
+    """Channels of the first block of convnet."""
+    norm: Literal["batch", "group"] = "batch"
+    """Normalisation of convnet and of our ResNets; group norm needs no statistics of other samples."""
+    projection: Projection = "linear"
+    """none: the pooled activations themselves, which are never negative after a ReLU; linear: signed features of size
+    ``dim``; mlp: the same with a hidden layer as wide as its input."""
+    dim: int = 64
+    """Size d of the features; without a projection it is the encoder's, and only convnet can be told another."""
+    pretrained: bool = False
+    """timm and torchvision: their weights, which must be in their cache."""
+    init: str = ""
+    """A run's folder or checkpoint: start from its encoder (and its projection where shapes fit)."""
+    freeze: bool = False
+    """Train the classifier only, on the encoder in eval mode: linear probing."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """``[loss]``: the loss and its classifier."""
+
+    name: LossName = "nonl"
+    """ce, normface, ntce, nonl: with a classifier; scl, prototype: without; etf-dr, dlp: with fixed prototypes;
+    psc-star: ce + 0.01 uniformity; bce: several labels a sample."""
+    temperature: float = 0.1
+    """Of the losses with cosine logits."""
+    global_batch: bool = True
+    """Contrast with the samples of all ranks (``process_group="world"``)."""
+    assignment: Literal["dynamic", "static"] = "dynamic"
+    """Of dlp's points to the classes: anew after every epoch, or at random for good."""
+    queue: int = 0
+    """Past features that nonl, ntce and scl contrast with besides the batch."""
+    decay: float = 0.0
+    """Of running denominators of nonl and ntce; 0: none."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of the loss's own function, for instance ``label_smoothing`` of normface and ce."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """``[optimizer]``."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.05
+    """At its highest, for batches of ``lr_batch`` samples."""
+    lr_batch: int = 0
+    """The learning rate is lr x batch size / lr_batch; 0: it is lr."""
+    momentum: float = 0.9
+    """Of sgd; beta_1 of adamw, whose beta_2 is 0.999."""
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    clip: float = 0.0
+    """Largest norm of the gradient; 0: no limit."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """``[schedule]``: how long, and the learning rate on the way."""
+
+    name: Literal["cosine", "step", "constant"] = "cosine"
+    epochs: int = 60
+    final: float = 1e-3
+    """cosine: the last learning rate as a share of the highest."""
+    milestones: tuple[int, ...] = ()
+    """step: epochs after which the learning rate is multiplied by ``gamma``."""
+    gamma: float = 0.2
+    warmup_epochs: int = 0
+    """Linear, from ``warmup_lr`` to the highest; the schedule runs over the rest."""
+    warmup_lr: float = 0.01
+    """Absolute, and not scaled with the batch."""
+    every: Literal["step", "epoch"] = "step"
+    """Whether the learning rate moves within an epoch."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """``[run]``: batches, precision and what is written when."""
+
+    batch_size: int = 256
+    """Samples per step, of all ranks together."""
+    micro_batch_size: int = 0
+    """Run a rank's batch in pieces of this size, with the gradient of the whole; 0: in one piece."""
+    seed: int = 42
+    device: str = "auto"
+    """auto: the accelerator if there is one, else the CPU."""
+    threads: int = 1
+    """CPU threads; 0: as many as torch likes. With one the result does not depend on the number of cores."""
+    precision: Precision = "float32"
+    """Of the network in training, by autocast; float16 with a gradient scaler."""
+    channels_last: bool = False
+    compile: bool = False
+    sync_batchnorm: bool = True
+    """Over the ranks, on accelerators."""
+    eval_every: int = 0
+    """Steps between evaluations; 0: at the end of every epoch. There is one before the first step and one after the
+    last."""
+    metrics: bool = True
+    """Measure neural collapse of the training set at every evaluation."""
+    probes: tuple[Literal["FP", "LP", "NLP"], ...] = ()
+    """In the end: fixed prototypes and linear probes on features computed once ([NCD] Table 2)."""
+    save_every: int = 0
+    """Steps between checkpoints; 0: at every evaluation."""
+    log_every: int = 10
+    """Steps between lines of the log; the loss is looked at, and the host waits for the device, that often."""
+    backend: str = ""
+    """Of nckernels; empty: its own choice."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that determines a run. Its sections are frozen; :meth:`replace` makes another one."""
+
+    name: str = ""
+    title: str = ""
+    source: str = ""
+    """Where the numbers come from, for instance "[NCD] App. E.1"."""
+    data: Data = field(default_factory=Data)
+    augment: Augment = field(default_factory=Augment)
+    model: Model = field(default_factory=Model)
+    loss: Loss = field(default_factory=Loss)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    run: Run = field(default_factory=Run)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def replace(self, **settings: Any) -> Recipe:
+        """Another recipe, with dotted keys as ``loss__temperature=0.2`` or ``**{"loss.temperature": 0.2}``."""
+        return from_dict(
+            typed.merge(self.to_dict(), typed.nested({k.replace("__", "."): v for k, v in settings.items()}))
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dictionaries of plain values, which :func:`from_dict` takes."""
+        return asdict(self)
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its dotted key."""
+        return dict(typed.flat(self.to_dict()))
+
+
+def from_dict(content: Mapping[str, Any]) -> Recipe:
+    """A recipe of nested dictionaries. Unknown keys and values of the wrong type are errors that name them."""
+    return cast(Recipe, typed.build(Recipe, content))
+
+
+def differences(one: Recipe, other: Recipe) -> list[str]:
+    """The dotted keys in which two recipes differ, names and titles aside."""
+    a, b = one.flat(), other.flat()
+    skip = ("name", "title", "source")
+    return sorted(key for key in {**a, **b} if key not in skip and a.get(key) != b.get(key))
+
+
+def _check(recipe: Recipe) -> None:
+    """Ranges, and combinations that cannot work."""
+    values = recipe.flat()
+    for key, low, high in _RANGES:
+        if not low <= values[key] <= high:
+            span = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
+            raise ValueError(f"{key}: expected {span}, got {values[key]!r}")
+    for key in ("loss.temperature", "optimizer.lr", "schedule.gamma", "data.imbalance"):
+        if values[key] <= 0:
+            raise ValueError(f"{key}: expected a positive number, got {values[key]!r}")
+    low, high = recipe.augment.crop
+    if not 0 < low <= high <= 1:
+        raise ValueError(f"augment.crop: expected two shares, 0 < low <= high <= 1, got {low:g}, {high:g}")
+    first, last = recipe.data.classes
+    if (first, last) != (0, 0) and not 0 <= first < last - 1:
+        raise ValueError(f"data.classes: expected [from, to) of at least two classes, got {first}, {last}")
+    loss, warmup, epochs = recipe.loss, recipe.schedule.warmup_epochs, recipe.schedule.epochs
+    if loss.name in CONTRASTIVE and recipe.augment.views < 2:
+        raise ValueError(f"augment.views: loss.name = {loss.name!r} contrasts views and needs at least 2")
+    if loss.name not in CONTRASTIVE and recipe.augment.views > 1:
+        raise ValueError(f"augment.views: expected 1 for loss.name = {loss.name!r}, got {recipe.augment.views}")
+    if loss.queue and loss.decay:
+        raise ValueError("loss.queue, loss.decay: expected one of them")
+    if loss.assignment == "static" and loss.name != "dlp":
+        raise ValueError(f"loss.assignment: expected 'dynamic' for every loss but dlp, got {loss.assignment!r}")
+    if recipe.model.freeze and loss.name in CONTRASTIVE:
+        raise ValueError(f"model.freeze: loss.name = {loss.name!r} has no classifier to train")
+    if warmup >= epochs > 0:
+        raise ValueError(f"schedule.warmup_epochs: expected less than schedule.epochs, {epochs}, got {warmup}")
+    milestones = recipe.schedule.milestones
+    if list(milestones) != sorted(set(milestones)) or any(m < 1 for m in milestones):
+        raise ValueError(f"schedule.milestones: expected increasing epochs, got {list(milestones)}")
+
+
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("data.image_size", 0, math.inf),
+    ("data.imbalance", 0, 1),
+    ("data.workers", 0, math.inf),
+    ("augment.views", 1, math.inf),
+    ("augment.flip", 0, 1),
+    ("augment.jitter_probability", 0, 1),
+    ("augment.grayscale", 0, 1),
+    ("augment.blur", 0, 1),
+    ("augment.rotate", 0, 180),
+    ("augment.zoom", 0, 0.9),
+    ("augment.shift", 0, 1),
+    ("model.width", 1, math.inf),
+    ("model.dim", 1, math.inf),
+    ("loss.queue", 0, math.inf),
+    ("loss.decay", 0, 0.999999),
+    ("optimizer.lr_batch", 0, math.inf),
+    ("optimizer.momentum", 0, 0.999999),
+    ("optimizer.weight_decay", 0, math.inf),
+    ("optimizer.clip", 0, math.inf),
+    ("schedule.epochs", 1, math.inf),
+    ("schedule.final", 0, 1),
+    ("schedule.warmup_epochs", 0, math.inf),
+    ("schedule.warmup_lr", 0, math.inf),
+    ("run.batch_size", 1, math.inf),
+    ("run.micro_batch_size", 0, math.inf),
+    ("run.threads", 0, math.inf),
+    ("run.eval_every", 0, math.inf),
+    ("run.save_every", 0, math.inf),
+    ("run.log_every", 1, math.inf),
+)

@@ -1,0 +1,99 @@
+"""Recipes as TOML files: those of the package, next to this file, and one's own.
+
+A file has the sections of :class:`~nckernels.train.recipe.Recipe`; what it leaves out has the default. ``[rows.NAME]``
+is a row of a paper's table: what differs in it, section by section. ``cifar100/nonl`` is the row ``nonl`` of
+``cifar100``, and ``mine.toml:nonl`` that of a file. ``[sweep]`` says what a sweep over the file runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from .. import typed
+from ..recipe import Recipe, from_dict
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FOLDER = resources.files(__name__)
+
+
+def load(name: str, settings: Iterable[str] = ()) -> Recipe:
+    """A recipe of the package or of a file, or one of its rows, with settings changed.
+
+    Args:
+        name: ``"cifar100"``, ``"cifar100/nonl"``, ``"path/to/file.toml"`` or ``"path/to/file.toml:row"``.
+        settings: ``"key=value"`` with a dotted key and a value in TOML; what is no TOML is a string.
+
+    Raises:
+        ValueError: naming the recipe, the row or the key that is not there and the nearest one that is, and for
+            values of the wrong type and combinations that cannot work.
+    """
+    content, title = read(name)
+    row = _split(name)[1]
+    rows = content.pop("rows", {})
+    content.pop("sweep", None)
+    if row:
+        if row not in rows:
+            raise ValueError(
+                f"recipe {title}: no row {row!r}{typed.nearest(row, rows)}; it has {', '.join(rows) or 'none'}"
+            )
+        content = typed.merge(content, rows[row])
+    content["name"] = f"{title}/{row}" if row else title
+    for setting in settings:
+        content = typed.merge(content, typed.nested([_assignment(setting)]))
+    return from_dict(content)
+
+
+def rows(name: str) -> tuple[str, ...]:
+    """The rows of a recipe; none if it is a single run."""
+    return tuple(read(name)[0].get("rows", {}))
+
+
+def names() -> tuple[str, ...]:
+    """The recipes of the package."""
+    return tuple(sorted(path.name.removesuffix(".toml") for path in FOLDER.iterdir() if path.name.endswith(".toml")))
+
+
+def read(name: str) -> tuple[dict[str, Any], str]:
+    """The content of a recipe file, ``rows`` and ``sweep`` included, and the recipe's own name."""
+    base, _ = _split(name)
+    if base.endswith(".toml"):
+        path: Any = Path(base)
+        if not path.is_file():
+            raise ValueError(f"recipe: there is no file {base}")
+    else:
+        path = FOLDER / f"{base}.toml"
+        if not path.is_file():
+            raise ValueError(
+                f"recipe: there is no {base!r}{typed.nearest(base, names())}; `python -m nckernels recipes`"
+            )
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8")), base
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {base}: {error}") from None
+
+
+def _split(name: str) -> tuple[str, str]:
+    if ".toml" in name:
+        base, _, row = name.rpartition(".toml")
+        return base + ".toml", row.lstrip(":/")
+    base, _, row = name.partition("/")
+    return base, row
+
+
+def _assignment(setting: str) -> tuple[str, Any]:
+    key, equals, text = setting.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f"--set: expected key=value, got {setting!r}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    return key.strip(), value
