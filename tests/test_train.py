@@ -9,16 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-import nckernels
 from nckernels.metrics import NeuralCollapse, optimum
-from nckernels.train import History, TrainConfig, augment, cli, data, demo, fit
-from nckernels.train.models import LOSSES, ConvNet, make_head, make_loss
+from nckernels.train import History, TrainConfig, cli, data, demo, fit
+from nckernels.train.models import LOSSES, ConvNet, make_head
 from nckernels.train.trainer import cosine_lr, extract
 
 TINY = TrainConfig(epochs=1, batch_size=512, eval_every=1, dim=16, device="cpu")
