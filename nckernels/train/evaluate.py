@@ -107,6 +107,24 @@ def evaluate(
 
 
 @torch.no_grad()
+def accuracy(
+    network: nn.Module,
+    head: Any,
+    dataset: Any,
+    split: Any,
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+) -> float:
+    """Share of a set's samples that are classified as labelled, or the mean average precision."""
+    with _measuring(network, head, device):
+        pairs = datasets.passes(dataset, split, recipe, device, rank=rank, world_size=world_size)
+        return _score(((network(images), labels) for images, labels in pairs), head, world_size)
+
+
+@torch.no_grad()
 def features(
     network: nn.Module,
     dataset: Any,
