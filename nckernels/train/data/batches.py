@@ -47,8 +47,8 @@ class Batches:
         self.steps_per_epoch = count // self._size
         self._recipe, self._device = recipe, torch.device(device)
         self._low, self._high = share(self._size, rank, world_size)
-        self._labels = dataset.train.labels
-        self._classes = _Classes(self._labels) if recipe.data.balanced else None
+        self._labels = dataset.train.labels.to(self._device)
+        self._classes = _Classes(dataset.train.labels) if recipe.data.balanced else None
         self._source: FileReader | _Memory
         if isinstance(dataset.train, Files):
             transform = _transform(dataset, recipe, train=True)
@@ -72,14 +72,14 @@ class Batches:
             device.
         """
         order = self._order(epoch)
+        there = order.to(self._device)
         steps = range(start, self.steps_per_epoch)
         if isinstance(self._source, FileReader):
             images = self._source.read(self._samples(order, epoch, step) for step in steps)
         else:
-            images = (self._from_memory(self._source, order, epoch, step) for step in steps)
+            images = (self._from_memory(self._source, there, epoch, step) for step in steps)
         for step, batch in zip(steps, images, strict=True):
-            labels = self._labels[self._rows(order, step)]
-            yield batch.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
+            yield batch.to(self._device, non_blocking=True), self._labels[self._rows(there, step)]
 
     def _rows(self, order: Tensor, step: int) -> Tensor:
         """The rank's rows of the training set in a step."""
@@ -103,8 +103,7 @@ class Batches:
         count = settings.views
         images = source.take(self._rows(order, step))
         if augment.is_identity(settings):
-            images = source.normalise(images)
-            return images if count == 1 else images[:, None].expand(-1, count, -1, -1, -1)
+            return source.normalise(images)
         random = generator(self._recipe.run.seed, "views", epoch, step)
         u = augment.numbers(random, self._size * count)[self._low * count : self._high * count]
         views = source.normalise(augment.views(images, settings, u))
@@ -152,7 +151,6 @@ class _Memory:
 
     def take(self, rows: Tensor | slice) -> Tensor:
         """In float32, bytes in [0, 1], and of the size that the network sees."""
-        rows = rows.to(self._images.device) if isinstance(rows, Tensor) else rows
         images = self._images[rows].to(self._device)
         images = images / 255 if images.dtype == torch.uint8 else images
         if images.shape[-1] == self._size:

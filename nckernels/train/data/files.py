@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cache
+from .. import cache
 from .seeds import mix
 from .sets import DataError, Dataset, Files
 
@@ -111,7 +111,7 @@ def _unreadable(files: Files, workers: int) -> list[int]:
             digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
         except OSError:
             digest.update(f"{path}\0".encode())
-    kept = cache.folder() / f"unreadable-{digest.hexdigest()}.json"
+    kept = cache.cache_folder() / f"unreadable-{digest.hexdigest()}.json"
     try:
         rows = json.loads(kept.read_text())
         if isinstance(rows, list) and all(isinstance(i, int) and 0 <= i < len(files) for i in rows):

@@ -26,7 +26,7 @@ _LAYOUT = (
 
 
 def load(data: Data) -> Dataset:
-    """The images below ``train`` and ``val`` (or ``validation``, ``test``) in ``data.root``; classes are sorted by name.
+    """The images below ``train`` and ``val`` (or ``validation``, ``test``) in ``data.root``, in classes sorted by name.
 
     The option ``classes_file`` is a text file with a class, for instance a WordNet id, at the start of each line: only
     these classes are taken. Images are not opened here.
@@ -66,8 +66,8 @@ def scan(folder: Path, class_names: Sequence[str]) -> Files:
         loose = sum(entry.name.lower().endswith(_SUFFIXES) for entry in os.scandir(folder))
         if loose:
             raise DataError(
-                f"{folder}: {loose} images and no folders named after classes. ImageNet's validation images come in one "
-                "folder: torchvision.datasets.ImageNet(root, split='val') sorts the original archives into folders, or "
+                f"{folder}: {loose} images and no folders of classes. ImageNet's validation images come in one folder: "
+                "torchvision.datasets.ImageNet(root, split='val') sorts the original archives into folders, or "
                 "move image n to the folder of the class that line n of ILSVRC2012_validation_ground_truth.txt, in the "
                 "development kit, numbers"
             )

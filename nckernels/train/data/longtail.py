@@ -10,7 +10,7 @@ from .subsets import shuffled_rows
 
 
 def class_counts(largest: int, num_classes: int, ratio: float) -> list[int]:
-    """n_c = largest * ratio^(c / (K - 1)), rounded down, at least 1: class 0 is the largest, class K - 1 the smallest."""
+    """n_c = largest * ratio^(c / (K - 1)), rounded down and at least 1; class 0 is the largest, K - 1 the smallest."""
     steps = max(num_classes - 1, 1)
     return [max(int(largest * ratio ** (c / steps) + 1e-9), 1) for c in range(num_classes)]
 

@@ -15,9 +15,9 @@ from .folders import files_dataset
 from .sets import DataError, Dataset, Files, check_options
 
 VOC = (
-    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
-    "sofa train tvmonitor"
-).split()
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
 
 Listing = tuple[list[Any], list[Any], Sequence[str]]
 """Paths, labels and the names of the classes, none where the set has no names."""
@@ -134,8 +134,8 @@ def load(data: Data) -> Dataset:
         listings = [source.listing(kind(data.root, download=False, **split)) for split in (*source.train, source.test)]
     except (RuntimeError, OSError, ValueError, KeyError, ET.ParseError) as error:
         raise DataError(
-            f"{data.name}: {str(error).split('. ')[0]}. Nothing is downloaded here: the data are from {source.url}, and "
-            f"below data.root, {data.root}, torchvision expects {source.layout}"
+            f"{data.name}: {str(error).split('. ')[0]}. Nothing is downloaded: the data are from {source.url}, and below "
+            f"data.root, {data.root}, torchvision expects {source.layout}"
         ) from None
     train, test = _files(listings[:-1]), _files(listings[-1:])
     names = listings[0][2] or [str(c) for c in range(int(train.labels.max()) + 1)]
