@@ -90,11 +90,10 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "--set",
-        action="extend",
-        nargs="+",
+        action="append",
         default=[],
         metavar="KEY=VALUE",
-        help=f"settings of the recipe {RECIPE}, for all losses: schedule.epochs=20 model.projection=none",
+        help=f"change a setting of the recipe {RECIPE} for all losses, for instance schedule.epochs=20; may be repeated",
     )
     add("--out", type=Path, default=Path("demo"), help="folder for the picture and the histories")
     add("--quiet", action="store_true", help="no progress bars")

@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +18,11 @@ from nckernels.metrics import optimum
 from . import checkpoint, corruptions, evaluate
 from .cli import classifier_table
 from .data import Dataset, imagenet_c, open_data
-from .heads import AnyHead, make_head
-from .models import Network, make_network
-from .processes import world
+from .heads import Head
+from .models import Network
+from .processes import World, world
 from .recipe import Recipe, from_dict
+from .step import build
 
 Errors = dict[str, tuple[float, ...]]
 
@@ -32,7 +33,7 @@ class Trained:
 
     recipe: Recipe
     network: Network
-    head: AnyHead
+    head: Head
     data: Dataset
     device: torch.device
 
@@ -61,13 +62,11 @@ def load(folder: Path, device: torch.device, *, root: str = "") -> Trained:
     if root:
         recipe = recipe.replace(data__root=root)
     data = open_data(recipe.data, seed=recipe.run.seed)
-    model = replace(recipe.model, pretrained=False)  # the checkpoint has the weights
     with torch.random.fork_rng(devices=[]):
-        network = make_network(model, data.channels, data.image_size)
-        head = make_head(recipe.loss, network.dim, data.num_classes, steps_per_epoch=1, process_group=None)
+        network, head = build(recipe.replace(model__pretrained=False), data, World(device), start=False)
     network.load_state_dict(state["network"])
     head.load_state_dict(state["head"])
-    return Trained(recipe, network.to(device), head.to(device), data, device)
+    return Trained(recipe, network, head, data, device)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -160,7 +159,8 @@ def _test_table(run: Trained, found: evaluate.Evaluation) -> str:
     word = "mean average precision" if several else "accuracy"
     lines = [f"{run.recipe.name}: {word} {found.train_accuracy:.2%} train, {found.test_accuracy:.2%} test"]
     if found.metrics:
-        reach: Literal["relu", "signed"] = "relu" if run.recipe.model.projection == "none" else "signed"
+        model = run.recipe.model
+        reach: Literal["relu", "signed"] = "relu" if model.projection == "none" or model.freeze else "signed"
         best = asdict(optimum(run.data.num_classes, features=reach))
         lines.append(f"{'training set':>20} {'measured':>10} {'collapse':>10}")
         lines += [f"{name:>20} {value:10.4g} {best[name]:10.4g}" for name, value in found.metrics.items()]
