@@ -37,7 +37,8 @@ def load(name: str, settings: Iterable[str] = ()) -> Recipe:
     """
     content, title = read(name)
     row = _split(name)[1]
-    rows = content.pop("rows", {})
+    rows = _rows(content, title)
+    content.pop("rows", None)
     content.pop("sweep", None)
     if row:
         if row not in rows:
@@ -53,7 +54,7 @@ def load(name: str, settings: Iterable[str] = ()) -> Recipe:
 
 def rows(name: str) -> tuple[str, ...]:
     """The rows of a recipe; none if it is a single run."""
-    return tuple(read(name)[0].get("rows", {}))
+    return tuple(_rows(*read(name)))
 
 
 def names() -> tuple[str, ...]:
@@ -78,6 +79,14 @@ def read(name: str) -> tuple[dict[str, Any], str]:
         return tomllib.loads(path.read_text(encoding="utf-8")), base
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"recipe {base}: {error}") from None
+
+
+def _rows(content: dict[str, Any], title: str) -> dict[str, Any]:
+    rows = content.get("rows", {})
+    for row, settings in rows.items() if isinstance(rows, dict) else (("", rows),):
+        if not isinstance(settings, dict):
+            raise ValueError(f"recipe {title}: rows{row and '.'}{row}: expected a section, got {settings!r}")
+    return dict(rows)
 
 
 def _split(name: str) -> tuple[str, str]:
