@@ -1,4 +1,4 @@
-"""``python -m nckernels info | train | demo | lab | convergence``."""
+"""``python -m nckernels info | train | report | demo | lab | convergence``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ USAGE = """usage: python -m nckernels COMMAND [options]
 commands:
   info    versions, devices, backends, which one would run for which tensors and why not the others
   train   train a small network with one of the losses (--help for the options)
+  report  training runs as one HTML page (--help)
   demo    train cross-entropy, NormFace, NTCE, NONL and SupCon on digits; a table and a picture (--help)
   lab     the papers' claims, each measured beside its closed form, with a picture (--help)
   convergence
@@ -23,6 +24,8 @@ def main(argv: list[str]) -> int:
         from .info import main as run
     elif command == "train":
         from .train.cli import main as run
+    elif command == "report":
+        from .train.report import main as run
     elif command == "demo":
         from .train.demo import main as run
     elif command == "lab":
