@@ -170,13 +170,13 @@ def run(*arguments: str, folder: Path, **options: Any) -> Process:
     return start(*arguments, folder=folder, **options).wait()
 
 
-def ranks(*arguments: str, folder: Path, size: int = 2) -> list[Process]:
-    """The processes that torchrun would start, ended."""
+def start_ranks(*arguments: str, folder: Path, size: int = 2) -> list[Process]:
+    """The processes that torchrun would start."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    started = [
+    return [
         start(
             *arguments,
             folder=folder,
@@ -184,6 +184,11 @@ def ranks(*arguments: str, folder: Path, size: int = 2) -> list[Process]:
         )
         for rank in range(size)
     ]
+
+
+def ranks(*arguments: str, folder: Path, size: int = 2) -> list[Process]:
+    """The same, ended."""
+    started = start_ranks(*arguments, folder=folder, size=size)
     try:
         return [process.wait() for process in started]
     finally:
@@ -265,6 +270,33 @@ def unequal(one: Any, other: Any, path: str = "") -> list[str]:
         return found + [line for i, (a, b) in pairs for line in unequal(a, b, f"{path}/{i}")]
     same = type(one) is type(other) and (one == other or (one != one and other != other))
     return [] if same else [f"{path}: {one!r} and {other!r}"]
+
+
+def refused(process: Process, *words: str) -> None:
+    """It failed with a message of these words, and no traceback."""
+    assert process.returncode in (1, 2), f"{process}\n{process.stdout}\n{process.stderr}"
+    assert "Traceback" not in process.stderr, process.stderr
+    assert len(process.stderr.strip()) < 4000
+    for word in words:
+        assert word in process.stderr, f"{word!r} in\n{process.stderr}"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files, the lock aside."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "lock"
+    }
+
+
+def tensors(content: Any) -> list[Any]:
+    import torch
+
+    if isinstance(content, torch.Tensor):
+        return [content]
+    values = content.values() if isinstance(content, dict) else content if isinstance(content, (list, tuple)) else ()
+    return [tensor for value in values for tensor in tensors(value)]
 
 
 if __name__ == "__main__":

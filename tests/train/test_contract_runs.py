@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import random
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def test_log(run: tuple[cli.Process, Path]) -> None:
     assert all(set(line) == LOG_KEYS for line in lines)
     steps = [line["step"] for line in lines]
     assert len(steps) in (5, 6)  # 22 steps, every 4th
-    assert {b - a for a, b in zip(steps, steps[1:], strict=False)} == {4}
+    assert {b - a for a, b in pairwise(steps)} == {4}
     for line in lines:
         assert line["loss"] > 0
         assert line["grad_norm"] > 0
@@ -135,7 +136,7 @@ def test_log(run: tuple[cli.Process, Path]) -> None:
 
 def test_checkpoint_needs_no_code(run: tuple[cli.Process, Path]) -> None:
     content = torch.load(run[1] / "checkpoint.pt", weights_only=True)
-    assert tensors(content)
+    assert cli.tensors(content)
 
 
 def test_evaluate_reads_a_run(run: tuple[cli.Process, Path]) -> None:
@@ -147,11 +148,11 @@ def test_evaluate_reads_a_run(run: tuple[cli.Process, Path]) -> None:
 
 
 def test_a_finished_run_resumed_stays_as_it_is(run: tuple[cli.Process, Path]) -> None:
-    before = contents(run[1])
+    before = cli.contents(run[1])
     changes = cli.options(run__metrics=True, run__probes=["FP", "LP"], run__log_every=4)
     process = cli.run("train", "digits/nonl", *changes, "--out", "r", "--resume", "auto", folder=run[1].parent)
     assert process.returncode == 0, process.stderr
-    after = contents(run[1])
+    after = cli.contents(run[1])
     assert after["checkpoint.pt"] == before["checkpoint.pt"]
     assert after["log.jsonl"] == before["log.jsonl"]
     assert cli.untimed(json.loads(after["history.json"])) == cli.untimed(json.loads(before["history.json"]))
@@ -159,11 +160,11 @@ def test_a_finished_run_resumed_stays_as_it_is(run: tuple[cli.Process, Path]) ->
 
 def test_folder_with_a_run(run: tuple[cli.Process, Path]) -> None:
     """Without --resume nobody's run is overwritten."""
-    before = contents(run[1])
+    before = cli.contents(run[1])
     process = cli.run("train", "digits/ce", *cli.options(), "--out", "r", folder=run[1].parent)
-    refused(process, "r")
+    cli.refused(process, "r")
     assert "--resume" in process.stderr
-    assert contents(run[1]) == before
+    assert cli.contents(run[1]) == before
 
 
 @pytest.mark.parametrize(
@@ -173,12 +174,12 @@ def test_folder_with_a_run(run: tuple[cli.Process, Path]) -> None:
 def test_checkpoint_of_another_recipe(
     run: tuple[cli.Process, Path], recipe: str, changes: dict[str, Any], key: str
 ) -> None:
-    before = contents(run[1])
+    before = cli.contents(run[1])
     same = {"run__metrics": True, "run__probes": ["FP", "LP"], "run__log_every": 4}
     arguments = cli.options(**same, **changes)
     process = cli.run("train", recipe, *arguments, "--out", "r", "--resume", "auto", folder=run[1].parent)
-    refused(process, key)
-    assert contents(run[1]) == before
+    cli.refused(process, key)
+    assert cli.contents(run[1]) == before
 
 
 def test_two_processes_in_one_folder(tmp_path: Path) -> None:
@@ -187,106 +188,12 @@ def test_two_processes_in_one_folder(tmp_path: Path) -> None:
     try:
         assert first.until((tmp_path / "r/checkpoint.pt").exists), first.stderr
         first.signal(cli.signal.SIGSTOP)
-        before = contents(tmp_path / "r")
+        before = cli.contents(tmp_path / "r")
         for resume in ((), ("--resume", "auto")):
-            refused(cli.start(*arguments, *resume, folder=tmp_path).wait(30), "r")
-        assert contents(tmp_path / "r") == before
+            cli.refused(cli.start(*arguments, *resume, folder=tmp_path).wait(30), "r")
+        assert cli.contents(tmp_path / "r") == before
     finally:
         first.kill()
-
-
-BAD = {
-    "unknown section": ({"optimiser__lr": 1.0}, "optimizer.lr"),
-    "unknown key": ({"loss__temprature": 0.1}, "loss.temperature"),
-    "wrong type": ({"run__batch_size": "many"}, "run.batch_size"),
-    "not positive": ({"loss__temperature": 0.0}, "loss.temperature"),
-    "contrastive without views": ({"loss__name": "scl"}, "augment.views"),
-    "unknown loss": ({"loss__name": "nonll"}, "nonl"),
-    "unknown data": ({"data__name": "digit"}, "data.name"),
-    "unknown model": ({"model__name": "resnet19"}, "model.name"),
-    "unknown option of the loss": ({"loss__options": {"smoothing": 0.1}}, "smoothing"),
-    "unknown option of the data": ({"data__options": {"views": 3}}, "views"),
-    "queue of a loss without": ({"loss__name": "normface", "loss__queue": 64}, "loss.queue"),
-    "decay of a loss without": ({"loss__name": "ce", "loss__decay": 0.9}, "loss.decay"),
-    "several labels": ({"loss__name": "bce"}, "bce"),
-    "too few dimensions": ({"loss__name": "etf-dr", "model__dim": 4}, "dim"),
-    "weights of a model without": ({"model__pretrained": True}, "model.pretrained"),
-    "batch larger than the set": ({"run__batch_size": 5000}, "run.batch_size"),
-    "unknown device": ({"run__device": "warp"}, "run.device"),
-    "classes that are not there": ({"data__classes": [5, 40]}, "data.classes"),
-    "no such start": ({"model__init": "nowhere"}, "nowhere"),
-    "no such backend": ({"run__backend": "abacus"}, "abacus"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_settings(case: str, tmp_path: Path) -> None:
-    """A message on stderr, no traceback, and nothing that would be in the way of the next attempt."""
-    changes, word = BAD[case]
-    process = cli.run("train", "digits/nonl", *cli.options(**changes), "--out", "r", folder=tmp_path)
-    refused(process, word)
-    assert not (tmp_path / "r/checkpoint.pt").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "word"),
-    [
-        (["digts/nonl"], "digits"),
-        (["digits/nonll"], "nonl"),
-        (["none.toml"], "none.toml"),
-        (["digits/nonl", "--set", "run.seed"], "key=value"),
-        (["digits/nonl", "--sett", "run.seed=1"], "--sett"),
-        ([], "RECIPE"),
-    ],
-)
-def test_bad_arguments(arguments: list[str], word: str, tmp_path: Path) -> None:
-    process = cli.run("train", *arguments, "--out", "r", folder=tmp_path)
-    assert process.returncode == 2, str(process)
-    refused(process, word)
-    assert not (tmp_path / "r").exists()
-
-
-def test_a_setting_that_fails_can_be_corrected(tmp_path: Path) -> None:
-    for epochs, batch, status in ((1, 5000, (1, 2)), (1, 512, (0,))):
-        changes = cli.options(schedule__epochs=epochs, run__batch_size=batch)
-        process = cli.run("train", "digits/nonl", *changes, "--out", "r", folder=tmp_path)
-        assert process.returncode in status, process.stderr
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("cifar10", ("cs.toronto.edu", "cifar-10-python")),
-        ("cifar100", ("cs.toronto.edu", "cifar-100-python")),
-        ("folder", ("train",)),
-    ],
-)
-def test_missing_data(name: str, expected: tuple[str, ...], tmp_path: Path) -> None:
-    """The message has the official source and the expected layout."""
-    changes = cli.options(data__name=name, data__root=str(tmp_path / "absent"))
-    process = cli.run("train", "digits/nonl", *changes, "--out", "r", folder=tmp_path)
-    refused(process, "absent", *expected)
-    assert process.returncode == 1
-
-
-def test_dry_run(tmp_path: Path) -> None:
-    process = cli.run("train", "digits/nonl", *cli.options(), "--out", "r", "--dry-run", folder=tmp_path)
-    assert process.returncode == 0, process.stderr
-    assert not (tmp_path / "r").exists()
-    text = process.stdout.lower()
-    for word in ("temperature", "0.1", "128", "convnet", "parameters", "memory", "naive"):
-        assert word in text, f"{word} in\n{process.stdout}"
-
-
-def test_diverged(tmp_path: Path) -> None:
-    """A loss that is not finite stops the run with the step and the last good checkpoint."""
-    changes = cli.options(optimizer__lr=1e30, run__save_every=1, schedule__name="constant")
-    process = cli.run("train", "digits/ce", *changes, "--out", "r", folder=tmp_path)
-    assert process.returncode == 1
-    refused(process, "step", "checkpoint.pt")
-    cli.log(tmp_path / "r")
-    cli.history(tmp_path / "r")
-    assert all(t.isfinite().all() for t in tensors(torch.load(tmp_path / "r/checkpoint.pt", weights_only=True)))
 
 
 # In one process
@@ -352,22 +259,22 @@ def test_fit_and_the_command_line_agree(twins: list[tuple[Any, Path]], tmp_path:
 def test_the_global_generators_are_left_alone() -> None:
     import numpy as np
 
-    before = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())
+    before = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())  # noqa: NPY002
     deterministic = torch.are_deterministic_algorithms_enabled()
     fit(None, schedule__epochs=1, augment__shift=0.1)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
-    assert repr(np.random.get_state()) == before[2]
+    assert repr(np.random.get_state()) == before[2]  # noqa: NPY002
     assert torch.are_deterministic_algorithms_enabled() == deterministic
     assert torch.get_default_dtype() == torch.float32
 
 
 def test_fit_does_not_overwrite(twins: list[tuple[Any, Path]]) -> None:
-    before = contents(twins[0][1])
+    before = cli.contents(twins[0][1])
     with pytest.raises(Exception, match="resume") as caught:
         fit(twins[0][1], run__seed=1)
     assert not isinstance(caught.value, TypeError)
-    assert contents(twins[0][1]) == before
+    assert cli.contents(twins[0][1]) == before
 
 
 def test_start_from_a_run_with_a_frozen_encoder(twins: list[tuple[Any, Path]]) -> None:
@@ -392,28 +299,3 @@ def test_micro_batches_do_not_change_the_run(tmp_path: Path) -> None:
 def test_replaced_recipe_differs_by_its_keys(run: tuple[cli.Process, Path]) -> None:
     recipe = from_dict(json.loads((run[1] / "recipe.json").read_text()))
     assert differences(recipe, recipe.replace(run__seed=7)) == ["run.seed"]
-
-
-def refused(process: cli.Process, *words: str) -> None:
-    """It failed with a message of these words, and no traceback."""
-    assert process.returncode in (1, 2), f"{process}\n{process.stdout}\n{process.stderr}"
-    assert "Traceback" not in process.stderr, process.stderr
-    assert len(process.stderr.strip()) < 4000
-    for word in words:
-        assert word in process.stderr, f"{word!r} in\n{process.stderr}"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """The files, the lock aside."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "lock"
-    }
-
-
-def tensors(content: Any) -> list[torch.Tensor]:
-    if isinstance(content, torch.Tensor):
-        return [content]
-    values = content.values() if isinstance(content, dict) else content if isinstance(content, (list, tuple)) else ()
-    return [tensor for value in values for tensor in tensors(value)]
