@@ -23,7 +23,7 @@ from nckernels.train.recipe import Data
 
 CHECKSUMS = {
     "cifar10": {
-        "md5": "c58f30108f718f92721af3bb95e7349a",
+        "md5": "c58f30108f718f92721af3b95e74349a",
         "sha256": "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
     },
     "cifar100": {
