@@ -14,10 +14,11 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
+from nckernels.train.trainer import cosine_lr, extract
+
 from nckernels.metrics import NeuralCollapse, optimum
 from nckernels.train import History, TrainConfig, cli, data, demo, fit
 from nckernels.train.models import LOSSES, ConvNet, make_head
-from nckernels.train.trainer import cosine_lr, extract
 
 TINY = TrainConfig(epochs=1, batch_size=512, eval_every=1, dim=16, device="cpu")
 METRICS = {field.name for field in dataclasses.fields(NeuralCollapse)}
