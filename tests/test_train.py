@@ -9,17 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-import nckernels
-from nckernels.metrics import NeuralCollapse, optimum
-from nckernels.train import History, TrainConfig, augment, cli, data, demo, fit
-from nckernels.train.models import LOSSES, ConvNet, make_head, make_loss
 from nckernels.train.trainer import cosine_lr, extract
+
+from nckernels.metrics import NeuralCollapse, optimum
+from nckernels.train import History, TrainConfig, cli, data, demo, fit
+from nckernels.train.models import LOSSES, ConvNet, make_head
 
 TINY = TrainConfig(epochs=1, batch_size=512, eval_every=1, dim=16, device="cpu")
 METRICS = {field.name for field in dataclasses.fields(NeuralCollapse)}
@@ -68,61 +67,7 @@ def test_a_dataset_can_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.history.steps == [0, 1, 2]
 
 
-# Models
-
-
-@pytest.mark.parametrize("shape", [(5, 1, 8, 8), (5, 3, 32, 32)])
-@pytest.mark.parametrize("features", ["linear", "mlp", "relu"])
-def test_features(features: str, shape: tuple[int, ...]) -> None:
-    torch.manual_seed(0)
-    out = ConvNet(shape[1], 24, features)(torch.randn(shape))
-    assert out.shape == (5, 24)
-    assert (out.min() < 0) == (features != "relu")
-
-
-def test_what_lies_below_the_head() -> None:
-    torch.manual_seed(0)
-    images = torch.randn(5, 1, 8, 8)
-    for features, pooled in (("linear", 64), ("mlp", 64), ("relu", 24)):
-        net = ConvNet(1, 24, features).eval()
-        below = net.encode(images)
-        assert below.shape == (5, pooled)
-        assert below.min() >= 0
-        assert torch.equal(net.head(below), net(images))
-
-
-def test_contrastive_head() -> None:
-    """SupCon of the views to train, class means to classify."""
-    torch.manual_seed(0)
-    head = make_head("scl", 6, 4, temperature=0.2)
-    x, y = torch.randn(9, 2, 6), torch.arange(9) % 4
-    assert torch.equal(head.loss(x, y), nckernels.supcon_loss(x, y, temperature=0.2))
-    assert list(head.parameters()) == []
-    head.fit(x[:, 0], y)
-    means = torch.stack([F.normalize(x[y == c, 0], dim=1).mean(0) for c in range(4)])
-    torch.testing.assert_close(head.prototypes, F.normalize(means, dim=1))
-
-
 # Views
-
-
-def test_views_are_those_of_the_seed() -> None:
-    images = data.load("digits").train_images[:20]
-    first, again, other = (augment.views(images, 3, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
-    assert first.shape == (20, 3, 1, 8, 8)
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-
-
-def test_views_are_of_their_own_image_and_differ() -> None:
-    """A view correlates with its image more than with the average other, and no two views are the same."""
-    images = data.load("digits").train_images[:50]
-    views = augment.views(images, 2, torch.Generator().manual_seed(0))
-    flat, views = (F.normalize(x.flatten(start) - x.mean(), dim=-1) for x, start in ((images, 1), (views, 2)))
-    cosine = views[:, 0] @ flat.T
-    assert cosine.diagonal().mean() > 0.7
-    assert (cosine.diagonal() > cosine.mean(1)).all()
-    assert ((views[:, 0] - views[:, 1]).abs().amax(1) > 1e-3).all()
 
 
 def test_contrastive_run_ends_with_three_classifiers(tmp_path: Path) -> None:
@@ -137,48 +82,6 @@ def test_contrastive_run_ends_with_three_classifiers(tmp_path: Path) -> None:
     assert History.load(tmp_path / "history.json").classifiers == history.classifiers
     one = fit(tiny(loss="scl", views=1), progress=False).history
     assert one.loss[-1] != fit(tiny(loss="scl", views=2), progress=False).history.loss[-1]
-
-
-def test_cross_entropy_head_is_the_plain_thing() -> None:
-    head = make_head("ce", 6, 4, temperature=0.1)
-    x, y = torch.randn(9, 6), torch.arange(9) % 4
-    assert torch.equal(head.prototypes, head.weight)
-    assert torch.equal(head.loss(x, y), F.cross_entropy(x @ head.weight.T + head.bias, y))
-
-
-def test_psc_star_is_cross_entropy_with_uniform_prototypes() -> None:
-    torch.manual_seed(0)
-    head = make_head("psc-star", 6, 4, temperature=0.1)
-    x, y = torch.randn(9, 6), torch.arange(9) % 4
-    w = F.normalize(head.weight, dim=1)
-    pairs = torch.pdist(w).square().mul(-2).exp().mean().log()
-    torch.testing.assert_close(head.loss(x, y), F.cross_entropy(x @ head.weight.T + head.bias, y) + 0.01 * pairs)
-
-
-def test_etf_dr_pulls_to_a_simplex() -> None:
-    torch.manual_seed(0)
-    head = make_head("etf-dr", 5, 6, temperature=0.1)
-    cosines = head.prototypes @ head.prototypes.T
-    torch.testing.assert_close(cosines, 1.2 * torch.eye(6) - 0.2, atol=1e-6, rtol=0)
-    x, y = torch.randn(9, 5), torch.arange(9) % 6
-    torch.testing.assert_close(head.loss(x, y), 0.5 * (F.cosine_similarity(x, head.prototypes[y]) - 1).square().mean())
-    assert list(head.parameters()) == []
-    with pytest.raises(ValueError, match=r"dim: 7 vectors with equal pairwise cosines .* need at least 6 dimensions"):
-        make_head("etf-dr", 5, 7, temperature=0.1)
-
-
-def test_both_assignments_start_from_the_same_random_one() -> None:
-    heads = []
-    for assignment, seed in (("static", 0), ("dynamic", 0), ("static", 1)):
-        torch.manual_seed(seed)
-        heads.append(make_head("dlp", 4, 7, temperature=0.1, assignment=assignment, refresh_every=3))
-    static, dynamic, other = (head.prototypes for head in heads)
-    assert torch.equal(static, dynamic)
-    assert not torch.equal(static, other)
-    # The points themselves are those of the dimensions and the number of classes, whatever the seed.
-    torch.testing.assert_close(static.sum(0), other.sum(0))
-    assert {tuple(row) for row in static.tolist()} == {tuple(row) for row in other.tolist()}
-    assert heads[1].refresh_every == 3
 
 
 # Trainer
@@ -215,11 +118,6 @@ def test_labels_are_assigned_anew_after_every_epoch() -> None:
     assert sorted(dynamic.head.assignment.tolist()) == list(range(10))
     assert dynamic.head.calls == 9
     assert dynamic.head.refresh_every == 3
-
-
-def test_the_width_of_the_network() -> None:
-    run = fit(tiny(width=5), progress=False)
-    assert [block[0].out_channels for block in run.model.blocks] == [5, 10, 20]
 
 
 @pytest.mark.parametrize("loss", ["ce", "psc-star", "nonl", "dlp"])
@@ -271,14 +169,6 @@ def test_losses_that_see_past_batches(loss: str, more: dict[str, float]) -> None
     plain, longer = (fit(tiny(loss=loss, batch_size=400, **o), progress=False).history for o in ({}, more))
     assert plain.loss[1] == pytest.approx(longer.loss[1], rel=1e-5)
     assert abs(plain.loss[2] - longer.loss[2]) > 1e-3
-
-
-def test_supcon_with_a_queue() -> None:
-    head = make_head("scl", 6, 4, temperature=0.2)
-    loss, x, y = make_loss(head, 16, 0.0), torch.randn(5, 2, 6), torch.arange(5) % 4
-    torch.testing.assert_close(loss(x, y), nckernels.supcon_loss(x, y, temperature=0.2))
-    assert loss.queue.labels[:10].tolist() == y.repeat_interleave(2).tolist()
-    assert not torch.equal(loss(x, y), nckernels.supcon_loss(x, y, temperature=0.2))
 
 
 def test_amp_and_backend() -> None:
