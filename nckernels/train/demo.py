@@ -93,7 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help=f"change a setting of the recipe {RECIPE} for all losses, for instance schedule.epochs=20; may be repeated",
+        help=f"change a setting of the recipe {RECIPE} for all losses, such as schedule.epochs=20; may be repeated",
     )
     add("--out", type=Path, default=Path("demo"), help="folder for the picture and the histories")
     add("--quiet", action="store_true", help="no progress bars")
