@@ -147,10 +147,10 @@ def _measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def _errors(run: Trained, imagenet_root: str | None = None) -> Errors:
     """On corruptions of the test set, or on ImageNet-C."""
     if imagenet_root is None:
-        return corruptions.corruption_errors(run.accuracy, lambda *which: corruptions.corrupted(run.data.test, *which))
+        return corruptions.corruption_errors(run.accuracy, lambda n, s: corruptions.corrupted(run.data.test, n, s))
     names = run.data.class_names
     return corruptions.corruption_errors(
-        run.accuracy, lambda *which: imagenet_c.read(imagenet_root, *which, names), imagenet_c.CORRUPTIONS
+        run.accuracy, lambda n, s: imagenet_c.read(imagenet_root, n, s, names), imagenet_c.CORRUPTIONS
     )
 
 
