@@ -17,7 +17,7 @@ from nckernels.metrics import optimum
 
 from . import checkpoint, corruptions, evaluate
 from .cli import classifier_table
-from .data import Dataset, imagenet_c, open_data
+from .data import DataError, Dataset, imagenet_c, open_data
 from .heads import Head
 from .models import Network
 from .processes import World, world
@@ -82,10 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(text)
         if arguments.json is not None:
             arguments.json.write_text(json.dumps(results, indent=1) + "\n")
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    except FloatingPointError as error:
+    except (DataError, FloatingPointError, OSError) as error:
         parser.exit(1, f"{parser.prog}: {arguments.run}: {error}\n")
+    except (ValueError, ImportError) as error:
+        parser.error(str(error))
     return 0
 
 

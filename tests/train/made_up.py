@@ -46,7 +46,9 @@ def history(
         return [None if math.isnan(value) else float(value) for value in values]
 
     top = 0.9 + 0.08 * skill if accuracy is None else accuracy
-    reached = np.clip(1 / classes + (1 - np.exp(-8 * time)) * (top - 1 / classes) + random.normal(size=done) * 2e-3, 0, 1)
+    reached = np.clip(
+        1 / classes + (1 - np.exp(-8 * time)) * (top - 1 / classes) + random.normal(size=done) * 2e-3, 0, 1
+    )
     off = (1 - skill) * random.uniform(-0.3, 0.5, (classes, classes)) - skill / (classes - 1)
     cosines = np.clip((off + off.T) / 2, -1, 1)
     np.fill_diagonal(cosines, 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,7 +14,7 @@ pytest.importorskip("torchmetrics")
 
 from nckernels.__main__ import main as program
 from nckernels.train import corruptions, evaluate_cli
-from nckernels.train.data import imagenet_c
+from nckernels.train.data import Dataset, imagenet_c, passes
 from nckernels.train.engine import fit
 from nckernels.train.recipes import load
 
@@ -91,6 +92,26 @@ def test_imagenet_c_is_divided_by_alexnet(
     assert capsys.readouterr().out.splitlines()[-1].split()[-1] == f"{100 * values['mce']:.1f}"
 
 
+def test_the_images_of_imagenet_c_are_not_cropped_again(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    image = pytest.importorskip("PIL.Image")
+    names = ("a", "b")
+    pixels = torch.randint(256, (224, 224, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for name in names:
+        folder = tmp_path / "fog" / "3" / name
+        folder.mkdir(parents=True)
+        image.fromarray(pixels.numpy()).save(folder / "1.png")
+    files = imagenet_c.read(tmp_path, "fog", 3, names)
+    data = Dataset(files, files, 2, names, 3, 224, (0.0,) * 3, (1.0,) * 3)
+    recipe = load("digits/ce", ["data.workers=0"])
+    ((images, labels),) = passes(data, files, recipe, "cpu")
+    assert labels.tolist() == [0, 1]
+    assert torch.equal((255 * images).round().byte(), pixels.permute(2, 0, 1).expand(2, -1, -1, -1))
+    ((images, _),) = passes(data, dataclasses.replace(files, cropped=False), recipe, "cpu")
+    assert images.shape == (2, 3, 224, 224)
+    assert not torch.equal((255 * images).round().byte(), pixels.permute(2, 0, 1).expand(2, -1, -1, -1))
+
+
 def test_probes(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = runs / "probes.json"
     assert evaluate_cli.main([str(runs / "scl"), "--probes", "--json", str(out), *CPU]) == 0
@@ -107,7 +128,6 @@ def test_probes(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["ce", "--baseline", "scl"], "--baseline: only with --on corruptions"),
         (["nothing"], "no run with a checkpoint"),
         (["ce", "--device", "quantum"], "'quantum' cannot be used here"),
-        (["ce", "--on", "imagenet-c", "--root", "nowhere"], "imagenet-c: there is no nowhere"),
         (["damaged"], "checkpoint.pt: damaged"),
     ],
 )
@@ -123,3 +143,10 @@ def test_bad_arguments(
         evaluate_cli.main(arguments)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_missing_data(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        evaluate_cli.main([str(runs / "ce"), "--on", "imagenet-c", "--root", "nowhere", *CPU])
+    assert stop.value.code == 1
+    assert "imagenet-c: there is no nowhere" in capsys.readouterr().err
