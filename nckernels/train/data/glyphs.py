@@ -1,6 +1,6 @@
 """Letters and digits drawn from the fonts inside matplotlib: many classes, and a test set in faces never trained on.
 
-Nothing is downloaded. A set of 100 classes is made in seconds and kept in a cache folder (:func:`..cache.cache_folder`).
+Nothing is downloaded. A set of 100 classes is made in seconds and kept in the cache folder (:mod:`..cache`).
 """
 
 from __future__ import annotations
