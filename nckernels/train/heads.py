@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -67,6 +69,11 @@ class LinearHead(nn.Linear):
     def prototypes(self) -> Tensor:
         return self.weight
 
+    def _wide(self, features: Tensor) -> Tensor:
+        """Logits in float32 at least, under autocast too."""
+        logits: Tensor = self(features)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
     def _mean(self, losses: Tensor) -> Tensor:
         """Over the samples of all ranks, of (b,) losses."""
         ranks = groups.resolve(self.process_group)
@@ -98,8 +105,8 @@ class CrossEntropyHead(LinearHead):
         self.uniformity = _share("uniformity", uniformity)
 
     def loss(self, features: Tensor, target: Tensor) -> Tensor:
-        losses = F.cross_entropy(self(features), target, label_smoothing=self.label_smoothing, reduction="none")
-        loss = self._mean(losses)
+        logits = self._wide(features)
+        loss = self._mean(F.cross_entropy(logits, target, label_smoothing=self.label_smoothing, reduction="none"))
         return loss + self.uniformity * nckernels.uniformity_loss(self.weight) if self.uniformity else loss
 
 
@@ -108,7 +115,7 @@ class BinaryHead(LinearHead):
 
     def loss(self, features: Tensor, target: Tensor) -> Tensor:
         """``target``: (b, K) of zeros and ones."""
-        logits = self(features)
+        logits = self._wide(features)
         losses = F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), reduction="none")
         return self._mean(losses.mean(1))
 
@@ -167,7 +174,9 @@ def make_head(
     Args:
         dim: size d of the features.
         steps_per_epoch: of training, after which dlp assigns its points anew.
-        process_group: whose samples the loss sees.
+        process_group: whose samples the loss sees. The ranks share the rows of a queue.
+
+    Fixed points are those of rank 0: all ranks of a distributed run make their heads together.
 
     Raises:
         ValueError: naming the key, for options that the loss does not have, values that they cannot have, a queue or
@@ -206,10 +215,11 @@ def _make(
                 f"model.dim: a simplex of {num_classes} classes needs features of at least {num_classes - 1} "
                 f"dimensions, got {dim}"
             )
-        points = geometry.simplex_etf(num_classes, dim)
+        points = _of_rank_0(geometry.simplex_etf(num_classes, dim), device)
         return nckernels.FixedPrototypeHead(points, assignment="static", process_group=group)
     if loss.name == "dlp":
-        points = _uniform(num_classes, dim, options.pop("t", 2.0), device)[torch.randperm(num_classes)]
+        order = torch.randperm(num_classes)
+        points = _of_rank_0(_uniform(num_classes, dim, options.pop("t", 2.0), device)[order], device)
         return nckernels.FixedPrototypeHead(
             points, assignment=loss.assignment, refresh_every=steps, process_group=group, **options
         )
@@ -234,7 +244,9 @@ def _with_past(criterion: Any, loss: Loss, dim: int) -> nn.Module:
         if loss.decay:
             return nckernels.RunningDenominatorLoss(criterion, loss.decay)
         if loss.queue:
-            return nckernels.QueueLoss(criterion, nckernels.FeatureQueue(loss.queue, dim))
+            ranks = groups.resolve(criterion.process_group)
+            share = loss.queue if ranks is None else math.ceil(loss.queue / ranks.size)
+            return nckernels.QueueLoss(criterion, nckernels.FeatureQueue(share, dim))
     except (TypeError, ValueError) as error:
         raise ValueError(f"loss.{'decay' if loss.decay else 'queue'}: {error}") from error
     return cast(nn.Module, criterion)
@@ -250,6 +262,14 @@ def _uniform(num_classes: int, dim: int, t: float, device: torch.device | str | 
     progress = num_classes > 1000 and sys.stderr.isatty()
     points = geometry.uniform_prototypes(num_classes, dim, t, cache=folder, device=device, progress=progress)
     return points.cpu()
+
+
+def _of_rank_0(points: Tensor, device: torch.device | str | None) -> Tensor:
+    """The same points on all ranks, which may be machines that round differently."""
+    points = points.to(device)
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast(points, src=0)
+    return points
 
 
 def _share(name: str, value: object) -> float:

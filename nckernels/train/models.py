@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -120,24 +121,14 @@ def _from_library(library: str, name: str, model: Model, channels: int, image_si
     module = _import(library)
     make = _of_timm if library == "timm" else _of_torchvision
     try:
-        encoder = make(module, name, model, channels, image_size)
-    except (OSError, RuntimeError) as error:  # what downloads raise, of both libraries and of the hub below them
-        if not model.pretrained:
-            raise
-        raise ValueError(
-            f"model.pretrained: the weights of {model.name} are not in the cache or do not fit, and could not be had: "
-            f"{error}"
-        ) from error
-    training = encoder.training
-    encoder.eval()
-    try:
+        encoder = make(module, name, model, channels, image_size).eval()
         with torch.no_grad():
             encoded = encoder(torch.zeros(1, channels, image_size, image_size))
-    except Exception as error:  # an assertion or a shape error somewhere in the network
+    except (AssertionError, RuntimeError) as error:  # somewhere in the network, mostly of shapes
         raise ValueError(
-            f"model.name: {model.name} cannot take images of {channels} x {image_size} x {image_size}: {error}"
+            f"model.name: {model.name} cannot be made for images of {channels} x {image_size} x {image_size}: {error}"
         ) from error
-    encoder.train(training)
+    encoder.train()
     if not isinstance(encoded, Tensor) or encoded.dim() != 2:
         raise ValueError(f"model.name: {model.name} gives no vector for an image")
     return encoder, encoded.shape[1]
@@ -146,12 +137,37 @@ def _from_library(library: str, name: str, model: Model, channels: int, image_si
 def _of_timm(timm: Any, name: str, model: Model, channels: int, image_size: int) -> nn.Module:
     if not timm.is_model(name):
         _unknown(f"timm:{name}", (f"timm:{known}" for known in timm.list_models()))
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except RuntimeError:  # a tag, behind a dot, that the network does not have
+        _unknown(f"timm:{name}", (f"timm:{known}" for known in timm.list_models(pretrained=True)))
+    if model.pretrained and not _has_weights_of_timm(config):
+        raise _no_weights(model, f"timm.create_model({name!r}, pretrained=True) downloads them")
     options: dict[str, Any] = {"num_classes": 0, "in_chans": channels, "pretrained": model.pretrained}
-    config = timm.get_pretrained_cfg(name)
     if config is not None and config.fixed_input_size:  # built for one size, which is then an option
         options["img_size"] = image_size
     made: nn.Module = timm.create_model(name, **options)
     return made
+
+
+def _has_weights_of_timm(config: Any) -> bool:
+    if config is None:
+        return False
+    if not config.hf_hub_id:
+        return bool(config.url) and _checkpoint(config.url).is_file()
+    from huggingface_hub import try_to_load_from_cache
+
+    files = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+    return any(isinstance(try_to_load_from_cache(config.hf_hub_id, file), str) for file in files)
+
+
+def _checkpoint(url: str) -> Path:
+    """Where torch.hub keeps what it downloads."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+
+
+def _no_weights(model: Model, remedy: str) -> ValueError:
+    return ValueError(f"model.pretrained: the weights of {model.name} are not in the cache: {remedy}")
 
 
 def _of_torchvision(torchvision: Any, name: str, model: Model, channels: int, image_size: int) -> nn.Module:
@@ -161,8 +177,11 @@ def _of_torchvision(torchvision: Any, name: str, model: Model, channels: int, im
         _unknown(f"torchvision:{name}", (f"torchvision:{other}" for other in known))
     if channels != 3:
         raise ValueError(f"model.name: torchvision:{name} takes images of 3 channels, these have {channels}")
+    weights = models.get_model_weights(name).DEFAULT if model.pretrained else None
+    if weights is not None and not _checkpoint(weights.url).is_file():
+        raise _no_weights(model, f"put {weights.url} at {_checkpoint(weights.url)}")
     options: dict[str, Any] = {"image_size": image_size} if name.startswith("vit_") else {}
-    encoder: nn.Module = models.get_model(name, weights="DEFAULT" if model.pretrained else None, **options)
+    encoder: nn.Module = models.get_model(name, weights=weights, **options)
     for auxiliary in ("AuxLogits", "aux1", "aux2"):  # classifiers half-way, in training mode
         if hasattr(encoder, auxiliary):
             setattr(encoder, auxiliary, None)
@@ -194,5 +213,5 @@ def _import(library: str) -> Any:
         raise ImportError(f"model.name: {library}:... needs {library}: pip install {library}") from error
 
 
-def _unknown(name: str, known: Iterable[str]) -> None:
+def _unknown(name: str, known: Iterable[str]) -> NoReturn:
     raise ValueError(f"model.name: there is no {name!r}{nearest(name, known)}")

@@ -46,10 +46,23 @@ def test_every_loss_has_a_head(name: str) -> None:
     new = torch.randn(5, D)
     assert one(new).shape == (5, K)
     assert one.prototypes.shape == (K, D)
+    assert torch.equal(head_like(one, name)(new), one(new))
+    assert set(OPTIONS) == set(LOSSES)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_under_autocast(name: str) -> None:
+    one, (x, y) = head(name), batch(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = one.loss(x, y)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, head_like(one, name).loss(x, y), atol=0.1, rtol=0.1)
+
+
+def head_like(one: Head, name: str) -> Head:
     other = head(name)
     other.load_state_dict(one.state_dict())
-    assert torch.equal(other(new), one(new))
-    assert set(OPTIONS) == set(LOSSES)
+    return other
 
 
 def test_cross_entropy_is_the_plain_thing() -> None:
