@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from nckernels.train import recipes
-from nckernels.train.sweep import Sweep, plan
-from nckernels.train.sweep_cli import execute, main
+from nckernels.train.grid import Sweep, plan
+from nckernels.train.sweep import execute, main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -222,7 +222,7 @@ def test_runs_go_on_at_the_same_time(tmp_path: Path) -> None:
 def test_a_folder_holds_one_sweep(
     tmp_path: Path, child: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("nckernels.train.sweep_cli.execute", lambda *_, **__: 0)
+    monkeypatch.setattr("nckernels.train.sweep.execute", lambda *_, **__: 0)
     out = tmp_path / "out"
     mine = tmp_path / "mine.toml"
     mine.write_text('[loss]\nname = "nonl"\n')
@@ -252,8 +252,8 @@ def test_a_folder_holds_one_sweep(
 SWEEP = """
 import sys
 from pathlib import Path
-from nckernels.train.sweep import locked, plan
-from nckernels.train.sweep_cli import execute
+from nckernels.train.grid import locked, plan
+from nckernels.train.sweep import execute
 with locked(Path(sys.argv[1])):
     sys.exit(execute(plan("digits", rows=["nonl"], seeds=[9, 1]), Path(sys.argv[1]), command=sys.argv[2:], quiet=True))
 """
@@ -287,7 +287,7 @@ def test_signals_go_on_to_the_runs_and_the_sweep_can_go_on(
 
 
 def _run_locked(sweep: Sweep, folder: Path, command: tuple[str, ...]) -> None:
-    from nckernels.train.sweep import locked
+    from nckernels.train.grid import locked
 
     with locked(folder):
         execute(sweep, folder, command=command, quiet=True)
