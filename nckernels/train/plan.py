@@ -121,10 +121,10 @@ def _folder(path: Path) -> Size | None:
 
 
 def _network(recipe: Recipe, size: Size | None) -> Any:
-    """The network, or why there is none; ours without memory, those of libraries in earnest: not all can be without."""
+    """The network, or why there is none. The global random state is left as it was."""
     pixels = size.image_size if size else recipe.data.image_size or 224
     try:
-        with torch.device("meta" if recipe.model.name in models.OWN else "cpu"):
+        with torch.random.fork_rng(devices=[]):
             model = dataclasses.replace(recipe.model, pretrained=False)
             return models.make_network(model, size.channels if size else 3, pixels)
     except ImportError as error:
