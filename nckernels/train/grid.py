@@ -36,10 +36,9 @@ class Run:
     """Keys of the grid with their values here."""
     seed: int
 
-    def arguments(self, folder: Path) -> list[str]:
-        """Of ``python -m nckernels train``."""
-        settings = [argument for setting in self.settings for argument in ("--set", setting)]
-        return [self.recipe, *settings, "--out", str(folder / self.name), "--resume", "auto", "--quiet"]
+    def arguments(self) -> list[str]:
+        """Of ``python -m nckernels train``, but for the folder."""
+        return [self.recipe, *(argument for setting in self.settings for argument in ("--set", setting))]
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Sweep:
     def _run(self, row: str, point: tuple[tuple[str, Any], ...], seed: int) -> Run:
         changed = [f"{key}={toml_value(value)}" for key, value in point]
         short = {key: _last(key, self.grid) for key in self.grid}
-        parts = [row or Path(self.recipe).stem.replace(".toml", "")]
+        parts = [row or Path(self.recipe).stem]
         parts += [f"{short[key]}={_readable(value)}" for key, value in point if len(self.grid[key]) > 1]
         parts += [f"seed={seed}"] if len(self.seeds) > 1 else []
         settings = (*self.settings, *changed, f"run.seed={seed}")
