@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -69,9 +70,7 @@ def listing(sweep: Sweep) -> str:
     """The runs as commands."""
     runs = sweep.runs()
     lines = [f"{len(runs)} runs of {sweep.recipe}"]
-    lines += [
-        f"{run.name}: python -m nckernels train {run.recipe} --set {' --set '.join(run.settings)}" for run in runs
-    ]
+    lines += [f"{run.name}: python -m nckernels train {shlex.join(run.arguments())}" for run in runs]
     return "\n".join(lines)
 
 
@@ -122,10 +121,12 @@ class _Process:
     """A run's process and what it prints."""
 
     def __init__(self, command: Sequence[str], run: Run, folder: Path) -> None:
-        self.folder, arguments = folder / run.name, [*command, *run.arguments(folder)]
+        self.folder = folder / run.name
+        options = ["--out", str(self.folder), "--resume", "auto", "--quiet"]
+        arguments = [*command, *run.arguments(), *options]
         self.folder.mkdir(parents=True, exist_ok=True)
         self.output: IO[bytes] = (self.folder / "output.txt").open("ab")
-        self.output.write(f"$ {' '.join(arguments)}\n".encode())
+        self.output.write(f"$ {shlex.join(arguments)}\n".encode())
         self.output.flush()
         self.start = self.output.tell()
         self.process = subprocess.Popen(
