@@ -153,9 +153,9 @@ class _Process:
         status = self.process.returncode
         if (status == 0 and finished(self.folder)) or (stopped and status in (0, -signal.SIGTERM, -signal.SIGKILL)):
             return ""
-        what = f"exit status {status}" if status > 0 else f"killed by {signal.Signals(-status).name}"
-        if status == 0:
-            what = "ended before it was finished"
+        what = f"exit status {status}" if status else "ended before it was finished"
+        if status < 0:
+            what = f"killed by {signal.Signals(-status).name}"
         with (self.folder / "output.txt").open("rb") as file:
             file.seek(max(self.start, file.seek(0, os.SEEK_END) - 4096))
             lines = file.read().decode(errors="replace").splitlines()[-8:]
