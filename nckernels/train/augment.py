@@ -22,17 +22,17 @@ from torch import Tensor
 from .recipe import Augment
 
 _TRIES = 10  # to find a crop that lies within the image, as torchvision does
-_ASPECT = (3 / 4, 4 / 3)
-_SD = (0.1, 2.0)  # of the blur, in pixels
-_RADIUS = 6  # of its kernel: three times the largest standard deviation
+ASPECT = (3 / 4, 4 / 3)
+BLUR_SD = (0.1, 2.0)  # of the blur, in pixels
+BLUR_RADIUS = 6  # of its kernel: three times the largest standard deviation
 _LUMA = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
 _ORDERS = torch.tensor(list(itertools.permutations(range(4))))  # of brightness, contrast, saturation and hue
 
 # Columns of the numbers. The first 2 x _TRIES are area and aspect ratio of the tries.
 _X, _Y, _FLIP, _ROTATE, _ZOOM, _SHIFT_X, _SHIFT_Y = range(2 * _TRIES, 2 * _TRIES + 7)
-_JITTER, _ORDER, _FACTORS, _GREY, _BLUR, _BLUR_SD = (2 * _TRIES + n for n in (7, 8, 9, 13, 14, 15))
+_JITTER, _ORDER, _FACTORS, _GREY, _BLUR, _BLUR_WIDTH = (2 * _TRIES + n for n in (7, 8, 9, 13, 14, 15))
 
-NUMBERS = _BLUR_SD + 1
+NUMBERS = _BLUR_WIDTH + 1
 """Uniform random numbers that one view needs."""
 
 
@@ -85,8 +85,8 @@ def views(images: Tensor, augment: Augment, u: Tensor) -> Tensor:
     if augment.grayscale > 0 and channels == 3:
         out = torch.where(_where(u[:, _GREY] < augment.grayscale, out), grey(out), out)
     if augment.blur > 0:
-        low, high = _SD
-        sd = low + (high - low) * u[:, _BLUR_SD]
+        low, high = BLUR_SD
+        sd = low + (high - low) * u[:, _BLUR_WIDTH]
         out = blur(out, sd.masked_fill(u[:, _BLUR] >= augment.blur, 0.0))
     return out.unflatten(0, (len(images), augment.views))
 
@@ -94,7 +94,7 @@ def views(images: Tensor, augment: Augment, u: Tensor) -> Tensor:
 def affine(augment: Augment, u: Tensor, height: int, width: int) -> Tensor:
     """(n, 2, 3) matrices of crop, rotation, zoom and shift, from views to images, as F.affine_grid takes them."""
     angle = _signed(u[:, _ROTATE]) * math.radians(augment.rotate)
-    scale = 1.0 + _signed(u[:, _ZOOM]) * augment.zoom
+    scale = 1.0 / (1.0 + _signed(u[:, _ZOOM]) * augment.zoom)
     shift_x, shift_y = (_signed(u[:, column]) * augment.shift for column in (_SHIFT_X, _SHIFT_Y))
     sine, cosine = scale * angle.sin(), scale * angle.cos()
     w, h = _crop(augment, u, height, width)
@@ -122,7 +122,7 @@ def _crop(augment: Augment, u: Tensor, height: int, width: int) -> tuple[Tensor,
     fits = (w <= 1.0) & (h <= 1.0)
     first = fits.int().argmax(1, keepdim=True)
     # Where none fits: the whole image, less what its own aspect ratio has beyond the limits.
-    most = min(max(width / height, _ASPECT[0]), _ASPECT[1]) * height / width
+    most = min(max(width / height, ASPECT[0]), ASPECT[1]) * height / width
     found = fits.any(1)
     w = w.gather(1, first)[:, 0].where(found, min(1.0, most))
     h = h.gather(1, first)[:, 0].where(found, min(1.0, 1.0 / most))
@@ -130,7 +130,7 @@ def _crop(augment: Augment, u: Tensor, height: int, width: int) -> tuple[Tensor,
 
 
 def _log_uniform(u: Tensor) -> Tensor:
-    low, high = map(math.log, _ASPECT)
+    low, high = map(math.log, ASPECT)
     return (low + (high - low) * u).exp()
 
 
@@ -207,7 +207,7 @@ _ADJUST: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
 def blur(images: Tensor, sd: Tensor) -> Tensor:
     """A Gaussian of standard deviation ``sd`` (n,) pixels, the images continued by reflection; 0 leaves them."""
     for dim in (2, 3):
-        radius = min(_RADIUS, images.shape[dim] - 1)
+        radius = min(BLUR_RADIUS, images.shape[dim] - 1)
         offset = torch.arange(-radius, radius + 1, dtype=sd.dtype, device=sd.device)
         # Beside a deviation near zero all other weights vanish.
         weights = (-0.5 * (offset / sd.clamp_min(1e-3)[:, None]).square()).softmax(1).to(images)

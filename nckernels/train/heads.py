@@ -181,8 +181,10 @@ def make_head(
             )
     try:
         head = _make(loss, dim, num_classes, max(1, steps_per_epoch), process_group, device)
-    except TypeError as error:
-        raise ValueError(f"loss.options: {error}") from error
+    except (TypeError, ValueError) as error:
+        if any(str(error).startswith(f"{name} ") for name in loss.options):  # the losses name their argument first
+            raise ValueError(f"loss.options.{error}") from error
+        raise
     return head.to(device)
 
 

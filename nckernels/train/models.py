@@ -19,7 +19,7 @@ OWN = ("convnet", "resnet18", "resnet32")
 LIBRARIES = ("timm", "torchvision")
 
 
-class ConvNet(nn.Sequential):
+def convnet(in_channels: int, width: int, pooled: int, norm: Norm = "batch") -> nn.Sequential:
     """Three blocks of convolution, normalisation and ReLU, then the average over positions; for small images.
 
     Args:
@@ -27,16 +27,15 @@ class ConvNet(nn.Sequential):
         width: channels of the first block; the second has twice as many.
         pooled: channels of the third block, of which the averages are the output: never negative, and neither are their
             cosines.
+        norm: normalisation after every convolution.
     """
-
-    def __init__(self, in_channels: int, width: int, pooled: int, norm: Norm = "batch") -> None:
-        super().__init__(
-            _block(in_channels, width, 1, norm),
-            _block(width, 2 * width, 2, norm),
-            _block(2 * width, pooled, 1, norm),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-        )
+    return nn.Sequential(
+        _block(in_channels, width, 1, norm),
+        _block(width, 2 * width, 2, norm),
+        _block(2 * width, pooled, 1, norm),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
 
 
 def _block(in_channels: int, out_channels: int, stride: int, norm: Norm) -> nn.Sequential:
@@ -97,9 +96,7 @@ def make_network(model: Model, channels: int, image_size: int) -> Network:
         encoder, size = _from_library(library, name, model, channels, image_size)
     else:
         if model.pretrained:
-            raise ValueError(
-                f"model.pretrained: there are no weights of {model.name!r}, only of timm's and torchvision's"
-            )
+            raise ValueError(f"model.pretrained: only timm and torchvision have weights, got {model.name!r}")
         encoder, size = _own(model, channels)
     return Network(encoder, size, model.projection, model.dim)
 
@@ -107,7 +104,7 @@ def make_network(model: Model, channels: int, image_size: int) -> Network:
 def _own(model: Model, channels: int) -> tuple[nn.Module, int]:
     if model.name == "convnet":
         pooled = model.dim if model.projection == "none" else 4 * model.width
-        return ConvNet(channels, model.width, pooled, model.norm), pooled
+        return convnet(channels, model.width, pooled, model.norm), pooled
     if model.name == "resnet18":
         return resnet18(channels, model.norm), 512
     if model.name == "resnet32":

@@ -18,7 +18,7 @@ def normalisation(kind: Norm, channels: int) -> nn.Module:
     return nn.BatchNorm2d(channels) if kind == "batch" else nn.GroupNorm(math.gcd(_GROUPS, channels), channels)
 
 
-class ResNet(nn.Sequential):
+def resnet(in_channels: int, widths: tuple[int, ...], blocks: int, norm: Norm, *, padded: bool) -> nn.Sequential:
     """A 3x3 convolution, stages of basic blocks, each but the first at half the size, and the average over positions.
 
     Args:
@@ -29,18 +29,17 @@ class ResNet(nn.Sequential):
         padded: where a block changes the shape, its shortcut takes every other position and fills up the channels with
             zeros; otherwise it is a 1x1 convolution.
     """
-
-    def __init__(self, in_channels: int, widths: tuple[int, ...], blocks: int, norm: Norm, *, padded: bool) -> None:
-        layers: list[nn.Module] = [_conv(in_channels, widths[0], 3), normalisation(norm, widths[0]), nn.ReLU()]
-        last = widths[0]
-        for stage, width in enumerate(widths):
-            for block in range(blocks):
-                layers.append(BasicBlock(last, width, 2 if stage and not block else 1, norm, padded))
-                last = width
-        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    layers: list[nn.Module] = [_conv(in_channels, widths[0], 3), normalisation(norm, widths[0]), nn.ReLU()]
+    last = widths[0]
+    for stage, width in enumerate(widths):
+        for block in range(blocks):
+            layers.append(BasicBlock(last, width, 2 if stage and not block else 1, norm, padded))
+            last = width
+    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return network
 
 
 class BasicBlock(nn.Module):
@@ -81,14 +80,14 @@ class PaddedShortcut(nn.Module):
         return F.pad(images[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.more - before))
 
 
-def resnet18(in_channels: int, norm: Norm = "batch") -> ResNet:
+def resnet18(in_channels: int, norm: Norm = "batch") -> nn.Sequential:
     """Four stages of two blocks, 64 to 512 channels: 11.2 million parameters."""
-    return ResNet(in_channels, (64, 128, 256, 512), 2, norm, padded=False)
+    return resnet(in_channels, (64, 128, 256, 512), 2, norm, padded=False)
 
 
-def resnet32(in_channels: int, norm: Norm = "batch") -> ResNet:
+def resnet32(in_channels: int, norm: Norm = "batch") -> nn.Sequential:
     """Three stages of five blocks, 16 to 64 channels: 0.46 million parameters."""
-    return ResNet(in_channels, (16, 32, 64), 5, norm, padded=True)
+    return resnet(in_channels, (16, 32, 64), 5, norm, padded=True)
 
 
 def _conv(in_channels: int, out_channels: int, size: int, stride: int = 1) -> nn.Conv2d:
