@@ -30,7 +30,13 @@ INK, MUTED, LINE, PAPER = (COLOURS[name][0] for name in ("ink", "muted", "line",
 POINTS = 240
 """Of a curve that are drawn: about one a pixel."""
 DIVERGING = LinearSegmentedColormap.from_list(
-    "diverging", [(*to_rgb(COLD), 1.0), (*to_rgb(COLD), 0.0), (*to_rgb(WARM), 0.0), (*to_rgb(WARM), 1.0)]
+    "diverging",
+    [
+        (0.0, (*to_rgb(COLD), 1.0)),
+        (0.5, (*to_rgb(COLD), 0.0)),
+        (0.5, (*to_rgb(WARM), 0.0)),
+        (1.0, (*to_rgb(WARM), 1.0)),
+    ],
 )
 """Transparent around 0: on a light page and on a dark one."""
 
@@ -47,7 +53,12 @@ class Line:
 
 
 def curves(
-    lines: Sequence[Line], *, label: str, optima: Sequence[float] = (), logarithmic: bool = False, cut: bool = False
+    lines: Sequence[Line],
+    *,
+    label: str,
+    optima: Sequence[float] = (),
+    logarithmic: bool = False,
+    bottom: float | None = None,
 ) -> Raw:
     """A panel of curves against iterations.
 
@@ -56,7 +67,7 @@ def curves(
         label: what a screen reader says.
         optima: dashed lines.
         logarithmic: a logarithmic axis, if there are positive values to show. Others are gaps then.
-        cut: leave out the low beginnings of percentages, so that the ends can be told apart.
+        bottom: of percentages: cut off what is lower, so that the ends can be told apart.
     """
     figure = Figure(figsize=(3.5, 2.1))
     ax = figure.add_axes((0.125, 0.165, 0.845, 0.8))
@@ -73,10 +84,9 @@ def curves(
         ax.yaxis.set_minor_formatter(NullFormatter())
     else:
         ax.yaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 2.5, 5, 10)))
-    if cut:
-        last = min((line.mean[np.isfinite(line.mean)][-1:].sum() for line in lines), default=0.0)
-        bottom = max(float(values.min(initial=100.0)), 100 - 5 * (100.5 - last))
-        ax.set_ylim(bottom=bottom - 0.03 * (100 - bottom))
+    if bottom is not None:
+        margin = 0.04 * (100 - bottom)
+        ax.set_ylim(bottom - margin, min(ax.get_ylim()[1], 100 + margin))
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda step, _: _thousands(step)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))

@@ -25,7 +25,7 @@ PANELS = (
     ("intra_erank", "Intra-class effective rank", False),
     ("weight_alignment", "Prototype to class mean, distance²", False),
     ("instance_alignment", "Prototype to sample, distance²", False),
-    ("nc1", "NC1: tr(Σ_W Σ_B⁺) / K", True),
+    ("nc1", "NC1: scatter within / between classes", True),
 )
 """Curve, heading, logarithmic axis: [NCD] Fig. 2, the loss, the test accuracy and NC1."""
 MOST_DATA_SETS = 8
@@ -73,12 +73,16 @@ def _panels(data: DataSet) -> Raw:
                 aims.add(asdict(optimum(data.num_classes, features=row.features)).get(name, math.nan))
         if not lines:
             continue
+        bottom = _bottom(lines) if share else None
         optima = sorted(aim for aim in aims if not math.isnan(aim))
         dashed = dashed or bool(optima)
-        last = ", ".join(f"{minus(f'{aim:.3g}')}" for aim in optima if not logarithmic)
-        caption = tag("figcaption", heading, tag("small", f"optimum {last}" if last else Raw("&nbsp;")))
+        notes = [f"optimum {' or '.join(minus(f'{aim:.3g}') for aim in optima)}"] if optima else []
+        notes += (
+            ["logarithmic"] if logarithmic else ["low beginnings cut off"] if bottom is not None and bottom > 0 else []
+        )
+        caption = tag("figcaption", heading, tag("small", ", ".join(notes)))
         drawing = charts.curves(
-            lines, label=f"{heading}, {data.name}", optima=optima, logarithmic=logarithmic, cut=share
+            lines, label=f"{heading}, {data.name}", optima=optima, logarithmic=logarithmic, bottom=bottom
         )
         figures.append(tag("figure", caption, drawing))
     entries = [
@@ -90,6 +94,12 @@ def _panels(data: DataSet) -> Raw:
     if marked:
         entries.append(tag("li", tag("span", class_="mark"), "within 5 % of collapse from here"))
     return join([tag("ul", *entries, class_="legend"), tag("div", *figures, class_="panels")])
+
+
+def _bottom(lines: Sequence[charts.Line]) -> float:
+    """Where percentages start: low enough for all curves' ends, and for the beginnings if they are not far below."""
+    last = min(float(line.mean[np.isfinite(line.mean)][-1]) for line in lines)
+    return max(0.0, 100 - 5 * (100.5 - last))
 
 
 def _mark(row: Row, name: str) -> float | None:

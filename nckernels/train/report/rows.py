@@ -155,8 +155,9 @@ def group(records: Sequence[Record]) -> list[DataSet]:
 
 
 def describe(settings: Sequence[tuple[str, Any]]) -> str:
-    """ "τ = 0.1, batch size = 512"."""
-    return ", ".join(f"{KEYS.get(key, _short(key))} = {value_text(value)}" for key, value in settings)
+    """ "τ = 0.1, batch size = 512", which breaks at commas only."""
+    pairs = (f"{KEYS.get(key, _short(key))} = {value_text(value)}" for key, value in settings)
+    return ", ".join(pair.replace(" ", "\N{NO-BREAK SPACE}") for pair in pairs)
 
 
 def value_text(value: Any) -> str:
@@ -193,7 +194,8 @@ def _data_names(examples: Sequence[Record]) -> list[str]:
         keys = [key for key in keys if key != "data.root" or name == "folder"]
         known = [(key, record.settings[key]) for key in keys if key in record.settings]
         classes = [f"{record.num_classes} classes"] if len({other.num_classes for other in same}) > 1 else []
-        names.append(", ".join(filter(None, [LABELS.get(name, name), describe(known), *classes])))
+        differing = ", ".join(filter(None, [describe(known), *classes]))
+        names.append(LABELS.get(name, name) + (f" ({differing})" if differing else ""))
     return names
 
 
@@ -213,7 +215,7 @@ def _rows(records: Sequence[Record]) -> tuple[Row, ...]:
             few = (*differing[:4], *differing[4:][: 0 if len(differing) > 5 else 1])
             name = ", ".join(filter(None, [base, describe(few), "…" if len(few) < len(differing) else ""]))
             rows.append(Row(name, runs[0].settings["loss.name"], tuple(runs), differing))
-    rows.sort(key=lambda row: (_rank(row.loss), _base(row.runs[0]), [_sortable(value) for _, value in row.differing]))
+    rows.sort(key=lambda row: (rank(row.loss), _base(row.runs[0]), [sortable(value) for _, value in row.differing]))
     seen: dict[str, int] = defaultdict(int)
     for i, row in enumerate(rows):
         seen[row.name] += 1
@@ -237,10 +239,12 @@ def _differing(records: Sequence[Record]) -> list[str]:
     return [key for key in keys if key not in skip and len({repr(r.settings.get(key)) for r in records}) > 1]
 
 
-def _rank(loss: str) -> int:
+def rank(loss: str) -> int:
+    """Of the losses, in the order of the recipes."""
     return LOSSES.index(loss) if loss in LOSSES else len(LOSSES)
 
 
-def _sortable(value: Any) -> tuple[int, float, str]:
+def sortable(value: Any) -> tuple[int, float, str]:
+    """Numbers by size, then texts."""
     number = isinstance(value, (int, float))
     return (0, float(value), "") if number else (1, 0.0, str(value))

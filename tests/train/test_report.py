@@ -1,0 +1,392 @@
+"""The page that reports training runs, on runs that were made up."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import statistics
+import subprocess
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from nckernels.train.report import cli
+from nckernels.train.report.load import find, load, load_all
+from nckernels.train.report.markup import NONE
+from nckernels.train.report.page import make_page
+from nckernels.train.report.rows import Row, group
+
+from .made_up import history, write
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+VOID = {"meta", "br", "img"}
+
+
+class Page(HTMLParser):
+    """The headings, the tables and the text of a page; a tag that is not closed is an error."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self.headings: list[str] = []
+        self.words: list[str] = []
+        self.rows: list[list[str]] = []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "div" and ("role", "region") in attrs:
+            self.rows = self.tables.setdefault(dict(attrs)["aria-label"] or "", [])
+        elif tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+        elif tag == "h2":
+            self.headings.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        data = data.replace("\N{NO-BREAK SPACE}", " ")
+        if "td" in self.open or "th" in self.open:
+            self.rows[-1][-1] += data
+        if "h2" in self.open:
+            self.headings[-1] += data
+        if not {"style", "svg"} & set(self.open):
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.words)
+
+    def column(self, table: str, heading: str) -> dict[str, str]:
+        head, *lines = self.tables[table]
+        return {line[0]: line[head.index(heading)] for line in lines}
+
+
+def report(tmp_path: Path, *contents: dict[str, Any], **arguments: Any) -> Page:
+    for i, content in enumerate(contents):
+        write(tmp_path / f"run-{i:03}", content)
+    records, problems = load_all(find([tmp_path]).histories)
+    assert not problems
+    return Page(make_page(records, **arguments))
+
+
+def rows_of(tmp_path: Path, *contents: dict[str, Any]) -> tuple[Row, ...]:
+    for i, content in enumerate(contents):
+        write(tmp_path / f"run-{i:03}", content)
+    (data,) = group(load_all(find([tmp_path]).histories)[0])
+    return data.rows
+
+
+# Rows
+
+
+def test_runs_that_differ_only_in_their_seed_are_one_row_with_mean_and_deviation(tmp_path: Path) -> None:
+    runs = [history("nonl", seed=s, accuracy=0.9 + 0.01 * s) for s in range(3)]
+    page = report(tmp_path, *runs, history("ce"))
+    final = [100 * run["test_accuracy"][-1] for run in runs]
+    cells = page.column("Results on digits", "Test, %")
+    assert list(cells) == ["CE", "NONL"]
+    assert cells["NONL"] == f"{statistics.mean(final):.2f} ± {statistics.stdev(final):.2f}"
+    assert cells["CE"] == f"{100 * history('ce')['test_accuracy'][-1]:.2f}"
+    assert page.column("Results on digits", "Seeds") == {"CE": "1", "NONL": "3"}
+    assert "4 runs: 2 rows on digits, 1 to 3 seeds each." in page.text
+
+
+def test_rows_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
+    rows = rows_of(
+        tmp_path,
+        history("nonl", loss__temperature=0.2, data__root="elsewhere", run__log_every=3),
+        history("nonl", loss__temperature=0.1),
+        history("ntce", run__batch_size=128),
+        history("nonl", loss__temperature=0.1, seed=5, data__workers=2),
+        history("ce", name="my.toml:wide"),
+        history("scl", name="digits"),
+    )
+    names = {row.name.replace("\N{NO-BREAK SPACE}", " "): len(row.runs) for row in rows}
+    assert names == {"wide": 1, "NTCE": 1, "NONL, τ = 0.1": 2, "NONL, τ = 0.2": 1, "SCL": 1}
+
+
+def test_names_of_rows_are_distinct_even_where_many_settings_differ(tmp_path: Path) -> None:
+    shared = {"model__dim": 3, "optimizer__lr": 0.3, "schedule__epochs": 3, "run__batch_size": 3, "augment__flip": 0.1}
+    rows = rows_of(tmp_path, *(history("nonl", **{**shared, "augment__zoom": z, "model__width": w, "loss__queue": w})
+                               for z, w in ((0.0, 1), (0.1, 2), (0.2, 3))), history("nonl"))  # fmt: skip
+    assert len({row.name for row in rows}) == 4
+
+
+def test_unfinished_runs_are_marked_and_do_not_count_beside_finished_ones(tmp_path: Path) -> None:
+    done, half = history("nonl", accuracy=0.9), history("nonl", seed=1, accuracy=0.5, finished=False)
+    page = report(tmp_path, done, half, history("ce", finished=False))
+    cells = page.column("Results on digits", "Test, %")
+    assert list(cells) == ["CE †", "NONL"]
+    assert cells["NONL"] == f"{100 * done['test_accuracy'][-1]:.2f}"
+    assert page.column("Results on digits", "Seeds") == {"CE †": "14 of 60 epochs †", "NONL": "1 + 1 unfinished"}
+    assert "2 runs are unfinished." in page.text
+    assert "The best row is NONL" in page.text
+
+
+def test_the_curve_of_a_row_is_the_mean_of_what_there_is(tmp_path: Path) -> None:
+    one, two = history("nonl", evaluations=3), history("nonl", seed=1, evaluations=2)
+    one["loss"], two["loss"] = [1.0, None, 3.0], [2.0, None]
+    (row,) = rows_of(tmp_path, one, two)
+    steps, mean, deviation = row.curve("loss")
+    assert steps.tolist() == [0, 5, 10]
+    assert mean[[0, 2]].tolist() == [1.5, 3.0]
+    assert math.isnan(mean[1])
+    assert deviation[0] == pytest.approx(0.5**0.5)
+    assert deviation[2] == 0
+
+
+# Sections
+
+
+def test_a_run_has_only_the_sections_that_it_has_data_for(tmp_path: Path) -> None:
+    bare = {**history("nonl", evaluations=1), "metrics": {}, "prototype_cosines": None, "mean_cosines": None}
+    page = report(tmp_path, bare)
+    assert page.headings == ["Results", "Settings", "Runs"]
+    assert "svg" not in page.tags
+
+
+def test_data_sets_and_long_tails_have_a_column_each(tmp_path: Path) -> None:
+    tails = [
+        history(loss, data__imbalance=tail, accuracy=0.5 + tail) for loss in ("ce", "nonl") for tail in (0.1, 0.01)
+    ]
+    page = report(
+        tmp_path, *tails, history("nonl", data__name="cifar100", classes=20), history("ce", data__name="glyphs")
+    )
+    assert page.tables["Test accuracy, %"][0] == ["Test accuracy, %", "CIFAR-100", "glyphs"]
+    assert page.tables["Test accuracy, %"][2][1:] == [
+        f"{100 * history('nonl', classes=20)['test_accuracy'][-1]:.2f}",
+        NONE,
+    ]
+    assert page.tables["Imbalance"][0] == ["Imbalance", "0.1", "0.01"]
+    assert [line[0] for line in page.tables["Imbalance"][1:]] == ["CE", "NONL"]
+    assert page.tables["Imbalance"][1][1] == f"{100 * tails[0]['test_accuracy'][-1]:.2f}"
+
+
+def test_metrics_stand_beside_the_optimum_of_their_features(tmp_path: Path) -> None:
+    page = report(tmp_path, history("nonl"), history("ce", model__projection="none"))
+    table = page.column("Metrics of Table 3, digits", "Prototype to mean² ↓")
+    assert table["Optimum"] == "0"
+    assert table["Optimum, ReLU"] == f"{2 - 2 * 0.9**0.5:.3f}"
+    ranks = page.column("Metrics of Table 3, digits", "Inter-class rank ↑")
+    assert ranks["Optimum"] == "9.00"
+    assert ranks["CE"] == f"{history('ce', model__projection='none')['metrics']['inter_erank'][-1]:.2f}"
+    measured = page.tables["Direct measurements, digits"][0]
+    assert "NC1 ↓" in measured
+    assert "Bias spread ↓" not in measured  # NaN in all runs
+
+
+def test_convergence_compares_with_cross_entropy_over_the_mean_of_the_seeds(tmp_path: Path) -> None:
+    page = report(tmp_path, *(history(loss, seed=s) for loss in ("ce", "nonl") for s in range(2)))
+    first = page.tables["(I) Within 5% of collapse after, % of iterations, digits"]
+    assert [line[0] for line in first] == ["Row", "CE", "NONL"]
+    assert first[1][1:] == ["never"] * 5
+    second = page.tables["(II) Like the final CE after, % of its iterations, digits"]
+    assert [line[0] for line in second] == ["Row", "CE, settled", "NONL"]
+    assert 0 < float(second[2][1]) < 50
+    page = report(tmp_path / "without", history("nonl"))
+    assert [title for title in page.tables if title.startswith("(")] == [
+        "(I) Within 5% of collapse after, % of iterations, digits"
+    ]
+
+
+def test_classifiers_are_compared(tmp_path: Path) -> None:
+    page = report(tmp_path, history("scl"), history("nonl"))
+    assert page.tables["Classifiers, digits"] == [
+        ["Row", "FP, %", "LP, %"],
+        ["SCL", "95.60 in 10 ms", "94.60 in 2.5 s"],
+    ]
+
+
+def test_a_grid_of_temperatures_and_batch_sizes_is_a_phase_diagram(tmp_path: Path) -> None:
+    best = history("nonl", accuracy=0.95, loss__temperature=0.2, run__batch_size=64)
+    others = [history("nonl", accuracy=0.8, loss__temperature=t, run__batch_size=b) for t, b in ((0.1, 64), (0.2, 32))]
+    page = report(tmp_path, best, *others, history("ce"))
+    grid = page.tables["NONL on digits: test accuracy by temperature and batch size"]
+    assert [line[:2] for line in grid[:1]] == [["τ \\ B", "32"]]
+    assert [line[0] for line in grid[1:]] == ["0.1", "0.2"]
+    assert grid[1][1] == ""
+    assert grid[2][2] == f"{100 * best['test_accuracy'][-1]:.1f}"
+    assert "at τ = 0.2, B = 64" in page.text
+    assert not [title for title in page.tables if title.startswith("CE on")]
+
+
+def test_settings_say_what_differs(tmp_path: Path) -> None:
+    page = report(tmp_path, history("ce"), history("nonl", note="drawn by hand"), history("nonl", seed=11, classes=10))
+    assert page.tables["Settings that differ"][1:] == [["loss.name", "ce (1), nonl (2)"], ["run.seed", "0 (2), 11 (1)"]]
+    assert ["run.batch_size", "256"] in page.tables["Settings that all runs have in common"]
+    assert "torch 2.13" in page.text
+    assert "drawn by hand" in page.text
+    assert len(page.tables["Runs"]) == 4
+
+
+def test_curves_have_gaps_optima_marks_and_colours_of_the_page(tmp_path: Path) -> None:
+    broken = history("nonl")
+    broken["metrics"]["inter_erank"][10:12] = [None, None]
+    for name, content in (("whole", history("nonl")), ("gap", broken)):
+        write(tmp_path / name / "run", content)
+    pages = {name: make_page(load_all(find([tmp_path / name]).histories)[0]) for name in ("whole", "gap")}
+    panel = re.compile(r"<svg[^>]*><title>Inter-class effective rank.*?</svg>", re.S)
+    drawings = {name: panel.search(page) for name, page in pages.items()}
+    moves = {name: max(d.count("M") for d in re.findall(r' d="([^"]*)"', drawing[0].replace("\n", " ")))
+             for name, drawing in drawings.items() if drawing}  # fmt: skip
+    assert moves["gap"] > moves["whole"]
+    assert drawings["whole"]
+    assert "stroke-dasharray" in drawings["whole"][0]
+    assert "var(--nonl)" in drawings["whole"][0]
+    assert "within 5 % of collapse from here" in pages["whole"]
+    assert not re.search(r"(fill|stroke): #", "".join(re.findall(r"<svg.*?</svg>", pages["whole"], re.S)))
+
+
+def test_many_classes_and_runs_make_no_large_page_and_take_no_minute(tmp_path: Path) -> None:
+    for i in range(200):
+        loss = ("ce", "normface", "ntce", "nonl", "etf-dr")[i % 5]
+        made = history(loss, classes=10, evaluations=60, loss__temperature=0.1 + 0.01 * (i // 5), data__name="glyphs")
+        write(tmp_path / str(i), made)
+    write(tmp_path / "large", history("nonl", classes=200, evaluations=2000, dim=512, data__name="cifar100"))
+    start = time.monotonic()
+    assert cli.main([str(tmp_path), "--out", str(tmp_path / "page.html")]) == 0
+    assert time.monotonic() - start < 30
+    assert (tmp_path / "page.html").stat().st_size < 3e6
+
+
+# Input
+
+
+def test_what_files_say_is_escaped(tmp_path: Path) -> None:
+    evil = '<script>alert("&")</script>'
+    run = history("nonl", name=f"made/{evil}", note=evil, class_names=[f"{evil}{c} $x$" for c in range(10)])
+    run["recipe"]["title"] = run["recipe"]["source"] = run["recipe"]["data"]["root"] = evil
+    run["recipe"]["data"]["name"] = run["recipe"]["model"]["name"] = run["versions"]["torch"] = evil
+    run["recipe"]["loss"]["options"] = {evil: evil}
+    run["versions"][evil] = evil
+    run["classifiers"] = [{"name": evil, "accuracy": 0.5, "seconds": 1.0}]
+    for title in (None, evil):
+        page = report(tmp_path, run, title=title, problems=[evil], waiting=[Path(evil)])
+        assert "script" not in page.tags
+        assert page.text.count(evil) >= 10
+
+
+def test_a_broken_file_is_named_and_the_others_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "good", history("nonl"))
+    later = {**history("ce"), "version": 3}
+    short = {**history("ce"), "loss": [1.0]}
+    words = {**history("ce"), "test_accuracy": ["high"] * 30}
+    nameless = history("ce")
+    nameless["recipe"]["loss"] = {"name": 7}
+    for name, content in (("later", later), ("short", short), ("words", words), ("nameless", nameless)):
+        write(tmp_path / name, content)
+    write(tmp_path / "cut", history("ce"))
+    (tmp_path / "cut" / "history.json").write_text('{"version": 2, "recipe"')
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "history.json").write_text("[1]")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "recipe.json").write_text("{}")
+    out = tmp_path / "new" / "page.html"
+    assert cli.main([str(tmp_path), "--out", str(out)]) == 1
+    page, errors = Page(out.read_text(encoding="utf-8")), capsys.readouterr().err
+    for name, reason in (
+        ("later", "version: expected 2, got 3"),
+        ("short", "loss: expected one number per step (30)"),
+        ("words", "test_accuracy: expected numbers or null"),
+        ("nameless", "recipe.loss.name: expected str, got 7"),
+        ("cut", "not a JSON file"),
+        ("list", "the history: expected an object, got list"),
+    ):
+        line = f"{tmp_path / name / 'history.json'}: {reason}"
+        assert line in errors
+        assert line in page.text
+    assert f"Begun, without an evaluation yet: {tmp_path / 'begun'}." in page.text
+    assert list(page.column("Results on digits", "Test, %")) == ["NONL"]
+
+
+def test_files_folders_and_folders_of_runs_are_found_once(tmp_path: Path) -> None:
+    deep = write(tmp_path / "sweep" / "a" / "b", history("nonl"))
+    other = write(tmp_path / "other", history("ce"))
+    found = find([tmp_path / "sweep", deep, deep / "history.json", other / "history.json"])
+    assert found.histories == (deep / "history.json", other / "history.json")
+    assert load(found.histories[1]).settings["loss.name"] == "ce"
+
+
+def test_nothing_to_show_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path, reason in (
+        (tmp_path / "none", "there is no such file or folder"),
+        (tmp_path, "there is no history.json"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(path)])
+        assert stop.value.code == 2
+        assert f"{path}: {reason}" in capsys.readouterr().err
+    (tmp_path / "history.json").write_text("{}")
+    assert cli.main([str(tmp_path), "--out", str(tmp_path / "page.html")]) == 1
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_old_and_new_recipes_are_read(tmp_path: Path) -> None:
+    run = history("nonl")
+    del run["recipe"]["run"]["log_every"], run["recipe"]["augment"]
+    run["recipe"]["loss"]["margin"] = 0.3
+    (row,) = rows_of(tmp_path, run)
+    assert row.settings["augment.views"] == 1
+    assert row.settings["loss.margin"] == 0.3
+
+
+def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
+    write(tmp_path, history("nonl", class_names=[chr(0x4E00 + c) for c in range(10)]))
+    text = make_page(load_all(find([tmp_path]).histories)[0])
+    assert not re.search(r"""(src|href)=["'](?!#|data:)|@import|url\((?!#)""", text)
+    assert "default-src 'none'" in text
+    assert len(re.findall(r"<svg", text)) == 11
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium or chrome")
+def test_the_page_fits_a_phone(tmp_path: Path) -> None:
+    """In a frame of 360 pixels: a headless window cannot be that narrow everywhere."""
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    runs = [history("nonl", seed=s, loss__temperature=t, run__batch_size=b, class_names=names)
+            for s in range(2) for t in (0.1, 0.2) for b in (64, 128)]  # fmt: skip
+    for i, run in enumerate([*runs, history("ce"), history("scl")]):
+        write(tmp_path / str(i), run)
+    script = """<script>addEventListener("load", () => {
+        document.querySelectorAll("details").forEach(d => d.open = true);
+        const page = document.documentElement, text = [...document.querySelectorAll("svg text")];
+        const size = Math.min(...text.map(t => t.getBoundingClientRect().height));
+        parent.postMessage([page.scrollWidth, page.scrollHeight, text.length, Math.round(size)].join(" "), "*");
+    })</script>"""
+    text = make_page(load_all(find([tmp_path]).histories)[0], title="W" * 80)
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text).replace("</body>", script + "</body>")
+    (tmp_path / "page.html").write_text(text, encoding="utf-8")
+    frame = """<body>waiting<script>onmessage = e => document.body.textContent = "measured " + e.data</script>
+        <iframe src="page.html" style="width: 360px; height: 800px; border: 0"></iframe></body>"""
+    (tmp_path / "frame.html").write_text(frame)
+    command = [
+        str(CHROMIUM),
+        "--no-sandbox",
+        "--headless=new",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    command += ["--virtual-time-budget=10000", "--dump-dom", (tmp_path / "frame.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    measured = re.search(r"measured (\d+) (\d+) (\d+) (\d+)", done.stdout)
+    assert measured, done.stdout + done.stderr
+    width, height, texts, size = map(int, measured.groups())
+    assert width <= 360
+    assert height > 3000
+    assert texts > 100
+    assert size >= 9
