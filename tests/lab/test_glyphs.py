@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,34 +14,37 @@ import torch.nn.functional as F
 
 matplotlib = pytest.importorskip("matplotlib")
 
-from nckernels.train import data, glyphs  # noqa: E402
-from nckernels.train.data import Dataset  # noqa: E402
+from nckernels.train.data import Dataset, glyphs, open_data  # noqa: E402
+from nckernels.train.recipe import Data  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:these glyphs are drawn by matplotlib")
 TINY = {"num_classes": 7, "image_size": 16, "train_views": 2, "test_views": 1, "seed": 3}
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("NCKERNELS_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 def same(a: Dataset, b: Dataset) -> bool:
-    return torch.equal(a.train_images, b.train_images) and torch.equal(a.test_images, b.test_images)
+    return torch.equal(a.train.images, b.train.images) and torch.equal(a.test.images, b.test.images)
 
 
 def test_shapes_labels_and_scale() -> None:
     made = glyphs.glyphs(**TINY)
-    assert made.train_images.shape == (7 * 2 * 12, 1, 16, 16)
-    assert made.test_images.shape == (7 * 1 * 4, 1, 16, 16)
-    assert made.train_images.dtype == made.test_images.dtype == torch.float32
-    assert made.train_labels.dtype == made.test_labels.dtype == torch.int64
-    assert torch.equal(made.train_labels.bincount(), torch.full((7,), 24))
-    assert torch.equal(made.test_labels.bincount(), torch.full((7,), 4))
-    assert made.train_images.mean().item() == pytest.approx(0, abs=1e-5)
-    assert made.train_images.std(correction=0).item() == pytest.approx(1, abs=1e-5)
-    assert made.num_classes == 7
+    assert made.train.images.shape == (7 * 2 * 12, 1, 16, 16)
+    assert made.test.images.shape == (7 * 1 * 4, 1, 16, 16)
+    assert made.train.images.dtype == made.test.images.dtype == torch.float32
+    assert made.train.labels.dtype == made.test.labels.dtype == torch.int64
+    assert torch.equal(made.train.labels.bincount(), torch.full((7,), 24))
+    assert torch.equal(made.test.labels.bincount(), torch.full((7,), 4))
+    assert made.mean[0] == pytest.approx(made.train.images.mean().item(), abs=1e-5)
+    assert made.std[0] == pytest.approx(made.train.images.std(correction=0).item(), abs=1e-5)
+    assert made.train.images.quantile(0.25) == pytest.approx(0, abs=0.1)  # paper
+    assert (made.num_classes, made.channels, made.image_size) == (7, 1, 16)
+    assert "".join(made.class_names) == glyphs.classes(7, 3)
+    assert made.note.startswith(f"drawn by matplotlib {matplotlib.__version__}")
 
 
 def test_an_image_is_of_the_character_of_its_label() -> None:
@@ -48,7 +52,7 @@ def test_an_image_is_of_the_character_of_its_label() -> None:
     made = glyphs.glyphs(30, train_views=20, test_views=20)
     pictures = torch.stack([glyphs._picture(c, "DejaVuSans", 40).float() for c in glyphs.classes(30)])
     pictures = F.avg_pool2d(pictures[:, None], 4).flatten(1)
-    for images, labels in ((made.train_images, made.train_labels), (made.test_images, made.test_labels)):
+    for images, labels in ((made.train.images, made.train.labels), (made.test.images, made.test.labels)):
         means = torch.stack([F.avg_pool2d(images[labels == c].mean(0), 2).flatten() for c in range(30)])
         a, b = (
             F.normalize(x - x.mean(1, keepdim=True), dim=1)
@@ -64,12 +68,9 @@ def test_no_test_face_is_trained_on() -> None:
     made = glyphs.glyphs(**TINY)
     other_train = glyphs.glyphs(**TINY, train_faces=glyphs.SANS)
     other_test = glyphs.glyphs(**TINY, test_faces=glyphs.STIX[:1])
-    # Half of the pixels are paper: a change of scale aside, the test set is fixed.
-    scale = other_train.test_images.std() / made.test_images.std()
-    moved = (made.test_images - made.test_images.mean()) * scale + other_train.test_images.mean()
-    torch.testing.assert_close(moved, other_train.test_images, rtol=0, atol=1e-5)
-    assert torch.equal(made.train_images, other_test.train_images)
-    assert torch.equal(made.test_images[:7], other_test.test_images)
+    assert torch.equal(made.test.images, other_train.test.images)
+    assert torch.equal(made.train.images, other_test.train.images)
+    assert torch.equal(made.test.images[:7], other_test.test.images)
     pictures = [torch.stack([glyphs._picture(c, face, 32) for c in glyphs.classes(7, 3)]) for face in glyphs.FACES]
     assert all(not torch.equal(a, b) for a in pictures[:12] for b in pictures[12:])
 
@@ -77,8 +78,8 @@ def test_no_test_face_is_trained_on() -> None:
 def test_views_and_noise_of_the_two_sets_are_different() -> None:
     """The same face on one side and on the other: not the same images up to scale."""
     options = {**TINY, "test_views": 2}
-    test = glyphs.glyphs(**options, train_faces=glyphs.MONO, test_faces=glyphs.SANS).test_images
-    train = glyphs.glyphs(**options, train_faces=glyphs.SANS, test_faces=glyphs.MONO).train_images
+    test = glyphs.glyphs(**options, train_faces=glyphs.MONO, test_faces=glyphs.SANS).test.images
+    train = glyphs.glyphs(**options, train_faces=glyphs.SANS, test_faces=glyphs.MONO).train.images
     assert torch.corrcoef(torch.stack([test.flatten(), train.flatten()]))[0, 1] < 0.95
 
 
@@ -99,26 +100,26 @@ def test_a_smaller_set_has_the_first_classes_of_a_larger_one() -> None:
     assert glyphs.classes(10, seed=1) != glyphs.classes(10)
 
 
-def test_the_same_bytes_from_another_process_without_a_cache(cache: Path) -> None:
+def test_the_same_bytes_from_another_process_without_a_cache(place: Path) -> None:
     made = glyphs.glyphs(**TINY)
     script = (
-        "import sys, numpy as np; from nckernels.train import glyphs; "
-        f"d = glyphs.glyphs(**{TINY!r}); np.savez(sys.argv[1], d.train_images.numpy(), d.test_images.numpy())"
+        "import sys, numpy as np; from nckernels.train.data import glyphs; "
+        f"d = glyphs.glyphs(**{TINY!r}); np.savez(sys.argv[1], d.train.images.numpy(), d.test.images.numpy())"
     )
-    environment = {**os.environ, "NCKERNELS_CACHE": str(cache / "other"), "PYTHONHASHSEED": "7"}
-    out = cache / "out.npz"
+    environment = {**os.environ, "NCKERNELS_CACHE": str(place / "other"), "PYTHONHASHSEED": "7"}
+    out = place / "out.npz"
     subprocess.run([sys.executable, "-c", script, str(out)], check=True, env=environment, timeout=120)
     import numpy as np
 
     with np.load(out) as file:
-        assert file["arr_0"].tobytes() == made.train_images.numpy().tobytes()
-        assert file["arr_1"].tobytes() == made.test_images.numpy().tobytes()
+        assert file["arr_0"].tobytes() == made.train.images.numpy().tobytes()
+        assert file["arr_1"].tobytes() == made.test.images.numpy().tobytes()
     assert not same(made, glyphs.glyphs(**{**TINY, "seed": 4}))
 
 
-def test_the_second_time_nothing_is_drawn(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_time_nothing_is_drawn(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = glyphs.glyphs(**TINY)
-    (file,) = cache.iterdir()
+    (file,) = place.iterdir()
     assert file.name.startswith(f"glyphs-7-matplotlib-{matplotlib.__version__}-")
     monkeypatch.setattr(glyphs, "_draw", None)
     assert same(glyphs.glyphs(**TINY), made)
@@ -127,9 +128,9 @@ def test_the_second_time_nothing_is_drawn(cache: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("damage", ["truncated", "bit flipped", "empty", "text", "other content"])
-def test_a_damaged_file_is_made_again(damage: str, cache: Path) -> None:
+def test_a_damaged_file_is_made_again(damage: str, place: Path) -> None:
     made = glyphs.glyphs(**TINY)
-    (file,) = cache.iterdir()
+    (file,) = place.iterdir()
     good = file.read_bytes()
     flipped = bytearray(good)
     flipped[len(good) // 2] ^= 1
@@ -142,11 +143,11 @@ def test_a_damaged_file_is_made_again(damage: str, cache: Path) -> None:
         file.write_bytes(other[damage])
     assert same(glyphs.glyphs(**TINY), made)
     assert file.read_bytes() == good
-    assert list(cache.iterdir()) == [file]  # nothing unfinished lies about
+    assert list(place.iterdir()) == [file]  # nothing unfinished lies about
 
 
-def test_a_folder_that_cannot_be_written_to_costs_only_the_cache(cache: Path) -> None:
-    cache.write_text("a file where the folder would be")
+def test_a_folder_that_cannot_be_written_to_costs_only_the_cache(place: Path) -> None:
+    place.write_text("a file where the folder would be")
     assert glyphs.glyphs(**TINY).num_classes == 7
 
 
@@ -157,22 +158,35 @@ def test_the_cache_follows_the_usual_variables(monkeypatch: pytest.MonkeyPatch, 
     assert len(list((tmp_path / "xdg" / "nckernels").iterdir())) == 1
 
 
-def test_another_matplotlib_is_told(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+def test_another_matplotlib_is_told(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
     monkeypatch.setattr(matplotlib, "__version__", "3.99.0")
     with pytest.warns(UserWarning, match=r"drawn by matplotlib 3\.99\.0; the documentation's figures .* 3\.11\.2"):
         glyphs.glyphs(**TINY)
-    assert "3.99.0" in next(cache.iterdir()).name
+    assert "3.99.0" in next(place.iterdir()).name
 
 
-def test_registered_sets() -> None:
-    made, validation = data.load("glyphs"), data.load("glyphs-validation")
-    assert made.train_images.shape == (19200, 1, 20, 20)
-    assert made.test_images.shape == (4000, 1, 20, 20)
-    assert validation.train_images.shape == (12800, 1, 20, 20)
-    assert validation.test_images.shape == (4000, 1, 20, 20)
+def test_sets_of_a_recipe() -> None:
+    made, validation = open_data(Data(name="glyphs")), open_data(Data(name="glyphs", validation=True))
+    assert made.train.images.shape == (19200, 1, 20, 20)
+    assert made.test.images.shape == (4000, 1, 20, 20)
+    assert validation.train.images.shape == (12800, 1, 20, 20)
+    assert validation.test.images.shape == (4000, 1, 20, 20)
     assert made.num_classes == validation.num_classes == 100
     # The faces to choose settings on are among the training faces, none of them a test face of "glyphs".
     assert not set(glyphs.SERIF) & {*glyphs.SANS, *glyphs.MONO, *glyphs.STIX}
+
+
+def test_options_of_a_recipe() -> None:
+    assert same(open_data(Data(name="glyphs", options=TINY)), glyphs.glyphs(**TINY))
+    options = {"num_classes": 5, "train_views": 1, "test_views": 1, "train_faces": ["DejaVuSans"]}
+    made = open_data(Data(name="glyphs", image_size=12, options=options))
+    assert made.train.images.shape == (5, 1, 12, 12)
+    everything = {"num_classes": len(glyphs.characters()), "train_views": 1, "test_views": 1}
+    most = open_data(Data(name="glyphs", options=everything))
+    assert most.num_classes == len(glyphs.characters()) >= 400
+    assert len(most.train) == 12 * most.num_classes
+    drawn = open_data(Data(name="glyphs", image_size=24, options=TINY))  # drawn at 16 pixels, batches of 24
+    assert (drawn.image_size, drawn.train.images.shape[-1]) == (24, 16)
 
 
 @pytest.mark.parametrize(
@@ -191,3 +205,18 @@ def test_registered_sets() -> None:
 def test_bad_options_are_named(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         glyphs.glyphs(**options)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"options": {"num_clases": 5}}, r"data.options.num_clases: .* \(did you mean 'num_classes'\?\)"),
+        ({"options": {"num_classes": 5.5}}, r"data.options.num_classes: expected a whole number, got 5.5"),
+        ({"options": {"test_faces": "DejaVuSans"}}, "data.options.test_faces: expected a list of names"),
+        ({"options": {"train_faces": ["Comic"]}}, "data.options.train_faces: expected some of .*, got Comic"),
+        ({"options": {"train_faces": ["DejaVuSans"]}, "validation": True}, "data.options.train_faces: data.validation"),
+    ],
+)
+def test_bad_options_of_a_recipe_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_data(Data(name="glyphs", **settings))

@@ -1,29 +1,27 @@
 """Letters and digits drawn from the fonts inside matplotlib: many classes, and a test set in faces never trained on.
 
-Nothing is downloaded. A set of 100 classes is made in seconds and kept in a cache folder, ``$NCKERNELS_CACHE`` or
-``nckernels`` in the user's cache folder (``$XDG_CACHE_HOME``, ``~/.cache``).
+Nothing is downloaded. A set of 100 classes is made in seconds and kept in a cache folder (:func:`..cache.cache_folder`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
-import os
-import tempfile
 import unicodedata
 import warnings
 import zipfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import Dataset, register
+from .. import cache
+from ..recipe import Data
+from .sets import Dataset, Memory, check_options, in_memory
 
 SANS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique")
 MONO = ("DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique", "DejaVuSansMono-BoldOblique")
@@ -51,9 +49,12 @@ class _Options:
     seed: int
 
     def __post_init__(self) -> None:
-        for name, least in (("num_classes", 2), ("image_size", 8), ("train_views", 1), ("test_views", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        for name, least in (("num_classes", 2), ("image_size", 8), ("train_views", 1), ("test_views", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{name}: expected a whole number, got {value!r}")
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
         for name in ("train_faces", "test_faces"):
             faces = getattr(self, name)
             unknown = [face for face in faces if face not in FACES]
@@ -81,13 +82,11 @@ def glyphs(
     A class is a character. The candidates (:func:`characters`) are the upper- and lower-case letters and decimal
     digits that all sixteen faces have and whose pictures differ in each of them. An image is a random view of a
     character in a face: rotated by up to 0.3 rad, scaled by up to 25 %, sheared by up to 0.2, shifted by up to 1/8
-    of the half width, each uniform, with Gaussian noise of 0.15 where ink is 1 and paper 0. Images are standardised
-    with the mean and standard deviation of the training set.
+    of the half width, each uniform, with Gaussian noise of 0.15 where ink is 1 and paper 0.
 
     The same options give the same bytes under the same versions of matplotlib, whose fonts and whose FreeType draw
     the pictures, and of torch. The figures in the documentation are of matplotlib 3.11.2. Training and test set are
-    drawn independently: the test set does not change with ``train_views`` or ``train_faces``, but for the
-    standardisation.
+    drawn independently: the test set does not change with ``train_views`` or ``train_faces``.
 
     Args:
         num_classes: K, at least 2. The classes of a smaller set are the first of a larger one with the same seed.
@@ -117,33 +116,42 @@ def glyphs(
             f"{MATPLOTLIB}, and images may differ",
             stacklevel=2,
         )
-    path = _cache_folder() / _file_name(options, version)
+    path = cache.cache_folder() / _file_name(options, version)
     parts = _read(path, options)
     if parts is None:
         parts = _draw(options)
         _write(path, parts)
     train, test = parts
-    # From counts of byte values, so that the result does not depend on the order of a sum over all pixels.
-    counts, values = torch.bincount(train.flatten(), minlength=256).double(), torch.arange(256).double()
-    mean = (counts @ values) / counts.sum()
-    std = ((counts @ (values - mean) ** 2) / counts.sum()).sqrt()
-    table = ((values - mean) / std).float()
+    table = _LOWEST + torch.arange(256) / _STEPS
 
-    def labels(images: Tensor) -> Tensor:
-        return torch.arange(num_classes).repeat(len(images) // num_classes)
+    def split(images: Tensor) -> Memory:
+        return Memory(table[images.int()], torch.arange(num_classes).repeat(len(images) // num_classes))
 
-    return Dataset(table[train.int()], labels(train), table[test.int()], labels(test), num_classes)
+    note = f"drawn by matplotlib {version}; the documentation's figures are of {MATPLOTLIB}"
+    return in_memory(split(train), split(test), classes(num_classes, seed), note)
 
 
-@register("glyphs")
-def _glyphs() -> Dataset:
-    return glyphs()
-
-
-@register("glyphs-validation")
-def _validation() -> Dataset:
-    """The training faces of "glyphs" only: serif faces held out, to choose settings on."""
-    return glyphs(train_faces=(*SANS, *MONO), test_faces=SERIF)
+def load(data: Data) -> Dataset:
+    """:func:`glyphs` with the options of ``[data]``; with ``validation``, the serif faces are held out of the training
+    faces, to choose settings on."""
+    known = [field.name for field in fields(_Options)]
+    options = dict(data.options)
+    check_options("glyphs", options, known)
+    if data.image_size:
+        options.setdefault("image_size", data.image_size)
+    if data.validation:
+        for name in ("train_faces", "test_faces"):
+            if name in options:
+                raise ValueError(f"data.options.{name}: data.validation chooses the faces; expected one of the two")
+        options |= {"train_faces": (*SANS, *MONO), "test_faces": SERIF}
+    for name in ("train_faces", "test_faces"):
+        faces = options.get(name, ())
+        if not isinstance(faces, (list, tuple)) or not all(isinstance(face, str) for face in faces):
+            raise ValueError(f"data.options.{name}: expected a list of names, got {faces!r}")
+    try:
+        return glyphs(**options)
+    except ValueError as error:
+        raise ValueError(f"data.options.{error}") from None
 
 
 @functools.cache
@@ -237,13 +245,6 @@ def _matplotlib_version() -> str:
     return str(matplotlib.__version__)
 
 
-def _cache_folder() -> Path:
-    own = os.environ.get("NCKERNELS_CACHE")
-    if own:
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nckernels"
-
-
 def _file_name(options: _Options, version: str) -> str:
     key = hashlib.sha256(json.dumps([_FORMAT, torch.__version__, asdict(options)]).encode()).hexdigest()[:16]
     return f"glyphs-{options.num_classes}-matplotlib-{version}-{key}.npz"
@@ -265,16 +266,6 @@ def _read(path: Path, options: _Options) -> tuple[Tensor, Tensor] | None:
 
 
 def _write(path: Path, parts: tuple[Tensor, Tensor]) -> None:
-    """The whole file or none; a folder that cannot be written to costs the cache and nothing else."""
     import numpy as np
 
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".npz")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, train=parts[0].numpy(), test=parts[1].numpy())
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+    cache.write(path, lambda file: np.savez(file, train=parts[0].numpy(), test=parts[1].numpy()))

@@ -1,0 +1,32 @@
+"""Where files are kept that can be made again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+
+def cache_folder() -> Path:
+    """``$NCKERNELS_CACHE``, or ``nckernels`` in the user's cache folder (``$XDG_CACHE_HOME``, ``~/.cache``)."""
+    own = os.environ.get("NCKERNELS_CACHE")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nckernels"
+
+
+def write(path: Path, content: Callable[[IO[bytes]], object]) -> None:
+    """The whole file or none; a folder that cannot be written to costs the cache and nothing else."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                content(file)
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise

@@ -1,0 +1,290 @@
+"""What a trained network is worth: accuracies, neural collapse of its training set, probes on its features.
+
+Every rank looks at its share of the samples (:func:`~nckernels.train.data.passes`) and gets the result of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nckernels import ClassifierResult, FixedPrototypes, compare_classifiers
+from nckernels.classifiers import _evaluating
+from nckernels.distributed import collectives, groups
+from nckernels.metrics import neural_collapse
+
+from . import data as datasets
+from .recipe import Recipe
+
+MOST_COSINES = 200
+"""Classes up to which the matrices of cosines are kept: 40,000 numbers each."""
+_CHUNK = 8192  # rows of logits at a time
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Of a network and its classifier. With several labels a sample an accuracy is the mean average precision."""
+
+    train_accuracy: float
+    test_accuracy: float
+    metrics: dict[str, float]
+    """:class:`nckernels.metrics.NeuralCollapse` of the training set, field by field. Of files ``intra_erank`` and
+    ``nc4`` are NaN, which need the samples a second time. Empty where they are not wanted, or labels are several."""
+    prototype_cosines: list[list[float]] | None = None
+    mean_cosines: list[list[float]] | None = None
+    """Of the mean unit features of the training set's classes."""
+
+
+@torch.no_grad()
+def evaluate(
+    network: nn.Module,
+    head: Any,
+    dataset: Any,
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    cosines: bool = False,
+) -> Evaluation:
+    """Measure on all samples of both sets, in eval mode, in float32; the result is the same on every rank.
+
+    A classifier of class means is fitted to the training set first. Training sets in memory have their features all at
+    once, sets of files batch by batch.
+
+    Args:
+        rank, world_size: of the default process group, which all ranks call this in.
+        cosines: give the matrices of cosines too, of at most 200 classes.
+
+    Raises:
+        FloatingPointError: if a feature is not finite.
+    """
+
+    def batches(split: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in datasets.passes(dataset, split, recipe, device, rank=rank, world_size=world_size):
+            yield network(images), labels
+
+    cosines = cosines and dataset.num_classes <= MOST_COSINES
+    several = dataset.train.labels.ndim > 1
+    wanted = recipe.run.metrics and not several
+    with _measuring(network, head, device):
+        means: FixedPrototypes | None = None
+        report: dict[str, float] = {}
+        if several or isinstance(dataset.train, datasets.Memory):
+            z, y = _gathered(batches(dataset.train), world_size)
+            _check_finite(z.isfinite().all(), 1)
+            if isinstance(head, FixedPrototypes):
+                head.fit(z, y)
+            train = _score(zip(z.split(_CHUNK), y.split(_CHUNK), strict=True), head)
+            if wanted:
+                report = asdict(neural_collapse(z, y, head.prototypes, bias=getattr(head, "bias", None)))
+            if cosines and not several:
+                means = FixedPrototypes(dataset.num_classes, z.shape[1], device=z.device).fit(z, y)
+        else:
+            if isinstance(head, FixedPrototypes):
+                _fit(head, batches(dataset.train), world_size)
+            streamed = _Streamed(head, dataset.num_classes, world_size) if wanted or cosines else None
+            train = _score(batches(dataset.train), head, world_size, streamed)
+            if streamed is not None:
+                report = streamed.report() if wanted else {}
+                means = streamed.class_means() if cosines else None
+        test = _score(batches(dataset.test), head, world_size)
+        result = Evaluation(
+            train,
+            test,
+            report,
+            _cosines(head.prototypes) if cosines else None,
+            _cosines(means.prototypes) if means is not None else None,
+        )
+    return cast(Evaluation, _of_the_first_rank(result, rank, world_size))
+
+
+@torch.no_grad()
+def accuracy(
+    network: nn.Module,
+    head: Any,
+    dataset: Any,
+    split: Any,
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+) -> float:
+    """Share of a set's samples that are classified as labelled, or the mean average precision."""
+    with _measuring(network, head, device):
+        pairs = datasets.passes(dataset, split, recipe, device, rank=rank, world_size=world_size)
+        return _score(((network(images), labels) for images, labels in pairs), head, world_size)
+
+
+@torch.no_grad()
+def features(
+    network: nn.Module,
+    dataset: Any,
+    split: Any,
+    recipe: Recipe,
+    device: torch.device,
+    function: Callable[[Tensor], Tensor] | None = None,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Features and labels of all samples of a set in its order, on every rank.
+
+    Args:
+        function: what makes features of images, for example ``network.encode``; None: the network.
+    """
+    with _measuring(network, None, device):
+        pairs = datasets.passes(dataset, split, recipe, device, rank=rank, world_size=world_size)
+        return _gathered((((function or network)(images), labels) for images, labels in pairs), world_size)
+
+
+def probe(
+    network: Any,
+    head: Any,
+    dataset: Any,
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+) -> list[ClassifierResult]:
+    """The classifiers of ``run.probes`` ([NCD] Table 2): fixed prototypes on the features, linear probes on what lies
+    below the projection, all of it computed once and without augmentation.
+
+    Raises:
+        ValueError: for several labels a sample.
+    """
+    if dataset.train.labels.ndim > 1:
+        raise ValueError("run.probes: expected none where a sample has several labels")
+
+    def of(split: Any, function: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        return features(network, dataset, split, recipe, device, function, rank=rank, world_size=world_size)
+
+    (train, train_labels), (test, test_labels) = of(dataset.train), of(dataset.test)
+    results = compare_classifiers(
+        train,
+        train_labels,
+        test,
+        test_labels,
+        train_encoded=of(dataset.train, network.encode)[0],
+        test_encoded=of(dataset.test, network.encode)[0],
+        num_classes=dataset.num_classes,
+        seed=recipe.run.seed,
+    )
+    wanted = [result for result in results if result.name in recipe.run.probes]
+    return cast("list[ClassifierResult]", _of_the_first_rank(wanted, rank, world_size))
+
+
+class _Streamed:
+    """Neural collapse and class means of features that come in batches."""
+
+    def __init__(self, head: Any, num_classes: int, world_size: int) -> None:
+        from nckernels.metrics.streaming import CollapseMetric
+
+        self.head, self.world_size = head, world_size
+        prototypes = head.prototypes
+        place = {"num_classes": num_classes, "dim": prototypes.shape[1]}
+        self.metric = CollapseMetric(**place, sync_on_compute=world_size > 1).to(prototypes.device)
+        self.means = FixedPrototypes(num_classes, prototypes.shape[1], device=prototypes.device)
+
+    def add(self, z: Tensor, y: Tensor) -> None:
+        self.metric.update(z, y)
+        self.means.partial_fit(z, y)
+
+    def report(self) -> dict[str, float]:
+        self.metric.set_classifier(self.head.prototypes, getattr(self.head, "bias", None))
+        return asdict(self.metric.report())
+
+    def class_means(self) -> FixedPrototypes:
+        return self.means.all_reduce() if self.world_size > 1 else self.means
+
+
+def _score(
+    batches: Iterable[tuple[Tensor, Tensor]], head: Any, world_size: int = 1, streamed: _Streamed | None = None
+) -> float:
+    """Accuracy, or mean average precision, over the samples of all ranks."""
+    place = head.prototypes.device
+    right, total = torch.zeros((), dtype=torch.int64, device=place), 0
+    finite = torch.ones((), dtype=torch.bool, device=place)
+    logits, several = [], []
+    for z, y in batches:
+        finite &= z.isfinite().all()
+        if y.ndim > 1:
+            logits.append(head(z))
+            several.append(y)
+            continue
+        right += (head(z).argmax(1) == y).sum()
+        total += len(y)
+        if streamed is not None and finite:  # the metric's own error would leave the other ranks waiting
+            streamed.add(z, y)
+    _check_finite(finite, world_size)
+    if several:
+        return _mean_average_precision(*_gathered(zip(logits, several, strict=True), world_size))
+    counts = torch.stack([right, torch.full_like(right, total)])
+    if world_size > 1:
+        dist.all_reduce(counts)
+    hits, samples = counts.tolist()
+    return hits / samples if samples else float("nan")
+
+
+def _mean_average_precision(logits: Tensor, labels: Tensor) -> float:
+    """The mean over the classes of the area under the curve of precision over recall, at all thresholds."""
+    from torchmetrics.functional.classification import multilabel_average_precision
+
+    value = multilabel_average_precision(logits, labels.long(), num_labels=labels.shape[1], average="macro")
+    return float(value)
+
+
+def _fit(head: FixedPrototypes, batches: Iterable[tuple[Tensor, Tensor]], world_size: int) -> None:
+    head.fit(batches)
+    if world_size > 1:
+        head.all_reduce()
+
+
+def _cosines(points: Tensor) -> list[list[float]]:
+    unit = F.normalize(points.detach().float().cpu().double(), dim=1)
+    return cast("list[list[float]]", (unit @ unit.T).tolist())
+
+
+def _gathered(batches: Iterable[tuple[Tensor, Tensor]], world_size: int) -> tuple[Tensor, Tensor]:
+    """The rows of all ranks, which are contiguous shares of a set, and so come in the set's order."""
+    pairs = [(z.float(), y) for z, y in batches]
+    z, y = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    ranks = groups.resolve("world") if world_size > 1 else None
+    if ranks is not None:
+        counts = collectives.sizes(z, ranks)
+        z, y = (collectives.gather(rows, counts, ranks) for rows in (z.contiguous(), y.contiguous()))
+    return z, y
+
+
+def _of_the_first_rank(value: Any, rank: int, world_size: int) -> Any:
+    """Sums in another order may round otherwise, and times differ: all ranks take the numbers of one."""
+    if world_size == 1:
+        return value
+    box = [value if rank == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _check_finite(finite: Tensor, world_size: int) -> None:
+    bad = (~finite).to(torch.int64)
+    if world_size > 1:
+        dist.all_reduce(bad)
+    if bad:
+        raise FloatingPointError("the features are not finite")
+
+
+@contextmanager
+def _measuring(network: nn.Module, head: Any, device: torch.device) -> Iterator[None]:
+    """Eval mode for the time being, without autocast."""
+    modules = nn.ModuleList([module for module in (network, head) if isinstance(module, nn.Module)])
+    with _evaluating(modules), torch.autocast(device.type, enabled=False):
+        yield
