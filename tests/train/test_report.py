@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from nckernels.train.report import cli
+from nckernels.train.report import cli, tables
 from nckernels.train.report.load import find, load, load_all
 from nckernels.train.report.markup import NONE
 from nckernels.train.report.page import make_page
@@ -96,8 +96,8 @@ def rows_of(tmp_path: Path, *contents: dict[str, Any]) -> tuple[Row, ...]:
 
 
 def test_runs_that_differ_only_in_their_seed_are_one_row_with_mean_and_deviation(tmp_path: Path) -> None:
-    runs = [history("nonl", seed=s, accuracy=0.9 + 0.01 * s) for s in range(3)]
-    page = report(tmp_path, *runs, history("ce"))
+    runs = [history("nonl", seed=s, accuracy=0.9 + 0.01 * s, last=True) for s in range(3)]
+    page = report(tmp_path, *runs, history("ce", last=True))
     final = [100 * run["test_accuracy"][-1] for run in runs]
     cells = page.column("Results on digits", "Test, %")
     assert list(cells) == ["CE", "NONL"]
@@ -129,8 +129,9 @@ def test_names_of_rows_are_distinct_even_where_many_settings_differ(tmp_path: Pa
 
 
 def test_unfinished_runs_are_marked_and_do_not_count_beside_finished_ones(tmp_path: Path) -> None:
-    done, half = history("nonl", accuracy=0.9), history("nonl", seed=1, accuracy=0.5, finished=False)
-    page = report(tmp_path, done, half, history("ce", finished=False))
+    done = history("nonl", accuracy=0.9, last=True)
+    half = history("nonl", seed=1, accuracy=0.5, finished=False, last=True)
+    page = report(tmp_path, done, half, history("ce", finished=False, last=True))
     cells = page.column("Results on digits", "Test, %")
     assert list(cells) == ["CE †", "NONL"]
     assert cells["NONL"] == f"{100 * done['test_accuracy'][-1]:.2f}"
@@ -163,23 +164,23 @@ def test_a_run_has_only_the_sections_that_it_has_data_for(tmp_path: Path) -> Non
 
 def test_data_sets_and_long_tails_have_a_column_each(tmp_path: Path) -> None:
     tails = [
-        history(loss, data__imbalance=tail, accuracy=0.5 + tail) for loss in ("ce", "nonl") for tail in (0.1, 0.01)
+        history(loss, data__imbalance=tail, accuracy=0.5 + tail, last=True)
+        for loss in ("ce", "nonl")
+        for tail in (0.1, 0.01)
     ]
-    page = report(
-        tmp_path, *tails, history("nonl", data__name="cifar100", classes=20), history("ce", data__name="glyphs")
-    )
-    assert page.tables["Test accuracy, %"][0] == ["Test accuracy, %", "CIFAR-100", "glyphs"]
-    assert page.tables["Test accuracy, %"][2][1:] == [
-        f"{100 * history('nonl', classes=20)['test_accuracy'][-1]:.2f}",
-        NONE,
-    ]
+    others = (("ce", "glyphs", 10), ("nonl", "cifar100", 20))
+    others = [history(loss, data__name=name, classes=k, last=True) for loss, name, k in others]
+    page = report(tmp_path, *tails, *others)
+    table = page.tables["Test accuracy, %"]
+    ce, nonl = (f"{100 * run['test_accuracy'][0]:.2f}" for run in others)
+    assert table == [["Test accuracy, %", "glyphs", "CIFAR-100"], ["CE", ce, NONE], ["NONL", NONE, nonl]]
     assert page.tables["Imbalance"][0] == ["Imbalance", "0.1", "0.01"]
     assert [line[0] for line in page.tables["Imbalance"][1:]] == ["CE", "NONL"]
     assert page.tables["Imbalance"][1][1] == f"{100 * tails[0]['test_accuracy'][-1]:.2f}"
 
 
 def test_metrics_stand_beside_the_optimum_of_their_features(tmp_path: Path) -> None:
-    page = report(tmp_path, history("nonl"), history("ce", model__projection="none"))
+    page = report(tmp_path, history("nonl", last=True), history("ce", model__projection="none", last=True))
     table = page.column("Metrics of Table 3, digits", "Prototype to mean² ↓")
     assert table["Optimum"] == "0"
     assert table["Optimum, ReLU"] == f"{2 - 2 * 0.9**0.5:.3f}"
@@ -192,21 +193,23 @@ def test_metrics_stand_beside_the_optimum_of_their_features(tmp_path: Path) -> N
 
 
 def test_convergence_compares_with_cross_entropy_over_the_mean_of_the_seeds(tmp_path: Path) -> None:
-    page = report(tmp_path, *(history(loss, seed=s) for loss in ("ce", "nonl") for s in range(2)))
-    first = page.tables["(I) Within 5% of collapse after, % of iterations, digits"]
+    for loss in ("ce", "nonl"):
+        for seed in range(2):
+            write(tmp_path / loss / str(seed), history(loss, seed=seed))
+    (both,) = group(load_all(find([tmp_path]).histories)[0])
+    (alone,) = group(load_all(find([tmp_path / "nonl"]).histories)[0])
+    shown = Page(tables.convergence(both)).tables
+    first = shown["(I) Within 5% of collapse after, % of iterations, digits"]
     assert [line[0] for line in first] == ["Row", "CE", "NONL"]
     assert first[1][1:] == ["never"] * 5
-    second = page.tables["(II) Like the final CE after, % of its iterations, digits"]
+    second = shown["(II) Like the final CE after, % of its iterations, digits"]
     assert [line[0] for line in second] == ["Row", "CE, settled", "NONL"]
     assert 0 < float(second[2][1]) < 50
-    page = report(tmp_path / "without", history("nonl"))
-    assert [title for title in page.tables if title.startswith("(")] == [
-        "(I) Within 5% of collapse after, % of iterations, digits"
-    ]
+    assert list(Page(tables.convergence(alone)).tables) == ["(I) Within 5% of collapse after, % of iterations, digits"]
 
 
 def test_classifiers_are_compared(tmp_path: Path) -> None:
-    page = report(tmp_path, history("scl"), history("nonl"))
+    page = report(tmp_path, history("scl", last=True), history("nonl", last=True))
     assert page.tables["Classifiers, digits"] == [
         ["Row", "FP, %", "LP, %"],
         ["SCL", "95.60 in 10 ms", "94.60 in 2.5 s"],
@@ -214,9 +217,10 @@ def test_classifiers_are_compared(tmp_path: Path) -> None:
 
 
 def test_a_grid_of_temperatures_and_batch_sizes_is_a_phase_diagram(tmp_path: Path) -> None:
-    best = history("nonl", accuracy=0.95, loss__temperature=0.2, run__batch_size=64)
-    others = [history("nonl", accuracy=0.8, loss__temperature=t, run__batch_size=b) for t, b in ((0.1, 64), (0.2, 32))]
-    page = report(tmp_path, best, *others, history("ce"))
+    best = history("nonl", accuracy=0.95, loss__temperature=0.2, run__batch_size=64, last=True)
+    others = [history("nonl", accuracy=0.8, loss__temperature=t, run__batch_size=b, last=True)
+              for t, b in ((0.1, 64), (0.2, 32))]  # fmt: skip
+    page = report(tmp_path, best, *others, history("ce", last=True))
     grid = page.tables["NONL on digits: test accuracy by temperature and batch size"]
     assert [line[:2] for line in grid[:1]] == [["τ \\ B", "32"]]
     assert [line[0] for line in grid[1:]] == ["0.1", "0.2"]
@@ -227,7 +231,8 @@ def test_a_grid_of_temperatures_and_batch_sizes_is_a_phase_diagram(tmp_path: Pat
 
 
 def test_settings_say_what_differs(tmp_path: Path) -> None:
-    page = report(tmp_path, history("ce"), history("nonl", note="drawn by hand"), history("nonl", seed=11, classes=10))
+    page = report(tmp_path, *(history(loss, seed=seed, note="drawn by hand", last=True)
+                              for loss, seed in (("ce", 0), ("nonl", 0), ("nonl", 11))))  # fmt: skip
     assert page.tables["Settings that differ"][1:] == [["loss.name", "ce (1), nonl (2)"], ["run.seed", "0 (2), 11 (1)"]]
     assert ["run.batch_size", "256"] in page.tables["Settings that all runs have in common"]
     assert "torch 2.13" in page.text
@@ -256,9 +261,9 @@ def test_curves_have_gaps_optima_marks_and_colours_of_the_page(tmp_path: Path) -
 def test_many_classes_and_runs_make_no_large_page_and_take_no_minute(tmp_path: Path) -> None:
     for i in range(200):
         loss = ("ce", "normface", "ntce", "nonl", "etf-dr")[i % 5]
-        made = history(loss, classes=10, evaluations=60, loss__temperature=0.1 + 0.01 * (i // 5), data__name="glyphs")
+        made = history(loss, evaluations=20, loss__temperature=0.1 + 0.01 * (i // 5), data__name="glyphs")
         write(tmp_path / str(i), made)
-    write(tmp_path / "large", history("nonl", classes=200, evaluations=2000, dim=512, data__name="cifar100"))
+    write(tmp_path / "large", history("nonl", classes=200, evaluations=1000, dim=512, data__name="cifar100"))
     start = time.monotonic()
     assert cli.main([str(tmp_path), "--out", str(tmp_path / "page.html")]) == 0
     assert time.monotonic() - start < 30
@@ -276,14 +281,14 @@ def test_what_files_say_is_escaped(tmp_path: Path) -> None:
     run["recipe"]["loss"]["options"] = {evil: evil}
     run["versions"][evil] = evil
     run["classifiers"] = [{"name": evil, "accuracy": 0.5, "seconds": 1.0}]
-    for title in (None, evil):
-        page = report(tmp_path, run, title=title, problems=[evil], waiting=[Path(evil)])
-        assert "script" not in page.tags
-        assert page.text.count(evil) >= 10
+    page = report(tmp_path, run, problems=[evil], waiting=[Path(evil)])
+    assert "script" not in page.tags
+    assert page.text.count(evil) >= 10
+    assert "script" not in report(tmp_path / "titled", history("nonl", last=True), title=evil).tags
 
 
 def test_a_broken_file_is_named_and_the_others_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(tmp_path / "good", history("nonl"))
+    write(tmp_path / "good", history("nonl", last=True))
     later = {**history("ce"), "version": 3}
     short = {**history("ce"), "loss": [1.0]}
     words = {**history("ce"), "test_accuracy": ["high"] * 30}
