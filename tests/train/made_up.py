@@ -79,7 +79,7 @@ def history(
         if loss == "scl"
         else [],
         "prototype_cosines": cosines.tolist(),
-        "mean_cosines": cosines.T.tolist(),
+        "mean_cosines": (cosines if loss == "scl" else cosines**3).tolist(),
         "finished": finished,
         "versions": {"nckernels": "0.9", "torch": "2.13", "python": "3.11", "device": "cpu"},
         "note": note,

@@ -12,11 +12,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("matplotlib")
 
-from nckernels.train.report import cli, tables
+from nckernels.train.report import charts, cli, figures, tables
 from nckernels.train.report.load import find, load, load_all
 from nckernels.train.report.markup import NONE
 from nckernels.train.report.page import make_page
@@ -233,7 +234,10 @@ def test_a_grid_of_temperatures_and_batch_sizes_is_a_phase_diagram(tmp_path: Pat
 def test_settings_say_what_differs(tmp_path: Path) -> None:
     page = report(tmp_path, *(history(loss, seed=seed, note="drawn by hand", last=True)
                               for loss, seed in (("ce", 0), ("nonl", 0), ("nonl", 11))))  # fmt: skip
-    assert page.tables["Settings that differ"][1:] == [["loss.name", "ce (1), nonl (2)"], ["run.seed", "0 (2), 11 (1)"]]
+    assert page.tables["Settings that differ"][1:] == [
+        ["loss.name", "ce (1) · nonl (2)"],
+        ["run.seed", "0 (2) · 11 (1)"],
+    ]
     assert ["run.batch_size", "256"] in page.tables["Settings that all runs have in common"]
     assert "torch 2.13" in page.text
     assert "drawn by hand" in page.text
@@ -357,6 +361,20 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
     assert not re.search(r"""(src|href)=["'](?!#|data:)|@import|url\((?!#)""", text)
     assert "default-src 'none'" in text
     assert len(re.findall(r"<svg", text)) == 11
+
+
+def test_means_that_are_the_prototypes_are_drawn_once(tmp_path: Path) -> None:
+    for loss, maps in (("scl", ["prototypes = class means"]), ("nonl", ["prototypes", "class means"])):
+        write(tmp_path / loss, history(loss, evaluations=1))
+        (data,) = group(load_all(find([tmp_path / loss]).histories)[0])
+        titles = re.findall("<title>Cosines of the (.*?) of", figures.cosines([data]))
+        assert titles == maps
+
+
+def test_axes_are_logarithmic_where_that_helps(tmp_path: Path) -> None:
+    steps, flat = np.arange(3.0), np.zeros(3)
+    for values, expected in (([1, 30, 0], True), ([1, 5, math.nan], False), ([-1, 30, 2], False), ([0, 0, 0], False)):
+        assert charts.spans_decades([charts.Line("nonl", steps, np.array(values, float), flat)]) is expected
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium or chrome")

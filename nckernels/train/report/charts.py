@@ -66,7 +66,7 @@ def curves(
         lines: what to draw; NaN is a gap.
         label: what a screen reader says.
         optima: dashed lines.
-        logarithmic: a logarithmic axis, if there are positive values to show. Others are gaps then.
+        logarithmic: a logarithmic axis, on which only positive values show; see :func:`spans_decades`.
         bottom: of percentages: cut off what is lower, so that the ends can be told apart.
     """
     figure = Figure(figsize=(3.5, 2.1))
@@ -76,18 +76,17 @@ def curves(
     for optimum in optima:
         if optimum > 0 or not logarithmic:
             ax.axhline(optimum, color=MUTED, ls=(0, (4, 3)), lw=1.1, zorder=1)
-    values = np.concatenate([line.mean for line in lines])
-    values = values[np.isfinite(values)]
-    if logarithmic and (values > 0).any():
+    if logarithmic:
         ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(numticks=6))
+        low, high = ax.get_ylim()
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,), numticks=6))
         ax.yaxis.set_minor_formatter(NullFormatter())
     else:
         ax.yaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 2.5, 5, 10)))
     if bottom is not None:
         margin = 0.04 * (100 - bottom)
         ax.set_ylim(bottom - margin, min(ax.get_ylim()[1], 100 + margin))
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=(1, 2, 5, 10)))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda step, _: _thousands(step)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
     ax.margins(x=0.02)
@@ -99,6 +98,13 @@ def curves(
     ax.tick_params(which="minor", length=0)
     ax.set_xlabel("iterations", fontsize=8.5, color=INK, labelpad=1.5)
     return _svg(figure, label)
+
+
+def spans_decades(lines: Sequence[Line]) -> bool:
+    """Whether a logarithmic axis helps: at least one decade, and nothing negative."""
+    values = np.concatenate([line.mean for line in lines])
+    values = values[np.isfinite(values) & (values != 0)]
+    return bool(len(values) and values.min() > 0 and values.max() > 10 * values.min())
 
 
 def heat_map(matrix: NDArray[np.float32], limit: float, names: Sequence[str], *, label: str) -> Raw:

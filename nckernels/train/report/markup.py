@@ -86,7 +86,8 @@ def duration(seconds: float) -> str:
     if math.isnan(seconds):
         return NONE
     if seconds < 120:
-        return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+        short = f"{max(1000 * seconds, 1):.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+        return short if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 

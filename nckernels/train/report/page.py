@@ -112,6 +112,8 @@ def _results(data_sets: Sequence[DataSet]) -> Raw:
     parts: list[Raw | str] = []
     if len(plain) > 1:
         parts.append(tables.overview(plain, "Test accuracy, %", [data.name for data in plain]))
+        if any(len(data.rows) > len({row.base for row in data.rows}) for data in plain):
+            parts.append(small("Of several rows of a name the best."))
     for data in data_sets:
         heading = f"{data.name}, {data.num_classes} classes"
         if data.name in tailed or len(plain) > 4:
@@ -177,7 +179,7 @@ def _settings(records: Sequence[Record]) -> Raw:
             same.append([tag("code", key), next(iter(times))])
         else:
             listed = [f"{value} ({number})" for value, number in times.items()]
-            differing.append([tag("code", key), ", ".join(listed[:12]) + (", …" if len(listed) > 12 else "")])
+            differing.append([tag("code", key), " · ".join(listed[:12]) + (" · …" if len(listed) > 12 else "")])
     parts = []
     if differing:
         made = table(["Key", "Values (runs)"], differing, label="Settings that differ", kind="text")

@@ -57,10 +57,12 @@ class Row:
     """Runs of one recipe, and the name that tells them from the other rows of their data set."""
 
     name: str
+    base: str
+    """The recipe's row, or the loss: its name without the settings that tell it from other rows of that name."""
     loss: str
     runs: tuple[Record, ...]
     differing: tuple[tuple[str, Any], ...] = ()
-    """The settings that the name adds to the recipe's row."""
+    """The settings that the name adds to that."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -127,15 +129,20 @@ class DataSet:
 
     @cached_property
     def shown(self) -> tuple[Row, ...]:
-        """The rows for charts: all, or the best of each loss if they are many."""
+        """The rows for charts: all, or the best of each name if they are many."""
         if len(self.rows) <= MOST_ROWS:
             return self.rows
+        ranked = sorted(self.bests.values(), key=lambda row: -row.accuracy)[:MOST_ROWS]
+        return tuple(row for row in self.rows if row in ranked)
+
+    @cached_property
+    def bests(self) -> dict[str, Row]:
+        """The best row of each name."""
         best: dict[str, Row] = {}
         for row in self.rows:
-            if row.loss not in best or row.accuracy > best[row.loss].accuracy:
-                best[row.loss] = row
-        ranked = sorted(best.values(), key=lambda row: -row.accuracy)[:MOST_ROWS]
-        return tuple(row for row in self.rows if row in ranked)
+            if row.base not in best or row.accuracy > best[row.base].accuracy:
+                best[row.base] = row
+        return best
 
     @property
     def best(self) -> Row:
@@ -193,6 +200,7 @@ def _data_names(examples: Sequence[Record]) -> list[str]:
         keys = [key for key in _differing(same) if key.startswith("data.") and key != "data.workers"]
         keys = [key for key in keys if key != "data.root" or name == "folder"]
         known = [(key, record.settings[key]) for key in keys if key in record.settings]
+        known = [setting for setting in known if setting != ("data.imbalance", 1.0)]
         classes = [f"{record.num_classes} classes"] if len({other.num_classes for other in same}) > 1 else []
         differing = ", ".join(filter(None, [describe(known), *classes]))
         names.append(LABELS.get(name, name) + (f" ({differing})" if differing else ""))
@@ -214,13 +222,13 @@ def _rows(records: Sequence[Record]) -> tuple[Row, ...]:
             differing = tuple((key, runs[0].settings[key]) for key in keys if key in runs[0].settings)
             few = (*differing[:4], *differing[4:][: 0 if len(differing) > 5 else 1])
             name = ", ".join(filter(None, [base, describe(few), "…" if len(few) < len(differing) else ""]))
-            rows.append(Row(name, runs[0].settings["loss.name"], tuple(runs), differing))
-    rows.sort(key=lambda row: (rank(row.loss), _base(row.runs[0]), [sortable(value) for _, value in row.differing]))
+            rows.append(Row(name, base, runs[0].settings["loss.name"], tuple(runs), differing))
+    rows.sort(key=lambda row: (rank(row.loss), row.base, [sortable(value) for _, value in row.differing]))
     seen: dict[str, int] = defaultdict(int)
     for i, row in enumerate(rows):
         seen[row.name] += 1
         if seen[row.name] > 1:
-            rows[i] = Row(f"{row.name} ({seen[row.name]})", row.loss, row.runs, row.differing)
+            rows[i] = Row(f"{row.name} ({seen[row.name]})", row.base, row.loss, row.runs, row.differing)
     return tuple(rows)
 
 

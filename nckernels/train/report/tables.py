@@ -53,11 +53,11 @@ def name_of(row: Row) -> Raw:
 
 
 def overview(data_sets: Sequence[DataSet], heading: str, columns: Sequence[str]) -> Raw:
-    """Test accuracies: a line per row, a column per data set."""
-    cells = [{row.name: row for row in data.rows} for data in data_sets]
+    """Test accuracies: a line per name, with its best row, and a column per data set."""
+    cells = [data.bests for data in data_sets]
     finals = [{name: row.final("test_accuracy") for name, row in column.items()} for column in cells]
     tops = [_top(list(column.values())) for column in finals]
-    order = {row.name: row for data in data_sets for row in data.rows}
+    order = {name: row for column in cells for name, row in column.items()}
     order = dict(sorted(order.items(), key=lambda pair: rank(pair[1].loss)))
     lines = []
     for name in order:
@@ -203,7 +203,7 @@ def phases(data: DataSet) -> list[Raw]:
     grids: dict[str, dict[tuple[float, int], Row]] = {}
     for row in data.rows:
         key = (row.settings["loss.temperature"], row.settings["run.batch_size"])
-        cells = grids.setdefault(row.name.partition(",")[0], {})
+        cells = grids.setdefault(row.base, {})
         if key not in cells or row.accuracy > cells[key].accuracy:
             cells[key] = row
     grids = {
