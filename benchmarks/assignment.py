@@ -29,7 +29,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from nckernels.train import TrainConfig, fit, glyphs
+from nckernels.train.data import glyphs
+from nckernels.train.engine import fit
+from nckernels.train.recipe import Recipe
 
 from .report import commit
 
@@ -37,11 +39,11 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "neural-collapse.md"
 MARKERS = tuple(f"<!-- assignment table: {word} -->" for word in ("begin", "end"))
 RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
 ROWS: dict[str, dict[str, Any]] = {
-    "static": {"loss": "dlp", "assignment": "static"},
-    "dynamic": {"loss": "dlp"},
-    "psc": {"loss": "ce"},
-    "psc-star": {"loss": "psc-star"},
-    "nonl": {"loss": "nonl"},
+    "static": {"loss.name": "dlp", "loss.assignment": "static"},
+    "dynamic": {"loss.name": "dlp"},
+    "psc": {"loss.name": "ce"},
+    "psc-star": {"loss.name": "psc-star"},
+    "nonl": {"loss.name": "nonl"},
 }
 TITLES = {
     "static": "fixed points, labels at random for good",
@@ -176,9 +178,24 @@ def _each(work: Callable[[Task], Outcome], todo: Sequence[Task], processes: int)
 
 def train(task: Task, settings: dict[str, Any]) -> Outcome:
     """One run from beginning to end, on one thread."""
-    shared = {"dataset": task.dataset, "dim": task.dim, "lr": task.lr, "seed": task.seed, "eval_every": 10**9}
+    recipe = Recipe().replace(
+        **{
+            "data.name": "glyphs",
+            "data.validation": task.dataset == "glyphs-validation",
+            "model.dim": task.dim,
+            "model.width": settings["width"],
+            "loss.temperature": settings["temperature"],
+            "optimizer.lr": task.lr,
+            "schedule.epochs": settings["epochs"],
+            "run.batch_size": settings["batch_size"],
+            "run.seed": task.seed,
+            "run.eval_every": 10**9,
+            "run.metrics": False,
+            **ROWS[task.row],
+        }
+    )
     try:
-        history = fit(TrainConfig(**{**settings, **shared, **ROWS[task.row]}), progress=False).history
+        history = fit(recipe, progress=False).history
         accuracies = history.test_accuracy[-1], history.train_accuracy[-1]
     except FloatingPointError:
         accuracies = 0.0, 0.0

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import nckernels
-from nckernels.train.models import ConvNet
+from nckernels.train.models import make_network
+from nckernels.train.recipe import Model
 
 from .harness import Measured, Result, Session, exact, failure, fill, relative_error, runner
 from .measure import Step
@@ -73,7 +74,9 @@ def backbone(device: torch.device) -> tuple[nn.Module, str]:
             network = library.resnet50(weights=None)
             network.fc = nn.Identity()
             return network, "ResNet-50 of torchvision"
-    return ConvNet(3, 512, width=32), "ConvNet of nckernels.train, 3 blocks, not ResNet-50"
+    return make_network(
+        Model("convnet", width=32, dim=512), 3, 32
+    ), "ConvNet of nckernels.train, 3 blocks, not ResNet-50"
 
 
 def measure_step(problem: Problem, session: Session, seconds: float) -> Measured:

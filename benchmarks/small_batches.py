@@ -15,7 +15,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,12 +24,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import nckernels
-from nckernels.train import Run, TrainConfig, fit
-from nckernels.train.data import load
-from nckernels.train.models import LossName
-from nckernels.train.trainer import extract
+from nckernels.train.data import open_data
+from nckernels.train.engine import Run, fit
+from nckernels.train.evaluate import features as extract
+from nckernels.train.recipe import Data, Recipe
 
-LOSSES: dict[LossName, Callable[..., Tensor]] = {"nonl": nckernels.nonl_loss, "ntce": nckernels.ntce_loss}
+LOSSES: dict[str, Callable[..., Tensor]] = {"nonl": nckernels.nonl_loss, "ntce": nckernels.ntce_loss}
 RATES = (0.05, 0.1, 0.2, 0.4, 0.8)
 METRICS = (("NC1", "nc1"), ("NC2cos", "nc2_cosines"), ("w-align", "weight_alignment"))
 
@@ -49,15 +49,15 @@ class Outcome:
 
 
 def variants(small: int, large: int) -> dict[str, dict[str, Any]]:
-    """By name, what differs from the default configuration; ``repelled`` is a control, see :func:`repelled`."""
+    """By name, what differs from the default recipe; ``repelled`` is a control, see :func:`repelled`."""
     longer = 1 - small / large
     return {
-        f"batch {small}": {"batch_size": small},
-        f"batch {small}, queue {large - small}": {"batch_size": small, "queue": large - small},
-        f"batch {small}, repelled {small / large:.4g}": {"batch_size": small, "repelled_by": small / large},
-        f"batch {small}, decay 0.5": {"batch_size": small, "decay": 0.5},
-        f"batch {small}, decay {longer:.4g}": {"batch_size": small, "decay": longer},
-        f"batch {large}": {"batch_size": large},
+        f"batch {small}": {"run.batch_size": small},
+        f"batch {small}, queue {large - small}": {"run.batch_size": small, "loss.queue": large - small},
+        f"batch {small}, repelled {small / large:.4g}": {"run.batch_size": small, "repelled_by": small / large},
+        f"batch {small}, decay 0.5": {"run.batch_size": small, "loss.decay": 0.5},
+        f"batch {small}, decay {longer:.4g}": {"run.batch_size": small, "loss.decay": longer},
+        f"batch {large}": {"run.batch_size": large},
     }
 
 
@@ -84,42 +84,42 @@ def main(argv: list[str] | None = None) -> int:
     if args.report is not None:
         print(table([Outcome(**values) for values in json.loads(args.report.read_text())]), collapse(), sep="\n")
         return 0
-    base = TrainConfig(epochs=args.epochs, eval_every=10**9)
+    base = Recipe().replace(schedule__epochs=args.epochs, run__eval_every=10**9)
     grid = [
-        (replace(base, loss=loss, lr=lr, seed=seed), changes, name)
+        (base.replace(loss__name=loss, optimizer__lr=lr, run__seed=seed), changes, name)
         for loss in LOSSES
         for name, changes in variants(args.small, args.large).items()
         for lr in args.lr
         for seed in range(args.seeds)
     ]
     outcomes = []
-    for config, changes, name in tqdm(grid, unit="run", disable=None):
+    for recipe, changes, name in tqdm(grid, unit="run", disable=None):
         try:
-            outcomes.append(_train(config, name, **changes))
+            outcomes.append(_train(recipe, name, **changes))
         except FloatingPointError as error:
-            tqdm.write(f"{name}, {config.loss}, lr {config.lr:g}, seed {config.seed}: {error}")
+            run = f"{recipe.loss.name}, lr {recipe.optimizer.lr:g}, seed {recipe.run.seed}"
+            tqdm.write(f"{name}, {run}: {error}")
     print(table(outcomes), collapse(), sep="\n")
     if args.out is not None:
         args.out.write_text("[\n" + ",\n".join(json.dumps(asdict(outcome)) for outcome in outcomes) + "\n]\n")
     return 0
 
 
-def _train(config: TrainConfig, name: str, repelled_by: float = 0.0, **changes: Any) -> Outcome:
-    config = replace(config, **changes)
+def _train(recipe: Recipe, name: str, repelled_by: float = 0.0, **changes: Any) -> Outcome:
     loss_of = functools.partial(repelled, share=repelled_by) if repelled_by else None
-    return _outcome(fit(config, progress=False, loss_of=loss_of), name)
+    return _outcome(fit(recipe.replace(**changes), progress=False, loss_of=loss_of), name)
 
 
 @torch.no_grad()
 def _outcome(run: Run, name: str) -> Outcome:
-    config, data = run.history.config, run.data
-    features = extract(run.model, data.train_images)
-    whole = LOSSES[config.loss](features, run.head.prototypes, data.train_labels, temperature=config.temperature)
+    recipe, prototypes = run.history.recipe, run.head.prototypes
+    features, labels = extract(run.network, run.data, run.data.train, recipe, prototypes.device)
+    whole = LOSSES[recipe.loss.name](features, prototypes, labels, temperature=recipe.loss.temperature)
     return Outcome(
-        config.loss,
+        recipe.loss.name,
         name,
-        config.lr,
-        config.seed,
+        recipe.optimizer.lr,
+        recipe.run.seed,
         run.history.test_accuracy[-1],
         whole.item(),
         {key: run.history.metrics[key][-1] for _, key in METRICS},
@@ -148,8 +148,8 @@ def table(outcomes: list[Outcome]) -> str:
 
 def collapse() -> str:
     """The least whole losses that there are, where classes are of equal size ([NCD] Theorem A.1)."""
-    data, temperature = load("digits"), TrainConfig().temperature
-    k, n = data.num_classes, len(data.train_labels) / data.num_classes
+    data, temperature = open_data(Data("digits")), Recipe().loss.temperature
+    k, n = data.num_classes, len(data.train) / data.num_classes
     apart = k / ((k - 1) * temperature)
     nonl, ntce = math.log(n * (k - 1)) - apart, math.log(n) + math.log1p((k - 1) * math.exp(-apart))
     return f"whole loss at neural collapse, were the {k} classes of equal size: nonl {nonl:.4f}, ntce {ntce:.4f}"

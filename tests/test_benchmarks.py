@@ -496,7 +496,7 @@ def test_assignments_go_on_where_they_were_cut_off(
 
 
 def test_a_training_that_diverges_has_no_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
-    def diverge(config: object, *, progress: bool) -> None:
+    def diverge(recipe: object, *, progress: bool) -> None:
         raise FloatingPointError
 
     monkeypatch.setattr(assignment, "fit", diverge)
@@ -506,10 +506,10 @@ def test_a_training_that_diverges_has_no_accuracy(monkeypatch: pytest.MonkeyPatc
 
 
 def test_each_row_is_a_configuration_of_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
-    configs = []
+    recipes = []
 
-    def fit(config: object, *, progress: bool) -> object:
-        configs.append(config)
+    def fit(recipe: object, *, progress: bool) -> object:
+        recipes.append(recipe)
         return types.SimpleNamespace(history=types.SimpleNamespace(test_accuracy=[0.5], train_accuracy=[0.6]))
 
     monkeypatch.setattr(assignment, "fit", fit)
@@ -517,12 +517,12 @@ def test_each_row_is_a_configuration_of_the_trainer(monkeypatch: pytest.MonkeyPa
     for row in assignment.ROWS:
         done = assignment.train(assignment.Task(row, 12, 0.2, 5, "glyphs-validation"), settings)
         assert (done.accuracy, done.train_accuracy) == (0.5, 0.6)
-    assert [(c.loss, c.assignment) for c in configs] == [
+    assert [(r.loss.name, r.loss.assignment) for r in recipes] == [
         ("dlp", "static"), ("dlp", "dynamic"), ("ce", "dynamic"), ("psc-star", "dynamic"), ("nonl", "dynamic")
     ]  # fmt: skip
-    assert {(c.dataset, c.dim, c.lr, c.seed, c.epochs, c.width) for c in configs} == {
-        ("glyphs-validation", 12, 0.2, 5, 3, 4)
-    }
+    assert {(r.data.name, r.data.validation, r.loss.temperature) for r in recipes} == {("glyphs", True, 0.1)}
+    assert {(r.model.dim, r.model.width, r.optimizer.lr, r.run.seed) for r in recipes} == {(12, 4, 0.2, 5)}
+    assert {(r.schedule.epochs, r.run.batch_size) for r in recipes} == {(3, 8)}
 
 
 def test_the_page_has_the_table_of_the_latest_report() -> None:

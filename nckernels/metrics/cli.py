@@ -24,10 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         paths = list(dict.fromkeys(arguments.runs))
-        runs = {path: RunHistory.load(path, num_classes=arguments.num_classes) for path in paths}
+        runs = {path: RunHistory.load(path) for path in paths}
         given = arguments.baseline
         if given is not None and given not in runs:
-            runs[given] = RunHistory.load(given, num_classes=arguments.num_classes)
+            runs[given] = RunHistory.load(given)
         losses = [run.loss for run in runs.values()]
         for path, run in runs.items():
             if losses.count(run.loss) == 1:
@@ -53,11 +53,11 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN.json", help="a history that train --out or demo wrote")
+    add("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run, or its history.json")
     add(
         "--baseline",
         type=Path,
-        metavar="RUN.json",
+        metavar="RUN",
         help="the run to match; None: the run with the loss ce, if it is one",
     )
     add(
@@ -69,5 +69,4 @@ def make_parser() -> argparse.ArgumentParser:
     add("--tolerance", type=float, default=0.05, help="share of a metric's range that counts as near its optimum")
     add("--smoothing", type=float, default=0.5, help="weight of the past in the exponentially weighted average")
     add("--metrics", nargs="+", default=TABLE_7_METRICS, metavar="METRIC", help="fields of NeuralCollapse")
-    add("--num-classes", type=int, help="for histories of older versions, which lack it")
     return parser

@@ -13,6 +13,8 @@ from typing import Any
 from .measures import NAN
 from .report import Features, optimum, ranges
 
+HISTORY_VERSION = 2
+"""Of the format of ``history.json`` that :meth:`RunHistory.load` reads."""
 TABLE_7_METRICS = ("instance_alignment", "weight_alignment", "weights_erank", "intra_erank", "inter_erank")
 """The columns of [NCD] Table 7, in its order."""
 TABLE_7 = {
@@ -80,54 +82,45 @@ class RunHistory:
     """:class:`NeuralCollapse` field by field, a value per evaluation; NaN where undefined."""
 
     @classmethod
-    def load(cls, path: str | Path, *, num_classes: int | None = None) -> RunHistory:
-        """Read a history that ``python -m nckernels train --out`` or ``demo`` has written.
+    def load(cls, path: str | Path) -> RunHistory:
+        """Read the history of a run of ``python -m nckernels train --out`` or ``demo``.
 
         Args:
-            path: a JSON file with ``config`` (``loss``, ``dim``), ``steps``, ``metrics`` and ``num_classes``.
-            num_classes: for files of versions that did not write it.
+            path: the run's folder, or its ``history.json``.
 
         Raises:
             OSError: if the file cannot be read.
-            ValueError: naming the file, if it holds something else, or no number of classes and none is given, or
-                another one than is given.
+            ValueError: naming the file, if it holds something else.
         """
         path = Path(path)
+        file = path / "history.json" if path.is_dir() else path
         try:
-            content = json.loads(path.read_bytes())
+            content = json.loads(file.read_bytes())
         except ValueError as error:  # what is no text, too
-            raise ValueError(f"{path}: not a JSON file: {error}") from None
+            raise ValueError(f"{file}: not a JSON file: {error}") from None
         try:
-            return cls._parse(str(path), content, num_classes)
+            return cls._parse(str(path), content)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise ValueError(f"{file}: {error}") from None
 
     @classmethod
-    def _parse(cls, name: str, content: Any, num_classes: int | None) -> RunHistory:
+    def _parse(cls, name: str, content: Any) -> RunHistory:
         content = _typed("the history", content, dict)
-        config = _typed("config", content.get("config"), dict)
+        if content.get("version") != HISTORY_VERSION:
+            raise ValueError(f"version: expected {HISTORY_VERSION}, got {content.get('version')!r}")
+        recipe = _typed("recipe", content.get("recipe"), dict)
+        loss = _typed("recipe.loss", recipe.get("loss"), dict)
         steps = _typed("steps", content.get("steps"), list)
         metrics = _typed("metrics", content.get("metrics"), dict)
         if not steps or not all(_is_integer(step) for step in steps):
-            raise ValueError("steps: expected a list of iterations, at least one")
+            raise ValueError("steps: expected a list of steps, at least one")
         if any(later <= earlier for earlier, later in itertools.pairwise(steps)):
             raise ValueError("steps: expected increasing numbers")
-        stored = content.get("num_classes", 0)
-        if not _is_integer(stored) or stored < 0:
-            raise ValueError(f"num_classes: expected a whole number, got {stored!r}")
-        if stored and num_classes not in (None, stored):
-            raise ValueError(f"num_classes: the file says {stored}, not {num_classes}")
-        classes = stored or num_classes
-        if not classes:
-            raise ValueError("no num_classes in this file, which an older version has written: give --num-classes")
-        dim = config.get("dim")
-        if not _is_integer(dim) or dim < 1:
-            raise ValueError(f"config.dim: expected a positive whole number, got {dim!r}")
         return cls(
             name=name,
-            loss=_typed("config.loss", config.get("loss"), str),
-            num_classes=classes,
-            dim=dim,
+            loss=_typed("recipe.loss.name", loss.get("name"), str),
+            num_classes=_positive("num_classes", content.get("num_classes")),
+            dim=_positive("dim", content.get("dim")),
             steps=steps,
             metrics={metric: _numbers(f"metrics.{metric}", values, len(steps)) for metric, values in metrics.items()},
         )
@@ -282,6 +275,12 @@ def _typed(name: str, value: Any, kind: type) -> Any:
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _positive(name: str, value: Any) -> int:
+    if not _is_integer(value) or value < 1:
+        raise ValueError(f"{name}: expected a positive whole number, got {value!r}")
+    return int(value)
 
 
 def _numbers(name: str, values: Any, length: int) -> list[float]:

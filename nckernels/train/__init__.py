@@ -1,4 +1,12 @@
-"""A thin trainer that shows the losses at work: ``python -m nckernels train`` and ``... demo``.
+"""A thin trainer around the losses: ``python -m nckernels train``, ``evaluate``, ``recipes``, ``sweep``, ``report``.
 
-Needs tqdm, scikit-learn (for the digits) and matplotlib (for the glyphs and the plots) besides torch.
+A :class:`Recipe` has all settings of a run, :func:`fit` is the only training loop. Needs ``pip install
+"nckernels[train]"`` besides torch.
 """
+
+from .engine import Run, fit
+from .history import History
+from .recipe import Recipe
+from .recipes import load as load_recipe
+
+__all__ = ["History", "Recipe", "Run", "fit", "load_recipe"]

@@ -3,39 +3,62 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 from nckernels import ClassifierResult
 from nckernels.metrics import optimum
 
-from .options import add_options
-from .trainer import Run, TrainConfig, fit
-
-DEFAULTS = TrainConfig()
+from .data import DataError
+from .engine import TrainingError, fit
+from .history import History
+from .recipes import load
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, train, print the final metrics and write the results; returns the exit status."""
+    """Parse, train, print the final metrics.
+
+    Returns:
+        0 for a run that is finished, or saved after a signal; 1 for a training that failed: diverged, data unreadable,
+        folder not writable. Bad arguments end with 2.
+    """
     parser = make_parser()
     arguments = parser.parse_args(argv)
-    values = {f.name: getattr(arguments, f.name) for f in fields(TrainConfig)}
-    if arguments.out is not None:
-        try:
-            arguments.out.mkdir(parents=True, exist_ok=True)  # before the training, not after it
-        except OSError as error:
-            parser.error(f"--out: {error}")
+    if arguments.resume and arguments.out is None:
+        parser.error("--resume: expected --out, the folder of the run")
+    first = os.environ.get("RANK", "0") == "0"
     try:
-        run = fit(TrainConfig(**values), progress=not arguments.quiet)
-    except ValueError as error:
+        recipe = load(arguments.recipe, arguments.set)
+        if arguments.dry_run:
+            from . import plan
+
+            print(plan.describe(recipe))
+            return 0
+        before = _finished(arguments.out)
+        run = fit(
+            recipe, arguments.out, resume=arguments.resume is not None, progress=False if arguments.quiet else None
+        )
+    except (DataError, FloatingPointError, TrainingError, OSError) as error:
+        message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        if isinstance(error, OSError) and error.filename:
+            message = f"{error.filename}: {message}"
+        parser.exit(1, f"{parser.prog}: {message}\n")
+    except (ValueError, ImportError) as error:
         parser.error(str(error))
-    except FloatingPointError as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
-    print(summary(run))
+    if not first:
+        return 0
+    if not run.history.finished:
+        print(f"saved; to go on: {resume_line(arguments)}")
+        return 0
+    if before:
+        print(f"{arguments.out}: this run was finished already")
+    print(summary(run.history))
     if arguments.out is not None:
-        run.save(arguments.out)
         print(f"written: {arguments.out / 'history.json'}, {arguments.out / 'checkpoint.pt'}")
     return 0
 
@@ -43,27 +66,48 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m nckernels train",
-        description="Train a small network with one loss and measure neural collapse on the way.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Train a network as a recipe says and measure neural collapse on the way. "
+        "`python -m nckernels recipes` lists the recipes; `torchrun --nproc-per-node=N -m nckernels train ...` "
+        "trains on N devices.",
     )
-    add_options(parser, DEFAULTS)
     add = parser.add_argument
-    add("--out", type=Path, default=None, help="folder for history.json and checkpoint.pt; None: no files")
-    add("--quiet", action="store_true", help="no progress bar")
+    add("recipe", help="name, name/row, or a TOML file, file.toml:row")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help='change a setting, for instance --set loss.name="ntce" --set schedule.epochs=10; may be repeated',
+    )
+    add("--out", type=Path, metavar="FOLDER", help="folder for checkpoints, history and logs; none: no files")
+    add("--resume", choices=("auto",), help="auto: go on from the folder's checkpoint, if there is one")
+    add(
+        "--dry-run", action="store_true", help="print the settings, the model and the memory of the loss; train nothing"
+    )
+    add("--quiet", action="store_true", help="no progress bar, nor a line for every evaluation")
     return parser
 
 
-def summary(run: Run) -> str:
+def resume_line(arguments: argparse.Namespace) -> str:
+    """The command that goes on with a run."""
+    processes = os.environ.get("LOCAL_WORLD_SIZE")
+    program = f"torchrun --nproc-per-node={processes}" if processes else "python"
+    settings = [word for setting in arguments.set for word in ("--set", setting)]
+    words = [arguments.recipe, "--out", str(arguments.out), "--resume", "auto", *settings]
+    return f"{program} -m nckernels train {shlex.join(words)}"
+
+
+def summary(history: History) -> str:
     """The final accuracy and metrics, one per line, with the value at neural collapse, or as close as ReLU gets."""
-    history = run.history
-    reach: Literal["relu", "signed"] = "relu" if history.config.features == "relu" else "signed"
-    best = asdict(optimum(run.data.num_classes, features=reach))
+    recipe = history.recipe
+    reach: Literal["relu", "signed"] = "relu" if recipe.model.projection == "none" or recipe.model.freeze else "signed"
+    best = asdict(optimum(history.num_classes, features=reach))
     lines = [
-        f"{history.config.loss} on {history.config.dataset}: {history.steps[-1]} iterations in "
-        f"{history.seconds:.1f} s, accuracy {history.train_accuracy[-1]:.2%} train, "
-        f"{history.test_accuracy[-1]:.2%} test",
-        f"{'training set':>20} {'measured':>10} {'collapse':>10}",
+        f"{recipe.loss.name} on {recipe.data.name}: {history.steps[-1]} steps in {history.seconds:.1f} s, "
+        f"accuracy {history.train_accuracy[-1]:.2%} train, {history.test_accuracy[-1]:.2%} test"
     ]
+    if history.metrics:
+        lines.append(f"{'training set':>20} {'measured':>10} {'collapse':>10}")
     lines += [f"{name:>20} {values[-1]:10.4g} {best[name]:10.4g}" for name, values in history.metrics.items()]
     if history.classifiers:
         lines += ["", classifier_table(history.classifiers)]
@@ -74,7 +118,18 @@ CLASSIFIERS = {"FP": "fixed prototypes (FP)", "LP": "linear probe (LP)", "NLP": 
 
 
 def classifier_table(results: Sequence[ClassifierResult]) -> str:
-    """Accuracies on one network after contrastive training, and what each classifier's own training took."""
+    """Accuracies on one network after its training, and what each classifier's own training took."""
     lines = [f"{'classifier':<22} {'test %':>7} {'s':>7}"]
     lines += [f"{CLASSIFIERS[r.name]:<22} {100 * r.accuracy:7.1f} {r.seconds:7.3f}" for r in results]
     return "\n".join(lines)
+
+
+def _finished(folder: Path | None) -> bool:
+    try:
+        return folder is not None and History.load(folder).finished
+    except (OSError, ValueError):
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,18 +12,17 @@ Lengths are shares of the image's width. :mod:`.data.imagenet_c` reads ImageNet-
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from . import data as datasets
 from .data.seeds import generator
-from .evaluate import accuracy
-from .recipe import Recipe
 
 SEVERITIES = 5
 
@@ -150,15 +149,24 @@ def corrupted(split: Any, name: str, severity: int, *, seed: int = 0) -> dataset
 
 
 def corruption_errors(
-    network: Any, head: Any, dataset: Any, recipe: Recipe, device: torch.device, *, seed: int = 0
+    accuracy: Callable[[Any], float],
+    corrupt: Callable[[str, int], Any],
+    names: Iterable[str] = tuple(CORRUPTIONS),
+    *,
+    progress: bool | None = None,
 ) -> dict[str, tuple[float, ...]]:
-    """The error on the corrupted test set, between 0 and 1, at severities 1 to 5 of each corruption."""
+    """The errors, between 0 and 1, at severities 1 to 5 of each corruption.
 
-    def error(name: str, severity: int) -> float:
-        split = corrupted(dataset.test, name, severity, seed=seed)
-        return 1 - accuracy(network, head, dataset, split, recipe, device)
-
-    return {name: tuple(error(name, severity) for severity in range(1, SEVERITIES + 1)) for name in CORRUPTIONS}
+    Args:
+        accuracy: of a test set.
+        corrupt: makes the test set of a corruption and a severity.
+        progress: show a bar; None: in a terminal.
+    """
+    grid = [(name, severity) for name in names for severity in range(1, SEVERITIES + 1)]
+    errors: dict[str, tuple[float, ...]] = {}
+    for name, severity in tqdm(grid, desc="corruptions", disable=None if progress is None else not progress):
+        errors[name] = (*errors.get(name, ()), 1 - accuracy(corrupt(name, severity)))
+    return errors
 
 
 def mean_corruption_error(errors: Mapping[str, Sequence[float]], baseline: Mapping[str, Sequence[float]]) -> float:

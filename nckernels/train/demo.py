@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from nckernels.metrics import first_reach, optimum
 
-from . import plots
+from . import plots, recipes
 from .cli import classifier_table
-from .options import add_options
-from .trainer import History, TrainConfig, fit
+from .engine import fit
+from .history import History
 
-DEFAULTS = TrainConfig(eval_every=5)
+RECIPE = "digits"
 NAMES = {"ce": "CE", "normface": "NormFace", "ntce": "NTCE", "nonl": "NONL", "scl": "SCL, FP"}
 
 # Column heading, metric, format; first the definitions of [NCD] Table 3, then the direct measurements.
@@ -56,26 +56,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train, print the table, write the picture and the histories; returns the exit status."""
     parser = make_parser()
     arguments = parser.parse_args(argv)
-    shared = {key: value for key, value in vars(arguments).items() if key not in ("out", "quiet")}
-    runs = []
+    runs = {}
     try:
-        for loss in NAMES:
-            config = TrainConfig(**{**asdict(DEFAULTS), **shared, "loss": loss})
-            runs.append(fit(config, progress=not arguments.quiet))
-    except ValueError as error:
+        arguments.out.mkdir(parents=True, exist_ok=True)  # before the training, not after it
+        settings = {row: recipes.load(f"{RECIPE}/{row}", [*arguments.set, "run.metrics=true"]) for row in NAMES}
+        for row, recipe in settings.items():
+            runs[row] = fit(recipe, progress=False if arguments.quiet else None)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     except FloatingPointError as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
 
-    print(table([run.history for run in runs], runs[0].data.num_classes))
+    print(table({row: run.history for row, run in runs.items()}))
     print(NOTES)
-    for run in runs:
+    for row, run in runs.items():
         if run.history.classifiers:
-            print(f"Classifiers on the network that {run.history.config.loss} has trained ([NCD] Table 2):")
+            print(f"Classifiers on the network that {row} has trained ([NCD] Table 2):")
             print(classifier_table(run.history.classifiers), end="\n\n")
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    for run in runs:
-        run.history.save(arguments.out / f"{run.history.config.loss}.json")
+    for row, run in runs.items():
+        run.history.save(arguments.out / f"{row}.json")
     picture = arguments.out / "demo.png"
     plots.demo_figure(runs, NAMES, picture)
     print(f"written: {picture} and one JSON history per loss")
@@ -88,22 +87,27 @@ def make_parser() -> argparse.ArgumentParser:
         description="Train cross-entropy, NormFace, NTCE, NONL and SupCon on the digits and compare their geometry.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    options = ("epochs", "batch_size", "lr", "temperature", "features", "views", "seed", "device", "threads")
-    add_options(parser, DEFAULTS, options)
     add = parser.add_argument
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f"change a setting of the recipe {RECIPE} for all losses, for instance schedule.epochs=20; may be repeated",
+    )
     add("--out", type=Path, default=Path("demo"), help="folder for the picture and the histories")
     add("--quiet", action="store_true", help="no progress bars")
     return parser
 
 
-def table(histories: Sequence[History], num_classes: int) -> str:
-    """Final values of every loss, the optimum, and how soon the others match cross-entropy.
+def table(histories: Mapping[str, History]) -> str:
+    """Final values of every loss, the optimum, and how soon the others match the first one, cross-entropy.
 
     Under each of the other losses stands the share of the iterations of cross-entropy after which its
     smoothed metric is and stays at least as close to the optimum as that of cross-entropy at the end.
     """
-    best = asdict(optimum(num_classes))
-    baseline = histories[0]
+    baseline = next(iter(histories.values()))
+    best = asdict(optimum(baseline.num_classes))
     columns = PUBLISHED + DIRECT
 
     def row(label: str, test: str, cells: Sequence[str], seconds: str) -> str:
@@ -121,10 +125,10 @@ def table(histories: Sequence[History], num_classes: int) -> str:
         row("optimum", "", values(best), ""),
     ]
     lines.append("".join("+" if c == "|" else "-" for c in lines[1].ljust(len(lines[0]))))
-    for history in histories:
+    for loss, history in histories.items():
         final = {name: series[-1] for name, series in history.metrics.items()}
         test, seconds = f"{history.test_accuracy[-1]:.1%}"[:-1], f"{history.seconds:.1f}"
-        lines.append(row(NAMES[history.config.loss], test, values(final), seconds))
+        lines.append(row(NAMES[loss], test, values(final), seconds))
         if history is not baseline:
             shares = [_share(history, baseline, name, best[name]) for _, name, _ in columns]
             lines.append(row("  like CE after", "", shares, ""))

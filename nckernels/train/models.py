@@ -1,175 +1,198 @@
-"""A small convolutional network and what sits on its features: classifier heads, or SupCon's."""
+"""Networks: an encoder of images and what lies between it and the loss."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, Protocol, get_args
+import importlib
+from collections.abc import Iterable
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-import nckernels
-from nckernels import geometry
+from .recipe import Model, Projection
+from .resnet import Norm, normalisation, resnet18, resnet32
+from .typed import nearest
 
-Features = Literal["linear", "mlp", "relu"]
-LossName = Literal["ce", "normface", "ntce", "nonl", "scl", "etf-dr", "dlp", "psc-star"]
-Assignment = Literal["dynamic", "static"]
+OWN = ("convnet", "resnet18", "resnet32")
+"""The networks that need no other library."""
 
-FEATURES: tuple[str, ...] = get_args(Features)
-LOSSES: tuple[str, ...] = get_args(LossName)
-ASSIGNMENTS: tuple[str, ...] = get_args(Assignment)
-
-UNIFORMITY = 1e-2  # lambda of PSC*, [DLP] Table 8
+LIBRARIES = ("timm", "torchvision")
 
 
-class ConvNet(nn.Module):
-    """Three blocks of convolution, batch norm and ReLU, then the average over positions; for small images.
+def convnet(in_channels: int, width: int, pooled: int, norm: Norm = "batch") -> nn.Sequential:
+    """Three blocks of convolution, normalisation and ReLU, then the average over positions; for small images.
 
     Args:
         in_channels: channels of the images.
-        dim: size d of the features.
-        features: ``"linear"`` maps the pooled activations to d signed features, ``"mlp"`` does so with a
-            hidden layer, the usual projection head of contrastive training. ``"relu"`` returns d pooled
-            activations as they are, the usual last layer of image networks. Those are never negative, and so
-            are their cosines: a simplex, whose cosines are -1/(K-1), is out of their reach, and the best they
-            can do is an orthogonal frame.
-        width: channels of the first block.
+        width: channels of the first block; the second has twice as many.
+        pooled: channels of the third block, of which the averages are the output: never negative, and neither are their
+            cosines.
+        norm: normalisation after every convolution.
     """
-
-    def __init__(self, in_channels: int, dim: int, features: Features = "linear", width: int = 16) -> None:
-        super().__init__()
-        pooled = dim if features == "relu" else 4 * width
-        self.blocks = nn.Sequential(
-            _block(in_channels, width, stride=1),
-            _block(width, 2 * width, stride=2),
-            _block(2 * width, pooled, stride=1),
-        )
-        self.head: nn.Module = nn.Identity()
-        if features == "linear":
-            self.head = nn.Linear(pooled, dim)
-        elif features == "mlp":
-            self.head = nn.Sequential(nn.Linear(pooled, pooled), nn.ReLU(inplace=True), nn.Linear(pooled, dim))
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Images (N, C, H, W) -> what lies below the head: pooled activations (N, D)."""
-        pooled: Tensor = self.blocks(images).mean(dim=(2, 3))
-        return pooled
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (N, C, H, W) -> features (N, d)."""
-        features: Tensor = self.head(self.encode(images))
-        return features
+    return nn.Sequential(
+        _block(in_channels, width, 1, norm),
+        _block(width, 2 * width, 2, norm),
+        _block(2 * width, pooled, 1, norm),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
 
 
-def _block(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+def _block(in_channels: int, out_channels: int, stride: int, norm: Norm) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False),
-        nn.BatchNorm2d(out_channels),
+        normalisation(norm, out_channels),
         nn.ReLU(inplace=True),
     )
 
 
-class Head(Protocol):
-    """What the trainer asks of a classifier: :class:`nckernels.PrototypeClassifier` is one."""
-
-    @property
-    def prototypes(self) -> Tensor: ...
-
-    def __call__(self, features: Tensor) -> Tensor:
-        """Features (N, d) -> logits (N, K)."""
-
-    def loss(self, features: Tensor, target: Tensor) -> Tensor:
-        """Scalar training loss."""
-
-
-class CrossEntropyHead(nn.Linear):
-    """The baseline: a linear layer with bias under cross-entropy; its weight rows are the prototypes."""
-
-    @property
-    def prototypes(self) -> Tensor:
-        return self.weight
-
-    def loss(self, features: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(self(features), target)
-
-
-class PSCStarHead(CrossEntropyHead):
-    """PSC*: cross-entropy plus 1e-2 times the uniformity of the prototypes' directions ([DLP] section 4.4.4).
-
-    PSC is the usual linear layer with bias, whose rows have any length. The uniformity leaves out the pairs of a
-    prototype with itself, which [DLP] Eq. 5 has.
-    """
-
-    def loss(self, features: Tensor, target: Tensor) -> Tensor:
-        return super().loss(features, target) + UNIFORMITY * nckernels.uniformity_loss(self.weight)
-
-
-class ContrastiveHead(nckernels.FixedPrototypes):
-    """Nothing to learn: SupCon on the features, and the class means of the last ``fit`` as the classifier."""
-
-    def loss(self, features: Tensor, target: Tensor) -> Tensor:
-        """Of all views of the batch: features (B, V, d)."""
-        return nckernels.supcon_loss(features, target, temperature=self.temperature)
-
-
-AnyHead = CrossEntropyHead | nckernels.PrototypeClassifier | ContrastiveHead | nckernels.FixedPrototypeHead
-
-
-def make_head(
-    loss: LossName,
-    dim: int,
-    num_classes: int,
-    temperature: float,
-    device: torch.device | None = None,
-    *,
-    assignment: Assignment = "dynamic",
-    refresh_every: int = 1,
-) -> AnyHead:
-    """The classifier that trains with ``loss``.
+class Network(nn.Module):
+    """Encoder and projection.
 
     Args:
-        temperature: of the losses with cosine logits: not of cross-entropy, PSC* and dot regression.
-        assignment: of ``"dlp"``, whose points the classes first get at random. ``"static"`` leaves it at that.
-        refresh_every: iterations between two assignments; once an epoch in [DLP].
+        encoder: images (N, C, H, W) -> pooled activations (N, D).
+        encoded_dim: D.
+        projection: ``"none"``, ``"linear"`` or ``"mlp"``: linear, ReLU, linear, with D hidden units.
+        dim: size d of the features; without a projection it is D.
+    """
+
+    def __init__(self, encoder: nn.Module, encoded_dim: int, projection: Projection, dim: int) -> None:
+        super().__init__()
+        self.encoder, self.encoded_dim = encoder, encoded_dim
+        self.dim = encoded_dim if projection == "none" else dim
+        self.projection: nn.Module = nn.Identity()
+        if projection == "linear":
+            self.projection = nn.Linear(encoded_dim, dim)
+        elif projection == "mlp":
+            self.projection = nn.Sequential(
+                nn.Linear(encoded_dim, encoded_dim), nn.ReLU(inplace=True), nn.Linear(encoded_dim, dim)
+            )
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (N, C, H, W) -> what lies below the projection: pooled activations (N, D)."""
+        encoded: Tensor = self.encoder(images)
+        return encoded
+
+    def project(self, encoded: Tensor) -> Tensor:
+        """Pooled activations (N, D) -> features (N, d)."""
+        features: Tensor = self.projection(encoded)
+        return features
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, C, H, W) -> features (N, d)."""
+        return self.project(self.encode(images))
+
+
+def make_network(model: Model, channels: int, image_size: int) -> Network:
+    """The network of a recipe, initialised from torch's global random state; on the CPU.
 
     Raises:
-        ValueError: for ``"etf-dr"`` with dim < num_classes - 1, where there is no simplex.
+        ValueError: for a name that is not known, with the nearest one; where weights are not to be had; for a network
+            that cannot take such images.
+        ImportError: without the library of the network.
     """
-    if loss == "etf-dr":
-        points = geometry.simplex_etf(num_classes, dim)
-        return nckernels.FixedPrototypeHead(points, assignment="static").to(device)
-    if loss == "dlp":
-        points = geometry.uniform_prototypes(num_classes, dim)[torch.randperm(num_classes)]
-        return nckernels.FixedPrototypeHead(points, assignment=assignment, refresh_every=refresh_every).to(device)
-    if loss == "psc-star":
-        return PSCStarHead(dim, num_classes).to(device)
-    if loss == "scl":
-        return ContrastiveHead(num_classes, dim, temperature=temperature, device=device)
-    if loss == "ce":
-        return CrossEntropyHead(dim, num_classes).to(device)
-    return nckernels.PrototypeClassifier(dim, num_classes, loss=loss, temperature=temperature).to(device)
+    library, colon, name = model.name.partition(":")
+    if colon and library in LIBRARIES:
+        encoder, size = _from_library(library, name, model, channels, image_size)
+    else:
+        if model.pretrained:
+            raise ValueError(f"model.pretrained: only timm and torchvision have weights, got {model.name!r}")
+        encoder, size = _own(model, channels)
+    return Network(encoder, size, model.projection, model.dim)
 
 
-def make_loss(head: AnyHead, queue: int, decay: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """The training loss of a head: its own, or one that sees ``queue`` past features or running denominators too.
+def _own(model: Model, channels: int) -> tuple[nn.Module, int]:
+    if model.name == "convnet":
+        pooled = model.dim if model.projection == "none" else 4 * model.width
+        return convnet(channels, model.width, pooled, model.norm), pooled
+    if model.name == "resnet18":
+        return resnet18(channels, model.norm), 512
+    if model.name == "resnet32":
+        return resnet32(channels, model.norm), 64
+    known = (*OWN, *(f"{library}:NAME" for library in LIBRARIES))
+    raise ValueError(f"model.name: expected one of {', '.join(known)}, got {model.name!r}{nearest(model.name, known)}")
 
-    Raises:
-        ValueError: for both at once, and for losses whose sums do not run over the samples.
-    """
-    if not queue and not decay:
-        return head.loss
-    if queue and decay:
-        raise ValueError("queue, decay: expected one of them")
-    criterion: Any = getattr(head, "criterion", head)
-    if isinstance(head, ContrastiveHead):
-        criterion = nckernels.SupConLoss(temperature=head.temperature)
+
+def _from_library(library: str, name: str, model: Model, channels: int, image_size: int) -> tuple[nn.Module, int]:
+    """An encoder and the size of its output, which is seen on an image of zeros."""
+    if model.norm != "batch":
+        raise ValueError(f"model.norm: {model.name} has its own normalisation, expected 'batch', got {model.norm!r}")
+    module = _import(library)
+    make = _of_timm if library == "timm" else _of_torchvision
     try:
-        if decay:
-            return nckernels.RunningDenominatorLoss(criterion, decay)
-        prototypes = head.prototypes
-        return nckernels.QueueLoss(
-            criterion, nckernels.FeatureQueue(queue, prototypes.shape[1], device=prototypes.device)
-        )
-    except TypeError as error:
-        raise ValueError(f"{'decay' if decay else 'queue'}: {error}") from error
+        encoder = make(module, name, model, channels, image_size)
+    except (OSError, RuntimeError) as error:  # what downloads raise, of both libraries and of the hub below them
+        if not model.pretrained:
+            raise
+        raise ValueError(
+            f"model.pretrained: the weights of {model.name} are not in the cache or do not fit, and could not be had: "
+            f"{error}"
+        ) from error
+    training = encoder.training
+    encoder.eval()
+    try:
+        with torch.no_grad():
+            encoded = encoder(torch.zeros(1, channels, image_size, image_size))
+    except Exception as error:  # an assertion or a shape error somewhere in the network
+        raise ValueError(
+            f"model.name: {model.name} cannot take images of {channels} x {image_size} x {image_size}: {error}"
+        ) from error
+    encoder.train(training)
+    if not isinstance(encoded, Tensor) or encoded.dim() != 2:
+        raise ValueError(f"model.name: {model.name} gives no vector for an image")
+    return encoder, encoded.shape[1]
+
+
+def _of_timm(timm: Any, name: str, model: Model, channels: int, image_size: int) -> nn.Module:
+    if not timm.is_model(name):
+        _unknown(f"timm:{name}", (f"timm:{known}" for known in timm.list_models()))
+    options: dict[str, Any] = {"num_classes": 0, "in_chans": channels, "pretrained": model.pretrained}
+    config = timm.get_pretrained_cfg(name)
+    if config is not None and config.fixed_input_size:  # built for one size, which is then an option
+        options["img_size"] = image_size
+    made: nn.Module = timm.create_model(name, **options)
+    return made
+
+
+def _of_torchvision(torchvision: Any, name: str, model: Model, channels: int, image_size: int) -> nn.Module:
+    models = torchvision.models
+    known = models.list_models(module=models)  # classifiers only
+    if name not in known:
+        _unknown(f"torchvision:{name}", (f"torchvision:{other}" for other in known))
+    if channels != 3:
+        raise ValueError(f"model.name: torchvision:{name} takes images of 3 channels, these have {channels}")
+    options: dict[str, Any] = {"image_size": image_size} if name.startswith("vit_") else {}
+    encoder: nn.Module = models.get_model(name, weights="DEFAULT" if model.pretrained else None, **options)
+    for auxiliary in ("AuxLogits", "aux1", "aux2"):  # classifiers half-way, in training mode
+        if hasattr(encoder, auxiliary):
+            setattr(encoder, auxiliary, None)
+    if hasattr(encoder, "aux_logits"):
+        setattr(encoder, "aux_logits", False)  # noqa: B010  (for mypy it is a module)
+    _remove_classifier(encoder, name)
+    return encoder
+
+
+def _remove_classifier(encoder: nn.Module, name: str) -> None:
+    """Put an identity in place of the last layer that has the classes as its outputs."""
+    for attribute in ("fc", "classifier", "head", "heads"):
+        part = getattr(encoder, attribute, None)
+        if isinstance(part, nn.Linear):
+            setattr(encoder, attribute, nn.Identity())
+            return
+        layers = list(part.named_children()) if isinstance(part, nn.Sequential) else []
+        for key, layer in reversed(layers):
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                setattr(part, key, nn.Identity())
+                return
+    raise ValueError(f"model.name: torchvision:{name} has no classifier that could be taken off")
+
+
+def _import(library: str) -> Any:
+    try:
+        return importlib.import_module(library)
+    except ImportError as error:
+        raise ImportError(f"model.name: {library}:... needs {library}: pip install {library}") from error
+
+
+def _unknown(name: str, known: Iterable[str]) -> None:
+    raise ValueError(f"model.name: there is no {name!r}{nearest(name, known)}")

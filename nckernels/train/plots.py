@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ from torch import Tensor
 
 from nckernels.metrics import class_means, convergence_iteration, optimum, ranges
 
-from .trainer import History, Run, extract
+from .engine import Run
+from .evaluate import features as extract
+from .history import History
 
 Array = NDArray[Any]
 
@@ -46,24 +48,22 @@ CURVES = (
 )
 
 
-def demo_figure(runs: Sequence[Run], names: Mapping[str, str], path: Path) -> None:
-    """Curves of all runs on the left; the geometry under CE and NONL on the right."""
+def demo_figure(runs: Mapping[str, Run], names: Mapping[str, str], path: Path) -> None:
+    """Curves of all runs, by their losses, on the left; the geometry under CE and NONL on the right."""
     figure = Figure(figsize=(19, 10.2), facecolor="white")
     FigureCanvasAgg(figure)
     halves = figure.subfigures(1, 2, width_ratios=(1.28, 1), wspace=0.0, squeeze=False)[0]
-    histories = [run.history for run in runs]
-    _curves(halves[0], histories, names, runs[0].data.num_classes)
-    by_loss = {run.history.config.loss: run for run in runs}
-    _geometry(halves[1], (by_loss["ce"], by_loss["nonl"]), names)
+    _curves(halves[0], {loss: run.history for loss, run in runs.items()}, names)
+    _geometry(halves[1], {loss: runs[loss] for loss in ("ce", "nonl")}, names)
     figure.savefig(path, dpi=110)
 
 
 # Left half: one small panel per metric.
 
 
-def _curves(area: SubFigure, histories: Sequence[History], names: Mapping[str, str], num_classes: int) -> None:
-    config, best = histories[0].config, asdict(optimum(num_classes))
-    spans = ranges(num_classes, config.dim)
+def _curves(area: SubFigure, histories: Mapping[str, History], names: Mapping[str, str]) -> None:
+    first = next(iter(histories.values()))
+    best, spans = asdict(optimum(first.num_classes)), ranges(first.num_classes, first.dim)
     axes = area.subplots(3, 3, sharex=True, gridspec_kw=LEFT_MARGINS)
     for ax, (title, metric, logarithmic) in zip(axes.flat, CURVES, strict=True):
         _style(ax, title)
@@ -71,8 +71,8 @@ def _curves(area: SubFigure, histories: Sequence[History], names: Mapping[str, s
         if tolerance is not None:
             threshold = tolerance if best[metric] == 0 else best[metric] - tolerance
             ax.axhline(threshold, color=MUTED, ls="--", lw=1.2)
-        for history in histories:
-            colour, values = COLOURS[history.config.loss], history.metrics[metric]
+        for loss, history in histories.items():
+            colour, values = COLOURS[loss], history.metrics[metric]
             ax.plot(history.steps, values, color=colour, lw=1.8, solid_capstyle="round")
             if tolerance is None:
                 continue
@@ -88,14 +88,13 @@ def _curves(area: SubFigure, histories: Sequence[History], names: Mapping[str, s
         ax.margins(x=0.02)
     for ax in axes[-1]:
         ax.set_xlabel("iteration", color=INK)
-    losses = [history.config.loss for history in histories]
-    handles = [Line2D([], [], color=COLOURS[loss], lw=2.5, label=names[loss]) for loss in losses]
+    handles = [Line2D([], [], color=COLOURS[loss], lw=2.5, label=names[loss]) for loss in histories]
     handles += [
         Line2D([], [], color=MUTED, ls="--", lw=1.2, label="95 % of the way to collapse"),
         Line2D([], [], color=MUTED, ls="", marker="o", ms=7, mfc="white", label="stays beyond it from here"),
     ]
     area.suptitle(
-        f"Neural collapse during training: {config.dataset}, {histories[0].steps[-1]} iterations each",
+        f"Neural collapse during training: {first.recipe.data.name}, {first.steps[-1]} iterations each",
         x=0.06, y=0.975, ha="left", fontsize=15, color=INK, weight="bold",
     )  # fmt: skip
     area.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.052, 0.945), ncols=7, frameon=False,
@@ -105,16 +104,16 @@ def _curves(area: SubFigure, histories: Sequence[History], names: Mapping[str, s
 # Right half: per run the cosines of its class means, and a projection that shows a simplex as a polygon.
 
 
-def _geometry(area: SubFigure, runs: Sequence[Run], names: Mapping[str, str]) -> None:
+def _geometry(area: SubFigure, runs: Mapping[str, Run], names: Mapping[str, str]) -> None:
     axes = area.subplots(2, len(runs), gridspec_kw=RIGHT_MARGINS)
-    views = [_View.of(run) for run in runs]
+    views = [_View.of(run) for run in runs.values()]
     limit = 1.1 * max(view.extent() for view in views)
-    for (top, bottom), run, view in zip(axes.T, runs, views, strict=True):
-        name = names[run.history.config.loss]
+    for (top, bottom), loss, view in zip(axes.T, runs, views, strict=True):
+        name = names[loss]
         image = _cosines(top, view.means, name)
         _projection(bottom, view, limit, name)
 
-    k = runs[0].data.num_classes
+    k = len(views[0].means)
     box = axes[0, -1].get_position()
     bar = area.colorbar(image, cax=area.add_axes((box.x1 + 0.016, box.y0, 0.015, box.height)))
     ticks = (-1.0, -0.5, -1 / (k - 1), 0.5, 1.0)
@@ -150,9 +149,9 @@ class _View:
 
     @classmethod
     def of(cls, run: Run) -> _View:
-        features = F.normalize(extract(run.model, run.data.train_images).cpu().double())
         prototypes = F.normalize(run.head.prototypes.detach().cpu().double())
-        labels, k = run.data.train_labels.cpu(), len(prototypes)
+        z, labels = extract(run.network, run.data, run.data.train, run.history.recipe, run.head.prototypes.device)
+        features, labels, k = F.normalize(z.cpu().double()), labels.cpu(), len(prototypes)
         means, _ = class_means(features, labels, k)
         angles = 2 * torch.pi * torch.arange(k, dtype=torch.float64) / k + torch.pi / 2
         polygon = (2 / (k - 1)) ** 0.5 * torch.stack([angles.cos(), angles.sin()], dim=1)

@@ -137,40 +137,51 @@ def test_table_errors() -> None:
 
 def write(path: Path, loss: str, final: float, **changes: Any) -> Path:
     metrics = {name: [None, 2.0, final, final, final] for name in TABLE_7_METRICS}
-    content = {"config": {"loss": loss, "dim": 64}, "steps": STEPS, "metrics": metrics, "num_classes": 10}
+    recipe = {"loss": {"name": loss}}
+    content = {"version": 2, "recipe": recipe, "steps": STEPS, "metrics": metrics, "num_classes": 10, "dim": 64}
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content | changes))
     return path
 
 
 def test_load(tmp_path: Path) -> None:
-    path = write(tmp_path / "run.json", "ntce", 0.5)
+    path = write(tmp_path / "run" / "history.json", "ntce", 0.5)
     loaded = RunHistory.load(path)
     assert (loaded.name, loaded.loss, loaded.num_classes, loaded.dim) == (str(path), "ntce", 10, 64)
     assert loaded.steps == STEPS
     values = loaded.metrics["inter_erank"]
     assert (math.isnan(values[0]), values[1], values[4]) == (True, 2.0, 0.5)
+    assert RunHistory.load(tmp_path / "run").name == str(tmp_path / "run")
 
-    old = write(tmp_path / "old.json", "ce", 0.5, num_classes=0)
-    assert RunHistory.load(old, num_classes=7).num_classes == 7
-    with pytest.raises(ValueError, match=r"old\.json: no num_classes in this file.*give --num-classes"):
-        RunHistory.load(old)
-    with pytest.raises(ValueError, match=r"run\.json: num_classes: the file says 10, not 7"):
-        RunHistory.load(path, num_classes=7)
+
+def test_load_what_the_trainer_writes(tmp_path: Path) -> None:
+    pytest.importorskip("tqdm")
+    from nckernels.train import History, Recipe
+
+    recipe = Recipe().replace(**{"loss.name": "ntce"})
+    series = {"nc1": [math.nan, 0.5]}
+    History(recipe, num_classes=7, dim=5, steps=[0, 3], metrics=series).save(tmp_path / "history.json")
+    loaded = RunHistory.load(tmp_path)
+    assert (loaded.loss, loaded.num_classes, loaded.dim, loaded.steps) == ("ntce", 7, 5, [0, 3])
+    assert math.isnan(loaded.metrics["nc1"][0])
+    assert loaded.metrics["nc1"][1] == 0.5
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"config": []}, "config: expected an object, got list"),
-        ({"config": {"loss": "ce"}}, "config.dim: expected a positive whole number, got None"),
-        ({"config": {"loss": 3, "dim": 4}}, "config.loss: expected a string, got int"),
-        ({"steps": []}, "steps: expected a list of iterations, at least one"),
+        ({"version": 1}, "version: expected 2, got 1"),
+        ({"recipe": []}, "recipe: expected an object, got list"),
+        ({"recipe": {"loss": "ce"}}, "recipe.loss: expected an object, got str"),
+        ({"recipe": {"loss": {"name": 3}}}, "recipe.loss.name: expected a string, got int"),
+        ({"dim": None}, "dim: expected a positive whole number, got None"),
+        ({"steps": []}, "steps: expected a list of steps, at least one"),
         ({"steps": None}, "steps: expected a list, got NoneType"),
         ({"steps": [0, 10, 10, 20, 30]}, "steps: expected increasing numbers"),
-        ({"steps": [0, 1, 2, 3, "4"]}, "steps: expected a list of iterations"),
+        ({"steps": [0, 1, 2, 3, "4"]}, "steps: expected a list of steps"),
         ({"metrics": {"mir": [1.0]}}, r"metrics.mir: expected one value per step \(5\)"),
         ({"metrics": {"mir": [1, 2, 3, 4, "5"]}}, "metrics.mir: expected numbers or null"),
-        ({"num_classes": "10"}, "num_classes: expected a whole number, got '10'"),
+        ({"num_classes": "10"}, "num_classes: expected a positive whole number, got '10'"),
     ],
 )
 def test_other_files(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -208,11 +219,11 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_command_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run, old = write(tmp_path / "1.json", "ce", 1.0), write(tmp_path / "old.json", "nonl", 1.0, num_classes=0)
+    run, old = write(tmp_path / "1.json", "ce", 1.0), write(tmp_path / "old.json", "nonl", 1.0, version=1)
     cases = (
         ([tmp_path / "none.json"], "none.json"),
         ([tmp_path], str(tmp_path)),
-        ([run, old], "old.json: no num_classes in this file"),
+        ([run, old], "old.json: version: expected 2, got 1"),
         ([run, "--metrics", "mir"], "ce: has no metric 'mir'"),
         ([run, "--tolerance", "0"], "tolerance: expected"),
     )
@@ -220,7 +231,6 @@ def test_command_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         with pytest.raises(SystemExit, match="2"):
             main([str(argument) for argument in arguments])
         assert message in capsys.readouterr().err
-    assert main([str(run), str(old), "--num-classes", "10"]) == 0
 
 
 def test_command_loads_no_trainer() -> None:

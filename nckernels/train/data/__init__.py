@@ -12,13 +12,21 @@ from dataclasses import replace
 
 from ..recipe import Data
 from ..typed import nearest
-from . import digits, glyphs, subsets
+from . import cifar, digits, folders, glyphs, longtail, subsets, transfer
 from .batches import Batches, passes
+from .files import readable
 from .sets import DataError, Dataset, Files, Memory, Split
 
 __all__ = ["DATASETS", "Batches", "DataError", "Dataset", "Files", "Memory", "Split", "open_data", "passes"]
 
-_LOADERS = {"digits": digits.load, "glyphs": glyphs.load}
+_LOADERS = {
+    "digits": digits.load,
+    "glyphs": glyphs.load,
+    "cifar10": cifar.load,
+    "cifar100": cifar.load,
+    "folder": folders.load,
+    **dict.fromkeys(transfer.NAMES, transfer.load),
+}
 
 DATASETS = tuple(_LOADERS)
 """The names that :func:`open_data` knows."""
@@ -27,7 +35,8 @@ DATASETS = tuple(_LOADERS)
 def open_data(data: Data, *, seed: int = 42) -> Dataset:
     """The data set of a recipe's section ``[data]``.
 
-    ``validation`` is applied first, then ``classes``.
+    Unreadable files are left out first if they are to be, then come ``validation``, ``classes`` and ``imbalance``,
+    whose choice of samples ``seed`` decides. The held-out samples of ``validation`` are always the same.
 
     Raises:
         ValueError: for settings that the data set cannot follow, naming the key.
@@ -39,8 +48,12 @@ def open_data(data: Data, *, seed: int = 42) -> Dataset:
             f"data.name: expected one of {', '.join(DATASETS)}, got {data.name!r}{nearest(data.name, DATASETS)}"
         )
     dataset = _LOADERS[data.name](data)
+    if data.skip_unreadable:
+        dataset = readable(dataset, data.workers)
     if data.validation and data.name != "glyphs":  # which hold out faces
         dataset = subsets.hold_out(dataset)
     if data.classes != (0, 0):
         dataset = subsets.select_classes(dataset, *data.classes)
+    if data.imbalance < 1:
+        dataset = longtail.long_tailed(dataset, data.imbalance, seed)
     return replace(dataset, image_size=data.image_size or dataset.image_size)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import cast
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .. import augment
 from ..recipe import Recipe
+from .files import FileReader, Sample
 from .seeds import generator
-from .sets import Dataset, Memory, Split, single_labels
+from .sets import Dataset, Files, Memory, Split, single_labels
 
 
 def share(count: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -26,7 +27,8 @@ class Batches:
     The order of an epoch comes from a generator seeded by (seed, epoch). The random numbers of a global batch's views
     come from one seeded by (seed, epoch, step) and are drawn for the whole batch, of which rank r of R has the rows
     from r B // R to (r + 1) B // R. Together, the ranks therefore see the same views of the same samples, whatever
-    their number. Images in memory are moved to the device once.
+    their number. Images in memory are moved to the device once. Each view of a file has a seed of its own, made of
+    (seed, epoch, step, position in the global batch, view).
     """
 
     steps_per_epoch: int
@@ -45,11 +47,22 @@ class Batches:
         self.steps_per_epoch = count // self._size
         self._recipe, self._device = recipe, torch.device(device)
         self._low, self._high = share(self._size, rank, world_size)
-        self._labels = dataset.train.labels
-        self._classes = _Classes(self._labels) if recipe.data.balanced else None
-        train = cast(Memory, dataset.train)
-        self._memory = Memory(train.images.to(device), train.labels.to(device))
-        self._prepare = _Prepare(dataset, self._device)
+        self._labels = dataset.train.labels.to(self._device)
+        self._classes = _Classes(dataset.train.labels) if recipe.data.balanced else None
+        self._source: FileReader | _Memory
+        if isinstance(dataset.train, Files):
+            transform = _transform(dataset, recipe, train=True)
+            self._source = FileReader(
+                dataset.train,
+                transform,
+                views=recipe.augment.views,
+                workers=recipe.data.workers,
+                device=self._device,
+                persistent=True,
+            )
+        else:
+            images = cast(Memory, dataset.train).images.to(self._device)
+            self._source = _Memory(dataset, images, self._device)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches ``start``, ``start + 1``, ... of an epoch.
@@ -59,10 +72,18 @@ class Batches:
             device.
         """
         order = self._order(epoch)
-        for step in range(start, self.steps_per_epoch):
-            rows = order[step * self._size : (step + 1) * self._size][self._low : self._high].to(self._device)
-            images = self._prepare.scale(self._memory.images[rows])
-            yield self._prepare.normalise(self._views(images, epoch, step)), self._memory.labels[rows]
+        there = order.to(self._device)
+        steps = range(start, self.steps_per_epoch)
+        if isinstance(self._source, FileReader):
+            images = self._source.read(self._samples(order, epoch, step) for step in steps)
+        else:
+            images = (self._from_memory(self._source, there, epoch, step) for step in steps)
+        for step, batch in zip(steps, images, strict=True):
+            yield batch.to(self._device, non_blocking=True), self._labels[self._rows(there, step)]
+
+    def _rows(self, order: Tensor, step: int) -> Tensor:
+        """The rank's rows of the training set in a step."""
+        return order[step * self._size + self._low : step * self._size + self._high]
 
     def _order(self, epoch: int) -> Tensor:
         """The rows of the epoch's batches, one after the other."""
@@ -72,14 +93,20 @@ class Batches:
             return self._classes.draw(count, random)
         return torch.randperm(len(self._labels), generator=random)[:count]
 
-    def _views(self, images: Tensor, epoch: int, step: int) -> Tensor:
+    def _samples(self, order: Tensor, epoch: int, step: int) -> list[Sample]:
+        parts = (self._recipe.run.seed, "views", epoch, step)
+        rows = self._rows(order, step).tolist()
+        return [(row, (*parts, place)) for place, row in enumerate(rows, self._low)]
+
+    def _from_memory(self, source: _Memory, order: Tensor, epoch: int, step: int) -> Tensor:
         settings = self._recipe.augment
         count = settings.views
+        images = source.take(self._rows(order, step))
         if augment.is_identity(settings):
-            return images if count == 1 else images[:, None].expand(-1, count, -1, -1, -1)
+            return source.normalise(images)
         random = generator(self._recipe.run.seed, "views", epoch, step)
         u = augment.numbers(random, self._size * count)[self._low * count : self._high * count]
-        views = augment.views(images, settings, u)
+        views = source.normalise(augment.views(images, settings, u))
         return views[:, 0] if count == 1 else views
 
 
@@ -101,24 +128,30 @@ def passes(
         Normalised images (b, C, H, W) and labels, on the device; the last batch may be smaller.
     """
     low, high = share(len(split), rank, world_size)
-    prepare = _Prepare(dataset, torch.device(device))
-    images = cast(Memory, split).images
-    for i in range(low, high, batch_size):
-        rows = slice(i, min(i + batch_size, high))
-        yield prepare.normalise(prepare.scale(images[rows].to(device))), split.labels[rows].to(device)
+    device = torch.device(device)
+    parts = [range(i, min(i + batch_size, high)) for i in range(low, high, batch_size)]
+    if isinstance(split, Files):
+        reader = FileReader(split, _transform(dataset, recipe, train=False), workers=recipe.data.workers, device=device)
+        images = reader.read([(row, ()) for row in part] for part in parts)
+    else:
+        source = _Memory(dataset, cast(Memory, split).images, device)
+        images = (source.normalise(source.take(slice(part.start, part.stop))) for part in parts)
+    for part, batch in zip(parts, images, strict=True):
+        yield batch.to(device, non_blocking=True), split.labels[part.start : part.stop].to(device)
 
 
-class _Prepare:
-    """What happens to images in memory before and after their augmentation."""
+class _Memory:
+    """Images that lie in memory, on the device or not, for batches on the device."""
 
-    def __init__(self, dataset: Dataset, device: torch.device) -> None:
-        self._size = dataset.image_size
+    def __init__(self, dataset: Dataset, images: Tensor, device: torch.device) -> None:
+        self._images, self._size, self._device = images, dataset.image_size, device
         self._mean, self._std = (
             torch.tensor(values, device=device)[:, None, None] for values in (dataset.mean, dataset.std)
         )
 
-    def scale(self, images: Tensor) -> Tensor:
+    def take(self, rows: Tensor | slice) -> Tensor:
         """In float32, bytes in [0, 1], and of the size that the network sees."""
+        images = self._images[rows].to(self._device)
         images = images / 255 if images.dtype == torch.uint8 else images
         if images.shape[-1] == self._size:
             return images
@@ -140,3 +173,12 @@ class _Classes:
         chosen = torch.randint(len(self._counts), (count,), generator=random)
         place = torch.rand(count, generator=random, dtype=torch.float64)
         return self._rows[self._starts[chosen] + (place * self._counts[chosen]).long()]
+
+
+def _transform(dataset: Dataset, recipe: Recipe, *, train: bool) -> Callable[[Any], Tensor]:
+    """Of image files, by torchvision."""
+    from .. import vision
+
+    if train:
+        return vision.train_transform(recipe.augment, dataset.image_size, dataset.mean, dataset.std)
+    return vision.eval_transform(dataset.image_size, dataset.mean, dataset.std)

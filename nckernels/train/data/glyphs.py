@@ -1,6 +1,6 @@
 """Letters and digits drawn from the fonts inside matplotlib: many classes, and a test set in faces never trained on.
 
-Nothing is downloaded. A set of 100 classes is made in seconds and kept in a cache folder (:func:`.cache.folder`).
+Nothing is downloaded. A set of 100 classes is made in seconds and kept in a cache folder (:func:`..cache.cache_folder`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import cache
 from ..recipe import Data
-from . import cache
 from .sets import Dataset, Memory, check_options, in_memory
 
 SANS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique")
@@ -116,7 +116,7 @@ def glyphs(
             f"{MATPLOTLIB}, and images may differ",
             stacklevel=2,
         )
-    path = cache.folder() / _file_name(options, version)
+    path = cache.cache_folder() / _file_name(options, version)
     parts = _read(path, options)
     if parts is None:
         parts = _draw(options)

@@ -36,8 +36,9 @@ def load(name: str, settings: Iterable[str] = ()) -> Recipe:
             values of the wrong type and combinations that cannot work.
     """
     content, title = read(name)
-    row = _split(name)[1]
-    rows = content.pop("rows", {})
+    row = split(name)[1]
+    rows = _rows(content, title)
+    content.pop("rows", None)
     content.pop("sweep", None)
     if row:
         if row not in rows:
@@ -53,7 +54,7 @@ def load(name: str, settings: Iterable[str] = ()) -> Recipe:
 
 def rows(name: str) -> tuple[str, ...]:
     """The rows of a recipe; none if it is a single run."""
-    return tuple(read(name)[0].get("rows", {}))
+    return tuple(_rows(*read(name)))
 
 
 def names() -> tuple[str, ...]:
@@ -63,7 +64,7 @@ def names() -> tuple[str, ...]:
 
 def read(name: str) -> tuple[dict[str, Any], str]:
     """The content of a recipe file, ``rows`` and ``sweep`` included, and the recipe's own name."""
-    base, _ = _split(name)
+    base, _ = split(name)
     if base.endswith(".toml"):
         path: Any = Path(base)
         if not path.is_file():
@@ -80,7 +81,15 @@ def read(name: str) -> tuple[dict[str, Any], str]:
         raise ValueError(f"recipe {base}: {error}") from None
 
 
-def _split(name: str) -> tuple[str, str]:
+def _rows(content: dict[str, Any], title: str) -> dict[str, Any]:
+    rows = content.get("rows", {})
+    for row, settings in rows.items() if isinstance(rows, dict) else (("", rows),):
+        if not isinstance(settings, dict):
+            raise ValueError(f"recipe {title}: rows{row and '.'}{row}: expected a section, got {settings!r}")
+    return dict(rows)
+
+
+def split(name: str) -> tuple[str, str]:
     if ".toml" in name:
         base, _, row = name.rpartition(".toml")
         return base + ".toml", row.lstrip(":/")
@@ -97,3 +106,14 @@ def _assignment(setting: str) -> tuple[str, Any]:
     except tomllib.TOMLDecodeError:
         value = text.strip()
     return key.strip(), value
+
+
+def values(text: str) -> tuple[str, list[Any]]:
+    """``"key=v1,v2"`` as a key and its values; text that is no TOML is split at its commas."""
+    key, equals, rest = text.partition("=")
+    if not equals or not key.strip() or not rest.strip():
+        raise ValueError(f"--grid: expected key=value,value, got {text!r}")
+    try:
+        return key.strip(), list(tomllib.loads(f"values = [{rest}]")["values"])
+    except tomllib.TOMLDecodeError:
+        return key.strip(), [_assignment(f"{key}={part}")[1] for part in rest.split(",")]

@@ -1,4 +1,4 @@
-"""A folder for what can be made again."""
+"""Where files are kept that can be made again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO
 
 
-def folder() -> Path:
+def cache_folder() -> Path:
     """``$NCKERNELS_CACHE``, or ``nckernels`` in the user's cache folder (``$XDG_CACHE_HOME``, ``~/.cache``)."""
     own = os.environ.get("NCKERNELS_CACHE")
     if own:

@@ -1,0 +1,164 @@
+"""What a run measured: ``history.json``."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import nckernels
+from nckernels import ClassifierResult
+
+from .files import write_atomically
+from .recipe import Recipe, from_dict
+
+VERSION = 2
+"""Of the format of ``history.json``."""
+
+
+@dataclass
+class History:
+    """One entry per evaluation in every list. In JSON, numbers that are not finite are null."""
+
+    recipe: Recipe
+    num_classes: int = 0
+    class_names: list[str] = field(default_factory=list)
+    dim: int = 0
+    """Size d of the features."""
+    encoded_dim: int = 0
+    """Size of what lies below the projection."""
+    parameters: int = 0
+    """Of network and classifier together."""
+    train_samples: int = 0
+    test_samples: int = 0
+    steps: list[int] = field(default_factory=list)
+    """Steps done at the time of the evaluation."""
+    epochs: list[float] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    """Mean training loss since the previous evaluation; NaN at the first."""
+    train_accuracy: list[float] = field(default_factory=list)
+    """In eval mode, without augmentation."""
+    test_accuracy: list[float] = field(default_factory=list)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    """:class:`nckernels.metrics.NeuralCollapse` of the training set, field by field."""
+    seconds: float = 0.0
+    """Time spent on training steps, evaluations not included."""
+    classifiers: list[ClassifierResult] = field(default_factory=list)
+    """``run.probes`` of the trained network."""
+    prototype_cosines: list[list[float]] | None = None
+    mean_cosines: list[list[float]] | None = None
+    """At the end, of the class means of the training set."""
+    finished: bool = False
+    versions: dict[str, str] = field(default_factory=dict)
+    note: str = ""
+    """Of the data set."""
+
+    def add(self, step: int, epoch: float, loss: float, evaluation: Any) -> None:
+        """Append an :class:`~.evaluate.Evaluation`."""
+        self.steps.append(step)
+        self.epochs.append(epoch)
+        self.loss.append(loss)
+        self.train_accuracy.append(evaluation.train_accuracy)
+        self.test_accuracy.append(evaluation.test_accuracy)
+        for name, value in evaluation.metrics.items():
+            self.metrics.setdefault(name, []).append(value)
+        self.prototype_cosines, self.mean_cosines = evaluation.prototype_cosines, evaluation.mean_cosines
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as in the file."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values |= {"recipe": self.recipe.to_dict(), "classifiers": [asdict(result) for result in self.classifiers]}
+        return {"version": VERSION, **_finite_or_none(values)}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> History:
+        """The opposite of :meth:`to_dict`.
+
+        Raises:
+            ValueError: if it is something else.
+        """
+        if not isinstance(content, Mapping) or content.get("version") != VERSION:
+            raise ValueError(f"expected a history of version {VERSION}")
+        try:
+            values = {f.name: content[f.name] for f in fields(cls)}
+            values["classifiers"] = [ClassifierResult(**_nan(result)) for result in values["classifiers"]]
+            for name in ("loss", "train_accuracy", "test_accuracy"):
+                values[name] = _nan(values[name])
+            values["metrics"] = {name: _nan(series) for name, series in values["metrics"].items()}
+            for name in ("steps", "epochs", "class_names"):
+                values[name] = list(values[name])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"expected a history, but {type(error).__name__}: {error}") from None
+        return cls(**{**values, "recipe": from_dict(content["recipe"])})
+
+    def save(self, path: Path) -> None:
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+        write_atomically(path, lambda file: file.write(text.encode()))
+
+    @classmethod
+    def load(cls, path: str | Path) -> History:
+        """Read ``history.json``, or that of a run's folder.
+
+        Raises:
+            OSError: if there is none.
+            ValueError: naming the file, if it is damaged or something else.
+        """
+        path = Path(path)
+        path = path / "history.json" if path.is_dir() else path
+        try:
+            return cls.from_dict(json.loads(path.read_bytes()))
+        except ValueError as error:  # what is no JSON, too
+            raise ValueError(f"{path}: {error}") from None
+
+
+def new_history(recipe: Recipe, data: Any, step: Any, device: torch.device) -> History:
+    """Of a run that begins: what is known before the first step.
+
+    Args:
+        step: with the network and the head.
+    """
+    return History(
+        recipe,
+        num_classes=data.num_classes,
+        class_names=list(data.class_names),
+        dim=step.network.dim,
+        encoded_dim=step.network.encoded_dim,
+        parameters=sum(p.numel() for part in (step.network, step.head) for p in part.parameters()),
+        train_samples=len(data.train),
+        test_samples=len(data.test),
+        versions=versions(device),
+        note=data.note,
+    )
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What a run's numbers may depend on."""
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return {
+        "nckernels": nckernels.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "device": place,
+    }
+
+
+def _finite_or_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite_or_none(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite_or_none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_nan(item) for item in value]
+    return math.nan if value is None else value

@@ -1,0 +1,116 @@
+"""A process among others: the ranks of a run, and signals to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, and the device of this one."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def share(self) -> dict[str, int]:
+        """As arguments of what divides the samples among the ranks."""
+        return {"rank": self.rank, "world_size": self.size}
+
+    def agreed(self, function: Callable[[], T]) -> T:
+        """What ``function`` returns on rank 0, on all ranks; what it raises there is raised on all."""
+        if self.size == 1:
+            return function()
+        box: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                box[0] = function()
+            except Exception as error:
+                box[1] = error
+        dist.broadcast_object_list(box, src=0)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+    def gathered(self, value: T) -> list[T]:
+        """The values of all ranks, on rank 0; an empty list on the others."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size if self.rank == 0 else []
+        dist.gather_object(value, values or None, dst=0)
+        return values
+
+
+@contextmanager
+def world(device: str) -> Iterator[World]:
+    """The default process group, or, under torchrun, one that lasts as long as the context; else one process.
+
+    Raises:
+        ValueError: for a device that this machine does not have.
+    """
+    place = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    mine = "RANK" in os.environ and not dist.is_initialized()
+    if mine:
+        # Without a name there is a CPU backend beside that of the accelerator, through which objects travel.
+        dist.init_process_group("gloo" if place.type == "cpu" else None)
+    try:
+        yield World(place, dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World(place)
+    finally:
+        if mine:
+            dist.destroy_process_group()
+
+
+class Stop:
+    """SIGTERM and SIGINT as a wish to stop, while the context lasts; a SIGINT after it is a KeyboardInterrupt.
+
+    Handlers belong to the main thread: in another one, or where they are not wanted, signals stay what they were.
+    """
+
+    def __init__(self, wanted: bool = True) -> None:
+        self.requested = False
+        self._wanted = wanted and threading.current_thread() is threading.main_thread()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        if self._wanted:
+            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            # None: a handler that was not installed from Python and cannot be put back
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    """With the index of the local rank, if the name has none."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        name = accelerator.type if accelerator is not None else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":
+            device = torch.device("cuda", local_rank if device.index is None else device.index)
+            torch.cuda.set_device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # as various as the backends
+        raise ValueError(f"run.device: {name!r} cannot be used here: {error}") from error
+    return device

@@ -1,0 +1,246 @@
+"""Runs as the rows of a table: those that differ only in their seed are one row."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+
+from ..recipe import LOSSES
+from .load import Array, Record
+
+LABELS = {
+    "ce": "CE",
+    "normface": "NormFace",
+    "ntce": "NTCE",
+    "nonl": "NONL",
+    "scl": "SCL",
+    "prototype": "Prototype",
+    "etf-dr": "ETF + DR",
+    "dlp": "DLP",
+    "psc-star": "PSC*",
+    "bce": "BCE",
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+}
+KEYS = {"loss.temperature": "τ", "run.batch_size": "batch size", "model.dim": "d", "loss.name": "loss"}
+"""Keys with a short name. They come first where several differ."""
+TITLES = ("name", "title", "source")
+UNRELATED = (*TITLES, "run.seed", "data.root", "data.workers", "run.save_every", "run.log_every")
+"""Settings that do not tell one row from another. The root does where it is all that names the data."""
+MOST_ROWS = 8
+"""In a chart."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation over ``count`` seeds; NaN where there are too few."""
+
+    mean: float
+    deviation: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        numbers = [value for value in values if not math.isnan(value)]
+        mean = float(np.mean(numbers)) if numbers else math.nan
+        return cls(mean, float(np.std(numbers, ddof=1)) if len(numbers) > 1 else math.nan, len(numbers))
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """Runs of one recipe, and the name that tells them from the other rows of their data set."""
+
+    name: str
+    loss: str
+    runs: tuple[Record, ...]
+    differing: tuple[tuple[str, Any], ...] = ()
+    """The settings that the name adds to the recipe's row."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(self.runs[0].settings)
+
+    @cached_property
+    def counted(self) -> tuple[Record, ...]:
+        """The runs that means are taken over: the finished ones, or all as long as none is."""
+        return tuple(run for run in self.runs if run.finished) or self.runs
+
+    @property
+    def unfinished(self) -> int:
+        return sum(not run.finished for run in self.runs)
+
+    @property
+    def finished(self) -> bool:
+        return self.counted[0].finished
+
+    @property
+    def features(self) -> Literal["signed", "relu"]:
+        """Which optimum they can reach: pooled ReLU activations have no negative entries."""
+        return "relu" if self.settings["model.projection"] == "none" else "signed"
+
+    def final(self, curve: str) -> Spread:
+        return Spread.of([float(run.curves[curve][-1]) for run in self.counted if curve in run.curves])
+
+    @property
+    def accuracy(self) -> float:
+        """What rows are ranked by; the lowest for a row without any."""
+        mean = self.final("test_accuracy").mean
+        return -1.0 if math.isnan(mean) else mean
+
+    def curve(self, name: str) -> tuple[Array, Array, Array]:
+        """Steps, mean and deviation over the seeds. The deviation is 0 where only one seed has a value."""
+        runs = [run for run in self.counted if name in run.curves]
+        steps = np.unique(np.concatenate([run.steps for run in runs])) if runs else np.zeros(0)
+        values = np.full((len(runs), len(steps)), math.nan)
+        for line, run in zip(values, runs, strict=True):
+            line[np.searchsorted(steps, run.steps)] = run.curves[name]
+        count = (~np.isnan(values)).sum(axis=0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            mean = np.nansum(values, axis=0) / count
+            square = np.nansum((values - mean) ** 2, axis=0) / np.maximum(count - 1, 1)
+        return steps, mean, np.sqrt(square)
+
+
+@dataclass(frozen=True, eq=False)
+class DataSet:
+    """The rows that were trained on the same data."""
+
+    name: str
+    family: tuple[Any, ...]
+    """The same for data sets that differ only in their imbalance."""
+    num_classes: int
+    rows: tuple[Row, ...]
+
+    @property
+    def imbalance(self) -> float:
+        return float(self.rows[0].settings["data.imbalance"])
+
+    @property
+    def records(self) -> list[Record]:
+        return [run for row in self.rows for run in row.runs]
+
+    @cached_property
+    def shown(self) -> tuple[Row, ...]:
+        """The rows for charts: all, or the best of each loss if they are many."""
+        if len(self.rows) <= MOST_ROWS:
+            return self.rows
+        best: dict[str, Row] = {}
+        for row in self.rows:
+            if row.loss not in best or row.accuracy > best[row.loss].accuracy:
+                best[row.loss] = row
+        ranked = sorted(best.values(), key=lambda row: -row.accuracy)[:MOST_ROWS]
+        return tuple(row for row in self.rows if row in ranked)
+
+    @property
+    def best(self) -> Row:
+        return max(self.rows, key=lambda row: (row.finished, row.accuracy))
+
+
+def group(records: Sequence[Record]) -> list[DataSet]:
+    """Data sets in the order of the records, rows in the order of the losses and of their settings."""
+    by_data: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
+    for record in records:
+        by_data[_data_of(record)].append(record)
+    names = _data_names([runs[0] for runs in by_data.values()])
+    return [
+        DataSet(name, _data_of(runs[0], imbalance=False), runs[0].num_classes, _rows(runs))
+        for name, runs in zip(names, by_data.values(), strict=True)
+    ]
+
+
+def describe(settings: Sequence[tuple[str, Any]]) -> str:
+    """ "τ = 0.1, batch size = 512"."""
+    return ", ".join(f"{KEYS.get(key, _short(key))} = {value_text(value)}" for key, value in settings)
+
+
+def value_text(value: Any) -> str:
+    """A setting as one would write it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(value_text, value)) or "none"
+    return str(value) or "none"
+
+
+def _short(key: str) -> str:
+    """The last part of a dotted key, with its section where that says too little."""
+    section, _, last = key.rpartition(".")
+    return key if last in ("name", "options", "every", "final") or not section else last.replace("_", " ")
+
+
+def _data_of(record: Record, *, imbalance: bool = True) -> tuple[Any, ...]:
+    skip = ("data.workers", *(() if record.settings["data.name"] == "folder" else ("data.root",)))
+    skip = skip if imbalance else (*skip, "data.imbalance")
+    settings = record.settings.items()
+    return (record.num_classes, *((k, repr(v)) for k, v in settings if k.startswith("data.") and k not in skip))
+
+
+def _data_names(examples: Sequence[Record]) -> list[str]:
+    """The name of each data set, with the settings in which those of the same name differ."""
+    names = []
+    for record in examples:
+        name = record.settings["data.name"]
+        same = [other for other in examples if other.settings["data.name"] == name]
+        keys = [key for key in _differing(same) if key.startswith("data.") and key != "data.workers"]
+        keys = [key for key in keys if key != "data.root" or name == "folder"]
+        known = [(key, record.settings[key]) for key in keys if key in record.settings]
+        classes = [f"{record.num_classes} classes"] if len({other.num_classes for other in same}) > 1 else []
+        names.append(", ".join(filter(None, [LABELS.get(name, name), describe(known), *classes])))
+    return names
+
+
+def _rows(records: Sequence[Record]) -> tuple[Row, ...]:
+    groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
+    for record in records:
+        settings = ((key, repr(value)) for key, value in record.settings.items() if key not in UNRELATED)
+        groups[tuple(sorted(settings))].append(record)
+    clusters: dict[str, list[list[Record]]] = defaultdict(list)
+    for runs in groups.values():
+        clusters[_base(runs[0])].append(runs)
+    rows = []
+    for base, members in clusters.items():
+        keys = _differing([runs[0] for runs in members])
+        for runs in members:
+            differing = tuple((key, runs[0].settings[key]) for key in keys if key in runs[0].settings)
+            few = (*differing[:4], *differing[4:][: 0 if len(differing) > 5 else 1])
+            name = ", ".join(filter(None, [base, describe(few), "…" if len(few) < len(differing) else ""]))
+            rows.append(Row(name, runs[0].settings["loss.name"], tuple(runs), differing))
+    rows.sort(key=lambda row: (_rank(row.loss), _base(row.runs[0]), [_sortable(value) for _, value in row.differing]))
+    seen: dict[str, int] = defaultdict(int)
+    for i, row in enumerate(rows):
+        seen[row.name] += 1
+        if seen[row.name] > 1:
+            rows[i] = Row(f"{row.name} ({seen[row.name]})", row.loss, row.runs, row.differing)
+    return tuple(rows)
+
+
+def _base(record: Record) -> str:
+    """The row of the recipe, or the loss of a recipe without rows."""
+    name = record.settings["name"]
+    row = (name.rpartition(".toml")[2].lstrip(":/") if ".toml" in name else name.partition("/")[2]).strip()
+    row = row or record.settings["loss.name"]
+    return LABELS.get(row, row)
+
+
+def _differing(records: Sequence[Record]) -> list[str]:
+    keys = list(dict.fromkeys([*KEYS, *(key for record in records for key in record.settings)]))
+    named = len({record.settings["data.root"] for record in records if record.settings["data.name"] == "folder"}) > 1
+    skip = [key for key in UNRELATED if key != "data.root" or not named]
+    return [key for key in keys if key not in skip and len({repr(r.settings.get(key)) for r in records}) > 1]
+
+
+def _rank(loss: str) -> int:
+    return LOSSES.index(loss) if loss in LOSSES else len(LOSSES)
+
+
+def _sortable(value: Any) -> tuple[int, float, str]:
+    number = isinstance(value, (int, float))
+    return (0, float(value), "") if number else (1, 0.0, str(value))

@@ -1,0 +1,54 @@
+"""Colours, for light and dark pages, and the style sheet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+
+from .rows import Row
+
+COLOURS = {
+    "paper": ("#ffffff", "#15171b"),
+    "ink": ("#222222", "#e4e5e7"),
+    "muted": ("#666666", "#a0a4ab"),
+    "line": ("#e6e6e6", "#34383f"),
+    "ce": ("#4d4d4d", "#c8c8c8"),
+    "normface": ("#e69f00", "#f2b73c"),
+    "ntce": ("#0072b2", "#57b1ec"),
+    "nonl": ("#d6336c", "#f2709f"),
+    "scl": ("#009e73", "#38c99d"),
+    "etf-dr": ("#7c4dbd", "#b494ee"),
+    "prototype": ("#8a5a2b", "#cc9d68"),
+    "dlp": ("#5c8a00", "#a6cc4e"),
+    "psc-star": ("#0097a7", "#56d3e0"),
+    "bce": ("#a8323e", "#e8808a"),
+}
+"""CSS variables. Drawings use the light ones, each of which is unique, and :func:`themed` puts the variables there."""
+LOSSES = tuple(COLOURS)[4:]
+COLD, WARM = "#2b7bba", "#e0662b"
+"""The ends of the diverging colours, blue and orange, which the colour-blind tell apart."""
+
+
+def colour_names(rows: Sequence[Row]) -> list[str]:
+    """A colour for each row: that of its loss, or any where several rows have the same loss."""
+    losses = [row.loss if row.loss in LOSSES else "" for row in rows]
+    if len(set(losses)) == len(rows) and "" not in losses:
+        return losses
+    free = ("ntce", "normface", "nonl", "scl", "ce", "etf-dr", "dlp", "psc-star", "prototype", "bce")
+    return [free[i % len(free)] for i in range(len(rows))]
+
+
+def themed(text: str) -> str:
+    """A drawing in the light colours, with the page's variables in their place."""
+    for name, (light, _) in COLOURS.items():
+        text = text.replace(light, f"var(--{name})")
+    return text
+
+
+def style_sheet() -> str:
+    light, dark = (" ".join(f"--{name}: {pair[i]};" for name, pair in COLOURS.items()) for i in (0, 1))
+    rules = resources.files(__package__).joinpath("page.css").read_text(encoding="utf-8")
+    return (
+        f":root {{ {light} --cold: {COLD}; --warm: {WARM}; }}\n"
+        f"@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n{rules}"
+    )

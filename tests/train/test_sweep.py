@@ -1,0 +1,293 @@
+"""Sweeps: what is run, in which folder, what happens to runs that fail, and to a sweep that is stopped.
+
+Runs are a stand-in that takes the trainer's command line, notes that it was called, and does what its seed says.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nckernels.train import recipes
+from nckernels.train.sweep import Sweep, plan
+from nckernels.train.sweep_cli import execute, main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Seed 7 fails, 8 is killed, 9 waits for SIGTERM and saves; the accuracy is seed / 100.
+CHILD = """
+import json, os, signal, sys, time
+settings = dict(sys.argv[i + 1].split("=", 1) for i, a in enumerate(sys.argv) if a == "--set")
+folder, seed = sys.argv[sys.argv.index("--out") + 1], int(settings["run.seed"])
+with open(folder + "/calls", "a") as file:
+    file.write(json.dumps([sys.argv[1:], time.time()]) + "\\n")
+def write(done):
+    with open(folder + "/history.json", "w") as file:
+        json.dump({"finished": done, "test_accuracy": [0.0, seed / 100]}, file)
+def stop(*_):
+    write(False)
+    print("saved")
+    sys.exit(0)
+if seed == 7 and not os.path.exists(folder + "/mended"):
+    print("first line\\nloss is not finite", file=sys.stderr)
+    sys.exit(1)
+if seed == 8:
+    print("about to end")
+    os.kill(os.getpid(), signal.SIGKILL)
+if seed == 9 and not os.path.exists(folder + "/history.json"):
+    signal.signal(signal.SIGTERM, stop)
+    open(folder + "/ready", "w").close()
+    time.sleep(60)
+write(True)
+"""
+
+
+@pytest.fixture(scope="module")
+def child(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    path = tmp_path_factory.mktemp("child") / "child.py"
+    path.write_text(CHILD)
+    return sys.executable, "-S", str(path)
+
+
+def calls(folder: Path) -> list[list[str]]:
+    path = folder / "calls"
+    return [json.loads(line)[0] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_rows_times_grid_times_seeds() -> None:
+    sweep = plan("digits", ["run.batch_size=64"], ["nonl", "ntce"], [0, 1], {"loss.temperature": [0.1, 0.2]})
+    runs = sweep.runs()
+    assert [run.name for run in runs] == [
+        f"{row}_temperature={t}_seed={seed}" for row in ("nonl", "ntce") for t in (0.1, 0.2) for seed in (0, 1)
+    ]
+    for run in runs:
+        recipe = recipes.load(run.recipe, run.settings)
+        assert (recipe.name, recipe.run.batch_size, recipe.run.seed) == (f"digits/{run.row}", 64, run.seed)
+        assert recipe.loss.temperature == dict(run.point)["loss.temperature"]
+
+
+def test_names_have_what_there_is_more_than_one_of() -> None:
+    assert [run.name for run in plan("digits", rows=["nonl"], grid={"model.dim": [32]}).runs()] == ["nonl"]
+    assert [run.name for run in plan("digits/nonl").runs()] == ["nonl"]
+    grid = {"model.name": ["timm:a/b", "convnet"], "data.name": ["digits"], "loss.temperature": [0.1]}
+    assert [run.name for run in plan("digits/ce", grid=grid).runs()] == [
+        "ce_model.name=timm-a-b",
+        "ce_model.name=convnet",
+    ]
+    crops = {"augment.crop": [[0.2, 1.0], [1.0, 1.0]]}
+    assert [run.name for run in plan("digits/ce", grid=crops).runs()] == ["ce_crop=0.2-1.0", "ce_crop=1.0-1.0"]
+
+
+def test_a_file_says_what_its_sweep_is(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        '[rows.a.loss]\nname = "nonl"\n[rows.b.loss]\nname = "ntce"\n[rows.c.loss]\nname = "ce"\n[sweep]\n'
+        'rows = ["a", "b"]\nseeds = [1, 2]\ngrid = { "model.dim" = [8, 16] }\n'
+    )
+    assert len(plan(str(path)).runs()) == 8
+    assert plan(str(path), rows=["c"]).rows == ("c",)
+    assert plan(str(path), seeds=[5]).seeds == (5,)
+    assert dict(plan(str(path), grid={"model.dim": [4]}).grid) == {"model.dim": [4]}
+    run = plan(str(path)).runs()[0]
+    assert recipes.load(run.recipe, run.settings).model.dim == 8
+    path.write_text('title = "no rows"\n')
+    assert [run.name for run in plan(str(path)).runs()] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["digits", "--rows", "nonl,nolm"], "no row 'nolm' (did you mean 'nonl'?)"),
+        (["digits", "--rows", "nonl,nonl"], "rows: 'nonl' is there twice"),
+        (["digits/nonl", "--rows", "ce"], "--rows: digits/nonl is a row already"),
+        (["digits", "--seeds", "1,1"], "seeds: 1 is there twice"),
+        (["digits", "--seeds", "one"], "--seeds: invalid"),
+        (["digits", "--grid", "loss.temperature"], "--grid: expected key=value"),
+        (["digits", "--grid", "loss.temprature=1,2"], "did you mean 'loss.temperature'?"),
+        (["digits", "--grid", "loss.temperature=0.1,-1"], "loss.temperature: expected a positive number"),
+        (["digits", "--grid", "model.dim=2,2"], "grid model.dim: 2 is there twice"),
+        (["digits", "--grid", "model.dim=2,4", "--set", "model.dim=8"], "model.dim: both set and in the grid"),
+        (["digits", "--grid", "run.seed=2,4"], "run.seed: expected in --seeds"),
+        (["digits", "--set", "run.seed=2"], "run.seed: expected in --seeds"),
+        (["digits", "--jobs", "0"], "--jobs: expected at least 1"),
+        (["digits"], "--out: expected a folder"),
+    ],
+)
+def test_what_cannot_be_swept_is_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_wrong_sweep_section_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    for text, message in (
+        ("[sweep]\nseed = [1]", r"sweep\.seed \(did you mean 'seeds'\?\)"),
+        ("sweep = 1", "sweep: expected a section"),
+        ("[sweep]\ngrid = [1]", r"sweep\.grid: expected a section"),
+        ("[sweep]\nseeds = 3", "seeds: expected a list"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            plan(str(path))
+
+
+def test_dry_run_lists_commands_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["digits", "--rows", "nonl", "--seeds", "0,1", "--out", str(out), "--dry-run"]) == 0
+    assert not out.exists()
+    printed = capsys.readouterr().out
+    assert "2 runs of digits" in printed
+    assert "nonl_seed=1: python -m nckernels train digits/nonl --set run.seed=1" in printed
+
+
+def test_runs_get_the_trainers_arguments_and_are_summed_up(
+    tmp_path: Path, child: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = plan("digits", ["model.dim=32"], ["nonl", "ce"], [10, 20, 60])
+    assert execute(sweep, tmp_path, command=child, jobs=2, quiet=True) == 0
+    folder = tmp_path / "nonl_seed=20"
+    assert calls(folder) == [
+        [
+            "digits/nonl",
+            "--set",
+            "model.dim=32",
+            "--set",
+            "run.seed=20",
+            "--out",
+            str(folder),
+            "--resume",
+            "auto",
+            "--quiet",
+        ]
+    ]
+    printed = capsys.readouterr().out
+    # mean 30, deviation sqrt((400 + 100 + 900) / 2) = 26.46
+    assert "nonl  3     30.00 ± 26.46" in printed
+    assert "6 of 6 runs finished, 0 failed" in printed
+
+
+def test_finished_runs_are_not_run_again_and_others_are(tmp_path: Path, child: tuple[str, ...]) -> None:
+    sweep = plan("digits", rows=["nonl"], seeds=[1, 2, 3])
+    assert execute(sweep, tmp_path, command=child, quiet=True) == 0
+    (tmp_path / "nonl_seed=2" / "history.json").write_text('{"finished": false}')
+    (tmp_path / "nonl_seed=3" / "history.json").write_text('{"finished": tr')  # cut off
+    assert execute(sweep, tmp_path, command=child, quiet=True) == 0
+    assert [len(calls(tmp_path / f"nonl_seed={seed}")) for seed in (1, 2, 3)] == [1, 2, 2]
+
+
+def test_runs_that_fail_are_listed_and_the_others_go_on(
+    tmp_path: Path, child: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = plan("digits", rows=["nonl"], seeds=[7, 8, 1])
+    assert execute(sweep, tmp_path, command=child, quiet=True) == 1
+    printed = capsys.readouterr().out
+    assert "1 of 3 runs finished, 2 failed" in printed
+    assert "nonl_seed=7: exit status 1\n    first line\n    loss is not finite" in printed
+    assert "nonl_seed=8: killed by SIGKILL\n    about to end" in printed
+    assert "nonl  1     1.00" in printed
+    assert "loss is not finite" in (tmp_path / "nonl_seed=7" / "output.txt").read_text()
+
+    (tmp_path / "nonl_seed=7" / "mended").touch()
+    assert execute(sweep, tmp_path, command=child, quiet=True) == 1
+    printed = capsys.readouterr().out
+    assert "2 of 3 runs finished, 1 failed" in printed
+    assert "not finite" not in printed  # the last attempt's output only
+
+
+def test_runs_go_on_at_the_same_time(tmp_path: Path) -> None:
+    """Each waits for the other to begin."""
+    waits = (
+        "import os, sys, time\n"
+        "folder = sys.argv[sys.argv.index('--out') + 1]\n"
+        "open(folder + '/here', 'w').close()\n"
+        "top, end = os.path.dirname(folder), time.time() + 20\n"
+        "while sum(os.path.exists(f'{top}/{d}/here') for d in os.listdir(top)) < 2:\n"
+        "    time.sleep(0.01)\n"
+        "    assert time.time() < end\n"
+        "open(folder + '/history.json', 'w').write('{\"finished\": true}')\n"
+    )
+    sweep = plan("digits", rows=["nonl"], seeds=[1, 2])
+    assert execute(sweep, tmp_path, command=(sys.executable, "-S", "-c", waits), jobs=2, quiet=True) == 0
+
+
+def test_a_folder_holds_one_sweep(
+    tmp_path: Path, child: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("nckernels.train.sweep_cli.execute", lambda *_, **__: 0)
+    out = tmp_path / "out"
+    mine = tmp_path / "mine.toml"
+    mine.write_text('[loss]\nname = "nonl"\n')
+    first = [str(mine), "--seeds", "1,2", "--out", str(out)]
+    assert main(first) == 0
+    assert json.loads((out / "sweep.json").read_text())["seeds"] == [1, 2]
+    assert main(first) == 0
+    for change, message in (
+        (["--seeds", "1,3"], "differs in seeds ([1, 2] there, [1, 3] here)"),
+        (["--grid", "model.dim=2,3"], 'differs in grid ({} there, {"model.dim": [2, 3]} here)'),
+        (["--set", "model.dim=2"], 'differs in settings ([] there, ["model.dim=2"] here)'),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            main([*first, *change])
+        assert exit_.value.code == 2
+        assert message in capsys.readouterr().err
+    mine.write_text('[loss]\nname = "ntce"\n')
+    with pytest.raises(SystemExit):
+        main(first)
+    assert "differs in loss.name ('nonl' there, 'ntce' here)" in capsys.readouterr().err
+    (out / "sweep.json").write_text("{")
+    with pytest.raises(SystemExit):
+        main(first)
+    assert "sweep.json cannot be read" in capsys.readouterr().err
+
+
+SWEEP = """
+import sys
+from pathlib import Path
+from nckernels.train.sweep import locked, plan
+from nckernels.train.sweep_cli import execute
+with locked(Path(sys.argv[1])):
+    sys.exit(execute(plan("digits", rows=["nonl"], seeds=[9, 1]), Path(sys.argv[1]), command=sys.argv[2:], quiet=True))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_go_on_to_the_runs_and_the_sweep_can_go_on(
+    tmp_path: Path, child: tuple[str, ...], number: signal.Signals
+) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SWEEP, str(tmp_path), *child]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    waiting = tmp_path / "nonl_seed=9"
+    end = time.monotonic() + 60
+    while not (waiting / "ready").exists():
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    if number == signal.SIGINT:
+        sweep = plan("digits", rows=["nonl"], seeds=[9, 1])
+        with pytest.raises(ValueError, match="another process runs this sweep"):
+            _run_locked(sweep, tmp_path, child)
+    process.send_signal(number)
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 0
+    assert "0 of 2 runs finished, 0 failed" in printed
+    assert "stopped; the same command goes on" in printed
+    assert (waiting / "output.txt").read_text().endswith("saved\n")
+    assert not (tmp_path / "nonl_seed=1").exists()  # none is begun after the signal
+    assert execute(plan("digits", rows=["nonl"], seeds=[9, 1]), tmp_path, command=child, quiet=True) == 0
+
+
+def _run_locked(sweep: Sweep, folder: Path, command: tuple[str, ...]) -> None:
+    from nckernels.train.sweep import locked
+
+    with locked(folder):
+        execute(sweep, folder, command=command, quiet=True)
