@@ -222,7 +222,8 @@ def test_textures_through_torchvision(tmp_path: Path) -> None:
     assert len(made.train) == 6  # train and val
     assert len(made.test) == 2
     assert isinstance(made.train, Files)
-    assert all(Path(path).parent.name == made.class_names[y] for path, y in zip(made.train.paths, made.train.labels))
+    for path, label in zip(made.train.paths, made.train.labels.tolist(), strict=True):
+        assert Path(path).parent.name == made.class_names[label]
     assert made.mean == folders.MEAN
 
 

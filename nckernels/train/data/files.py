@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -49,7 +48,7 @@ class FileReader:
             num_workers=workers,
             pin_memory=device.type == "cuda",
             persistent_workers=persistent and workers > 0,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_leave_group,
             generator=torch.Generator(),  # else the loader draws from the global one, and what follows changes
         )
 
@@ -185,7 +184,10 @@ def _stack(samples: list[Tensor | _Unreadable]) -> Tensor | _Unreadable:
     return torch.stack([sample for sample in samples if isinstance(sample, Tensor)])
 
 
-def _ignore_signals(_: int) -> None:
-    """Signals to a whole process group are for the trainer, which then ends its workers."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_group(_: int) -> None:
+    """Signals to the trainer's process group are for the trainer, which ends its workers itself.
+
+    Else a worker would die of the signal that asks the trainer to save, and the trainer of its worker's death.
+    """
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
