@@ -58,3 +58,16 @@ def test_features_without_a_projection_are_never_negative() -> None:
     z, _ = features(run.network, run.data, run.data.test, run.history.recipe, run.head.prototypes.device)
     assert z.min() >= 0
     assert z.shape == (360, 16)
+
+
+def test_labels_are_assigned_anew_after_every_epoch() -> None:
+    """The points stay; which class has which changes in a dynamic head only, after whole epochs."""
+    dlp = ("loss.name=dlp", "model.dim=4", "schedule.epochs=3", "run.batch_size=400", "optimizer.lr=0.4")
+    static, dynamic = (
+        trained("ce", *dlp, f"loss.assignment={a}", "run.eval_every=1", "run.metrics=false")
+        for a in ("static", "dynamic")
+    )
+    assert static.head.assignment.tolist() == list(range(10))
+    assert static.history.loss[1:4] == dynamic.history.loss[1:4]  # one epoch of 3 steps
+    assert static.history.loss[4] != dynamic.history.loss[4]
+    assert sorted(dynamic.head.assignment.tolist()) == list(range(10))
