@@ -71,7 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
         "trains on N devices.",
     )
     add = parser.add_argument
-    add("recipe", help="name, name/row, or a TOML file, file.toml:row")
+    add("recipe", metavar="RECIPE", help="name, name/row, or a TOML file, file.toml:row")
     add(
         "--set",
         action="append",

@@ -27,7 +27,7 @@ from .logs import Log, Terminal, Window, describe
 from .models import Network
 from .processes import Stop, World, world
 from .recipe import Recipe
-from .step import Optimisation, TrainStep, build, seed, warn_of_batchnorm
+from .step import Optimisation, TrainStep, build, check_labels, seed, warn_of_batchnorm
 
 LossOf = Callable[[Any], Callable[[Tensor, Tensor], Tensor]]
 
@@ -86,6 +86,7 @@ def fit(
             folder = Path(folder)
             saved = place.agreed(lambda: _open(stack, folder, recipe, resume))
         data = open_data(recipe.data, seed=recipe.run.seed)
+        check_labels(recipe, data)
         training = _Training(recipe, place, data, folder, saved, loss_of, progress)
         with contextlib.closing(training), Stop(folder is not None) as stop:
             training.run(stop)

@@ -54,6 +54,14 @@ def build(recipe: Recipe, data: Any, world: World, *, steps_per_epoch: int = 1, 
     return network, head
 
 
+def check_labels(recipe: Recipe, data: Any) -> None:
+    """Raises ValueError for a loss of several labels a sample and a data set with one, or the other way round."""
+    loss, several = recipe.loss.name, data.train.labels.dim() > 1
+    if (loss == "bce") != several:
+        labels, wanted = ("several labels", "'bce'") if several else ("one label", "any other than 'bce'")
+        raise ValueError(f"loss.name: a sample of {recipe.data.name} has {labels}; expected {wanted}, got {loss!r}")
+
+
 def seed(device: torch.device, *parts: int | str) -> None:
     """The global random state of the CPU and of the device as a function of ``parts``, without waiting for either.
 

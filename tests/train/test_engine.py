@@ -278,6 +278,7 @@ def test_bad_settings_found_later_are_named() -> None:
         ("run.batch_size: expected at most 576", {"run.batch_size": 577}),
         ("run.device: 'quantum' cannot be used here", {"run.device": "quantum"}),
         ("run.precision: float16 needs an accelerator", {"run.precision": "float16"}),
+        ("loss.name: a sample of digits has one label; expected any other than 'bce'", {"loss.name": "bce"}),
         ("no-such-backend", {"run.backend": "no-such-backend"}),
         ("optimizer.nesterov: expected a momentum", {"optimizer.nesterov": True, "optimizer.momentum": 0.0}),
         ("model.freeze: loss.name = 'dlp' has no parameters", {"model.freeze": True, "loss.name": "dlp"}),

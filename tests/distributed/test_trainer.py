@@ -1,0 +1,145 @@
+"""The trainer on two ranks: it trains like one process, and what happens to one rank happens to both."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import Ranks
+from train.runs import outcome, recipe
+
+pytest.importorskip("sklearn")
+pytest.importorskip("tqdm")
+
+from nckernels.train import History, checkpoint, engine, fit
+
+GROUP = {"model.norm": "group", "optimizer.lr": 0.02}
+VIEWS = {"loss.name": "scl", "augment.views": 2, "augment.rotate": 10.0}
+QUEUE = {"loss.queue": 50, "run.save_every": 4}
+
+
+def train(rank: int, world_size: int, changes: dict[str, Any], folder: Path | None, resume: bool = False) -> History:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of BatchNorm
+        return fit(recipe(**changes), folder, resume=resume, progress=False).history
+
+
+def train_killed(rank: int, world_size: int, changes: dict[str, Any], folder: Path, steps: int) -> None:
+    """Neither rank comes back from a step."""
+    original, calls = engine.Optimisation.step, itertools.count(1)
+
+    def step(self: Any, *arguments: Any) -> Any:
+        if next(calls) > steps:
+            raise ConnectionAbortedError
+        return original(self, *arguments)
+
+    engine.Optimisation.step = step
+    try:
+        train(rank, world_size, changes, folder)
+    except ConnectionAbortedError:
+        return
+    finally:
+        engine.Optimisation.step = original
+
+
+def train_told_to_stop(rank: int, world_size: int, changes: dict[str, Any], folder: Path) -> bool:
+    """The last rank alone gets a signal, in its fifth step."""
+    original = engine.Optimisation.step
+
+    def step(self: Any, done: int, *arguments: Any) -> Any:
+        if done == 4 and rank == world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, done, *arguments)
+
+    engine.Optimisation.step = step
+    try:
+        return train(rank, world_size, changes, folder).finished
+    finally:
+        engine.Optimisation.step = original
+
+
+def warned(rank: int, world_size: int) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(recipe(schedule__epochs=1), progress=False)
+    return [str(w.message) for w in caught if "BatchNorm" in str(w.message)]
+
+
+def diverge(rank: int, world_size: int, folder: Path) -> None:
+    """The last rank alone has a bad batch."""
+    original = engine.Optimisation.step
+
+    def step(self: Any, done: int, images: torch.Tensor, labels: torch.Tensor) -> Any:
+        return original(self, done, images * (float("nan") if rank == world_size - 1 and done == 4 else 1), labels)
+
+    engine.Optimisation.step = step
+    try:
+        train(rank, world_size, GROUP, folder)
+    finally:
+        engine.Optimisation.step = original
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, VIEWS, {"loss.name": "ce", "run.batch_size": 63}, {"run.micro_batch_size": 10}],
+    ids=["nonl", "scl", "ce, odd", "micro"],
+)
+def test_two_ranks_train_like_one(changes: dict[str, Any], ranks2: Ranks) -> None:
+    changes = {**GROUP, **changes, "run.log_every": 1}
+    one = fit(recipe(**changes), progress=False).history
+    first, second = ranks2.run(train, changes, None)
+    assert first.loss[1:] == pytest.approx(one.loss[1:], rel=1e-5)
+    for name in ("nc1", "weight_alignment"):
+        assert first.metrics[name] == pytest.approx(one.metrics[name], rel=1e-3, abs=1e-6)
+    assert {**first.to_dict(), "seconds": 0} == {**second.to_dict(), "seconds": 0}
+
+
+def test_killed_and_resumed(ranks2: Ranks, tmp_path: Path) -> None:
+    """Each rank has a queue of its own, and all of it goes on."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    ranks2.run(train, QUEUE, whole)
+    ranks2.run(train_killed, QUEUE, parts, 7)
+    queues = checkpoint.load(parts / "checkpoint.pt")["ranks"]
+    assert len(queues) == 2
+    ranks2.run(train, QUEUE, parts, True)
+    assert outcome(parts) == outcome(whole)
+
+
+def test_another_number_of_ranks(ranks2: Ranks, tmp_path: Path) -> None:
+    for name, changes in (("queue", QUEUE), ("none", {})):
+        ranks2.run(train_killed, changes, tmp_path / name, 10)
+    with pytest.raises(ValueError, match=r"queue: the checkpoint is of 2 processes, .*; it cannot go on with 1"):
+        fit(recipe(**QUEUE), tmp_path / "queue", resume=True, progress=False)
+    assert checkpoint.load(tmp_path / "none" / "checkpoint.pt")["ranks"] == []
+    assert fit(recipe(), tmp_path / "none", resume=True, progress=False).history.finished
+
+
+def test_a_signal_to_one_rank_stops_both(ranks2: Ranks, tmp_path: Path) -> None:
+    """At the next line of the log, which every rank looks at."""
+    assert ranks2.run(train_told_to_stop, {}, tmp_path / "parts") == [False, False]
+    assert checkpoint.load(tmp_path / "parts" / "checkpoint.pt")["step"] == 6
+    ranks2.run(train, {}, tmp_path / "parts", True)
+    ranks2.run(train, {}, tmp_path / "whole")
+    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
+
+
+def test_what_one_rank_finds_all_raise(ranks2: Ranks, tmp_path: Path) -> None:
+    fit(recipe(), tmp_path / "run", progress=False)
+    for error in ranks2.errors(train, {}, tmp_path / "run"):
+        assert "has a run; --resume auto goes on with it" in str(error)
+    for error in ranks2.errors(diverge, tmp_path / "bad"):
+        assert isinstance(error, FloatingPointError)
+        assert str(error).startswith("training diverged in step 5 (epoch 1): the loss is nan")
+
+
+def test_local_batch_norm_is_said_once(ranks2: Ranks) -> None:
+    first, second = ranks2.run(warned)
+    assert len(first) == 1
+    assert "BatchNorm sees the samples of its own rank only" in first[0]
+    assert second == []
