@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import resource
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,57 +42,6 @@ def environment() -> dict[str, str]:
     """For programs that import nckernels."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-
-
-class Process:
-    """``python -m nckernels train ...`` in a process of its own, forked from one that has imported all of it.
-
-    Args:
-        words: of the command line.
-        output: a file for what it prints.
-        file_size: its limit, in bytes.
-    """
-
-    def __init__(self, output: Path, *words: str | Path, file_size: int = 0) -> None:
-        self.output = output
-        arguments = (str(output), list(map(str, words)), file_size)
-        self._process = _CONTEXT.Process(target=_train, args=arguments, daemon=True)
-        self._process.start()
-
-    @property
-    def running(self) -> bool:
-        return self._process.is_alive()
-
-    def send(self, number: int) -> None:
-        assert self._process.pid is not None
-        os.kill(self._process.pid, number)
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.join()
-
-    def status(self) -> int | None:
-        """The exit status, after its end."""
-        self._process.join(60)
-        return self._process.exitcode
-
-    def printed(self) -> str:
-        return self.output.read_text()
-
-
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["nckernels.train.cli", "sklearn.datasets", "sklearn.model_selection"])
-
-
-def _train(output: str, words: list[str], file_size: int) -> None:
-    from nckernels.train import cli
-
-    handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
-    if file_size:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-    sys.exit(cli.main(words))
 
 
 def outcome(folder: Path) -> dict[str, Any]:

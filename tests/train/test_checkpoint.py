@@ -5,11 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,8 @@ from nckernels.train.files import write_atomically
 from nckernels.train.folder import Folder
 from nckernels.train.processes import Stop
 
-from .runs import Process, environment, file, outcome, recipe
+from . import contract_process
+from .runs import environment, file, outcome, recipe
 
 
 class Killed(BaseException):
@@ -83,48 +82,42 @@ def test_adamw_and_bfloat16_resume_too(tmp_path: Path) -> None:
         assert all(torch.equal(value, other["optimizer"]["state"][key][name]) for name, value in state.items())
 
 
-def test_sigkill_at_random_moments(tmp_path: Path) -> None:
-    """Also while a checkpoint is written, which the part file shows."""
+def test_killed_while_it_saves(tmp_path: Path) -> None:
+    """As the part file shows."""
     few = {"data.classes": (0, 2), "schedule.epochs": 3, "run.eval_every": 1000, "run.metrics": False}
     changes = {"model.width": 32, "run.batch_size": 32, "run.save_every": 1, **few}  # 27 steps
-    toml, whole, parts = file(tmp_path, **changes), tmp_path / "whole", tmp_path / "parts"
-    reference = Process(tmp_path / "whole.txt", toml, "--out", whole)
-    saved, part, moments = parts / "checkpoint.pt", parts / "checkpoint.pt.part", random.Random(0)
+    toml, parts = str(file(tmp_path, **changes)), tmp_path / "parts"
+    saved, part = parts / "checkpoint.pt", parts / "checkpoint.pt.part"
     in_save = 0
-    for attempt in range(4):
+    for _ in range(3):
         before = saved.stat().st_mtime_ns if saved.exists() else 0
-        process = Process(tmp_path / "parts.txt", toml, "--out", parts, "--resume", "auto")
-        while process.running and not (saved.exists() and saved.stat().st_mtime_ns > before):
-            time.sleep(0.001)
-        if attempt % 2:
-            time.sleep(0.05 * moments.random())
-        else:
-            while process.running and not part.exists():
-                pass
-        assert process.running, process.printed()
+        process = contract_process.start("train", toml, "--out", "parts", "--resume", "auto", folder=tmp_path)
+        assert process.until(lambda before=before: saved.exists() and saved.stat().st_mtime_ns > before), process.stderr
+        for _ in range(1_000_000):
+            if part.exists():
+                break
         process.kill()
         in_save += part.exists()
     assert in_save > 0
-    last = Process(tmp_path / "parts.txt", toml, "--out", parts, "--resume", "auto")
-    assert last.status() == 0, last.printed()
-    assert reference.status() == 0, reference.printed()
-    assert outcome(parts) == outcome(whole)
+    fit(recipe(**changes), parts, resume=True, progress=False)
+    fit(recipe(**changes), tmp_path / "whole", progress=False)
+    assert outcome(parts) == outcome(tmp_path / "whole")
     assert not list(parts.glob("*.part"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_says_how_to_go_on(number: signal.Signals, tmp_path: Path) -> None:
-    toml, out = file(tmp_path, **{"schedule.epochs": 2000, "run.metrics": False}), tmp_path / "run"
-    process = Process(tmp_path / "out.txt", toml, "--out", out, "--set", "optimizer.lr=0.05", "--quiet")
-    while process.running and not (out / "checkpoint.pt").exists():
-        time.sleep(0.01)
-    process.send(number)
-    assert process.status() == 0, process.printed()
-    line = f"python -m nckernels train {toml} --out {out} --resume auto --set optimizer.lr=0.05"
-    assert process.printed() == f"saved; to go on: {line}\n"
-    history = json.loads((out / "history.json").read_text())
+def test_an_interrupt_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
+    toml = str(file(tmp_path, **{"schedule.epochs": 2000, "run.metrics": False}))
+    words = ["train", toml, "--out", "run", "--set", "optimizer.lr=0.05", "--quiet"]
+    process = contract_process.start(*words, folder=tmp_path)
+    assert process.until((tmp_path / "run" / "checkpoint.pt").exists), process.stderr
+    process.signal(signal.SIGINT)
+    assert process.wait().returncode == 0, process.stderr
+    line = f"python -m nckernels train {toml} --out run --resume auto --set optimizer.lr=0.05"
+    assert process.stdout == f"saved; to go on: {line}\n"
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
     assert not history["finished"]
-    assert history["steps"] == checkpoint.load(out / "checkpoint.pt")["history"]["steps"]
+    stored = checkpoint.load(tmp_path / "run" / "checkpoint.pt")
+    assert history["steps"] == stored["history"]["steps"]
 
 
 def test_stopped_within_an_epoch_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,15 +280,6 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pyt
     assert not list(folder.glob("*.part"))
     fit(recipe(), folder, resume=True, progress=False)
     assert outcome(folder) == outcome(tmp_path / "whole")
-
-
-def test_a_disk_that_is_full_from_the_start(tmp_path: Path) -> None:
-    """A limit of the file size stands for it: the network's checkpoint does not fit, its history does."""
-    toml = file(tmp_path, **{"model.width": 48, "schedule.epochs": 1, "run.metrics": False})
-    process = Process(tmp_path / "out.txt", toml, "--out", tmp_path / "run", "--quiet", file_size=200_000)
-    assert process.status() == 1
-    assert f"{tmp_path / 'run'}: checkpoint.pt could not be written (File too large)\n" in process.printed()
-    assert not list((tmp_path / "run").glob("checkpoint*"))
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
