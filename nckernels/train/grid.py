@@ -79,13 +79,17 @@ class Sweep:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, with what the rows come to, so that a changed recipe file is another sweep."""
+        free = {*self.grid, "run.seed"}
         asked = {
             "recipe": self.recipe,
             "settings": self.settings,
             "rows": self.rows,
             "grid": dict(self.grid),
             "seeds": self.seeds,
-            "resolved": {row: self.load(row).flat() for row in self.rows},
+            "resolved": {
+                row: {key: value for key, value in self.load(row).flat().items() if key not in free}
+                for row in self.rows
+            },
         }
         return dict(json.loads(json.dumps(asked)))
 

@@ -172,12 +172,6 @@ def test_transfer_goes_to_the_eight_data_sets_of_table_4() -> None:
     assert recipes.rows("transfer") == ("food", "cifar10", "cifar100", "cars", "dtd", "pets", "flowers", "voc2007")
 
 
-def test_glyphs_transfer_shares_no_class_with_its_pretraining() -> None:
-    first, last = recipes.load("glyphs-transfer").data.classes
-    assert (first, last) == (100, 200)
-    assert recipes.load("glyphs").data.options["num_classes"] == first
-
-
 def test_listing_and_printing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     listed = capsys.readouterr().out
