@@ -28,48 +28,6 @@ def tiny(**changes: object) -> TrainConfig:
     return dataclasses.replace(TINY, **changes)
 
 
-# Data
-
-
-def test_digits_are_split_and_standardised() -> None:
-    digits = data.load("digits")
-    assert digits.train_images.shape == (1437, 1, 8, 8)
-    assert digits.test_images.shape == (360, 1, 8, 8)
-    assert digits.train_images.dtype == torch.float32
-    assert digits.train_labels.dtype == torch.int64
-    assert digits.train_images.mean().item() == pytest.approx(0, abs=1e-5)
-    assert digits.train_images.std().item() == pytest.approx(1, abs=1e-3)
-    shares = torch.bincount(digits.test_labels) / torch.bincount(digits.train_labels)
-    assert shares.min() > 0.24
-    assert shares.max() < 0.26
-    assert torch.equal(digits.train_images, data.load("digits").train_images)
-
-
-def test_batches_are_disjoint_and_of_one_size() -> None:
-    parts = list(data.batches(23, 5, torch.Generator().manual_seed(0)))
-    assert [len(part) for part in parts] == [5, 5, 5, 5]
-    assert len(set(torch.cat(parts).tolist())) == 20
-    with pytest.raises(ValueError, match="batch_size: expected 1 to 23, the size of the training set, got 24"):
-        next(data.batches(23, 24, torch.Generator()))
-
-
-def test_a_dataset_can_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "DATASETS", dict(data.DATASETS))
-
-    @data.register("noise")
-    def noise() -> data.Dataset:
-        g = torch.Generator().manual_seed(0)
-        images, labels = torch.randn(40, 3, 6, 6, generator=g), torch.arange(40) % 4
-        return data.Dataset(images[:32], labels[:32], images[32:], labels[32:], num_classes=4)
-
-    run = fit(tiny(dataset="noise", batch_size=16), progress=False)
-    assert run.head.prototypes.shape == (4, 16)
-    assert run.history.steps == [0, 1, 2]
-
-
-# Views
-
-
 def test_contrastive_run_ends_with_three_classifiers(tmp_path: Path) -> None:
     run = fit(tiny(loss="scl", epochs=4, batch_size=256), progress=False)
     history = run.history

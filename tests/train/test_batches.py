@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +133,6 @@ def test_balanced_batches_have_no_long_tail() -> None:
 
 
 def test_images_are_resized_to_what_the_network_sees() -> None:
-    import dataclasses
-
     dataset = dataclasses.replace(in_memory(), image_size=12)
     (images, _), *_ = drawn(dataset, recipe(**VIEWS))
     assert images.shape == (10, 2, 3, 12, 12)
@@ -181,6 +181,10 @@ def deadly(picture: Any) -> Tensor:
     if picture.getpixel((0, 0))[0] == 33:
         os._exit(9)
     return pixels(picture)
+
+
+def group(picture: Any) -> Tensor:
+    return torch.tensor(os.getpgrp())
 
 
 @pytest.fixture
@@ -256,11 +260,37 @@ def test_a_worker_that_dies_is_told(pictures: Dataset, monkeypatch: pytest.Monke
 
 
 def test_files_need_torchvision(pictures: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(ImportError, match="pip install"):
         Batches(pictures, recipe(), "cpu")
     with pytest.raises(ImportError, match="pip install"):
         next(iter(passes(pictures, pictures.test, recipe(), "cpu")))
+
+
+def test_files_through_torchvision(pictures: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchvision")
+    image = pytest.importorskip("PIL.Image")
+    monkeypatch.undo()
+    assert isinstance(pictures.train, Files)
+    random = torch.Generator().manual_seed(0)
+    for path in pictures.train.paths:
+        pixels = torch.randint(0, 256, (20, 30, 3), dtype=torch.uint8, generator=random)
+        image.fromarray(pixels.numpy()).save(path)
+    dataset = dataclasses.replace(pictures, image_size=16, mean=(0.5,) * 3, std=(0.25,) * 3)
+    changes = {**VIEWS, "augment.jitter": (0.4, 0.4, 0.4, 0.1), "augment.grayscale": 0.2, "augment.blur": 0.5}
+    alone = drawn(dataset, recipe(**changes), epoch=1)
+    assert alone[0][0].shape == (10, 2, 3, 16, 16)
+    assert (alone[0][0][:, 0] != alone[0][0][:, 1]).flatten(1).any(1).all()
+    assert same(drawn(dataset, recipe(**changes, **{"data.workers": 2}), epoch=1, start=1), alone[1:])
+    shares = [drawn(dataset, recipe(**changes), epoch=1, rank=r, world_size=2) for r in range(2)]
+    assert same([tuple(map(torch.cat, zip(*parts, strict=True))) for parts in zip(*shares, strict=True)], alone)
+    parts = list(passes(dataset, dataset.test, recipe(), "cpu"))
+    assert [x.shape for x, _ in parts] == [(15, 3, 16, 16)]
+
+
+@pytest.mark.skipif(not hasattr(os, "setpgrp"), reason="no process groups")
+def test_a_signal_to_the_group_reaches_no_worker(pictures: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "_transform", lambda dataset, recipe, train: group)
+    found = torch.cat([x for x, _ in passes(pictures, pictures.test, recipe(**{"data.workers": 1}), "cpu")])
+    assert os.getpgrp() not in found.tolist()
