@@ -177,8 +177,8 @@ class _Classes:
 
 def _transform(dataset: Dataset, recipe: Recipe, *, train: bool) -> Callable[[Any], Tensor]:
     """Of image files, by torchvision."""
-    from .. import vision
+    from ..vision import eval_transform, train_transform
 
     if train:
-        return vision.train_transform(recipe.augment, dataset.image_size, dataset.mean, dataset.std)
-    return vision.eval_transform(dataset.image_size, dataset.mean, dataset.std)
+        return train_transform(recipe.augment, dataset.image_size, dataset.mean, dataset.std)
+    return eval_transform(dataset.image_size, dataset.mean, dataset.std)
