@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,14 @@ def load(path: Path) -> dict[str, Any]:
         ValueError: naming the file, if it is damaged or something else.
     """
     try:
+        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums
+            broken = archive.testzip()
+        if broken is not None:
+            raise ValueError(f"the checksum of {broken} is another one")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         reason = str(error).split("\n", 1)[0]
         raise ValueError(f"{path}: damaged, or no checkpoint: {reason}") from error
     if not isinstance(state, dict) or state.get("version") != VERSION or any(part not in state for part in _PARTS):

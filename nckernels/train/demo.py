@@ -17,7 +17,8 @@ from nckernels.metrics import first_reach, optimum
 
 from . import plots, recipes
 from .cli import classifier_table
-from .engine import fit
+from .data import DataError
+from .engine import TrainingError, fit
 from .history import History
 
 RECIPE = "digits"
@@ -62,10 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = {row: recipes.load(f"{RECIPE}/{row}", [*arguments.set, "run.metrics=true"]) for row in NAMES}
         for row, recipe in settings.items():
             runs[row] = fit(recipe, progress=False if arguments.quiet else None)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    except FloatingPointError as error:
+    except (DataError, FloatingPointError, TrainingError, OSError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
+    except (ValueError, ImportError) as error:
+        parser.error(str(error))
 
     print(table({row: run.history for row, run in runs.items()}))
     print(NOTES)
@@ -93,7 +94,7 @@ def make_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help=f"change a setting of the recipe {RECIPE} for all losses, for instance schedule.epochs=20; may be repeated",
+        help=f"change a setting of the recipe {RECIPE} for all losses, such as schedule.epochs=20; may be repeated",
     )
     add("--out", type=Path, default=Path("demo"), help="folder for the picture and the histories")
     add("--quiet", action="store_true", help="no progress bars")

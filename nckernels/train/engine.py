@@ -18,7 +18,6 @@ from torch import Tensor
 import nckernels
 
 from .data import Batches, DataError, Dataset, open_data
-from .data.seeds import mix
 from .evaluate import evaluate, probe
 from .folder import Folder
 from .heads import Head
@@ -28,7 +27,7 @@ from .logs import Log, Terminal, Window, describe
 from .models import Network
 from .processes import Stop, World, world
 from .recipe import Recipe
-from .step import Optimisation, TrainStep, build, warn_of_batchnorm
+from .step import Optimisation, TrainStep, build, seed, warn_of_batchnorm
 
 LossOf = Callable[[Any], Callable[[Tensor, Tensor], Tensor]]
 
@@ -63,14 +62,14 @@ def fit(
     Args:
         folder: for checkpoints, history and logs; None: nothing is written. With a folder, SIGTERM and SIGINT end the
             training after the present step (the next line of the log, with several processes) and a checkpoint.
-        resume: go on from the folder's checkpoint, if there is one. On a CPU the result has the bits of a run that was
-            never interrupted. The recipe and the number of processes are those of the checkpoint, but for
-            :data:`.checkpoint.FREE`.
+        resume: go on from the folder's checkpoint, if there is one. On a CPU, with the same number of processes, the
+            result has the bits of a run that was never interrupted. The recipe is that of the checkpoint, but for the
+            keys in :data:`.checkpoint.FREE`.
         progress: a bar (True) or nothing (False); None: a bar on a terminal, elsewhere a line for every evaluation.
         loss_of: makes another training loss for the head, of features and labels; a module's state is kept too.
 
     The seed fixes initialisation and batches, so that runs of different losses see the same of both. The global random
-    state is left as it was.
+    state is left as it was. Random numbers of the training, such as dropout's, are functions of seed, step and rank.
 
     Raises:
         ValueError: naming the key, where a setting does not fit the machine or the data set; naming the folder, where
@@ -87,9 +86,8 @@ def fit(
             folder = Path(folder)
             saved = place.agreed(lambda: _open(stack, folder, recipe, resume))
         data = open_data(recipe.data, seed=recipe.run.seed)
-        training = _Training(recipe, place, data, folder, saved, loss_of)
+        training = _Training(recipe, place, data, folder, saved, loss_of, progress)
         with contextlib.closing(training), Stop(folder is not None) as stop:
-            training.show(progress)
             training.run(stop)
         return Run(training.network, training.head, data, training.history, folder)
 
@@ -105,18 +103,17 @@ class _Training:
         folder: Path | None,
         saved: dict[str, Any] | None,
         loss_of: LossOf | None,
+        progress: bool | None,
     ) -> None:
         self.recipe, self.world, self.data = recipe, place, data
         self.batches = Batches(data, recipe, place.device, **place.share)
         self.per_epoch = self.batches.steps_per_epoch
         self.total = recipe.schedule.epochs * self.per_epoch
         self.network, self.head = build(recipe, data, place, steps_per_epoch=self.per_epoch, start=saved is None)
-        self.step = TrainStep(
-            self.network, self.head, self.head.loss if loss_of is None else loss_of(self.head), recipe
-        )
+        criterion = self.head.loss if loss_of is None else loss_of(self.head)
+        self.step = TrainStep(self.network, self.head, criterion, recipe)
         self.optimisation = Optimisation(self.step, recipe, place, self.per_epoch)
         warn_of_batchnorm(self.network, place)
-        torch.manual_seed(mix(recipe.run.seed, "training", place.rank))  # dropout
         self.done = 0
         self.recorded: list[Tensor] = []  # of the steps since the last look: loss, gradient norm, feature norm
         self.means, self.loss = Window("loss", "grad_norm", "feature_norm"), Window("loss")
@@ -125,7 +122,7 @@ class _Training:
         parts = {
             "network": self.network,
             "head": self.head,
-            "criterion": self.step.criterion,
+            "criterion": criterion,
             "optimizer": self.optimisation.optimizer,
             "scaler": self.optimisation.scaler,
             "means": self.means,
@@ -134,19 +131,14 @@ class _Training:
         self.keeper = Keeper(folder, recipe, place, parts)
         if saved is not None:
             self.done, self.history = self.keeper.restore(saved, self.history.versions)
-        self.log = Log(folder if place.rank == 0 else None, self.done)
-        self.terminal: Terminal | None = None
-        self.started, self.lines = 0.0, (0, self.history.seconds)
-
-    def show(self, progress: bool | None) -> None:
-        name = self.recipe.name or self.recipe.loss.name
-        shown = progress if self.world.rank == 0 else False
-        self.terminal = Terminal(name, self.total, self.done, shown)
+        first = place.rank == 0
+        self.log = Log(folder if first else None, self.done)
+        self.terminal = Terminal(recipe.name or recipe.loss.name, self.total, self.done, progress if first else False)
+        self.started, self.lines = 0.0, (self.done, self.history.seconds)
 
     def close(self) -> None:
         self.log.close()
-        if self.terminal is not None:
-            self.terminal.close()
+        self.terminal.close()
 
     def run(self, stop: Stop) -> None:
         """To the end, or to the step after which the processes were told to stop."""
@@ -158,11 +150,11 @@ class _Training:
         self.step.train()
         self.started = time.perf_counter()
         while self.done < self.total:
-            with self._reading(), contextlib.closing(self._batches(self.done)) as batches:
+            with contextlib.closing(self._batches(self.done)) as batches:
                 for images, labels in batches:
+                    seed(self.world.device, self.recipe.run.seed, "step", self.done, self.world.rank)
                     self.recorded.append(self.optimisation.step(self.done, images, labels))
                     self.done += 1
-                    assert self.terminal is not None
                     self.terminal.step()
                     if self._between_steps(stop):
                         return
@@ -176,7 +168,8 @@ class _Training:
 
     def _batches(self, step: int) -> Generator[tuple[Tensor, Tensor], None, None]:
         """From a step to the end of its epoch."""
-        yield from self.batches.epoch(*divmod(step, self.per_epoch))
+        with self._reading():
+            yield from self.batches.epoch(*divmod(step, self.per_epoch))
 
     def _between_steps(self, stop: Stop) -> bool:
         """Look at the losses, write and evaluate where that is due; returns whether to stop."""
@@ -248,7 +241,7 @@ class _Training:
         with contextlib.closing(self._batches(step)) as batches:
             images, labels = next(batches)
         where = f"training diverged in step {step + 1} (epoch {step // self.per_epoch + 1})"
-        return f"{where}: {what}; {describe(images, labels)}; {self.keeper.last()}; a smaller optimizer.lr or an optimizer.clip may help"
+        return f"{where}: {what}; {describe(images, labels)}; {self.keeper.last()}; a smaller optimizer.lr may help"
 
     def _evaluate(self, loss: float) -> None:
         last = self.done == self.total
@@ -265,9 +258,8 @@ class _Training:
         self.history.add(self.done, self.done / self.per_epoch, loss, evaluation)
         values = {"loss": loss, "train_accuracy": evaluation.train_accuracy, "test_accuracy": evaluation.test_accuracy}
         self.log.scalars(self.done, "evaluation", {**values, **evaluation.metrics})
-        if self.terminal is not None:
-            nc1 = f", NC1 {evaluation.metrics['nc1']:.1e}" if "nc1" in evaluation.metrics else ""
-            self.terminal.evaluation(self.done, f"loss {loss:.3f}, test {evaluation.test_accuracy:.1%}{nc1}")
+        nc1 = f", NC1 {evaluation.metrics['nc1']:.1e}" if "nc1" in evaluation.metrics else ""
+        self.terminal.evaluation(self.done, f"loss {loss:.3f}, test {evaluation.test_accuracy:.1%}{nc1}")
 
     def _write_line(self) -> None:
         means = self.means.take()

@@ -17,7 +17,7 @@ from nckernels.metrics import optimum
 
 from . import checkpoint, corruptions, evaluate
 from .cli import classifier_table
-from .data import Dataset, imagenet_c, open_data
+from .data import DataError, Dataset, imagenet_c, open_data
 from .heads import Head
 from .models import Network
 from .processes import World, world
@@ -82,10 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(text)
         if arguments.json is not None:
             arguments.json.write_text(json.dumps(results, indent=1) + "\n")
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    except FloatingPointError as error:
+    except (DataError, FloatingPointError, OSError) as error:
         parser.exit(1, f"{parser.prog}: {arguments.run}: {error}\n")
+    except (ValueError, ImportError) as error:
+        parser.error(str(error))
     return 0
 
 
@@ -147,10 +147,10 @@ def _measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def _errors(run: Trained, imagenet_root: str | None = None) -> Errors:
     """On corruptions of the test set, or on ImageNet-C."""
     if imagenet_root is None:
-        return corruptions.corruption_errors(run.accuracy, lambda *which: corruptions.corrupted(run.data.test, *which))
+        return corruptions.corruption_errors(run.accuracy, lambda n, s: corruptions.corrupted(run.data.test, n, s))
     names = run.data.class_names
     return corruptions.corruption_errors(
-        run.accuracy, lambda *which: imagenet_c.read(imagenet_root, *which, names), imagenet_c.CORRUPTIONS
+        run.accuracy, lambda n, s: imagenet_c.read(imagenet_root, n, s, names), imagenet_c.CORRUPTIONS
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
@@ -48,25 +47,18 @@ class Folder:
         Raises:
             ValueError: if there is a run and ``resume`` is False, or a run of another recipe, or a damaged checkpoint.
         """
-        file = self.path / "recipe.json"
-        try:
-            content = json.loads(file.read_bytes())
-        except FileNotFoundError:
-            content = None
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
-        there = [path for path in (file, self.checkpoint, self.path / "history.json") if path.exists()]
-        if there and not resume:
-            raise ValueError(f"{self.path} has a run; --resume auto goes on with it")
-        if content is not None:
-            checkpoint.check_recipe(file, content, recipe)
+        file, history = self.path / "recipe.json", self.path / "history.json"
+        if self.checkpoint.exists() or history.exists():  # a recipe alone is of a run that never began
+            if not resume:
+                raise ValueError(f"{self.path} has a run; --resume auto goes on with it")
+            if file.exists():
+                checkpoint.check_recipe(file, _read(file), recipe)
         saved = checkpoint.load(self.checkpoint) if self.checkpoint.exists() else None
         if saved is not None:
             checkpoint.check_recipe(self.checkpoint, saved["recipe"], recipe)
-            with contextlib.suppress(OSError, ValueError):  # a history is rewritten from the checkpoint
-                history = json.loads((self.path / "history.json").read_bytes())
-                if history["finished"]:  # then it has more than the checkpoint: what came after the last step
-                    saved["history"] = history
+            done = _read(history) if history.exists() else {}
+            if done.get("finished"):  # then it has more than the checkpoint: what came after the last step
+                saved["history"] = done
         text = json.dumps(recipe.to_dict(), indent=1) + "\n"
         write_atomically(file, lambda out: out.write(text.encode()))
         return saved
@@ -74,6 +66,16 @@ class Folder:
     def close(self) -> None:
         """Let others train here."""
         self._lock.close()
+
+
+def _read(file: Path) -> Any:
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: expected an object, got {type(content).__name__}")
+    return content
 
 
 _held: weakref.WeakSet[IO[str]] = weakref.WeakSet()

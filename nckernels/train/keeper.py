@@ -39,8 +39,9 @@ class Keeper:
         folder = self._folder
         if folder is None:
             return
-        own = {"head": _own_state(self._head), "random": _random_state(self._world.device)}
-        ranks = self._world.gathered(own)
+        ranks = self._world.gathered(_own_state(self._head))
+        if all(_same(ranks[0], other) for other in ranks[1:]):
+            ranks = []  # a state for all, which is the head's
 
         def write() -> None:
             state = {
@@ -71,20 +72,19 @@ class Keeper:
         """Everything as it was in a checkpoint; returns its step and its history.
 
         Raises:
-            ValueError: if another number of processes wrote it, or its content does not fit.
+            ValueError: if its content does not fit, or it has states of another number of processes.
         """
         ranks = saved["ranks"]
-        if len(ranks) != self._world.size:
+        if ranks and len(ranks) != self._world.size:
             raise ValueError(
-                f"{self._folder}: the checkpoint is of {len(ranks)} process{'es' if len(ranks) > 1 else ''}, each with "
-                f"its own random numbers and queue; it cannot go on with {self._world.size}"
+                f"{self._folder}: the checkpoint is of {len(ranks)} processes, whose classifiers have a state of their "
+                f"own, such as a queue; it cannot go on with {self._world.size}"
             )
         try:
             for name, part in self._parts.items():
                 part.load_state_dict(saved[name])
-            own = ranks[self._world.rank]
-            self._head.load_state_dict(own["head"], strict=False)
-            _set_random_state(own["random"], self._world.device)
+            if ranks:
+                self._head.load_state_dict(ranks[self._world.rank], strict=False)
             history = History.from_dict(saved["history"])
         except (RuntimeError, KeyError, TypeError) as error:
             raise ValueError(f"{self._folder}: the checkpoint does not fit: {error}") from error
@@ -95,16 +95,13 @@ class Keeper:
 def _own_state(module: nn.Module) -> dict[str, Any]:
     """What ranks may have of their own, such as a queue: all of the state but the parameters, which are the same."""
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    return {key: value for key, value in module.state_dict().items() if key not in parameters}
+    state = module.state_dict()
+    return {
+        key: value.cpu() if isinstance(value, torch.Tensor) else value
+        for key, value in state.items()
+        if key not in parameters
+    }
 
 
-def _random_state(device: torch.device) -> dict[str, Any]:
-    state = {"cpu": torch.get_rng_state()}
-    return state | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
-
-
-def _set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """A run that moved to another kind of device goes on with that one's random numbers."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return all(torch.equal(value, other[key]) for key, value in one.items() if isinstance(value, torch.Tensor))

@@ -13,6 +13,8 @@ import torch
 from nckernels.backends.registry import DEFAULT_WORKSPACE, get_workspace
 
 from . import models
+from .data.glyphs import DEJAVU, MONO, SANS
+from .data.longtail import class_counts
 from .recipe import CONTRASTIVE, Recipe
 
 
@@ -32,6 +34,12 @@ SIZES = {
     "cifar100": Size(50_000, 100, 3, 32),
     "imagenet": Size(1_281_167, 1000),
     "imagenet100": Size(126_689, 100),  # with the classes of Tian et al.
+    "food101": Size(75_750, 101),
+    "stanfordcars": Size(8144, 196),
+    "dtd": Size(3760, 47),
+    "oxfordiiitpet": Size(3680, 37),
+    "flowers102": Size(2040, 102),
+    "voc2007": Size(5011, 20),
 }
 """Training sets by name; folders by the last part of their path, where there is no such folder to count."""
 
@@ -50,7 +58,7 @@ def describe(recipe: Recipe) -> str:
     network = _network(recipe, size)
     dim = recipe.model.dim if isinstance(network, str) else network.dim
     notes = [*_model_lines(recipe, size, network), *_step_lines(recipe, size), *_memory_lines(recipe, size, dim)]
-    return as_toml(recipe) + "\n" + "".join(f"# {line}\n" for line in notes)
+    return "\n".join([as_toml(recipe), *(f"# {line}" for line in notes)])
 
 
 def as_toml(recipe: Recipe) -> str:
@@ -80,7 +88,7 @@ def training_set(recipe: Recipe) -> Size | None:
     data = recipe.data
     root = Path(data.root)
     if data.name == "glyphs":
-        size: Size | None = _glyphs(data.options)
+        size: Size | None = _glyphs(data.options, data.validation)
     elif data.name == "folder":
         size = _folder(root / "train") or SIZES.get(root.name)
     else:
@@ -88,18 +96,20 @@ def training_set(recipe: Recipe) -> Size | None:
     if size is None:
         return None
     samples, classes = size.samples, size.classes
+    if data.validation and data.name != "glyphs":
+        samples -= round(samples / 5)
     first, last = data.classes
     if last:
         samples, classes = samples * (last - first) // classes, last - first
     if data.imbalance < 1:
-        largest = samples // classes
-        samples = sum(int(largest * data.imbalance ** (c / (classes - 1))) for c in range(classes))
+        samples = sum(class_counts(samples // classes, classes, data.imbalance))
     return Size(samples, classes, size.channels, data.image_size or size.image_size)
 
 
-def _glyphs(options: Mapping[str, Any]) -> Size:
-    classes, faces = options.get("num_classes", 100), options.get("train_faces")
-    samples = classes * options.get("train_views", 16) * (12 if faces is None else len(faces))
+def _glyphs(options: Mapping[str, Any], validation: bool) -> Size:
+    faces = (*SANS, *MONO) if validation else options.get("train_faces", DEJAVU)
+    classes = options.get("num_classes", 100)
+    samples = classes * options.get("train_views", 16) * len(faces)
     return Size(samples, classes, 1, options.get("image_size", 20))
 
 
@@ -111,10 +121,10 @@ def _folder(path: Path) -> Size | None:
 
 
 def _network(recipe: Recipe, size: Size | None) -> Any:
-    """Of shapes without memory, or why there is none."""
+    """The network, or why there is none. The global random state is left as it was."""
     pixels = size.image_size if size else recipe.data.image_size or 224
     try:
-        with torch.device("meta"):
+        with torch.random.fork_rng(devices=[]):
             model = dataclasses.replace(recipe.model, pretrained=False)
             return models.make_network(model, size.channels if size else 3, pixels)
     except ImportError as error:
@@ -150,9 +160,8 @@ def _prototypes(recipe: Recipe, classes: int, dim: int) -> tuple[int, int]:
 def _step_lines(recipe: Recipe, size: Size | None) -> list[str]:
     if size is None:
         return [f"steps: unknown, the size of {recipe.data.name} is"]
-    held = ", less what data.validation holds out" if recipe.data.validation else ""
     pixels = f"{size.channels} x {size.image_size} x {size.image_size}"
-    lines = [f"data: {size.samples:,} training images of {pixels}, {size.classes:,} classes{held}"]
+    lines = [f"data: {size.samples:,} training images of {pixels}, {size.classes:,} classes"]
     batch, epochs = recipe.run.batch_size, recipe.schedule.epochs
     steps = size.samples // batch
     if not steps:

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 import nckernels
 
 from . import checkpoint
+from .data.seeds import mix
 from .heads import make_head
 from .models import make_network
 from .processes import World
@@ -51,6 +52,17 @@ def build(recipe: Recipe, data: Any, world: World, *, steps_per_epoch: int = 1, 
         device=world.device,
     )
     return network, head
+
+
+def seed(device: torch.device, *parts: int | str) -> None:
+    """The global random state of the CPU and of the device as a function of ``parts``, without waiting for either.
+
+    (``torch.manual_seed`` takes longer than a small training step where CUDA is not in use.)
+    """
+    number = mix(*parts)
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(number)
 
 
 def warn_of_batchnorm(network: nn.Module, world: World) -> None:

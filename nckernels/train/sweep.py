@@ -1,258 +1,181 @@
-"""Many runs of one recipe: rows x grid x seeds, each a process of its own.
-
-A folder holds one sweep. ``sweep.json`` says what was asked for, a subfolder is a run with what it printed in
-``output.txt``. The same command again goes on where the last one ended.
-"""
+"""``python -m nckernels sweep``: runs the runs of a sweep, some at a time."""
 
 from __future__ import annotations
 
-import itertools
-import json
+import argparse
 import os
-import re
-import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from . import recipes, typed
-from .plan import toml_value
-from .recipe import Recipe
+from tqdm import tqdm
 
+from . import recipes
+from .grid import Run, Sweep, claim, finished, locked, plan, table
 
-@dataclass(frozen=True)
-class Run:
-    """One run of a sweep."""
-
-    name: str
-    """Of its folder: the row, what the grid sets and the seed, of the last two what there is more than one of."""
-    recipe: str
-    settings: tuple[str, ...]
-    row: str
-    point: tuple[tuple[str, Any], ...]
-    """Keys of the grid with their values here."""
-    seed: int
-
-    def arguments(self, folder: Path) -> list[str]:
-        """Of ``python -m nckernels train``."""
-        settings = [argument for setting in self.settings for argument in ("--set", setting)]
-        return [self.recipe, *settings, "--out", str(folder / self.name), "--resume", "auto", "--quiet"]
+TRAIN = (sys.executable, "-m", "nckernels", "train")
+STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """What was asked for; :func:`plan` makes one."""
-
-    recipe: str
-    settings: tuple[str, ...]
-    rows: tuple[str, ...]
-    grid: Mapping[str, Sequence[Any]]
-    seeds: tuple[int, ...]
-
-    def row_recipe(self, row: str) -> str:
-        """The name that ``train`` takes."""
-        if not row:
-            return self.recipe
-        return f"{self.recipe}{':' if self.recipe.endswith('.toml') else '/'}{row}"
-
-    def load(self, row: str) -> Recipe:
-        return recipes.load(self.row_recipe(row), self.settings)
-
-    def runs(self) -> list[Run]:
-        """Grid point by grid point of every row, its seeds one after the other."""
-        return [
-            self._run(row, tuple(zip(self.grid, values, strict=True)), seed)
-            for row, *values in itertools.product(self.rows, *self.grid.values())
-            for seed in self.seeds
-        ]
-
-    def _run(self, row: str, point: tuple[tuple[str, Any], ...], seed: int) -> Run:
-        changed = [f"{key}={toml_value(value)}" for key, value in point]
-        short = {key: _last(key, self.grid) for key in self.grid}
-        parts = [row or Path(self.recipe).stem.replace(".toml", "")]
-        parts += [f"{short[key]}={_readable(value)}" for key, value in point if len(self.grid[key]) > 1]
-        parts += [f"seed={seed}"] if len(self.seeds) > 1 else []
-        settings = (*self.settings, *changed, f"run.seed={seed}")
-        return Run("_".join(parts), self.row_recipe(row), settings, row, point, seed)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, with what the rows come to, so that a changed recipe file is another sweep."""
-        asked = {
-            "recipe": self.recipe,
-            "settings": self.settings,
-            "rows": self.rows,
-            "grid": dict(self.grid),
-            "seeds": self.seeds,
-            "resolved": {row: self.load(row).flat() for row in self.rows},
-        }
-        return dict(json.loads(json.dumps(asked)))
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, run what is missing, print the table and the failures; returns the exit status."""
+    parser = make_parser()
+    arguments = parser.parse_args(argv)
+    try:
+        grid = dict(recipes.values(text) for text in arguments.grid)
+        sweep = plan(arguments.recipe, arguments.set, arguments.rows, arguments.seeds, grid)
+        if arguments.jobs < 1:
+            raise ValueError(f"--jobs: expected at least 1, got {arguments.jobs}")
+        if arguments.dry_run:
+            print(listing(sweep))
+            return 0
+        if arguments.out is None:
+            raise ValueError("--out: expected a folder")
+        claim(arguments.out, sweep)
+        with locked(arguments.out):
+            return execute(sweep, arguments.out, jobs=arguments.jobs, quiet=arguments.quiet)
+    except ValueError as error:
+        parser.error(str(error))
+    except OSError as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
 
 
-def plan(
-    name: str,
-    settings: Iterable[str] = (),
-    rows: Sequence[str] | None = None,
-    seeds: Sequence[int] | None = None,
-    grid: Mapping[str, Sequence[Any]] | None = None,
-) -> Sweep:
-    """A sweep over a recipe, each run of which can work.
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m nckernels sweep",
+        description="Run a recipe for several rows, settings and seeds. The same command goes on where it ended.",
+    )
+    add = parser.add_argument
+    add("recipe", help="a recipe of the package or a file; its [sweep] has the defaults")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of all runs")
+    add("--rows", type=lambda text: text.split(","), help="rows, as a,b")
+    add("--seeds", type=_integers, help="seeds, as 0,1,2")
+    add("--grid", action="append", default=[], metavar="KEY=V1,V2", help="a setting with several values")
+    add("--jobs", type=int, default=1, help="runs at the same time: 1")
+    add("--out", type=Path, help="folder of the sweep, a subfolder for each run")
+    add("--dry-run", action="store_true", help="list the runs")
+    add("--quiet", action="store_true", help="no progress bar")
+    return parser
 
-    Args:
-        name: a recipe, or a row of one.
-        settings: ``"key=value"``, for all runs.
-        rows: of the recipe; None: those of its ``[sweep]``, else all.
-        seeds: None: those of its ``[sweep]``, else the recipe's.
-        grid: values by dotted key, instead of those that ``[sweep]`` has for the key.
 
-    Raises:
-        ValueError: naming the row, key or run that is wrong.
+def listing(sweep: Sweep) -> str:
+    """The runs as commands."""
+    runs = sweep.runs()
+    lines = [f"{len(runs)} runs of {sweep.recipe}"]
+    lines += [f"{run.name}: python -m nckernels train {shlex.join(run.arguments())}" for run in runs]
+    return "\n".join(lines)
+
+
+def execute(sweep: Sweep, folder: Path, *, jobs: int = 1, command: Sequence[str] = TRAIN, quiet: bool = False) -> int:
+    """Run what is not finished, ``jobs`` processes at a time; returns the exit status.
+
+    SIGINT, SIGTERM and SIGHUP go on to the processes as SIGTERM, which save; a second one kills them.
     """
-    base, row = recipes.split(name)
-    content = recipes.read(name)[0]
-    asked = content.get("sweep", {})
-    if not isinstance(asked, Mapping):
-        raise ValueError(f"recipe {base}: sweep: expected a section, got {asked!r}")
-    for key in asked:
-        if key not in ("rows", "seeds", "grid"):
-            raise ValueError(f"recipe {base}: unknown key sweep.{key}{typed.nearest(key, ('rows', 'seeds', 'grid'))}")
-    if row and rows is not None:
-        raise ValueError(f"--rows: {name} is a row already")
-    settings = tuple(settings)
-    if rows is None:
-        rows = (row,) if row else asked.get("rows", recipes.rows(name)) or ("",)
-    if seeds is None:
-        seeds = asked.get("seeds") or (recipes.load(name, settings).run.seed,)
-    if not isinstance(asked.get("grid", {}), Mapping):
-        raise ValueError(f"recipe {base}: sweep.grid: expected a section, got {asked['grid']!r}")
-    grid = {**dict(typed.flat(asked.get("grid", {}))), **(grid or {})}
-    taken = {setting.partition("=")[0].strip() for setting in settings}
-    for key, values in grid.items():
-        if key in taken:
-            raise ValueError(f"{key}: both set and in the grid; --grid {key}=VALUE has the one value instead")
-        _check_distinct(f"grid {key}", values)
-    if "run.seed" in {*taken, *grid}:
-        raise ValueError("run.seed: expected in --seeds, not set or in the grid")
-    _check_distinct("rows", rows)
-    _check_distinct("seeds", seeds)
-    sweep = Sweep(base, settings, tuple(rows), grid, tuple(seeds))
-    for run in sweep.runs():
+    runs = sweep.runs()
+    waiting = deque(run for run in runs if not finished(folder / run.name))
+    failures: dict[str, str] = {}
+    active: dict[str, _Process] = {}
+    bar = tqdm(total=len(runs), initial=len(runs) - len(waiting), unit="run", disable=True if quiet else None)
+    with bar, _signals() as caught:
+        passed_on = 0
         try:
-            recipes.load(run.recipe, run.settings)
-        except ValueError as error:
-            raise ValueError(f"run {run.name}: {error}") from None
-    names = [run.name for run in sweep.runs()]
-    _check_distinct("names of runs", names)
-    return sweep
+            while active or (waiting and not caught):
+                while waiting and len(active) < jobs and not caught:
+                    run = waiting.popleft()
+                    active[run.name] = _Process(command, run, folder)
+                if len(caught) > passed_on:
+                    passed_on = len(caught)
+                    for process in active.values():
+                        process.stop(kill=passed_on > 1)
+                for name, process in list(active.items()):
+                    if process.ended():
+                        del active[name]
+                        reason = process.failure(stopped=bool(caught))
+                        if reason:
+                            failures[name] = reason
+                        bar.update(finished(folder / name))
+                        bar.set_postfix(failed=len(failures), refresh=False)
+                time.sleep(0.05)
+        finally:
+            for process in active.values():  # only if something went wrong here
+                process.stop()
+    done = sum(finished(folder / run.name) for run in runs)
+    print(table(folder, sweep))
+    print(f"{done} of {len(runs)} runs finished, {len(failures)} failed")
+    for name, reason in failures.items():
+        print(f"\n{folder / name}: {reason}")
+    if caught and done < len(runs):
+        print("stopped; the same command goes on")
+    return 1 if failures else 0
 
 
-def claim(folder: Path, sweep: Sweep) -> None:
-    """Make the folder this sweep's.
+class _Process:
+    """A run's process and what it prints."""
 
-    Raises:
-        ValueError: if it is another one's; it names what differs.
-    """
-    path, new = folder / "sweep.json", sweep.to_dict()
-    if path.exists():
-        try:
-            old = json.loads(path.read_text(encoding="utf-8"))
-            differing = _differences(old, new)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from None
-        if differing:
-            raise ValueError(
-                f"{folder} holds another sweep, which differs in {'; '.join(differing)}. Choose another folder"
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps(new, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    def __init__(self, command: Sequence[str], run: Run, folder: Path) -> None:
+        self.folder = folder / run.name
+        options = ["--out", str(self.folder), "--resume", "auto", "--quiet"]
+        arguments = [*command, *run.arguments(), *options]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.output: IO[bytes] = (self.folder / "output.txt").open("ab")
+        self.output.write(f"$ {shlex.join(arguments)}\n".encode())
+        self.output.flush()
+        self.start = self.output.tell()
+        self.process = subprocess.Popen(
+            arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
+        )
+
+    def stop(self, kill: bool = False) -> None:
+        if self.process.poll() is None:
+            (self.process.kill if kill else self.process.terminate)()
+
+    def ended(self) -> bool:
+        if self.process.poll() is None:
+            return False
+        self.output.close()
+        return True
+
+    def failure(self, stopped: bool) -> str:
+        """Why the run is not finished, with the last lines of its output; empty if it is, or was stopped from here."""
+        status = self.process.returncode
+        if (status == 0 and finished(self.folder)) or (stopped and status in (0, -signal.SIGTERM, -signal.SIGKILL)):
+            return ""
+        what = f"exit status {status}" if status else "ended before it was finished"
+        if status < 0:
+            what = f"killed by {signal.Signals(-status).name}"
+        with (self.folder / "output.txt").open("rb") as file:
+            file.seek(max(self.start, file.seek(0, os.SEEK_END) - 4096))
+            lines = file.read().decode(errors="replace").splitlines()[-8:]
+        return "\n    ".join([what, *lines])
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Only one process runs a folder's sweep at a time.
-
-    Raises:
-        ValueError: if another one does.
-    """
-    import fcntl
-
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"{folder}: another process runs this sweep") from None
-        yield
-
-
-def history(folder: Path) -> dict[str, Any] | None:
-    """What a run has written so far; None without a file that can be read."""
+def _signals() -> Iterator[list[Any]]:
+    """Signals that arrive meanwhile, in a list; only the main thread can take them."""
+    caught: list[Any] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    before = {number: signal.signal(number, lambda n, _: caught.append(n)) for number in STOPPING}
     try:
-        content = json.loads((folder / "history.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def finished(folder: Path) -> bool:
-    return (history(folder) or {}).get("finished") is True
-
-
-def table(folder: Path, sweep: Sweep) -> str:
-    """The last test accuracy, mean and standard deviation over the seeds, by row and grid point."""
-    groups: dict[tuple[str, tuple[Any, ...]], list[float]] = {}
-    for run in sweep.runs():
-        values = groups.setdefault((run.row, tuple(_readable(value) for _, value in run.point)), [])
-        if finished(folder / run.name):
-            accuracies = (history(folder / run.name) or {}).get("test_accuracy") or [None]
-            values += [100 * accuracies[-1]] if accuracies[-1] is not None else []
-    cells = [["row", *sweep.grid, "runs", "test accuracy, %"]]
-    for (row, point), values in groups.items():
-        cells.append([row or "-", *point, str(len(values)), _mean(values)])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
-    )
-
-
-def _mean(values: Sequence[float]) -> str:
-    if not values:
-        return "-"
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{spread}"
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    asked = [key for key in new if key != "resolved" and old.get(key) != new[key]]
-    if asked:
-        return [f"{key} ({json.dumps(old.get(key))} there, {json.dumps(new[key])} here)" for key in asked]
-    lines = []
-    for row, settings in new["resolved"].items():
-        there = old["resolved"].get(row, {})
-        for key in sorted({*there, *settings}):
-            if key not in ("name", "title", "source") and there.get(key) != settings.get(key):
-                lines.append(f"{row and row + ': '}{key} ({there.get(key)!r} there, {settings.get(key)!r} here)")
-    return lines
-
-
-def _last(key: str, keys: Iterable[str]) -> str:
-    """The last part of a dotted key, if no other key has it too."""
-    last = key.rpartition(".")[2]
-    return last if [k.rpartition(".")[2] for k in keys].count(last) == 1 else key
-
-
-def _readable(value: Any) -> str:
-    """For a folder's name: without blanks, slashes and what shells take for their own."""
-    text = value if isinstance(value, str) else toml_value(value)
-    return re.sub(r"[^\w.+-]+", "-", text).strip("-") or "none"
-
-
-def _check_distinct(what: str, values: Any) -> None:
-    if not isinstance(values, (list, tuple)) or not values:
-        raise ValueError(f"{what}: expected a list of at least one, got {values!r}")
-    for value in values:
-        if list(values).count(value) > 1:
-            raise ValueError(f"{what}: {value!r} is there twice")
+def _integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]

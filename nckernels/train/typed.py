@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import typing
 from collections.abc import Iterable, Mapping
@@ -10,6 +11,9 @@ from dataclasses import fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin
 
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
+
+_hints = functools.cache(typing.get_type_hints)
 
 
 def build(kind: type, content: Any, prefix: str = "", known: Iterable[str] = ()) -> Any:
@@ -20,7 +24,7 @@ def build(kind: type, content: Any, prefix: str = "", known: Iterable[str] = ())
     """
     if not isinstance(content, Mapping):
         raise ValueError(f"{prefix.rstrip('.')}: expected a section, got {content!r}")
-    kinds = typing.get_type_hints(kind)
+    kinds = _hints(kind)
     known = known or tuple(keys(kind))
     for key in content:
         if key not in kinds:
@@ -30,7 +34,7 @@ def build(kind: type, content: Any, prefix: str = "", known: Iterable[str] = ())
 
 def keys(kind: type, prefix: str = "") -> Iterable[str]:
     """The dotted names of all fields."""
-    kinds = typing.get_type_hints(kind)
+    kinds = _hints(kind)
     for f in fields(kind):
         if is_dataclass(kinds[f.name]):
             yield from keys(kinds[f.name], f"{prefix}{f.name}.")

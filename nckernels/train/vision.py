@@ -52,18 +52,21 @@ def train_transform(augment: Augment, size: int, mean: tuple[float, ...], std: t
     return _normalised(v2, steps, mean, std)
 
 
-def eval_transform(size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Transform:
+def eval_transform(size: int, mean: tuple[float, ...], std: tuple[float, ...], *, cropped: bool = False) -> Transform:
     """The centre of the image: its shorter side resized to 256/224 of the size, and cropped.
+
+    Args:
+        cropped: the image is such a crop already: its shorter side is resized to the size, if it has another one.
 
     Raises:
         ImportError: without torchvision.
     """
     v2 = _transforms()
-    return _normalised(v2, _centre_crop(v2, size), mean, std)
+    return _normalised(v2, _centre_crop(v2, size, 1.0 if cropped else _RESIZED), mean, std)
 
 
-def _centre_crop(v2: Any, size: int) -> list[Any]:
-    return [v2.Resize(round(size * _RESIZED), antialias=True), v2.CenterCrop(size)]
+def _centre_crop(v2: Any, size: int, share: float = _RESIZED) -> list[Any]:
+    return [v2.Resize(round(size * share), antialias=True), v2.CenterCrop(size)]
 
 
 def _normalised(v2: Any, steps: list[Any], mean: tuple[float, ...], std: tuple[float, ...]) -> Transform:

@@ -20,9 +20,12 @@ SKILL = {"ce": 0.3, "normface": 0.8, "ntce": 0.9, "nonl": 1.0, "scl": 0.7}
 def history(
     loss: str = "nonl", *, seed: int = 0, classes: int = 10, evaluations: int = 30, finished: bool = True,
     accuracy: float | None = None, name: str | None = None, dim: int = 64, class_names: list[str] | None = None,
-    note: str = "", **settings: Any,
+    note: str = "", last: bool = False, **settings: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """The content of a ``history.json``; ``settings`` are keys of the recipe, as ``loss__temperature``."""
+    """The content of a ``history.json``; ``settings`` are keys of the recipe, as ``loss__temperature``.
+
+    With ``last`` there is only the last evaluation, and no cosines: nothing to draw.
+    """
     random = np.random.default_rng([seed, sum(map(ord, loss)), classes])
     views = {"augment.views": 2} if loss in ("scl", "prototype") else {}
     changes = {key.replace("__", "."): value for key, value in settings.items()}
@@ -52,7 +55,7 @@ def history(
     off = (1 - skill) * random.uniform(-0.3, 0.5, (classes, classes)) - skill / (classes - 1)
     cosines = np.clip((off + off.T) / 2, -1, 1)
     np.fill_diagonal(cosines, 1.0)
-    return {
+    made: dict[str, Any] = {
         "version": 2,
         "recipe": recipe.to_dict(),
         "num_classes": classes,
@@ -76,11 +79,16 @@ def history(
         if loss == "scl"
         else [],
         "prototype_cosines": cosines.tolist(),
-        "mean_cosines": cosines.T.tolist(),
+        "mean_cosines": (cosines if loss == "scl" else cosines**3).tolist(),
         "finished": finished,
         "versions": {"nckernels": "0.9", "torch": "2.13", "python": "3.11", "device": "cpu"},
         "note": note,
-    }  # fmt: skip
+    }
+    if last:
+        made |= {key: made[key][-1:] for key in ("steps", "epochs", "loss", "train_accuracy", "test_accuracy")}
+        made |= {"metrics": {metric: values[-1:] for metric, values in made["metrics"].items()}}
+        made |= {"prototype_cosines": None, "mean_cosines": None}
+    return made
 
 
 def write(folder: Path, content: Any) -> Path:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nckernels.train.data import Batches, DataError, Dataset, Files, Memory, batches, passes, sets
+from nckernels.train import vision
+from nckernels.train.data import Batches, DataError, Dataset, Files, Memory, passes, sets
 from nckernels.train.recipe import Recipe
 
 AUGMENT = {"augment.crop": (0.3, 1.0), "augment.flip": 0.5, "augment.rotate": 20.0}
@@ -187,6 +188,12 @@ def group(picture: Any) -> Tensor:
     return torch.tensor(os.getpgrp())
 
 
+def use(monkeypatch: pytest.MonkeyPatch, train: Any, evaluation: Any) -> None:
+    """These transforms, in place of torchvision's."""
+    monkeypatch.setattr(vision, "train_transform", lambda *_, **__: train)
+    monkeypatch.setattr(vision, "eval_transform", lambda *_, **__: evaluation)
+
+
 @pytest.fixture
 def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
     """Forty images, each of one grey that says which it is, read without torchvision."""
@@ -194,7 +201,7 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
     paths = [tmp_path / f"{i}.png" for i in range(40)]
     for i, path in enumerate(paths):
         image.new("RGB" if i % 2 else "L", (4, 4), (i, i, i) if i % 2 else i).save(path)
-    monkeypatch.setattr(batches, "_transform", lambda dataset, recipe, train: noisy if train else pixels)
+    use(monkeypatch, noisy, pixels)
     split = Files(tuple(paths), torch.arange(40) % 4)
     return Dataset(split, split.take(torch.arange(15)), 4, tuple("abcd"), 3, 4, (0.0,) * 3, (1.0,) * 3)
 
@@ -254,7 +261,7 @@ def test_an_unreadable_image_is_named(workers: int, pictures: Dataset) -> None:
 
 
 def test_a_worker_that_dies_is_told(pictures: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "_transform", lambda dataset, recipe, train: deadly)
+    use(monkeypatch, deadly, pixels)
     with pytest.raises(DataError, match=r"one of the 1 processes that read images died .*data.workers"):
         drawn(pictures, recipe(**{"data.workers": 1}))
 
@@ -291,6 +298,6 @@ def test_files_through_torchvision(pictures: Dataset, monkeypatch: pytest.Monkey
 
 @pytest.mark.skipif(not hasattr(os, "setpgrp"), reason="no process groups")
 def test_a_signal_to_the_group_reaches_no_worker(pictures: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "_transform", lambda dataset, recipe, train: group)
+    use(monkeypatch, noisy, group)
     found = torch.cat([x for x, _ in passes(pictures, pictures.test, recipe(**{"data.workers": 1}), "cpu")])
     assert os.getpgrp() not in found.tolist()

@@ -206,17 +206,15 @@ def test_two_processes_in_one_folder(tmp_path: Path) -> None:
         *(("scl", 0.5), ("prototype", 0.5), ("etf-dr", 0.5), ("dlp", 0.5)),
     ],
 )
-def test_losses_beat_chance(name: str, least: float) -> None:
+def test_losses_beat_chance(name: str, least: float, tmp_path: Path) -> None:
     views = {"augment__views": 2, "augment__shift": 0.1} if name in ("scl", "prototype") else {}
-    result = fit(
-        None, loss__name=name, model__dim=16, model__width=8, run__batch_size=64, run__eval_every=1000, **views
-    )
-    assert result.folder is None
-    from nckernels.train.evaluate import evaluate
-
-    final = evaluate(result.network, result.head, result.data, load("digits/nonl", cli.settings()), "cpu")
-    assert final.test_accuracy > least
-    assert final.train_accuracy > least
+    few = {"model__dim": 16, "model__width": 8, "run__batch_size": 32, "run__eval_every": 1000, "schedule__epochs": 4}
+    result = fit(tmp_path / "r", loss__name=name, **few, **views)
+    assert result.folder == tmp_path / "r"
+    history = cli.history(tmp_path / "r")
+    for key in ("train_accuracy", "test_accuracy"):
+        assert history[key][0] < 0.35, "chance is 0.1"
+        assert history[key][-1] > least
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +280,9 @@ def test_start_from_a_run_with_a_frozen_encoder(twins: list[tuple[Any, Path]]) -
     run, folder = twins[0]
     probe = fit(None, "digits/ce", model__init=str(folder), model__freeze=True, optimizer__lr=0.5, run__seed=9)
     old, new = run.network.state_dict(), probe.network.state_dict()
-    assert not cli.unequal(dict(old), dict(new))
+    kept = [key for key in new if key in old]
+    assert len(kept) >= len([key for key in old if "encoder" in key]) > 0
+    assert not cli.unequal({key: old[key] for key in kept}, {key: new[key] for key in kept})
     start = fit(None, "digits/ce", model__init=str(folder), optimizer__lr=1e-12, optimizer__weight_decay=0.0)
     for key, value in start.network.named_parameters():
         assert torch.allclose(value, old[key], atol=1e-6), key

@@ -156,6 +156,8 @@ def test_corruptions_are_read_and_labelled(tmp_path: Path) -> None:
     found = imagenet_c.read(tmp_path, "fog", 3, ["n01", "n03"])  # an encoder of some of the classes
     assert [Path(path).parent.name for path in found.paths] == ["n01", "n03"]
     assert found.labels.tolist() == [0, 1]
+    assert found.cropped
+    assert found.take(torch.tensor([1])).cropped
     with pytest.raises(DataError, match=r"there is no .*fog/4; expected CORRUPTION/SEVERITY/CLASS.*zenodo.org"):
         imagenet_c.read(tmp_path, "fog", 4, ["n01"])
     with pytest.raises(DataError, match=r"no images of 1 of 2 classes: n09"):

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from nckernels.train import recipes
+from nckernels.train.grid import plan
 from nckernels.train.recipe import CONTRASTIVE
 from nckernels.train.recipes_cli import main
-from nckernels.train.sweep import plan
 
 ALL = [name for file in recipes.names() for name in (file, *(f"{file}/{row}" for row in recipes.rows(file)))]
 

@@ -10,14 +10,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from nckernels.train import recipes
-from nckernels.train.sweep import Sweep, plan
-from nckernels.train.sweep_cli import execute, main
+from nckernels.train.grid import locked, plan
+from nckernels.train.sweep import execute, main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -61,46 +61,6 @@ def calls(folder: Path) -> list[list[str]]:
     return [json.loads(line)[0] for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def test_rows_times_grid_times_seeds() -> None:
-    sweep = plan("digits", ["run.batch_size=64"], ["nonl", "ntce"], [0, 1], {"loss.temperature": [0.1, 0.2]})
-    runs = sweep.runs()
-    assert [run.name for run in runs] == [
-        f"{row}_temperature={t}_seed={seed}" for row in ("nonl", "ntce") for t in (0.1, 0.2) for seed in (0, 1)
-    ]
-    for run in runs:
-        recipe = recipes.load(run.recipe, run.settings)
-        assert (recipe.name, recipe.run.batch_size, recipe.run.seed) == (f"digits/{run.row}", 64, run.seed)
-        assert recipe.loss.temperature == dict(run.point)["loss.temperature"]
-
-
-def test_names_have_what_there_is_more_than_one_of() -> None:
-    assert [run.name for run in plan("digits", rows=["nonl"], grid={"model.dim": [32]}).runs()] == ["nonl"]
-    assert [run.name for run in plan("digits/nonl").runs()] == ["nonl"]
-    grid = {"model.name": ["timm:a/b", "convnet"], "data.name": ["digits"], "loss.temperature": [0.1]}
-    assert [run.name for run in plan("digits/ce", grid=grid).runs()] == [
-        "ce_model.name=timm-a-b",
-        "ce_model.name=convnet",
-    ]
-    crops = {"augment.crop": [[0.2, 1.0], [1.0, 1.0]]}
-    assert [run.name for run in plan("digits/ce", grid=crops).runs()] == ["ce_crop=0.2-1.0", "ce_crop=1.0-1.0"]
-
-
-def test_a_file_says_what_its_sweep_is(tmp_path: Path) -> None:
-    path = tmp_path / "mine.toml"
-    path.write_text(
-        '[rows.a.loss]\nname = "nonl"\n[rows.b.loss]\nname = "ntce"\n[rows.c.loss]\nname = "ce"\n[sweep]\n'
-        'rows = ["a", "b"]\nseeds = [1, 2]\ngrid = { "model.dim" = [8, 16] }\n'
-    )
-    assert len(plan(str(path)).runs()) == 8
-    assert plan(str(path), rows=["c"]).rows == ("c",)
-    assert plan(str(path), seeds=[5]).seeds == (5,)
-    assert dict(plan(str(path), grid={"model.dim": [4]}).grid) == {"model.dim": [4]}
-    run = plan(str(path)).runs()[0]
-    assert recipes.load(run.recipe, run.settings).model.dim == 8
-    path.write_text('title = "no rows"\n')
-    assert [run.name for run in plan(str(path)).runs()] == ["mine"]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -125,19 +85,6 @@ def test_what_cannot_be_swept_is_named(arguments: list[str], message: str, capsy
         main(arguments)
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
-
-
-def test_a_wrong_sweep_section_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "mine.toml"
-    for text, message in (
-        ("[sweep]\nseed = [1]", r"sweep\.seed \(did you mean 'seeds'\?\)"),
-        ("sweep = 1", "sweep: expected a section"),
-        ("[sweep]\ngrid = [1]", r"sweep\.grid: expected a section"),
-        ("[sweep]\nseeds = 3", "seeds: expected a list"),
-    ):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            plan(str(path))
 
 
 def test_dry_run_lists_commands_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,6 +150,12 @@ def test_runs_that_fail_are_listed_and_the_others_go_on(
     assert "not finite" not in printed  # the last attempt's output only
 
 
+def test_a_run_that_ends_too_early_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = plan("digits", rows=["nonl"])
+    assert execute(sweep, tmp_path, command=(sys.executable, "-S", "-c", "print('saved')"), quiet=True) == 1
+    assert "nonl: ended before it was finished\n    saved" in capsys.readouterr().out
+
+
 def test_runs_go_on_at_the_same_time(tmp_path: Path) -> None:
     """Each waits for the other to begin."""
     waits = (
@@ -222,7 +175,7 @@ def test_runs_go_on_at_the_same_time(tmp_path: Path) -> None:
 def test_a_folder_holds_one_sweep(
     tmp_path: Path, child: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("nckernels.train.sweep_cli.execute", lambda *_, **__: 0)
+    monkeypatch.setattr("nckernels.train.sweep.execute", lambda *_, **__: 0)
     out = tmp_path / "out"
     mine = tmp_path / "mine.toml"
     mine.write_text('[loss]\nname = "nonl"\n')
@@ -252,42 +205,55 @@ def test_a_folder_holds_one_sweep(
 SWEEP = """
 import sys
 from pathlib import Path
-from nckernels.train.sweep import locked, plan
-from nckernels.train.sweep_cli import execute
+from nckernels.train.grid import locked, plan
+from nckernels.train.sweep import execute
 with locked(Path(sys.argv[1])):
     sys.exit(execute(plan("digits", rows=["nonl"], seeds=[9, 1]), Path(sys.argv[1]), command=sys.argv[2:], quiet=True))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_go_on_to_the_runs_and_the_sweep_can_go_on(
-    tmp_path: Path, child: tuple[str, ...], number: signal.Signals
-) -> None:
+def wait_for(path: Path) -> None:
+    end = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def check_stopped(folder: Path, printed: str, child: tuple[str, ...]) -> None:
+    """Seed 9 has saved, seed 1 was not begun, and the same sweep goes on."""
+    assert "0 of 2 runs finished, 0 failed" in printed
+    assert "stopped; the same command goes on" in printed
+    assert (folder / "nonl_seed=9" / "output.txt").read_text().endswith("saved\n")
+    assert not (folder / "nonl_seed=1").exists()
+    assert execute(plan("digits", rows=["nonl"], seeds=[9, 1]), folder, command=child, quiet=True) == 0
+
+
+def test_sigterm_goes_on_to_the_runs(tmp_path: Path, child: tuple[str, ...]) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", SWEEP, str(tmp_path), *child]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    waiting = tmp_path / "nonl_seed=9"
-    end = time.monotonic() + 60
-    while not (waiting / "ready").exists():
-        assert process.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    if number == signal.SIGINT:
-        sweep = plan("digits", rows=["nonl"], seeds=[9, 1])
-        with pytest.raises(ValueError, match="another process runs this sweep"):
-            _run_locked(sweep, tmp_path, child)
-    process.send_signal(number)
+    wait_for(tmp_path / "nonl_seed=9" / "ready")
+    with pytest.raises(ValueError, match="another process runs this sweep"), locked(tmp_path):
+        pass
+    process.terminate()
     printed = process.communicate(timeout=60)[0]
     assert process.returncode == 0
-    assert "0 of 2 runs finished, 0 failed" in printed
-    assert "stopped; the same command goes on" in printed
-    assert (waiting / "output.txt").read_text().endswith("saved\n")
-    assert not (tmp_path / "nonl_seed=1").exists()  # none is begun after the signal
-    assert execute(plan("digits", rows=["nonl"], seeds=[9, 1]), tmp_path, command=child, quiet=True) == 0
+    check_stopped(tmp_path, printed, child)
 
 
-def _run_locked(sweep: Sweep, folder: Path, command: tuple[str, ...]) -> None:
-    from nckernels.train.sweep import locked
+def test_ctrl_c_goes_on_to_the_runs(tmp_path: Path, child: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip("signals arrive in the main thread")
+    before = signal.getsignal(signal.SIGINT)
 
-    with locked(folder):
-        execute(sweep, folder, command=command, quiet=True)
+    def interrupt() -> None:
+        wait_for(tmp_path / "nonl_seed=9" / "ready")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    status = execute(plan("digits", rows=["nonl"], seeds=[9, 1]), tmp_path, command=child, quiet=True)
+    thread.join()
+    assert status == 0
+    assert signal.getsignal(signal.SIGINT) == before
+    check_stopped(tmp_path, capsys.readouterr().out, child)

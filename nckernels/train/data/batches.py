@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import augment
+from .. import augment, vision
 from ..recipe import Recipe
 from .files import FileReader, Sample
 from .seeds import generator
@@ -51,7 +51,7 @@ class Batches:
         self._classes = _Classes(dataset.train.labels) if recipe.data.balanced else None
         self._source: FileReader | _Memory
         if isinstance(dataset.train, Files):
-            transform = _transform(dataset, recipe, train=True)
+            transform = vision.train_transform(recipe.augment, dataset.image_size, dataset.mean, dataset.std)
             self._source = FileReader(
                 dataset.train,
                 transform,
@@ -131,7 +131,8 @@ def passes(
     device = torch.device(device)
     parts = [range(i, min(i + batch_size, high)) for i in range(low, high, batch_size)]
     if isinstance(split, Files):
-        reader = FileReader(split, _transform(dataset, recipe, train=False), workers=recipe.data.workers, device=device)
+        transform = vision.eval_transform(dataset.image_size, dataset.mean, dataset.std, cropped=split.cropped)
+        reader = FileReader(split, transform, workers=recipe.data.workers, device=device)
         images = reader.read([(row, ()) for row in part] for part in parts)
     else:
         source = _Memory(dataset, cast(Memory, split).images, device)
@@ -173,12 +174,3 @@ class _Classes:
         chosen = torch.randint(len(self._counts), (count,), generator=random)
         place = torch.rand(count, generator=random, dtype=torch.float64)
         return self._rows[self._starts[chosen] + (place * self._counts[chosen]).long()]
-
-
-def _transform(dataset: Dataset, recipe: Recipe, *, train: bool) -> Callable[[Any], Tensor]:
-    """Of image files, by torchvision."""
-    from ..vision import eval_transform, train_transform
-
-    if train:
-        return train_transform(recipe.augment, dataset.image_size, dataset.mean, dataset.std)
-    return eval_transform(dataset.image_size, dataset.mean, dataset.std)

@@ -24,8 +24,9 @@ Sample = tuple[int, tuple[int | str, ...]]
 
 
 class FileReader:
-    """Batches of image files, decoded and transformed by ``workers`` processes, which stay for the next pass if
-    ``persistent``. Every view of a sample has a seed of its own, so the images do not depend on which process makes them.
+    """Batches of image files, decoded and transformed by ``workers`` processes; they stay if ``persistent``.
+
+    Every view of a sample has a seed of its own, so the images do not depend on which process makes them.
     """
 
     def __init__(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..typed import nearest
@@ -40,6 +41,8 @@ SOURCE = "https://zenodo.org/records/2235448"
 def read(root: Path | str, corruption: str, severity: int, class_names: Sequence[str]) -> Files:
     """The images of a corruption and a severity, labelled by ``class_names``, which may be some of ImageNet's classes.
 
+    They are centre crops of 224 x 224 pixels.
+
     Raises:
         DataError: for a folder that is missing or lacks classes.
     """
@@ -55,7 +58,7 @@ def read(root: Path | str, corruption: str, severity: int, class_names: Sequence
             f"imagenet-c: there is no {folder}; expected CORRUPTION/SEVERITY/CLASS/*.JPEG in {root}. The archives "
             f"blur.tar, digital.tar, noise.tar and weather.tar are at {SOURCE}"
         )
-    return scan(folder, class_names)
+    return replace(scan(folder, class_names), cropped=True)
 
 
 def mean_corruption_error(errors: Mapping[str, Sequence[float]]) -> float:

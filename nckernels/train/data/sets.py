@@ -50,12 +50,15 @@ class Files:
 
     paths: tuple[Path | str, ...]
     labels: Tensor
+    cropped: bool = False
+    """Whether they are centre crops already, which an evaluation takes whole."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, rows: Tensor, labels: Tensor | None = None) -> Files:
-        return Files(tuple(self.paths[i] for i in rows.tolist()), self.labels[rows] if labels is None else labels)
+        paths = tuple(self.paths[i] for i in rows.tolist())
+        return replace(self, paths=paths, labels=self.labels[rows] if labels is None else labels)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,9 @@
 A file has the sections of :class:`~nckernels.train.recipe.Recipe`; what it leaves out has the default. ``[rows.NAME]``
 is a row of a paper's table: what differs in it, section by section. ``cifar100/nonl`` is the row ``nonl`` of
 ``cifar100``, and ``mine.toml:nonl`` that of a file. ``[sweep]`` says what a sweep over the file runs.
+
+The sources are [NCD], Neural Collapse by Design (arXiv 2605.20302), and [DLP], Hyperspherical Classification with
+Dynamic Label-to-Prototype Assignment (CVPR 2024). "Ours" is what neither says.
 """
 
 from __future__ import annotations

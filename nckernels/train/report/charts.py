@@ -30,7 +30,13 @@ INK, MUTED, LINE, PAPER = (COLOURS[name][0] for name in ("ink", "muted", "line",
 POINTS = 240
 """Of a curve that are drawn: about one a pixel."""
 DIVERGING = LinearSegmentedColormap.from_list(
-    "diverging", [(*to_rgb(COLD), 1.0), (*to_rgb(COLD), 0.0), (*to_rgb(WARM), 0.0), (*to_rgb(WARM), 1.0)]
+    "diverging",
+    [
+        (0.0, (*to_rgb(COLD), 1.0)),
+        (0.5, (*to_rgb(COLD), 0.0)),
+        (0.5, (*to_rgb(WARM), 0.0)),
+        (1.0, (*to_rgb(WARM), 1.0)),
+    ],
 )
 """Transparent around 0: on a light page and on a dark one."""
 
@@ -47,7 +53,12 @@ class Line:
 
 
 def curves(
-    lines: Sequence[Line], *, label: str, optima: Sequence[float] = (), logarithmic: bool = False, cut: bool = False
+    lines: Sequence[Line],
+    *,
+    label: str,
+    optima: Sequence[float] = (),
+    logarithmic: bool = False,
+    bottom: float | None = None,
 ) -> Raw:
     """A panel of curves against iterations.
 
@@ -55,8 +66,8 @@ def curves(
         lines: what to draw; NaN is a gap.
         label: what a screen reader says.
         optima: dashed lines.
-        logarithmic: a logarithmic axis, if there are positive values to show. Others are gaps then.
-        cut: leave out the low beginnings of percentages, so that the ends can be told apart.
+        logarithmic: a logarithmic axis, on which only positive values show; see :func:`spans_decades`.
+        bottom: of percentages: cut off what is lower, so that the ends can be told apart.
     """
     figure = Figure(figsize=(3.5, 2.1))
     ax = figure.add_axes((0.125, 0.165, 0.845, 0.8))
@@ -65,19 +76,17 @@ def curves(
     for optimum in optima:
         if optimum > 0 or not logarithmic:
             ax.axhline(optimum, color=MUTED, ls=(0, (4, 3)), lw=1.1, zorder=1)
-    values = np.concatenate([line.mean for line in lines])
-    values = values[np.isfinite(values)]
-    if logarithmic and (values > 0).any():
+    if logarithmic:
         ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(numticks=6))
+        low, high = ax.get_ylim()
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,), numticks=6))
         ax.yaxis.set_minor_formatter(NullFormatter())
     else:
         ax.yaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 2.5, 5, 10)))
-    if cut:
-        last = min((line.mean[np.isfinite(line.mean)][-1:].sum() for line in lines), default=0.0)
-        bottom = max(float(values.min(initial=100.0)), 100 - 5 * (100.5 - last))
-        ax.set_ylim(bottom=bottom - 0.03 * (100 - bottom))
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    if bottom is not None:
+        margin = 0.04 * (100 - bottom)
+        ax.set_ylim(bottom - margin, min(ax.get_ylim()[1], 100 + margin))
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=(1, 2, 5, 10)))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda step, _: _thousands(step)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
     ax.margins(x=0.02)
@@ -89,6 +98,13 @@ def curves(
     ax.tick_params(which="minor", length=0)
     ax.set_xlabel("iterations", fontsize=8.5, color=INK, labelpad=1.5)
     return _svg(figure, label)
+
+
+def spans_decades(lines: Sequence[Line]) -> bool:
+    """Whether a logarithmic axis helps: at least one decade, and nothing negative."""
+    values = np.concatenate([line.mean for line in lines])
+    values = values[np.isfinite(values) & (values != 0)]
+    return bool(len(values) and values.min() > 0 and values.max() > 10 * values.min())
 
 
 def heat_map(matrix: NDArray[np.float32], limit: float, names: Sequence[str], *, label: str) -> Raw:

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nckernels.metrics import convergence_iteration, optimum, ranges
 
 from . import charts
+from .load import Record
 from .markup import Raw, join, minus, number, small, tag
-from .rows import DataSet, Row
+from .rows import MOST_ROWS, DataSet, Row
 from .style import colour_names
 from .tables import name_of
 
@@ -25,7 +27,7 @@ PANELS = (
     ("intra_erank", "Intra-class effective rank", False),
     ("weight_alignment", "Prototype to class mean, distance²", False),
     ("instance_alignment", "Prototype to sample, distance²", False),
-    ("nc1", "NC1: tr(Σ_W Σ_B⁺) / K", True),
+    ("nc1", "NC1: scatter within / between classes", True),
 )
 """Curve, heading, logarithmic axis: [NCD] Fig. 2, the loss, the test accuracy and NC1."""
 MOST_DATA_SETS = 8
@@ -42,7 +44,7 @@ def each(data_sets: Iterable[DataSet], make: Callable[[DataSet], Raw]) -> Raw:
 def selected(data_sets: Sequence[DataSet]) -> str:
     parts = []
     if any(len(data.shown) < len(data.rows) for data in data_sets):
-        parts.append("Of many rows, the best of each loss.")
+        parts.append(f"Of many rows, the best of each name, {MOST_ROWS} at most.")
     if len(data_sets) > MOST_DATA_SETS:
         parts.append(f"The first {MOST_DATA_SETS} data sets.")
     return " ".join(parts)
@@ -73,12 +75,20 @@ def _panels(data: DataSet) -> Raw:
                 aims.add(asdict(optimum(data.num_classes, features=row.features)).get(name, math.nan))
         if not lines:
             continue
+        logarithmic = logarithmic and charts.spans_decades(lines)
+        bottom = _bottom(lines) if share else None
         optima = sorted(aim for aim in aims if not math.isnan(aim))
         dashed = dashed or bool(optima)
-        last = ", ".join(f"{minus(f'{aim:.3g}')}" for aim in optima if not logarithmic)
-        caption = tag("figcaption", heading, tag("small", f"optimum {last}" if last else Raw("&nbsp;")))
+        notes = [f"optimum {' or '.join(minus(f'{aim:.3g}') for aim in optima)}"] if optima else []
+        if name == "loss" and len({row.loss for row in data.shown}) > 1:
+            notes.append("of different losses, not to be compared")
+        if logarithmic:
+            notes.append("logarithmic")
+        if bottom:
+            notes.append("low beginnings cut off")
+        caption = tag("figcaption", heading, tag("small", ", ".join(notes)))
         drawing = charts.curves(
-            lines, label=f"{heading}, {data.name}", optima=optima, logarithmic=logarithmic, cut=share
+            lines, label=f"{heading}, {data.name}", optima=optima, logarithmic=logarithmic, bottom=bottom
         )
         figures.append(tag("figure", caption, drawing))
     entries = [
@@ -92,6 +102,12 @@ def _panels(data: DataSet) -> Raw:
     return join([tag("ul", *entries, class_="legend"), tag("div", *figures, class_="panels")])
 
 
+def _bottom(lines: Sequence[charts.Line]) -> float:
+    """Where percentages start: low enough for all curves' ends, and for the beginnings if they are not far below."""
+    last = min(float(line.mean[np.isfinite(line.mean)][-1]) for line in lines)
+    return max(0.0, 100 - 5 * (100.5 - last))
+
+
 def _mark(row: Row, name: str) -> float | None:
     record = row.runs[0]
     size = ranges(record.num_classes, record.dim).get(name)
@@ -103,9 +119,8 @@ def _mark(row: Row, name: str) -> float | None:
 
 
 def cosines(data_sets: Sequence[DataSet]) -> Raw:
-    wanted = [(data, row, kind, matrix) for data in data_sets[:MOST_DATA_SETS] for row in data.shown
-              for kind, matrix in (("prototypes", row.counted[0].prototype_cosines),
-                                   ("class means", row.counted[0].mean_cosines)) if matrix is not None]  # fmt: skip
+    rows = [(data, row) for data in data_sets[:MOST_DATA_SETS] for row in data.shown]
+    wanted = [(data, row, kind, matrix) for data, row in rows for kind, matrix in _matrices(row.counted[0])]
     if not wanted:
         return Raw()
     figures = []
@@ -124,5 +139,14 @@ def cosines(data_sets: Sequence[DataSet]) -> Raw:
         selected(data_sets),
         f" The first {len(shown)} of {len(wanted)} maps." if len(shown) < len(wanted) else "",
     )
-    scale = tag("div", minus(f"-{limit:g} or less"), tag("span"), f"{limit:g} or more", class_="scale")
+    less, more = (" or less", " or more") if limit < 1 else ("", "")
+    scale = tag("div", minus(f"-{limit:g}{less}"), tag("span"), f"{limit:g}{more}", class_="scale")
     return join([note, scale, tag("div", *figures, class_="panels maps")])
+
+
+def _matrices(run: Record) -> list[tuple[str, NDArray[np.float32]]]:
+    """Of prototypes and class means; one where these are the same, as after a contrastive loss."""
+    prototypes, means = run.prototype_cosines, run.mean_cosines
+    if prototypes is not None and means is not None and np.allclose(prototypes, means, atol=1e-4):
+        return [("prototypes = class means", prototypes)]
+    return [(kind, m) for kind, m in (("prototypes", prototypes), ("class means", means)) if m is not None]

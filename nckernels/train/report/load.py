@@ -18,6 +18,8 @@ from ..recipe import Recipe
 
 Array = NDArray[np.float64]
 HISTORY = "history.json"
+LARGEST = 1e100
+"""What is larger counts as undefined, like infinity: its square, which deviations and axes need, is no number."""
 CURVES = ("loss", "train_accuracy", "test_accuracy")
 
 
@@ -181,7 +183,7 @@ def _column(name: str, values: Any, length: int | None = None) -> Array:
         column = np.array([math.nan if value is None else value for value in values], dtype=np.float64)
     except OverflowError:
         raise ValueError(f"{name}: expected numbers of double precision") from None
-    column[np.isinf(column)] = math.nan
+    column[np.abs(column) > LARGEST] = math.nan
     return column
 
 

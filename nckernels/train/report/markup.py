@@ -49,19 +49,21 @@ def folded(summary: Any, *content: Any) -> Raw:
     return tag("details", tag("summary", summary), *content)
 
 
-def number(value: float) -> str:
-    """Three or so significant digits, which line up within a metric's usual range."""
+def number(value: float, like: float | None = None) -> str:
+    """Three or so significant digits; or as many decimals as ``like`` has, of which it is the deviation."""
     if math.isnan(value):
         return NONE
-    if math.isinf(value):
-        return "never"
-    size = abs(value)
-    if 0 < size < 5e-4:
+    size = abs(value if like is None else like)
+    if value == 0 or (like is not None and size >= 5e-4):
+        return "0" if value == 0 else minus(f"{value:.{_decimals(size)}f}")
+    if size < 5e-4 or size >= 1e6:
         mantissa, exponent = f"{value:.1e}".split("e")
         return minus(f"{mantissa}·10{superscript(int(exponent))}")
-    if size >= 1e6:
-        return minus(f"{value:.2e}")
-    return minus(f"{value:.{0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 1 else 3}f}")
+    return minus(f"{value:.{_decimals(size)}f}")
+
+
+def _decimals(size: float) -> int:
+    return 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 1 else 3
 
 
 def percent(share: float, digits: int = 2) -> str:
@@ -70,19 +72,22 @@ def percent(share: float, digits: int = 2) -> str:
     return "never" if math.isinf(share) else f"{100 * share:.{digits}f}"
 
 
-def spread(value: Spread, text: Any = number, *, best: bool = False) -> Raw:
+def spread(value: Spread, *, percentage: bool = False, best: bool = False) -> Raw:
     """ "98.30 ± 0.12", the deviation in smaller type, the best of a column in bold."""
-    mean = tag("b", text(value.mean)) if best else safe(text(value.mean))
+    mean: Raw | str = percent(value.mean) if percentage else number(value.mean)
+    mean = tag("b", mean) if best else safe(mean)
     if math.isnan(value.deviation):
         return mean
-    return join([mean, tag("span", f" ± {text(value.deviation)}", class_="deviation")])
+    deviation = percent(value.deviation) if percentage else number(value.deviation, value.mean)
+    return join([mean, tag("span", f" ± {deviation}", class_="deviation")])
 
 
 def duration(seconds: float) -> str:
     if math.isnan(seconds):
         return NONE
     if seconds < 120:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+        short = f"{max(1000 * seconds, 1):.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+        return short if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 

@@ -12,7 +12,7 @@ from . import tables
 from .figures import MOST_DATA_SETS, cosines, curves, each, selected
 from .load import Record, common
 from .markup import NONE, Raw, count, duration, folded, join, percent, small, table, tag
-from .rows import LABELS, DataSet, group, value_text
+from .rows import LABELS, DataSet, Row, group, sortable, value_text
 from .style import style_sheet
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -56,20 +56,20 @@ def make_page(
 def _summary(data_sets: Sequence[DataSet]) -> Raw:
     """What there is, who is best by how much, and how far seeds are apart."""
     sentences = [f"{tables.summary_counts(data_sets)}."]
-    for data in data_sets[:3]:
-        best = data.best
-        if best.accuracy < 0:
-            continue
-        final = best.final("test_accuracy")
-        spread = f" ± {percent(final.deviation)}" if not math.isnan(final.deviation) else ""
-        others = [row for row in data.rows if row is not best and row.accuracy >= 0 and row.finished == best.finished]
+    if len(data_sets) > 1:
+        bests = [f"{data.best.name} with {_accuracy(data.best)} on {data.name}" for data in data_sets[:4]]
+        sentences.append(f"Best rows: {', '.join(bests)}{', …' if len(data_sets) > 4 else ''}.")
+    elif data_sets[0].best.accuracy >= 0:
+        best = data_sets[0].best
+        others = [row for row in data_sets[0].rows if row is not best and row.finished == best.finished]
         second = max(others, key=lambda row: row.accuracy, default=None)
         ahead = ""
-        if second is not None:
+        if second is not None and second.accuracy >= 0:
             points = 100 * (best.accuracy - second.accuracy)
-            ahead = f", {points:.2f} points ahead of {second.name}" if points > 0 else f", as is {second.name}"
-        state = "" if best.finished else " so far"
-        sentences.append(f"Best on {data.name}{state}: {best.name} with {percent(final.mean)}{spread} %{ahead}.")
+            ahead = f", {points:.2f} points ahead of {second.name}" if points > 0 else f", and so is {second.name}"
+        sentences.append(
+            f"The best row{'' if best.finished else ' so far'} is {best.name} with {_accuracy(best)}{ahead}."
+        )
     deviations = [row.final("test_accuracy").deviation for data in data_sets for row in data.rows]
     deviations = [deviation for deviation in deviations if not math.isnan(deviation)]
     if deviations:
@@ -80,6 +80,12 @@ def _summary(data_sets: Sequence[DataSet]) -> Raw:
     if unfinished:
         sentences.append(f"{count(unfinished, 'run is', 'runs are')} unfinished.")
     return tag("p", " ".join(sentences), class_="lead")
+
+
+def _accuracy(row: Row) -> str:
+    final = row.final("test_accuracy")
+    deviation = "" if math.isnan(final.deviation) else f" ± {percent(final.deviation)}"
+    return f"{percent(final.mean)}{deviation} %".replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _missing(problems: Sequence[str], waiting: Sequence[Path]) -> Raw:
@@ -103,12 +109,17 @@ def _families(data_sets: Sequence[DataSet]) -> list[list[DataSet]]:
 def _results(data_sets: Sequence[DataSet]) -> Raw:
     tailed = {data.name for family in _families(data_sets) if len(family) > 1 for data in family}
     plain = [data for data in data_sets if data.name not in tailed]
-    parts = []
+    parts: list[Raw | str] = []
     if len(plain) > 1:
         parts.append(tables.overview(plain, "Test accuracy, %", [data.name for data in plain]))
+        if any(len(data.rows) > len({row.base for row in data.rows}) for data in plain):
+            parts.append(small("Of several rows of a name the best."))
     for data in data_sets:
-        heading = [tag("h3", data.name, f" ({data.num_classes} classes)")] if len(data_sets) > 1 else []
-        parts.append(join([*heading, tables.results(data)]))
+        heading = f"{data.name}, {data.num_classes} classes"
+        if data.name in tailed or len(plain) > 4:
+            parts.append(folded(heading, tables.results(data)))
+        else:
+            parts += [tag("h3", heading) if len(data_sets) > 1 else "", tables.results(data)]
     losses = {row.loss for data in data_sets for row in data.rows}
     notes = ["Mean ± sample standard deviation over the seeds, after the last step."]
     if "bce" in losses:
@@ -116,7 +127,9 @@ def _results(data_sets: Sequence[DataSet]) -> Raw:
     if any(record.settings["data.validation"] for data in data_sets for record in data.records):
         notes.append("With data.validation the test is on a held-out part of the training set.")
     if any(row.unfinished for data in data_sets for row in data.rows):
-        notes.append(f"{tables.DAGGER} no run has finished: the newest evaluation. Else only finished runs count.")
+        notes.append("Unfinished runs do not count beside finished ones.")
+    if any(not row.finished for data in data_sets for row in data.rows):
+        notes.append(f"{tables.DAGGER} no run has finished: the newest evaluation.")
     return join([*parts, small(" ".join(notes))])
 
 
@@ -160,12 +173,13 @@ def _settings(records: Sequence[Record]) -> Raw:
     keys = list(dict.fromkeys(key for record in records for key in record.settings if key not in ("name", "title")))
     same, differing = [], []
     for key in keys:
-        values = Counter(value_text(record.settings.get(key, NONE)) for record in records)
-        if len(values) == 1:
-            same.append([tag("code", key), next(iter(values))])
+        values = [record.settings.get(key, NONE) for record in records]
+        times = Counter(map(value_text, sorted(values, key=sortable)))
+        if len(times) == 1:
+            same.append([tag("code", key), next(iter(times))])
         else:
-            listed = [f"{value} ({times})" for value, times in values.items()]
-            differing.append([tag("code", key), ", ".join(listed[:12]) + (", …" if len(listed) > 12 else "")])
+            listed = [f"{value} ({number})" for value, number in times.items()]
+            differing.append([tag("code", key), " · ".join(listed[:12]) + (" · …" if len(listed) > 12 else "")])
     parts = []
     if differing:
         made = table(["Key", "Values (runs)"], differing, label="Settings that differ", kind="text")

@@ -57,10 +57,12 @@ class Row:
     """Runs of one recipe, and the name that tells them from the other rows of their data set."""
 
     name: str
+    base: str
+    """The recipe's row, or the loss: its name without the settings that tell it from other rows of that name."""
     loss: str
     runs: tuple[Record, ...]
     differing: tuple[tuple[str, Any], ...] = ()
-    """The settings that the name adds to the recipe's row."""
+    """The settings that the name adds to that."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -127,15 +129,20 @@ class DataSet:
 
     @cached_property
     def shown(self) -> tuple[Row, ...]:
-        """The rows for charts: all, or the best of each loss if they are many."""
+        """The rows for charts: all, or the best of each name if they are many."""
         if len(self.rows) <= MOST_ROWS:
             return self.rows
+        ranked = sorted(self.bests.values(), key=lambda row: -row.accuracy)[:MOST_ROWS]
+        return tuple(row for row in self.rows if row in ranked)
+
+    @cached_property
+    def bests(self) -> dict[str, Row]:
+        """The best row of each name."""
         best: dict[str, Row] = {}
         for row in self.rows:
-            if row.loss not in best or row.accuracy > best[row.loss].accuracy:
-                best[row.loss] = row
-        ranked = sorted(best.values(), key=lambda row: -row.accuracy)[:MOST_ROWS]
-        return tuple(row for row in self.rows if row in ranked)
+            if row.base not in best or row.accuracy > best[row.base].accuracy:
+                best[row.base] = row
+        return best
 
     @property
     def best(self) -> Row:
@@ -155,8 +162,9 @@ def group(records: Sequence[Record]) -> list[DataSet]:
 
 
 def describe(settings: Sequence[tuple[str, Any]]) -> str:
-    """ "τ = 0.1, batch size = 512"."""
-    return ", ".join(f"{KEYS.get(key, _short(key))} = {value_text(value)}" for key, value in settings)
+    """ "τ = 0.1, batch size = 512", which breaks at commas only."""
+    pairs = (f"{KEYS.get(key, _short(key))} = {value_text(value)}" for key, value in settings)
+    return ", ".join(pair.replace(" ", "\N{NO-BREAK SPACE}") for pair in pairs)
 
 
 def value_text(value: Any) -> str:
@@ -192,8 +200,10 @@ def _data_names(examples: Sequence[Record]) -> list[str]:
         keys = [key for key in _differing(same) if key.startswith("data.") and key != "data.workers"]
         keys = [key for key in keys if key != "data.root" or name == "folder"]
         known = [(key, record.settings[key]) for key in keys if key in record.settings]
+        known = [setting for setting in known if setting != ("data.imbalance", 1.0)]
         classes = [f"{record.num_classes} classes"] if len({other.num_classes for other in same}) > 1 else []
-        names.append(", ".join(filter(None, [LABELS.get(name, name), describe(known), *classes])))
+        differing = ", ".join(filter(None, [describe(known), *classes]))
+        names.append(LABELS.get(name, name) + (f" ({differing})" if differing else ""))
     return names
 
 
@@ -212,13 +222,13 @@ def _rows(records: Sequence[Record]) -> tuple[Row, ...]:
             differing = tuple((key, runs[0].settings[key]) for key in keys if key in runs[0].settings)
             few = (*differing[:4], *differing[4:][: 0 if len(differing) > 5 else 1])
             name = ", ".join(filter(None, [base, describe(few), "…" if len(few) < len(differing) else ""]))
-            rows.append(Row(name, runs[0].settings["loss.name"], tuple(runs), differing))
-    rows.sort(key=lambda row: (_rank(row.loss), _base(row.runs[0]), [_sortable(value) for _, value in row.differing]))
+            rows.append(Row(name, base, runs[0].settings["loss.name"], tuple(runs), differing))
+    rows.sort(key=lambda row: (rank(row.loss), row.base, [sortable(value) for _, value in row.differing]))
     seen: dict[str, int] = defaultdict(int)
     for i, row in enumerate(rows):
         seen[row.name] += 1
         if seen[row.name] > 1:
-            rows[i] = Row(f"{row.name} ({seen[row.name]})", row.loss, row.runs, row.differing)
+            rows[i] = Row(f"{row.name} ({seen[row.name]})", row.base, row.loss, row.runs, row.differing)
     return tuple(rows)
 
 
@@ -237,10 +247,12 @@ def _differing(records: Sequence[Record]) -> list[str]:
     return [key for key in keys if key not in skip and len({repr(r.settings.get(key)) for r in records}) > 1]
 
 
-def _rank(loss: str) -> int:
+def rank(loss: str) -> int:
+    """Of the losses, in the order of the recipes."""
     return LOSSES.index(loss) if loss in LOSSES else len(LOSSES)
 
 
-def _sortable(value: Any) -> tuple[int, float, str]:
+def sortable(value: Any) -> tuple[int, float, str]:
+    """Numbers by size, then texts."""
     number = isinstance(value, (int, float))
     return (0, float(value), "") if number else (1, 0.0, str(value))

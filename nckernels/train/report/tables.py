@@ -12,49 +12,53 @@ from nckernels.metrics import ConvergenceTable, RunHistory, convergence_table, o
 from nckernels.metrics.convergence import TABLE_7, TABLE_7_METRICS
 
 from .load import Record
-from .markup import NONE, Raw, count, duration, folded, join, number, percent, small, spread, table, tag
-from .rows import DataSet, Row, Spread
+from .markup import NONE, Raw, count, duration, folded, join, number, percent, safe, small, spread, table, tag
+from .rows import DataSet, Row, Spread, rank
 
 PUBLISHED = {
-    "intra_erank": "Intra-class rank ↓",
-    "inter_erank": "Inter-class rank ↑",
-    "weights_erank": "Prototypes' rank ↑",
-    "weight_alignment": "Prototype to mean² ↓",
-    "instance_alignment": "Prototype to sample² ↓",
-    "mir": "MIR ↑",
-    "hdr": "HDR ↓",
+    "intra_erank": "Intra-class rank\N{NO-BREAK SPACE}↓",
+    "inter_erank": "Inter-class rank\N{NO-BREAK SPACE}↑",
+    "weights_erank": "Prototypes' rank\N{NO-BREAK SPACE}↑",
+    "weight_alignment": "Prototype to mean²\N{NO-BREAK SPACE}↓",
+    "instance_alignment": "Prototype to sample²\N{NO-BREAK SPACE}↓",
+    "mir": "MIR\N{NO-BREAK SPACE}↑",
+    "hdr": "HDR\N{NO-BREAK SPACE}↓",
 }
 """The columns of [NCD] Table 3: metric and heading."""
 DIRECT = {
-    "nc1": "NC1 ↓",
-    "nc1_rank": "Rank in NC1 ↑",
-    "within_scatter": "Within-class scatter ↓",
-    "scatter_ratio": "Scatter ratio ↓",
-    "cdnv": "CDNV ↓",
-    "nc2_norms": "NC2, norms ↓",
-    "nc2_cosines": "NC2, cosines ↓",
-    "nc2_cosines_max": "NC2, largest ↓",
-    "nc3_rotated": "NC3, rotated ↓",
-    "nc4": "NC4 ↑",
-    "offset": "Offset ↓",
-    "mir_centred": "MIR, centred ↑",
-    "hdr_centred": "HDR, centred ↓",
-    "bias_spread": "Bias spread ↓",
+    "nc1": "NC1\N{NO-BREAK SPACE}↓",
+    "nc1_rank": "Rank in NC1\N{NO-BREAK SPACE}↑",
+    "within_scatter": "Within-class scatter\N{NO-BREAK SPACE}↓",
+    "scatter_ratio": "Scatter ratio\N{NO-BREAK SPACE}↓",
+    "cdnv": "CDNV\N{NO-BREAK SPACE}↓",
+    "nc2_norms": "NC2, norms\N{NO-BREAK SPACE}↓",
+    "nc2_cosines": "NC2, cosines\N{NO-BREAK SPACE}↓",
+    "nc2_cosines_max": "NC2, largest\N{NO-BREAK SPACE}↓",
+    "nc3_rotated": "NC3, rotated\N{NO-BREAK SPACE}↓",
+    "nc4": "NC4\N{NO-BREAK SPACE}↑",
+    "offset": "Offset\N{NO-BREAK SPACE}↓",
+    "mir_centred": "MIR, centred\N{NO-BREAK SPACE}↑",
+    "hdr_centred": "HDR, centred\N{NO-BREAK SPACE}↓",
+    "bias_spread": "Bias spread\N{NO-BREAK SPACE}↓",
 }
 OPTIMUM = {"signed": "Optimum", "relu": "Optimum, ReLU"}
 DAGGER = "†"
+MOST_LINES = 20
+"""Of results; of more rows the better half of that many come first, and all can be unfolded."""
 
 
 def name_of(row: Row) -> Raw:
-    return join([row.name, Raw("&nbsp;") + DAGGER if not row.finished else ""])
+    """The row's name, marked if none of its runs has finished."""
+    return safe(row.name if row.finished else f"{row.name}\N{NO-BREAK SPACE}{DAGGER}")
 
 
 def overview(data_sets: Sequence[DataSet], heading: str, columns: Sequence[str]) -> Raw:
-    """Test accuracies: a line per row, a column per data set."""
-    cells = [{row.name: row for row in data.rows} for data in data_sets]
+    """Test accuracies: a line per name, with its best row, and a column per data set."""
+    cells = [data.bests for data in data_sets]
     finals = [{name: row.final("test_accuracy") for name, row in column.items()} for column in cells]
     tops = [_top(list(column.values())) for column in finals]
-    order = {row.name: row for data in data_sets for row in data.rows}
+    order = {name: row for column in cells for name, row in column.items()}
+    order = dict(sorted(order.items(), key=lambda pair: rank(pair[1].loss)))
     lines = []
     for name in order:
         line: list[object] = [name]
@@ -63,7 +67,7 @@ def overview(data_sets: Sequence[DataSet], heading: str, columns: Sequence[str])
                 line.append(NONE)
                 continue
             mark = "" if column[name].finished else f" {DAGGER}"
-            line.append(join([spread(final[name], percent, best=final[name].mean == top), mark]))
+            line.append(join([spread(final[name], percentage=True, best=final[name].mean == top), mark]))
         lines.append(line)
     return table([heading, *columns], lines, label=heading)
 
@@ -74,10 +78,10 @@ def results(data: DataSet) -> Raw:
 
     def accuracy(row: Row, name: str) -> Raw:
         value = row.final(name)
-        return spread(value, percent, best=value.mean == tops[name] and len(data.rows) > 1)
+        return spread(value, percentage=True, best=value.mean == tops[name] and len(data.rows) > 1)
 
-    lines = [
-        [
+    def line(row: Row) -> list[object]:
+        return [
             name_of(row),
             accuracy(row, "test_accuracy"),
             accuracy(row, "train_accuracy"),
@@ -85,11 +89,14 @@ def results(data: DataSet) -> Raw:
             spread(row.final("loss")),
             duration(Spread.of([run.facts["seconds"] for run in row.counted]).mean),
         ]
-        for row in data.rows
-    ]
+
     head = ["Row", "Test, %", "Training, %", "Seeds", "Loss", "Time a run"]
-    made = table(head, lines, label=f"Results on {data.name}")
-    return made if len(lines) <= 24 else folded(f"All {len(lines)} rows of {data.name}", made)
+    everything = table(head, map(line, data.rows), label=f"Results on {data.name}")
+    if len(data.rows) <= MOST_LINES:
+        return everything
+    best = sorted(data.rows, key=lambda row: -row.accuracy)[: MOST_LINES // 2]
+    first = table(head, map(line, best), label=f"The best rows on {data.name}")
+    return join([small(f"The best {len(best)} rows:"), first, folded(f"All {len(data.rows)} rows", everything)])
 
 
 def collapse(data: DataSet) -> Raw:
@@ -149,7 +156,7 @@ def _history(row: Row) -> RunHistory | None:
 
 
 def _convergence(made: ConvergenceTable, data: DataSet, suffix: str, published: bool) -> Raw:
-    headings = [PUBLISHED[name].rstrip(" ↑↓") for name in made.metrics]
+    headings = [PUBLISHED[name].rstrip("\N{NO-BREAK SPACE}↑↓") for name in made.metrics]
     parts = [(f"(I) Within {made.tolerance:.0%} of collapse after, % of iterations{suffix}", made.collapse, 0)]
     if made.baseline is not None:
         parts.append((f"(II) Like the final {made.baseline} after, % of its iterations{suffix}", made.match, 1))
@@ -179,7 +186,7 @@ def classifiers(data: DataSet) -> Raw:
         found = [run.classifiers[name] for run in row.counted if name in run.classifiers]
         accuracy, seconds = Spread.of([a for a, _ in found]), Spread.of([s for _, s in found])
         best = accuracy.mean == max(_final(row, other) for other in names) and len(names) > 1
-        return join([spread(accuracy, percent, best=best), tag("small", f" in {duration(seconds.mean)}")])
+        return join([spread(accuracy, percentage=True, best=best), tag("small", f" in {duration(seconds.mean)}")])
 
     lines = [[name_of(row), *(cell(row, name) for name in names)] for row in rows]
     return table(["Row", *(f"{name}, %" for name in names)], lines, label=f"Classifiers, {data.name}")
@@ -196,7 +203,7 @@ def phases(data: DataSet) -> list[Raw]:
     grids: dict[str, dict[tuple[float, int], Row]] = {}
     for row in data.rows:
         key = (row.settings["loss.temperature"], row.settings["run.batch_size"])
-        cells = grids.setdefault(row.name.partition(",")[0], {})
+        cells = grids.setdefault(row.base, {})
         if key not in cells or row.accuracy > cells[key].accuracy:
             cells[key] = row
     grids = {
@@ -250,5 +257,7 @@ def _seeds(row: Row) -> str:
 def summary_counts(data_sets: Sequence[DataSet]) -> str:
     runs = [run for data in data_sets for run in data.records]
     rows = sum(len(data.rows) for data in data_sets)
+    seeds = sorted({len(row.runs) for data in data_sets for row in data.rows})
+    each = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else count(seeds[0], "seed")
     names = ", ".join(data.name for data in data_sets[:4]) + (", …" if len(data_sets) > 4 else "")
-    return f"{count(len(runs), 'run')} of {count(rows, 'row')} on {names}"
+    return f"{count(len(runs), 'run')}: {count(rows, 'row')} on {names}, {each}{' each' if rows > 1 else ''}"
