@@ -229,8 +229,7 @@ def test_files_do_not_depend_on_workers_ranks_or_where_one_starts(settings: dict
 
 
 def test_views_of_files_differ(pictures: Dataset) -> None:
-    made = torch.cat([x for x, _ in drawn(pictures, recipe(**VIEWS))])
-    noise = made[:, :, 0, 0, 0] % 1
+    noise = torch.cat([x for x, _ in drawn(pictures, recipe(**VIEWS))])[:, :, 0, 0, 0] % 1
     assert len(noise.unique()) > 75  # 80 draws, few of them the same in float32
 
 
@@ -280,10 +279,8 @@ def test_files_through_torchvision(pictures: Dataset, monkeypatch: pytest.Monkey
     image = pytest.importorskip("PIL.Image")
     monkeypatch.undo()
     assert isinstance(pictures.train, Files)
-    random = torch.Generator().manual_seed(0)
     for path in pictures.train.paths:
-        pixels = torch.randint(0, 256, (20, 30, 3), dtype=torch.uint8, generator=random)
-        image.fromarray(pixels.numpy()).save(path)
+        image.effect_noise((30, 20), 80).convert("RGB").save(path)
     dataset = dataclasses.replace(pictures, image_size=16, mean=(0.5,) * 3, std=(0.25,) * 3)
     changes = {**VIEWS, "augment.jitter": (0.4, 0.4, 0.4, 0.1), "augment.grayscale": 0.2, "augment.blur": 0.5}
     alone = drawn(dataset, recipe(**changes), epoch=1)
