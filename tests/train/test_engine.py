@@ -291,17 +291,8 @@ def test_bad_settings_found_later_are_named() -> None:
             trained(**changes)
 
 
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (engine.DataError("photo.jpg: truncated"), r"after step 4: photo\.jpg: truncated; there is no checkpoint"),
-        (
-            RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error"),
-            r"after step 4 a process that reads data died: .*Bus error.*fewer data\.workers \(4 .*/dev/shm",
-        ),
-    ],
-)
-def test_data_that_cannot_be_read(error: Exception, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [engine.DataError("photo.jpg: truncated"), OSError("photo.jpg: truncated")])
+def test_data_that_cannot_be_read(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     original = engine.Batches.epoch
 
     def epoch(self: Any, *arguments: int) -> Any:
@@ -311,7 +302,7 @@ def test_data_that_cannot_be_read(error: Exception, message: str, monkeypatch: p
             yield batch
 
     monkeypatch.setattr(engine.Batches, "epoch", epoch)
-    with pytest.raises(engine.TrainingError, match=message):
+    with pytest.raises(engine.TrainingError, match=r"after step 4: photo\.jpg: truncated; there is no checkpoint"):
         trained()
 
 
