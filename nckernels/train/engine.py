@@ -202,14 +202,6 @@ class _Training:
             yield
         except (DataError, OSError) as error:
             raise TrainingError(f"after step {self.done}: {error}; {self.keeper.last()}") from error
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise TrainingError(
-                f"after step {self.done} a process that reads data died: {error}. The usual cause is memory: try fewer "
-                f"data.workers ({self.recipe.data.workers} on each rank now) or, in a container, more shared memory "
-                f"(/dev/shm, docker's --shm-size); {self.keeper.last()}"
-            ) from error
 
     def _look(self, stopping: bool) -> bool:
         """Take what was recorded from the device; returns whether any rank is to stop.

@@ -31,14 +31,18 @@ class Keeper:
         self._step = 0
 
     def save(self, step: int, history: History) -> None:
-        """Write a checkpoint. Losses up to ``step`` have been looked at: that of a broken network is never written.
+        """Write a checkpoint, after the losses up to ``step`` have been looked at.
 
         Raises:
+            FloatingPointError: if a parameter is not finite: a broken network is never written.
             OSError: naming the folder; the checkpoint before is still there.
         """
         folder = self._folder
         if folder is None:
             return
+        parameters = [p.detach() for name in ("network", "head") for p in self._parts[name].parameters()]
+        if not torch.stack([p.isfinite().all() for p in parameters]).all():
+            raise FloatingPointError(f"after step {step}: the parameters are not finite; {self.last()}")
         ranks = self._world.gathered(_own_state(self._head))
         if all(_same(ranks[0], other) for other in ranks[1:]):
             ranks = []  # a state for all, which is the head's

@@ -102,7 +102,7 @@ class TrainStep(nn.Module):
             network.to(memory_format=torch.channels_last)
         # The function, not the module: evaluations with their other shapes and modes stay uncompiled.
         self.encode: Callable[[Tensor], Tensor] = (
-            torch.compile(network.forward, dynamic=False) if recipe.run.compile else network
+            torch.compile(network.forward, dynamic=False) if recipe.run.compile else network.__call__
         )
         self.feature_norm = torch.zeros(())
         """Mean length of the features of the last call of :meth:`loss`."""

@@ -6,7 +6,9 @@ import dataclasses
 import json
 import math
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -160,9 +162,9 @@ def test_a_step_is_plain_sgd() -> None:
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("loss", ["nonl", "scl"])
-def test_micro_batches_are_exact(loss: str) -> None:
-    settings = {"loss.name": loss, "model.norm": "group", "run.log_every": 1, **NEEDS.get(loss, {})}
+@pytest.mark.parametrize(("loss", "more"), [("nonl", {"loss.queue": 50}), ("ntce", {"loss.decay": 0.9}), ("scl", {})])
+def test_micro_batches_are_exact(loss: str, more: dict[str, Any]) -> None:
+    settings = {"loss.name": loss, "model.norm": "group", "optimizer.lr": 0.02, **NEEDS.get(loss, {}), **more}
     whole, parts = trained(**settings), trained(run__micro_batch_size=24, **settings)
     assert parts.loss[1:] == pytest.approx(whole.loss[1:], rel=1e-3)
     assert parts.metrics["nc1"] == pytest.approx(whole.metrics["nc1"], rel=1e-3)
@@ -240,6 +242,8 @@ def test_a_frozen_encoder(tmp_path: Path) -> None:
     assert run.history.train_accuracy[-1] > run.history.train_accuracy[0]
     resumed = fit(recipe(**probing), tmp_path / "probe", resume=True, progress=False)
     assert untimed(resumed.history) == untimed(run.history)
+    pieces = trained(**probing, run__micro_batch_size=20)
+    assert pieces.loss[1:] == pytest.approx(run.history.loss[1:], rel=1e-4)
 
 
 # Trouble
@@ -287,17 +291,8 @@ def test_bad_settings_found_later_are_named() -> None:
             trained(**changes)
 
 
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (engine.DataError("photo.jpg: truncated"), r"after step 4: photo\.jpg: truncated; there is no checkpoint"),
-        (
-            RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error"),
-            r"after step 4 a process that reads data died: .*Bus error.*fewer data\.workers \(4 .*/dev/shm",
-        ),
-    ],
-)
-def test_data_that_cannot_be_read(error: Exception, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [engine.DataError("photo.jpg: truncated"), OSError("photo.jpg: truncated")])
+def test_data_that_cannot_be_read(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     original = engine.Batches.epoch
 
     def epoch(self: Any, *arguments: int) -> Any:
@@ -307,7 +302,7 @@ def test_data_that_cannot_be_read(error: Exception, message: str, monkeypatch: p
             yield batch
 
     monkeypatch.setattr(engine.Batches, "epoch", epoch)
-    with pytest.raises(engine.TrainingError, match=message):
+    with pytest.raises(engine.TrainingError, match=r"after step 4: photo\.jpg: truncated; there is no checkpoint"):
         trained()
 
 
@@ -319,6 +314,30 @@ def test_a_line_for_every_evaluation_without_a_terminal(capsys: pytest.CaptureFi
     assert capsys.readouterr().err == ""
     fit(recipe(), progress=True)
     assert "18/18" in capsys.readouterr().err
+
+
+def test_tensorboard_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[tuple[Any, ...]] = []
+
+    class SummaryWriter:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            written.append((folder, purge_step))
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            written.append((name, step))
+
+        def flush(self) -> None:
+            written.append(("flush",))
+
+        def close(self) -> None:
+            written.append(("close",))
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    fit(recipe(schedule__epochs=1), tmp_path, progress=False)
+    assert written[0] == (str(tmp_path / "tensorboard"), 1)
+    assert ("evaluation/test_accuracy", 0) in written
+    assert {step for name, *rest in written for step in rest if name == "train/loss"} == {3, 6, 9}
+    assert written[-1] == ("close",)
 
 
 def test_nonl_collapses_where_cross_entropy_does_not() -> None:
