@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import faulthandler
 import functools
 import gc
 import importlib
@@ -61,6 +62,7 @@ def _become(arguments: list[str], environment: dict[str, str], folder: str, outp
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    faulthandler.enable()
     if file_size:
         _limit(file_size)
     sys.path[0] = ""  # as `python -m` has it
@@ -135,7 +137,9 @@ class Process:
         end = time.monotonic() + timeout
         while self.poll() is None and not condition():
             if time.monotonic() > end:
-                self.kill()
+                self.signal(signal.SIGABRT)  # with the stacks of its threads
+                time.sleep(1)
+                self.signal(signal.SIGKILL)
                 raise AssertionError(f"{self} does not end within {timeout:g} s:\n{self.stdout}\n{self.stderr}")
             time.sleep(0.003)
         return self.returncode is None
@@ -172,7 +176,11 @@ def start(
     output = tempfile.mktemp(dir=folder, prefix="output-")
     if fork:
         pid = _ask(
-            arguments=arguments, environment=dict(environ or {}), folder=str(folder), output=output, file_size=file_size
+            arguments=arguments,
+            environment={"OMP_NUM_THREADS": "1", **(environ or {})},
+            folder=str(folder),
+            output=output,
+            file_size=file_size,
         )
         return Process(list(arguments), pid, output)
     with open(f"{output}.out", "wb") as out, open(f"{output}.err", "wb") as err:
