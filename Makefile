@@ -22,7 +22,7 @@ PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadgroup
 
 CXX_FILES := $(wildcard csrc/*/*.[ch]* tests/cuda_host/*.h tests/cuda_host/*.cpp benchmarks/*.cpp)
 
-.PHONY: help setup demo test test-all test-gpu sanitize lint check-cuda check-triton check-triton-quick check-quack bench bench-report clean
+.PHONY: help setup demo test test-all test-gpu sanitize lint check-cuda check-triton check-triton-quick check-quack bench bench-report experiments clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -77,6 +77,9 @@ bench: $(READY) ## forward + backward of every loss on this machine, half a minu
 
 bench-report: $(READY) ## the quick suite with all rivals, three minutes: JSON and pictures in out/benchmarks
 	$(PY) -m benchmarks --suite quick --out out/benchmarks
+
+experiments: $(READY) ## the papers' claims on glyphs: trains what is missing in out/experiments, writes docs/results.md
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks experiments --out out/experiments --write
 
 clean: ## remove everything that make and the tools produced
 	rm -rf $(VENV) $(TRITON36) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

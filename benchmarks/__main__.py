@@ -11,6 +11,7 @@ python -m benchmarks host                                host time of the Triton
 python -m benchmarks predict                             counted times on a GPU, beside those of a report
 python -m benchmarks scaling                             bytes and memory of losses that span processes
 python -m benchmarks queue                               small batches with queues and running denominators, on digits
+python -m benchmarks experiments                         the papers' claims on glyphs: docs/results.md
 python -m benchmarks assignment                          fixed prototypes with assigned labels, on glyphs
 python -m benchmarks solvers                             assigning 10,000 classes to points: scipy and lapx
 python -m benchmarks many-classes                        a million classes, dense and sparse gradients
@@ -48,6 +49,7 @@ from . import (
     solvers,
     tune,
 )
+from .experiments import cli as experiments
 from .rivals import BASELINE, RIVALS
 from .variants import OURS, Variant, as_graph
 
@@ -64,6 +66,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "many-classes": many_classes.main,
     "queue": small_batches.main,
     "assignment": assignment.main,
+    "experiments": experiments.main,
 }
 
 

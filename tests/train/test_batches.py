@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nckernels.train.data import Batches, DataError, Dataset, Files, Memory, batches, passes, sets
+from nckernels.train import vision
+from nckernels.train.data import Batches, DataError, Dataset, Files, Memory, passes, sets
 from nckernels.train.recipe import Recipe
 
 AUGMENT = {"augment.crop": (0.3, 1.0), "augment.flip": 0.5, "augment.rotate": 20.0}
@@ -131,8 +134,6 @@ def test_balanced_batches_have_no_long_tail() -> None:
 
 
 def test_images_are_resized_to_what_the_network_sees() -> None:
-    import dataclasses
-
     dataset = dataclasses.replace(in_memory(), image_size=12)
     (images, _), *_ = drawn(dataset, recipe(**VIEWS))
     assert images.shape == (10, 2, 3, 12, 12)
@@ -183,6 +184,16 @@ def deadly(picture: Any) -> Tensor:
     return pixels(picture)
 
 
+def group(picture: Any) -> Tensor:
+    return torch.tensor(os.getpgrp())
+
+
+def use(monkeypatch: pytest.MonkeyPatch, train: Any, evaluation: Any) -> None:
+    """These transforms, in place of torchvision's."""
+    monkeypatch.setattr(vision, "train_transform", lambda *_, **__: train)
+    monkeypatch.setattr(vision, "eval_transform", lambda *_, **__: evaluation)
+
+
 @pytest.fixture
 def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
     """Forty images, each of one grey that says which it is, read without torchvision."""
@@ -190,7 +201,7 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
     paths = [tmp_path / f"{i}.png" for i in range(40)]
     for i, path in enumerate(paths):
         image.new("RGB" if i % 2 else "L", (4, 4), (i, i, i) if i % 2 else i).save(path)
-    monkeypatch.setattr(batches, "_transform", lambda dataset, recipe, train: noisy if train else pixels)
+    use(monkeypatch, noisy, pixels)
     split = Files(tuple(paths), torch.arange(40) % 4)
     return Dataset(split, split.take(torch.arange(15)), 4, tuple("abcd"), 3, 4, (0.0,) * 3, (1.0,) * 3)
 
@@ -218,8 +229,7 @@ def test_files_do_not_depend_on_workers_ranks_or_where_one_starts(settings: dict
 
 
 def test_views_of_files_differ(pictures: Dataset) -> None:
-    made = torch.cat([x for x, _ in drawn(pictures, recipe(**VIEWS))])
-    noise = made[:, :, 0, 0, 0] % 1
+    noise = torch.cat([x for x, _ in drawn(pictures, recipe(**VIEWS))])[:, :, 0, 0, 0] % 1
     assert len(noise.unique()) > 75  # 80 draws, few of them the same in float32
 
 
@@ -250,17 +260,41 @@ def test_an_unreadable_image_is_named(workers: int, pictures: Dataset) -> None:
 
 
 def test_a_worker_that_dies_is_told(pictures: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "_transform", lambda dataset, recipe, train: deadly)
+    use(monkeypatch, deadly, pixels)
     with pytest.raises(DataError, match=r"one of the 1 processes that read images died .*data.workers"):
         drawn(pictures, recipe(**{"data.workers": 1}))
 
 
 def test_files_need_torchvision(pictures: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(ImportError, match="pip install"):
         Batches(pictures, recipe(), "cpu")
     with pytest.raises(ImportError, match="pip install"):
         next(iter(passes(pictures, pictures.test, recipe(), "cpu")))
+
+
+def test_files_through_torchvision(pictures: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchvision")
+    image = pytest.importorskip("PIL.Image")
+    monkeypatch.undo()
+    assert isinstance(pictures.train, Files)
+    for path in pictures.train.paths:
+        image.effect_noise((30, 20), 80).convert("RGB").save(path)
+    dataset = dataclasses.replace(pictures, image_size=16, mean=(0.5,) * 3, std=(0.25,) * 3)
+    changes = {**VIEWS, "augment.jitter": (0.4, 0.4, 0.4, 0.1), "augment.grayscale": 0.2, "augment.blur": 0.5}
+    alone = drawn(dataset, recipe(**changes), epoch=1)
+    assert alone[0][0].shape == (10, 2, 3, 16, 16)
+    assert (alone[0][0][:, 0] != alone[0][0][:, 1]).flatten(1).any(1).all()
+    assert same(drawn(dataset, recipe(**changes, **{"data.workers": 2}), epoch=1, start=1), alone[1:])
+    shares = [drawn(dataset, recipe(**changes), epoch=1, rank=r, world_size=2) for r in range(2)]
+    assert same([tuple(map(torch.cat, zip(*parts, strict=True))) for parts in zip(*shares, strict=True)], alone)
+    parts = list(passes(dataset, dataset.test, recipe(), "cpu"))
+    assert [x.shape for x, _ in parts] == [(15, 3, 16, 16)]
+
+
+@pytest.mark.skipif(not hasattr(os, "setpgrp"), reason="no process groups")
+def test_a_signal_to_the_group_reaches_no_worker(pictures: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, noisy, group)
+    found = torch.cat([x for x, _ in passes(pictures, pictures.test, recipe(**{"data.workers": 1}), "cpu")])
+    assert os.getpgrp() not in found.tolist()

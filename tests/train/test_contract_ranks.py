@@ -1,5 +1,7 @@
 """Two processes train like one with the same global batch.
 
+Queues are left out: each process has one of its own.
+
 Group norm needs no statistics of other samples, so the only difference is the order of sums. Written from the
 description of the trainer, not from its code.
 """
@@ -25,7 +27,6 @@ CASES: dict[str, dict[str, Any]] = {
     "odd nonl": {"loss__name": "nonl", "run__batch_size": 101},
     "odd scl": {"loss__name": "scl", "run__batch_size": 101, **VIEWS},
     "odd ce": {"loss__name": "ce", "run__batch_size": 101, "run__micro_batch_size": 20},
-    "queue": {"loss__name": "nonl", "loss__queue": 64},
     "decay": {"loss__name": "ntce", "loss__decay": 0.9},
     "dlp": {"loss__name": "dlp", "schedule__epochs": 2},
     "prototype": {"loss__name": "prototype", **VIEWS},
@@ -65,7 +66,8 @@ def agree(found: Path, expected: Path) -> None:
         assert a[key] == pytest.approx(b[key], abs=1.5 / size), key
     assert set(a["metrics"]) == set(b["metrics"])
     for name, values in b["metrics"].items():
-        assert a["metrics"][name][0] == pytest.approx(values[0], rel=1e-3, abs=1e-4), name
+        expected = values[0] if values[0] is None else pytest.approx(values[0], rel=1e-3, abs=1e-4)
+        assert a["metrics"][name][0] == expected, name
     rates = [[line["lr"] for line in cli.log(folder)] for folder in (found, expected)]
     assert rates[0] == rates[1]
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -154,6 +156,8 @@ def test_corruptions_are_read_and_labelled(tmp_path: Path) -> None:
     found = imagenet_c.read(tmp_path, "fog", 3, ["n01", "n03"])  # an encoder of some of the classes
     assert [Path(path).parent.name for path in found.paths] == ["n01", "n03"]
     assert found.labels.tolist() == [0, 1]
+    assert found.cropped
+    assert found.take(torch.tensor([1])).cropped
     with pytest.raises(DataError, match=r"there is no .*fog/4; expected CORRUPTION/SEVERITY/CLASS.*zenodo.org"):
         imagenet_c.read(tmp_path, "fog", 4, ["n01"])
     with pytest.raises(DataError, match=r"no images of 1 of 2 classes: n09"):
@@ -225,6 +229,38 @@ def test_textures_through_torchvision(tmp_path: Path) -> None:
     for path, label in zip(made.train.paths, made.train.labels.tolist(), strict=True):
         assert Path(path).parent.name == made.class_names[label]
     assert made.mean == folders.MEAN
+
+
+def test_other_sets_through_torchvision(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    scipy = pytest.importorskip("scipy.io")
+    food, pets, cars = tmp_path / "food-101", tmp_path / "oxford-iiit-pet", tmp_path / "stanford_cars"
+    (food / "images").mkdir(parents=True)
+    (food / "meta").mkdir()
+    for split, number in (("train", 0), ("test", 1)):
+        listing = {name: [f"{name}/{number}"] for name in ("pho", "apple_pie")}
+        (food / "meta" / f"{split}.json").write_text(json.dumps(listing))
+    (pets / "images").mkdir(parents=True)
+    (pets / "annotations").mkdir()
+    for split, number in (("trainval", 0), ("test", 1)):
+        (pets / "annotations" / f"{split}.txt").write_text(f"Abyssinian_{number} 1 1 1\nbeagle_{number} 2 2 1\n")
+    for folder in ("cars_train", "cars_test", "devkit"):
+        (cars / folder).mkdir(parents=True)
+    for path in (cars / "devkit" / "cars_train_annos.mat", cars / "cars_test_annos_withlabels.mat"):
+        entries = np.array([(2, "1.jpg"), (1, "2.jpg")], dtype=[("class", "O"), ("fname", "O")])
+        scipy.savemat(path, {"annotations": entries})
+    scipy.savemat(cars / "devkit" / "cars_meta.mat", {"class_names": np.array(["coupe", "van"], dtype=object)})
+    expected = {
+        "food101": (("apple_pie", "pho"), [1, 0], "food-101/images/pho/0.jpg"),
+        "oxfordiiitpet": (("Abyssinian", "Beagle"), [0, 1], "oxford-iiit-pet/images/Abyssinian_0.jpg"),
+        "stanfordcars": (("coupe", "van"), [1, 0], "stanford_cars/cars_train/1.jpg"),
+    }
+    for name, (names, labels, first) in expected.items():
+        made = open_data(Data(name=name, root=str(tmp_path)))
+        assert isinstance(made.train, Files)
+        assert made.class_names == names
+        assert made.train.labels.tolist() == made.test.labels.tolist() == labels
+        assert made.train.paths[0] == str(tmp_path / first)
 
 
 def test_voc_has_several_labels_a_sample(tmp_path: Path) -> None:

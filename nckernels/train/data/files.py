@@ -24,7 +24,7 @@ Sample = tuple[int, tuple[int | str, ...]]
 
 
 class FileReader:
-    """Batches of image files, decoded and transformed by ``workers`` processes that stay from epoch to epoch.
+    """Batches of image files, decoded and transformed by ``workers`` processes; they stay if ``persistent``.
 
     Every view of a sample has a seed of its own, so the images do not depend on which process makes them.
     """
@@ -79,8 +79,8 @@ class FileReader:
 def readable(dataset: Dataset, workers: int) -> Dataset:
     """``dataset`` without the files that cannot be decoded, with a warning that counts them.
 
-    Each file is decoded once to see. What was found is kept in the cache folder and holds as long as names, sizes and
-    times of change of all the files are the same.
+    Each file is decoded once to see, on every rank. What was found is kept in the cache folder and holds as long as
+    names, sizes and times of change of all the files are the same.
     """
     found = {}
     for part in ("train", "test"):

@@ -1,0 +1,77 @@
+"""What is measured on trained networks: errors on corrupted test images, and transfer to classes never trained on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import nckernels
+from nckernels.train import corruptions, evaluate, evaluate_cli
+from nckernels.train.data import open_data
+
+FILE = "afterwards.json"
+OTHERS = (50, 100)
+"""The classes that the stage "half" has not seen."""
+
+
+def corruption_errors(folder: Path) -> dict[str, Any]:
+    """Errors by corruption, a value for each severity."""
+    run = _load(folder)
+
+    def corrupt(name: str, severity: int) -> Any:
+        return corruptions.corrupted(run.data.test, name, severity)
+
+    return {"corruptions": corruptions.corruption_errors(run.accuracy, corrupt, progress=False)}
+
+
+def transfer(folder: Path) -> dict[str, Any]:
+    """Test accuracy of a linear probe on the encoder's features of the classes that it has not seen."""
+    run = _load(folder)
+    data = open_data(run.recipe.replace(data__classes=OTHERS).data)
+    (train, train_labels), (test, test_labels) = (
+        evaluate.features(run.network, data, split, run.recipe, run.device, run.network.encode)
+        for split in (data.train, data.test)
+    )
+    probe = nckernels.LinearProbe(data.num_classes, train.shape[1]).fit(train, train_labels)
+    return {"transfer": probe.score(test, test_labels)}
+
+
+MEASURES: dict[str, Callable[[Path], dict[str, Any]]] = {"main": corruption_errors, "half": transfer}
+"""By stage, what comes after it."""
+
+
+def measure(stage: str, folders: Iterable[Path], jobs: int, quiet: bool) -> None:
+    """Write the file of every folder that has none."""
+    missing = [folder for folder in folders if not (folder / FILE).exists()]
+    if stage not in MEASURES or not missing:
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        done = pool.map(_measure, [stage] * len(missing), missing)
+        for _ in tqdm(
+            done, total=len(missing), desc=f"{stage}, afterwards", unit="run", disable=True if quiet else None
+        ):
+            pass
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """What was measured; empty if nothing was."""
+    path = folder / FILE
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def _measure(stage: str, folder: Path) -> None:
+    part = folder / f"{FILE}.part"
+    part.write_text(json.dumps(MEASURES[stage](folder)) + "\n")
+    os.replace(part, folder / FILE)
+
+
+def _load(folder: Path) -> evaluate_cli.Trained:
+    return evaluate_cli.load(folder, torch.device("cpu"))
