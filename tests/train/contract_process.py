@@ -175,13 +175,8 @@ def start(
     """Start `python -m nckernels ARGUMENTS` in a folder, with files of at most ``file_size`` bytes if it is not 0."""
     output = tempfile.mktemp(dir=folder, prefix="output-")
     if fork:
-        pid = _ask(
-            arguments=arguments,
-            environment={"OMP_NUM_THREADS": "1", **(environ or {})},
-            folder=str(folder),
-            output=output,
-            file_size=file_size,
-        )
+        request = {"arguments": arguments, "environment": dict(environ or {}), "folder": str(folder)}
+        pid = _ask(**request, output=output, file_size=file_size)
         return Process(list(arguments), pid, output)
     with open(f"{output}.out", "wb") as out, open(f"{output}.err", "wb") as err:
         popen = subprocess.Popen(
