@@ -27,13 +27,8 @@ DEADLINE = 60.0  # seconds until a process that does not end is killed and the t
 
 @functools.cache
 def _server() -> subprocess.Popen[str]:
-    server = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("contract_server.py"))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    )
+    command = [sys.executable, str(Path(__file__).with_name("contract_server.py"))]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment())
     atexit.register(server.kill)
     return server
 
