@@ -79,7 +79,7 @@ def fit(
         OSError: when the folder cannot be written to. The last checkpoint stays.
     """
     with ExitStack() as stack:
-        place = stack.enter_context(world(recipe.run.device))
+        place = world(recipe.run.device)
         stack.enter_context(_settings(recipe, place.device))
         saved = None
         if folder is not None:
@@ -138,6 +138,7 @@ class _Training:
         self.started, self.lines = 0.0, (self.done, self.history.seconds)
 
     def close(self) -> None:
+        self.optimisation.close()
         self.log.close()
         self.terminal.close()
 

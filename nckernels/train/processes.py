@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, TypeVar
@@ -54,23 +54,25 @@ class World:
         return values
 
 
-@contextmanager
-def world(device: str) -> Iterator[World]:
-    """The default process group, or, under torchrun, one that lasts as long as the context; else one process.
+def world(device: str) -> World:
+    """The ranks of the default process group, which is made under torchrun if there is none; else one process.
+
+    A group that is made here stays to the end of the process: what torchrun's store says of it would confuse another.
 
     Raises:
         ValueError: for a device that this machine does not have.
     """
     place = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
-    mine = "RANK" in os.environ and not dist.is_initialized()
-    if mine:
+    if "RANK" in os.environ and not dist.is_initialized():
         # Without a name there is a CPU backend beside that of the accelerator, through which objects travel.
         dist.init_process_group("gloo" if place.type == "cpu" else None)
-    try:
-        yield World(place, dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World(place)
-    finally:
-        if mine:
-            dist.destroy_process_group()
+        atexit.register(_leave)
+    return World(place, dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World(place)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class Stop:

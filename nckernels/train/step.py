@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -161,10 +162,7 @@ class Optimisation:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=half)
         self._module: nn.Module = step
         if world.size > 1:
-            # Buffers are those of each rank: a queue is, and the statistics of BatchNorm become the same before they
-            # are used.
-            indices = [world.device.index] if world.device.type == "cuda" else None
-            self._module = DistributedDataParallel(step, device_ids=indices, broadcast_buffers=False)
+            self._module = _distributed(step, world.device)
         micro = run.micro_batch_size
         self._micro = nckernels.MicroBatches(self._module, micro) if micro else None
         self._device = world.device
@@ -190,6 +188,14 @@ class Optimisation:
         self.scaler.update()
         return torch.stack([x.detach().float() for x in (loss, norm, self._step.feature_norm)])
 
+    def close(self) -> None:
+        """Let go of DistributedDataParallel, so that it does not hold the last reference to its process group.
+
+        Its reducer keeps the GIL while it is freed. A group that is freed with it waits for gloo's threads, and one of
+        these may wait for the GIL: the process would never end.
+        """
+        self._module, self._micro = self._step, None
+
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = DTYPES[self._recipe.run.precision]
         return torch.autocast(self._device.type, dtype, enabled=dtype != torch.float32)
@@ -199,3 +205,13 @@ class Optimisation:
         if limit:
             return torch.nn.utils.clip_grad_norm_(self._parameters, limit)
         return torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+
+
+def _distributed(step: TrainStep, device: torch.device) -> DistributedDataParallel:
+    """Averages gradients. Buffers are those of each rank: a queue is, and the statistics of BatchNorm become the same
+    before they are used."""
+    indices = [device.index] if device.type == "cuda" else None
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.13
+    options: dict[str, Any] = {name: False}
+    return DistributedDataParallel(step, device_ids=indices, **options)
