@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 from nckernels.metrics import ConvergenceTable
 from nckernels.metrics.convergence import TABLE_7_METRICS
 
-from .collect import Results
+from .collect import Results, mean
 from .measured import (
     METRICS,
     NAMES,
@@ -36,41 +37,45 @@ Tables = dict[int, ConvergenceTable]
 def claims(results: Results) -> list[Claim]:
     """All of them, in the order of the table."""
     times = speeds(results)
-    points, shares = "points", "% of CE's iterations, median over the seeds"
-    own = "% of the iterations, medians over the seeds"
+    of_ce = "Shares of CE's iterations, medians over the seeds"
+    of_all = "% of the iterations, NONL : rival, medians over the seeds"
     return [
         Claim("EB1", "NormFace, NTCE and NONL reach each final value of CE's metrics of collapse before CE ends",
-              tuple(_matched(times, row, metric) for row in NORMALISED for metric in TABLE_7_METRICS), shares),
+              tuple(_matched(times, row, metric) for row in NORMALISED for metric in TABLE_7_METRICS),
+              of_ce, counted=True),
         Claim("EB2", "NONL reaches 95 % of collapse, and CE's final values, before NormFace and NTCE",
               tuple(_earlier(times, rival, metric, part) for part in (1, 2) for rival in ("normface", "ntce")
-                    for metric in TABLE_7_METRICS), own),
+                    for metric in TABLE_7_METRICS), of_all, counted=True),
         Claim("EB3", "NTCE is better than NormFace: accuracy, and distance from collapse at the end",
-              (_compare(results, accuracy, "ntce", "normface", what="accuracy, points"),
-               *(_closer(results, "ntce", "normface", metric) for metric in TABLE_7_METRICS))),
+              (_compare(results, accuracy, "ntce", "normface", what="accuracy (points)"),
+               *(_closer(results, "ntce", "normface", metric) for metric in TABLE_7_METRICS)), "Differences"),
         Claim("EB4, Table 2", f"Class means of SCL classify as well as a linear probe, within {MARGIN:g} point",
-              (_no_worse(results),), points),
+              (_no_worse(results),)),
         Claim("EB5", "NormFace, NTCE, NONL and SCL end nearer to collapse than CE",
               tuple(_closer(results, row, "ce", metric) for row in (*NORMALISED, "scl")
-                    for metric in TABLE_7_METRICS), "distance from the optimum minus CE's"),
+                    for metric in TABLE_7_METRICS), "Distances from the optimum, of those that hold as shares of CE's",
+              counted=True),
         Claim("EB6", "NTCE and NONL beat CE in transfer, under corruptions and on long tails",
-              tuple(_downstream(results, ("ntce", "nonl"))), points),
+              (*_transfers(results, ("ntce", "nonl")), *_corrupted(results, ("ntce", "nonl")),
+               *_long_tails(results, ("ntce", "nonl")))),
         Claim("Table 1", "NormFace, NTCE and NONL classify better than CE",
-              tuple(_compare(results, accuracy, row, "ce") for row in NORMALISED), points),
+              tuple(_compare(results, accuracy, row, "ce") for row in NORMALISED)),
         Claim("Table 1", "NONL classifies better than ETF+DR, NormFace and NTCE",
-              tuple(_compare(results, accuracy, "nonl", row) for row in ("etf-dr", "normface", "ntce")), points),
+              tuple(_compare(results, accuracy, "nonl", row) for row in ("etf-dr", "normface", "ntce"))),
         Claim("Table 4", "NormFace, NTCE and NONL transfer better than CE, ETF+DR worse",
-              (*_transfers(results, NORMALISED),
-               _compare(results, transfer, "etf-dr", "ce", stage="half", wanted=-1)), points),
+              (*_transfers(results, NORMALISED, ""),
+               _compare(results, transfer, "etf-dr", "ce", stage="half", wanted=-1))),
         Claim("Table 5", "NormFace, NTCE and NONL have a smaller mCE than CE",
-              tuple(_corrupted(results, NORMALISED)), points),
-        Claim("Table 6", "NTCE and NONL beat CE on long tails", tuple(_long_tails(results, ("ntce", "nonl"))), points),
+              tuple(_corrupted(results, NORMALISED, ""))),
+        Claim("Table 6", "NTCE and NONL beat CE on long tails", tuple(_long_tails(results, ("ntce", "nonl")))),
         Claim("Table 7 (I)", "NONL reaches 95 % of collapse before NormFace, on the effective ranks",
-              tuple(_earlier(times, "normface", metric, 1) for metric in RANKS), own),
-        Claim("Table 7 (II)", f"NONL has CE's final values after {AT_ONCE:.1%} of CE's iterations, or at the first "
-              "evaluation if that is later, on 4 of 5 metrics",
-              tuple(_at_once(times, metric, first_evaluation(results)) for metric in TABLE_7_METRICS), shares, 4),
+              tuple(replace(_earlier(times, "normface", metric, 1), group="") for metric in RANKS), of_all),
+        Claim("Table 7 (II)", f"NONL has CE's final values after {100 * AT_ONCE:g} % of CE's iterations, or at the "
+              "first evaluation if that is later, on 4 of 5 metrics",
+              tuple(_at_once(times, metric, first_evaluation(results)) for metric in TABLE_7_METRICS),
+              "% of CE's iterations, medians over the seeds", needed=4),
         Claim("App. G.4, in spirit", "NONL contrasted over all processes classifies better than each process alone",
-              (_global_batch(results),), points),
+              (_global_batch(results),)),
     ]  # fmt: skip
 
 
@@ -103,17 +108,23 @@ def _compare(
     stage: str = "main",
     wanted: int = 1,
     what: str = "",
+    group: str = "",
     digits: int | None = 1,
     **point: object,
 ) -> Part:
     """Whether the first row has the larger value (``wanted`` 1) or the smaller one (-1)."""
-    found = difference(*(by_seed(results, measure, stage, row, **point) for row in (first, second)))
-    return Part(what or f"{NAMES[first]} - {NAMES[second]}", _decide(found, wanted), sized(found, digits))
+    values = [by_seed(results, measure, stage, row, **point) for row in (first, second)]
+    found = difference(*values)
+    middle, base = (mean(list(one.values())) for one in values)
+    share = 100 * middle / base if base else math.nan
+    what = what or f"{NAMES[first]} - {NAMES[second]}"
+    return Part(what, _decide(found, wanted), sized(found, digits), group, share)
 
 
 def _closer(results: Results, first: str, second: str, metric: str) -> Part:
-    what = METRICS[metric] if second != "ce" else f"{NAMES[first]} {METRICS[metric]}"
-    return _compare(results, distance(metric), first, second, wanted=-1, what=what, digits=None)
+    what, measure = METRICS[metric], distance(metric)
+    group = NAMES[first] if second == "ce" else "distance from the optimum"
+    return _compare(results, measure, first, second, wanted=-1, what=what, group=group, digits=None)
 
 
 def _no_worse(results: Results) -> Part:
@@ -126,29 +137,22 @@ def _no_worse(results: Results) -> Part:
     return Part("FP - LP", outcome, sized(found))
 
 
-def _transfers(results: Results, rows: Iterable[str], *, what: str = "") -> Iterator[Part]:
+def _transfers(results: Results, rows: Iterable[str], group: str = "transfer") -> Iterator[Part]:
     for row in rows:
-        name = f"{what}, {NAMES[row]}" if what else ""
-        yield _compare(results, transfer, row, "ce", stage="half", what=name)
+        yield _compare(results, transfer, row, "ce", stage="half", group=group)
 
 
-def _corrupted(results: Results, rows: Iterable[str], *, what: str = "") -> Iterator[Part]:
+def _corrupted(results: Results, rows: Iterable[str], group: str = "mCE") -> Iterator[Part]:
     measure = relative_error(results)
     for row in rows:
-        yield _compare(results, measure, row, "ce", wanted=-1, what=f"{what}, {NAMES[row]}" if what else "")
+        yield _compare(results, measure, row, "ce", wanted=-1, group=group)
 
 
 def _long_tails(results: Results, rows: Iterable[str]) -> Iterator[Part]:
     for row in rows:
         for imbalance in STAGES["longtail"].values["data.imbalance"]:
-            what, point = f"{NAMES[row]} at {imbalance:g}", {"data__imbalance": imbalance}
-            yield _compare(results, accuracy, row, "ce", stage="longtail", what=what, **point)
-
-
-def _downstream(results: Results, rows: tuple[str, ...]) -> Iterator[Part]:
-    yield from _transfers(results, rows, what="transfer")
-    yield from _corrupted(results, rows, what="mCE")
-    yield from _long_tails(results, rows)
+            what, group, point = f"at {imbalance:g}", f"long tail, {NAMES[row]} - CE", {"data__imbalance": imbalance}
+            yield _compare(results, accuracy, row, "ce", stage="longtail", what=what, group=group, **point)
 
 
 def _global_batch(results: Results) -> Part:
@@ -159,13 +163,15 @@ def _global_batch(results: Results) -> Part:
     return Part("all - own", _decide(found, 1), sized(found))
 
 
-def _percent(times: Mapping[int, float]) -> str:
-    """The median of shares; infinite is never."""
+def _middle(times: Mapping[int, float]) -> float:
+    """The median of shares in per cent; infinite is never."""
     known = [value for value in times.values() if not math.isnan(value)]
-    if not known:
-        return ""
-    median = statistics.median_high(known)
-    return "never" if math.isinf(median) else f"{100 * median:.0f}"
+    return 100 * statistics.median_high(known) if known else math.nan
+
+
+def _percent(times: Mapping[int, float]) -> str:
+    middle = _middle(times)
+    return "" if math.isnan(middle) else "never" if math.isinf(middle) else f"{middle:.0f}"
 
 
 def _unanimous(times: Mapping[int, float], yes: Iterable[bool], no: Iterable[bool]) -> str:
@@ -182,7 +188,7 @@ def _matched(tables: Tables, row: str, metric: str) -> Part:
     times = match_times(tables, row, metric)
     values = times.values()
     outcome = _unanimous(times, (0 < value < 1 for value in values), (math.isinf(value) for value in values))
-    return Part(f"{NAMES[row]} {METRICS[metric]}", outcome, _percent(times))
+    return Part(METRICS[metric], outcome, _percent(times), NAMES[row], _middle(times))
 
 
 def _at_once(tables: Tables, metric: str, first: float) -> Part:
@@ -197,8 +203,8 @@ def _earlier(tables: Tables, rival: str, metric: str, part: int) -> Part:
     """Whether NONL is there before a rival with every seed."""
     of = collapse_times if part == 1 else match_times
     ours, theirs = of(tables, "nonl", metric), of(tables, rival, metric)
-    size = f"{_percent(ours)} : {_percent(theirs)}" if ours and theirs else ""
-    what = f"{NAMES[rival]} {METRICS[metric]}" + (" (as CE)" if part == 2 else "")
+    group = f"{NAMES[rival]}, {'95 % of collapse' if part == 1 else 'as CE'}"
     if not ours.keys() & theirs.keys():
-        return Part(what, NOT_RUN)
-    return Part(what, {-1: HELD, 1: REVERSED, 0: UNDECIDED}[order(ours, theirs)], size)
+        return Part(METRICS[metric], NOT_RUN, group=group)
+    outcome = {-1: HELD, 1: REVERSED, 0: UNDECIDED}[order(ours, theirs)]
+    return Part(METRICS[metric], outcome, f"{_percent(ours)} : {_percent(theirs)}", group)

@@ -56,8 +56,8 @@ def _head(results: Results) -> str:
     return f"""# Results on glyphs
 
 Which of the claims of [NCD], "Neural Collapse by Design", hold on {num_classes()} classes of letters and digits, for a
-small network on a CPU. These are results on glyphs, and they say nothing of CIFAR or ImageNet, on which nothing here was
-trained. All numbers are in [`{file}`](../{file}), from which a program writes this page, its verdicts too:
+small network on a CPU. These are results on glyphs, and they say nothing of CIFAR or ImageNet, on which nothing was
+trained here. All numbers are in [`{file}`](../{file}), from which a program writes this page, its verdicts too:
 
 ```
 make experiments   # trains what is missing, then writes the page
@@ -71,18 +71,18 @@ def _verdicts(results: Results) -> str:
     seeds = len(_seeds(results))
     return f"""## Verdicts
 
-{tables.table(["in [NCD]", "claim", "here", "verdict"], rows, numbers=False)}
+{tables.table(["in [NCD]", "claim", "here", "verdict"], rows, range(4))}
 
 **The rule.** Two losses are compared seed by seed. Printed is the mean of the differences ± their standard deviation
-over the seeds. A difference counts if the {CONFIDENCE:.0%} confidence interval of its mean (Student's t) leaves out
-zero: with {seeds} seeds, if the mean is larger than {critical(seeds):.1f} standard deviations. That is strict: a
+over the seeds. A difference counts if the {100 * CONFIDENCE:g} % confidence interval of its mean (Student's t) leaves
+out zero: with {seeds} seeds, if the mean is larger than {critical(seeds):.1f} standard deviations. That is strict: a
 difference that does not count may still exist, {seeds} seeds do not show it. It makes no allowance for the number of
 comparisons: of twenty differences that do not exist, one is expected to count. Times until something is reached, which
-may be infinite, count if all seeds agree. EB4 asks whether the whole interval is above -{MARGIN:g} point. A claim that
-is made of several comparisons gets one of these words: {words}.
+may be infinite, count if all seeds agree. EB4 is tested at the end of training, and asks whether the whole interval is
+above -{MARGIN:g} point. A claim that is made of several comparisons gets one of these words: {words}.
 
 EB1 does not count a value that the untrained network has already. For Table 7 (II) it counts, as in [NCD], and where
-the first evaluation comes later than {AT_ONCE:.1%} of the iterations it stands for them."""
+the first evaluation comes later than {100 * AT_ONCE:g} % of the iterations it stands for them."""
 
 
 def _method(results: Results) -> str:
@@ -100,6 +100,7 @@ def _method(results: Results) -> str:
     for key, stage in STAGES.items():
         runs = [run for run in results.runs if run.stage == key]
         stages.append([f"`{key}`: {stage.title}", f"{sum(run.finished for run in runs)} of {len(runs)}"])
+    each = ", ".join(f"{lr:g}" for lr in grid)
     return f"""## What was done
 
 **Data.** {num_classes()} characters in {train} DejaVu faces, {images:,} images of {size} x {size} pixels; tested on
@@ -109,10 +110,10 @@ def _method(results: Results) -> str:
 {recipe.schedule.epochs} epochs of batches of {recipe.run.batch_size}, SGD with momentum {sgd.momentum:g}, weight decay
 {sgd.weight_decay:g} and a cosine schedule: `nckernels/train/recipes/glyphs.toml`.
 
-**Tuning.** One grid of {len(grid)} learning rates for every loss ({", ".join(f"{lr:g}" for lr in grid)}), with one seed.
-The rate is chosen on the serif faces, held out from the training faces. Then every loss is trained with its rate on all
-training faces with the seeds {seeds or NOT_RUN}, and tested after the last step: no early stopping, no choice of
-a checkpoint. All other stages have the same rates.
+**Tuning.** One grid of {len(grid)} learning rates for every loss ({each}), with one seed. The rate is chosen on the
+serif faces, held out from the training faces. Then every loss is trained with its rate on all training faces with the
+seeds {seeds or NOT_RUN}, and tested after the last step: no early stopping, no choice of a checkpoint. All other stages
+have the same rates, `grid` and `ranks` times the batch size over {recipe.run.batch_size}.
 
 **What is not equal.** SCL sees two further random views of every image, where the others see the images as they are,
 and has an MLP as its projection. The temperature is {recipe.loss.temperature:g} for all losses that have one, which is
@@ -158,8 +159,8 @@ Medians over the seeds, smallest and largest in brackets where they differ. The 
 iterations after which a run is, and stays, within 5 % of the metric's range of collapse. The second has the share of
 CE's iterations after which it is, and stays, as near to collapse as CE of the same seed is in the end; in CE's own row,
 after which CE stays within 5 % of the range of its final value. An evaluation comes every
-{first_evaluation(results):.1%} of the iterations, and nothing is smoothed. 0 % means that the untrained network was
-there already.
+{100 * first_evaluation(results):.1f} % of the iterations, and nothing is smoothed. 0 % means that the untrained network
+was there already.
 
 {_picture("convergence")}
 

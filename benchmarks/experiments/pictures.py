@@ -21,7 +21,7 @@ from .collect import Results, Run, tuned
 from .measured import METRICS, NAMES, best, dim, mean_errors, num_classes
 from .paired import accuracy
 from .stages import STAGES
-from .tables import name
+from .tables import missing, name
 
 COLOURS = {row: THEMES[row][0] for row in NAMES}
 CURVES = ("inter_erank", "weights_erank", "intra_erank", "weight_alignment", "instance_alignment", "within_scatter")
@@ -46,14 +46,14 @@ def rates(results: Results) -> Figure | None:
     # Beside each other: several losses may diverge at one rate.
     for i, row in enumerate(chosen):
         lost = [run.lr for run in results.runs if (run.stage, run.row) == ("tune", row) and not run.finished]
-        ax.plot(np.array(lost) * 1.035 ** (i - len(chosen) / 2), np.zeros(len(lost)), "x", ms=6, color=COLOURS[row],
+        ax.plot(np.array(lost) * 1.035 ** (i - len(chosen) / 2), np.full(len(lost), 1.5), "x", ms=6, color=COLOURS[row],
                 mew=2, clip_on=False)  # fmt: skip
     ticks = sorted({run.lr for run in results.runs if run.stage == "tune"})
     _logarithmic(ax, ticks, [f"{lr:g}" for lr in ticks])
     ax.set_ylim(bottom=0)
     ax.set_xlabel("learning rate")
     ax.set_ylabel("accuracy on held-out faces, %")
-    _legend(figure, list(chosen), [_mark("o", "chosen"), _mark("x", "diverged")])
+    _legend(figure, list(chosen), [_mark("o", "chosen"), _mark("x", missing(results))])
     return figure
 
 

@@ -29,9 +29,9 @@ OURS = ("within_scatter", "cdnv", "nc2_cosines")
 """Beside the metrics of [NCD] Table 3: the size of the scatter, and errors that grow linearly near the optimum."""
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = True) -> str:
-    """The first column is text, and so are the others without ``numbers``."""
-    lines = [head, ["---", *["---:" if numbers else "---"] * (len(head) - 1)], *rows]
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], text: Sequence[int] = (0,)) -> str:
+    """The columns ``text`` to the left, the others, numbers, to the right."""
+    lines = [head, ["---" if i in text else "---:" for i in range(len(head))], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -66,9 +66,11 @@ def rates(results: Results) -> str:
             notes.append("the best is at the edge of the grid")
         elif not next(run for run in runs if run.lr > chosen[row]).finished:
             notes.append("the best is next to it")
+        trained = {run.lr for run in results.of("main", row)} - {chosen[row]}
+        notes += [f"the stages after it have {lr:g}" for lr in trained]
         found = max(accuracy(run) for run in runs if run.finished)
         rows.append([name(row), f"{chosen[row]:g}", f"{found:.1f}", "; ".join(notes)])
-    return table(["", "learning rate", "held-out faces, %", ""], rows)
+    return table(["", "learning rate", "held-out faces, %", ""], rows, (0, 3))
 
 
 def missing(results: Results) -> str:
@@ -197,7 +199,7 @@ def _shares(times: Mapping[int, float]) -> str:
         return ""
     middle = _share(statistics.median_high(known))
     low, high = _share(known[0]), _share(known[-1])
-    return middle if low == high else f"{middle} ({low} to {high})"
+    return middle if low == high else f"{middle} ({low.removesuffix(' %')} to {high.removesuffix(' %')})"
 
 
 def _share(value: float) -> str:

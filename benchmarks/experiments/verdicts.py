@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 HELD, REVERSED, UNDECIDED, NOT_RUN = "holds", "reversed", "undecided", "not run"
@@ -13,8 +14,6 @@ RULES = {
     FAILED: "some count the other way round, none as claimed",
     UNDECIDED: "none counts",
 }
-LISTED = 6
-"""So many comparisons are listed; of more only those that do not hold."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,9 @@ class Part:
     outcome: str
     """HELD, REVERSED, UNDECIDED or NOT_RUN."""
     size: str = ""
+    group: str = ""
+    share: float = math.nan
+    """In per cent, of what the claim compares with; for a range over the group."""
 
     def __str__(self) -> str:
         return f"{self.what} {self.size}".strip()
@@ -37,10 +39,12 @@ class Claim:
     source: str
     statement: str
     parts: tuple[Part, ...]
-    unit: str = ""
+    unit: str = "Points"
     """Of the sizes."""
     needed: int | None = None
     """The claim is that at least so many of the parts hold. None: all of them."""
+    counted: bool = False
+    """Too many parts to be listed: those that hold are counted, by their groups."""
 
     def of(self, outcome: str) -> list[Part]:
         return [part for part in self.parts if part.outcome == outcome]
@@ -64,12 +68,34 @@ class Claim:
         """What was found."""
         if self.verdict == NOT_RUN:
             return "Not run."
-        unit = f"; {self.unit}" if self.unit else ""
-        if len(self.parts) <= LISTED:
-            notes = {HELD: "", REVERSED: " (reversed)", UNDECIDED: " (undecided)", NOT_RUN: " (not run)"}
-            return ", ".join(f"{part}{notes[part.outcome]}" for part in self.parts) + f"{unit}."
-        found = [f"{len(self.of(HELD))} of {len(self.parts)} comparisons hold"]
-        for outcome in (REVERSED, UNDECIDED, NOT_RUN):
-            if parts := self.of(outcome):
-                found.append(f"{outcome}: " + ", ".join(map(str, parts)))
-        return "; ".join(found) + f"{unit}."
+        groups: dict[str, list[Part]] = {}
+        for part in self.parts:
+            groups.setdefault(part.group, []).append(part)
+        if not self.counted:
+            return f"{self.unit}: " + "; ".join(_listed(name, parts) for name, parts in groups.items()) + "."
+        found = "; ".join(_counted(name, parts) for name, parts in groups.items())
+        return f"{len(self.of(HELD))} of {len(self.parts)} comparisons hold. {self.unit}: {found}."
+
+
+def _listed(group: str, parts: list[Part]) -> str:
+    notes = {HELD: "", REVERSED: " (reversed)", UNDECIDED: " (undecided)", NOT_RUN: " (not run)"}
+    listed = ", ".join(f"{part}{notes[part.outcome]}" for part in parts)
+    return f"{group}: {listed}" if group else listed
+
+
+def _counted(group: str, parts: list[Part]) -> str:
+    """How many hold, and what becomes of the others."""
+    by_outcome = {outcome: [p for p in parts if p.outcome == outcome] for outcome in (REVERSED, UNDECIDED, NOT_RUN)}
+    held = [part for part in parts if part.outcome == HELD]
+    shares = sorted(part.share for part in held if not math.isnan(part.share))
+    notes = []
+    if shares:
+        low, high = f"{shares[0]:.0f}", f"{shares[-1]:.0f}"
+        notes.append(f"{low} %" if low == high else f"{low} to {high} %")
+    for outcome, those in by_outcome.items():
+        sizes = {part.size for part in those}
+        if len(those) == len(parts) and len(sizes) == 1:
+            notes.append(f"all {outcome} {sizes.pop()}".strip())
+        elif those:
+            notes.append(f"{outcome}: " + ", ".join(map(str, those)))
+    return f"{group} {len(held)} of {len(parts)}" + (f" ({'; '.join(notes)})" if notes else "")
