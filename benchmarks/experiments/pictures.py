@@ -43,17 +43,21 @@ def rates(results: Results) -> Figure | None:
         ax.plot([run.lr for run in done], [accuracy(run) for run in done], color=COLOURS[row], lw=2, marker=".", ms=6)
         top = next(run for run in done if run.lr == chosen[row])
         ax.plot(top.lr, accuracy(top), "o", ms=10, mfc="none", mec=COLOURS[row], mew=2)
-    # Beside each other: several losses may diverge at one rate.
-    for i, row in enumerate(chosen):
-        lost = [run.lr for run in results.runs if (run.stage, run.row) == ("tune", row) and not run.finished]
-        ax.plot(np.array(lost) * 1.035 ** (i - len(chosen) / 2), np.full(len(lost), 1.5), "x", ms=6, color=COLOURS[row],
-                mew=2, clip_on=False)  # fmt: skip
+    lost = {
+        row: [run.lr for run in results.runs if (run.stage, run.row) == ("tune", row) and not run.finished]
+        for row in chosen
+    }
+    lost = {row: values for row, values in lost.items() if values}
+    for i, (row, values) in enumerate(lost.items()):
+        # Beside each other, because several losses may diverge at one rate.
+        beside = np.array(values) * 1.06 ** (i - (len(lost) - 1) / 2)
+        ax.plot(beside, np.full(len(values), 1.5), "x", ms=6, color=COLOURS[row], mew=2)
     ticks = sorted({run.lr for run in results.runs if run.stage == "tune"})
     _logarithmic(ax, ticks, [f"{lr:g}" for lr in ticks])
     ax.set_ylim(bottom=0)
     ax.set_xlabel("learning rate")
     ax.set_ylabel("accuracy on held-out faces, %")
-    _legend(figure, list(chosen), [_mark("o", "chosen"), _mark("x", missing(results))])
+    _legend(figure, list(chosen), [_mark("o", "chosen"), *([_mark("x", missing(results))] if lost else [])])
     return figure
 
 
