@@ -8,6 +8,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 TRITON36 := .triton36
+VISION := .vision
 
 ifdef PY
 READY :=
@@ -22,7 +23,7 @@ PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadgroup
 
 CXX_FILES := $(wildcard csrc/*/*.[ch]* tests/cuda_host/*.h tests/cuda_host/*.cpp benchmarks/*.cpp)
 
-.PHONY: help setup demo test test-all test-gpu sanitize lint check-cuda check-triton check-triton-quick check-quack bench bench-report experiments clean
+.PHONY: help setup demo test test-all test-gpu test-vision sanitize lint check-cuda check-triton check-triton-quick check-quack bench bench-report experiments clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,6 +51,10 @@ sanitize: $(READY) ## the native backend's tests under the address and undefined
 	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 NCKERNELS_BACKEND=native \
 	$(PYTEST) tests/test_primitive.py tests/test_losses.py tests/test_autograd.py tests/test_native.py tests/test_fuzz.py \
 	  $(addprefix tests/test_contrastive,.py _autograd.py _degenerate.py _modules.py) -k native
+
+test-vision: $(VISION)/.ready ## with torchvision and timm, under a newer torch (5.6 GB): their networks and transforms, and our own tests
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VISION)/bin/python -m pytest -q -n 2 --dist loadgroup tests/train tests/lab \
+	  $(addprefix tests/test_,primitive.py losses.py autograd.py modules.py native.py integration.py) -m "not slow and not cuda"
 
 lint: $(READY) ## ruff, mypy and clang-format
 	$(PY) -m ruff check .
@@ -82,7 +87,7 @@ experiments: $(READY) ## the papers' claims on glyphs: trains what is missing in
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks experiments --out out/experiments --write
 
 clean: ## remove everything that make and the tools produced
-	rm -rf $(VENV) $(TRITON36) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(TRITON36) $(VISION) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 $(VENV)/.ready: pyproject.toml setup.py
 	$(PYTHON) -m venv $(if $(TORCH),,--system-site-packages) $(VENV)
@@ -94,4 +99,12 @@ $(VENV)/.ready: pyproject.toml setup.py
 # The oldest Triton that we support (torch 2.11 ships it), beside the newest one in .venv.
 $(TRITON36)/.ready: $(READY)
 	$(PY) -m pip install -q --target $(TRITON36) triton==3.6.0 "numpy<2.4"
+	@touch $@
+
+# torchvision, which has no build beside the CPU's torch in .venv, and timm.
+$(VISION)/.ready: pyproject.toml setup.py
+	$(PYTHON) -m venv $(VISION)
+	$(VISION)/bin/pip install -q --upgrade pip setuptools
+	$(VISION)/bin/pip install -q torch==2.14.1 torchvision==0.29.1 timm
+	$(VISION)/bin/pip install -q --editable ".[dev]"
 	@touch $@

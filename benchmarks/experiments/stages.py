@@ -11,7 +11,7 @@ from nckernels.train import grid
 from nckernels.train.sweep import TRAIN
 
 SEEDS = (0, 1, 2)
-RATES = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+RATES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 1.5, 2.0, 5.0, 10.0)
 WITH_CLASSIFIER = ("ce", "etf-dr", "normface", "ntce", "nonl")
 PROCESSES = 4
 NEVER = 10**6

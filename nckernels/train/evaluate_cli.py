@@ -182,5 +182,6 @@ def _error_table(
             line += f"{100 * mean / statistics.fmean(baseline[name]):8.1f}"
         lines.append(line)
     means = [statistics.fmean(values) for values in errors.values()]
-    last = f"{'mean':<{width}}{'':{7 * corruptions.SEVERITIES}}{100 * statistics.fmean(means):8.1f}"
+    name = "mean" if mce is None else "mean, mCE"
+    last = f"{name:<{width}}{'':{7 * corruptions.SEVERITIES}}{100 * statistics.fmean(means):8.1f}"
     return "\n".join([*lines, last + (f"{100 * mce:8.1f}" if mce is not None else "")])

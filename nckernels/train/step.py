@@ -65,7 +65,7 @@ def check_labels(recipe: Recipe, data: Any) -> None:
 def seed(device: torch.device, *parts: int | str) -> None:
     """The global random state of the CPU and of the device as a function of ``parts``, without waiting for either.
 
-    (``torch.manual_seed`` takes longer than a small training step where CUDA is not in use.)
+    (``torch.manual_seed`` takes hundreds of times as long where CUDA is not in use.)
     """
     number = mix(*parts)
     torch.default_generator.manual_seed(number)

@@ -9,20 +9,15 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
-import faulthandler
 import functools
-import gc
-import importlib
 import json
 import os
-import runpy
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,70 +25,10 @@ from typing import Any
 DEADLINE = 60.0  # seconds until a process that does not end is killed and the test fails
 
 
-IMPORTED = (
-    *("torch._dynamo", "torch.distributed", "torch.nn.parallel", "sklearn.datasets", "sklearn.model_selection"),
-    *("nckernels.train.engine", "nckernels.train.cli", "nckernels.train.evaluate_cli", "nckernels.metrics"),
-)
-
-
-def serve() -> None:
-    """Fork a child for each request on the standard input; the children end in here, too."""
-    for name in IMPORTED:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
-    gc.freeze()  # a child that collects garbage need not copy all of this
-    for line in sys.stdin:
-        request = json.loads(line)
-        if "poll" in request:
-            pid, status = os.waitpid(request["poll"], os.WNOHANG)
-            answer = os.waitstatus_to_exitcode(status) if pid else None
-        else:
-            answer = os.fork()
-            if answer == 0:
-                _become(**request)
-        print(json.dumps(answer), flush=True)
-    os._exit(0)
-
-
-def _become(arguments: list[str], environment: dict[str, str], folder: str, output: str, file_size: int) -> None:
-    os.setsid()
-    os.chdir(folder)
-    os.environ.update(environment)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for descriptor, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    faulthandler.enable()
-    if file_size:
-        _limit(file_size)
-    sys.path[0] = ""  # as `python -m` has it
-    sys.argv = ["nckernels", *arguments]
-    status: Any = 0
-    try:
-        runpy.run_module("nckernels", run_name="__main__", alter_sys=True)
-    except SystemExit as end:
-        status = end.code or 0
-        if not isinstance(status, int):
-            print(status, file=sys.stderr)
-            status = 1
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    os._exit(status)  # to tear all modules down takes longer than many a run
-
-
-def _limit(file_size: int) -> None:
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-
-
 @functools.cache
 def _server() -> subprocess.Popen[str]:
-    server = subprocess.Popen(
-        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
-    )
+    command = [sys.executable, str(Path(__file__).with_name("contract_server.py"))]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment())
     atexit.register(server.kill)
     return server
 
@@ -175,13 +110,8 @@ def start(
     """Start `python -m nckernels ARGUMENTS` in a folder, with files of at most ``file_size`` bytes if it is not 0."""
     output = tempfile.mktemp(dir=folder, prefix="output-")
     if fork:
-        pid = _ask(
-            arguments=arguments,
-            environment={"OMP_NUM_THREADS": "1", **(environ or {})},
-            folder=str(folder),
-            output=output,
-            file_size=file_size,
-        )
+        request = {"arguments": arguments, "environment": dict(environ or {}), "folder": str(folder)}
+        pid = _ask(**request, output=output, file_size=file_size)
         return Process(list(arguments), pid, output)
     with open(f"{output}.out", "wb") as out, open(f"{output}.err", "wb") as err:
         popen = subprocess.Popen(
@@ -326,7 +256,3 @@ def tensors(content: Any) -> list[Any]:
         return [content]
     values = content.values() if isinstance(content, dict) else content if isinstance(content, (list, tuple)) else ()
     return [tensor for value in values for tensor in tensors(value)]
-
-
-if __name__ == "__main__":
-    serve()

@@ -66,8 +66,8 @@ def agree(found: Path, expected: Path) -> None:
         assert a[key] == pytest.approx(b[key], abs=1.5 / size), key
     assert set(a["metrics"]) == set(b["metrics"])
     for name, values in b["metrics"].items():
-        expected = values[0] if values[0] is None else pytest.approx(values[0], rel=1e-3, abs=1e-4)
-        assert a["metrics"][name][0] == expected, name
+        wanted = values[0] if values[0] is None else pytest.approx(values[0], rel=1e-3, abs=1e-4)
+        assert a["metrics"][name][0] == wanted, name
     rates = [[line["lr"] for line in cli.log(folder)] for folder in (found, expected)]
     assert rates[0] == rates[1]
 
