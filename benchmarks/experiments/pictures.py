@@ -124,7 +124,7 @@ def temperatures(results: Results) -> Figure | None:
             values[sizes.index(run.point["run.batch_size"]), taus.index(run.point["loss.temperature"])] = accuracy(run)
         ax.imshow(np.ma.masked_invalid(values), cmap="viridis", vmin=low, vmax=high, origin="lower", aspect="auto")
         for (y, x), value in np.ndenumerate(values):
-            dark = np.isnan(value) or value > (low + high) / 2
+            dark = np.isnan(value) or value > low + 0.6 * (high - low)
             text = "none" if np.isnan(value) else f"{value:.1f}"
             ax.text(x, y, text, ha="center", va="center", color=INK if dark else "white", fontsize=11)
         ax.set_xticks(range(len(taus)), [f"{tau:g}" for tau in taus])

@@ -98,4 +98,4 @@ def _counted(group: str, parts: list[Part]) -> str:
             notes.append(f"all {outcome} {sizes.pop()}".strip())
         elif those:
             notes.append(f"{outcome}: " + ", ".join(map(str, those)))
-    return f"{group} {len(held)} of {len(parts)}" + (f" ({'; '.join(notes)})" if notes else "")
+    return f"{group}: {len(held)} of {len(parts)}" + (f" ({'; '.join(notes)})" if notes else "")
