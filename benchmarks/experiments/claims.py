@@ -80,7 +80,7 @@ def claims(results: Results) -> list[Claim]:
 
 
 def sized(found: Difference, digits: int | None = 1) -> str:
-    """Mean and standard deviation over the seeds; ``digits`` after the point, or None for two significant ones."""
+    """Mean and standard deviation over the seeds; ``digits`` after the point, or None for three significant ones."""
     if not found.values:
         return ""
     if math.isnan(found.deviation):
@@ -89,7 +89,7 @@ def sized(found: Difference, digits: int | None = 1) -> str:
 
 
 def _number(value: float, digits: int | None) -> str:
-    return f"{value:+.2g}" if digits is None else f"{value:+.{digits}f}"
+    return f"{value:+.3g}" if digits is None else f"{value:+.{digits}f}"
 
 
 def _decide(found: Difference, wanted: int) -> str:

@@ -46,7 +46,7 @@ def spread(values: Mapping[int, float], digits: int | None = 1) -> str:
         return NOT_RUN
 
     found = list(values.values())
-    middle, width = (".3g", ".1g") if digits is None else (f".{digits}f", f".{digits}f")
+    middle, width = (".3g", ".2g") if digits is None else (f".{digits}f", f".{digits}f")
     if len(found) < 2:
         return f"{found[0]:{middle}} (one seed)"
     return f"{mean(found):{middle}} ± {deviation(found):{width}}"
