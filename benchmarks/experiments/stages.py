@@ -66,14 +66,6 @@ STAGES: dict[str, Stage] = {
         ("data.classes=[0, 50]", "schedule.epochs=24", *FINAL_ONLY),
         rows=(*WITH_CLASSIFIER, "scl"),
     ),
-    # The learning rate grows with the batch, from the tuned one at 128.
-    "grid": Stage(
-        "temperature x batch size",
-        ("optimizer.lr_batch=128", *FINAL_ONLY),
-        rows=("normface", "nonl"),
-        seeds=(0,),
-        values={"loss.temperature": (0.05, 0.1, 0.2, 0.5, 1.0), "run.batch_size": (32, 128, 512)},
-    ),
     # 16 samples on each process. Group norm, because on CPUs the statistics of batch norm would be each process's own.
     "ranks": Stage(
         f"batches of 64 on {PROCESSES} processes, contrasted as a whole or by each process on its own",
@@ -81,5 +73,13 @@ STAGES: dict[str, Stage] = {
         rows=("nonl",),
         values={"loss.global_batch": (True, False)},
         processes=PROCESSES,
+    ),
+    # The learning rate grows with the batch, from the tuned one at 128.
+    "grid": Stage(
+        "temperature x batch size",
+        ("optimizer.lr_batch=128", *FINAL_ONLY),
+        rows=("normface", "nonl"),
+        seeds=(0,),
+        values={"loss.temperature": (0.05, 0.1, 0.2, 0.5, 1.0), "run.batch_size": (32, 128, 512)},
     ),
 }

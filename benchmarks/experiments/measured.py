@@ -1,0 +1,112 @@
+"""What the tables and the verdicts need of the numbers beyond reading them: errors relative to CE's, and speeds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from functools import cache
+
+from nckernels.metrics import ConvergenceTable, RunHistory, convergence_table, optimum
+from nckernels.metrics.convergence import TABLE_7_METRICS
+from nckernels.train import recipes
+from nckernels.train.corruptions import mean_corruption_error
+
+from .collect import Results, Run, mean
+from .paired import Measure
+
+NAMES = {
+    "ce": "CE",
+    "etf-dr": "ETF+DR",
+    "normface": "NormFace",
+    "ntce": "NTCE",
+    "nonl": "NONL",
+    "scl": "SCL",
+    "dlp": "DLP",
+}
+"""Rows of the recipe, in the order of the tables."""
+NORMALISED = ("normface", "ntce", "nonl")
+METRICS = {
+    "intra_erank": "intra erank",
+    "inter_erank": "inter erank",
+    "weights_erank": "weights erank",
+    "weight_alignment": "weight align.",
+    "instance_alignment": "instance align.",
+    "mir": "MIR",
+    "hdr": "HDR",
+    "within_scatter": "within-class scatter",
+    "nc2_cosines": "error of cosines",
+    "cdnv": "CDNV",
+}
+
+
+@cache
+def dim(row: str) -> int:
+    return recipes.load(f"glyphs/{row}").model.dim
+
+
+@cache
+def num_classes() -> int:
+    return int(recipes.load("glyphs/ce").data.options["num_classes"])
+
+
+@cache
+def best(metric: str) -> float:
+    """At neural collapse."""
+    return float(asdict(optimum(num_classes()))[metric])
+
+
+def distance(metric: str) -> Measure:
+    """From neural collapse, at the end."""
+    return lambda run: abs(run.metrics.get(metric, [math.nan])[-1] - best(metric))
+
+
+def mean_errors(results: Results, row: str) -> dict[str, list[float]]:
+    """By corruption the errors at each severity, means over the seeds; empty if nothing was measured."""
+    runs = [run for run in results.of("main", row) if run.corruptions]
+    return {name: [mean(list(v)) for v in zip(*(r.corruptions[name] for r in runs), strict=True)]
+            for name in (runs[0].corruptions if runs else {})}  # fmt: skip
+
+
+def relative_error(results: Results) -> Measure:
+    """mCE in per cent, with the mean errors of CE as the baseline; NaN without them."""
+    baseline = mean_errors(results, "ce")
+
+    def measure(run: Run) -> float:
+        if not baseline or run.corruptions.keys() != baseline.keys():
+            return math.nan
+        return 100 * mean_corruption_error(run.corruptions, baseline)
+
+    return measure
+
+
+def speeds(results: Results) -> dict[int, ConvergenceTable]:
+    """[NCD] Table 7 by seed.
+
+    Nothing is smoothed: with an evaluation an epoch the average over the past would be most of what is measured.
+    """
+    tables = {}
+    for seed in sorted({run.seed for run in results.of("main")}):
+        runs = [
+            RunHistory(run.row, run.row, num_classes(), dim(run.row), run.steps, run.metrics)
+            for run in results.of("main")
+            if run.seed == seed and run.row != "dlp" and run.steps and set(TABLE_7_METRICS) <= run.metrics.keys()
+        ]
+        if runs:
+            tables[seed] = convergence_table(runs, smoothing=0.0)
+    return tables
+
+
+def collapse_times(tables: dict[int, ConvergenceTable], row: str, metric: str) -> dict[int, float]:
+    """Part (I) of Table 7: share of the iterations until 95 % of collapse, by seed."""
+    return {seed: t.collapse[row][metric] for seed, t in tables.items() if row in t.collapse}
+
+
+def match_times(tables: dict[int, ConvergenceTable], row: str, metric: str) -> dict[int, float]:
+    """Part (II): share of CE's iterations until the metric is as near collapse as CE's in the end, by seed."""
+    return {seed: t.match[row][metric] for seed, t in tables.items() if row in t.match}
+
+
+def first_evaluation(results: Results) -> float:
+    """Share of its iterations at which CE is evaluated for the first time after the start; NaN without CE."""
+    steps = next((run.steps for run in results.of("main", "ce") if run.steps), [])
+    return next((step / steps[-1] for step in steps if step > 0), math.nan)
