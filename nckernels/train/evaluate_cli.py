@@ -114,34 +114,31 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The numbers, and a table of them."""
-    with world(arguments.device) as place:
-        on, device = arguments.on, place.device
-        run = load(arguments.run, device, root="" if on == "imagenet-c" else arguments.root)
-        results: dict[str, Any] = {"run": str(arguments.run), "name": run.recipe.name, "on": on}
-        if on == "test":
-            found = evaluate.evaluate(run.network, run.head, run.data, run.recipe, device)
-            results |= asdict(found)
-            results["metrics"] = {
-                name: value if math.isfinite(value) else None for name, value in found.metrics.items()
-            }
-            text = _test_table(run, found)
-        else:
-            results["clean"] = 1 - run.accuracy(run.data.test)
-            errors = _errors(run, arguments.root if on == "imagenet-c" else None)
-            results["errors"] = {name: list(values) for name, values in errors.items()}
-            baseline: Mapping[str, Sequence[float]] | None = None
-            if on == "imagenet-c":
-                results["mce"] = imagenet_c.mean_corruption_error(errors)
-                baseline = {name: [error] for name, error in imagenet_c.ALEXNET.items()}
-            elif arguments.baseline is not None:
-                baseline = _errors(load(arguments.baseline, device, root=arguments.root))
-                results["mce"] = corruptions.mean_corruption_error(errors, baseline)
-            text = _error_table(results["clean"], errors, baseline, results.get("mce"))
-        if arguments.probes:
-            recipe = run.recipe.replace(run__probes=["FP", "LP", "NLP"])
-            classifiers = probe(run.network, run.data, recipe, device)
-            results["classifiers"] = [asdict(result) for result in classifiers]
-            text += "\n\n" + classifier_table(classifiers)
+    on, device = arguments.on, world(arguments.device).device
+    run = load(arguments.run, device, root="" if on == "imagenet-c" else arguments.root)
+    results: dict[str, Any] = {"run": str(arguments.run), "name": run.recipe.name, "on": on}
+    if on == "test":
+        found = evaluate.evaluate(run.network, run.head, run.data, run.recipe, device)
+        results |= asdict(found)
+        results["metrics"] = {name: value if math.isfinite(value) else None for name, value in found.metrics.items()}
+        text = _test_table(run, found)
+    else:
+        results["clean"] = 1 - run.accuracy(run.data.test)
+        errors = _errors(run, arguments.root if on == "imagenet-c" else None)
+        results["errors"] = {name: list(values) for name, values in errors.items()}
+        baseline: Mapping[str, Sequence[float]] | None = None
+        if on == "imagenet-c":
+            results["mce"] = imagenet_c.mean_corruption_error(errors)
+            baseline = {name: [error] for name, error in imagenet_c.ALEXNET.items()}
+        elif arguments.baseline is not None:
+            baseline = _errors(load(arguments.baseline, device, root=arguments.root))
+            results["mce"] = corruptions.mean_corruption_error(errors, baseline)
+        text = _error_table(results["clean"], errors, baseline, results.get("mce"))
+    if arguments.probes:
+        recipe = run.recipe.replace(run__probes=["FP", "LP", "NLP"])
+        classifiers = probe(run.network, run.data, recipe, device)
+        results["classifiers"] = [asdict(result) for result in classifiers]
+        text += "\n\n" + classifier_table(classifiers)
     return results, text
 
 
