@@ -17,7 +17,6 @@ import functools
 import json
 import math
 import multiprocessing
-import os
 import platform
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -31,6 +30,7 @@ from tqdm import tqdm
 
 from nckernels.train.data import glyphs
 from nckernels.train.engine import fit
+from nckernels.train.files import write_text
 from nckernels.train.recipe import Recipe
 
 from .report import commit
@@ -87,9 +87,7 @@ class Results:
 
     def save(self, path: Path) -> None:
         """The whole file or the one before."""
-        unfinished = path.with_suffix(".part")
-        unfinished.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        os.replace(unfinished, path)
+        write_text(path, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Results:

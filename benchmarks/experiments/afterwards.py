@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -16,6 +15,7 @@ from tqdm import tqdm
 import nckernels
 from nckernels.train import corruptions, evaluate, evaluate_cli
 from nckernels.train.data import open_data
+from nckernels.train.files import write_text
 
 FILE = "afterwards.json"
 OTHERS = (50, 100)
@@ -68,9 +68,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def _measure(stage: str, folder: Path) -> None:
-    part = folder / f"{FILE}.part"
-    part.write_text(json.dumps(MEASURES[stage](folder)) + "\n")
-    os.replace(part, folder / FILE)
+    write_text(folder / FILE, json.dumps(MEASURES[stage](folder)) + "\n")
 
 
 def _load(folder: Path) -> evaluate_cli.Trained:

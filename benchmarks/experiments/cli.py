@@ -48,8 +48,8 @@ def run(out: Path, stages: list[str], jobs: int, quiet: bool) -> int:
         stage, folder = STAGES[name], out / name
         asked = stage.sweep()
         print(f"{name}: {stage.title}; {len(asked.runs())} runs", flush=True)
-        grid.claim(folder, asked)
         with grid.locked(folder):
+            grid.claim(folder, asked)
             # Processes of a run share the cores as runs do.
             at_once = max(1, jobs // stage.processes)
             status = sweep.execute(asked, folder, jobs=at_once, command=stage.command(), quiet=quiet)

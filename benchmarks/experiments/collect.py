@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import statistics
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import torch
 
 import nckernels
 from nckernels.train import grid, recipes
+from nckernels.train.files import write_text
 
 from . import afterwards
 from .stages import STAGES
@@ -74,11 +74,9 @@ class Results:
 
     def save(self, path: Path) -> None:
         """The whole file or the one before; numbers that are not finite become null."""
-        part = path.with_suffix(".part")
         head = {key: value for key, value in asdict(self).items() if key != "runs"}
         runs = ",\n".join(json.dumps(_finite(asdict(run)), allow_nan=False) for run in self.runs)
-        part.write_text(f'{json.dumps(head)[:-1]},\n"runs": [\n{runs}\n]}}\n')
-        os.replace(part, path)
+        write_text(path, f'{json.dumps(head)[:-1]},\n"runs": [\n{runs}\n]}}\n')
 
     @classmethod
     def load(cls, path: Path) -> Results:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
+
+from .files import write_atomically
 
 
 def cache_folder() -> Path:
@@ -22,11 +23,5 @@ def write(path: Path, content: Callable[[IO[bytes]], object]) -> None:
     """The whole file or none; a folder that cannot be written to costs the cache and nothing else."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                content(file)
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        # Several processes may write it at a time.
+        write_atomically(path, content, path.with_name(f"{path.name}.{os.getpid()}.part"))

@@ -189,12 +189,12 @@ class _Training:
             self._write_line()
         if evaluation:
             self._evaluate(self.loss.take()["loss"])
-            self.started = time.perf_counter()
         if save or stopping:
             self.log.sync()
             self.keeper.save(self.done, self.history)
         if evaluation:
             self.keeper.write(self.history)
+        self.started = time.perf_counter()
         return stopping and not last
 
     @contextlib.contextmanager

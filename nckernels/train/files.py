@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import IO, Any
 
 
-def write_atomically(path: Path, content: Callable[[IO[bytes]], Any]) -> None:
+def write_atomically(path: Path, content: Callable[[IO[bytes]], Any], part: Path | None = None) -> None:
     """Replace ``path`` by what ``content`` writes into a file; whatever happens on the way leaves the old one.
 
-    The new file is ``path`` with ``.part`` until it is on the disk. A crash leaves that behind, an error does not.
+    A crash may leave ``part`` behind, an error does not.
+
+    Args:
+        part: the new file until it is on the disk; None: ``path`` with ``.part``, for a path that one process writes.
 
     Raises:
         OSError: naming the folder, for instance when the disk is full.
     """
-    part = path.with_name(path.name + ".part")
+    part = part or path.with_name(path.name + ".part")
     try:
         try:
             with open(part, "wb") as file:
@@ -33,6 +36,11 @@ def write_atomically(path: Path, content: Callable[[IO[bytes]], Any]) -> None:
         raise OSError(
             error.errno, f"{path.parent}: {path.name} could not be written ({error.strerror or error}){kept}"
         ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """:func:`write_atomically` of a text, in UTF-8."""
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _sync_folder(folder: Path) -> None:

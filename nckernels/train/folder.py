@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from . import checkpoint
-from .files import write_atomically
+from .files import write_text
 from .recipe import Recipe
 
 
@@ -59,8 +59,7 @@ class Folder:
             done = _read(history) if history.exists() else {}
             if done.get("finished"):  # then it has more than the checkpoint: what came after the last step
                 saved["history"] = done
-        text = json.dumps(recipe.to_dict(), indent=1) + "\n"
-        write_atomically(file, lambda out: out.write(text.encode()))
+        write_text(file, json.dumps(recipe.to_dict(), indent=1) + "\n")
         return saved
 
     def close(self) -> None:

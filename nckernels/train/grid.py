@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from . import recipes, typed
-from .files import write_atomically
+from .files import write_text
 from .plan import toml_value
 from .recipe import Recipe
 
@@ -151,8 +151,24 @@ def plan(
     return sweep
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Only one process runs a folder's sweep at a time. The folder is made.
+
+    Raises:
+        ValueError: if another one does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{folder}: another process runs this sweep") from None
+        yield
+
+
 def claim(folder: Path, sweep: Sweep) -> None:
-    """Make the folder this sweep's.
+    """Make the folder, which this process has locked, this sweep's.
 
     Raises:
         ValueError: if it is another one's; it names what differs.
@@ -169,23 +185,7 @@ def claim(folder: Path, sweep: Sweep) -> None:
                 f"{folder} holds another sweep, which differs in {'; '.join(differing)}. Choose another folder"
             )
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: file.write((json.dumps(new, indent=1) + "\n").encode()))
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Only one process runs a folder's sweep at a time.
-
-    Raises:
-        ValueError: if another one does.
-    """
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"{folder}: another process runs this sweep") from None
-        yield
+    write_text(path, json.dumps(new, indent=1) + "\n")
 
 
 def history(folder: Path) -> dict[str, Any] | None:

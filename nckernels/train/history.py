@@ -15,7 +15,7 @@ import torch
 import nckernels
 from nckernels import ClassifierResult
 
-from .files import write_atomically
+from .files import write_text
 from .recipe import Recipe, from_dict
 
 VERSION = 2
@@ -48,7 +48,7 @@ class History:
     metrics: dict[str, list[float]] = field(default_factory=dict)
     """:class:`nckernels.metrics.NeuralCollapse` of the training set, field by field."""
     seconds: float = 0.0
-    """Time spent on training steps, evaluations not included."""
+    """Time spent on training steps, without evaluations and checkpoints."""
     classifiers: list[ClassifierResult] = field(default_factory=list)
     """``run.probes`` of the trained network."""
     prototype_cosines: list[list[float]] | None = None
@@ -98,8 +98,7 @@ class History:
         return cls(**{**values, "recipe": from_dict(content["recipe"])})
 
     def save(self, path: Path) -> None:
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
-        write_atomically(path, lambda file: file.write(text.encode()))
+        write_text(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> History:

@@ -90,7 +90,7 @@ class Keeper:
             if ranks:
                 self._head.load_state_dict(ranks[self._world.rank], strict=False)
             history = History.from_dict(saved["history"])
-        except (RuntimeError, KeyError, TypeError) as error:
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self._folder}: the checkpoint does not fit: {error}") from error
         self._step = saved["step"]
         return self._step, replace(history, recipe=self._recipe, versions=versions)

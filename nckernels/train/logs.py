@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .files import write_atomically
+from .files import write_text
 
 
 class Window:
@@ -57,8 +57,7 @@ class Log:
             return
         path = folder / "log.jsonl"
         if path.exists():
-            text = "".join(_up_to(path.read_text(errors="replace"), step))
-            write_atomically(path, lambda file: file.write(text.encode()))
+            write_text(path, "".join(_up_to(path.read_text(errors="replace"), step)))
         self._file = open(path, "a")  # noqa: SIM115 - closed by close()
         try:
             from torch.utils.tensorboard import SummaryWriter

@@ -87,6 +87,8 @@ class Network(nn.Module):
 def make_network(model: Model, channels: int, image_size: int) -> Network:
     """The network of a recipe, initialised from torch's global random state; on the CPU.
 
+    What is frozen has no projection: its features are what lies below.
+
     Raises:
         ValueError: for a name that is not known, with the nearest one; where weights are not to be had; for a network
             that cannot take such images.
@@ -99,7 +101,7 @@ def make_network(model: Model, channels: int, image_size: int) -> Network:
         if model.pretrained:
             raise ValueError(f"model.pretrained: only timm and torchvision have weights, got {model.name!r}")
         encoder, size = _own(model, channels)
-    return Network(encoder, size, model.projection, model.dim)
+    return Network(encoder, size, "none" if model.freeze else model.projection, model.dim)
 
 
 def _own(model: Model, channels: int) -> tuple[nn.Module, int]:

@@ -166,8 +166,8 @@ def _step_lines(recipe: Recipe, size: Size | None) -> list[str]:
     steps = size.samples // batch
     if not steps:
         return [*lines, f"steps: none, a batch of {batch:,} is larger than the training set"]
-    ranks = " (of all ranks together)"
-    return [*lines, f"steps: {steps:,} an epoch, {steps * epochs:,} in {epochs:,} epochs, batches of {batch:,}{ranks}"]
+    steps_line = f"steps: {steps:,} an epoch, {steps * epochs:,} in {epochs:,} epochs"
+    return [*lines, f"{steps_line}, batches of {batch:,} (of all ranks together)"]
 
 
 def _memory_lines(recipe: Recipe, size: Size | None, dim: int) -> list[str]:

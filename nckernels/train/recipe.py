@@ -228,8 +228,7 @@ def from_dict(content: Mapping[str, Any]) -> Recipe:
 def differences(one: Recipe, other: Recipe) -> list[str]:
     """The dotted keys in which two recipes differ, names and titles aside."""
     a, b = one.flat(), other.flat()
-    skip = ("name", "title", "source")
-    return sorted(key for key in {**a, **b} if key not in skip and a.get(key) != b.get(key))
+    return sorted(key for key in {**a, **b} if key not in ("name", "title", "source") and a.get(key) != b.get(key))
 
 
 def _check(recipe: Recipe) -> None:
@@ -259,6 +258,8 @@ def _check(recipe: Recipe) -> None:
         raise ValueError(f"loss.assignment: expected 'dynamic' for every loss but dlp, got {loss.assignment!r}")
     if recipe.model.freeze and loss.name in CONTRASTIVE:
         raise ValueError(f"model.freeze: loss.name = {loss.name!r} has no classifier to train")
+    if recipe.model.freeze and not (recipe.model.init or recipe.model.pretrained):
+        raise ValueError("model.freeze: expected model.init or model.pretrained; a random encoder would stay as it is")
     if warmup >= epochs > 0:
         raise ValueError(f"schedule.warmup_epochs: expected less than schedule.epochs, {epochs}, got {warmup}")
     milestones = recipe.schedule.milestones

@@ -28,8 +28,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def build(recipe: Recipe, data: Any, world: World, *, steps_per_epoch: int = 1, start: bool = True) -> tuple[Any, Any]:
     """Network and head of a recipe on the device, initialised from its seed; the caller keeps the global random state.
 
-    The network comes first, so that the losses of one seed start from the same one. A frozen network has no projection:
-    its features are what lies below.
+    The network comes first, so that the losses of one seed start from the same one.
 
     Args:
         start: load ``model.init``; False if other weights will be loaded anyway.
@@ -39,7 +38,6 @@ def build(recipe: Recipe, data: Any, world: World, *, steps_per_epoch: int = 1, 
     if recipe.model.init and start:
         checkpoint.start_from(network, recipe.model.init)
     if recipe.model.freeze:
-        network.projection, network.dim = nn.Identity(), network.encoded_dim
         network.requires_grad_(False)
     network.to(world.device)
     if world.size > 1 and recipe.run.sync_batchnorm and world.device.type != "cpu":
@@ -145,8 +143,8 @@ class Optimisation:
         half = run.precision == "float16"
         if half and world.device.type == "cpu":
             raise ValueError("run.precision: float16 needs an accelerator; bfloat16 works on a CPU too")
-        if settings.nesterov and not settings.momentum:
-            raise ValueError("optimizer.nesterov: expected a momentum above 0")
+        if settings.nesterov and not (settings.name == "sgd" and settings.momentum):
+            raise ValueError("optimizer.nesterov: expected sgd with a momentum above 0")
         self._step, self._recipe, self._per_epoch = step, recipe, steps_per_epoch
         self._parameters = [p for p in step.parameters() if p.requires_grad]
         if not self._parameters:

@@ -39,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if arguments.out is None:
             raise ValueError("--out: expected a folder")
-        claim(arguments.out, sweep)
         with locked(arguments.out):
+            claim(arguments.out, sweep)
             return execute(sweep, arguments.out, jobs=arguments.jobs, quiet=arguments.quiet)
     except ValueError as error:
         parser.error(str(error))
