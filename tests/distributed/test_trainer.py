@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import Ranks
-from train.runs import outcome, recipe
+from train.runs import environment, file, outcome, recipe
 
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
@@ -85,19 +87,59 @@ def diverge(rank: int, world_size: int, folder: Path) -> None:
         engine.Optimisation.step = original
 
 
+ODD = {"run.batch_size": 63}
+CASES: dict[str, dict[str, Any]] = {
+    "nonl": {},
+    "scl": {**VIEWS, **ODD},
+    "ce": {"loss.name": "ce", **ODD, "optimizer.clip": 1.0},
+    "micro": {"run.micro_batch_size": 10, **ODD},
+    "normface": {"loss.name": "normface", "loss.options": {"label_smoothing": 0.1}, **ODD},
+    "ntce": {"loss.name": "ntce", "loss.decay": 0.9, **ODD},
+    "instance": {"loss.options": {"direction": "instance"}, **ODD},
+    "prototype": {**VIEWS, "loss.name": "prototype", "run.micro_batch_size": 10},
+    "etf-dr": {"loss.name": "etf-dr", **ODD},
+    "dlp": {"loss.name": "dlp", **ODD},
+    "psc-star": {"loss.name": "psc-star", **ODD},
+    "balanced": {"data.imbalance": 0.2, "data.balanced": True, "run.batch_size": 31},
+    "moved": {"augment.shift": 0.1, "augment.zoom": 0.1, **ODD},
+}
+QUICK = ("nonl", "scl", "ce", "micro")
+
+
 @pytest.mark.parametrize(
-    "changes",
-    [{}, VIEWS, {"loss.name": "ce", "run.batch_size": 63}, {"run.micro_batch_size": 10}],
-    ids=["nonl", "scl", "ce, odd", "micro"],
+    "case", [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES]
 )
-def test_two_ranks_train_like_one(changes: dict[str, Any], ranks2: Ranks) -> None:
-    changes = {**GROUP, **changes, "run.log_every": 1}
+def test_two_ranks_train_like_one(case: str, ranks2: Ranks) -> None:
+    changes = {**GROUP, **CASES[case], "run.log_every": 1}
     one = fit(recipe(**changes), progress=False).history
     first, second = ranks2.run(train, changes, None)
-    assert first.loss[1:] == pytest.approx(one.loss[1:], rel=1e-5)
+    assert first.loss[1:] == pytest.approx(one.loss[1:], rel=1e-5, abs=1e-5)
     for name in ("nc1", "weight_alignment"):
         assert first.metrics[name] == pytest.approx(one.metrics[name], rel=1e-3, abs=1e-6)
     assert {**first.to_dict(), "seconds": 0} == {**second.to_dict(), "seconds": 0}
+
+
+def test_a_loss_of_each_rank_alone_differs(ranks2: Ranks) -> None:
+    """So that the comparison above can fail."""
+    changes = {**GROUP, "schedule.epochs": 1, "run.log_every": 1}
+    one = fit(recipe(**changes), progress=False).history
+    assert abs(ranks2.run(train, {**changes, "loss.global_batch": False}, None)[0].loss[1] - one.loss[1]) > 1e-2
+
+
+@pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.slow)])
+def test_torchrun(times: int, tmp_path: Path) -> None:
+    """Both processes end (they did not always, once), without a warning, and the folder is that of one run."""
+    wanted = {**GROUP, "schedule.epochs": 1, "run.metrics": False}
+    one = fit(recipe(**wanted), progress=False).history
+    for attempt in range(times):
+        folder = tmp_path / f"run{attempt}"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+        command += ["nckernels", "train", str(file(tmp_path, **wanted)), "--out", str(folder), "--quiet"]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert "Warning" not in done.stderr
+        assert done.stdout.count("nonl on digits: 9 steps in ") == 1
+        assert History.load(folder).loss[1:] == pytest.approx(one.loss[1:], rel=1e-5)
 
 
 def test_killed_and_resumed(ranks2: Ranks, tmp_path: Path) -> None:

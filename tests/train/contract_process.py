@@ -1,7 +1,7 @@
 """`python -m nckernels ...` in processes of its own, without waiting seconds for PyTorch each time.
 
 ``start(...)`` forks a server that has imported PyTorch and runs the package as `python -m` does. The processes can be
-killed, stopped and limited like any others. ``start(..., fork=False)`` starts an interpreter.
+killed, stopped and limited like any others.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import functools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +54,11 @@ class Process:
     arguments: list[str]
     pid: int
     output: str
-    popen: subprocess.Popen[bytes] | None = None
     returncode: int | None = None
 
     def poll(self) -> int | None:
         if self.returncode is None:
-            self.returncode = self.popen.poll() if self.popen else _ask(poll=self.pid)
+            self.returncode = _ask(poll=self.pid)
         return self.returncode
 
     def wait(self, timeout: float = DEADLINE) -> Process:
@@ -99,60 +97,16 @@ class Process:
         return f"`nckernels {' '.join(self.arguments)}` (status {self.returncode})"
 
 
-def start(
-    *arguments: str,
-    folder: Path,
-    environ: Mapping[str, str] | None = None,
-    file_size: int = 0,
-    fork: bool = True,
-    command: Iterable[str] = (sys.executable, "-m", "nckernels"),
-) -> Process:
+def start(*arguments: str, folder: Path, file_size: int = 0) -> Process:
     """Start `python -m nckernels ARGUMENTS` in a folder, with files of at most ``file_size`` bytes if it is not 0."""
     output = tempfile.mktemp(dir=folder, prefix="output-")
-    if fork:
-        request = {"arguments": arguments, "environment": dict(environ or {}), "folder": str(folder)}
-        pid = _ask(**request, output=output, file_size=file_size)
-        return Process(list(arguments), pid, output)
-    with open(f"{output}.out", "wb") as out, open(f"{output}.err", "wb") as err:
-        popen = subprocess.Popen(
-            [*command, *arguments],
-            cwd=folder,
-            env={**environment(), **(environ or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=err,
-        )
-    return Process(list(arguments), popen.pid, output, popen)
+    return Process(
+        list(arguments), _ask(arguments=arguments, folder=str(folder), output=output, file_size=file_size), output
+    )
 
 
 def run(*arguments: str, folder: Path, **options: Any) -> Process:
     return start(*arguments, folder=folder, **options).wait()
-
-
-def start_ranks(*arguments: str, folder: Path, size: int = 2) -> list[Process]:
-    """The processes that torchrun would start."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [
-        start(
-            *arguments,
-            folder=folder,
-            environ={k: str(v) for k, v in {**shared, "RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0}.items()},
-        )
-        for rank in range(size)
-    ]
-
-
-def ranks(*arguments: str, folder: Path, size: int = 2) -> list[Process]:
-    """The same, ended."""
-    started = start_ranks(*arguments, folder=folder, size=size)
-    try:
-        return [process.wait() for process in started]
-    finally:
-        for process in started:
-            process.kill()
 
 
 TINY = {

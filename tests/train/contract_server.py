@@ -39,10 +39,9 @@ def serve() -> None:
     os._exit(0)
 
 
-def _become(arguments: list[str], environment: dict[str, str], folder: str, output: str, file_size: int) -> None:
+def _become(arguments: list[str], folder: str, output: str, file_size: int) -> None:
     os.setsid()
     os.chdir(folder)
-    os.environ.update(environment)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)

@@ -28,7 +28,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "precision": ("digits/normface", {"run__precision": "bfloat16", "run__micro_batch_size": 20}),
     "rare": ("digits/nonl", {"run__save_every": 13, "run__eval_every": 7, "run__log_every": 3}),
 }
-QUICK = ("queue", "decay")
+QUICK = ("queue",)
 
 
 def arguments(kind: str, *more: str) -> tuple[str, ...]:
@@ -56,36 +56,34 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
     "kind", [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in KINDS]
 )
 def test_killed_at_any_moment(kind: str, whole: Any, tmp_path: Path) -> None:
-    """Checkpoints at every step: many of the kills hit one that is being written."""
+    """Checkpoints at every step; every other kill hits one that is being written."""
     delays = random.Random(kind)
     folder = tmp_path / "r"
     command = arguments(kind, "--out", "r", "--resume", "auto")
-    kills = 0
-    for _ in range(12):
+    kills = in_save = 0
+    for attempt in range(8):
         process = cli.start(*command, folder=tmp_path)
         before = stamp(folder)
         if process.until(lambda before=before: stamp(folder) != before):
-            pause(process, delays.random() * 0.12)
+            if attempt % 2:
+                for _ in range(300_000):  # without a pause, for it is there for a millisecond
+                    if (folder / "checkpoint.pt.part").exists():
+                        break
+            else:
+                pause(process, delays.random() * 0.12)
         if process.poll() is not None:
             break
         process.kill()
         assert process.returncode == -signal.SIGKILL
         kills += 1
+        in_save += (folder / "checkpoint.pt.part").exists()
         if (folder / "checkpoint.pt").exists():
             torch.load(folder / "checkpoint.pt", weights_only=True)
     assert kills >= 3, "the run was too short to be killed"
+    assert in_save, "no kill hit a checkpoint that was being written"
     last = cli.run(*command, folder=tmp_path)
     assert last.returncode == 0, last.stderr
     same(folder, whole(kind))
-
-
-def test_killed_before_the_first_checkpoint(whole: Any, tmp_path: Path) -> None:
-    process = cli.start(*arguments("queue", "--out", "r"), folder=tmp_path)
-    assert process.until((tmp_path / "r/recipe.json").exists)
-    process.kill()
-    again = cli.run(*arguments("queue", "--out", "r", "--resume", "auto"), folder=tmp_path)
-    assert again.returncode == 0, again.stderr
-    same(tmp_path / "r", whole("queue"))
 
 
 def test_sigterm_saves_and_says_how_to_resume(whole: Any, tmp_path: Path) -> None:
@@ -118,22 +116,16 @@ def resume(folder: Path, **options: Any) -> cli.Process:
     return cli.run(*arguments("queue", "--out", "r", "--resume", "auto"), folder=folder.parent, **options)
 
 
-def test_leftover_part_does_no_harm(stopped: Path, whole: Any) -> None:
+def test_leftovers_do_no_harm(stopped: Path, whole: Any) -> None:
+    """Of files that were being written, lines beyond the checkpoint, and a part of one."""
     (stopped / "checkpoint.pt.part").write_bytes((stopped / "checkpoint.pt").read_bytes()[:1000])
     (stopped / "history.json.part").write_bytes(b"{")
+    with open(stopped / "log.jsonl", "a") as file:
+        file.write('{"step": 100000, "epoch": 7.0}\n{"step": 100001, "epoch": 7.0, "lo')
     process = resume(stopped)
     assert process.returncode == 0, process.stderr
     same(stopped, whole("queue"))
     assert not (stopped / "checkpoint.pt.part").exists()
-
-
-def test_half_a_line_in_the_log_does_no_harm(stopped: Path, whole: Any) -> None:
-    """A kill may leave lines beyond the checkpoint, and a part of one."""
-    with open(stopped / "log.jsonl", "a") as file:
-        file.write('{"step": 100000, "epoch": 7.0, "lo')
-    process = resume(stopped)
-    assert process.returncode == 0, process.stderr
-    same(stopped, whole("queue"))
 
 
 def test_broken_checkpoints_are_named(stopped: Path, tmp_path: Path) -> None:

@@ -42,10 +42,10 @@ def state(run: Any) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[cli.Process, Path]:
-    """A run of an interpreter of its own, with metrics and probes."""
+    """A run with metrics and probes."""
     folder = tmp_path_factory.mktemp("run")
     changes = cli.options(run__metrics=True, run__probes=["FP", "LP"], run__log_every=4)
-    process = cli.run("train", "digits/nonl", *changes, "--out", "r", folder=folder, fork=False)
+    process = cli.run("train", "digits/nonl", *changes, "--out", "r", folder=folder)
     assert process.returncode == 0, process.stderr
     return process, folder / "r"
 
@@ -199,6 +199,7 @@ def test_two_processes_in_one_folder(tmp_path: Path) -> None:
 # In one process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "least"),
     [
@@ -265,32 +266,3 @@ def test_the_global_generators_are_left_alone() -> None:
     assert repr(np.random.get_state()) == before[2]  # noqa: NPY002
     assert torch.are_deterministic_algorithms_enabled() == deterministic
     assert torch.get_default_dtype() == torch.float32
-
-
-def test_fit_does_not_overwrite(twins: list[tuple[Any, Path]]) -> None:
-    before = cli.contents(twins[0][1])
-    with pytest.raises(Exception, match="resume") as caught:
-        fit(twins[0][1], run__seed=1)
-    assert not isinstance(caught.value, TypeError)
-    assert cli.contents(twins[0][1]) == before
-
-
-def test_start_from_a_run_with_a_frozen_encoder(twins: list[tuple[Any, Path]]) -> None:
-    """Linear probing moves the classifier, and neither weights nor statistics of the encoder."""
-    run, folder = twins[0]
-    probe = fit(None, "digits/ce", model__init=str(folder), model__freeze=True, optimizer__lr=0.5, run__seed=9)
-    old, new = run.network.state_dict(), probe.network.state_dict()
-    kept = [key for key in new if key in old]
-    assert len(kept) >= len([key for key in old if "encoder" in key]) > 0
-    assert not cli.unequal({key: old[key] for key in kept}, {key: new[key] for key in kept})
-    start = fit(None, "digits/ce", model__init=str(folder), optimizer__lr=1e-12, optimizer__weight_decay=0.0)
-    for key, value in start.network.named_parameters():
-        assert torch.allclose(value, old[key], atol=1e-6), key
-
-
-def test_micro_batches_do_not_change_the_run(tmp_path: Path) -> None:
-    """Batches in pieces, with the gradient of the whole: group norm makes the pieces independent."""
-    for name, size in (("whole", 0), ("pieces", 50)):
-        fit(tmp_path / name, model__norm="group", schedule__epochs=1, run__micro_batch_size=size)
-    whole, pieces = ([line["loss"] for line in cli.log(tmp_path / name)] for name in ("whole", "pieces"))
-    assert pieces == pytest.approx(whole, rel=1e-5, abs=1e-5)

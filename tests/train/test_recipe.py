@@ -133,6 +133,7 @@ def test_values_out_of_range_are_named(key: str, value: object) -> None:
         ({"loss.queue": 8, "loss.decay": 0.5}, "loss.queue, loss.decay"),
         ({"loss.assignment": "static"}, "loss.assignment"),
         ({"loss.name": "scl", "augment.views": 2, "model.freeze": True}, "model.freeze"),
+        ({"model.freeze": True}, "model.freeze"),
         ({"schedule.epochs": 5, "schedule.warmup_epochs": 5}, "schedule.warmup_epochs"),
         ({"schedule.milestones": [5, 3]}, "schedule.milestones"),
         ({"schedule.milestones": [3, 3]}, "schedule.milestones"),

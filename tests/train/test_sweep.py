@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -18,8 +17,6 @@ import pytest
 
 from nckernels.train.grid import locked, plan
 from nckernels.train.sweep import execute, main
-
-ROOT = Path(__file__).resolve().parents[2]
 
 # Seed 7 fails, 8 is killed, 9 waits for SIGTERM and saves; the accuracy is seed / 100.
 CHILD = """
@@ -172,6 +169,14 @@ def test_runs_go_on_at_the_same_time(tmp_path: Path) -> None:
     assert execute(sweep, tmp_path, command=(sys.executable, "-S", "-c", waits), jobs=2, quiet=True) == 0
 
 
+def test_one_process_runs_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with locked(tmp_path), pytest.raises(SystemExit) as exit_:
+        main(["digits", "--out", str(tmp_path)])
+    assert exit_.value.code == 2
+    assert f"{tmp_path}: another process runs this sweep" in capsys.readouterr().err
+    assert not (tmp_path / "sweep.json").exists()
+
+
 def test_a_folder_holds_one_sweep(
     tmp_path: Path, child: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -202,16 +207,6 @@ def test_a_folder_holds_one_sweep(
     assert "sweep.json cannot be read" in capsys.readouterr().err
 
 
-SWEEP = """
-import sys
-from pathlib import Path
-from nckernels.train.grid import locked, plan
-from nckernels.train.sweep import execute
-with locked(Path(sys.argv[1])):
-    sys.exit(execute(plan("digits", rows=["nonl"], seeds=[9, 1]), Path(sys.argv[1]), command=sys.argv[2:], quiet=True))
-"""
-
-
 def wait_for(path: Path) -> None:
     end = time.monotonic() + 60
     while not path.exists():
@@ -228,32 +223,22 @@ def check_stopped(folder: Path, printed: str, child: tuple[str, ...]) -> None:
     assert execute(plan("digits", rows=["nonl"], seeds=[9, 1]), folder, command=child, quiet=True) == 0
 
 
-def test_sigterm_goes_on_to_the_runs(tmp_path: Path, child: tuple[str, ...]) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", SWEEP, str(tmp_path), *child]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    wait_for(tmp_path / "nonl_seed=9" / "ready")
-    with pytest.raises(ValueError, match="another process runs this sweep"), locked(tmp_path):
-        pass
-    process.terminate()
-    printed = process.communicate(timeout=60)[0]
-    assert process.returncode == 0
-    check_stopped(tmp_path, printed, child)
-
-
-def test_ctrl_c_goes_on_to_the_runs(tmp_path: Path, child: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_go_on_to_the_runs(
+    number: signal.Signals, tmp_path: Path, child: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
     if threading.current_thread() is not threading.main_thread():
         pytest.skip("signals arrive in the main thread")
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(number)
 
     def interrupt() -> None:
         wait_for(tmp_path / "nonl_seed=9" / "ready")
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=interrupt)
     thread.start()
     status = execute(plan("digits", rows=["nonl"], seeds=[9, 1]), tmp_path, command=child, quiet=True)
     thread.join()
     assert status == 0
-    assert signal.getsignal(signal.SIGINT) == before
+    assert signal.getsignal(number) == before
     check_stopped(tmp_path, capsys.readouterr().out, child)
