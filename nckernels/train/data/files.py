@@ -67,11 +67,11 @@ class FileReader:
                         "such images"
                     )
                 yield images
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, EOFError, ConnectionError) as error:  # the latter two while a tensor is handed over
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             raise DataError(
-                f"one of the {self._workers} processes that read images died ({error}). Often it is short of memory, "
+                f"one of the {self._workers} processes that read images died ({error!r}). Often it is short of memory, "
                 "or of shared memory in /dev/shm: data.workers sets their number, and 0 reads without them"
             ) from error
 
