@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 
 import nckernels
@@ -59,6 +60,7 @@ class Results:
     date: str = ""
     command: str = ""
     matplotlib: str = ""
+    """Its fonts are the glyphs."""
 
     def of(self, stage: str, row: str | None = None, **point: Any) -> list[Run]:
         """The finished runs of a stage, of a row, with these values of the grid (``loss__temperature=0.1``)."""
@@ -91,7 +93,7 @@ class Results:
 
 def collect(out: Path) -> Results:
     """What is there of all stages."""
-    results = Results(versions=_versions())
+    results = Results(versions=_versions(), matplotlib=matplotlib.__version__)
     for name, stage in STAGES.items():
         for planned in stage.sweep().runs():
             results.runs.append(_run(name, planned, out / name / planned.name))
