@@ -17,6 +17,7 @@ import torch
 
 import nckernels
 from nckernels.train import grid, recipes
+from nckernels.train.history import finite_or_none, none_to_nan
 
 from . import afterwards
 from .stages import STAGES
@@ -78,7 +79,7 @@ class Results:
         """The whole file or the one before; numbers that are not finite become null."""
         part = path.with_suffix(".part")
         head = {key: value for key, value in asdict(self).items() if key != "runs"}
-        runs = ",\n".join(json.dumps(_finite(asdict(run)), allow_nan=False) for run in self.runs)
+        runs = ",\n".join(json.dumps(finite_or_none(asdict(run)), allow_nan=False) for run in self.runs)
         part.write_text(f'{json.dumps(head)[:-1]},\n"runs": [\n{runs}\n]}}\n')
         os.replace(part, path)
 
@@ -86,7 +87,7 @@ class Results:
     def load(cls, path: Path) -> Results:
         try:
             content = json.loads(path.read_text())
-            return cls(**{**content, "runs": [Run(**_nan(run)) for run in content["runs"]]})
+            return cls(**{**content, "runs": [Run(**none_to_nan(run)) for run in content["runs"]]})
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise SystemExit(f"{path} has no results of python -m benchmarks experiments: {error!r}") from error
 
@@ -138,7 +139,7 @@ def _run(stage: str, planned: grid.Run, folder: Path) -> Run:
         train_accuracy=history["train_accuracy"][-1],
         steps=history["steps"] if full else [],
         test_accuracies=history["test_accuracy"] if full else [],
-        metrics=_nan(history["metrics"]) if full else {},
+        metrics=none_to_nan(history["metrics"]) if full else {},
         classifiers={c["name"]: c["accuracy"] for c in history["classifiers"]},
         corruptions={key: list(values) for key, values in after.get("corruptions", {}).items()},
         transfer=after.get("transfer", math.nan),
@@ -147,22 +148,6 @@ def _run(stage: str, planned: grid.Run, folder: Path) -> Run:
 
 def _versions() -> dict[str, str]:
     return {"nckernels": nckernels.__version__, "torch": torch.__version__, "python": platform.python_version()}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_nan(item) for item in value]
-    return math.nan if value is None else value
 
 
 def folders(out: Path, stage: str) -> Iterator[Path]:
