@@ -292,7 +292,8 @@ def test_a_worker_that_dies_is_told(pictures: Dataset, monkeypatch: pytest.Monke
 
 def test_files_need_torchvision(pictures: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    monkeypatch.setitem(sys.modules, "torchvision", None)
+    for name in ("torchvision", "torchvision.transforms"):  # the second may have been imported already
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match="pip install"):
         Batches(pictures, recipe(), "cpu")
     with pytest.raises(ImportError, match="pip install"):

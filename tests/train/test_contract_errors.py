@@ -53,7 +53,7 @@ def test_bad_settings(case: str, tmp_path: Path) -> None:
         (["none.toml"], "none.toml"),
         (["digits/nonl", "--set", "run.seed"], "key=value"),
         (["digits/nonl", "--sett", "run.seed=1"], "--sett"),
-        ([], "recipe"),
+        ([], "RECIPE"),
     ],
 )
 def test_bad_arguments(arguments: list[str], word: str, tmp_path: Path) -> None:
