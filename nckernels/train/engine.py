@@ -18,13 +18,14 @@ from torch import Tensor
 import nckernels
 
 from .data import Batches, DataError, Dataset, open_data
-from .evaluate import evaluate, probe
+from .evaluate import evaluate
 from .folder import Folder
 from .heads import Head
 from .history import History, new_history
 from .keeper import Keeper
 from .logs import Log, Terminal, Window, describe
 from .models import Network
+from .probes import probe
 from .processes import Stop, World, world
 from .recipe import Recipe
 from .step import Optimisation, TrainStep, build, check_labels, seed, warn_of_batchnorm
@@ -162,7 +163,7 @@ class _Training:
         if self.recipe.run.probes:
             with self._reading():
                 self.history.classifiers = probe(
-                    self.network, self.head, self.data, self.recipe, self.world.device, **self.world.share
+                    self.network, self.data, self.recipe, self.world.device, **self.world.share
                 )
         self.history.finished = True
         self.keeper.write(self.history)

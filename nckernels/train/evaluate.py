@@ -1,6 +1,6 @@
-"""What a trained network is worth: accuracies, neural collapse of its training set, probes on its features.
+"""Accuracies of a trained network and the neural collapse of its training set.
 
-Every rank looks at its share of the samples (:func:`~nckernels.train.data.passes`) and gets the result of all.
+Every rank processes its share of the samples (:func:`~nckernels.train.data.passes`) and gets the result of all.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nckernels import ClassifierResult, FixedPrototypes, compare_classifiers
+from nckernels import FixedPrototypes
 from nckernels.classifiers import _evaluating
 from nckernels.distributed import collectives, groups
 from nckernels.metrics import neural_collapse
@@ -74,7 +74,7 @@ def evaluate(
     cosines = cosines and dataset.num_classes <= MOST_COSINES
     several = dataset.train.labels.ndim > 1
     wanted = recipe.run.metrics and not several
-    with _measuring(network, head, device):
+    with measuring(network, head, device):
         means: FixedPrototypes | None = None
         report: dict[str, float] = {}
         if several or isinstance(dataset.train, datasets.Memory):
@@ -103,7 +103,7 @@ def evaluate(
             _cosines(head.prototypes) if cosines else None,
             _cosines(means.prototypes) if means is not None else None,
         )
-    return cast(Evaluation, _of_the_first_rank(result, rank, world_size))
+    return cast(Evaluation, of_the_first_rank(result, rank, world_size))
 
 
 @torch.no_grad()
@@ -119,7 +119,7 @@ def accuracy(
     world_size: int = 1,
 ) -> float:
     """Share of a set's samples that are classified as labelled, or the mean average precision."""
-    with _measuring(network, head, device):
+    with measuring(network, head, device):
         pairs = datasets.passes(dataset, split, recipe, device, rank=rank, world_size=world_size)
         return _score(((network(images), labels) for images, labels in pairs), head, world_size)
 
@@ -141,46 +141,9 @@ def features(
     Args:
         function: what makes features of images, for example ``network.encode``; None: the network.
     """
-    with _measuring(network, None, device):
+    with measuring(network, None, device):
         pairs = datasets.passes(dataset, split, recipe, device, rank=rank, world_size=world_size)
         return _gathered((((function or network)(images), labels) for images, labels in pairs), world_size)
-
-
-def probe(
-    network: Any,
-    head: Any,
-    dataset: Any,
-    recipe: Recipe,
-    device: torch.device,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-) -> list[ClassifierResult]:
-    """The classifiers of ``run.probes`` ([NCD] Table 2): fixed prototypes on the features, linear probes on what lies
-    below the projection, all of it computed once and without augmentation.
-
-    Raises:
-        ValueError: for several labels a sample.
-    """
-    if dataset.train.labels.ndim > 1:
-        raise ValueError("run.probes: expected none where a sample has several labels")
-
-    def of(split: Any, function: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        return features(network, dataset, split, recipe, device, function, rank=rank, world_size=world_size)
-
-    (train, train_labels), (test, test_labels) = of(dataset.train), of(dataset.test)
-    results = compare_classifiers(
-        train,
-        train_labels,
-        test,
-        test_labels,
-        train_encoded=of(dataset.train, network.encode)[0],
-        test_encoded=of(dataset.test, network.encode)[0],
-        num_classes=dataset.num_classes,
-        seed=recipe.run.seed,
-    )
-    wanted = [result for result in results if result.name in recipe.run.probes]
-    return cast("list[ClassifierResult]", _of_the_first_rank(wanted, rank, world_size))
 
 
 class _Streamed:
@@ -265,7 +228,7 @@ def _gathered(batches: Iterable[tuple[Tensor, Tensor]], world_size: int) -> tupl
     return z, y
 
 
-def _of_the_first_rank(value: Any, rank: int, world_size: int) -> Any:
+def of_the_first_rank(value: Any, rank: int, world_size: int) -> Any:
     """Sums in another order may round otherwise, and times differ: all ranks take the numbers of one."""
     if world_size == 1:
         return value
@@ -283,7 +246,7 @@ def _check_finite(finite: Tensor, world_size: int) -> None:
 
 
 @contextmanager
-def _measuring(network: nn.Module, head: Any, device: torch.device) -> Iterator[None]:
+def measuring(network: nn.Module, head: Any, device: torch.device) -> Iterator[None]:
     """Eval mode for the time being, without autocast."""
     modules = nn.ModuleList([module for module in (network, head) if isinstance(module, nn.Module)])
     with _evaluating(modules), torch.autocast(device.type, enabled=False):

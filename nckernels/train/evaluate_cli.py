@@ -20,6 +20,7 @@ from .cli import classifier_table
 from .data import DataError, Dataset, imagenet_c, open_data
 from .heads import Head
 from .models import Network
+from .probes import probe
 from .processes import World, world
 from .recipe import Recipe, from_dict
 from .step import build
@@ -138,7 +139,7 @@ def _measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
             text = _error_table(results["clean"], errors, baseline, results.get("mce"))
         if arguments.probes:
             recipe = run.recipe.replace(run__probes=["FP", "LP", "NLP"])
-            classifiers = evaluate.probe(run.network, run.head, run.data, recipe, device)
+            classifiers = probe(run.network, run.data, recipe, device)
             results["classifiers"] = [asdict(result) for result in classifiers]
             text += "\n\n" + classifier_table(classifiers)
     return results, text

@@ -252,6 +252,15 @@ def test_passes_over_files(pictures: Dataset) -> None:
         assert torch.cat([y for _, y in parts]).tolist() == [i % 4 for i in range(15)]
 
 
+@pytest.mark.parametrize(("settings", "most"), [({"run.batch_size": 6}, 6), ({"run.micro_batch_size": 2}, 2)])
+def test_passes_over_files_have_no_larger_batches_than_training(
+    settings: dict[str, int], most: int, pictures: Dataset
+) -> None:
+    sizes = [len(y) for _, y in passes(pictures, pictures.test, recipe(**{"data.workers": 0, **settings}), "cpu")]
+    assert max(sizes) == most
+    assert sum(sizes) == 15
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_image_is_named(workers: int, pictures: Dataset) -> None:
     assert isinstance(pictures.test, Files)
@@ -274,7 +283,7 @@ def test_a_worker_that_dies_is_told(pictures: Dataset, monkeypatch: pytest.Monke
 
 def test_files_need_torchvision(pictures: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    for name in ("torchvision", "torchvision.transforms"):
+    for name in ("torchvision", "torchvision.transforms"):  # the second may have been imported already
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match="pip install"):
         Batches(pictures, recipe(), "cpu")

@@ -20,6 +20,7 @@ from nckernels.train.data import Batches, Dataset, Memory, open_data
 from nckernels.train.evaluate import Evaluation
 from nckernels.train.heads import make_head
 from nckernels.train.models import make_network
+from nckernels.train.probes import probe
 from nckernels.train.recipe import Recipe
 from nckernels.train.recipes import load
 
@@ -138,10 +139,26 @@ def test_class_means_classify_after_contrastive_training() -> None:
     assert found.test_accuracy > 0.8
     assert found.metrics["weight_alignment"] == pytest.approx(0, abs=1e-9)
     assert found.prototype_cosines == found.mean_cosines
-    results = evaluate.probe(run.network, run.head, run.data, run.recipe, CPU)
+    results = probe(run.network, run.data, run.recipe, CPU)
     assert [result.name for result in results] == ["FP", "NLP"]
     assert results[0].accuracy == pytest.approx(found.test_accuracy)
     assert all(result.seconds > 0 and result.accuracy > 0.6 for result in results)
+
+
+def test_class_means_take_one_pass_and_keep_no_features(run: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the features of a whole set")
+
+    sizes: list[int] = []
+    hook = run.network.register_forward_hook(lambda _, inputs, output: sizes.append(len(output)))
+    monkeypatch.setattr("nckernels.train.probes.features", forbidden)
+    recipe = run.recipe.replace(run__probes=["FP"])
+    (result,) = probe(run.network, run.data, recipe, CPU)
+    hook.remove()
+    assert sum(sizes) == len(run.data.train) + len(run.data.test)
+    expected = nckernels.FixedPrototypes(10, run.network.dim)
+    expected.fit(plain_features(run, run.data.train), run.data.train.labels)
+    assert result.accuracy == pytest.approx(expected.score(plain_features(run, run.data.test), run.data.test.labels))
 
 
 def test_features_come_in_the_order_of_the_set(run: Trained) -> None:
@@ -187,7 +204,7 @@ def test_several_labels_have_a_mean_average_precision(run: Trained) -> None:
     assert found.test_accuracy == pytest.approx((first + second) / 2)
     assert (found.metrics, found.mean_cosines) == ({}, None)
     with pytest.raises(ValueError, match=r"run.probes: expected none"):
-        evaluate.probe(run.network, head, data, run.recipe, CPU)
+        probe(run.network, data, run.recipe, CPU)
 
 
 @pytest.mark.parametrize("streamed", [False, True])

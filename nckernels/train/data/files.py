@@ -67,12 +67,14 @@ class FileReader:
                         "such images"
                     )
                 yield images
-        except (RuntimeError, EOFError, ConnectionError) as error:  # the latter two while a tensor is handed over
+        except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
+            # A worker that dies while a batch is on its way to us leaves a broken connection.
             if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             raise DataError(
-                f"one of the {self._workers} processes that read images died ({error!r}). Often it is short of memory, "
-                "or of shared memory in /dev/shm: data.workers sets their number, and 0 reads without them"
+                f"one of the {self._workers} processes that read images died ({str(error) or type(error).__name__}). "
+                "Often memory is short, or shared memory in /dev/shm: data.workers sets the number of processes, and 0 "
+                "reads without them"
             ) from error
 
 
