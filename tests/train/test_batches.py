@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import signal
+import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -197,12 +198,17 @@ def use(monkeypatch: pytest.MonkeyPatch, train: Any, evaluation: Any) -> None:
 
 @pytest.fixture
 def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
-    """Forty images, each of one grey that says which it is, read without torchvision."""
+    """Forty images, read without torchvision."""
+    use(monkeypatch, noisy, pixels)
+    return gray_images(tmp_path)
+
+
+def gray_images(folder: Path) -> Dataset:
+    """Each of one grey that says which it is."""
     image = pytest.importorskip("PIL.Image")
-    paths = [tmp_path / f"{i}.png" for i in range(40)]
+    paths = [folder / f"{i}.png" for i in range(40)]
     for i, path in enumerate(paths):
         image.new("RGB" if i % 2 else "L", (4, 4), (i, i, i) if i % 2 else i).save(path)
-    use(monkeypatch, noisy, pixels)
     split = Files(tuple(paths), torch.arange(40) % 4)
     return Dataset(split, split.take(torch.arange(15)), 4, tuple("abcd"), 3, 4, (0.0,) * 3, (1.0,) * 3)
 
@@ -269,16 +275,19 @@ def test_an_unreadable_image_is_named(workers: int, pictures: Dataset) -> None:
         list(passes(pictures, pictures.test, recipe(**{"data.workers": workers}), "cpu", batch_size=4))
 
 
-def test_a_worker_that_dies_is_told(pictures: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Without PyTorch's signal handler, which raises a second error wherever the main thread happens to be.
-    monkeypatch.setattr("torch.utils.data._utils.signal_handling._SIGCHLD_handler_set", True)
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        use(monkeypatch, deadly, pixels)
-        with pytest.raises(DataError, match=r"one of the 1 processes that read images died .*data.workers"):
-            drawn(pictures, recipe(**{"data.workers": 1}))
-    finally:
-        signal.signal(signal.SIGCHLD, handler)
+def test_a_worker_that_dies_is_told(pictures: Dataset) -> None:
+    # In a process of its own: PyTorch's signal handler raises further errors wherever the main thread happens to be.
+    assert isinstance(pictures.train, Files)
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r}); from train import test_batches as t; "
+    code += f"t.read_until_a_worker_dies({str(Path(pictures.train.paths[0]).parent)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert re.search(r"DataError: one of the 1 processes that read images died .*data.workers", done.stderr), done
+
+
+def read_until_a_worker_dies(folder: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        use(patch, deadly, pixels)
+        drawn(gray_images(Path(folder)), recipe(**{"data.workers": 1}))
 
 
 def test_files_need_torchvision(pictures: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
