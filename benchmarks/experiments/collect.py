@@ -11,11 +11,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 
 import nckernels
 from nckernels.train import grid, recipes
 from nckernels.train.files import write_text
+from nckernels.train.history import finite_or_none, none_to_nan
 
 from . import afterwards
 from .stages import STAGES
@@ -59,6 +61,7 @@ class Results:
     date: str = ""
     command: str = ""
     matplotlib: str = ""
+    """Its fonts are the glyphs."""
 
     def of(self, stage: str, row: str | None = None, **point: Any) -> list[Run]:
         """The finished runs of a stage, of a row, with these values of the grid (``loss__temperature=0.1``)."""
@@ -75,21 +78,21 @@ class Results:
     def save(self, path: Path) -> None:
         """The whole file or the one before; numbers that are not finite become null."""
         head = {key: value for key, value in asdict(self).items() if key != "runs"}
-        runs = ",\n".join(json.dumps(_finite(asdict(run)), allow_nan=False) for run in self.runs)
+        runs = ",\n".join(json.dumps(finite_or_none(asdict(run)), allow_nan=False) for run in self.runs)
         write_text(path, f'{json.dumps(head)[:-1]},\n"runs": [\n{runs}\n]}}\n')
 
     @classmethod
     def load(cls, path: Path) -> Results:
         try:
             content = json.loads(path.read_text())
-            return cls(**{**content, "runs": [Run(**_nan(run)) for run in content["runs"]]})
+            return cls(**{**content, "runs": [Run(**none_to_nan(run)) for run in content["runs"]]})
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise SystemExit(f"{path} has no results of python -m benchmarks experiments: {error!r}") from error
 
 
 def collect(out: Path) -> Results:
     """What is there of all stages."""
-    results = Results(versions=_versions())
+    results = Results(versions=_versions(), matplotlib=matplotlib.__version__)
     for name, stage in STAGES.items():
         for planned in stage.sweep().runs():
             results.runs.append(_run(name, planned, out / name / planned.name))
@@ -134,7 +137,7 @@ def _run(stage: str, planned: grid.Run, folder: Path) -> Run:
         train_accuracy=history["train_accuracy"][-1],
         steps=history["steps"] if full else [],
         test_accuracies=history["test_accuracy"] if full else [],
-        metrics=_nan(history["metrics"]) if full else {},
+        metrics=none_to_nan(history["metrics"]) if full else {},
         classifiers={c["name"]: c["accuracy"] for c in history["classifiers"]},
         corruptions={key: list(values) for key, values in after.get("corruptions", {}).items()},
         transfer=after.get("transfer", math.nan),
@@ -143,22 +146,6 @@ def _run(stage: str, planned: grid.Run, folder: Path) -> Run:
 
 def _versions() -> dict[str, str]:
     return {"nckernels": nckernels.__version__, "torch": torch.__version__, "python": platform.python_version()}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_nan(item) for item in value]
-    return math.nan if value is None else value
 
 
 def folders(out: Path, stage: str) -> Iterator[Path]:

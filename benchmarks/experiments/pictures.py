@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from nckernels._palette import GRID, INK, MUTED
 from nckernels.metrics import ranges
-from nckernels.train.plots import GRID, INK, MUTED
 from nckernels.train.report.style import COLOURS as THEMES
 
 from .collect import Results, Run, tuned

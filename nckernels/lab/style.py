@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nckernels import _palette
+
 try:
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -17,9 +19,9 @@ except ImportError as error:
 
 Array = NDArray[Any]
 
-INK, MUTED, GRID = "#222222", "#8a8a8a", "#e6e6e6"
-BLUE, ORANGE, GREEN, PINK, SKY = "#0072b2", "#e69f00", "#009e73", "#d6336c", "#56b4e9"
-CLASSES = (BLUE, ORANGE, GREEN, PINK, SKY, "#4d4d4d")
+INK, MUTED, GRID = _palette.INK, _palette.MUTED, _palette.GRID
+BLUE, ORANGE, GREEN, PINK, GREY = _palette.BLUE, _palette.ORANGE, _palette.GREEN, _palette.PINK, _palette.GREY
+CLASSES = (BLUE, ORANGE, GREEN, PINK, "#56b4e9", GREY)
 LOSS_COLOURS = {"normface": ORANGE, "ntce": BLUE, "nonl": PINK, "supcon": GREEN, "prototype": "#7b5fc7"}
 LOSS_NAMES = {
     "normface": "NormFace", "ntce": "NTCE", "nonl": "NONL", "supcon": "SupCon", "prototype": "Prototype loss",

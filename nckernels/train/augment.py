@@ -5,8 +5,8 @@ RandomGrayscale, in this order. Rotation, zoom and shift come between crop and f
 
 - Crop, rotation, zoom and shift are one bilinear resampling. A crop is not rounded to whole pixels, and its edge is
   interpolated with what lies outside of it. What lies outside of the image repeats the border.
-- Nothing is drawn here. A view is a function of its image and of :data:`NUMBERS` numbers, so that whoever draws them
-  decides what repeats.
+- Nothing is drawn here. A view is a function of its image and of :data:`NUMBERS` numbers, so that the caller,
+  who draws them, decides what repeats.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Test images made worse step by step, in the manner of ImageNet-C, for small images in memory.
+"""Corruptions of small test images in memory, at five severities, after the example of ImageNet-C.
 
 The kinds of corruption and the error are those of Hendrycks & Dietterich (2019): five severities each, and
 
     mCE = mean over the corruptions of (sum over the severities of the error) / (the same sum of the baseline)
 
-with a run of our own, cross-entropy's say, as the baseline in AlexNet's place. Kinds, constants and code are ours:
-they are made for letters and digits of some 20 x 20 pixels, and the numbers cannot be compared with ImageNet-C's.
+with one of our runs, for instance cross-entropy's, as the baseline in AlexNet's place. Kinds, constants and code are
+ours, made for letters and digits of some 20 x 20 pixels: the numbers cannot be compared with ImageNet-C's.
 Lengths are shares of the image's width. :mod:`.data.imagenet_c` reads ImageNet-C itself.
 """
 
@@ -33,7 +33,8 @@ Function = Callable[[Tensor, float, torch.Generator], Tensor]
 class Corruption:
     """A function of images (N, C, H, W), a level and a generator on the CPU, and its five levels.
 
-    0 is black and 1 white. Images that go beyond, as glyphs with noise do, may do so afterwards, as far as before.
+    0 is black and 1 white. Results are clamped to [0, 1], or to the range of the images where it is larger, as that of
+    glyphs with noise.
     """
 
     function: Function
@@ -136,7 +137,7 @@ CORRUPTIONS: dict[str, Corruption] = {
 
 
 def corrupted(split: Any, name: str, severity: int, *, seed: int = 0) -> datasets.Memory:
-    """A set in memory with one corruption, the same for a seed whatever is made of the others.
+    """A set in memory with one corruption. Its random numbers depend on the seed, the name and the severity only.
 
     Raises:
         ValueError: for files.

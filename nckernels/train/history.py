@@ -74,7 +74,7 @@ class History:
         """Plain values, as in the file."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values |= {"recipe": self.recipe.to_dict(), "classifiers": [asdict(result) for result in self.classifiers]}
-        return {"version": VERSION, **_finite_or_none(values)}
+        return {"version": VERSION, **finite_or_none(values)}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> History:
@@ -87,10 +87,10 @@ class History:
             raise ValueError(f"expected a history of version {VERSION}")
         try:
             values = {f.name: content[f.name] for f in fields(cls)}
-            values["classifiers"] = [ClassifierResult(**_nan(result)) for result in values["classifiers"]]
+            values["classifiers"] = [ClassifierResult(**none_to_nan(result)) for result in values["classifiers"]]
             for name in ("loss", "train_accuracy", "test_accuracy"):
-                values[name] = _nan(values[name])
-            values["metrics"] = {name: _nan(series) for name, series in values["metrics"].items()}
+                values[name] = none_to_nan(values[name])
+            values["metrics"] = {name: none_to_nan(series) for name, series in values["metrics"].items()}
             for name in ("steps", "epochs", "class_names"):
                 values[name] = list(values[name])
         except (KeyError, TypeError, AttributeError) as error:
@@ -147,17 +147,19 @@ def versions(device: torch.device) -> dict[str, str]:
     }
 
 
-def _finite_or_none(value: Any) -> Any:
+def finite_or_none(value: Any) -> Any:
+    """With None, which JSON has, for numbers that are not finite."""
     if isinstance(value, Mapping):
-        return {key: _finite_or_none(item) for key, item in value.items()}
+        return {key: finite_or_none(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite_or_none(item) for item in value]
+        return [finite_or_none(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _nan(value: Any) -> Any:
+def none_to_nan(value: Any) -> Any:
+    """The opposite of :func:`finite_or_none`, as far as it goes."""
     if isinstance(value, Mapping):
-        return {key: _nan(item) for key, item in value.items()}
+        return {key: none_to_nan(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_nan(item) for item in value]
+        return [none_to_nan(item) for item in value]
     return math.nan if value is None else value

@@ -20,6 +20,7 @@ from matplotlib.ticker import NullFormatter
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nckernels._palette import GRID, INK, LOSSES, MUTED
 from nckernels.metrics import class_means, convergence_iteration, optimum, ranges
 
 from .engine import Run
@@ -27,9 +28,6 @@ from .evaluate import features as extract
 from .history import History
 
 Array = NDArray[Any]
-
-COLOURS = {"ce": "#4d4d4d", "normface": "#e69f00", "ntce": "#0072b2", "nonl": "#d6336c", "scl": "#009e73"}
-INK, MUTED, GRID = "#222222", "#8a8a8a", "#e6e6e6"
 
 LEFT_MARGINS = {"left": 0.06, "right": 0.985, "top": 0.85, "bottom": 0.065, "hspace": 0.28, "wspace": 0.2}
 RIGHT_MARGINS = {"left": 0.05, "right": 0.9, "top": 0.85, "bottom": 0.03, "hspace": 0.24, "wspace": 0.1}
@@ -72,7 +70,7 @@ def _curves(area: SubFigure, histories: Mapping[str, History], names: Mapping[st
             threshold = tolerance if best[metric] == 0 else best[metric] - tolerance
             ax.axhline(threshold, color=MUTED, ls="--", lw=1.2)
         for loss, history in histories.items():
-            colour, values = COLOURS[loss], history.metrics[metric]
+            colour, values = LOSSES[loss], history.metrics[metric]
             ax.plot(history.steps, values, color=colour, lw=1.8, solid_capstyle="round")
             if tolerance is None:
                 continue
@@ -88,7 +86,7 @@ def _curves(area: SubFigure, histories: Mapping[str, History], names: Mapping[st
         ax.margins(x=0.02)
     for ax in axes[-1]:
         ax.set_xlabel("iteration", color=INK)
-    handles = [Line2D([], [], color=COLOURS[loss], lw=2.5, label=names[loss]) for loss in histories]
+    handles = [Line2D([], [], color=LOSSES[loss], lw=2.5, label=names[loss]) for loss in histories]
     handles += [
         Line2D([], [], color=MUTED, ls="--", lw=1.2, label="95 % of the way to collapse"),
         Line2D([], [], color=MUTED, ls="", marker="o", ms=7, mfc="white", label="stays beyond it from here"),

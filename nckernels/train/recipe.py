@@ -1,4 +1,4 @@
-"""What a training run is: all its settings, by section, with their defaults and meanings.
+"""The settings of a training run by section, with their defaults and meanings.
 
 :mod:`.recipes` reads them from TOML files, of the package or one's own.
 """
@@ -42,9 +42,9 @@ class Data:
     workers: int = 4
     """Processes that read files, on each rank; data sets in memory need none."""
     skip_unreadable: bool = False
-    """Leave out images that cannot be read, with a warning that counts them; else the first one is an error."""
+    """Leave out images that cannot be read, with a warning that counts them; otherwise the first one is an error."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Of the data set's own loader, for instance ``num_classes`` and ``train_views`` of glyphs."""
+    """Options of the data set, for instance ``num_classes`` and ``train_views`` of glyphs."""
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,13 @@ class Loss:
     global_batch: bool = True
     """Contrast with the samples of all ranks (``process_group="world"``)."""
     assignment: Literal["dynamic", "static"] = "dynamic"
-    """Of dlp's points to the classes: anew after every epoch, or at random for good."""
+    """How dlp assigns its points to the classes: optimised after every epoch, or at random once."""
     queue: int = 0
     """Past features that nonl, ntce and scl contrast with besides the batch."""
     decay: float = 0.0
-    """Of running denominators of nonl and ntce; 0: none."""
+    """Decay of running denominators, for nonl and ntce; 0: none."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Of the loss's own function, for instance ``label_smoothing`` of normface and ce."""
+    """Options of the loss function, for instance ``label_smoothing`` of normface and ce."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Optimizer:
 
     name: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.05
-    """At its highest, for batches of ``lr_batch`` samples."""
+    """The highest learning rate, for batches of ``lr_batch`` samples."""
     lr_batch: int = 0
     """The learning rate is lr x batch size / lr_batch; 0: it is lr."""
     momentum: float = 0.9
@@ -170,20 +170,21 @@ class Run:
     channels_last: bool = False
     compile: bool = False
     sync_batchnorm: bool = True
-    """Over the ranks, on accelerators."""
+    """BatchNorm over all ranks, on accelerators."""
     eval_every: int = 0
     """Steps between evaluations; 0: at the end of every epoch. There is one before the first step and one after the
     last."""
     metrics: bool = True
     """Measure neural collapse of the training set at every evaluation."""
     probes: tuple[Literal["FP", "LP", "NLP"], ...] = ()
-    """In the end: fixed prototypes and linear probes on features computed once ([NCD] Table 2)."""
+    """Classifiers fitted after the training ([NCD] Table 2): class means (FP), a linear probe (LP), a normalised
+    one (NLP). The probes hold the encoder's features of the training set in memory."""
     save_every: int = 0
     """Steps between checkpoints; 0: at every evaluation."""
     log_every: int = 10
-    """Steps between lines of the log; the loss is looked at, and the host waits for the device, that often."""
+    """Steps between lines of the log. The host waits for the device, and the loss is checked, that often."""
     backend: str = ""
-    """Of nckernels; empty: its own choice."""
+    """Backend of nckernels; empty: chosen by nckernels."""
 
 
 @dataclass(frozen=True)

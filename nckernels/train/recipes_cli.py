@@ -1,4 +1,4 @@
-"""``python -m nckernels recipes``: what there is to train, and the files themselves."""
+"""``python -m nckernels recipes``: the list of recipes, and their settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="List the recipes of the package with their rows, or print the file of one.",
     )
     parser.add_argument(
-        "name", nargs="?", help="a recipe; with NAME/ROW, or for a file of your own, all settings it comes to"
+        "name", nargs="?", help="a recipe, to print its file; NAME/ROW or a file of your own, to print all settings"
     )
     arguments = parser.parse_args(argv)
     try:
@@ -38,7 +38,7 @@ def listing() -> str:
 
 
 def shown(name: str) -> str:
-    """The file of a recipe as it is written, or what a row comes to."""
+    """The file of a recipe, or all settings of a row."""
     if name in recipes.names():
         return (recipes.FOLDER / f"{name}.toml").read_text(encoding="utf-8").rstrip("\n")
     from .plan import as_toml

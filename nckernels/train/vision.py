@@ -20,8 +20,8 @@ _RESIZED = 256 / 224  # shorter side of what a centre crop is taken from, as a m
 def train_transform(augment: Augment, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Transform:
     """One random view; random numbers are torch's, so that ``torch.manual_seed`` fixes it.
 
-    Without a random crop it is the centre crop of :func:`eval_transform`. Outside of what is rotated, zoomed or shifted
-    is black.
+    Without a random crop it is the centre crop of :func:`eval_transform`. What rotation, zoom and shift bring in
+    from outside the image is black.
 
     Raises:
         ImportError: without torchvision.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
-import re
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -198,12 +198,17 @@ def use(monkeypatch: pytest.MonkeyPatch, train: Any, evaluation: Any) -> None:
 
 @pytest.fixture
 def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
-    """Forty images, each of one grey that says which it is, read without torchvision."""
+    """Forty images, read without torchvision."""
+    use(monkeypatch, noisy, pixels)
+    return gray_images(tmp_path)
+
+
+def gray_images(folder: Path) -> Dataset:
+    """Each of one grey that says which it is."""
     image = pytest.importorskip("PIL.Image")
-    paths = [tmp_path / f"{i}.png" for i in range(40)]
+    paths = [folder / f"{i}.png" for i in range(40)]
     for i, path in enumerate(paths):
         image.new("RGB" if i % 2 else "L", (4, 4), (i, i, i) if i % 2 else i).save(path)
-    use(monkeypatch, noisy, pixels)
     split = Files(tuple(paths), torch.arange(40) % 4)
     return Dataset(split, split.take(torch.arange(15)), 4, tuple("abcd"), 3, 4, (0.0,) * 3, (1.0,) * 3)
 
@@ -253,6 +258,15 @@ def test_passes_over_files(pictures: Dataset) -> None:
         assert torch.cat([y for _, y in parts]).tolist() == [i % 4 for i in range(15)]
 
 
+@pytest.mark.parametrize(("settings", "most"), [({"run.batch_size": 6}, 6), ({"run.micro_batch_size": 2}, 2)])
+def test_passes_over_files_have_no_larger_batches_than_training(
+    settings: dict[str, int], most: int, pictures: Dataset
+) -> None:
+    sizes = [len(y) for _, y in passes(pictures, pictures.test, recipe(**{"data.workers": 0, **settings}), "cpu")]
+    assert max(sizes) == most
+    assert sum(sizes) == 15
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_image_is_named(workers: int, pictures: Dataset) -> None:
     assert isinstance(pictures.test, Files)
@@ -261,29 +275,41 @@ def test_an_unreadable_image_is_named(workers: int, pictures: Dataset) -> None:
         list(passes(pictures, pictures.test, recipe(**{"data.workers": workers}), "cpu", batch_size=4))
 
 
-def test_a_worker_that_dies_is_told(pictures: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    # In a process of its own: PyTorch's signal handler raises a second error wherever the main thread happens to be.
-    use(monkeypatch, deadly, pixels)
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("DataLoader worker (pid 1) exited unexpectedly"), EOFError(), ConnectionResetError("reset by peer")],
+)
+def test_a_worker_that_dies_is_told(error: Exception, pictures: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: object) -> Iterator[Tensor]:
+        yield torch.zeros(10, 4, 4, 3)
+        raise error
 
-    def read() -> None:
-        try:
-            drawn(pictures, recipe(**{"data.workers": 1}))
-        except (DataError, RuntimeError) as error:
-            sender.send(str(error))
-        os._exit(0)
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", broken)
+    with pytest.raises(DataError, match=r"one of the 1 processes that read images died .*data.workers"):
+        drawn(pictures, recipe(**{"data.workers": 1}))
 
-    child = context.Process(target=read)
-    child.start()
-    child.join(60)
-    assert receiver.poll(0), "no error arrived"
-    assert re.search(r"one of the 1 processes that read images died .*data.workers", receiver.recv())
+
+@pytest.mark.slow
+def test_a_real_worker_that_dies(pictures: Dataset) -> None:
+    # In a process of its own: PyTorch's signal handler may raise its error wherever the main thread happens to be.
+    assert isinstance(pictures.train, Files)
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r}); from train import test_batches as t; "
+    code += f"t.read_until_a_worker_dies({str(Path(pictures.train.paths[0]).parent)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert "DataError: one of the 1 processes" in done.stderr or "DataLoader worker" in done.stderr
+
+
+def read_until_a_worker_dies(folder: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        use(patch, deadly, pixels)
+        drawn(gray_images(Path(folder)), recipe(**{"data.workers": 1}))
 
 
 def test_files_need_torchvision(pictures: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    monkeypatch.setitem(sys.modules, "torchvision", None)
+    for name in ("torchvision", "torchvision.transforms"):  # the second may have been imported already
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match="pip install"):
         Batches(pictures, recipe(), "cpu")
     with pytest.raises(ImportError, match="pip install"):

@@ -154,7 +154,7 @@ def test_no_code_of_an_archive_is_run(made: Any, named: str, tmp_path: Path, tru
     content = files("cifar10")
     content["data_batch_3"][b"labels"] = made(tmp_path / "attacked")
     trusted(write(tmp_path, "cifar10", content))
-    with pytest.raises(DataError, match=rf"data_batch_3: it asks for {named}.*, which has no place"):
+    with pytest.raises(DataError, match=rf"data_batch_3: it asks for {named}.*, which these data do not need"):
         opened(tmp_path, "cifar10")
     assert not (tmp_path / "attacked").exists()
 

@@ -206,7 +206,7 @@ def test_without_torchvision_an_error_says_what_to_install(monkeypatch: pytest.M
 def test_missing_transfer_sets_have_a_source_and_a_layout(name: str, tmp_path: Path) -> None:
     pytest.importorskip("torchvision")
     with pytest.raises(
-        DataError, match=rf"^{name}: .*Nothing is downloaded: it is from https?://.* torchvision expects"
+        DataError, match=rf"^{name}: .*Nothing is downloaded. The source is https?://.* torchvision expects"
     ):
         open_data(Data(name=name, root=str(tmp_path)))
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -38,7 +38,7 @@ def test_runs_that_differ_only_in_their_seed_are_one_row_with_mean_and_deviation
 def test_rows_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
     rows = rows_of(
         tmp_path,
-        history("nonl", loss__temperature=0.2, data__root="elsewhere", run__log_every=3),
+        history("nonl", loss__temperature=0.2, data__root="elsewhere", run__log_every=3, run__eval_every=7),
         history("nonl", loss__temperature=0.1),
         history("ntce", run__batch_size=128),
         history("nonl", loss__temperature=0.1, seed=5, data__workers=2),
@@ -56,6 +56,21 @@ def test_names_of_rows_are_distinct_even_where_many_settings_differ(tmp_path: Pa
     assert len({row.name for row in rows}) == 4
 
 
+def test_a_sweep_over_one_setting_is_a_table_of_its_values(tmp_path: Path) -> None:
+    rates = [0.1 * n for n in range(1, 12)]
+    runs = [
+        history(loss, accuracy=0.9 - abs(rate - best), optimizer__lr=rate, last=True, data__validation=True)
+        for loss, best in (("ce", 0.3), ("nonl", 0.5))
+        for rate in rates
+    ]
+    page = report(tmp_path, *runs)
+    assert list(page.column("The best rows on digits (held out)", "Test, %")) == ["CE, lr = 0.3", "NONL, lr = 0.5"]
+    head, ce, nonl = page.tables["Test accuracy by lr on digits (held out)"]
+    assert head == ["lr", *(f"{rate:g}" for rate in rates)]
+    assert [ce[0], nonl[0]] == ["CE", "NONL"]
+    assert ce[1:] == [f"{100 * run['test_accuracy'][-1]:.2f}" for run in runs[: len(rates)]]
+
+
 def test_unfinished_runs_are_marked_and_do_not_count_beside_finished_ones(tmp_path: Path) -> None:
     done = history("nonl", accuracy=0.9, last=True)
     half = history("nonl", seed=1, accuracy=0.5, finished=False, last=True)
@@ -65,7 +80,7 @@ def test_unfinished_runs_are_marked_and_do_not_count_beside_finished_ones(tmp_pa
     assert cells["NONL"] == f"{100 * done['test_accuracy'][-1]:.2f}"
     assert page.column("Results on digits", "Seeds") == {"CE †": "14 of 60 epochs †", "NONL": "1 + 1 unfinished"}
     assert "2 runs are unfinished." in page.text
-    assert "The best row is NONL" in page.text
+    assert "The best test accuracy is 90.08 % with NONL" in page.text
 
 
 def test_the_curve_of_a_row_is_the_mean_of_what_there_is(tmp_path: Path) -> None:
@@ -130,7 +145,7 @@ def test_convergence_compares_with_cross_entropy_over_the_mean_of_the_seeds(tmp_
     first = shown["(I) Within 5% of collapse after, % of iterations, digits"]
     assert [line[0] for line in first] == ["Row", "CE", "NONL"]
     assert first[1][1:] == ["never"] * 5
-    second = shown["(II) Like the final CE after, % of its iterations, digits"]
+    second = shown["(II) As close as CE in the end after, % of its iterations, digits"]
     assert [line[0] for line in second] == ["Row", "CE, settled", "NONL"]
     assert 0 < float(second[2][1]) < 50
     assert list(Page(tables.convergence(alone)).tables) == ["(I) Within 5% of collapse after, % of iterations, digits"]

@@ -124,11 +124,18 @@ def passes(
 
     A rank has a contiguous share of the samples, and the sizes of the shares differ by one at most.
 
+    Args:
+        batch_size: largest batch. Of files, a batch also has no more images than the network gets at once in training,
+            so that a device that can train can evaluate.
+
     Yields:
         Normalised images (b, C, H, W) and labels, on the device; the last batch may be smaller.
     """
     low, high = share(len(split), rank, world_size)
     device = torch.device(device)
+    if isinstance(split, Files):
+        run = recipe.run
+        batch_size = min(batch_size, (run.micro_batch_size or -(-run.batch_size // world_size)) * recipe.augment.views)
     parts = [range(i, min(i + batch_size, high)) for i in range(low, high, batch_size)]
     if isinstance(split, Files):
         transform = vision.eval_transform(dataset.image_size, dataset.mean, dataset.std, cropped=split.cropped)

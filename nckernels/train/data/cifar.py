@@ -212,5 +212,5 @@ _KNOWN = {
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _KNOWN:
-            raise DataError(f"it asks for {module}.{name}, which has no place in these data; nothing of it was run")
+            raise DataError(f"it asks for {module}.{name}, which these data do not need; nothing was run")
         return _KNOWN[module, name]

@@ -59,20 +59,25 @@ class FileReader:
             DataError: for an image that cannot be read, naming it, and for a worker that died.
         """
         self._batches.content = batches
+        reading = iter(self._loader)
         try:
-            for images in self._loader:
+            for images in reading:
                 if isinstance(images, _Unreadable):
                     raise DataError(
                         f"{images.path}: the image cannot be read ({images.reason}); data.skip_unreadable leaves out "
                         "such images"
                     )
                 yield images
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
+            # A worker that dies while a batch is on its way to us leaves a broken connection.
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
+            # As long as PyTorch knows of the worker, its signal handler raises the same error again, anywhere.
+            getattr(reading, "_shutdown_workers", lambda: None)()
             raise DataError(
-                f"one of the {self._workers} processes that read images died ({error}). Often it is short of memory, "
-                "or of shared memory in /dev/shm: data.workers sets their number, and 0 reads without them"
+                f"one of the {self._workers} processes that read images died ({str(error) or type(error).__name__}). "
+                "Often memory is short, or shared memory in /dev/shm: data.workers sets the number of processes, and 0 "
+                "reads without them"
             ) from error
 
 

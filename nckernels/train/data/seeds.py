@@ -1,4 +1,4 @@
-"""Random numbers as functions of what they are for: nothing depends on what was drawn before."""
+"""Seeds made of a purpose, an epoch and a step, so that random numbers do not depend on earlier draws."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def mix(*parts: int | str) -> int:
-    """A seed of 63 bits, from blake2b of the parts: other parts, or the same in another order, give another seed."""
+    """A seed of 63 bits, by blake2b of the parts; their order matters."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

@@ -1,4 +1,4 @@
-"""What a data set is: images in memory or files, and their labels."""
+"""Data sets: images in memory or in files, with their labels."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Split(Protocol):
 
 @dataclass(frozen=True)
 class Memory:
-    """Images (N, C, H, W) in uint8, where 0 to 255 mean 0 to 1, or in float32, which are what they are."""
+    """Images (N, C, H, W) in uint8, where 0 to 255 mean 0 to 1, or in float32, which is taken as it is."""
 
     images: Tensor
     labels: Tensor
@@ -51,7 +51,7 @@ class Files:
     paths: tuple[Path | str, ...]
     labels: Tensor
     cropped: bool = False
-    """Whether they are centre crops already, which an evaluation takes whole."""
+    """Whether the images are centre crops already; an evaluation then takes the whole image."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -63,7 +63,7 @@ class Files:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Training and test set, and what a network has to know of their images."""
+    """Training and test set, with the properties of their images."""
 
     train: Split
     test: Split
@@ -73,11 +73,11 @@ class Dataset:
     image_size: int
     """Height and width of the batches; images in memory of another size are resized batch by batch."""
     mean: tuple[float, ...]
-    """Of each channel of all training images that there are, before any are left out, so that a subset's images are
-    normalised like the whole set's. Of files it is ImageNet's."""
+    """Mean of each channel over the full training set, so that a subset is normalised like the whole. For files it is
+    ImageNet's."""
     std: tuple[float, ...]
     note: str = ""
-    """What a report should say of the data."""
+    """A remark for reports."""
 
     def subset(self, rows: Tensor) -> Dataset:
         """With these training samples only."""
@@ -118,5 +118,5 @@ def check_options(name: str, options: Mapping[str, Any], known: Iterable[str]) -
 def single_labels(labels: Tensor, key: str) -> Tensor:
     """``labels`` if each sample has one; else the setting ``key`` has no meaning."""
     if labels.dim() != 1:
-        raise ValueError(f"{key}: expected the default, for the data set has several labels a sample")
+        raise ValueError(f"{key}: expected the default, because a sample of the data set has several labels")
     return labels

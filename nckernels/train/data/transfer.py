@@ -134,7 +134,7 @@ def load(data: Data) -> Dataset:
         listings = [source.listing(kind(data.root, download=False, **split)) for split in (*source.train, source.test)]
     except (RuntimeError, OSError, ValueError, KeyError, ET.ParseError) as error:
         raise DataError(
-            f"{data.name}: {str(error).split('. ')[0]}. Nothing is downloaded: it is from {source.url}, and below "
+            f"{data.name}: {str(error).split('. ')[0]}. Nothing is downloaded. The source is {source.url}; below "
             f"data.root, {data.root}, torchvision expects {source.layout}"
         ) from None
     train, test = _files(listings[:-1]), _files(listings[-1:])

@@ -1,11 +1,11 @@
 """Recipes as TOML files: those of the package, next to this file, and one's own.
 
-A file has the sections of :class:`~nckernels.train.recipe.Recipe`; what it leaves out has the default. ``[rows.NAME]``
-is a row of a paper's table: what differs in it, section by section. ``cifar100/nonl`` is the row ``nonl`` of
-``cifar100``, and ``mine.toml:nonl`` that of a file. ``[sweep]`` says what a sweep over the file runs.
+A file has the sections of :class:`~nckernels.train.recipe.Recipe`; settings that it leaves out have their defaults.
+``[rows.NAME]`` is a row of a paper's table: the settings in which it differs, section by section. ``cifar100/nonl`` is
+the row ``nonl`` of ``cifar100``, and ``mine.toml:nonl`` that of a file. ``[sweep]`` is what a sweep runs by default.
 
 The sources are [NCD], Neural Collapse by Design (arXiv 2605.20302), and [DLP], Hyperspherical Classification with
-Dynamic Label-to-Prototype Assignment (CVPR 2024). "Ours" is what neither says.
+Dynamic Label-to-Prototype Assignment (CVPR 2024). "Ours" marks settings that neither gives.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def load(name: str, settings: Iterable[str] = ()) -> Recipe:
 
     Args:
         name: ``"cifar100"``, ``"cifar100/nonl"``, ``"path/to/file.toml"`` or ``"path/to/file.toml:row"``.
-        settings: ``"key=value"`` with a dotted key and a value in TOML; what is no TOML is a string.
+        settings: ``"key=value"`` with a dotted key and a value in TOML; anything else is a string.
 
     Raises:
         ValueError: naming the recipe, the row or the key that is not there and the nearest one that is, and for

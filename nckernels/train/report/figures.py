@@ -44,7 +44,7 @@ def each(data_sets: Iterable[DataSet], make: Callable[[DataSet], Raw]) -> Raw:
 def selected(data_sets: Sequence[DataSet]) -> str:
     parts = []
     if any(len(data.shown) < len(data.rows) for data in data_sets):
-        parts.append(f"Of many rows, the best of each name, {MOST_ROWS} at most.")
+        parts.append(f"Many rows: the best of each name, at most {MOST_ROWS}, are shown.")
     if len(data_sets) > MOST_DATA_SETS:
         parts.append(f"The first {MOST_DATA_SETS} data sets.")
     return " ".join(parts)
@@ -73,7 +73,7 @@ def _panels(data: DataSet) -> Raw:
                 lines.append(charts.Line(colour, steps, factor * mean, factor * deviation, mark))
                 marked = marked or mark is not None
                 aims.add(asdict(optimum(data.num_classes, features=row.features)).get(name, math.nan))
-        if not lines:
+        if all(np.isfinite(line.mean).sum() < 2 for line in lines):  # also where there are none
             continue
         logarithmic = logarithmic and charts.spans_decades(lines)
         bottom = _bottom(lines) if share else None

@@ -68,7 +68,7 @@ def _summary(data_sets: Sequence[DataSet]) -> Raw:
             points = 100 * (best.accuracy - second.accuracy)
             ahead = f", {points:.2f} points ahead of {second.name}" if points > 0 else f", and so is {second.name}"
         sentences.append(
-            f"The best row{'' if best.finished else ' so far'} is {best.name} with {_accuracy(best)}{ahead}."
+            f"The best test accuracy{'' if best.finished else ' so far'} is {_accuracy(best)} with {best.name}{ahead}."
         )
     deviations = [row.final("test_accuracy").deviation for data in data_sets for row in data.rows]
     deviations = [deviation for deviation in deviations if not math.isnan(deviation)]
@@ -125,7 +125,7 @@ def _results(data_sets: Sequence[DataSet]) -> Raw:
     if "bce" in losses:
         notes.append("The accuracy of BCE is the mean average precision.")
     if any(record.settings["data.validation"] for data in data_sets for record in data.records):
-        notes.append("With data.validation the test is on a held-out part of the training set.")
+        notes.append("Held out (data.validation): the test set is a part of the training set that was not trained on.")
     if any(row.unfinished for data in data_sets for row in data.rows):
         notes.append("Unfinished runs do not count beside finished ones.")
     if any(not row.finished for data in data_sets for row in data.rows):
@@ -147,15 +147,18 @@ def _collapse(data_sets: Sequence[DataSet]) -> Raw:
     content = each(data_sets[:MOST_DATA_SETS], tables.collapse)
     rows = [row for data in data_sets for row in data.shown]
     relu = " ReLU: the optimum of features without negative entries." if any(r.features == "relu" for r in rows) else ""
-    note = small(f"On the training set. Bold: nearest to its optimum.{relu} {selected(data_sets)}")
+    note = small(
+        f"On the training set. Bold: nearest to its optimum.{relu} The intra-class rank counts directions of scatter "
+        f"and ignores its size; NC1 and CDNV, among the direct measurements, do not. {selected(data_sets)}"
+    )
     return join([content, note]) if content else content
 
 
 def _convergence(data_sets: Sequence[DataSet]) -> Raw:
     content = each(data_sets[:MOST_DATA_SETS], tables.convergence)
     note = small(
-        "Iterations after which the smoothed metric, averaged over the seeds, is and stays there. "
-        f"{NONE}: undefined; never: not at the end."
+        "The iterations until the smoothed metric, averaged over the seeds, is as close to its optimum as the heading "
+        f"says, and stays so. {NONE}: undefined; never: it is not at the end."
     )
     return join([note, content]) if content else content
 

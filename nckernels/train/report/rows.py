@@ -28,10 +28,19 @@ LABELS = {
     "cifar10": "CIFAR-10",
     "cifar100": "CIFAR-100",
 }
-KEYS = {"loss.temperature": "τ", "run.batch_size": "batch size", "model.dim": "d", "loss.name": "loss"}
-"""Keys with a short name. They come first where several differ."""
+KEYS = {
+    "loss.temperature": "τ",
+    "run.batch_size": "batch size",
+    "model.dim": "d",
+    "loss.name": "loss",
+    "optimizer.lr": "lr",
+}
+"""Keys with a name of their own. They come first where several differ."""
 TITLES = ("name", "title", "source")
-UNRELATED = (*TITLES, "run.seed", "data.root", "data.workers", "run.save_every", "run.log_every")
+UNRELATED = (
+    *(*TITLES, "run.seed", "data.root", "data.workers"),
+    *("run.save_every", "run.log_every", "run.eval_every", "run.metrics"),
+)
 """Settings that do not tell one row from another. The root does where it is all that names the data."""
 MOST_ROWS = 8
 """In a chart."""
@@ -163,7 +172,7 @@ def group(records: Sequence[Record]) -> list[DataSet]:
 
 def describe(settings: Sequence[tuple[str, Any]]) -> str:
     """ "τ = 0.1, batch size = 512", which breaks at commas only."""
-    pairs = (f"{KEYS.get(key, _short(key))} = {value_text(value)}" for key, value in settings)
+    pairs = (f"{key_text(key)} = {value_text(value)}" for key, value in settings)
     return ", ".join(pair.replace(" ", "\N{NO-BREAK SPACE}") for pair in pairs)
 
 
@@ -178,8 +187,10 @@ def value_text(value: Any) -> str:
     return str(value) or "none"
 
 
-def _short(key: str) -> str:
-    """The last part of a dotted key, with its section where that says too little."""
+def key_text(key: str) -> str:
+    """A short name of a setting: the last part of its dotted key, with the section where that says too little."""
+    if key in KEYS:
+        return KEYS[key]
     section, _, last = key.rpartition(".")
     return key if last in ("name", "options", "every", "final") or not section else last.replace("_", " ")
 
@@ -202,7 +213,8 @@ def _data_names(examples: Sequence[Record]) -> list[str]:
         known = [(key, record.settings[key]) for key in keys if key in record.settings]
         known = [setting for setting in known if setting != ("data.imbalance", 1.0)]
         classes = [f"{record.num_classes} classes"] if len({other.num_classes for other in same}) > 1 else []
-        differing = ", ".join(filter(None, [describe(known), *classes]))
+        held_out = ["held out"] if record.settings["data.validation"] and "data.validation" not in keys else []
+        differing = ", ".join(filter(None, [describe(known), *classes, *held_out]))
         names.append(LABELS.get(name, name) + (f" ({differing})" if differing else ""))
     return names
 

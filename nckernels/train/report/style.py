@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import resources
 
+from nckernels import _palette
+
 from .rows import Row
 
 COLOURS = {
     "paper": ("#ffffff", "#15171b"),
-    "ink": ("#222222", "#e4e5e7"),
+    "ink": (_palette.INK, "#e4e5e7"),
     "muted": ("#666666", "#a0a4ab"),
-    "line": ("#e6e6e6", "#34383f"),
-    "ce": ("#4d4d4d", "#c8c8c8"),
-    "normface": ("#e69f00", "#f2b73c"),
-    "ntce": ("#0072b2", "#57b1ec"),
-    "nonl": ("#d6336c", "#f2709f"),
-    "scl": ("#009e73", "#38c99d"),
+    "line": (_palette.GRID, "#34383f"),
+    "ce": (_palette.GREY, "#c8c8c8"),
+    "normface": (_palette.ORANGE, "#f2b73c"),
+    "ntce": (_palette.BLUE, "#57b1ec"),
+    "nonl": (_palette.PINK, "#f2709f"),
+    "scl": (_palette.GREEN, "#38c99d"),
     "etf-dr": ("#7c4dbd", "#b494ee"),
     "prototype": ("#8a5a2b", "#cc9d68"),
     "dlp": ("#5c8a00", "#a6cc4e"),

@@ -13,7 +13,7 @@ from nckernels.metrics.convergence import TABLE_7, TABLE_7_METRICS
 
 from .load import Record
 from .markup import NONE, Raw, count, duration, folded, join, number, percent, safe, small, spread, table, tag
-from .rows import DataSet, Row, Spread, rank
+from .rows import DataSet, Row, Spread, key_text, rank, sortable, value_text
 
 PUBLISHED = {
     "intra_erank": "Intra-class rank\N{NO-BREAK SPACE}↓",
@@ -44,12 +44,12 @@ DIRECT = {
 OPTIMUM = {"signed": "Optimum", "relu": "Optimum, ReLU"}
 DAGGER = "†"
 MOST_LINES = 20
-"""Of results; of more rows the better half of that many come first, and all can be unfolded."""
+"""Of results; of more rows the best of each name come first, and all can be unfolded."""
 
 
 def name_of(row: Row) -> Raw:
     """The row's name, marked if none of its runs has finished."""
-    return safe(row.name if row.finished else f"{row.name}\N{NO-BREAK SPACE}{DAGGER}")
+    return safe(row.name + _mark(row))
 
 
 def overview(data_sets: Sequence[DataSet], heading: str, columns: Sequence[str]) -> Raw:
@@ -94,9 +94,35 @@ def results(data: DataSet) -> Raw:
     everything = table(head, map(line, data.rows), label=f"Results on {data.name}")
     if len(data.rows) <= MOST_LINES:
         return everything
-    best = sorted(data.rows, key=lambda row: -row.accuracy)[: MOST_LINES // 2]
+    best = sorted(data.bests.values(), key=lambda row: -row.accuracy)[:MOST_LINES]
     first = table(head, map(line, best), label=f"The best rows on {data.name}")
-    return join([small(f"The best {len(best)} rows:"), first, folded(f"All {len(data.rows)} rows", everything)])
+    named = small("The best row of each name:")
+    return join([named, first, sweep(data), folded(f"All {len(data.rows)} rows", everything)])
+
+
+def sweep(data: DataSet) -> Raw:
+    """Test accuracy by name and by the value of the one setting in which the rows of a name differ, if it is one."""
+    keys = {tuple(key for key, _ in row.differing) for row in data.rows}
+    if len(keys) != 1 or len(next(iter(keys))) != 1:
+        return Raw()
+    values = sorted({row.differing[0][1] for row in data.rows}, key=sortable)
+    lines: list[list[object]] = []
+    for name, best in data.bests.items():
+        rows = {row.differing[0][1]: row for row in data.rows if row.base == name}
+        cells = (
+            join([spread(row.final("test_accuracy"), percentage=True, best=row is best), _mark(row)])
+            if (row := rows.get(value))
+            else NONE
+            for value in values
+        )
+        lines.append([name, *cells])
+    key = key_text(next(iter(keys))[0])
+    made = table([key, *map(value_text, values)], lines, label=f"Test accuracy by {key} on {data.name}")
+    return join([small(f"Test accuracy, %, by {key}:"), made])
+
+
+def _mark(row: Row) -> str:
+    return "" if row.finished else f"\N{NO-BREAK SPACE}{DAGGER}"
 
 
 def collapse(data: DataSet) -> Raw:
@@ -159,7 +185,7 @@ def _convergence(made: ConvergenceTable, data: DataSet, suffix: str, published: 
     headings = [PUBLISHED[name].rstrip("\N{NO-BREAK SPACE}↑↓") for name in made.metrics]
     parts = [(f"(I) Within {made.tolerance:.0%} of collapse after, % of iterations{suffix}", made.collapse, 0)]
     if made.baseline is not None:
-        parts.append((f"(II) Like the final {made.baseline} after, % of its iterations{suffix}", made.match, 1))
+        parts.append((f"(II) As close as {made.baseline} in the end after, % of its iterations{suffix}", made.match, 1))
     tables = []
     for title, rows, part in parts:
         lines: list[list[object]] = []
@@ -189,7 +215,8 @@ def classifiers(data: DataSet) -> Raw:
         return join([spread(accuracy, percentage=True, best=best), tag("small", f" in {duration(seconds.mean)}")])
 
     lines = [[name_of(row), *(cell(row, name) for name in names)] for row in rows]
-    return table(["Row", *(f"{name}, %" for name in names)], lines, label=f"Classifiers, {data.name}")
+    note = small("FP: class means. LP: linear probe. NLP: normalised linear probe. In small type, the time of the fit.")
+    return join([table(["Row", *(f"{name}, %" for name in names)], lines, label=f"Classifiers, {data.name}"), note])
 
 
 def _final(row: Row, classifier: str) -> float:
