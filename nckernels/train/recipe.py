@@ -208,9 +208,8 @@ class Recipe:
 
     def replace(self, **settings: Any) -> Recipe:
         """Another recipe, with dotted keys as ``loss__temperature=0.2`` or ``**{"loss.temperature": 0.2}``."""
-        return from_dict(
-            typed.merge(self.to_dict(), typed.nested({k.replace("__", "."): v for k, v in settings.items()}))
-        )
+        changes = typed.nested({key.replace("__", "."): value for key, value in settings.items()})
+        return from_dict(typed.merge(self.to_dict(), changes))
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionaries of plain values, which :func:`from_dict` takes."""
