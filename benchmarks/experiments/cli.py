@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
 
 
 def run(out: Path, stages: list[str], jobs: int, quiet: bool) -> int:
-    """The stages, one after the other; stops at the first that failed."""
+    """The stages, one after the other. A run that diverges is a result: it is listed, and the others go on."""
     for name in stages:
         stage, folder = STAGES[name], out / name
         asked = stage.sweep()
@@ -53,8 +53,8 @@ def run(out: Path, stages: list[str], jobs: int, quiet: bool) -> int:
             # Processes of a run share the cores as runs do.
             at_once = max(1, jobs // stage.processes)
             status = sweep.execute(asked, folder, jobs=at_once, command=stage.command(), quiet=quiet)
-        if status and not stage.may_diverge:
-            return status
+        if not status and not all(grid.finished(folder / planned.name) for planned in asked.runs()):
+            return 1  # stopped by a signal
         afterwards.measure(name, folders(out, name), jobs, quiet)
         if name == "tune":
             for line in (wrong := untuned(collect(out))):
