@@ -332,7 +332,7 @@ def test_files_through_torchvision(pictures: Dataset, monkeypatch: pytest.Monkey
     shares = [drawn(dataset, recipe(**changes), epoch=1, rank=r, world_size=2) for r in range(2)]
     assert same([tuple(map(torch.cat, zip(*parts, strict=True))) for parts in zip(*shares, strict=True)], alone)
     parts = list(passes(dataset, dataset.test, recipe(), "cpu"))
-    assert [x.shape for x, _ in parts] == [(15, 3, 16, 16)]
+    assert [x.shape for x, _ in parts] == [(10, 3, 16, 16), (5, 3, 16, 16)]
 
 
 @pytest.mark.skipif(not hasattr(os, "setpgrp"), reason="no process groups")
