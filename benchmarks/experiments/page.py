@@ -10,7 +10,7 @@ from nckernels.train.data import glyphs
 
 from . import pictures, tables
 from .claims import AT_ONCE, MARGIN, claims
-from .collect import Results
+from .collect import Results, Run
 from .measured import NAMES, dim, first_evaluation, num_classes
 from .paired import CONFIDENCE, accuracy, critical
 from .stages import PROCESSES, SEEDS, STAGES
@@ -99,7 +99,11 @@ def _method(results: Results) -> str:
     stages = []
     for key, stage in STAGES.items():
         runs = [run for run in results.runs if run.stage == key]
-        stages.append([f"`{key}`: {stage.title}", f"{sum(run.finished for run in runs)} of {len(runs)}"])
+        finished = sum(run.finished for run in runs)
+        without = "; ".join(map(_told, (run for run in runs if not run.finished))) if finished else ""
+        stages.append(
+            [f"`{key}`: {stage.title}", f"{finished} of {len(runs)}", without if key != "tune" else "see below"]
+        )
     each = ", ".join(f"{lr:g}" for lr in grid)
     return f"""## What was done
 
@@ -120,10 +124,18 @@ and has an MLP as its projection. The temperature is {recipe.loss.temperature:g}
 the best of NONL in [NCD] Table 9 and not of the others; CE learns its own scale. Nothing but the learning rate was
 tuned for any of them.
 
-{tables.table(["stage", "runs with a result"], stages)}
+{tables.table(["stage", "runs with a result", "diverged, or not run"], stages)}
+
+Means and paired differences leave out the seeds without a result.
 
 {hours:.1f} hours of training, added over the runs. {results.date or "No date"}, commit
 {", ".join(results.commits) or "unknown"}; {", ".join(versions) or "versions unknown"}."""
+
+
+def _told(run: Run) -> str:
+    """Which one it is."""
+    point = [f"{key.rpartition('.')[2]} {value}" for key, value in run.point.items()]
+    return ", ".join([tables.name(run.row), *point, f"seed {run.seed}"])
 
 
 def _sections(results: Results) -> list[str]:
