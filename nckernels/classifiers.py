@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -365,18 +366,36 @@ def compare_classifiers(
             batch_size=batch_size, seed=seed, device=device,
         )  # fmt: skip
 
-    def run(name: str, classifier: FixedPrototypes | LinearProbe, train: Tensor, test: Tensor) -> ClassifierResult:
-        start = time.perf_counter()
-        classifier.fit(train, train_target)
-        next(iter(classifier.state_dict().values())).sum().item()  # waits for the device
-        seconds = time.perf_counter() - start
-        return ClassifierResult(name, classifier.score(test, test_target), seconds)
-
+    fixed = FixedPrototypes(num_classes, d, device=device)
     return [
-        run("FP", FixedPrototypes(num_classes, d, device=device), train_input, test_input),
-        run("LP", probe(normalize=False), low, low_test),
-        run("NLP", probe(normalize=True), low, low_test),
+        _compared("FP", fixed, train_input, train_target, test_input, test_target),
+        _compared("LP", probe(normalize=False), low, train_target, low_test, test_target),
+        _compared("NLP", probe(normalize=True), low, train_target, low_test, test_target),
     ]
+
+
+def _compared(
+    name: str,
+    classifier: FixedPrototypes | LinearProbe,
+    train: Tensor,
+    train_target: Tensor,
+    test: Tensor,
+    test_target: Tensor,
+) -> ClassifierResult:
+    """A classifier fitted and scored, with the time of ``fit``."""
+    seconds = _seconds(train.device, partial(classifier.fit, train, train_target))
+    return ClassifierResult(name, classifier.score(test, test_target), seconds)
+
+
+def _seconds(device: torch.device, function: Callable[[], object]) -> float:
+    """How long a function takes on the device."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    start = time.perf_counter()
+    function()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter() - start
 
 
 @contextmanager

@@ -46,7 +46,7 @@ class Evaluation:
 def evaluate(
     network: nn.Module,
     head: Any,
-    dataset: Any,
+    dataset: datasets.Dataset,
     recipe: Recipe,
     device: torch.device,
     *,
@@ -67,9 +67,8 @@ def evaluate(
         FloatingPointError: if a feature is not finite.
     """
 
-    def batches(split: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in datasets.passes(dataset, split, recipe, device, rank=rank, world_size=world_size):
-            yield network(images), labels
+    def batches(split: datasets.Split) -> Iterator[tuple[Tensor, Tensor]]:
+        return _outputs(network, dataset, split, recipe, device, rank, world_size)
 
     cosines = cosines and dataset.num_classes <= MOST_COSINES
     several = dataset.train.labels.ndim > 1
@@ -110,8 +109,8 @@ def evaluate(
 def accuracy(
     network: nn.Module,
     head: Any,
-    dataset: Any,
-    split: Any,
+    dataset: datasets.Dataset,
+    split: datasets.Split,
     recipe: Recipe,
     device: torch.device,
     *,
@@ -120,15 +119,14 @@ def accuracy(
 ) -> float:
     """Share of a set's samples that are classified as labelled, or the mean average precision."""
     with measuring(network, head, device):
-        pairs = datasets.passes(dataset, split, recipe, device, rank=rank, world_size=world_size)
-        return _score(((network(images), labels) for images, labels in pairs), head, world_size)
+        return _score(_outputs(network, dataset, split, recipe, device, rank, world_size), head, world_size)
 
 
 @torch.no_grad()
 def features(
     network: nn.Module,
-    dataset: Any,
-    split: Any,
+    dataset: datasets.Dataset,
+    split: datasets.Split,
     recipe: Recipe,
     device: torch.device,
     function: Callable[[Tensor], Tensor] | None = None,
@@ -142,8 +140,21 @@ def features(
         function: what makes features of images, for example ``network.encode``; None: the network.
     """
     with measuring(network, None, device):
-        pairs = datasets.passes(dataset, split, recipe, device, rank=rank, world_size=world_size)
-        return _gathered((((function or network)(images), labels) for images, labels in pairs), world_size)
+        return _gathered(_outputs(function or network, dataset, split, recipe, device, rank, world_size), world_size)
+
+
+def _outputs(
+    function: Callable[[Tensor], Tensor],
+    dataset: datasets.Dataset,
+    split: datasets.Split,
+    recipe: Recipe,
+    device: torch.device,
+    rank: int,
+    world_size: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What a function makes of this rank's share of a set, batch by batch, with the labels."""
+    for images, labels in datasets.passes(dataset, split, recipe, device, rank=rank, world_size=world_size):
+        yield function(images), labels
 
 
 class _Streamed:

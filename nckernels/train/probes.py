@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
 import torch
 
 from nckernels import ClassifierResult, FixedPrototypes, LinearProbe
+from nckernels.classifiers import _compared, _seconds
 
 from . import data as datasets
 from .evaluate import accuracy, features, measuring, of_the_first_rank
@@ -18,7 +17,7 @@ from .recipe import Recipe
 
 def probe(
     network: Any,
-    dataset: Any,
+    dataset: datasets.Dataset,
     recipe: Recipe,
     device: torch.device,
     *,
@@ -48,14 +47,13 @@ def probe(
         classifier = LinearProbe(
             dataset.num_classes, train.shape[1], normalize=name == "NLP", seed=recipe.run.seed, device=device
         )
-        seconds = _seconds(device, partial(classifier.fit, train, train_labels))
-        results.append(ClassifierResult(name, classifier.score(test, test_labels), seconds))
+        results.append(_compared(name, classifier, train, train_labels, test, test_labels))
     return cast("list[ClassifierResult]", of_the_first_rank(results, rank, world_size))
 
 
 @torch.no_grad()
 def _fixed_prototypes(
-    network: Any, dataset: Any, recipe: Recipe, device: torch.device, rank: int, world_size: int
+    network: Any, dataset: datasets.Dataset, recipe: Recipe, device: torch.device, rank: int, world_size: int
 ) -> ClassifierResult:
     """FP, batch by batch. The seconds count the sums, and not the network."""
     classifier = FixedPrototypes(dataset.num_classes, network.dim, device=device)
@@ -68,14 +66,3 @@ def _fixed_prototypes(
         classifier.all_reduce()
     score = accuracy(network, classifier, dataset, dataset.test, recipe, device, **share)
     return ClassifierResult("FP", score, seconds)
-
-
-def _seconds(device: torch.device, function: Callable[[], object]) -> float:
-    """How long a function takes on the device."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    start = time.perf_counter()
-    function()
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter() - start
