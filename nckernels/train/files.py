@@ -1,8 +1,10 @@
-"""Files that are there as a whole or not at all."""
+"""Files that are there as a whole or not at all, and files that one process holds at a time."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -41,6 +43,39 @@ def write_atomically(path: Path, content: Callable[[IO[bytes]], Any], part: Path
 def write_text(path: Path, text: str) -> None:
     """:func:`write_atomically` of a text, in UTF-8."""
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+_held: weakref.WeakSet[IO[str]] = weakref.WeakSet()
+
+
+def hold(path: Path) -> IO[str]:
+    """Lock a file, which gets the number of this process, until it is closed or the process ends.
+
+    Raises:
+        BlockingIOError: if another process holds it, with the number of that one as its text.
+    """
+    file = open(path, "a+")  # noqa: SIM115 - the caller closes it
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip()
+        file.close()
+        raise BlockingIOError(owner or "unknown") from None
+    _held.add(file)
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+def _leave_to_parent() -> None:
+    """A lock lasts until the last copy of its file is closed; a worker's would outlive a parent that is killed."""
+    for file in _held:
+        file.close()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import weakref
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from . import checkpoint
-from .files import write_text
+from .files import hold, write_text
 from .recipe import Recipe
 
 
@@ -26,18 +23,10 @@ class Folder:
         self.path = path
         self.checkpoint = path / "checkpoint.pt"
         path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(path / "lock", "a+")  # noqa: SIM115 - held
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            owner = self._lock.read().strip()
-            self._lock.close()
-            raise ValueError(f"{path}: process {owner or 'unknown'} trains in this folder") from None
-        _held.add(self._lock)
-        self._lock.truncate(0)
-        self._lock.write(f"{os.getpid()}\n")
-        self._lock.flush()
+            self._lock = hold(path / "lock")
+        except BlockingIOError as owner:
+            raise ValueError(f"{path}: process {owner} trains in this folder") from None
         for part in path.glob("*.part"):  # of a process that was killed while it wrote
             part.unlink()
 
@@ -75,15 +64,3 @@ def _read(file: Path) -> Any:
     if not isinstance(content, dict):
         raise ValueError(f"{file}: expected an object, got {type(content).__name__}")
     return content
-
-
-_held: weakref.WeakSet[IO[str]] = weakref.WeakSet()
-
-
-def _leave_to_parent() -> None:
-    """A lock lasts until the last copy of its file is closed; a worker's would outlive a parent that is killed."""
-    for file in _held:
-        file.close()
-
-
-os.register_at_fork(after_in_child=_leave_to_parent)

@@ -6,7 +6,6 @@ A folder holds one sweep. ``sweep.json`` says what was asked for, a subfolder is
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import re
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import recipes, typed
-from .files import write_text
+from .files import hold, write_text
 from .plan import toml_value
 from .recipe import Recipe
 
@@ -159,11 +158,11 @@ def locked(folder: Path) -> Iterator[None]:
         ValueError: if another one does.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"{folder}: another process runs this sweep") from None
+    try:
+        lock = hold(folder / "lock")
+    except BlockingIOError:
+        raise ValueError(f"{folder}: another process runs this sweep") from None
+    with lock:
         yield
 
 
@@ -206,8 +205,9 @@ def table(folder: Path, sweep: Sweep) -> str:
     groups: dict[tuple[str, tuple[Any, ...]], list[float]] = {}
     for run in sweep.runs():
         values = groups.setdefault((run.row, tuple(_readable(value) for _, value in run.point)), [])
-        if finished(folder / run.name):
-            accuracies = (history(folder / run.name) or {}).get("test_accuracy") or [None]
+        found = history(folder / run.name) or {}
+        if found.get("finished") is True:
+            accuracies = found.get("test_accuracy") or [None]
             values += [100 * accuracies[-1]] if accuracies[-1] is not None else []
     cells = [["row", *sweep.grid, "runs", "test accuracy, %"]]
     for (row, point), values in groups.items():
