@@ -12,7 +12,7 @@ from nckernels.train import recipes
 from nckernels.train.corruptions import mean_corruption_error
 
 from .collect import Results, Run, mean
-from .paired import Measure
+from .paired import Measure, final
 
 NAMES = {
     "ce": "CE",
@@ -57,7 +57,7 @@ def best(metric: str) -> float:
 
 def distance(metric: str) -> Measure:
     """From neural collapse, at the end."""
-    return lambda run: abs(run.metrics.get(metric, [math.nan])[-1] - best(metric))
+    return lambda run: abs(final(metric)(run) - best(metric))
 
 
 def mean_errors(results: Results, row: str) -> dict[str, list[float]]:

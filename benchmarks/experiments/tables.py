@@ -44,7 +44,6 @@ def spread(values: Mapping[int, float], digits: int | None = 1) -> str:
     """Mean and standard deviation over the seeds; ``digits`` after the point, or None for three significant ones."""
     if not values:
         return NOT_RUN
-
     found = list(values.values())
     middle, width = (".3g", ".2g") if digits is None else (f".{digits}f", f".{digits}f")
     if len(found) < 2:
@@ -181,7 +180,8 @@ def ranks(results: Results) -> str:
 
     rows = [[titles[key], *cells(values, "{:.1f}".format), spread(values)] for key, values in both.items()]
     gain = {seed: both[True][seed] - both[False][seed] for seed in both[True].keys() & both[False].keys()}
-    total = _signed(mean(list(gain.values())), deviation(list(gain.values()))) if gain else NOT_RUN
+    found = difference(both[True], both[False])
+    total = _signed(found.mean, found.deviation) if found.values else NOT_RUN
     rows.append(["difference, points", *cells(gain, "{:+.1f}".format), total])
     return table(["NONL, unseen faces, %", *(f"seed {seed}" for seed in seeds), "mean"], rows)
 
