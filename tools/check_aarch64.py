@@ -1,0 +1,138 @@
+"""Compare the CPU kernels with the definitions in float64, on this machine and, under emulation, on aarch64.
+
+    python tools/check_aarch64.py [--require] [--jobs 2]
+
+tests/aarch64/check.cpp calls the library's C interface with some thousands of small problems: forward, backward and
+step, every mask and direction, float64, float32, bfloat16 and float16, ragged sizes, workspaces that are too small. It
+runs with the library of each instruction set that this CPU has, then built by a cross compiler and run by qemu's user
+mode emulation. Exits with 1 if a number is wrong.
+
+Without cross compiler or emulator the second part is skipped, with a note, and that is no failure unless it is
+required (--require). On Debian: apt-get install g++-aarch64-linux-gnu qemu-user. What was compiled is kept in
+out/check_aarch64 until a source, a flag or the compiler changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from nckernels.backends import build, native
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAM = ROOT / "tests" / "aarch64" / "check.cpp"
+KEPT = ROOT / "out" / "check_aarch64"
+PARTS = ("float64", "float32", "bfloat16", "float16", "planted")
+COMPILERS = ("aarch64-linux-gnu-g++", *(f"aarch64-linux-gnu-g++-{n}" for n in range(16, 9, -1)))
+EMULATORS = ("qemu-aarch64", "qemu-aarch64-static")
+HOW = "apt-get install g++-aarch64-linux-gnu qemu-user"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--require", action="store_true", help="fail where aarch64 cannot be run")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args()
+
+    right = True
+    for library in here():
+        right = check_here(library, options.jobs) and right
+    if platform.machine() == "aarch64":
+        print("aarch64: this machine")
+        return int(not right)
+    compiler, emulator = first_of(COMPILERS), first_of(EMULATORS)
+    if compiler is None or emulator is None:
+        print(f"aarch64: skipped, there is no {'cross compiler' if compiler is None else 'emulator'}: {HOW}")
+        return int(options.require or not right)
+    library = build.CPU["default"]
+    sources = [build.CSRC / library.folder / source for source in library.sources]
+    # One program without shared libraries: where those for aarch64 lie depends on the distribution.
+    program = compiled("aarch64", compiler, [*sources, PROGRAM], library, ("-static", *library.link), options.jobs)
+    label = f"aarch64, built by {version(compiler)}, under {version(emulator)}"
+    return int(not (run(label, [emulator, str(program)], options.jobs) and right))
+
+
+def here() -> list[build.Library]:
+    """The libraries that this CPU can run, the widest vectors first."""
+    if not native.SUPPORTED:
+        return []
+    libraries = build.cpu_libraries()
+    return libraries[libraries.index(native.library()) :]
+
+
+def check_here(library: build.Library, jobs: int) -> bool:
+    """The program with the library that Python loads."""
+    built = build.find_or_build(library)
+    program = compiled(library.name, build._compiler(), [PROGRAM], library, (str(built), *library.link), jobs)
+    return run(f"{library.name}, on this machine", [str(program)], jobs)
+
+
+def compiled(
+    name: str, compiler: str, sources: list[Path], library: build.Library, link: tuple[str, ...], jobs: int
+) -> Path:
+    """A program, made with the library's flags unless it is kept."""
+    texts = (repr((compiler, version(compiler), library.flags, link)), library.key(), PROGRAM.read_text())
+    folder = KEPT / f"{name}_{hashlib.sha256(''.join(texts).encode()).hexdigest()[:16]}"
+    program = folder / "check"
+    if program.exists():
+        return program
+    folder.mkdir(parents=True, exist_ok=True)
+    begin = time.perf_counter()
+    objects = [str(folder / f"{source.stem}.o") for source in sources]
+
+    def make(*words: str) -> None:
+        # Of a program without shared libraries, the linker warns of what OpenMP could load for other devices.
+        made = subprocess.run([*compiler.split(), *words], capture_output=True, text=True)
+        if made.returncode:
+            raise SystemExit(made.stderr)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda s, o: make(*library.flags, "-c", str(s), "-o", o), sources, objects))
+    make(*objects, *link, "-o", str(program))
+    print(f"{name}: compiled in {time.perf_counter() - begin:.0f} s", flush=True)
+    return program
+
+
+def run(label: str, command: list[str], jobs: int) -> bool:
+    """Every part in a process of its own; whether all of it was right."""
+    begin = time.perf_counter()
+    # Threads of small problems would wait for each other in circles, on cores that others need.
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "2"}
+
+    def part(name: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, name], env=environment, capture_output=True, text=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        results = list(pool.map(part, PARTS))
+    print(f"{label}: {time.perf_counter() - begin:.0f} s")
+    for name, result in zip(PARTS, results, strict=True):
+        print("  " + "\n  ".join((result.stdout + result.stderr).splitlines()))
+        if result.returncode:
+            print(f"FAILED {name}, exit status {result.returncode}")
+    sys.stdout.flush()
+    return not any(result.returncode for result in results)
+
+
+def first_of(names: tuple[str, ...]) -> str | None:
+    """The first program that is on the PATH."""
+    return next((name for name in names if shutil.which(name)), None)
+
+
+def version(program: str) -> str:
+    """The first line of what a program says of itself."""
+    said = subprocess.run([*program.split(), "--version"], capture_output=True, text=True, check=True)
+    return said.stdout.splitlines()[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
