@@ -167,7 +167,7 @@ def test_naive_uniformity_in_16_bits_agrees() -> None:
     problem = Problem("uniformity", 40, 1, 9)
     leaves, target = problem.tensors(CPU, torch.bfloat16)
     outputs = harness.runner(rivals.naive(problem), leaves, target, False)()
-    assert harness.relative_error(outputs, harness.exact(problem, leaves, target)) < 1e-2
+    assert harness.relative_error(outputs, harness.exact(problem, leaves, target)) < 5e-2
 
 
 def test_sweep_writes_a_report_for_each_dtype(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

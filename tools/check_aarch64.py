@@ -32,6 +32,7 @@ from nckernels.backends import build, native
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = ROOT / "tests" / "aarch64" / "check.cpp"
 KEPT = ROOT / "out" / "check_aarch64"
+BASELINE = build.CPU["default"]
 PARTS = ("float64", "float32", "bfloat16", "float16", "planted")
 COMPILERS = ("aarch64-linux-gnu-g++", *(f"aarch64-linux-gnu-g++-{n}" for n in range(16, 9, -1)))
 EMULATORS = ("qemu-aarch64", "qemu-aarch64-static")
@@ -54,10 +55,9 @@ def main() -> int:
     if compiler is None or emulator is None:
         print(f"aarch64: skipped, there is no {'cross compiler' if compiler is None else 'emulator'}: {HOW}")
         return int(options.require or not right)
-    library = build.CPU["default"]
-    sources = [build.CSRC / library.folder / source for source in library.sources]
+    sources = [PROGRAM, *(build.CSRC / BASELINE.folder / source for source in BASELINE.sources)]
     # One program without shared libraries: where those for aarch64 lie depends on the distribution.
-    program = compiled("aarch64", compiler, [*sources, PROGRAM], library, ("-static", *library.link), options.jobs)
+    program = linked("aarch64", compiler, sources, ("-static", *BASELINE.link), options.jobs)
     label = f"aarch64, built by {version(compiler)}, under {version(emulator)}"
     return int(not (run(label, [emulator, str(program)], options.jobs) and right))
 
@@ -73,34 +73,33 @@ def here() -> list[build.Library]:
 def check_here(library: build.Library, jobs: int) -> bool:
     """The program with the library that Python loads."""
     built = build.find_or_build(library)
-    program = compiled(library.name, build._compiler(), [PROGRAM], library, (str(built), *library.link), jobs)
+    program = linked(library.name, build._compiler(), [PROGRAM], (str(built), *library.link), jobs)
     return run(f"{library.name}, on this machine", [str(program)], jobs)
 
 
-def compiled(
-    name: str, compiler: str, sources: list[Path], library: build.Library, link: tuple[str, ...], jobs: int
-) -> Path:
-    """A program, made with the library's flags unless it is kept."""
-    texts = (repr((compiler, version(compiler), library.flags, link)), library.key(), PROGRAM.read_text())
-    folder = KEPT / f"{name}_{hashlib.sha256(''.join(texts).encode()).hexdigest()[:16]}"
-    program = folder / "check"
-    if program.exists():
-        return program
-    folder.mkdir(parents=True, exist_ok=True)
+def linked(name: str, compiler: str, sources: list[Path], link: tuple[str, ...], jobs: int) -> Path:
+    """A program of objects that are compiled with the library's flags, unless they are kept."""
     begin = time.perf_counter()
-    objects = [str(folder / f"{source.stem}.o") for source in sources]
+    key = repr((compiler, version(compiler), BASELINE.flags, BASELINE.key(), PROGRAM.read_text()))
+    folder = KEPT / hashlib.sha256(key.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
 
-    def make(*words: str) -> None:
-        # Of a program without shared libraries, the linker warns of what OpenMP could load for other devices.
-        made = subprocess.run([*compiler.split(), *words], capture_output=True, text=True)
-        if made.returncode:
-            raise SystemExit(made.stderr)
+    def make(output: str, *words: str) -> str:
+        path = folder / output
+        if not path.exists():
+            part = path.with_suffix(".part")
+            # The linker warns of what OpenMP could load for other devices: shown with errors only.
+            made = subprocess.run([*compiler.split(), *words, "-o", str(part)], capture_output=True, text=True)
+            if made.returncode:
+                raise SystemExit(f"{output} cannot be made: {made.stderr}")
+            part.rename(path)
+        return str(path)
 
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(lambda s, o: make(*library.flags, "-c", str(s), "-o", o), sources, objects))
-    make(*objects, *link, "-o", str(program))
-    print(f"{name}: compiled in {time.perf_counter() - begin:.0f} s", flush=True)
-    return program
+        objects = list(pool.map(lambda s: make(f"{s.stem}.o", *BASELINE.flags, "-c", str(s)), sources))
+    program = make(f"{name}_{hashlib.sha256(repr(link).encode()).hexdigest()[:8]}", *objects, *link)
+    print(f"{name}: made in {time.perf_counter() - begin:.0f} s", flush=True)
+    return Path(program)
 
 
 def run(label: str, command: list[str], jobs: int) -> bool:
