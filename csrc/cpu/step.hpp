@@ -12,9 +12,10 @@
 #include "reduction.hpp"
 
 namespace nckernels {
-template <class T, int NV>
+template <class G>
 class StepPass {
-  static constexpr int64_t NR = Tiles<T, NV>::NR;
+  using T = typename G::T;
+  static constexpr int64_t NR = G::NR, MR = G::MR;
   // Columns or rows of a part; with fewer, packing costs about as much as making tiles twice.
   static constexpr int64_t NARROWEST = 96;
 
@@ -118,7 +119,7 @@ class StepPass {
   }
 
   void both_ways(const Problem& p, const Columns& columns, int64_t first_row, Turn of_z, Turn of_w) {
-    ForwardPass<T, NV>(p, columns).run();
+    ForwardPass<G>(p, columns).run();
     Gradients g{};
     if (p.by_class) g.class_lse = per_class_;
     if (p.by_instance) g.instance_lse = per_row_ + first_row;
@@ -126,7 +127,7 @@ class StepPass {
     if (step_.z) g.z = static_cast<T*>(step_.z) + first_row * p.d;
     g.w = step_.w;
     g.beta = step_.beta;
-    BackwardPass<T, NV>(p, columns, g, of_z, of_w).run();
+    BackwardPass<G>(p, columns, g, of_z, of_w).run();
   }
 
   static double finite(T lse) { return lse == minus_infinity<T> ? 0 : lse; }

@@ -7,12 +7,14 @@
 #include "tiles.hpp"
 
 namespace nckernels {
-template <class T, int NV>
-struct Triangle : Tiles<T, NV> {
-  using Base = Tiles<T, NV>;
-  using G = Gemm<T, NV>;
+template <class G>
+struct Triangle : Tiles<G> {
+  using Base = Tiles<G>;
+  using T = typename G::T;
+  using Operand = typename G::Operand;
   using Label = typename Simd<T>::Int;
-  static constexpr int W = Base::W, NR = Base::NR;
+  static constexpr int NV = G::NV, W = G::W, NR = G::NR;
+  static constexpr int64_t MR = G::MR;
   using Base::columns, Base::p, Base::tile_m, Base::tiles, Base::block_k, Base::d_pad, Base::all_panels;
   using Base::first_row, Base::padded_rows, Base::rows, Base::valid;
 
@@ -112,16 +114,19 @@ struct Triangle : Tiles<T, NV> {
     }
   }
 
-  // Panels [begin, end) of a tile's t, -inf where excluded, from the block of `panels` panels in v that
-  // begins with number `first`; positives are picked up in `pos` unless null.
-  void logits(int64_t tile, int64_t begin, int64_t end, int64_t first, int64_t panels, const T* u, const T* v,
-              T* t, T* pos) const {
-    const int64_t padded = padded_rows(tile);
+  // Panels [begin, end) of a tile's t, -inf where excluded, from the block of columns [first, first + count)
+  // that is packed in v; positives are picked up in `pos` unless null.
+  void logits(int64_t tile, int64_t begin, int64_t end, int64_t first, int64_t count, const Operand* u,
+              const Operand* v, T* t, T* pos) const {
+    const int64_t padded = padded_rows(tile), first_panel = first / NR;
+    auto make = [&](int64_t from, int64_t to, int64_t above) {
+      this->products(tile, above, first, count, from - first_panel, to - first_panel, u, v,
+                     t + (from - begin) * padded * NR);
+    };
     int64_t q = begin;
     for (; q < end && rows_above(tile, q) < rows(tile); q++)  // panels that the diagonal crosses
-      G::logits(padded, rows_above(tile, q), q - first, q + 1 - first, panels, p.d, u, v,
-                t + (q - begin) * padded * NR);
-    G::logits(padded, padded, q - first, end - first, panels, p.d, u, v, t + (q - begin) * padded * NR);
+      make(q, q + 1, rows_above(tile, q));
+    make(q, end, padded);
     if (pos) each_positive(tile, begin, end, t, [&](int64_t j, T value) { pos[j] = value; });
     for (q = begin; q < end; q++) mask(tile, q, t + (q - begin) * padded * NR);
   }

@@ -54,7 +54,10 @@ _SIZES = (_PROBLEM.size << 32) | (_GRADIENTS.size << 16) | _STEP.size
 
 def library() -> build.Library:
     """The library for this CPU: torch's own choice of instructions, which ATEN_CPU_CAPABILITY can lower."""
-    return build.CPU.get(torch.backends.cpu.get_cpu_capability().lower(), build.CPU["default"])
+    name = torch.backends.cpu.get_cpu_capability().lower()
+    if name == "avx512" and torch.cpu._is_avx512_bf16_supported():
+        name = "avx512_bf16"
+    return build.CPU.get(name, build.CPU["default"])
 
 
 @functools.cache
