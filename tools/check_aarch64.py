@@ -33,7 +33,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = ROOT / "tests" / "aarch64" / "check.cpp"
 KEPT = ROOT / "out" / "check_aarch64"
 BASELINE = build.CPU["default"]
-PARTS = ("float64", "float32", "bfloat16", "float16", "planted")
 COMPILERS = ("aarch64-linux-gnu-g++", *(f"aarch64-linux-gnu-g++-{n}" for n in range(16, 9, -1)))
 EMULATORS = ("qemu-aarch64", "qemu-aarch64-static")
 HOW = "apt-get install g++-aarch64-linux-gnu qemu-user"
@@ -74,7 +73,8 @@ def check_here(library: build.Library, jobs: int) -> bool:
     """The program with the library that Python loads."""
     built = build.find_or_build(library)
     program = linked(library.name, build._compiler(), [PROGRAM], (str(built), *library.link), jobs)
-    return run(f"{library.name}, on this machine", [str(program)], jobs)
+    bfloat16 = "bfloat16_entries" if library.name.endswith("bf16") else "bfloat16"
+    return run(f"{library.name}, on this machine", [str(program)], jobs, bfloat16)
 
 
 def linked(name: str, compiler: str, sources: list[Path], link: tuple[str, ...], jobs: int) -> Path:
@@ -102,8 +102,9 @@ def linked(name: str, compiler: str, sources: list[Path], link: tuple[str, ...],
     return Path(program)
 
 
-def run(label: str, command: list[str], jobs: int) -> bool:
+def run(label: str, command: list[str], jobs: int, bfloat16: str = "bfloat16") -> bool:
     """Every part in a process of its own; whether all of it was right."""
+    parts = ("float64", "float32", bfloat16, "float16", "planted")
     begin = time.perf_counter()
     # Threads of small problems would wait for each other in circles, on cores that others need.
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "2"}
@@ -112,9 +113,9 @@ def run(label: str, command: list[str], jobs: int) -> bool:
         return subprocess.run([*command, name], env=environment, capture_output=True, text=True)
 
     with ThreadPoolExecutor(jobs) as pool:
-        results = list(pool.map(part, PARTS))
+        results = list(pool.map(part, parts))
     print(f"{label}: {time.perf_counter() - begin:.0f} s")
-    for name, result in zip(PARTS, results, strict=True):
+    for name, result in zip(parts, results, strict=True):
         print("  " + "\n  ".join((result.stdout + result.stderr).splitlines()))
         if result.returncode:
             print(f"FAILED {name}, exit status {result.returncode}")
