@@ -544,7 +544,8 @@ class Comparison {
   void gradients(const std::vector<T>& z, const std::vector<T>& w, const std::vector<double>& beta) {
     compare("z", z, formula_.z);
     compare("w", w, formula_.w);
-    worst_.see("beta", beta[0], formula_.beta.value[0], rounding() * formula_.beta.magnitude[0]);
+    worst_.see("beta", beta[0], formula_.beta.value[0],
+               (rounding() + Kind::entries) * formula_.beta.magnitude[0]);
   }
 
   Case c_;
