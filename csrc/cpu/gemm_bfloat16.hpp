@@ -16,7 +16,6 @@
 // So entries are written twice, rounded from different products: A_jc rest_c for dU, A_jc rest_j for dV.
 #pragma once
 
-#include "gemm.hpp"
 #include "pairs.hpp"
 
 namespace nckernels {
@@ -28,14 +27,13 @@ struct GemmBfloat16 {
   static constexpr int MR = Unit::MR, GROUP = 2 * W;
   static constexpr long DEPTH = 2 * nckernels::DEPTH;
   static constexpr long BLOCK = DEPTH / NR;
-  static constexpr int PR = Unit::PR;  // features of dV^T at a time
-  static_assert(MR % 2 == 0 && DEPTH % NR == 0 && DEPTH % Unit::INNER == 0 && (2 * W) % Unit::INNER == 0);
+  static constexpr int PR = Unit::PR < NR ? Unit::PR : NR;  // features of dV^T at a time
+  static_assert(MR % 2 == 0 && NR % PR == 0 && DEPTH % NR == 0 && DEPTH % Unit::INNER == 0 &&
+                (2 * W) % Unit::INNER == 0);
 
   // --- sizes ---
   static int64_t inner(int64_t n) { return round_up(n, Unit::INNER); }
-  static int64_t by_feature(int64_t rows, int64_t d_pad) {
-    return round_up(rows, GROUP) * round_up(d_pad, PR);
-  }
+  static int64_t by_feature(int64_t rows, int64_t d_pad) { return round_up(rows, GROUP) * d_pad; }
   static constexpr int ENTRIES = 2;
 
   // --- packing ---
@@ -115,6 +113,7 @@ struct GemmBfloat16 {
   // --- products, see Gemm ---
   static void logits(long m, long rows, long first, long last, long panels, long d, const Operand* u,
                      const Operand* v, const T* of_rows, const T* of_columns, T* t) {
+    [[maybe_unused]] const typename Unit::Session session;
     for (long k = 0; k < d; k += DEPTH)
       for (long p = first; p < last; p++) {
         const long n = inner(d - k < DEPTH ? d - k : DEPTH);
@@ -122,11 +121,11 @@ struct GemmBfloat16 {
         T* c = t + (p - first) * m * NR;
         for (long i = 0; i < rows; i += MR) {
           const Operand* a = u + k * m + i * n;
+          const Factors factors{k + DEPTH < d ? nullptr : of_rows + i, of_columns + (p - first) * NR};
           if (k)
-            Unit::template multiply<MR, NV, true>(1, n / 2, a, n, 0, b, c + i * NR, NR);
+            Unit::template multiply<MR, NV, true>(1, n / 2, a, n, 0, b, c + i * NR, NR, factors);
           else
-            Unit::template multiply<MR, NV, false>(1, n / 2, a, n, 0, b, c + i * NR, NR);
-          if (k + DEPTH >= d) scale(c + i * NR, of_rows + i, of_columns + (p - first) * NR);
+            Unit::template multiply<MR, NV, false>(1, n / 2, a, n, 0, b, c + i * NR, NR, factors);
         }
       }
   }
@@ -134,6 +133,7 @@ struct GemmBfloat16 {
   // a: the entries by rows.
   static void times_prototypes(long m, long rows, long first, long last, long panels, long /*columns*/,
                                long d_panels, const Operand* a, const Operand* v, T* out, bool added) {
+    [[maybe_unused]] const typename Unit::Session session;
     for (long p = first; p < last; p += BLOCK)
       for (long n = 0; n < d_panels; n++) {
         const long count = last - p < BLOCK ? last - p : BLOCK;
@@ -152,6 +152,7 @@ struct GemmBfloat16 {
   // out[panel of columns][d_pad][NR]; a: the entries in pairs of samples, u: U^T.
   static void times_features(long m, long rows, long first, long last, long f_first, long f_last,
                              const Operand* a, const Operand* u, long d_pad, long /*columns*/, T* out) {
+    [[maybe_unused]] const typename Unit::Session session;
     const long stride = round_up(m, GROUP), n = inner(rows);
     for (long p = first / NR; p * NR < last; p++)
       for (long f = f_first * NR; f < f_last * NR; f += PR)
@@ -166,15 +167,6 @@ struct GemmBfloat16 {
 
   static void gather_row(const T* from, int64_t padded, int64_t r, int64_t d_pad, T* x) {
     Gemm<T, NV>::gather_row(from, padded, r, d_pad, x);
-  }
-
- private:
-  static void scale(T* c, const T* of_rows, const T* of_columns) {
-    for (int r = 0; r < MR; r++)
-      for (int v = 0; v < NV; v++) {
-        T* to = c + r * NR + v * W;
-        store(to, load(to) * (load(of_columns + v * W) * of_rows[r]));
-      }
   }
 };
 

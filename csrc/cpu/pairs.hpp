@@ -5,8 +5,7 @@
 #include <immintrin.h>
 #endif
 
-#include "problem.hpp"
-#include "simd.hpp"
+#include "gemm.hpp"
 
 namespace nckernels {
 inline uint32_t to_bits(float x) {
@@ -90,10 +89,32 @@ NCK_INLINE Vec<float> rounded_pairs(Vec<float> low, Vec<float> high) {
   return floats_of((rounded(low) >> 16) | (rounded(high) & 0xffff0000u));
 }
 
+// What a product is multiplied by once it is complete: factors of its rows, null for none, and of its
+// columns.
+struct Factors {
+  const float *of_rows = nullptr, *of_columns = nullptr;
+};
+
+// A sum in registers goes to C[R][NV vectors], or is added to it.
+template <int R, int NV, bool ACCUMULATE>
+NCK_INLINE void put_scaled(const Vec<float> (&acc)[R][NV], float* c, long c_stride, const Factors& factors) {
+  if (!factors.of_rows) return put<float, R, NV, ACCUMULATE>(acc, c, c_stride);
+#pragma GCC unroll 2
+  for (int v = 0; v < NV; v++) {
+    const Vec<float> of_column = load(factors.of_columns + v * lanes<float>);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      float* to = c + r * c_stride + v * lanes<float>;
+      store(to, (ACCUMULATE ? load(to) + acc[r][v] : acc[r][v]) * (of_column * factors.of_rows[r]));
+    }
+  }
+}
+
 // Pairs by instructions on vectors: vdpbf16ps (AVX512-BF16) where there is one, else what it computes, but
 // for the order of additions.
 struct VectorPairs {
   static constexpr int MR = 12, PR = 8, INNER = 2;
+  struct Session {};  // what a thread prepares for some products
 
   static NCK_INLINE Vec<float> add(Vec<float> c, uint32_t a, Vec<float> b) {
 #if defined(__AVX512BF16__)
@@ -105,10 +126,11 @@ struct VectorPairs {
   }
 
   // C[R][NV vectors] (+)= sum over blocks p < count and pairs k < depth of
-  //     A[p * a_block + r * a_stride + 2k, + 1] * B[(p * depth + k)][NR][2]
+  //     A[p * a_block + r * a_stride + 2k, + 1] * B[(p * depth + k)][NR][2],
+  // and then times the factors.
   template <int R, int NV, bool ACCUMULATE>
   static NCK_INLINE void multiply(long count, long depth, const uint16_t* a, long a_stride, long a_block,
-                                  const uint16_t* b, float* c, long c_stride) {
+                                  const uint16_t* b, float* c, long c_stride, const Factors& factors = {}) {
     constexpr int W = lanes<float>;
     Vec<float> acc[R][NV];
 #pragma GCC unroll 16
@@ -129,7 +151,7 @@ struct VectorPairs {
           for (int v = 0; v < NV; v++) acc[r][v] = add(acc[r][v], x, y[v]);
         }
       }
-    put<float, R, NV, ACCUMULATE>(acc, c, c_stride);
+    put_scaled<R, NV, ACCUMULATE>(acc, c, c_stride, factors);
   }
 };
 

@@ -10,9 +10,12 @@
 #include <memory>
 #include <vector>
 
-// Whether bfloat16 features are multiplied as such (bfloat16.cpp): where there is an instruction for it, or a
-// test wants its model.
-#if defined(__AVX512BF16__)
+// Whether bfloat16 features are multiplied as such (bfloat16.cpp), and by the tiles of AMX: where there are
+// instructions for it, or a test wants their models.
+#if defined(__AMX_BF16__)
+#define NCK_AMX
+#endif
+#if !defined(NCK_BFLOAT16) && (defined(__AVX512BF16__) || defined(NCK_AMX))
 #define NCK_BFLOAT16
 #endif
 

@@ -54,18 +54,20 @@ struct Tiles {
     plan();
   }
 
-  // The workspace, in numbers of T: a quarter for a block of columns (V in two layouts and its gradient), a
-  // quarter for row tiles (U packed and its gradient per thread, U in panels and the entries per tile of a
-  // group); the other half is what may be kept.
+  // The workspace: a quarter for row tiles (U packed and its gradient per thread, U by features and the
+  // entries per tile of a group), and what is not kept of the rest for a block of columns.
   void plan() {
-    const int64_t quarter = std::max<int64_t>(p.workspace / static_cast<int64_t>(sizeof(T)) / 4, 1);
+    const int64_t quarter = std::max<int64_t>(p.workspace / 4, 1);
+    const int64_t for_block = std::max(quarter, p.workspace - quarter - kept_bytes());
     const int64_t columns_padded = std::max<int64_t>(all_panels * NR, NR);
-    const int64_t most = std::max<int64_t>(quarter / (3 * d_pad) / NR * NR, NR);
+    const int64_t most = std::max<int64_t>(for_block / bytes_of_column(p.d) / NR * NR, NR);
     const int64_t blocks = (columns_padded + most - 1) / most;
     block_k = round_up((columns_padded + blocks - 1) / blocks, NR);
     const int64_t threads = std::max(p.threads, 1);
     group = 2 * threads;
-    const int64_t per_row = threads * 2 * d_pad + group * (d_pad + block_k);
+    const int64_t per_thread = d_pad * (sizeof(Operand) + sizeof(T)) + (G::RESTS ? STEP * NR * sizeof(T) : 0);
+    const int64_t per_tile_of_group = (d_pad + block_k * G::ENTRIES) * sizeof(Operand);
+    const int64_t per_row = threads * per_thread + group * per_tile_of_group;
     // Four tiles a thread, so that none waits long for the last one; eight at least.
     const int64_t even =
         round_up((p.m + 4 * std::max<int64_t>(threads, 2) - 1) / (4 * std::max<int64_t>(threads, 2)), MR);
@@ -73,6 +75,13 @@ struct Tiles {
     tiles = (p.m + tile_m - 1) / tile_m;
     const int64_t per_tile = tile_m * all_panels * NR;
     kept_tiles = kept && per_tile ? std::min(tiles, p.kept_size / per_tile) : 0;
+  }
+
+  int64_t kept_bytes() const { return kept ? p.kept_size * static_cast<int64_t>(sizeof(T)) : 0; }
+
+  // What a column of a block takes: V in two layouts, and its gradient.
+  static int64_t bytes_of_column(int64_t d) {
+    return round_up(d, NR) * static_cast<int64_t>(2 * sizeof(Operand) + sizeof(T));
   }
 
   double largest_bias() const {

@@ -77,6 +77,7 @@ _CPU_FLAGS = (
 )
 _AVX512 = ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mprefer-vector-width=512")
 _INSTRUCTIONS = {
+    "amx": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
     "avx512_bf16": (*_AVX512, "-mavx512bf16"),
     "avx512": _AVX512,
     "avx2": ("-mavx2", "-mfma"),
@@ -93,7 +94,7 @@ CPU = {
     )
     for name, flags in _INSTRUCTIONS.items()
 }
-"""The kernels for CPUs, per instruction set."""
+"""The kernels for CPUs per instruction set, the widest first: a CPU that has one has those after it."""
 
 
 CUDA_ARCHITECTURES = ("80", "90a")
