@@ -45,7 +45,7 @@ def main() -> int:
     options = parser.parse_args()
 
     right = True
-    for library in here():
+    for library in native.libraries() if native.SUPPORTED else []:
         right = check_here(library, options.jobs) and right
     if platform.machine() == "aarch64":
         print("aarch64: this machine")
@@ -61,19 +61,15 @@ def main() -> int:
     return int(not (run(label, [emulator, str(program)], options.jobs) and right))
 
 
-def here() -> list[build.Library]:
-    """The libraries that this CPU can run, the widest vectors first."""
-    if not native.SUPPORTED:
-        return []
-    libraries = build.cpu_libraries()
-    return libraries[libraries.index(native.library()) :]
-
-
 def check_here(library: build.Library, jobs: int) -> bool:
     """The program with the library that Python loads."""
-    built = build.find_or_build(library)
+    try:
+        built = build.find_or_build(library)
+    except build.BuildError as error:  # instructions that the compiler does not know: Python takes the next library
+        print(f"{library.name}: skipped, {str(error).splitlines()[0]}")
+        return True
     program = linked(library.name, build._compiler(), [PROGRAM], (str(built), *library.link), jobs)
-    bfloat16 = "bfloat16_entries" if library.name.endswith("bf16") else "bfloat16"
+    bfloat16 = "bfloat16_entries" if "-mavx512bf16" in library.flags else "bfloat16"
     return run(f"{library.name}, on this machine", [str(program)], jobs, bfloat16)
 
 

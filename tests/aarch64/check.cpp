@@ -6,6 +6,9 @@
 // units of rounding of the sum of the magnitudes of its terms, times 1 + the inverse temperature, which
 // multiplies the rounding of cosines: about what the same loops in float32 lose. In float64 it is twice that,
 // since the definitions are as wrong themselves.
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <cstdio>
 #include <map>
 #include <random>
@@ -640,6 +643,10 @@ int main(int argc, char** argv) {
       {"float64", check<Float64>},   {"float32", check<Float32>},
       {"bfloat16", check<Bfloat16>}, {"bfloat16_entries", check<Bfloat16Entries>},
       {"float16", check<Float16>},   {"planted", notices}};
+#if defined(__x86_64__)
+  syscall(SYS_arch_prctl, 0x1023,
+          18);  // AMX: permission for tiles, as torch asks for it; without AMX an error
+#endif
   bool right = argc > 1;
   for (int i = 1; i < argc; i++) right = parts.at(argv[i])() && right;
   return right ? 0 : 1;

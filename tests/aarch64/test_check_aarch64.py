@@ -21,7 +21,7 @@ def test_without_a_compiler_it_says_how_to_get_one(
     assert spec.loader is not None
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    monkeypatch.setattr(tool, "here", list)
+    monkeypatch.setattr(tool.native, "SUPPORTED", False)
     monkeypatch.setattr(tool, "first_of", lambda _: None)
     for words, status in ([], 0), (["--require"], 1):
         monkeypatch.setattr(sys, "argv", ["check_aarch64.py", *words])
