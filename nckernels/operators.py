@@ -179,7 +179,7 @@ def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     nothing = (None,) * 14
     if all(grad is None for grad in grads[:3]):
         return nothing
-    _no_batches(*grads[:3])
+    no_batches(*grads[:3])
     needs = _needs(ctx.needs_input_grad, symmetric=ctx.options[5])
     result = torch.ops.nckernels.cosine_lse_backward(*ctx.saved_tensors, *grads[:3], *ctx.options, list(needs))
     found = (grad if need else None for grad, need in zip(result, needs, strict=True))
@@ -206,7 +206,7 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(grad is None for grad in upstream):
             return (None,) * 9
-        _no_batches(*upstream)
+        no_batches(*upstream)
         kept = ctx.saved_tensors
         inputs, saved = Inputs(*kept[:6]), Forward(*kept[6:])
         spec, backend, contrasted = ctx.call
@@ -247,7 +247,7 @@ class Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        _no_batches(upstream)
+        no_batches(upstream)
         tensors = ctx.saved_tensors
         if torch.is_grad_enabled():
             z, w, beta = _Once.apply(ctx.backend, upstream, *tensors)
@@ -311,7 +311,7 @@ def _no_transforms(tensors: Iterable[Tensor]) -> None:
         raise NotImplementedError(_ONLY_REFERENCE.format("forward-mode differentiation"))
 
 
-def _no_batches(*upstream: Tensor | None) -> None:
+def no_batches(*upstream: Tensor | None) -> None:
     """Refuse ``is_grads_batched``, which calls a backward pass with many upstream gradients in one tensor."""
     if any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in upstream):
         raise NotImplementedError(_ONLY_REFERENCE.format("a backward pass for a batch of gradients"))

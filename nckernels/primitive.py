@@ -167,17 +167,13 @@ def contrast(
     features, prototypes, target = _operands(features, prototypes, target)
     spec = Spec(direction, exclude, direction == "class", ignore_index, registry.get_workspace(features.device))
     backend = registry.resolve(features.device, features.dtype)
-    plain = backend != registry.REFERENCE and operators.plain(features, prototypes, target, inv_temperature, weight)
-    if (
-        plain
-        and reduction != "none"
-        and _trained(features, prototypes, weight)
-        and registry.can_step(backend, features, prototypes, spec)
-    ):
+    if reduction != "none":
         reduced = Reduced(weight, reduction == "mean", of_nothing)
-        return operators.Step.apply(features, prototypes, inv_temperature, target, reduced, spec, backend)
+        loss = _step(features, prototypes, target, inv_temperature, reduced, spec, backend)
+        if loss is not None:
+            return loss
     inputs = Inputs(features, prototypes, target, scalar(inv_temperature, features), None, None)
-    if plain:
+    if backend != registry.REFERENCE and operators.plain(*inputs, weight):
         loss = operators.run_contrast(inputs, spec, backend)
     else:
         class_lse, instance_lse, pos = operators.run(inputs, spec, backend)
@@ -185,41 +181,50 @@ def contrast(
     return reduce(loss, target != ignore_index, weight, reduction, of_nothing)
 
 
-def contrast_with_itself(
+def step(
     features: Tensor,
-    labels: Tensor,
+    prototypes: Tensor,
+    target: Tensor,
     inv_temperature: float | Tensor,
+    reduced: Reduced,
     *,
-    exclude: Literal["self", "same_label"],
+    direction: Direction,
+    exclude: Exclude,
     ignore_index: int,
-    weight: Tensor | None,
-    reduction: Reduction,
 ) -> Tensor | None:
-    """The lse of each sample over the others, minus its mean logit with those of its label, and reduced.
+    """A reduced loss of checked arguments whose gradient is computed with it; None where the backend has no step for
+    it, or something of the call needs the single pieces.
 
-    Samples without others of their label do not count, and the mean of nothing is 0. None where the backend has
-    no step for it.
+    One tensor in both places is compared with itself, see :meth:`nckernels.backends.base.Backend.step`.
     """
-    features, _, labels = _operands(features, features, labels)
+    symmetric = features is prototypes and exclude in ("self", "same_label")
+    features, other, target = _operands(features, prototypes, target)
+    present_only = direction == "class" and not symmetric
+    spec = Spec(direction, exclude, present_only, ignore_index, registry.get_workspace(features.device), symmetric)
     backend = registry.resolve(features.device, features.dtype)
-    spec = Spec("instance", exclude, False, ignore_index, registry.get_workspace(features.device), symmetric=True)
-    if reduction == "none" or not (
-        registry.can_step(backend, features, features, spec)
-        and operators.plain(features, labels, inv_temperature, weight)
-        and _trained(features, features, weight)
-    ):
-        return None
-    reduced = Reduced(weight, reduction == "mean", of_nothing=0.0)
-    return operators.Step.apply(features, features, inv_temperature, labels, reduced, spec, backend)
+    return _step(features, features if symmetric else other, target, inv_temperature, reduced, spec, backend)
 
 
-def _trained(features: Tensor, prototypes: Tensor, weight: Tensor | None) -> bool:
-    """Whether gradients of a matrix are wanted, and of nothing that a step does not know."""
-    return (
+def _step(
+    features: Tensor,
+    prototypes: Tensor,
+    target: Tensor,
+    inv_temperature: float | Tensor,
+    reduced: Reduced,
+    spec: Spec,
+    backend: str,
+) -> Tensor | None:
+    weights = reduced.weight, reduced.class_weight
+    if (
         torch.is_grad_enabled()
         and (features.requires_grad or prototypes.requires_grad)
-        and not (weight is not None and weight.requires_grad)
-    )
+        and not any(weight is not None and weight.requires_grad for weight in weights)  # which a step does not know
+        and backend != registry.REFERENCE
+        and operators.plain(features, prototypes, target, inv_temperature, *weights)
+        and registry.can_step(backend, features, prototypes, spec, reduced.has_options)
+    ):
+        return operators.Step.apply(features, prototypes, inv_temperature, target, reduced, spec, backend)
+    return None
 
 
 def _operands(features: Tensor, prototypes: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:

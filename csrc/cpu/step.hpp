@@ -1,15 +1,15 @@
 // A training step in one call: the loss and its gradient, forward and backward over the same tiles.
 //
-// What flows back to each log-sum-exp is known before it is: the sample's share of the sum or mean. So a part
-// of the matrix whose sums are complete can go backward at once, while its exponentials still lie in the
-// workspace, and nothing is made twice. Complete are, in the class direction, whole columns; in the instance
-// direction, whole rows. The matrix is cut into as few such parts as fit; where both directions are wanted it
-// stays whole.
+// What flows back to a log-sum-exp is known as soon as it is: the sample's share of the sum or mean, times
+// what margins make of it. So a part of the matrix whose sums are complete can go backward at once, while its
+// exponentials still lie in the workspace, and nothing is made twice. Complete are, in the class direction,
+// whole columns; in the instance direction, whole rows. The matrix is cut into as few such parts as fit;
+// where both directions are wanted it stays whole.
 #pragma once
 
 #include "backward.hpp"
 #include "forward.hpp"
-#include "reduction.hpp"
+#include "smoothing.hpp"
 
 namespace nckernels {
 template <class T, int NV>
@@ -17,13 +17,16 @@ class StepPass {
   static constexpr int64_t NR = Tiles<T, NV>::NR;
   // Columns or rows of a part; with fewer, packing costs about as much as making tiles twice.
   static constexpr int64_t NARROWEST = 96;
+  // Of rows, each of which smoothing adds up apart; whatever the number of threads, for the same bits.
+  static constexpr int64_t CHUNKS = 16;
 
  public:
   StepPass(const Problem& p, const Columns& columns, const Step& step)
       : p_(p),
         columns_(columns),
         step_(step),
-        reduction_(step),
+        reduction_(p, step),
+        smoothing_(p_, step, reduction_, CHUNKS),
         class_lse_(p.by_class ? p.k : 0),
         instance_lse_(p.by_instance ? p.m : 0),
         pos_(p.m),
@@ -44,15 +47,23 @@ class StepPass {
   }
 
   void run() {
-    share_out();
     begin_forward<T>(p_, columns_);
+    for (int64_t j = 0; j < p_.m; j++)
+      if (valid(j)) reduction_.count(j);
+    if (p_.by_class) std::fill_n(static_cast<T*>(per_class_), p_.k, T(0));
+    if (smoothing_) {
+      smoothing_.average_prototypes();
+      smoothing_.add_rows(columns_);
+      sum_ += smoothing_.finish(columns_, reduction_.scale());
+    }
     if (p_.by_class && p_.by_instance)
       both_ways(p_, columns_, 0, {}, {});
     else if (p_.by_class)
       by_columns();
     else
       by_rows();
-    *static_cast<T*>(step_.loss) = static_cast<T>(reduction_.result(weighted_sum()));
+    *static_cast<T*>(step_.loss) = static_cast<T>(reduction_.result(sum_));
+    if (step_.beta) *step_.beta += by_beta_ * reduction_.scale();
   }
 
  private:
@@ -61,23 +72,8 @@ class StepPass {
 
   bool valid(int64_t j) const { return columns_.positive[j] >= 0; }
 
-  // dL/dlse and dL/dpos: each sample's share of the loss, which in the class direction adds up per class.
-  void share_out() {
-    for (int64_t j = 0; j < p_.m; j++)
-      if (valid(j)) reduction_.count(j);
-    const double scale = reduction_.scale();
-    const double lse_scale = p_.by_class && p_.by_instance ? 0.5 * scale : scale;
-    if (p_.by_class) std::fill_n(static_cast<T*>(per_class_), p_.k, T(0));
-    for (int64_t j = 0; j < p_.m; j++) {
-      const double w = valid(j) ? reduction_.weight(j) : 0;
-      per_pos_[j] = valid(j) ? static_cast<T>(-w * scale) : T(0);
-      const T share = valid(j) ? static_cast<T>(w * lse_scale) : T(0);
-      if (p_.by_instance) per_row_[j] = share;
-      if (p_.by_class && valid(j)) per_class_[p_.target[j]] += share;
-    }
-  }
-
   void by_columns() {
+    share_out();
     const int64_t n = columns_.count, width = part(n, kept_.size() / padded(p_.m), NR);
     for (int64_t first = 0; first == 0 || first < n; first += width) {
       const int64_t count = std::min(width, n - first);
@@ -88,6 +84,8 @@ class StepPass {
         if (c >= 0) c = c < first ? n : c - first;
       both_ways(p_, some, 0, {first == 0, first + count >= n}, {});
     }
+    for (int64_t j = 0; j < p_.m; j++)
+      if (valid(j)) sum_ += reduction_.sample(j, class_lse_[p_.target[j]], pos_[j]).loss;
   }
 
   void by_rows() {
@@ -119,6 +117,7 @@ class StepPass {
 
   void both_ways(const Problem& p, const Columns& columns, int64_t first_row, Turn of_z, Turn of_w) {
     ForwardPass<T, NV>(p, columns).run();
+    if (p.by_instance) flow_back(first_row, p.m);
     Gradients g{};
     if (p.by_class) g.class_lse = per_class_;
     if (p.by_instance) g.instance_lse = per_row_ + first_row;
@@ -126,27 +125,51 @@ class StepPass {
     if (step_.z) g.z = static_cast<T*>(step_.z) + first_row * p.d;
     g.w = step_.w;
     g.beta = step_.beta;
-    BackwardPass<T, NV>(p, columns, g, of_z, of_w).run();
+    BackwardPass<T, NV>(p, columns, g, of_z, of_w, smoothing_.gradient(first_row)).run();
   }
 
-  static double finite(T lse) { return lse == minus_infinity<T> ? 0 : lse; }
-
-  double weighted_sum() {
-    double sum = 0;
+  // dL/dlse and dL/dpos in the class direction: each sample's share of the loss, which adds up per class.
+  void share_out() {
+    const double scale = reduction_.scale();
     for (int64_t j = 0; j < p_.m; j++) {
-      if (!valid(j)) continue;
-      double lse = 0;
-      if (p_.by_class) lse += finite(class_lse_[p_.target[j]]);
-      if (p_.by_instance) lse += finite(instance_lse_[j]);
-      sum += reduction_.weight(j) * ((p_.by_class && p_.by_instance ? 0.5 : 1) * lse - double(pos_[j]));
+      const T share = valid(j) ? static_cast<T>(reduction_.weight(j) * scale) : T(0);
+      per_pos_[j] = -share;
+      if (valid(j)) per_class_[p_.target[j]] += share;
     }
-    return sum;
+  }
+
+  // The losses of samples whose sums over their row are complete, those over its column too if there are any,
+  // and what flows back. That empty sums pass nothing on is the backward pass's business.
+  void flow_back(int64_t first, int64_t count) {
+    const double scale = reduction_.scale();
+    for (int64_t j = first; j < first + count; j++) {
+      per_row_[j] = per_pos_[j] = T(0);
+      if (!valid(j)) continue;
+      double lse = instance_lse_[j], of_row = 1, of_class = 0;
+      if (p_.by_class && step_.joined) {
+        const Joined both(class_lse_[p_.target[j]], lse);
+        lse = both.lse;
+        of_class = both.of_a;
+        of_row = both.of_b;
+      } else if (p_.by_class) {
+        lse = 0.5 * (reduction_.finite(class_lse_[p_.target[j]]) + reduction_.finite(lse));
+        of_class = of_row = 0.5;
+      }
+      const auto sample = reduction_.sample(j, lse, pos_[j]);
+      sum_ += sample.loss;
+      by_beta_ += sample.by_beta;
+      per_pos_[j] = static_cast<T>(sample.by_pos * scale);
+      per_row_[j] = static_cast<T>(sample.by_lse * of_row * scale);
+      if (p_.by_class) per_class_[p_.target[j]] += static_cast<T>(sample.by_lse * of_class * scale);
+    }
   }
 
   Problem p_;
   const Columns& columns_;
   const Step& step_;
   Reduction<T> reduction_;
+  Smoothing<T> smoothing_;
+  double sum_ = 0, by_beta_ = 0;  // of weighted losses; its derivative by beta beside that by the logits
   Buffer<T> class_lse_, instance_lse_, pos_, z_rnorm_, w_rnorm_, per_class_, per_row_, per_pos_, kept_;
 };
 

@@ -28,8 +28,28 @@ class SymmetricStep {
   }
 
   void run() {
+    if (step_.joined)
+      all_in_one();
+    else
+      with_positives();
+  }
+
+ private:
+  // The logarithm of the sum of all samples' sums, and their shares of it.
+  void all_in_one() {
+    SymmetricForward<T, NV>(p_, columns_).run();
+    double top = minus_infinity<double>, total = 0;
+    for (int64_t j = 0; j < p_.m; j++) top = std::max(top, double(lse_[j]));
+    for (int64_t j = 0; j < p_.m; j++) total += std::exp(double(lse_[j]) - top);
+    const double whole = top + std::log(total);
+    for (int64_t j = 0; j < p_.m; j++) share_[j] = static_cast<T>(std::exp(double(lse_[j]) - whole));
+    *static_cast<T*>(step_.loss) = static_cast<T>(whole);
+    go_back(nullptr);
+  }
+
+  void with_positives() {
     SameLabel<T> positives(p_, columns_);
-    Reduction<T> reduction(step_);
+    Reduction<T> reduction(p_, step_);
     for (int64_t j = 0; j < p_.m; j++)
       if (positives.any(j)) reduction.count(j);
     const double scale = reduction.scale();
@@ -51,15 +71,17 @@ class SymmetricStep {
       sum += reduction.weight(j) * (double(lse) - p_.beta * pos_[j]);
     }
     *static_cast<T*>(step_.loss) = static_cast<T>(reduction.result(sum));
+    go_back(&positives);
+  }
 
+  void go_back(SameLabel<T>* positives) {
     Gradients g{};
     (p_.by_class ? g.class_lse : g.instance_lse) = share_;
     g.z = step_.z;
     g.beta = step_.beta;
-    SymmetricBackward<T, NV>(p_, columns_, g, &positives).run();
+    SymmetricBackward<T, NV>(p_, columns_, g, positives).run();
   }
 
- private:
   Problem p_;
   const Columns& columns_;
   const Step& step_;

@@ -48,7 +48,7 @@ SUPPORTED = sys.platform == "linux"
 # which small problems would feel.
 _PROBLEM = struct.Struct("@5q 5P 2q d 8i d 6P q")
 _GRADIENTS = struct.Struct("@8P")
-_STEP = struct.Struct("@5P d q")
+_STEP = struct.Struct("@6P 4d 2q")
 _SIZES = (_PROBLEM.size << 32) | (_GRADIENTS.size << 16) | _STEP.size
 
 
@@ -95,6 +95,7 @@ class NativeBackend(Backend):
 
     name = "native"
     checks_values = True
+    step_options = True
 
     def missing(self) -> str | None:
         return _missing()
@@ -142,10 +143,13 @@ class NativeBackend(Backend):
     def step(self, inputs: Inputs, reduced: Reduced, spec: Spec, needs: Needs) -> Step:
         dtype = accumulation_dtype(inputs.features.dtype)
         problem, _alive = _problem(inputs, spec)
-        weight = None if reduced.weight is None else reduced.weight.to(dtype).contiguous()
+        weight, class_weight = (
+            None if x is None else x.to(dtype).contiguous() for x in (reduced.weight, reduced.class_weight)
+        )
         loss, (z, w, beta) = inputs.features.new_empty((), dtype=dtype), _room(inputs, spec, needs)
-        pointers = map(_pointer, (weight, loss, z, w, beta))
-        step = _STEP.pack(*pointers, reduced.of_nothing, reduced.mean)
+        pointers = map(_pointer, (weight, class_weight, loss, z, w, beta))
+        options = reduced.label_smoothing, reduced.angular_margin, reduced.cosine_margin
+        step = _STEP.pack(*pointers, reduced.of_nothing, *options, reduced.mean, reduced.joined)
         _check(_library().nckernels_step(problem, step), inputs, spec)
         return Step(loss, z, w, None if beta is None else beta.to(dtype))
 
