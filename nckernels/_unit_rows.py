@@ -83,7 +83,8 @@ class _UnitRows(torch.autograd.Function):
             of_vector = (_dots if ctx.summed else _sum)(rows, upstream, ignored) if ctx.needs_input_grad[1] else None
             if ctx.needs_input_grad[0]:
                 passed = torch.zeros_like(rows) if passed is None else passed
-                _add_gradient(passed, rows, *((vector, upstream) if ctx.summed else (upstream, vector)), ignored)
+                factor, along = (vector, upstream) if ctx.summed else (upstream, vector)
+                _add_gradient(passed, rows, factor, along, ignored)
             return passed, of_vector, None, None
 
 

@@ -98,13 +98,12 @@ def supcon_loss(
         lse, cosine, has_positive = terms
         loss = (or_zero(lse) - beta * cosine).masked_fill(~has_positive, 0.0)
         return _reduced(loss, has_positive, weight, reduction, shape, ranks)
-    if reduction != "none":
-        in_one_step = step(
-            rows, rows, labels, beta, Reduced(weight, reduction == "mean", 0.0), direction="instance",
-            exclude="same_label" if decoupled else "self", ignore_index=ignore_index,
-        )  # fmt: skip
-        if in_one_step is not None:
-            return in_one_step
+    whole = step(
+        rows, rows, labels, beta, Reduced(weight, reduction == "mean", 0.0), direction="instance",
+        exclude="same_label" if decoupled else "self", ignore_index=ignore_index, each=reduction == "none",
+    )  # fmt: skip
+    if whole is not None:
+        return whole.view(shape) if reduction == "none" else whole
     ignored = labels == ignore_index
     group, classes = (labels, len(input)) if target is None else groups(labels, ignored)
     # Before the sums, so that its backward comes after theirs, which frees what they keep.

@@ -100,13 +100,13 @@ def nonl_loss(
             input, prototypes, target, beta, direction=direction, exclude="target", ignore_index=ignore_index,
             weight=per_sample, reduction=reduction, part=BATCH_SPARSE if sparse else None, ranks=ranks,
         )  # fmt: skip
-    if ranks is None and reduction != "none":
-        in_one_step = step(
+    if ranks is None:
+        whole = step(
             input, prototypes, target, beta, Reduced(per_sample, reduction == "mean", math.nan, joined=True),
-            direction="both", exclude="target", ignore_index=ignore_index,
+            direction="both", exclude="target", ignore_index=ignore_index, each=reduction == "none",
         )  # fmt: skip
-        if in_one_step is not None:
-            return in_one_step
+        if whole is not None:
+            return whole
     lse, pos = lse_of_samples(
         input, prototypes, target, beta, direction="both", exclude="target", ignore_index=ignore_index,
         reduction=reduction, part=None, ranks=ranks,
@@ -219,17 +219,15 @@ def normface_loss(
         prototypes, target = part_of(prototypes, target, ignore_index, part)
         ignore_index, part = LEFT_OUT, None
     exclude: Literal["none", "target"] = "target" if margin else "none"
-    if ranks is None and reduction != "none":
-        weights = (sample_weight, weight) if label_smoothing else (per_sample, None)
-        in_one_step = step(
-            input, prototypes, target, beta,
-            Reduced(
-                weights[0], reduction == "mean", math.nan, weights[1], label_smoothing, angular_margin, cosine_margin
-            ),
-            direction="instance", exclude=exclude, ignore_index=ignore_index,
+    if ranks is None:
+        anchors, classes = (sample_weight, weight) if label_smoothing else (per_sample, None)
+        options = (classes, label_smoothing, angular_margin, cosine_margin)
+        whole = step(
+            input, prototypes, target, beta, Reduced(anchors, reduction == "mean", math.nan, *options),
+            direction="instance", exclude=exclude, ignore_index=ignore_index, each=reduction == "none",
         )  # fmt: skip
-        if in_one_step is not None:
-            return in_one_step
+        if whole is not None:
+            return whole
     ignored = target == ignore_index
     if label_smoothing:
         input, prototypes, mean_cosine = _mean_cosine(input, prototypes, weight, ignored, reduction, ranks)

@@ -258,6 +258,60 @@ class Step(torch.autograd.Function):
         return z, w, beta, None, None, None, None
 
 
+class Losses(torch.autograd.Function):
+    """The samples' losses, weighted and not reduced, by a backend that has ``losses``. Its arguments: as in Step."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, w: Tensor, beta: float | Tensor, target: Tensor, *options: Any) -> Tensor:
+        reduced, spec, backend = options
+        inputs = Inputs(z, w, target, cast(Tensor, beta), None, None)
+        chosen = registry.BACKENDS[backend]
+        with no_autocast(z):
+            if not chosen.checks_values:
+                _check_values(inputs, spec)
+            loss, saved = chosen.losses(inputs, reduced, spec, any(ctx.needs_input_grad))
+        by_tensor = isinstance(beta, Tensor)
+        ctx.save_for_backward(z, w, beta if by_tensor else None, target, reduced.weight, reduced.class_weight, *saved)
+        ctx.call = None if by_tensor else beta, reduced._replace(weight=None, class_weight=None), spec, backend
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        no_batches(upstream)
+        by_z, by_w, by_beta, *_ = ctx.needs_input_grad
+        run = _LossesOnce.apply if torch.is_grad_enabled() else _losses_backward
+        z, w, beta = run((by_z, by_w, by_beta), ctx.call, upstream, *ctx.saved_tensors)
+        return z, w, beta, None, None, None, None
+
+
+def _losses_backward(
+    wanted: tuple[bool, bool, bool], call: tuple[Any, ...], upstream: Tensor, *saved: Tensor
+) -> tuple[Tensor | None, ...]:
+    z, w, beta, target, weight, class_weight, *results = saved
+    number, reduced, spec, backend = call
+    by_z, by_w, by_beta = wanted
+    needs = Needs(by_z, by_w and not spec.symmetric, by_beta, False, False)
+    inputs = Inputs(z, w, target, number if beta is None else beta, None, None)
+    reduced = reduced._replace(weight=weight, class_weight=class_weight)
+    with no_autocast(z):
+        _, *grads = registry.BACKENDS[backend].losses_backward(
+            inputs, Forward(*results), upstream, reduced, spec, needs
+        )
+    return tuple(None if g is None else g.to(x.dtype) for g, x in zip(grads, (z, w, beta), strict=True))
+
+
+class _LossesOnce(torch.autograd.Function):
+    """:func:`_losses_backward`, whose own derivative is an error that says what to do."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
+        return _losses_backward(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        _no_double_backward(ctx, *grads)
+
+
 def _scaled(
     backend: str, upstream: Tensor, tensors: Sequence[Tensor | None], in_place: bool
 ) -> tuple[Tensor | None, ...]:

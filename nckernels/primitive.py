@@ -162,16 +162,16 @@ def contrast(
     ``of_nothing`` is what the mean of no samples is.
 
     The gradient of a sum or mean is known, up to a factor, when the loss is; where the backend can, both are computed
-    in one step. For plain tensors the call is one node of the graph, or else two.
+    in one step. For plain tensors the call is one node of the graph, or else two. Other losses ask for their
+    :func:`step` first.
     """
     features, prototypes, target = _operands(features, prototypes, target)
     spec = Spec(direction, exclude, direction == "class", ignore_index, registry.get_workspace(features.device))
     backend = registry.resolve(features.device, features.dtype)
-    if reduction != "none":
-        reduced = Reduced(weight, reduction == "mean", of_nothing)
-        loss = _step(features, prototypes, target, inv_temperature, reduced, spec, backend)
-        if loss is not None:
-            return loss
+    reduced = Reduced(weight, reduction == "mean", of_nothing)
+    loss = _step(features, prototypes, target, inv_temperature, reduced, spec, backend, each=reduction == "none")
+    if loss is not None:
+        return loss
     inputs = Inputs(features, prototypes, target, scalar(inv_temperature, features), None, None)
     if backend != registry.REFERENCE and operators.plain(*inputs, weight):
         loss = operators.run_contrast(inputs, spec, backend)
@@ -191,9 +191,10 @@ def step(
     direction: Direction,
     exclude: Exclude,
     ignore_index: int,
+    each: bool = False,
 ) -> Tensor | None:
-    """A reduced loss of checked arguments whose gradient is computed with it; None where the backend has no step for
-    it, or something of the call needs the single pieces.
+    """A loss of checked arguments in one node of the graph: reduced, and then its gradient is computed with it, or (M,)
+    that of ``each`` sample. None where the backend has none, or something of the call needs the single pieces.
 
     One tensor in both places is compared with itself, see :meth:`nckernels.backends.base.Backend.step`.
     """
@@ -202,7 +203,8 @@ def step(
     present_only = direction == "class" and not symmetric
     spec = Spec(direction, exclude, present_only, ignore_index, registry.get_workspace(features.device), symmetric)
     backend = registry.resolve(features.device, features.dtype)
-    return _step(features, features if symmetric else other, target, inv_temperature, reduced, spec, backend)
+    prototypes = features if symmetric else other
+    return _step(features, prototypes, target, inv_temperature, reduced, spec, backend, each)
 
 
 def _step(
@@ -213,18 +215,21 @@ def _step(
     reduced: Reduced,
     spec: Spec,
     backend: str,
+    each: bool,
 ) -> Tensor | None:
     weights = reduced.weight, reduced.class_weight
+    in_vain = not each and not (torch.is_grad_enabled() and (features.requires_grad or prototypes.requires_grad))
     if (
-        torch.is_grad_enabled()
-        and (features.requires_grad or prototypes.requires_grad)
-        and not any(weight is not None and weight.requires_grad for weight in weights)  # which a step does not know
-        and backend != registry.REFERENCE
-        and operators.plain(features, prototypes, target, inv_temperature, *weights)
-        and registry.can_step(backend, features, prototypes, spec, reduced.has_options)
+        in_vain
+        or (each and len(features) == 0)
+        or backend == registry.REFERENCE
+        or any(weight is not None and weight.requires_grad for weight in weights)  # which a step does not know
+        or not operators.plain(features, prototypes, target, inv_temperature, *weights)
+        or not registry.can_step(backend, features, prototypes, spec, each or reduced.has_options)
     ):
-        return operators.Step.apply(features, prototypes, inv_temperature, target, reduced, spec, backend)
-    return None
+        return None
+    node = operators.Losses if each else operators.Step
+    return node.apply(features, prototypes, inv_temperature, target, reduced, spec, backend)
 
 
 def _operands(features: Tensor, prototypes: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -51,8 +51,10 @@ Status backward(const Problem& p, const Gradients& g) {
   return kOk;
 }
 
-template <class T>
-Status step(const Problem& p, const Step& s) {
+// Calls run(pass) for the pass that takes the step; `in_one` says whether it is loss and gradient in one
+// call.
+template <class T, class F>
+Status with_step(const Problem& p, const Step& s, bool in_one, F&& run) {
   Columns columns;
   if (p.symmetric)
     columns = samples_as_columns(p);
@@ -60,13 +62,24 @@ Status step(const Problem& p, const Step& s) {
     return kBadTarget;
   with_panels<T>(columns, [&](auto vectors) {
     if (p.symmetric)
-      SymmetricStep<T, vectors>(p, columns, s).run();
-    else if (FewClasses<T, vectors>::takes(p, columns))
+      run(SymmetricStep<T, vectors>(p, columns, s));
+    else if (in_one && FewClasses<T, vectors>::takes(p, columns))
       FewClasses<T, vectors>(p, columns, s).run();
     else
-      StepPass<T, vectors>(p, columns, s).run();
+      run(StepPass<T, vectors>(p, columns, s));
   });
   return kOk;
+}
+
+template <class T>
+Status step(const Problem& p, const Step& s) {
+  if (p.pos) return with_step<T>(p, s, false, [](auto&& pass) { pass.resume(); });
+  return with_step<T>(p, s, true, [](auto&& pass) { pass.run(); });
+}
+
+template <class T>
+Status losses(const Problem& p, const Step& s) {
+  return with_step<T>(p, s, false, [](auto&& pass) { pass.losses(); });
 }
 
 }  // namespace nckernels

@@ -13,6 +13,8 @@ Status backward_float32(const Problem&, const Gradients&);
 Status backward_float64(const Problem&, const Gradients&);
 Status step_float32(const Problem&, const Step&);
 Status step_float64(const Problem&, const Step&);
+Status losses_float32(const Problem&, const Step&);
+Status losses_float64(const Problem&, const Step&);
 
 namespace scratch {
 
@@ -94,6 +96,12 @@ NCK_EXPORT int32_t nckernels_backward(const nckernels::Problem* problem,
 NCK_EXPORT int32_t nckernels_step(const nckernels::Problem* problem, const nckernels::Step* step) {
   return nckernels::guarded(*problem, [&](const nckernels::Problem& p) {
     return p.is_double ? nckernels::step_float64(p, *step) : nckernels::step_float32(p, *step);
+  });
+}
+
+NCK_EXPORT int32_t nckernels_losses(const nckernels::Problem* problem, const nckernels::Step* step) {
+  return nckernels::guarded(*problem, [&](const nckernels::Problem& p) {
+    return p.is_double ? nckernels::losses_float64(p, *step) : nckernels::losses_float32(p, *step);
   });
 }
 

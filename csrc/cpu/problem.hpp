@@ -51,13 +51,17 @@ struct Gradients {
 // class weights, and margins by which the positive moves: then `exclude` is kTarget, and the moved positive
 // is added to the sum of the others. In a symmetric problem the targets are labels, pos_j is the mean logit
 // of j with the others of its label, and samples without others do not count.
+//
+// The samples' losses can also stay apart: `losses` writes all of them, and the results of the forward pass
+// into the problem; a step with these results, and with what flows back as a factor of the weights, gives the
+// gradient.
 struct Step {
   const void* weight;        // (m) or null for ones
   const void* class_weight;  // (k) or null for ones: a factor of the weights of a class's samples
-  void* loss;
-  void *z, *w;   // gradients as in Gradients
-  double* beta;  // 0, or null
-  double empty;  // the mean of nothing
+  void* loss;                // 1; (m) for `losses`; null where it is known
+  void *z, *w;               // gradients as in Gradients
+  double* beta;              // 0, or null
+  double empty;              // the mean of nothing
   double smoothing, angular_margin, cosine_margin;
   int64_t mean;  // or sum
   // Sums are added inside the logarithm: of both directions, instead of the mean of two logarithms; in a

@@ -72,15 +72,24 @@ class Smoothing {
     add(z, -eps_ * reduction_.sample_weight(j) * rnorm, sums_.data() + chunk * p_.d);
   }
 
+  // What the weighted loss of one sample gets.
+  double of_row(int64_t j, const T* z, T rnorm) const {
+    return -eps_ * reduction_.sample_weight(j) * p_.beta * double(dot<T>(z, mean_.data(), p_.d) * rnorm);
+  }
+
   // What the weighted sum of losses gets, once all rows are added; `scale` is what the sum is multiplied by.
   double finish(const Columns& columns, double scale) {
     add_up(sums_, p_.beta, total_);
     double loss = 0;
     for (int64_t i = 0; i < p_.d; i++) loss += double(mean_[i]) * double(total_[i]);
-    for (int64_t j = 0; j < p_.m; j++)
-      of_rows_[j] =
-          columns.positive[j] < 0 ? T(0) : static_cast<T>(-eps_ * reduction_.sample_weight(j) * scale);
-    for (int64_t c = 0; c < p_.k; c++) of_columns_[c] *= static_cast<T>(scale);
+    bool any = false;
+    for (int64_t j = 0; j < p_.m; j++) {
+      const bool valid = columns.positive[j] >= 0;
+      of_rows_[j] = valid ? static_cast<T>(-eps_ * reduction_.sample_weight(j) * scale) : T(0);
+      any = any || valid;
+    }
+    // Of no samples Q is 0, and the scale of a mean infinite.
+    for (int64_t c = 0; c < p_.k; c++) of_columns_[c] = any ? static_cast<T>(of_columns_[c] * scale) : T(0);
     return loss;
   }
 

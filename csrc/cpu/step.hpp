@@ -27,35 +27,28 @@ class StepPass {
         step_(step),
         reduction_(p, step),
         smoothing_(p_, step, reduction_, CHUNKS),
-        class_lse_(p.by_class ? p.k : 0),
-        instance_lse_(p.by_instance ? p.m : 0),
-        pos_(p.m),
-        z_rnorm_(p.m),
-        w_rnorm_(p.k),
+        sums_(p.pos ? 0 : (p.by_class ? p.k : 0) + (p.by_instance ? p.m : 0)),
+        pos_(p.pos ? 0 : p.m),
+        rnorm_(p.pos ? 0 : p.m + p.k),
         per_class_(p.by_class ? p.k : 0),
         per_row_(p.by_instance ? p.m : 0),
         per_pos_(p.m),
-        kept_(std::min<int64_t>(padded(p.m) * round_up(columns.count, NR),
-                                p.workspace / 2 / static_cast<int64_t>(sizeof(T)))) {
-    p_.class_lse = class_lse_;
-    p_.instance_lse = instance_lse_;
+        kept_(p.pos ? 0
+                    : std::min<int64_t>(padded(p.m) * round_up(columns.count, NR),
+                                        p.workspace / 2 / static_cast<int64_t>(sizeof(T)))) {
+    if (p.pos) return;
+    p_.class_lse = sums_;
+    p_.instance_lse = sums_ + (p.by_class ? p.k : 0);
     p_.pos = pos_;
-    p_.z_rnorm = z_rnorm_;
-    p_.w_rnorm = w_rnorm_;
+    p_.z_rnorm = rnorm_;
+    p_.w_rnorm = rnorm_ + p.m;
     p_.kept = kept_;
     p_.kept_size = kept_.size();
   }
 
   void run() {
     begin_forward<T>(p_, columns_);
-    for (int64_t j = 0; j < p_.m; j++)
-      if (valid(j)) reduction_.count(j);
-    if (p_.by_class) std::fill_n(static_cast<T*>(per_class_), p_.k, T(0));
-    if (smoothing_) {
-      smoothing_.average_prototypes();
-      smoothing_.add_rows(columns_);
-      sum_ += smoothing_.finish(columns_, reduction_.scale());
-    }
+    begin();
     if (p_.by_class && p_.by_instance)
       both_ways(p_, columns_, 0, {}, {});
     else if (p_.by_class)
@@ -63,7 +56,30 @@ class StepPass {
     else
       by_rows();
     *static_cast<T*>(step_.loss) = static_cast<T>(reduction_.result(sum_));
-    if (step_.beta) *step_.beta += by_beta_ * reduction_.scale();
+    if (step_.beta) *step_.beta += by_beta_;
+  }
+
+  // The losses of the samples, and the results of the forward pass in the problem's places for them.
+  void losses() {
+    begin_forward<T>(p_, columns_);
+    ForwardPass<T, NV>(p_, columns_).run();
+    if (smoothing_) smoothing_.average_prototypes();
+    const Rows<T> z(p_.z, p_.z_stride, p_.d, p_.half);
+    Buffer<T> line(z.line());
+    for (int64_t j = 0; j < p_.m; j++) {
+      double loss = 0;
+      if (valid(j)) loss = reduction_.sample(j, sums_of(j).lse, pos(j)).loss;
+      if (valid(j) && smoothing_) loss += smoothing_.of_row(j, z.get(j, line), z_rnorm(j));
+      static_cast<T*>(step_.loss)[j] = static_cast<T>(loss);
+    }
+  }
+
+  // The gradient, from what `losses` has left; what flows back to them has become a factor of their weights.
+  void resume() {
+    begin();
+    flow_back(0, p_.m);
+    backward(p_, columns_, 0, {}, {});
+    if (step_.beta) *step_.beta += by_beta_;
   }
 
  private:
@@ -71,6 +87,18 @@ class StepPass {
   static int64_t padded(int64_t m) { return m + std::min<int64_t>(m / 8 + 2 * MR, TALLEST); }
 
   bool valid(int64_t j) const { return columns_.positive[j] >= 0; }
+  T pos(int64_t j) const { return static_cast<const T*>(p_.pos)[j]; }
+  T z_rnorm(int64_t j) const { return static_cast<const T*>(p_.z_rnorm)[j]; }
+
+  void begin() {
+    for (int64_t j = 0; j < p_.m; j++)
+      if (valid(j)) reduction_.count(j);
+    if (p_.by_class) std::fill_n(static_cast<T*>(per_class_), p_.k, T(0));
+    if (!smoothing_) return;
+    smoothing_.average_prototypes();
+    smoothing_.add_rows(columns_);
+    sum_ += smoothing_.finish(columns_, reduction_.scale());
+  }
 
   void by_columns() {
     share_out();
@@ -85,7 +113,7 @@ class StepPass {
       both_ways(p_, some, 0, {first == 0, first + count >= n}, {});
     }
     for (int64_t j = 0; j < p_.m; j++)
-      if (valid(j)) sum_ += reduction_.sample(j, class_lse_[p_.target[j]], pos_[j]).loss;
+      if (valid(j)) sum_ += reduction_.sample(j, sums_of(j).lse, pos(j)).loss;
   }
 
   void by_rows() {
@@ -99,9 +127,9 @@ class StepPass {
       p.m = count;
       p.z = static_cast<const char*>(p_.z) + first * p_.z_stride * (p_.half ? 2 : sizeof(T));
       p.target = p_.target + first;
-      p.instance_lse = instance_lse_ + first;
-      p.pos = pos_ + first;
-      p.z_rnorm = z_rnorm_ + first;
+      p.instance_lse = static_cast<T*>(p_.instance_lse) + first;
+      p.pos = static_cast<T*>(p_.pos) + first;
+      p.z_rnorm = static_cast<T*>(p_.z_rnorm) + first;
       both_ways(p, some, first, {}, {first == 0, first + count >= m});
     }
   }
@@ -118,6 +146,10 @@ class StepPass {
   void both_ways(const Problem& p, const Columns& columns, int64_t first_row, Turn of_z, Turn of_w) {
     ForwardPass<T, NV>(p, columns).run();
     if (p.by_instance) flow_back(first_row, p.m);
+    backward(p, columns, first_row, of_z, of_w);
+  }
+
+  void backward(const Problem& p, const Columns& columns, int64_t first_row, Turn of_z, Turn of_w) {
     Gradients g{};
     if (p.by_class) g.class_lse = per_class_;
     if (p.by_instance) g.instance_lse = per_row_ + first_row;
@@ -138,29 +170,37 @@ class StepPass {
     }
   }
 
-  // The losses of samples whose sums over their row are complete, those over its column too if there are any,
-  // and what flows back. That empty sums pass nothing on is the backward pass's business.
+  // A sample's log-sum-exp, and what it is by that of its row and by that of its class.
+  struct SumsOf {
+    double lse, by_row, by_class;
+  };
+
+  SumsOf sums_of(int64_t j) const {
+    const auto at = [](const void* lse, int64_t i) { return double(static_cast<const T*>(lse)[i]); };
+    if (!p_.by_class) return {at(p_.instance_lse, j), 1, 0};
+    const double of_class = at(p_.class_lse, p_.target[j]);
+    if (!p_.by_instance) return {of_class, 0, 1};
+    const double of_row = at(p_.instance_lse, j);
+    if (!step_.joined) return {0.5 * (reduction_.finite(of_row) + reduction_.finite(of_class)), 0.5, 0.5};
+    const Joined both(of_row, of_class);
+    return {both.lse, both.of_a, both.of_b};
+  }
+
+  // The losses of samples whose sums are complete, and what flows back. That empty sums pass nothing on is
+  // the backward pass's business.
   void flow_back(int64_t first, int64_t count) {
     const double scale = reduction_.scale();
     for (int64_t j = first; j < first + count; j++) {
-      per_row_[j] = per_pos_[j] = T(0);
+      per_pos_[j] = T(0);
+      if (p_.by_instance) per_row_[j] = T(0);
       if (!valid(j)) continue;
-      double lse = instance_lse_[j], of_row = 1, of_class = 0;
-      if (p_.by_class && step_.joined) {
-        const Joined both(class_lse_[p_.target[j]], lse);
-        lse = both.lse;
-        of_class = both.of_a;
-        of_row = both.of_b;
-      } else if (p_.by_class) {
-        lse = 0.5 * (reduction_.finite(class_lse_[p_.target[j]]) + reduction_.finite(lse));
-        of_class = of_row = 0.5;
-      }
-      const auto sample = reduction_.sample(j, lse, pos_[j]);
+      const SumsOf sums = sums_of(j);
+      const auto sample = reduction_.sample(j, sums.lse, pos(j));
       sum_ += sample.loss;
-      by_beta_ += sample.by_beta;
+      by_beta_ += sample.by_beta * scale;
       per_pos_[j] = static_cast<T>(sample.by_pos * scale);
-      per_row_[j] = static_cast<T>(sample.by_lse * of_row * scale);
-      if (p_.by_class) per_class_[p_.target[j]] += static_cast<T>(sample.by_lse * of_class * scale);
+      if (p_.by_instance) per_row_[j] = static_cast<T>(sample.by_lse * sums.by_row * scale);
+      if (p_.by_class) per_class_[p_.target[j]] += static_cast<T>(sample.by_lse * sums.by_class * scale);
     }
   }
 
@@ -169,8 +209,8 @@ class StepPass {
   const Step& step_;
   Reduction<T> reduction_;
   Smoothing<T> smoothing_;
-  double sum_ = 0, by_beta_ = 0;  // of weighted losses; its derivative by beta beside that by the logits
-  Buffer<T> class_lse_, instance_lse_, pos_, z_rnorm_, w_rnorm_, per_class_, per_row_, per_pos_, kept_;
+  double sum_ = 0, by_beta_ = 0;  // weighted losses; dL/dbeta beside that through the logits
+  Buffer<T> sums_, pos_, rnorm_, per_class_, per_row_, per_pos_, kept_;  // the first three unless given
 };
 
 }  // namespace nckernels

@@ -148,8 +148,8 @@ class Reduced(NamedTuple):
 class Step(NamedTuple):
     """A loss in the accumulation dtype, and its gradients where wanted, in that dtype or their input's."""
 
-    loss: Tensor
-    """0-dimensional."""
+    loss: Tensor | None
+    """0-dimensional; None where it is known."""
     features: Tensor | None
     prototypes: Tensor | None
     inv_temperature: Tensor | None
@@ -162,7 +162,7 @@ class Backend(ABC):
     checks_values: ClassVar[bool] = False
     """Whether ``forward`` itself notices bad targets and temperatures; else they are checked before the call."""
     step_options: ClassVar[bool] = False
-    """Whether ``step`` takes the options of ``Reduced``."""
+    """Whether ``step`` takes the options of ``Reduced``, and there are ``losses`` and ``losses_backward``."""
 
     def missing(self) -> str | None:
         """Why this backend cannot run on this machine at all, or None."""
@@ -207,6 +207,17 @@ class Backend(ABC):
         In a symmetric problem targets are labels, the positive is the mean logit with the others of the label, and
         samples without others do not count.
         """
+        raise NotImplementedError
+
+    def losses(self, inputs: Inputs, reduced: Reduced, spec: Spec, keep: bool) -> tuple[Tensor, Forward]:
+        """(M,) weighted losses of the samples, M > 0, which are not reduced, and what their backward needs; ``keep`` is
+        False where none will follow."""
+        raise NotImplementedError
+
+    def losses_backward(
+        self, inputs: Inputs, saved: Forward, upstream: Tensor, reduced: Reduced, spec: Spec, needs: Needs
+    ) -> Step:
+        """The wanted gradients, given those of the losses, in the accumulation dtype or their input's."""
         raise NotImplementedError
 
     def scaled(self, grad: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
