@@ -294,9 +294,8 @@ def _losses_backward(
     inputs = Inputs(z, w, target, number if beta is None else beta, None, None)
     reduced = reduced._replace(weight=weight, class_weight=class_weight)
     with no_autocast(z):
-        _, *grads = registry.BACKENDS[backend].losses_backward(
-            inputs, Forward(*results), upstream, reduced, spec, needs
-        )
+        chosen = registry.BACKENDS[backend]
+        grads = chosen.losses_backward(inputs, Forward(*results), upstream, reduced, spec, needs)
     return tuple(None if g is None else g.to(x.dtype) for g, x in zip(grads, (z, w, beta), strict=True))
 
 

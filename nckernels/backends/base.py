@@ -148,8 +148,8 @@ class Reduced(NamedTuple):
 class Step(NamedTuple):
     """A loss in the accumulation dtype, and its gradients where wanted, in that dtype or their input's."""
 
-    loss: Tensor | None
-    """0-dimensional; None where it is known."""
+    loss: Tensor
+    """0-dimensional."""
     features: Tensor | None
     prototypes: Tensor | None
     inv_temperature: Tensor | None
@@ -216,8 +216,8 @@ class Backend(ABC):
 
     def losses_backward(
         self, inputs: Inputs, saved: Forward, upstream: Tensor, reduced: Reduced, spec: Spec, needs: Needs
-    ) -> Step:
-        """The wanted gradients, given those of the losses, in the accumulation dtype or their input's."""
+    ) -> tuple[Tensor | None, ...]:
+        """The wanted gradients of :class:`Step`, given those of the losses."""
         raise NotImplementedError
 
     def scaled(self, grad: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:

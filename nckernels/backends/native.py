@@ -146,7 +146,7 @@ class NativeBackend(Backend):
 
     def step(self, inputs: Inputs, reduced: Reduced, spec: Spec, needs: Needs) -> Step:
         loss = inputs.features.new_empty((), dtype=accumulation_dtype(inputs.features.dtype))
-        return self._step(inputs, None, loss, reduced, spec, needs)
+        return Step(loss, *self._step(inputs, None, loss, reduced, spec, needs))
 
     def losses(self, inputs: Inputs, reduced: Reduced, spec: Spec, keep: bool) -> tuple[Tensor, Forward]:
         saved = self._results(inputs, spec, keep)
@@ -158,18 +158,19 @@ class NativeBackend(Backend):
 
     def losses_backward(
         self, inputs: Inputs, saved: Forward, upstream: Tensor, reduced: Reduced, spec: Spec, needs: Needs
-    ) -> Step:
+    ) -> tuple[Tensor | None, ...]:
         weight = upstream if reduced.weight is None else upstream * reduced.weight
         return self._step(inputs, saved, None, reduced._replace(weight=weight), spec, needs)
 
     def _step(
         self, inputs: Inputs, saved: Forward | None, loss: Tensor | None, reduced: Reduced, spec: Spec, needs: Needs
-    ) -> Step:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients, with the loss or from what ``losses`` has ``saved``."""
         problem, _alive = _problem(inputs, spec, saved)
         z, w, beta = _room(inputs, spec, needs)
         step, _alive_too = _step(inputs, reduced, loss, (z, w, beta))
         _check(_library().nckernels_step(problem, step), inputs, spec)
-        return Step(loss, z, w, None if beta is None else beta.to(accumulation_dtype(inputs.features.dtype)))
+        return z, w, None if beta is None else beta.to(accumulation_dtype(inputs.features.dtype))
 
 
 BACKEND = NativeBackend()
