@@ -5,6 +5,8 @@
 //     the weighted sum gets P . Q,   dL/dU_j gets s_j P,   dL/dV_c gets w_c / K Q.
 #pragma once
 
+#include <optional>
+
 #include "norms.hpp"
 #include "reduction.hpp"
 
@@ -39,9 +41,8 @@ class Smoothing {
         of_rows_(eps_ == 0 ? 0 : p.m),
         of_columns_(eps_ == 0 ? 0 : p.k),
         mean_(eps_ == 0 ? 0 : p.d),
-        total_(eps_ == 0 ? 0 : p.d),
-        sums_(chunks_ * p.d) {
-    std::fill_n(sums_.data(), sums_.size(), 0.0);
+        total_(eps_ == 0 ? 0 : p.d) {
+    if (eps_ != 0) zeros(sums_);
   }
 
   explicit operator bool() const { return eps_ != 0; }
@@ -50,13 +51,13 @@ class Smoothing {
   void average_prototypes() {
     const Rows<T> w(p_.w, p_.w_stride, p_.d, p_.half);
     const T* rnorm = static_cast<const T*>(p_.w_rnorm);
-    Buffer<double> sums(chunks_ * p_.d);
-    std::fill_n(sums.data(), sums.size(), 0.0);
+    std::optional<Buffer<double>> sums;
+    zeros(sums);
     in_chunks(p_.k, [&](int64_t chunk, int64_t c, T* line) {
       of_columns_[c] = static_cast<T>(reduction_.class_weight(c) / static_cast<double>(p_.k));
-      add(w.get(c, line), of_columns_[c] * double(rnorm[c]), sums.data() + chunk * p_.d);
+      add(w.get(c, line), of_columns_[c] * double(rnorm[c]), *sums + chunk * p_.d);
     });
-    add_up(sums, 1, mean_);
+    add_up(*sums, 1, mean_);
   }
 
   // All samples that take part, with known norms, to Q.
@@ -69,7 +70,7 @@ class Smoothing {
   }
 
   void add_row(int64_t chunk, int64_t j, const T* z, T rnorm) {
-    add(z, -eps_ * reduction_.sample_weight(j) * rnorm, sums_.data() + chunk * p_.d);
+    add(z, -eps_ * reduction_.sample_weight(j) * rnorm, *sums_ + chunk * p_.d);
   }
 
   // What the weighted loss of one sample gets.
@@ -79,7 +80,8 @@ class Smoothing {
 
   // What the weighted sum of losses gets, once all rows are added; `scale` is what the sum is multiplied by.
   double finish(const Columns& columns, double scale) {
-    add_up(sums_, p_.beta, total_);
+    add_up(*sums_, p_.beta, total_);
+    sums_.reset();  // the backward pass has other uses for the memory
     double loss = 0;
     for (int64_t i = 0; i < p_.d; i++) loss += double(mean_[i]) * double(total_[i]);
     bool any = false;
@@ -108,6 +110,11 @@ class Smoothing {
     });
   }
 
+  void zeros(std::optional<Buffer<double>>& sums) const {
+    sums.emplace(chunks_ * p_.d);
+    std::fill_n(sums->data(), sums->size(), 0.0);
+  }
+
   void add(const T* row, double factor, double* sum) const {
     for (int64_t i = 0; i < p_.d; i++) sum[i] += factor * row[i];
   }
@@ -125,7 +132,7 @@ class Smoothing {
   double eps_;
   int64_t chunks_;
   Buffer<T> of_rows_, of_columns_, mean_, total_;
-  Buffer<double> sums_;
+  std::optional<Buffer<double>> sums_;  // of chunks of rows, until they are added up
 };
 
 }  // namespace nckernels
