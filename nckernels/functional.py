@@ -22,7 +22,7 @@ from .backends.base import Direction, Reduced, accumulation_dtype, norm_eps
 from .distributed import class_parallel, groups
 from .distributed.contrast import contrast, lse_of_samples, part_of, reduce, reduce_weighted, sum_of_unit_rows
 from .distributed.groups import GroupLike, Ranks
-from .primitive import DIRECTIONS, step
+from .primitive import DIRECTIONS, autocast, step
 
 
 def nonl_loss(
@@ -371,6 +371,7 @@ def _mean_cosine(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Features and prototypes, for what else is done with them, and (M,) the sum of each sample's cosines with all
     classes, times their weights, over K; 0 where ignored."""
+    input, prototypes = autocast(input), autocast(prototypes)
     k, dtype = prototypes.shape[0], accumulation_dtype(input.dtype)
     class_weight = torch.ones(k, dtype=dtype, device=input.device) if weight is None else weight.to(dtype)
     with torch.autocast(input.device.type, enabled=False):
