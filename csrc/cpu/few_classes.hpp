@@ -135,7 +135,7 @@ class FewClasses {
   void pack_prototypes() {
     inverse_norms<T>(p_, w_, count_, w_rnorm_, [&](int64_t c) { return columns_.class_of(c); });
     if (smoothing_) smoothing_.average_prototypes();
-    const Tiles<T, NV> tiles(p_, columns_);
+    const Tiles<G> tiles(p_, columns_);
     T* by_feature = step_.z ? v_rows_.data() : nullptr;
     for (int64_t q = 0; q < panels_; q++) tiles.pack_prototypes(0, count_, q, v_, by_feature);
   }

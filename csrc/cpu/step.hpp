@@ -12,9 +12,10 @@
 #include "smoothing.hpp"
 
 namespace nckernels {
-template <class T, int NV>
+template <class G>
 class StepPass {
-  static constexpr int64_t NR = Tiles<T, NV>::NR;
+  using T = typename G::T;
+  static constexpr int64_t NR = G::NR, MR = G::MR;
   // Columns or rows of a part; with fewer, packing costs about as much as making tiles twice.
   static constexpr int64_t NARROWEST = 96;
   // Of rows, each of which smoothing adds up apart; whatever the number of threads, for the same bits.
@@ -35,7 +36,7 @@ class StepPass {
         per_pos_(p.m),
         kept_(p.pos ? 0
                     : std::min<int64_t>(padded(p.m) * round_up(columns.count, NR),
-                                        p.workspace / 2 / static_cast<int64_t>(sizeof(T)))) {
+                                        may_keep(p, columns) / static_cast<int64_t>(sizeof(T)))) {
     if (p.pos) return;
     p_.class_lse = sums_;
     p_.instance_lse = sums_ + (p.by_class ? p.k : 0);
@@ -62,7 +63,7 @@ class StepPass {
   // The losses of the samples, and the results of the forward pass in the problem's places for them.
   void losses() {
     begin_forward<T>(p_, columns_);
-    ForwardPass<T, NV>(p_, columns_).run();
+    ForwardPass<G>(p_, columns_).run();
     if (smoothing_) smoothing_.average_prototypes();
     const Rows<T> z(p_.z, p_.z_stride, p_.d, p_.half);
     Buffer<T> line(z.line());
@@ -83,6 +84,19 @@ class StepPass {
   }
 
  private:
+  // Bytes for exponentials: three quarters of the workspace, less a block of columns. All columns are one if
+  // that takes half at most: features are then packed only once.
+  static int64_t may_keep(const Problem& p, const Columns& columns) {
+    const int64_t quarter = p.workspace / 4, of_column = Tiles<G>::bytes_of_column(p.d);
+    const int64_t all = round_up(columns.count, NR) * of_column;
+    if (p.by_class != p.by_instance && p.by_class) {  // parts of columns, each of which is a block
+      const int64_t of_part = padded(p.m) * static_cast<int64_t>(sizeof(T));
+      const int64_t width = 3 * quarter / (of_part + of_column) / NR * NR;
+      return std::max(2 * quarter, width * of_part);
+    }
+    return 3 * quarter - (all <= 2 * quarter ? std::max(quarter, all) : quarter);
+  }
+
   // Rows of all tiles of m: at most an eighth more, see Tiles::plan.
   static int64_t padded(int64_t m) { return m + std::min<int64_t>(m / 8 + 2 * MR, TALLEST); }
 
@@ -144,7 +158,7 @@ class StepPass {
   }
 
   void both_ways(const Problem& p, const Columns& columns, int64_t first_row, Turn of_z, Turn of_w) {
-    ForwardPass<T, NV>(p, columns).run();
+    ForwardPass<G>(p, columns).run();
     if (p.by_instance) flow_back(first_row, p.m);
     backward(p, columns, first_row, of_z, of_w);
   }
@@ -157,7 +171,7 @@ class StepPass {
     if (step_.z) g.z = static_cast<T*>(step_.z) + first_row * p.d;
     g.w = step_.w;
     g.beta = step_.beta;
-    BackwardPass<T, NV>(p, columns, g, of_z, of_w, smoothing_.gradient(first_row)).run();
+    BackwardPass<G>(p, columns, g, of_z, of_w, smoothing_.gradient(first_row)).run();
   }
 
   // dL/dlse and dL/dpos in the class direction: each sample's share of the loss, which adds up per class.

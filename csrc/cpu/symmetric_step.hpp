@@ -6,8 +6,10 @@
 #include "symmetric_forward.hpp"
 
 namespace nckernels {
-template <class T, int NV>
+template <class G>
 class SymmetricStep {
+  using T = typename G::T;
+
  public:
   SymmetricStep(const Problem& p, const Columns& columns, const Step& step)
       : p_(p),
@@ -18,7 +20,7 @@ class SymmetricStep {
         rnorm_(p.pos ? 0 : 2 * p.m),
         share_(p.m),
         kept_(p.pos ? 0
-                    : std::min<int64_t>((p.m + TALLEST) * (p.m / 2 + TALLEST + 2 * Tiles<T, NV>::NR),
+                    : std::min<int64_t>((p.m + TALLEST) * (p.m / 2 + TALLEST + 2 * G::NR),
                                         p.workspace / 2 / static_cast<int64_t>(sizeof(T)))) {
     if (p.pos) return;
     p_.class_lse = p_.instance_lse = lse_;
@@ -30,7 +32,7 @@ class SymmetricStep {
   }
 
   void run() {
-    SymmetricForward<T, NV>(p_, columns_).run();
+    SymmetricForward<G>(p_, columns_).run();
     if (step_.joined)
       all_in_one();
     else
@@ -38,7 +40,7 @@ class SymmetricStep {
   }
 
   void losses() {
-    SymmetricForward<T, NV>(p_, columns_).run();
+    SymmetricForward<G>(p_, columns_).run();
     SameLabel<T> positives(p_, columns_);
     const Reduction<T> reduction(p_, step_);
     positives.add_up(nullptr, true);
@@ -102,7 +104,7 @@ class SymmetricStep {
     (p_.by_class ? g.class_lse : g.instance_lse) = share_;
     g.z = step_.z;
     g.beta = step_.beta;
-    SymmetricBackward<T, NV>(p_, columns_, g, positives).run();
+    SymmetricBackward<G>(p_, columns_, g, positives).run();
   }
 
   Problem p_;
