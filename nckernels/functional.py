@@ -13,11 +13,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import _checks
+from . import _checks, operators
 from ._class_sums import visible_rows
 from ._common import REDUCTIONS, Reduction, inverse, logaddexp, of_samples
 from ._compact import BATCH_SPARSE, LEFT_OUT, Part
 from ._unit_rows import dots_with_unit_rows
+from .backends import registry
 from .backends.base import Direction, Reduced, accumulation_dtype, norm_eps
 from .distributed import class_parallel, groups
 from .distributed.contrast import contrast, lse_of_samples, part_of, reduce, reduce_weighted, sum_of_unit_rows
@@ -321,13 +322,33 @@ def dot_regression(
     ranks: Ranks | None,
 ) -> Tensor:
     """:func:`dot_regression_loss` of checked arguments, with (M,) weights of samples and prototypes of any dtype."""
+    target, backend, dtypes = (
+        target.long(),
+        registry.resolve(input.device, input.dtype),
+        {input.dtype, prototypes.dtype},
+    )
+    if (
+        len(input)
+        and (len(dtypes) == 1 or dtypes == {torch.float32, torch.bfloat16})  # which have the same least norm
+        and registry.has_dot_regression(backend)
+        and operators.plain(input, prototypes, refuse=False)
+    ):
+        if len(dtypes) == 2:
+            input, prototypes = input.float(), prototypes.float()
+        loss = operators.HalfSquares.apply(input, prototypes, target, ignore_index, backend, _half_squares)
+    else:
+        loss = _half_squares(input, prototypes, target, ignore_index)
+    return reduce(loss, target != ignore_index, weight, reduction, ranks)
+
+
+def _half_squares(input: Tensor, prototypes: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     ignored = target == ignore_index
     rows = visible_rows(input, ignored)
     # On a GPU a class's gradients add up in the dtype gathered from. Without one only what is gathered is widened.
     wide = prototypes.to(rows.dtype) if prototypes.requires_grad else prototypes
-    own = wide.index_select(0, target.long().masked_fill(ignored, 0)).to(rows.dtype)
+    own = wide.index_select(0, target.masked_fill(ignored, 0)).to(rows.dtype)
     gap = _gap(rows, own, norm_eps(input.dtype), norm_eps(prototypes.dtype)).masked_fill(ignored, 0.0)
-    return reduce(0.5 * gap * gap, ~ignored, weight, reduction, ranks)
+    return 0.5 * gap * gap
 
 
 def _gap(a: Tensor, b: Tensor, a_eps: float, b_eps: float) -> Tensor:

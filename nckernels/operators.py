@@ -67,20 +67,23 @@ def _needs_grad(inputs: Inputs) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
-def plain(*values: object) -> bool:
+def plain(*values: object, refuse: bool = True) -> bool:
     """Whether nobody but autograd needs to know of the call: no compiler, tensor subclass, tracing or logging mode.
 
     Args:
         values: the tensors of the call; what is not a tensor does not count.
+        refuse: raise an error under transforms that would fail obscurely or silently.
 
     Raises:
-        NotImplementedError: under transforms that would fail obscurely or silently.
+        NotImplementedError: where that is refused.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
     tensors = [x for x in values if isinstance(x, Tensor)]
-    _no_transforms(tensors)
-    if torch._C._len_torch_dispatch_stack():
+    transform = _transform(tensors)
+    if transform is not None and refuse:
+        raise NotImplementedError(_ONLY_REFERENCE.format(transform))
+    if transform is not None or torch._C._len_torch_dispatch_stack():
         return False
     return not any(x.is_meta or type(x) not in _PLAIN for x in tensors)
 
@@ -299,6 +302,33 @@ def _losses_backward(
     return tuple(None if g is None else g.to(x.dtype) for g, x in zip(grads, (z, w, beta), strict=True))
 
 
+class HalfSquares(torch.autograd.Function):
+    """Dot regression's losses by a backend that has them. Its arguments: features, prototypes of their dtype, int64
+    target, index of who is ignored, name of the backend, and the same losses in PyTorch's operations, as a function of
+    the first four, whose derivatives are those of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, w: Tensor, target: Tensor, ignore_index: int, backend: str, steps: Any) -> Tensor:
+        ctx.save_for_backward(z, w, target)
+        ctx.call = ignore_index, backend, steps
+        return registry.BACKENDS[backend].half_squares(z, w, target, ignore_index)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        z, w, target = ctx.saved_tensors
+        ignore_index, backend, steps = ctx.call
+        by_z, by_w, *_ = ctx.needs_input_grad
+        if not torch.is_grad_enabled() and not batched(upstream):
+            chosen = registry.BACKENDS[backend]
+            return *chosen.half_squares_backward(z, w, target, ignore_index, upstream, (by_z, by_w)), *(None,) * 4
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            losses = steps(z, w, target, ignore_index)
+        wanted = [x for x, need in ((z, by_z), (w, by_w)) if need]
+        found = iter(torch.autograd.grad(losses, wanted, upstream, create_graph=create_graph))
+        return *(next(found) if need else None for need in (by_z, by_w)), *(None,) * 4
+
+
 class _LossesOnce(torch.autograd.Function):
     """:func:`_losses_backward`, whose own derivative is an error that says what to do."""
 
@@ -356,17 +386,23 @@ def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError(_ONLY_REFERENCE.format("double backward"))
 
 
-def _no_transforms(tensors: Iterable[Tensor]) -> None:
-    """Refuse what would fail obscurely (torch.func.grad, vmap) or drop tangents silently (forward mode)."""
+def _transform(tensors: Iterable[Tensor]) -> str | None:
+    """What would fail obscurely (torch.func.grad, vmap) or drop tangents silently (forward mode)."""
     if torch._C._are_functorch_transforms_active():
-        raise NotImplementedError(_ONLY_REFERENCE.format("torch.func"))
+        return "torch.func"
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-        raise NotImplementedError(_ONLY_REFERENCE.format("forward-mode differentiation"))
+        return "forward-mode differentiation"
+    return None
+
+
+def batched(x: Tensor) -> bool:
+    """Whether it holds many gradients: ``is_grads_batched`` calls a backward pass with all of them at once."""
+    return torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 def no_batches(*upstream: Tensor | None) -> None:
-    """Refuse ``is_grads_batched``, which calls a backward pass with many upstream gradients in one tensor."""
-    if any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in upstream):
+    """Refuse ``is_grads_batched``."""
+    if any(x is not None and batched(x) for x in upstream):
         raise NotImplementedError(_ONLY_REFERENCE.format("a backward pass for a batch of gradients"))
 
 

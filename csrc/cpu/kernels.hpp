@@ -4,6 +4,7 @@
 #include "backward.hpp"
 #include "few_classes.hpp"
 #include "forward.hpp"
+#include "gaps.hpp"
 #include "step.hpp"
 #include "symmetric_backward.hpp"
 #include "symmetric_forward.hpp"

@@ -17,6 +17,8 @@ NCK_DECLARE(float32)
 NCK_DECLARE(float64)
 NCK_DECLARE(bfloat16)
 #undef NCK_DECLARE
+Status gaps_float32(const Problem&, const Step&);
+Status gaps_float64(const Problem&, const Step&);
 
 namespace scratch {
 
@@ -110,6 +112,13 @@ NCK_EXPORT int32_t nckernels_step(const nckernels::Problem* problem, const ncker
 NCK_EXPORT int32_t nckernels_losses(const nckernels::Problem* problem, const nckernels::Step* step) {
   return nckernels::guarded(*problem,
                             [&](const nckernels::Problem& p) { return NCK_CHOOSE(losses, p)(p, *step); });
+}
+
+// The losses of dot regression, or its gradients: of a step's fields loss, or weight with z and w.
+NCK_EXPORT int32_t nckernels_gaps(const nckernels::Problem* problem, const nckernels::Step* step) {
+  return nckernels::guarded(*problem, [&](const nckernels::Problem& p) {
+    return p.is_double ? nckernels::gaps_float64(p, *step) : nckernels::gaps_float32(p, *step);
+  });
 }
 
 // The sizes of the structures, so that Python notices if it describes others.

@@ -164,6 +164,9 @@ class Backend(ABC):
     step_options: ClassVar[bool] = False
     """Whether ``step`` takes the options of ``Reduced``, and there are ``losses`` and ``losses_backward``."""
 
+    dot_regression: ClassVar[bool] = False
+    """Whether there are ``half_squares`` and ``half_squares_backward``."""
+
     def missing(self) -> str | None:
         """Why this backend cannot run on this machine at all, or None."""
         return None
@@ -218,6 +221,22 @@ class Backend(ABC):
         self, inputs: Inputs, saved: Forward, upstream: Tensor, reduced: Reduced, spec: Spec, needs: Needs
     ) -> tuple[Tensor | None, ...]:
         """The wanted gradients of :class:`Step`, given those of the losses."""
+        raise NotImplementedError
+
+    def half_squares(self, rows: Tensor, prototypes: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+        """(M,) losses of dot regression, (1 - cos)^2 / 2 of each row with the prototype of its class; 0 if ignored."""
+        raise NotImplementedError
+
+    def half_squares_backward(
+        self,
+        rows: Tensor,
+        prototypes: Tensor,
+        target: Tensor,
+        ignore_index: int,
+        upstream: Tensor,
+        needs: tuple[bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The wanted gradients of both matrices, given those of the losses."""
         raise NotImplementedError
 
     def scaled(self, grad: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:

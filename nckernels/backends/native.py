@@ -12,6 +12,7 @@ import math
 import os
 import struct
 import sys
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -134,6 +135,7 @@ class NativeBackend(Backend):
     name = "native"
     checks_values = True
     step_options = True
+    dot_regression = True
 
     def missing(self) -> str | None:
         return _missing()
@@ -199,6 +201,41 @@ class NativeBackend(Backend):
     ) -> tuple[Tensor | None, ...]:
         weight = upstream if reduced.weight is None else upstream * reduced.weight
         return self._step(inputs, saved, None, reduced._replace(weight=weight), spec, needs)
+
+    def half_squares(self, rows: Tensor, prototypes: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+        loss = rows.new_empty(len(rows), dtype=accumulation_dtype(rows.dtype))
+        self._gaps(rows, prototypes, target, ignore_index, None, loss, (False, False))
+        return loss
+
+    def half_squares_backward(
+        self,
+        rows: Tensor,
+        prototypes: Tensor,
+        target: Tensor,
+        ignore_index: int,
+        upstream: Tensor,
+        needs: tuple[bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        z, w = self._gaps(rows, prototypes, target, ignore_index, upstream, None, needs)
+        return None if z is None else z.to(rows.dtype), None if w is None else w.to(prototypes.dtype)
+
+    def _gaps(
+        self,
+        rows: Tensor,
+        prototypes: Tensor,
+        target: Tensor,
+        ignore_index: int,
+        upstream: Tensor | None,
+        loss: Tensor | None,
+        needs: tuple[bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        spec = Spec("instance", "none", False, ignore_index, 0)
+        inputs = Inputs(rows, prototypes, target, cast(Tensor, 1.0), None, None)
+        problem, _alive = _problem(inputs, spec)
+        z, w, _ = _room(inputs, spec, Needs(*needs, False, False, False))
+        step, _alive_too = _step(inputs, Reduced(upstream, False, math.nan), loss, (z, w, None))
+        _check(_library().nckernels_gaps(problem, step), inputs, spec)
+        return z, w
 
     def _step(
         self, inputs: Inputs, saved: Forward | None, loss: Tensor | None, reduced: Reduced, spec: Spec, needs: Needs

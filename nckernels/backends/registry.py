@@ -155,6 +155,11 @@ def can_step(name: str, features: Tensor, prototypes: Tensor, spec: Spec, option
     return BACKENDS[name].can_step(features, prototypes, spec)
 
 
+def has_dot_regression(name: str) -> bool:
+    """Whether the backend has the losses of dot regression."""
+    return name in BACKENDS and BACKENDS[name].dot_regression
+
+
 def explain(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """For each backend "ready", or why it does not take features of this kind."""
     reasons = {name: b.missing() or b.why_not(device, dtype) or "ready" for name, b in BACKENDS.items()}
