@@ -35,21 +35,28 @@ def groups(labels: Tensor, ignored: Tensor) -> tuple[Tensor, int]:
     return group, int(starts[-1]) + 1 if _checks.host_knows(labels) else len(labels)
 
 
-def visible_rows(rows: Tensor, ignored: Tensor) -> Tensor:
+def some(ignored: Tensor) -> Tensor | None:
+    """None where the host knows that nobody is ignored."""
+    return None if _checks.host_knows(ignored) and not bool(ignored.any()) else ignored
+
+
+def visible_rows(rows: Tensor, ignored: Tensor | None) -> Tensor:
     """Rows in the accumulation dtype, 0 where ignored."""
     return without_ignored(rows.to(accumulation_dtype(rows.dtype)), ignored)
 
 
-def without_ignored(rows: Tensor, ignored: Tensor) -> Tensor:
+def without_ignored(rows: Tensor, ignored: Tensor | None) -> Tensor:
     """The rows, 0 where ignored: those may hold anything. No copy where the host knows that there are none."""
-    return rows if _checks.host_knows(rows) and not bool(ignored.any()) else rows.masked_fill(ignored[:, None], 0.0)
+    ignored = None if ignored is None else some(ignored)
+    return rows if ignored is None else rows.masked_fill(ignored[:, None], 0.0)
 
 
-def class_sums(rows: Tensor, group: Tensor, ignored: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+def class_sums(rows: Tensor, group: Tensor, ignored: Tensor | None, classes: int) -> tuple[Tensor, Tensor]:
     """(C, d) sums of the rows of every class, and (C,) their numbers; ignored rows are zeros."""
-    group = group.masked_fill(ignored, 0)
+    group = group if ignored is None else group.masked_fill(ignored, 0)
     sums = rows.new_zeros(classes, rows.shape[1]).index_add(0, group, rows)
-    return sums, rows.new_zeros(classes).index_add(0, group, (~ignored).to(rows.dtype))
+    ones = rows.new_ones(len(rows)) if ignored is None else (~ignored).to(rows.dtype)
+    return sums, rows.new_zeros(classes).index_add(0, group, ones)
 
 
 def add_unit_rows(sums: Tensor, rows: Tensor, group: Tensor) -> None:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks
+from . import _checks, _class_means
 from ._class_sums import class_sums, groups, height, mean_positive, visible_rows
 from ._common import REDUCTIONS, Reduction, inverse, logaddexp, norms, or_zero, unit
 from ._compact import LEFT_OUT
@@ -170,6 +170,9 @@ def prototype_loss(
     else:
         _checks.in_classes(labels, num_classes, ignore_index)
         group, classes = labels, num_classes
+    if ranks is None and _class_means.takes(rows, classes, beta):
+        loss = _class_means.losses(rows, group, ignored, classes, beta)
+        return _reduced(loss, ~ignored, weight, reduction, shape)
     index = group.masked_fill(ignored, LEFT_OUT)
     visible = visible_rows(rows, ignored)
     sums, counts = class_sums(visible / norms(visible, rows.dtype)[:, None], group, ignored, classes)

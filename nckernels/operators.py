@@ -6,7 +6,7 @@ tensors go around them, with the same autograd formula.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -251,13 +251,9 @@ class Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         no_batches(upstream)
-        tensors = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            z, w, beta = _Once.apply(ctx.backend, upstream, *tensors)
-        else:
-            # What nobody will ask for again is scaled in place.
-            in_place = not torch._C._autograd._get_current_graph_task_keep_graph()
-            z, w, beta = _scaled(ctx.backend, upstream, tensors, in_place)
+        # What nobody will ask for again is scaled in place.
+        in_place = not (torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph())
+        z, w, beta = once(_scaled, ctx.backend, in_place, upstream, *ctx.saved_tensors)
         return z, w, beta, None, None, None, None
 
 
@@ -282,8 +278,7 @@ class Losses(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         no_batches(upstream)
         by_z, by_w, by_beta, *_ = ctx.needs_input_grad
-        run = _LossesOnce.apply if torch.is_grad_enabled() else _losses_backward
-        z, w, beta = run((by_z, by_w, by_beta), ctx.call, upstream, *ctx.saved_tensors)
+        z, w, beta = once(_losses_backward, (by_z, by_w, by_beta), ctx.call, upstream, *ctx.saved_tensors)
         return z, w, beta, None, None, None, None
 
 
@@ -329,21 +324,24 @@ class HalfSquares(torch.autograd.Function):
         return *(next(found) if need else None for need in (by_z, by_w)), *(None,) * 4
 
 
-class _LossesOnce(torch.autograd.Function):
-    """:func:`_losses_backward`, whose own derivative is an error that says what to do."""
+class Once(torch.autograd.Function):
+    """A backward pass, a function of its further arguments, whose own derivative is an error that says what to do."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
-        return _losses_backward(*args)
+    def forward(ctx: Any, run: Callable[..., Any], *args: Any) -> Any:
+        return run(*args)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
         _no_double_backward(ctx, *grads)
 
 
-def _scaled(
-    backend: str, upstream: Tensor, tensors: Sequence[Tensor | None], in_place: bool
-) -> tuple[Tensor | None, ...]:
+def once(run: Callable[..., Any], *args: Any) -> Any:
+    """A backward pass, with that error where PyTorch would differentiate it."""
+    return Once.apply(run, *args) if torch.is_grad_enabled() else run(*args)
+
+
+def _scaled(backend: str, in_place: bool, upstream: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Three gradients, the latter half of ``tensors``, times ``upstream``, of the dtypes of the former half."""
     chosen = registry.BACKENDS[backend]
 
@@ -351,18 +349,6 @@ def _scaled(
         return None if x is None or grad is None else chosen.scaled(grad, upstream, x.dtype, in_place)
 
     return tuple(map(scaled, tensors[:3], tensors[3:]))
-
-
-class _Once(torch.autograd.Function):
-    """Scaled gradients whose own derivative is an error that says what to do."""
-
-    @staticmethod
-    def forward(ctx: Any, backend: str, upstream: Tensor, *tensors: Tensor) -> tuple[Tensor | None, ...]:
-        return _scaled(backend, upstream, tensors, in_place=False)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        _no_double_backward(ctx, *grads)
 
 
 def _through_contrast(grad: Tensor | None, target: Tensor, saved: Forward, spec: Spec) -> OutputGrads:
