@@ -1,23 +1,22 @@
 """The prototype loss in closed form, where the matrix of samples and classes is small.
 
-With unit rows :math:`a_i`, class means :math:`\\mu_c` of :math:`n_c` of them and logits :math:`t_{ic} = \\beta a_i \\cdot
-\\mu_c`, sample i contributes :math:`\\log \\sum_c (n_c - [c = y_i]) e^{t_{ic}} - t_{i,y_i}`. The gradient to the logits is
-that of a softmax, and each mean hands its own on to its samples.
+With unit rows :math:`a_i`, means :math:`\\mu_c` of the :math:`n_c` of a class and logits :math:`t_{ic} = \\beta a_i \\cdot
+\\mu_c`, sample i contributes :math:`\\log \\sum_c (n_c - [c = y_i]) e^{t_{ic}} - t_{i,y_i}`. The gradient to the logits
+is that of a softmax, and each mean hands its own on to its samples.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _checks, operators
-from ._class_sums import class_sums, some, visible_rows
-from ._common import or_zero
 from .backends import registry
-from .backends.base import accumulation_dtype
-from .backends.chunked.tiles import rnorm_of, through_normalisation
+from .backends.base import accumulation_dtype, norm_eps
+from .backends.chunked.tiles import through_normalisation
 from .primitive import scalar
 
 _SHARE = 4
@@ -35,11 +34,10 @@ def takes(rows: Tensor, classes: int, beta: float | Tensor) -> bool:
     )
 
 
-def losses(rows: Tensor, group: Tensor, ignored: Tensor, classes: int, beta: float | Tensor) -> Tensor:
-    """(N,) losses, 0 where ignored; ``group`` is in [0, classes) where not."""
-    left_out = some(ignored)
-    group = group if left_out is None else group.masked_fill(left_out, 0)
-    return _Losses.apply(rows, scalar(beta, rows), group, left_out, classes)
+def losses(rows: Tensor, group: Tensor, ignored: Tensor | None, classes: int, beta: float | Tensor) -> Tensor:
+    """(N,) losses, 0 where ``ignored``; ``group`` is in [0, classes) where not."""
+    group = group if ignored is None else group.masked_fill(ignored, 0)
+    return _Losses.apply(rows, scalar(beta, rows), group, ignored, classes)
 
 
 class _Losses(torch.autograd.Function):
@@ -48,19 +46,25 @@ class _Losses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, beta: Tensor, group: Tensor, left_out: Tensor | None, classes: int) -> Tensor:
         with _checks.no_autocast(rows):
-            visible = visible_rows(rows, left_out)
-            rnorm = rnorm_of(visible, visible.dtype)
+            visible = rows.to(beta.dtype)
+            if left_out is not None:
+                visible = visible.masked_fill(left_out[:, None], 0.0)  # they may hold anything
+            rnorm = torch.linalg.vector_norm(visible, dim=1).clamp_min_(norm_eps(rows.dtype)).reciprocal_()
             unit = visible * rnorm[:, None]
-            sums, counts = class_sums(unit, group, left_out, classes)
-            means = sums.div_(counts.clamp_min(1.0)[:, None])
-            share, own = (unit @ means.T).mul_(beta), group[:, None]
+            taking_part = unit.new_ones(len(unit)) if left_out is None else (~left_out).to(unit.dtype)
+            counts = unit.new_zeros(classes).index_add_(0, group, taking_part)
+            means = unit.new_zeros(classes, unit.shape[1]).index_add_(0, group, unit)
+            means.div_(counts.clamp_min(1.0)[:, None])
+            share, own = torch.mm(unit, means.t()).mul_(beta), group[:, None]
             pos = share.gather(1, own)
-            others = (counts[group] - 1.0).clamp_min_(0.0)  # samples of the same class beside this one
-            share.add_(counts.log()).scatter_(1, own, pos + others.log()[:, None])
-            lse = or_zero(share.logsumexp(1, keepdim=True))
-            loss = (lse - pos).squeeze(1)
-            if any(ctx.needs_input_grad):
-                share.sub_(lse).exp_()
+            # For a sample's own class there are as many as the others of it.
+            others = (counts - 1.0).clamp_min_(0.0).log_().index_select(0, group)
+            share.add_(counts.log()).scatter_(1, own, pos + others[:, None])
+            # A softmax and its log-sum-exp, both of which are 0 where there is nothing to add up.
+            top = share.amax(1, keepdim=True).nan_to_num_(math.nan, math.inf, 0.0)
+            total = share.sub_(top).exp_().sum(1, keepdim=True).clamp_min_(1.0)
+            share.div_(total)
+            loss = total.log_().add_(top).sub_(pos).squeeze(1)
             ctx.save_for_backward(rows, beta, group, left_out, unit, rnorm, means, counts, share)
         return loss if left_out is None else loss.masked_fill_(left_out, 0.0)
 
@@ -78,10 +82,10 @@ def _backward(wanted: tuple[bool, bool], upstream: Tensor, *saved: Tensor) -> tu
         factor = (upstream if left_out is None else upstream.masked_fill(left_out, 0.0))[:, None]
         of_logits = (share * factor).scatter_add_(1, group[:, None], -factor)
         if wanted[1]:
-            of_beta = (of_logits * (unit @ means.T)).sum()
+            of_beta = (of_logits * torch.mm(unit, means.t())).sum()
         if wanted[0]:
             of_logits.mul_(beta)
-            of_means = (of_logits.T @ unit).div_(counts.clamp_min(1.0)[:, None])
+            of_means = torch.mm(of_logits.t(), unit).div_(counts.clamp_min(1.0)[:, None])
             grad = torch.addmm(of_means.index_select(0, group), of_logits, means)
             if left_out is not None:
                 grad.masked_fill_(left_out[:, None], 0.0)

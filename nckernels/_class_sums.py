@@ -40,23 +40,21 @@ def some(ignored: Tensor) -> Tensor | None:
     return None if _checks.host_knows(ignored) and not bool(ignored.any()) else ignored
 
 
-def visible_rows(rows: Tensor, ignored: Tensor | None) -> Tensor:
+def visible_rows(rows: Tensor, ignored: Tensor) -> Tensor:
     """Rows in the accumulation dtype, 0 where ignored."""
     return without_ignored(rows.to(accumulation_dtype(rows.dtype)), ignored)
 
 
-def without_ignored(rows: Tensor, ignored: Tensor | None) -> Tensor:
+def without_ignored(rows: Tensor, ignored: Tensor) -> Tensor:
     """The rows, 0 where ignored: those may hold anything. No copy where the host knows that there are none."""
-    ignored = None if ignored is None else some(ignored)
-    return rows if ignored is None else rows.masked_fill(ignored[:, None], 0.0)
+    return rows if some(ignored) is None else rows.masked_fill(ignored[:, None], 0.0)
 
 
-def class_sums(rows: Tensor, group: Tensor, ignored: Tensor | None, classes: int) -> tuple[Tensor, Tensor]:
+def class_sums(rows: Tensor, group: Tensor, ignored: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     """(C, d) sums of the rows of every class, and (C,) their numbers; ignored rows are zeros."""
-    group = group if ignored is None else group.masked_fill(ignored, 0)
+    group = group.masked_fill(ignored, 0)
     sums = rows.new_zeros(classes, rows.shape[1]).index_add(0, group, rows)
-    ones = rows.new_ones(len(rows)) if ignored is None else (~ignored).to(rows.dtype)
-    return sums, rows.new_zeros(classes).index_add(0, group, ones)
+    return sums, rows.new_zeros(classes).index_add(0, group, (~ignored).to(rows.dtype))
 
 
 def add_unit_rows(sums: Tensor, rows: Tensor, group: Tensor) -> None:

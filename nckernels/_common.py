@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -54,17 +54,22 @@ def of_samples(weight: Tensor | None, sample_weight: Tensor | None, target: Tens
 
 
 def reduce(
-    loss: Tensor, counted: Tensor, weight: Tensor | None, reduction: Reduction, of_nothing: float = math.nan
+    loss: Tensor, counted: Tensor | None, weight: Tensor | None, reduction: Reduction, of_nothing: float = math.nan
 ) -> Tensor:
-    """Weight and reduce per-sample losses, which are 0 where not ``counted``; ``of_nothing`` is the mean of none."""
+    """Weight and reduce per-sample losses, which are 0 where not ``counted`` (None: all are, of at least one).
+
+    ``of_nothing`` is the mean of none.
+    """
     if weight is not None:
-        weight = weight.to(loss.dtype).where(counted, 0.0)
+        weight = weight.to(loss.dtype) if counted is None else weight.to(loss.dtype).where(counted, 0.0)
         loss = loss * weight
     if reduction == "none":
         return loss
     if reduction == "sum":
         return loss.sum()
-    return mean(loss, counted if weight is None else weight, of_nothing)
+    if weight is None and counted is None:
+        return loss.mean()
+    return mean(loss, cast(Tensor, counted) if weight is None else weight, of_nothing)
 
 
 def mean(weighted: Tensor, weight: Tensor, of_nothing: float = math.nan) -> Tensor:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks, _class_means
-from ._class_sums import class_sums, groups, height, mean_positive, visible_rows
+from ._class_sums import class_sums, groups, height, mean_positive, some, visible_rows
 from ._common import REDUCTIONS, Reduction, inverse, logaddexp, norms, or_zero, unit
 from ._compact import LEFT_OUT
 from .backends import registry
@@ -171,8 +171,9 @@ def prototype_loss(
         _checks.in_classes(labels, num_classes, ignore_index)
         group, classes = labels, num_classes
     if ranks is None and _class_means.takes(rows, classes, beta):
-        loss = _class_means.losses(rows, group, ignored, classes, beta)
-        return _reduced(loss, ~ignored, weight, reduction, shape)
+        left_out = some(ignored)
+        loss = _class_means.losses(rows, group, left_out, classes, beta)
+        return _reduced(loss, None if left_out is None else ~left_out, weight, reduction, shape)
     index = group.masked_fill(ignored, LEFT_OUT)
     visible = visible_rows(rows, ignored)
     sums, counts = class_sums(visible / norms(visible, rows.dtype)[:, None], group, ignored, classes)
@@ -426,7 +427,7 @@ def _samples(
         labels = target.long()
     _check_weights(sample_weight, count, input)
     weight = None if sample_weight is None else sample_weight.repeat_interleave(views)
-    return rows, labels.repeat_interleave(views), weight
+    return rows, labels if views == 1 else labels.repeat_interleave(views), weight
 
 
 # --- steps ------------------------------------------------------------------------------------------------
@@ -444,7 +445,7 @@ def _nothing(shape: torch.Size, reduction: Reduction, beta: float | Tensor, *inp
 
 def _reduced(
     loss: Tensor,
-    counted: Tensor,
+    counted: Tensor | None,
     weight: Tensor | None,
     reduction: Reduction,
     shape: torch.Size,

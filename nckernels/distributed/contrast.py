@@ -128,13 +128,13 @@ def reduced_contrast(
 
 def reduce(
     loss: Tensor,
-    counted: Tensor,
+    counted: Tensor | None,
     weight: Tensor | None,
     reduction: Reduction,
     ranks: Ranks | None,
     of_nothing: float = math.nan,
 ) -> Tensor:
-    """Weight and reduce this rank's per-sample losses, which are 0 where not ``counted``, over the batches of all."""
+    """:func:`nckernels._common.reduce` of this rank's per-sample losses over the batches of all."""
     if ranks is None:
         return _common.reduce(loss, counted, weight, reduction, of_nothing)
     own = _counted_weights(counted, weight, loss)
@@ -223,8 +223,10 @@ def present_classes(
     return rows(prototypes, classes, sparse), slot.masked_fill(ignored, LEFT_OUT)[counts.own]
 
 
-def _counted_weights(counted: Tensor, weight: Tensor | None, like: Tensor) -> Tensor:
+def _counted_weights(counted: Tensor | None, weight: Tensor | None, like: Tensor) -> Tensor:
     """(M,) weights of the samples, 0 where not counted."""
+    if counted is None:
+        return torch.ones_like(like) if weight is None else weight.to(like.dtype)
     return counted.to(like.dtype) if weight is None else weight.to(like.dtype).where(counted, 0.0)
 
 
