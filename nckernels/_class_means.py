@@ -1,13 +1,12 @@
 """The prototype loss in closed form, where the matrix of samples and classes is small.
 
-With unit rows :math:`a_i`, means :math:`\\mu_c` of the :math:`n_c` of a class and logits :math:`t_{ic} = \\beta a_i \\cdot
+With unit rows :math:`a_i`, means :math:`\\mu_c` of the :math:`n_c` of a class and :math:`t_{ic} = \\beta a_i \\cdot
 \\mu_c`, sample i contributes :math:`\\log \\sum_c (n_c - [c = y_i]) e^{t_{ic}} - t_{i,y_i}`. The gradient to the logits
 is that of a softmax, and each mean hands its own on to its samples.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -15,80 +14,85 @@ from torch import Tensor
 
 from . import _checks, operators
 from .backends import registry
-from .backends.base import accumulation_dtype, norm_eps
-from .backends.chunked.tiles import through_normalisation
-from .primitive import scalar
+from .backends.base import accumulation_dtype, norm_eps, number
 
 _SHARE = 4
-"""The matrix takes at most the workspace divided by this; autograd and its steps hold up to three of them."""
+"""The matrix takes at most the workspace divided by this; there are up to three of its size at a time."""
+
+_GREATEST = 38.0
+"""Inverse temperature up to which exponentials of differences of logits, and sums of many, are normal float32 numbers."""
 
 
-def takes(rows: Tensor, classes: int, beta: float | Tensor) -> bool:
-    """Whether :func:`losses` is for a problem of this kind."""
-    size = len(rows) * classes * accumulation_dtype(rows.dtype).itemsize
+def takes(rows: Tensor, left_out: Tensor | None, classes: int, beta: float | Tensor) -> bool:
+    """Whether :func:`losses` is for a problem of this kind, of two samples at least."""
     return (
         rows.device.type == "cpu"
-        and size <= registry.get_workspace(rows.device) // _SHARE
         and registry.chosen() != registry.REFERENCE
         and operators.plain(rows, beta)
+        and _SHARE * len(rows) * classes * accumulation_dtype(rows.dtype).itemsize
+        <= registry.get_workspace(rows.device)
+        and 0.0 < number(beta, rows.dtype) <= _GREATEST
+        and len(rows) - (0 if left_out is None else int(left_out.sum())) > 1
     )
 
 
-def losses(rows: Tensor, group: Tensor, ignored: Tensor | None, classes: int, beta: float | Tensor) -> Tensor:
-    """(N,) losses, 0 where ``ignored``; ``group`` is in [0, classes) where not."""
-    group = group if ignored is None else group.masked_fill(ignored, 0)
-    return _Losses.apply(rows, scalar(beta, rows), group, ignored, classes)
+def losses(rows: Tensor, group: Tensor, left_out: Tensor | None, classes: int, beta: float | Tensor) -> Tensor:
+    """(N,) losses, 0 where ``left_out``; ``group`` is in [0, classes) where not."""
+    group = group if left_out is None else group.masked_fill(left_out, 0)
+    return _Losses.apply(rows, beta, group, left_out, classes)
 
 
 class _Losses(torch.autograd.Function):
-    """One node of the graph; a dozen and a half of single steps take longer than what they do."""
+    """One node of the graph; two dozen single steps take longer than what they do."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, beta: Tensor, group: Tensor, left_out: Tensor | None, classes: int) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, beta: float | Tensor, group: Tensor, left_out: Tensor | None, classes: int
+    ) -> Tensor:
+        ctx.beta = number(beta, rows.dtype)
         with _checks.no_autocast(rows):
-            visible = rows.to(beta.dtype)
+            wide, own = rows.to(accumulation_dtype(rows.dtype)), group[:, None]
             if left_out is not None:
-                visible = visible.masked_fill(left_out[:, None], 0.0)  # they may hold anything
-            rnorm = torch.linalg.vector_norm(visible, dim=1).clamp_min_(norm_eps(rows.dtype)).reciprocal_()
-            unit = visible * rnorm[:, None]
-            taking_part = unit.new_ones(len(unit)) if left_out is None else (~left_out).to(unit.dtype)
-            counts = unit.new_zeros(classes).index_add_(0, group, taking_part)
-            means = unit.new_zeros(classes, unit.shape[1]).index_add_(0, group, unit)
-            means.div_(counts.clamp_min(1.0)[:, None])
-            share, own = torch.mm(unit, means.t()).mul_(beta), group[:, None]
-            pos = share.gather(1, own)
-            # For a sample's own class there are as many as the others of it.
-            others = (counts - 1.0).clamp_min_(0.0).log_().index_select(0, group)
-            share.add_(counts.log()).scatter_(1, own, pos + others[:, None])
-            # A softmax and its log-sum-exp, both of which are 0 where there is nothing to add up.
-            top = share.amax(1, keepdim=True).nan_to_num_(math.nan, math.inf, 0.0)
-            total = share.sub_(top).exp_().sum(1, keepdim=True).clamp_min_(1.0)
-            share.div_(total)
-            loss = total.log_().add_(top).sub_(pos).squeeze(1)
-            ctx.save_for_backward(rows, beta, group, left_out, unit, rnorm, means, counts, share)
+                wide = wide.masked_fill(left_out[:, None], 0.0)  # they may hold anything
+            norm = torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min_(norm_eps(rows.dtype))
+            unit = wide / norm
+            itself = unit.new_zeros(len(unit), classes).scatter_(1, own, 1.0)
+            if left_out is not None:
+                itself.masked_fill_(left_out[:, None], 0.0)
+            counts = itself.sum(0)
+            sizes = counts[:, None].clamp_min(1.0)
+            means = unit.new_zeros(classes, unit.shape[1]).index_add_(0, group, unit).div_(sizes)
+            cosines = torch.mm(unit, means.t())
+            share = cosines.sub_(cosines.gather(1, own)).mul_(ctx.beta).exp_().mul_(counts - itself)
+            total = share.sum(1)
+            of_logits = share.div_(total[:, None]).sub_(itself)
+            loss = total.log_()
+        ctx.save_for_backward(
+            rows, beta if ctx.needs_input_grad[1] else None, group, left_out, unit, norm, means, sizes, of_logits
+        )
         return loss if left_out is None else loss.masked_fill_(left_out, 0.0)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         operators.no_batches(upstream)
-        of_rows, of_beta = operators.once(_backward, ctx.needs_input_grad[:2], upstream, *ctx.saved_tensors)
-        return of_rows, of_beta, None, None, None
+        grads = operators.once(_backward, ctx.needs_input_grad[0], ctx.beta, upstream, *ctx.saved_tensors)
+        return *grads, None, None, None
 
 
-def _backward(wanted: tuple[bool, bool], upstream: Tensor, *saved: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    rows, beta, group, left_out, unit, rnorm, means, counts, share = saved
+def _backward(by_rows: bool, number: float, upstream: Tensor, *saved: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    rows, beta, group, left_out, unit, norm, means, sizes, of_logits = saved
     of_rows = of_beta = None
-    with _checks.no_autocast(rows):
-        factor = (upstream if left_out is None else upstream.masked_fill(left_out, 0.0))[:, None]
-        of_logits = (share * factor).scatter_add_(1, group[:, None], -factor)
-        if wanted[1]:
-            of_beta = (of_logits * torch.mm(unit, means.t())).sum()
-        if wanted[0]:
-            of_logits.mul_(beta)
-            of_means = torch.mm(of_logits.t(), unit).div_(counts.clamp_min(1.0)[:, None])
-            grad = torch.addmm(of_means.index_select(0, group), of_logits, means)
+    with _checks.no_autocast(unit):
+        factor = upstream[:, None] if left_out is None else upstream.masked_fill(left_out, 0.0)[:, None]
+        if beta is not None:
+            of_beta = torch.mm(unit, means.t()).mul_(of_logits).mul_(factor).sum().to(beta.dtype)
+        if by_rows:
+            of_cosines = of_logits * (factor * number)
+            of_means = torch.mm(of_cosines.t(), unit).div_(sizes)
+            grad = torch.addmm(of_means.index_select(0, group), of_cosines, means)
             if left_out is not None:
                 grad.masked_fill_(left_out[:, None], 0.0)
-            through_normalisation(grad, unit, rnorm, rows)
-            of_rows = grad.to(rows.dtype)
+            # A norm that was clamped is a constant.
+            along = (grad * unit).sum(1, keepdim=True).masked_fill_(norm <= norm_eps(rows.dtype), 0.0)
+            of_rows = grad.addcmul_(unit, along, value=-1.0).div_(norm).to(rows.dtype)
     return of_rows, of_beta

@@ -170,8 +170,8 @@ def prototype_loss(
     else:
         _checks.in_classes(labels, num_classes, ignore_index)
         group, classes = labels, num_classes
-    if ranks is None and _class_means.takes(rows, classes, beta):
-        left_out = some(ignored)
+    left_out = some(ignored)
+    if ranks is None and _class_means.takes(rows, left_out, classes, beta):
         loss = _class_means.losses(rows, group, left_out, classes, beta)
         return _reduced(loss, None if left_out is None else ~left_out, weight, reduction, shape)
     index = group.masked_fill(ignored, LEFT_OUT)
