@@ -20,7 +20,7 @@ _SHARE = 4
 """The matrix takes at most the workspace divided by this; there are up to three of its size at a time."""
 
 _GREATEST = 38.0
-"""Inverse temperature up to which exponentials of differences of logits, and sums of many, are normal float32 numbers."""
+"""Inverse temperature up to which exponentials of differences of logits, and their sums, are normal float32 numbers."""
 
 
 def takes(rows: Tensor, left_out: Tensor | None, classes: int, beta: float | Tensor) -> bool:

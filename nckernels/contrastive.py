@@ -453,4 +453,4 @@ def _reduced(
 ) -> Tensor:
     """The reduction of rows that were samples and their views; the mean of nothing is 0."""
     result = reduce(loss, counted, weight, reduction, ranks, of_nothing=0.0)
-    return result.view(shape) if reduction == "none" else result
+    return result.view(shape) if reduction == "none" and len(shape) > 1 else result

@@ -39,6 +39,9 @@ from oracle_contrastive import (
 )
 from torch import Tensor
 
+import nckernels
+from nckernels import _class_means
+
 # --------------------------------------------------------------------------------------------------
 # the oracle itself
 
@@ -336,3 +339,25 @@ def test_non_contiguous_inputs(backend: Backend, case: str) -> None:
     got = {"loss": out.detach(), **{f"input {i}": g.mT for i, g in enumerate(grads)}}
     expected.pop("temperature", None)
     assert_equal(got, expected, 4e-6)
+
+
+@pytest.mark.parametrize(("reduction", "views", "ignored"), [("none", 0, 0.2), ("mean", 2, 0.0), ("sum", 2, 0.2)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_prototype_loss_of_large_matrices_is_the_same(
+    cpu_backend: Backend,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    reduction: str,
+    views: int,
+    ignored: float,
+) -> None:
+    """In closed form where the matrix is small, else as a loss on the primitive; no worse than the dense form."""
+    closed, losses = [], _class_means.losses
+    monkeypatch.setattr(_class_means, "losses", lambda *args: closed.append(1) or losses(*args))
+    c = build("prototype", views=views, weight=True, ignored=ignored, reduction=reduction)
+    c.inputs[0][0] = 0.0
+    for workspace, temperature in ((1 << 20, 0.2), (4096, 0.2), (1 << 20, 0.01)):
+        closed.clear()
+        with nckernels.use_workspace(workspace):
+            check(dataclasses.replace(c, temperature=torch.tensor(temperature, dtype=torch.float64)), dtype)
+        assert bool(closed) == (cpu_backend.name != "reference" and workspace > 4096 and temperature == 0.2)

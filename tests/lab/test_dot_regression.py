@@ -11,8 +11,10 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import Backend
 from oracle import EPS, HALF, worst
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nckernels
@@ -47,7 +49,7 @@ def printed(*args: Tensor, **options: Any) -> Tensor:
 
 
 @dtypes
-def test_no_worse_than_the_printed_form(dtype: torch.dtype) -> None:
+def test_no_worse_than_the_printed_form(cpu_backend: Backend, dtype: torch.dtype) -> None:
     """Loss and gradients; every reduction, with and without weights; beside features that all but agree with w."""
     x, w, y = problem(dtype)
     near = w[y.clamp_min(0)] * (1 + 0.01 * torch.randn(M, D, generator=torch.Generator().manual_seed(2)).to(dtype))
@@ -71,7 +73,7 @@ def test_no_worse_than_the_printed_form(dtype: torch.dtype) -> None:
             assert ours <= min(theirs, 0.1) + rounding + stored, (name, reduction, ours, theirs)
 
 
-def test_gradient_in_closed_form() -> None:
+def test_gradient_in_closed_form(cpu_backend: Backend) -> None:
     """-(1 - s)(w - s u)/|x|, not the scalar that is printed as Eq. 7; and the same with both sides exchanged."""
     x, w, y = problem()
     keep = y >= 0
@@ -130,7 +132,7 @@ def test_gradient_of_a_large_class_adds_up_in_float32(dtype: torch.dtype, device
 
 
 @dtypes
-def test_rows_without_a_direction(dtype: torch.dtype) -> None:
+def test_rows_without_a_direction(cpu_backend: Backend, dtype: torch.dtype) -> None:
     """A zero row has cosine 0 with everything; gradients are finite. Below eps the norm counts as eps."""
     x, w = torch.zeros(3, D, dtype=dtype), torch.eye(K, D).to(dtype)
     x[1, 0] = 0.5 * EPS[dtype]
@@ -192,6 +194,24 @@ def test_compiles_to_one_graph() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(dot_regression_loss, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(value_and_grads(compiled, x, w, y), value_and_grads(dot_regression_loss, x, w, y))
+
+
+def test_transforms_see_the_single_steps() -> None:
+    """torch.func, forward mode and batches of gradients, as of PyTorch's own losses; of a transposed matrix."""
+    x, w, y = problem()
+    x, v = x.nan_to_num(1.0).T.contiguous().T, torch.randn(M, D, dtype=torch.float64)
+
+    def function(a: Tensor, b: Tensor) -> Tensor:
+        return dot_regression_loss(a, b, y.int(), reduction="none")
+
+    jacobian = torch.autograd.functional.jacobian(function, (x, w))[0]
+    torch.testing.assert_close(torch.func.jacrev(function)(x, w), jacobian)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(function(forward_ad.make_dual(x, v), w)).tangent
+    torch.testing.assert_close(tangent, (jacobian * v).sum((1, 2)))
+    leaf = x.clone().requires_grad_()
+    batched = torch.autograd.grad(function(leaf, w), leaf, torch.eye(M, dtype=torch.float64), is_grads_batched=True)
+    torch.testing.assert_close(batched[0], jacobian)
 
 
 def test_autocast_leaves_it_alone_and_mixes_dtypes() -> None:
