@@ -60,6 +60,7 @@ class BackwardPass {
     if (!g_.beta) return;
     double total = 0;
     for (double e : need_rows_ ? room.energy : room.class_energy) total += e;
+    for (double e : room.lost) total += e;
     *g_.beta += total / p_.beta;
   }
 
@@ -78,6 +79,7 @@ class BackwardPass {
   struct Room {
     int64_t widest, group;                     // columns, tiles
     std::vector<double> energy, class_energy;  // shares of dL/dbeta per row tile, per panel
+    std::vector<double> lost;                  // and what rounding has taken from them, per row tile
     Buffer<T> rows, grad_v, bias_shares;
     Buffer<Operand> v, v_rows, entries, u_rows;
     T* grad_z;  // where dL/dU accumulates over column blocks: in the gradient itself if it is wanted
@@ -88,6 +90,7 @@ class BackwardPass {
           group(std::min(s.group, s.tiles)),
           energy(std::max<int64_t>(s.tiles, 1), 0.0),
           class_energy(s.all_panels, 0.0),
+          lost(energy.size(), 0.0),
           rows(pass.need_rows_ && !g.z ? s.p.m * s.p.d : 0),
           grad_v(g.w ? widest * s.d_pad : 0),
           bias_shares(g.class_bias && g.instance_lse ? group * widest : 0),
@@ -155,7 +158,22 @@ class BackwardPass {
       std::fill(to + n * NR, to + padded * NR, T(0));
       positives.add(q, to);
       entries.put(q, block.first, block.count);
+      if (G::RESTS && g_.beta)
+        room.lost[tile] += lost(entries, positives, tile, n, e, is_kept && s_.shift_free);
     }
+  }
+
+  // What rounding has taken from the share of dL/dbeta of the last panel; `e` is t, or exp(t).
+  double lost(const EntriesOf<G>& entries, const PositivesOf<G>& positives, int64_t tile, int64_t n,
+              const T* e, bool exponentials) const {
+    const bool in_pairs = !need_rows_;
+    double total = entries.lost(n, in_pairs, e, exponentials);
+    positives.of_last_panel([&](int64_t r, int64_t x) {
+      const T* pos = static_cast<const T*>(p_.pos) + s_.first_row(tile);
+      if (e[r * NR + x] == (exponentials ? T(0) : minus_infinity<T>))
+        total += entries.lost(r, x, in_pairs, pos[r]);
+    });
+    return total;
   }
 
   // One panel, A = exp(t) (exp(b_j) class_scale_c + row_scale_j exp(b_c)).

@@ -159,6 +159,9 @@ class Rows {
   int32_t half_;
 };
 
+template <class T>
+constexpr T minus_infinity = -std::numeric_limits<T>::infinity();
+
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // The columns that take part, which samples do, and which column each sample's positive is.
