@@ -13,7 +13,7 @@ from .positives import Pairs
 from .sides import Side
 from .sums import PlainLSE, StreamingLSE
 from .tiles import SHIFT_FREE_LIMIT
-from .weights import finite, over_sum
+from .weights import over_sum
 
 _TILE = 2**17  # entries of a tile
 _LOG2_E = 1.0 / math.log(2.0)
@@ -186,10 +186,10 @@ def both_ways(matrix: Matrix, block: Tensor, by_row: Tensor, by_col: Tensor | No
     Args:
         by_col: None where columns are the rows: then an entry has the weights of both, and the loss those of rows only.
     """
-    everything, like, pairs = slice(0, matrix.rows.size), by_row, matrix.pairs
+    everything, pairs = slice(0, matrix.rows.size), matrix.pairs
     lse = StreamingLSE if matrix.shifted else PlainLSE
-    of_rows = lse(matrix.rows.size, None, like, matrix.acc)
-    of_cols = None if by_col is None else lse(matrix.cols.size, None, like, matrix.acc)
+    of_rows = lse(matrix.rows.size, None, by_row, matrix.acc)
+    of_cols = None if by_col is None else lse(matrix.cols.size, None, by_row, matrix.acc)
     for tile, stored, t in matrix.tiles(everything, block):
         matrix.to_logits(tile, t)
         if not matrix.shifted:
@@ -199,23 +199,22 @@ def both_ways(matrix: Matrix, block: Tensor, by_row: Tensor, by_col: Tensor | No
             of_cols.update(t, 0, slice(0, matrix.cols.size), tile)
         if matrix.half:
             stored.copy_(t)
-    row_lse = of_rows.result()
-    col_lse = row_lse if of_cols is None else of_cols.result()
-    loss = by_row.dot(finite(row_lse))
-    if by_col is None:
-        by_col = by_row
-    else:
-        loss += by_col.dot(finite(col_lse))
-    r, c = (matrix.beta * g.masked_fill(lse == -torch.inf, 0.0) for g, lse in ((by_row, row_lse), (by_col, col_lse)))
-    if not matrix.shifted:
-        r, c = over_sum(r, row_lse), over_sum(c, col_lse)
+    row_lse, r = _finite(of_rows.result(), by_row)
+    loss = r.dot(row_lse)
+    col_lse, c = row_lse, r
+    if of_cols is not None and by_col is not None:
+        col_lse, c = _finite(of_cols.result(), by_col)
+        loss += c.dot(col_lse)
+    r, c = (
+        g * matrix.beta if matrix.shifted else over_sum(g * matrix.beta, lse) for g, lse in ((r, row_lse), (c, col_lse))
+    )
     of_pairs = None  # rounded in the block, if that is in 16 bits
     if pairs is not None and pairs.exact and matrix.exclude != "target":
         of_pairs = pairs.logit.exp2()
     for tile, stored, t in matrix.tiles(everything, block):
         if matrix.shifted:
-            back = (t - finite(col_lse)).exp_().mul_(c)
-            t.sub_(finite(row_lse[tile, None])).exp_().mul_(r[tile, None]).add_(back)
+            back = (t - col_lse).exp_().mul_(c)
+            t.sub_(row_lse[tile, None]).exp_().mul_(r[tile, None]).add_(back)
         else:
             if pairs is not None and of_pairs is not None:
                 here, at = pairs.within(tile)
@@ -225,3 +224,9 @@ def both_ways(matrix: Matrix, block: Tensor, by_row: Tensor, by_col: Tensor | No
             t.mul_(matrix.rows.scale[tile, None])
         matrix.store(tile, t, stored)
     return loss
+
+
+def _finite(lse: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Zeros for empty sums, and for their weights."""
+    empty = lse == -torch.inf
+    return lse.masked_fill_(empty, 0.0), weight.masked_fill(empty, 0.0)

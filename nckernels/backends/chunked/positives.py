@@ -53,8 +53,9 @@ class Pairs:
 class SameLabel:
     """The mean cosine of each sample with the others of its label, and its gradient.
 
-    With unit rows u, n samples of a label and their sum m it is ``u_j . (m - u_j) / (n - 1)``: O(M d) for all pairs. With
-    shares s and ``a_j = s_j / (n - 1)`` the gradient of ``sum_j s_j pos_j`` is ``a_j (m - u_j) + sum_others a_l u_l``.
+    With unit rows u, n samples of a label and their sum m it is ``u_j . (m - u_j) / (n - 1)``: O(M d) for all pairs.
+    With shares s and ``a_j = s_j / (n - 1)`` the gradient of ``sum_j s_j pos_j`` by u_j is
+    ``a_j (m - u_j) + sum_others a_l u_l``.
     """
 
     def __init__(self, rows: Side, label: Tensor) -> None:
@@ -73,7 +74,7 @@ class SameLabel:
         self.others = others.clamp_min_(1).to(rows.acc)
 
     def add_up(self, share: Tensor, even: bool, tiles: Iterable[slice]) -> None:
-        """The sums of the labels, given the samples' shares, and whether these are the same wherever there are others."""
+        """The sums of the labels, given the samples' shares, and whether all that have others have the same."""
         self.weight = share / self.others
         self.sums = share.new_zeros(self.groups + 1, self.rows.dim)
         self.weighted = None if even else torch.zeros_like(self.sums)

@@ -12,6 +12,17 @@ import torch
 from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)
+_FEWEST = 48  # rows and columns from which products in 16 bits save more than the exact logits of positives cost
+
+
+def pay(z: Tensor, w: Tensor, small_logits: bool) -> bool:
+    """Whether to multiply features and prototypes in 16 bits.
+
+    Where products come back rounded, by 2^-9 of a logit, ``small_logits`` says whether that does not matter.
+    """
+    if not fast(z.device, z.dtype):
+        return False
+    return has_wide_product(z.device.type) or (small_logits and min(z.shape[0], w.shape[0]) >= _FEWEST)
 
 
 def fast(device: torch.device, dtype: torch.dtype) -> bool:
@@ -35,8 +46,8 @@ def _mkldnn_enabled() -> bool:
 
 @functools.cache
 def _has_bfloat16_units() -> bool:
-    """AMX or AVX512-BF16, by torch's reading of cpuid, as oneDNN looks for them. On other CPUs operands are converted on
-    the way. (Float16 without such a unit is 50 times slower than float32: torch 2.13 on Zen 4.)"""
+    """AMX or AVX512-BF16, by torch's reading of cpuid, as oneDNN looks for them. On other CPUs operands are converted
+    on the way. (Float16 without such a unit is 50 times slower than float32: torch 2.13 on Zen 4.)"""
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 

@@ -1,4 +1,4 @@
-"""One side of a step's matrix: its vectors as they are multiplied, and the way back to their gradient."""
+"""One side of the matrix: its vectors as they are multiplied, and the way back to their gradient."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..base import norm_eps
-from .tiles import rnorm_of
 
 _LONGEST = 2.0**30  # products of two such vectors, and weights over both norms, are normal bfloat16 numbers
 
@@ -16,38 +15,41 @@ _LONGEST = 2.0**30  # products of two such vectors, and weights over both norms,
 class Side:
     """Vectors ``u = scale * operand``, of which operands are what is multiplied; ``scale`` is None for ones.
 
-    In 16 bits operands are the rows as they are, or times powers of two where some are very long. Otherwise they are the
-    rows as they are too, where scaling the matrix is less work than scaling them, or else unit vectors.
+    In 16 bits operands are the rows as they are, or times powers of two where some are very long. Otherwise they are
+    the rows as they are too, where scaling the matrix is less work than scaling them, or else unit vectors.
 
     Args:
         x: (n, d) rows.
-        acc: the dtype of norms and gradients.
-        grad: where gradients go, like ``x`` but of dtype ``acc``; None if not wanted.
+        rnorm: their reciprocal norms, in the dtype of gradients.
+        grad: where gradients go, in that dtype; None if not wanted.
         valid: (n,), which rows may be looked at; None for all.
         ids: which rows are meant, each once; None for all.
         half: multiply in the dtype of ``x``, a 16-bit one.
     """
 
     def __init__(
-        self, x: Tensor, acc: torch.dtype, grad: Tensor | None, valid: Tensor | None, ids: Tensor | None, half: bool
+        self, x: Tensor, rnorm: Tensor, grad: Tensor | None, valid: Tensor | None, ids: Tensor | None, half: bool
     ) -> None:
-        self.x, self.acc, self.grad, self.valid, self.ids, self.half = x, acc, grad, valid, ids, half
-        self.rnorm = rnorm_of(x, acc, valid)
-        if ids is not None:
-            self.rnorm = self.rnorm[ids]
+        self.x, self.acc, self.grad, self.valid, self.ids, self.half = x, rnorm.dtype, grad, valid, ids, half
+        self.rnorm = rnorm if ids is None else rnorm[ids]
         self.size, self.dim = self.rnorm.shape[0], x.shape[1]
         self.power: Tensor | None = None
         self.scale: Tensor | None = self.rnorm if half else None
-        if half and bool((self.rnorm < 1.0 / _LONGEST).any()):
-            # A row of infinite norm counts as zero, as in F.normalize.
-            exponent = torch.frexp(self.rnorm).exponent
-            power = torch.ldexp(torch.ones_like(self.rnorm), exponent).masked_fill_(self.rnorm == 0.0, 0.0)
-            self.power, self.scale = power.to(x.dtype), torch.where(power == 0.0, 1.0, self.rnorm / power)
+        if half and self._has_extremes():
+            power = self.rnorm.log2().ceil_().exp2_().to(x.dtype)  # 0 for rows of infinite norm, which count as zeros
+            self.power, self.scale = power, (self.rnorm / power).masked_fill_(power == 0.0, 1.0)
         self.mask = None if valid is None else torch.zeros_like(self.rnorm).masked_fill_(~valid, -torch.inf)
         """What takes those rows out of a sum of exponentials that may not be looked at."""
-        self.at_hand = valid is None and ids is None and (half or x.dtype == acc) and self.power is None
+        self.at_hand = valid is None and ids is None and (half or x.dtype == self.acc) and self.power is None
         """Whether rows are operands without a copy."""
         self._last: tuple[slice, Tensor] | None = None
+
+    def _has_extremes(self) -> bool:
+        """Whether there are rows whose products with others would leave the range of the dtype. True where the host
+        cannot know, and in float16."""
+        if self.x.device.type != "cpu" or self.x.dtype == torch.float16:
+            return True
+        return bool((self.rnorm < 1.0 / _LONGEST).any())
 
     def meet(self, others: int) -> None:
         """Decide what operands are, given with how many vectors of the other side they are multiplied at once."""
@@ -72,13 +74,13 @@ class Side:
             self._last = some, rows
         return rows
 
-    def unit(self, some: slice) -> Tensor:
+    def unit(self, some: slice | Tensor) -> Tensor:
         """Unit vectors of some of the rows."""
         if self.scale is None:
             return self.operands(some)
         return self.operands(some).to(self.acc) * self.scale[some, None]
 
-    def finish(self, grad: Tensor, some: slice) -> Tensor:
+    def finish(self, grad: Tensor, some: slice | Tensor) -> Tensor:
         """Turn ``scale * dL/du`` into dL/dx, in place, for x with u = x / |x|. Returns the sum of dL/du . u.
 
         Where |x| was clamped, u is linear in x and nothing is projected out.
@@ -97,5 +99,5 @@ class Side:
 
     def parts(self, size: int) -> Iterator[slice]:
         """Equal parts of at most ``size``; an empty one if there is nothing."""
-        count = max(-(-self.size // size), 1)
+        count = max(-(-self.size // max(size, 1)), 1)
         return (slice(self.size * i // count, self.size * (i + 1) // count) for i in range(count))

@@ -20,7 +20,7 @@ from . import products
 from .matrix import Matrix, both_ways, one_way, rows_of_a_part
 from .positives import Pairs, SameLabel
 from .sides import Side
-from .tiles import SHIFT_FREE_LIMIT
+from .tiles import SHIFT_FREE_LIMIT, rnorm_of
 
 _NARROWEST = 64  # rows of a part; with fewer, thin products cost more than making some of them twice
 
@@ -31,22 +31,24 @@ def fits(features: Tensor, prototypes: Tensor, spec: Spec) -> bool:
         return False
     rows, cols = (prototypes, features) if spec.direction == "class" else (features, prototypes)
     itemsize = accumulation_dtype(features.dtype).itemsize
-    n = rows.shape[0]
-    return rows_of_a_part(n, *cols.shape, itemsize, spec) >= (n if spec.direction == "both" else min(n, _NARROWEST))
+    n, (columns, d) = rows.shape[0], cols.shape
+    enough = n if spec.direction == "both" else min(n, _NARROWEST)
+    return rows_of_a_part(n, columns, d, itemsize, spec) >= enough
 
 
 def step(inputs: Inputs, reduced: Reduced, spec: Spec, needs: Needs) -> Step:
     """See :meth:`nckernels.backends.base.Backend.step`; for problems that ``fits``."""
     z, w, target = inputs[:3]
     acc, beta = accumulation_dtype(z.dtype), number(inputs.inv_temperature, z.dtype)
-    half = beta <= SHIFT_FREE_LIMIT and products.fast(z.device, z.dtype)
+    small = beta <= SHIFT_FREE_LIMIT
+    half = small and products.pay(z, w, small)
     takes_part = target != spec.ignore_index
     valid = None if bool(takes_part.all()) else takes_part
     by_z, by_w = (
         torch.zeros_like(x, dtype=acc, memory_format=torch.contiguous_format) if need else None
         for x, need in ((z, needs.features), (w, needs.prototypes))
     )
-    samples = Side(z, acc, by_z, valid, None, half)
+    samples = Side(z, rnorm_of(z, acc, valid), by_z, valid, None, half)
     if spec.symmetric:
         others = SameLabel(samples, target)
         share, total = _shares(reduced, others.any, acc)
@@ -79,7 +81,7 @@ def _with_classes(
     present = None
     if spec.direction == "class":
         present, target = _present(target, w.shape[0])
-    classes = Side(w, samples.acc, by_w, None, present, samples.half)
+    classes = Side(w, rnorm_of(w, samples.acc), by_w, None, present, samples.half)
     if spec.direction == "class":
         rows, cols, row, col = classes, samples, target, sample
     else:
