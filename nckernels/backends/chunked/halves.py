@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..base import Gradients, Needs, OutputGrads
-from .products import product
+from . import products
 from .tiles import Tiles, where
 from .weights import Weights
 
@@ -31,10 +31,10 @@ def backward(tiles: Tiles, weights: Weights, grads: OutputGrads, needs: Needs) -
         for rows in tiles.row_tiles():
             a = _operand_weights(tiles, weights, rows, cols, g_pos, beta / unit)
             if grad_z is not None:
-                part = product(a, tiles.v(cols))
+                part = products.product(a, tiles.v(cols))
                 grad_z[rows].add_(part) if tiles.several_columns else grad_z[rows].copy_(part)
             if grad_v is not None:
-                grad_v.add_(product(a.T, tiles.u(rows)))
+                grad_v.add_(products.product(a.T, tiles.u(rows)))
         if grad_w is not None and grad_v is not None:
             dot = classes.finish(grad_v, tiles.class_ids(cols)) * unit
             tiles.put_classes(grad_w, grad_v.mul_(unit), cols)

@@ -15,7 +15,7 @@ from .sums import PlainLSE, StreamingLSE
 from .tiles import SHIFT_FREE_LIMIT
 from .weights import over_sum
 
-_TILE = 2**17  # entries of a tile
+_TILE = 2**18  # entries of a tile
 _LOG2_E = 1.0 / math.log(2.0)
 
 
@@ -45,15 +45,21 @@ class Matrix:
         self.width = rows_of_a_part(rows.size, cols.size, rows.dim, self.dtype.itemsize, spec) or 1
         room = spec.workspace // self.acc.itemsize
         self.tile_of_columns = max(room // 16 // rows.dim, 16)
+        self.vectors = max(min(_TILE, room // 16) // rows.dim, 16)
+        """How many of them stay in cache."""
         self.tile_of_rows = max(min(_TILE, room // 16) // max(cols.size, 1), 1)
         rows.meet(cols.size)
         if cols is not rows:
             cols.meet(self.width)
+        self.one_part = self.width >= rows.size
+        rows.make_room(at_once=cols is not rows)
+        if cols is not rows:
+            cols.make_room(at_once=self.one_part)
         self.shifted = beta > SHIFT_FREE_LIMIT
         self.unit = 1.0 if self.shifted else _LOG2_E
         """What a natural logit of one is here."""
         if pairs is not None and self.half:
-            pairs.compute_logits(self.unit * beta, self.tile_of_columns)
+            pairs.compute_logits(self.unit * beta, self.vectors)
 
     def exp_(self, logits: Tensor) -> Tensor:
         return logits.exp_() if self.shifted else logits.exp2_()
@@ -140,21 +146,23 @@ class Matrix:
 
     def finish_rows(self, part: slice, block: Tensor) -> Tensor:
         """The gradient of the rows of a block; returns the sum over their entries of dL/dt t."""
-        rows = self.rows
-        assert rows.grad is not None
-        grad = rows.grad[part] if rows.ids is None else rows.grad.new_zeros(block.shape[0], rows.dim)
-        self.add_to_rows(grad, block)
-        energy = rows.finish(grad, part)
-        if rows.ids is not None:
-            rows.grad[rows.ids[part]] = grad
-        return energy
+        if self.cols.at_hand:
+            grad = torch.mm(block, self.cols.x)
+        else:
+            grad = self.rows.rnorm.new_zeros(block.shape[0], self.rows.dim)
+            self.add_to_rows(grad, block)
+        return self.rows.finish_and_store(grad, part, self.vectors)
 
-    def finish_columns(self) -> Tensor:
-        """The gradient of the columns after the last block; returns the sum over all entries of dL/dt t."""
-        assert self.cols.grad is not None
-        energy = self.cols.grad.new_zeros(())
+    def finish_columns(self, block: Tensor | None) -> Tensor:
+        """The gradient of the columns, of the only block or after the last one; returns the sum of dL/dt t."""
+        energy = self.rows.rnorm.new_zeros(())
         for some in self.cols.parts(self.tile_of_columns):
-            energy += self.cols.finish(self.cols.grad[some], some)
+            if block is None:
+                assert self.cols.grad is not None
+                grad = self.cols.grad[some]
+            else:
+                grad = torch.mm(block[:, some].T, self.rows.operands(slice(0, self.rows.size)))
+            energy += self.cols.finish_and_store(grad, some, self.vectors)
         return energy
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)
 _FEWEST = 48  # rows and columns from which products in 16 bits save more than the exact logits of positives cost
+_LEAST = 2**24  # multiplications of a product from which that is more than the time of the calls
 
 
 def pay(z: Tensor, w: Tensor, small_logits: bool) -> bool:
@@ -22,7 +23,10 @@ def pay(z: Tensor, w: Tensor, small_logits: bool) -> bool:
     """
     if not fast(z.device, z.dtype):
         return False
-    return has_wide_product(z.device.type) or (small_logits and min(z.shape[0], w.shape[0]) >= _FEWEST)
+    if has_wide_product(z.device.type):
+        return True
+    (m, d), k = z.shape, w.shape[0]
+    return small_logits and min(m, k) >= _FEWEST and m * k * d >= _LEAST
 
 
 def fast(device: torch.device, dtype: torch.dtype) -> bool:

@@ -21,16 +21,17 @@ class Side:
     Args:
         x: (n, d) rows.
         rnorm: their reciprocal norms, in the dtype of gradients.
-        grad: where gradients go, in that dtype; None if not wanted.
+        wanted: whether their gradient is.
         valid: (n,), which rows may be looked at; None for all.
         ids: which rows are meant, each once; None for all.
         half: multiply in the dtype of ``x``, a 16-bit one.
     """
 
     def __init__(
-        self, x: Tensor, rnorm: Tensor, grad: Tensor | None, valid: Tensor | None, ids: Tensor | None, half: bool
+        self, x: Tensor, rnorm: Tensor, wanted: bool, valid: Tensor | None, ids: Tensor | None, half: bool
     ) -> None:
-        self.x, self.acc, self.grad, self.valid, self.ids, self.half = x, rnorm.dtype, grad, valid, ids, half
+        self.x, self.acc, self.wanted, self.valid, self.ids, self.half = x, rnorm.dtype, wanted, valid, ids, half
+        self.grad: Tensor | None = None
         self.rnorm = rnorm if ids is None else rnorm[ids]
         self.size, self.dim = self.rnorm.shape[0], x.shape[1]
         self.power: Tensor | None = None
@@ -59,8 +60,10 @@ class Side:
 
     def operands(self, some: slice | Tensor) -> Tensor:
         """Operands of some of the vectors; zeros for rows that nobody may look at. The last copy is remembered."""
-        if self._last is not None and isinstance(some, slice) and some == self._last[0]:
-            return self._last[1]
+        if self._last is not None and isinstance(some, slice):
+            known, rows = self._last
+            if known.start <= some.start and some.stop <= known.stop:
+                return rows[some.start - known.start : some.stop - known.start]
         self._last = None  # free the old copy before the new one is made
         rows = self.x[some if self.ids is None else self.ids[some]]
         if self.at_hand:
@@ -97,7 +100,31 @@ class Side:
             grad.mul_(self.power[some, None])
         return dot.sum()
 
+    def make_room(self, at_once: bool) -> None:
+        """For the gradient, if wanted: zeros in ``acc`` to add to, or in 16 bits what is written ``at_once``."""
+        if not self.wanted:
+            return
+        make = torch.empty_like if at_once and self.ids is None else torch.zeros_like
+        dtype = self.x.dtype if at_once and self.half else self.acc
+        self.grad = make(self.x, dtype=dtype, memory_format=torch.contiguous_format)
+
+    def finish_and_store(self, grad: Tensor, some: slice, at_once: int) -> Tensor:
+        """:meth:`finish` gradients of some of the vectors, ``at_once`` of them, and put them where they belong."""
+        assert self.grad is not None
+        energy = self.rnorm.new_zeros(())
+        for tile in parts(some, at_once):
+            part = grad[tile.start - some.start : tile.stop - some.start].to(self.acc)
+            energy += self.finish(part, tile)
+            self.grad[tile if self.ids is None else self.ids[tile]] = part.to(self.grad.dtype)
+        return energy
+
     def parts(self, size: int) -> Iterator[slice]:
         """Equal parts of at most ``size``; an empty one if there is nothing."""
-        count = max(-(-self.size // max(size, 1)), 1)
-        return (slice(self.size * i // count, self.size * (i + 1) // count) for i in range(count))
+        return parts(slice(0, self.size), size)
+
+
+def parts(whole: slice, size: int) -> Iterator[slice]:
+    """Equal parts of at most ``size``; an empty one if there is nothing."""
+    start, n = whole.start, whole.stop - whole.start
+    count = max(-(-n // max(size, 1)), 1)
+    return (slice(start + n * i // count, start + n * (i + 1) // count) for i in range(count))

@@ -44,21 +44,18 @@ def step(inputs: Inputs, reduced: Reduced, spec: Spec, needs: Needs) -> Step:
     half = small and products.pay(z, w, small)
     takes_part = target != spec.ignore_index
     valid = None if bool(takes_part.all()) else takes_part
-    by_z, by_w = (
-        torch.zeros_like(x, dtype=acc, memory_format=torch.contiguous_format) if need else None
-        for x, need in ((z, needs.features), (w, needs.prototypes))
-    )
-    samples = Side(z, rnorm_of(z, acc, valid), by_z, valid, None, half)
+    samples = Side(z, rnorm_of(z, acc, valid), needs.features, valid, None, half)
     if spec.symmetric:
         others = SameLabel(samples, target)
         share, total = _shares(reduced, others.any, acc)
+        by_w = None
         loss, energy = _with_itself(samples, target, others, share, reduced.weight is None, beta, spec)
     else:
         share, total = _shares(reduced, takes_part, acc)
-        loss, energy = _with_classes(samples, w, by_w, target, share, beta, spec)
+        loss, energy, by_w = _with_classes(samples, w, needs.prototypes, target, share, beta, spec)
     if reduced.mean:
         loss = loss.masked_fill(total == 0.0, reduced.of_nothing)
-    return Step(loss, by_z, by_w, energy / beta if needs.inv_temperature else None)
+    return Step(loss, samples.grad, by_w, energy / beta if needs.inv_temperature else None)
 
 
 def _shares(reduced: Reduced, counted: Tensor, acc: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -71,9 +68,9 @@ def _shares(reduced: Reduced, counted: Tensor, acc: torch.dtype) -> tuple[Tensor
 
 
 def _with_classes(
-    samples: Side, w: Tensor, by_w: Tensor | None, target: Tensor, share: Tensor, beta: float, spec: Spec
-) -> tuple[Tensor, Tensor]:
-    """The loss, and the sum of dL/dt t, which is beta dL/dbeta; gradients go where the sides say."""
+    samples: Side, w: Tensor, wanted: bool, target: Tensor, share: Tensor, beta: float, spec: Spec
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The loss, the sum of dL/dt t, which is beta dL/dbeta, and the prototypes' gradient if wanted."""
     sample = torch.arange(target.shape[0], device=target.device)
     if samples.valid is not None:
         sample = samples.valid.nonzero().squeeze(1)
@@ -81,7 +78,7 @@ def _with_classes(
     present = None
     if spec.direction == "class":
         present, target = _present(target, w.shape[0])
-    classes = Side(w, rnorm_of(w, samples.acc), by_w, None, present, samples.half)
+    classes = Side(w, rnorm_of(w, samples.acc), wanted, None, present, samples.half)
     if spec.direction == "class":
         rows, cols, row, col = classes, samples, target, sample
     else:
@@ -89,19 +86,23 @@ def _with_classes(
     pairs = Pairs(row, col, share, rows, cols)
     matrix = Matrix(rows, cols, beta, spec, pairs, None)
     weight = share.new_zeros(rows.size).index_add_(0, row, share)
-    loss, by_rows = share.new_zeros(2)
+    loss, by_rows, by_cols = share.new_zeros(3)
     for part, block in matrix.blocks():
         if spec.direction == "both":
             of_classes = share.new_zeros(cols.size).index_add_(0, col, share)
             loss = both_ways(matrix, block, 0.5 * weight, 0.5 * of_classes)
         else:
             loss += one_way(matrix, part, block, weight)
-        if cols.grad is not None:
+        if cols.wanted and matrix.one_part:
+            by_cols = matrix.finish_columns(block)
+        elif cols.wanted:
             matrix.add_to_columns(part, block)
-        if rows.grad is not None:
+        if rows.wanted:
             by_rows += matrix.finish_rows(part, block)
+    if cols.wanted and not matrix.one_part:
+        by_cols = matrix.finish_columns(None)
     loss = loss - pairs.share.dot(pairs.logit) / matrix.unit
-    return loss, by_rows if cols.grad is None else matrix.finish_columns()
+    return loss, by_cols if cols.wanted else by_rows, classes.grad
 
 
 def _present(label: Tensor, classes: int) -> tuple[Tensor | None, Tensor]:
@@ -115,13 +116,14 @@ def _present(label: Tensor, classes: int) -> tuple[Tensor | None, Tensor]:
 def _with_itself(
     rows: Side, target: Tensor, others: SameLabel, share: Tensor, even: bool, beta: float, spec: Spec
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`_with_classes`. In the whole matrix an entry has the weights of its row and of its column, which saves
-    the product of one of them; of a part of the rows these are complete, those of columns come part by part."""
-    assert rows.grad is not None
+    """The loss, and the sum of dL/dt t. In the whole matrix an entry has the weights of its row and of its column,
+    which saves the product of one of them; of a part of the rows these are complete, those of columns come part by
+    part."""
     matrix = Matrix(rows, rows, beta, spec, None, target if spec.exclude == "same_label" else None)
+    assert rows.grad is not None
     loss = share.new_zeros(())
     for part, block in matrix.blocks():
-        if matrix.width >= rows.size:
+        if matrix.one_part:
             loss = both_ways(matrix, block, share, None)
         else:
             loss += one_way(matrix, part, block, share)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..base import Forward, Gradients, Inputs, Needs, OutputGrads, Spec
-from .products import product
+from . import products
 from .sums import PlainLSE, StreamingLSE
 from .tiles import Tiles, through_normalisation
 from .weights import finite, over_sum
@@ -90,7 +90,7 @@ def _add_product(grad: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == grad.dtype:
         grad.addmm_(a, b)
     else:
-        grad.add_(product(a, b))
+        grad.add_(products.product(a, b))
 
 
 def _bias(inputs: Inputs, spec: Spec) -> Tensor | None:

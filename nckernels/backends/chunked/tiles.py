@@ -12,6 +12,7 @@ from ..base import Forward, Inputs, Spec, accumulation_dtype, norm_eps
 from . import products
 from .sides import Side
 
+_ROWS = 2**17  # numbers that are converted at once
 SHIFT_FREE_LIMIT = 30.0  # exp(30) sums over 1e12 entries and exp(-30) / 1e12 are normal float32 numbers
 
 
@@ -47,8 +48,11 @@ class Tiles:
         #: features and prototypes as they are multiplied in 16 bits; None for unit vectors in ``acc``
         self.halves: tuple[Side, Side] | None = None
         if products.pay(z, w, self.shift_free):
-            classes = Side(w, self.w_rnorm, None, self.readable, None, half=True)
-            self.halves = classes if spec.symmetric else Side(z, self.z_rnorm, None, self.valid, None, True), classes
+            classes = Side(w, self.w_rnorm, False, self.readable, None, half=True)
+            self.halves = (
+                classes if spec.symmetric else Side(z, self.z_rnorm, False, self.valid, None, half=True),
+                classes,
+            )
 
         # What the kept matrix leaves of the workspace is for four buffers the size of a column tile of
         # prototypes (2 shares each), four the size of a row tile of features and three tiles of logits (1 share
@@ -252,7 +256,13 @@ class Tiles:
 
 def rnorm_of(x: Tensor, acc: torch.dtype, valid: Tensor | None = None) -> Tensor:
     """1 / max(|x|, eps) of each row; 1 where ``valid`` is False."""
-    rnorm = torch.linalg.vector_norm(x, dim=1, dtype=acc).clamp_min_(norm_eps(x.dtype)).reciprocal_()
+    if x.dtype in products.HALF and x.device.type == "cpu":  # which would convert the whole matrix first
+        norm = torch.cat(
+            [torch.linalg.vector_norm(rows, dim=1, dtype=acc) for rows in x.split(max(_ROWS // x.shape[1], 1))]
+        )
+    else:
+        norm = torch.linalg.vector_norm(x, dim=1, dtype=acc)
+    rnorm = norm.clamp_min_(norm_eps(x.dtype)).reciprocal_()
     return rnorm if valid is None else rnorm.masked_fill_(~valid, 1.0)
 
 
