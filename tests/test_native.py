@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import nckernels
-from nckernels.backends import native, registry
+from nckernels.backends import build, native, registry
 
 pytestmark = pytest.mark.skipif(native.BACKEND.missing() is not None, reason=str(native.BACKEND.missing()))
 
@@ -232,23 +232,40 @@ def test_fork_after_use() -> None:
     assert result.returncode == 0, result.stderr
 
 
+MODELS = {
+    "": "",
+    "vectors of AVX-512 in halves": "-O1 -DNCK_VECTOR_BYTES=64",
+    "pairs of bfloat16": "-O1 -DNCK_BFLOAT16",
+    "tiles of AMX": "-O1 -DNCK_AMX -DNCK_VECTOR_BYTES=64 -Wno-psabi",
+}
+"""What the compiler makes for any CPU in place of instructions that this one may lack."""
+
+
 @pytest.mark.parametrize(
-    ("capability", "flags"),
+    ("instructions", "model"),
     [
         ("default", ""),
         pytest.param("avx2", "", marks=pytest.mark.slow),
-        pytest.param("default", "-O1 -DNCK_VECTOR_BYTES=64", id="vectors and tiles of AVX-512 in halves"),
+        pytest.param("avx512", "", marks=pytest.mark.slow),
+        ("default", "vectors of AVX-512 in halves"),
+        ("default", "pairs of bfloat16"),
+        ("default", "tiles of AMX"),
     ],
 )
-def test_instruction_sets(capability: str, flags: str) -> None:
-    """Every library that this CPU can run gives the oracle's results, and so do AVX-512's shapes on any CPU."""
+def test_instruction_sets(instructions: str, model: str) -> None:
+    """Every library that this CPU can run gives the oracle's results, and so do models of instructions it lacks."""
+    if build.CPU[instructions] not in native.libraries():
+        pytest.skip(f"this CPU has no {instructions}")
+    dtypes = (
+        "torch.bfloat16," if "bfloat16" in model or "AMX" in model else "torch.float64, torch.float32, torch.bfloat16"
+    )
     code = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 import oracle, torch, nckernels
 from nckernels.backends import native
-assert native.library().name == "cpu_{capability}", native.library().name
+assert native.library().name == "cpu_{instructions}", native.library().name
 nckernels.set_backend("native")
-for dtype in (torch.float64, torch.float32, torch.bfloat16):
+for dtype in ({dtypes}):
     for direction in oracle.DIRECTIONS:
         for exclude in oracle.EXCLUDES:
             for beta in (10.0, 100.0):
@@ -264,9 +281,71 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16):
                         *shape, direction=direction, exclude=exclude, beta=beta, bias=True, itself=True
                     )
                     oracle.check(case, dtype)
+    case = oracle.make_problem(301, 290, 531, direction="both", exclude="target", beta=10.0, bias=True)
+    oracle.check(case, dtype)  # more than one block along d
 """
-    result = run_python(code, ATEN_CPU_CAPABILITY=capability, NCKERNELS_CXXFLAGS=flags)
+    result = run_python(code, NCKERNELS_CPU_INSTRUCTIONS=instructions, NCKERNELS_CXXFLAGS=MODELS[model])
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_instructions_that_the_cpu_lacks() -> None:
+    """A name that is none, or of a library that would end in SIGILL, is an error that lists the others."""
+    code = "import nckernels; nckernels.set_backend('native')"
+    for name in {"sse9", *build.CPU} - {library.name.removeprefix("cpu_") for library in native.libraries()}:
+        result = run_python(code, NCKERNELS_CPU_INSTRUCTIONS=name)
+        assert "NCKERNELS_CPU_INSTRUCTIONS must be one of " in result.stderr, name
+        assert f"default on this CPU, got {name!r}" in result.stderr
+
+
+def test_the_next_library_where_the_compiler_lacks_instructions(tmp_path: Path) -> None:
+    """An old compiler that refuses the flags of the best library makes the next one."""
+    best, *others = native.libraries()
+    if not others:
+        pytest.skip("one library for this CPU")
+    flag = next(flag for flag in reversed(best.flags) if flag not in others[0].flags)
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        f'#!/bin/sh\ncase " $* " in *" {flag} "*) echo unknown {flag} >&2; exit 1;; esac\nexec g++ "$@"\n'
+    )
+    compiler.chmod(0o755)
+    code = "from nckernels.backends import native; print(native.library().name)"
+    result = run_python(code, CXX=str(compiler), TORCH_EXTENSIONS_DIR=str(tmp_path), NCKERNELS_CXXFLAGS="-O0")
+    assert result.stdout.strip() == others[0].name, result.stderr
+
+
+# --- bfloat16 ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direction", ["class", "instance"])
+def test_bfloat16_logits_have_the_digits_of_float32(direction: str) -> None:
+    """Nothing is rounded to bfloat16 on the way to the sums: neither unit vectors nor cosines."""
+    x, w, y = problem(700, 300, 531, torch.bfloat16)
+    with torch.no_grad():
+        exact = nckernels.cosine_lse(x.double(), w.double(), y, 25.0, direction=direction)  # type: ignore[call-overload]
+        got = nckernels.cosine_lse(x, w, y, 25.0, direction=direction)  # type: ignore[call-overload]
+    for a, b in zip(got, exact, strict=True):
+        assert (a.double() - b).abs().max() <= 2e-7 * 25.0
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_bfloat16_gradients_are_rounded_once_or_twice(loss: str) -> None:
+    """The entries of dL/dt, each to 2**-9 of itself, and the gradients at the end."""
+    x, w, y = problem(2000, 300, 200, torch.bfloat16)
+    exact = step(*(t.detach().double().requires_grad_() for t in (x, w)), y, loss, "reference")
+    for got, truth in zip(step(x, w, y, loss), exact, strict=True):
+        assert (got.double() - truth).norm() <= 2.0**-8.5 * truth.norm()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_bfloat16_rows_that_are_not_aligned(loss: str) -> None:
+    """Rows that begin at odd numbers, at an odd distance."""
+    x, w, y = problem(300, 70, 45, torch.bfloat16)
+    expected = step(x, w, y, loss)
+    storage = torch.randn(300 * 53 + 3).bfloat16()
+    moved = storage[3:].view(300, 53)[:, :45]
+    moved.copy_(x.detach())
+    for a, b in zip(step(moved.requires_grad_(), w, y, loss), expected, strict=True):
+        assert torch.equal(a, b)
 
 
 # --- steps ------------------------------------------------------------------------------------------------

@@ -14,11 +14,12 @@ struct Turn {
   bool first = true, last = true;
 };
 
-template <class T, int NV>
+template <class G>
 class BackwardPass {
-  using Tl = Tiles<T, NV>;
-  using G = Gemm<T, NV>;
-  static constexpr int NR = Tl::NR, W = Tl::W;
+  using Tl = Tiles<G>;
+  using T = typename G::T;
+  using Operand = typename G::Operand;
+  static constexpr int NV = G::NV, NR = G::NR, W = G::W;
 
  public:
   BackwardPass(const Problem& p, const Columns& columns, const Gradients& g, Turn of_z = {}, Turn of_w = {})
@@ -44,7 +45,7 @@ class BackwardPass {
                         first + s_.block_k >= columns_.count);
       parallel(p_.threads, block.panels, [&](int64_t q) {
         s_.pack_prototypes(first, block.count, q, room.v,
-                           need_rows_ ? static_cast<T*>(room.v_rows) : nullptr);
+                           need_rows_ ? static_cast<Operand*>(room.v_rows) : nullptr);
       });
       if (g_.w) std::fill(static_cast<T*>(room.grad_v), room.grad_v + block.panels * NR * s_.d_pad, T(0));
       for (int64_t begin = 0; begin < s_.tiles; begin += room.group) {
@@ -74,7 +75,8 @@ class BackwardPass {
   struct Room {
     int64_t widest, group;                     // columns, tiles
     std::vector<double> energy, class_energy;  // shares of dL/dbeta per row tile, per panel
-    Buffer<T> rows, v, v_rows, grad_v, entries, u_rows, bias_shares;
+    Buffer<T> rows, grad_v, bias_shares;
+    Buffer<Operand> v, v_rows, entries, u_rows;
     T* grad_z;  // where dL/dU accumulates over column blocks: in the gradient itself if it is wanted
 
     explicit Room(const BackwardPass& pass) : Room(pass, pass.s_, pass.g_) {}
@@ -84,16 +86,16 @@ class BackwardPass {
           energy(std::max<int64_t>(s.tiles, 1), 0.0),
           class_energy(s.all_panels, 0.0),
           rows(pass.need_rows_ && !g.z ? s.p.m * s.p.d : 0),
-          v(s.kept_tiles < s.tiles ? widest * s.p.d : 0),
-          v_rows(pass.need_rows_ ? widest * s.d_pad : 0),
           grad_v(g.w ? widest * s.d_pad : 0),
-          entries(group * s.tile_m * widest),
-          u_rows(g.w ? group * s.tile_m * s.d_pad : 0),
           bias_shares(g.class_bias && g.instance_lse ? group * widest : 0),
+          v(s.kept_tiles < s.tiles ? widest * G::inner(s.p.d) : 0),
+          v_rows(pass.need_rows_ ? widest * s.d_pad : 0),
+          entries(group * s.entries_of_tile(widest)),
+          u_rows(g.w ? group * G::by_feature(s.tile_m, s.d_pad) : 0),
           grad_z(g.z ? static_cast<T*>(g.z) : static_cast<T*>(rows)) {}
 
-    T* entries_of(int64_t i, const Tl& s) { return entries + i * s.tile_m * widest; }
-    T* u_rows_of(int64_t i, const Tl& s) { return u_rows + i * s.tile_m * s.d_pad; }
+    Operand* entries_of(int64_t i, const Tl& s) { return entries + i * s.entries_of_tile(widest); }
+    Operand* u_rows_of(int64_t i, const Tl& s) { return u_rows + i * G::by_feature(s.tile_m, s.d_pad); }
     T* bias_of(int64_t i) { return bias_shares ? bias_shares + i * widest : nullptr; }
   };
 
@@ -103,11 +105,11 @@ class BackwardPass {
     parallel(p_.threads, here, [&](int64_t i) {
       const int64_t tile = begin + i;
       const bool is_kept = tile < s_.kept_tiles;  // then there is no product to make again
-      Buffer<T> u(is_kept ? 0 : s_.tile_m * p_.d);
-      T* by_feature = g_.w ? room.u_rows_of(i, s_) : nullptr;
+      Buffer<Operand> u(is_kept ? 0 : s_.tile_m * G::inner(p_.d));
+      Operand* by_feature = g_.w ? room.u_rows_of(i, s_) : nullptr;
       if (!is_kept || by_feature) s_.pack_features(tile, u, by_feature);
-      T* a = room.entries_of(i, s_);
-      fill_entries(tile, block.first, block.count, u, room.v, a, room.bias_of(i));
+      Operand* a = room.entries_of(i, s_);
+      fill_entries(room, block, tile, u, a, room.bias_of(i));
       if (need_rows_) add_rows(room, block, tile, a);
     });
     if (!room.bias_shares) return;
@@ -130,28 +132,27 @@ class BackwardPass {
   }
 
   // A of one tile and block of columns, and its column sums for the classes' biases.
-  void fill_entries(int64_t tile, int64_t first, int64_t count, const T* u, const T* v, T* a, T* bias_share) {
+  void fill_entries(Room& room, const Block& block, int64_t tile, const Operand* u, Operand* a,
+                    T* bias_share) {
     const int64_t n = s_.rows(tile), padded = s_.padded_rows(tile), row0 = s_.first_row(tile);
-    const bool is_kept = tile < s_.kept_tiles;
-    const T* e = is_kept ? s_.kept_tile(tile, first / NR) : a;
-    if (!is_kept) s_.logits(tile, first, count, u, v, a, nullptr);
-    const bool by_class = g_.class_lse, by_row = g_.instance_lse;
-    const int64_t panels = (count + NR - 1) / NR;
-    for (int64_t q = 0; q < panels; q++) {
-      T* to = a + q * padded * NR;
+    const bool is_kept = tile < s_.kept_tiles, by_class = g_.class_lse, by_row = g_.instance_lse;
+    PositivesOf<G> positives(s_, tile, block.first, block.count, static_cast<const T*>(g_.pos));
+    EntriesOf<G> entries(s_, tile, room.widest, a);
+    Buffer<T> own(is_kept ? 0 : entries.room());
+    for (int64_t q = 0; q < block.panels; q++) {
+      if (!is_kept && q % Tl::STEP == 0)
+        s_.logits(tile, block.first, block.count, q, std::min(q + Tl::STEP, block.panels), u, room.v,
+                  entries.logits(q, q, own), nullptr);
+      const T* e = is_kept ? s_.kept_tile(tile, block.first / NR + q) : entries.logits(q, q, own);
+      T* to = entries.panel(q);
       if (s_.shift_free)
-        scaled(q, first, count, n, row0, e + q * padded * NR, to, is_kept, by_class, by_row, bias_share);
+        scaled(q, block.first, block.count, n, row0, e, to, is_kept, by_class, by_row, bias_share);
       else
-        shifted(q, first, count, n, row0, e + q * padded * NR, to, by_class, by_row, bias_share);
-      for (int64_t r = n; r < padded; r++)
-        for (int64_t x = 0; x < NR; x++) to[r * NR + x] = T(0);
+        shifted(q, block.first, block.count, n, row0, e, to, by_class, by_row, bias_share);
+      std::fill(to + n * NR, to + padded * NR, T(0));
+      positives.add(q, to);
+      entries.put(q, block.first, block.count);
     }
-    if (const T* g_pos = static_cast<const T*>(g_.pos))
-      for (int64_t r = 0; r < n; r++) {
-        const int64_t c = columns_.positive[row0 + r] - first;
-        if (columns_.positive[row0 + r] >= 0 && c >= 0 && c < count)
-          a[(c / NR) * padded * NR + r * NR + c % NR] += g_pos[row0 + r];
-      }
   }
 
   // One panel, A = exp(t) (exp(b_j) class_scale_c + row_scale_j exp(b_c)).
@@ -233,7 +234,7 @@ class BackwardPass {
 
   // dL/dU of a tile: A V, added up over column blocks in grad_z; after the last one through the
   // normalisation.
-  void add_rows(Room& room, const Block& block, int64_t tile, const T* a) {
+  void add_rows(Room& room, const Block& block, int64_t tile, const Operand* a) {
     const int64_t n = s_.rows(tile), padded = s_.padded_rows(tile), d = p_.d, d_pad = s_.d_pad;
     Buffer<T> product(padded * d_pad), sum(d_pad), line(s_.z.line());
     T* const x = sum;
@@ -242,7 +243,7 @@ class BackwardPass {
     for (int64_t r = 0; r < n; r++) {
       const int64_t j = s_.first_row(tile) + r;
       T* out = room.grad_z + j * d;
-      s_.gather_row(product, padded, r, x);
+      G::gather_row(product, padded, r, d_pad, x);
       if (block.first || !of_z_.first)
         for (int64_t i = 0; i < d; i++) x[i] += out[i];
       if (!s_.valid(j))
@@ -260,10 +261,9 @@ class BackwardPass {
     s_.share_out(block.panels, [&](int64_t first, int64_t last, int64_t f_first, int64_t f_last) {
       for (int64_t tile = 0; tile < here; tile++) {
         const int64_t rows = s_.padded_rows(begin + tile);
-        const T *a = room.entries_of(tile, s_), *x = room.u_rows_of(tile, s_);
-        for (int64_t f = f_first; f < f_last; f++)
-          G::times_features(rows, rows, first * NR, std::min(block.count, last * NR), a, x + f * rows * NR,
-                            room.grad_v + f * padded * NR);
+        const Operand* a = G::by_columns(room.entries_of(tile, s_), s_.tile_m * room.widest);
+        G::times_features(rows, rows, first * NR, std::min(block.count, last * NR), f_first, f_last, a,
+                          room.u_rows_of(tile, s_), s_.d_pad, padded, room.grad_v);
       }
     });
   }
@@ -279,7 +279,7 @@ class BackwardPass {
         std::fill(out, out + d, T(0));
         continue;
       }
-      s_.gather_row(room.grad_v, padded, c, x);
+      G::gather_column(room.grad_v, padded, c, s_.d_pad, x);
       if (!of_w_.first)
         for (int64_t i = 0; i < d; i++) x[i] += out[i];
       if (of_w_.last)

@@ -122,7 +122,7 @@ class FewClasses {
   // Unit prototypes for the logits and, where dL/dU is wanted, for it.
   void pack_prototypes() {
     inverse_norms<T>(p_, w_, count_, w_rnorm_, [&](int64_t c) { return columns_.class_of(c); });
-    const Tiles<T, NV> tiles(p_, columns_);
+    const Tiles<G> tiles(p_, columns_);
     T* by_feature = step_.z ? v_rows_.data() : nullptr;
     for (int64_t q = 0; q < panels_; q++) tiles.pack_prototypes(0, count_, q, v_, by_feature);
   }

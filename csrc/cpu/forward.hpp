@@ -29,10 +29,12 @@ void begin_forward(const Problem& p, const Columns& columns) {
   if (columns.compact && p.by_class) std::fill_n(static_cast<T*>(p.class_lse), p.k, minus_infinity<T>);
 }
 
-template <class T, int NV>
+template <class G>
 class ForwardPass {
-  using Tl = Tiles<T, NV>;
-  static constexpr int NR = Tl::NR, W = Tl::W;
+  using Tl = Tiles<G>;
+  using T = typename G::T;
+  using Operand = typename G::Operand;
+  static constexpr int NV = G::NV, NR = G::NR, W = G::W;
 
  public:
   ForwardPass(const Problem& p, const Columns& columns) : p_(p), tiles_(p, columns), columns_(columns) {}
@@ -56,22 +58,28 @@ class ForwardPass {
       std::fill(static_cast<T*>(column_sums), column_sums + chunks * n, start);
       std::fill(column_sums + chunks * n, column_sums + 2 * chunks * n, T(0));
     }
-    Buffer<T> v(std::min(s.block_k, n) * p_.d);
+    Buffer<Operand> v(std::min(s.block_k, n) * G::inner(p_.d));
     for (int64_t first = 0; first < columns_.count; first += s.block_k) {
       const int64_t count = std::min(s.block_k, columns_.count - first);
       const int64_t panels = (count + NR - 1) / NR;
       parallel(p_.threads, panels, [&](int64_t q) { s.pack_prototypes(first, count, q, v, nullptr); });
       parallel(p_.threads, chunks, [&](int64_t chunk) {
-        Buffer<T> u(s.tile_m * p_.d), own(s.tile_m * panels * NR), rows(s.tile_m * W);
-        Sums<T> by_column{column_sums + chunk * n + first, column_sums + (chunks + chunk) * n + first};
+        Buffer<Operand> u(s.tile_m * G::inner(p_.d));
+        Buffer<T> own(s.tile_m * std::min(Tl::STEP, panels) * NR), rows(s.tile_m * W);
         for (int64_t tile = chunk * s.tiles / chunks; tile < (chunk + 1) * s.tiles / chunks; tile++) {
-          T* t = tile < s.kept_tiles ? s.kept_tile(tile, first / NR) : own;
+          const bool keep = tile < s.kept_tiles;
           s.pack_features(tile, u, nullptr);
-          s.logits(tile, first, count, u, v, t, pos);
-          if (s.shift_free)
-            exponentials(tile, first, count, t, rows, by_column, by_row, tile < s.kept_tiles);
-          else
-            streaming(tile, first, count, t, by_column, by_row);
+          for (int64_t q = 0; q < panels; q += Tl::STEP) {
+            const int64_t end = std::min(q + Tl::STEP, panels), c = first + q * NR;
+            T* t = keep ? s.kept_tile(tile, first / NR + q) : own;
+            s.logits(tile, first, count, q, end, u, v, t, pos);
+            Sums<T> by_column{column_sums + chunk * n + c, column_sums + (chunks + chunk) * n + c};
+            const int64_t columns = std::min(first + count, first + end * NR) - c;
+            if (s.shift_free)
+              exponentials(tile, c, columns, t, rows, by_column, by_row, keep);
+            else
+              streaming(tile, c, columns, t, by_column, by_row);
+          }
         }
       });
     }

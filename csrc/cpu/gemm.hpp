@@ -4,8 +4,12 @@
 //   written by   t  = U V^T      (U packed in blocks of MR rows, V in panels of classes),
 //   read by rows in    dU = A V  (V in panels of features), and
 //   read by columns in dV = A^T U (U in panels of features).
+//
+// `Gemm` is the engine of the passes for operands of T. gemm_bfloat16.hpp has another with the same members,
+// whose operands are bfloat16.
 #pragma once
 
+#include "problem.hpp"
 #include "simd.hpp"
 
 namespace nckernels {
@@ -107,21 +111,75 @@ NCK_INLINE void panel_times_rows(long depth, const T* a, const T* const* rows, l
 // tile pass, and the tile's part of A, 192 x DEPTH numbers, in the L2 cache while all panels of B pass.
 constexpr long DEPTH = 128;
 
-template <class T, int NV>
+template <class Number, int VECTORS>
 struct Gemm {
-  static constexpr int W = lanes<T>;
-  static constexpr int NR = NV * W;
+  using T = Number;        // of t, sums and results
+  using Operand = Number;  // of packed matrices and entries
+  static constexpr int NV = VECTORS, W = lanes<T>, NR = NV * W;
+  static constexpr int MR = nckernels::MR, GROUP = MR;  // rows that are multiplied, and packed, at a time
+  static constexpr long DEPTH = nckernels::DEPTH;
+  static_assert(DEPTH % NR == 0);
   // Rows of dV at a time: as many as the registers hold, and a divisor of NR, so that none is of the next
   // panel.
   static constexpr int FIT = MR == 6 ? 4 : 8, PR = NR < FIT ? NR : FIT;
   static_assert(NR % PR == 0);
   static constexpr long BLOCK = DEPTH < NR ? 1 : DEPTH / NR;  // panels of columns that make up DEPTH
 
+  // --- sizes: how many operands an inner dimension of n takes, a tile's U by features, and an entry ---
+  static int64_t inner(int64_t n) { return n; }
+  static int64_t by_feature(int64_t rows, int64_t d_pad) { return rows * d_pad; }
+  static constexpr int ENTRIES = 1;
+
+  // --- packing: rows are multiplied by `unit`, logits then by `rest` of row and column ---
+  static constexpr bool RESTS = false;
+  static T unit(T rnorm, T beta) { return rnorm * beta; }
+  static T rest(T, T) { return T(1); }
+
+  // Numbers of a row, from `first` on, converted into `line` if they are 16-bit numbers; and those of no row.
+  using Line = T[DEPTH];
+  static const T* row(const Rows<T>& rows, int64_t j, int64_t first, int64_t n, T* line) {
+    return rows.get(j, first, n, line);
+  }
+  static const T* no_row() {
+    static constexpr T zeros[DEPTH] = {};
+    return zeros;
+  }
+
+  // [n][NR], a panel of V.
+  static void pack_panel(const T* const* rows, const T* scale, int64_t n, T* out) {
+    interleave<NR>(rows, scale, n, out);
+  }
+
+  // [NR][NR], a panel of V by features: NR rows and `width` numbers of each.
+  static void pack_panel_by_feature(const T* const* rows, const T* scale, int64_t width, T* out) {
+    for (int64_t r = 0; r < NR; r++) scaled(rows[r], scale[r], width, out + r * NR);
+  }
+
+  // [n][MR], MR rows of U.
+  static void pack_rows(const T* const* rows, const T* scale, int64_t /*count*/, int64_t n, T* out) {
+    interleave<MR>(rows, scale, n, out);
+  }
+
+  // Rows [first, first + MR) and features [k, k + n) of [d panel][padded rows][NR].
+  static void pack_rows_by_feature(const T* const* rows, const T* scale, int64_t first, int64_t padded,
+                                   int64_t k, int64_t n, T* out) {
+    for (int64_t r = 0; r < MR; r++)
+      for (int64_t x = 0; x < n; x += NR)
+        scaled(rows[r] + x, scale[r], n - x, out + ((k + x) * padded / NR + first + r) * NR);
+  }
+
+  // --- entries: a panel of A is written where the products read it ---
+  static T* panel_of_entries(T* entries, int64_t at, T* /*scratch*/) { return entries + at; }
+  static void put_entries(const T*, int64_t, const T*, const T*, T*, T*) {}
+  static T* by_columns(T* entries, int64_t /*size*/) { return entries; }
+
+  // --- products ---
+
   // t[last - first][m][NR] = U V^T for panels [first, last) of the `panels` in V, and at least the first
   // `rows` of m, a multiple of MR. u: [m / MR][d][MR], v: [panels][d][NR], both in blocks of DEPTH along d,
   // one after the other, so that what is used together lies together whatever d is.
   static void logits(long m, long rows, long first, long last, long panels, long d, const T* u, const T* v,
-                     T* t) {
+                     const T* /*of_rows*/, const T* /*of_columns*/, T* t) {
     for (long k = 0; k < d; k += DEPTH)
       for (long p = first; p < last; p++) {
         const long n = d - k < DEPTH ? d - k : DEPTH;
@@ -158,16 +216,62 @@ struct Gemm {
       }
   }
 
-  // Panel `n` of the features, classes [first, last): out[c][NR] += A^T U over the first `rows` of m.
-  // u: one panel, [m][NR].
-  static void times_features(long m, long rows, long first, long last, const T* a, const T* u, T* out) {
-    for (long c = first; c < last; c += PR) {
-      const T* x = a + (c / NR) * m * NR + c % NR;
-      for (long r = 0; r < rows; r += DEPTH) {
-        const long n = rows - r < DEPTH ? rows - r : DEPTH;
-        micro<T, PR, NV, 1, NR, true>(1, n, x + r * NR, 0, u + r * NR, out + c * NR, NR);
+  // Classes [first, last) and panels [f_first, f_last) of features: out[d panel][columns][NR] += A^T U over
+  // the first `rows` of m. u: [d panel][m][NR].
+  static void times_features(long m, long rows, long first, long last, long f_first, long f_last, const T* a,
+                             const T* u, long /*d_pad*/, long columns, T* out) {
+    for (long f = f_first; f < f_last; f++)
+      for (long c = first; c < last; c += PR) {
+        const T* x = a + (c / NR) * m * NR + c % NR;
+        for (long r = 0; r < rows; r += DEPTH) {
+          const long n = rows - r < DEPTH ? rows - r : DEPTH;
+          micro<T, PR, NV, 1, NR, true>(1, n, x + r * NR, 0, u + (f * m + r) * NR,
+                                        out + (f * columns + c) * NR, NR);
+        }
       }
+  }
+
+  // The sums of column c of a panel in what `times_features` wrote.
+  static void gather_column(const T* from, int64_t columns, int64_t c, int64_t d_pad, T* x) {
+    gather_row(from, columns, c, d_pad, x);
+  }
+
+  // Row `r` of a matrix stored as [d panel][padded][NR].
+  static void gather_row(const T* from, int64_t padded, int64_t r, int64_t d_pad, T* x) {
+    for (int64_t f = 0; f < d_pad / NR; f++) std::copy_n(from + (f * padded + r) * NR, NR, x + f * NR);
+  }
+
+ private:
+  // out[x][N] = scale_r row_r[x] for N rows of n numbers, in square blocks.
+  template <int N>
+  static void interleave(const T* const* rows, const T* scale, int64_t n, T* out) {
+    int64_t x = 0;
+    for (; x + W <= n; x += W, out += W * N)
+#pragma GCC unroll 32
+      for (int g = 0; g < N; g += W) {
+        constexpr int last = N % W ? N % W : W;
+        Vec<T> block[W];
+#pragma GCC unroll 16
+        for (int r = 0; r < W; r++) block[r] = g + r < N ? load(rows[g + r] + x) * scale[g + r] : Vec<T>{};
+        transpose<T>(block);
+#pragma GCC unroll 16
+        for (int r = 0; r < W; r++)
+          if (g + W <= N)
+            store(out + r * N + g, block[r]);
+          else
+            store_first<T, last>(out + r * N + g, block[r]);
+      }
+    for (; x < n; x++, out += N)
+      for (int r = 0; r < N; r++) out[r] = rows[r][x] * scale[r];
+  }
+
+  // out[NR] = scale row; 0 past `width` if that is less.
+  static void scaled(const T* row, T scale, int64_t width, T* out) {
+    if (width >= NR) {
+      for (int v = 0; v < NV; v++) store(out + v * W, load(row + v * W) * scale);
+      return;
     }
+    for (int64_t x = 0; x < NR; x++) out[x] = x < width ? row[x] * scale : T(0);
   }
 };
 

@@ -12,16 +12,17 @@
 namespace nckernels {
 
 // Panels of two vectors, or of one where a single vector holds all classes.
-template <class T, class F>
-void with_panels(const Columns& columns, F&& run) {
-  if (columns.count <= lanes<T>)
-    run(std::integral_constant<int, 1>{});
+template <template <int> class Engine, class F>
+void with_engine(const Columns& columns, F&& run) {
+  if (columns.count <= Engine<1>::NR)
+    run(Engine<1>());
   else
-    run(std::integral_constant<int, 2>{});
+    run(Engine<2>());
 }
 
-template <class T>
+template <template <int> class Engine>
 Status forward(const Problem& p) {
+  using T = typename Engine<1>::T;
   Columns columns;
   if (!find_columns(p, columns)) return kBadTarget;
   auto run = [](auto pass) {
@@ -29,42 +30,46 @@ Status forward(const Problem& p) {
     pass.clear_rest_of_kept();
   };
   if (!p.symmetric) begin_forward<T>(p, columns);
-  with_panels<T>(columns, [&](auto vectors) {
+  with_engine<Engine>(columns, [&](auto engine) {
+    using G = decltype(engine);
     if (p.symmetric)
-      run(SymmetricForward<T, vectors>(p, columns));
+      run(SymmetricForward<G>(p, columns));
     else
-      run(ForwardPass<T, vectors>(p, columns));
+      run(ForwardPass<G>(p, columns));
   });
   return kOk;
 }
 
-template <class T>
+template <template <int> class Engine>
 Status backward(const Problem& p, const Gradients& g) {
   Columns columns;
   if (!find_columns(p, columns)) return kBadTarget;
-  with_panels<T>(columns, [&](auto vectors) {
+  with_engine<Engine>(columns, [&](auto engine) {
+    using G = decltype(engine);
     if (p.symmetric)
-      SymmetricBackward<T, vectors>(p, columns, g).run();
+      SymmetricBackward<G>(p, columns, g).run();
     else
-      BackwardPass<T, vectors>(p, columns, g).run();
+      BackwardPass<G>(p, columns, g).run();
   });
   return kOk;
 }
 
-template <class T>
+template <template <int> class Engine>
 Status step(const Problem& p, const Step& s) {
   Columns columns;
   if (p.symmetric)
     columns = samples_as_columns(p);
   else if (!find_columns(p, columns))
     return kBadTarget;
-  with_panels<T>(columns, [&](auto vectors) {
+  with_engine<Engine>(columns, [&](auto engine) {
+    using G = decltype(engine);
+    using Few = FewClasses<typename G::T, G::NV>;
     if (p.symmetric)
-      SymmetricStep<T, vectors>(p, columns, s).run();
-    else if (FewClasses<T, vectors>::takes(p, columns))
-      FewClasses<T, vectors>(p, columns, s).run();
+      SymmetricStep<G>(p, columns, s).run();
+    else if (Few::takes(p, columns))
+      Few(p, columns, s).run();
     else
-      StepPass<T, vectors>(p, columns, s).run();
+      StepPass<G>(p, columns, s).run();
   });
   return kOk;
 }

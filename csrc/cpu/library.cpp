@@ -7,12 +7,15 @@
 
 namespace nckernels {
 
-Status forward_float32(const Problem&);
-Status forward_float64(const Problem&);
-Status backward_float32(const Problem&, const Gradients&);
-Status backward_float64(const Problem&, const Gradients&);
-Status step_float32(const Problem&, const Step&);
-Status step_float64(const Problem&, const Step&);
+// Of float32.cpp, float64.cpp and bfloat16.cpp.
+#define NCK_DECLARE(name)                                   \
+  Status forward_##name(const Problem&);                    \
+  Status backward_##name(const Problem&, const Gradients&); \
+  Status step_##name(const Problem&, const Step&);
+NCK_DECLARE(float32)
+NCK_DECLARE(float64)
+NCK_DECLARE(bfloat16)
+#undef NCK_DECLARE
 
 namespace scratch {
 
@@ -77,24 +80,30 @@ static int32_t guarded(Problem p, F&& run) {
 
 #define NCK_EXPORT extern "C" __attribute__((visibility("default")))
 
+// The function for a problem's numbers. 16-bit numbers that nothing here multiplies are converted to float32.
+#if defined(NCK_BFLOAT16)
+#define NCK_CHOOSE(function, p)                                        \
+  ((p).is_double                      ? nckernels::function##_float64  \
+   : (p).half == nckernels::kBfloat16 ? nckernels::function##_bfloat16 \
+                                      : nckernels::function##_float32)
+#else
+#define NCK_CHOOSE(function, p) \
+  ((p).is_double ? nckernels::function##_float64 : nckernels::function##_float32)
+#endif
+
 NCK_EXPORT int32_t nckernels_forward(const nckernels::Problem* problem) {
-  return nckernels::guarded(*problem, [](const nckernels::Problem& p) {
-    return p.is_double ? nckernels::forward_float64(p) : nckernels::forward_float32(p);
-  });
+  return nckernels::guarded(*problem, [](const nckernels::Problem& p) { return NCK_CHOOSE(forward, p)(p); });
 }
 
 NCK_EXPORT int32_t nckernels_backward(const nckernels::Problem* problem,
                                       const nckernels::Gradients* gradients) {
-  return nckernels::guarded(*problem, [&](const nckernels::Problem& p) {
-    return p.is_double ? nckernels::backward_float64(p, *gradients)
-                       : nckernels::backward_float32(p, *gradients);
-  });
+  return nckernels::guarded(
+      *problem, [&](const nckernels::Problem& p) { return NCK_CHOOSE(backward, p)(p, *gradients); });
 }
 
 NCK_EXPORT int32_t nckernels_step(const nckernels::Problem* problem, const nckernels::Step* step) {
-  return nckernels::guarded(*problem, [&](const nckernels::Problem& p) {
-    return p.is_double ? nckernels::step_float64(p, *step) : nckernels::step_float32(p, *step);
-  });
+  return nckernels::guarded(*problem,
+                            [&](const nckernels::Problem& p) { return NCK_CHOOSE(step, p)(p, *step); });
 }
 
 // The sizes of the structures, so that Python notices if it describes others.

@@ -10,6 +10,15 @@
 #include <memory>
 #include <vector>
 
+// Whether bfloat16 features are multiplied as such (bfloat16.cpp), and by the tiles of AMX: where there are
+// instructions for it, or a test wants their models.
+#if defined(__AMX_BF16__)
+#define NCK_AMX
+#endif
+#if !defined(NCK_BFLOAT16) && (defined(__AVX512BF16__) || defined(NCK_AMX))
+#define NCK_BFLOAT16
+#endif
+
 namespace nckernels {
 
 enum Half : int32_t { kFull = 0, kBfloat16 = 1, kFloat16 = 2 };
@@ -126,6 +135,11 @@ class Rows {
     else
       for (int64_t i = 0; i < n; i++) line[i] = from_float16(row[i]);
     return line;
+  }
+
+  // The 16-bit numbers of row j from number `first` on.
+  const uint16_t* raw(int64_t j, int64_t first) const {
+    return static_cast<const uint16_t*>(data_) + j * stride_ + first;
   }
 
  private:

@@ -12,9 +12,10 @@
 #include "reduction.hpp"
 
 namespace nckernels {
-template <class T, int NV>
+template <class G>
 class StepPass {
-  static constexpr int64_t NR = Tiles<T, NV>::NR;
+  using T = typename G::T;
+  static constexpr int64_t NR = G::NR, MR = G::MR;
   // Columns or rows of a part; with fewer, packing costs about as much as making tiles twice.
   static constexpr int64_t NARROWEST = 96;
 
@@ -33,7 +34,7 @@ class StepPass {
         per_row_(p.by_instance ? p.m : 0),
         per_pos_(p.m),
         kept_(std::min<int64_t>(padded(p.m) * round_up(columns.count, NR),
-                                p.workspace / 2 / static_cast<int64_t>(sizeof(T)))) {
+                                may_keep(p, columns) / static_cast<int64_t>(sizeof(T)))) {
     p_.class_lse = class_lse_;
     p_.instance_lse = instance_lse_;
     p_.pos = pos_;
@@ -56,6 +57,19 @@ class StepPass {
   }
 
  private:
+  // Bytes for exponentials: three quarters of the workspace, less a block of columns. All columns are one if
+  // that takes half at most: features are then packed only once.
+  static int64_t may_keep(const Problem& p, const Columns& columns) {
+    const int64_t quarter = p.workspace / 4, of_column = Tiles<G>::bytes_of_column(p.d);
+    const int64_t all = round_up(columns.count, NR) * of_column;
+    if (p.by_class != p.by_instance && p.by_class) {  // parts of columns, each of which is a block
+      const int64_t of_part = padded(p.m) * static_cast<int64_t>(sizeof(T));
+      const int64_t width = 3 * quarter / (of_part + of_column) / NR * NR;
+      return std::max(2 * quarter, width * of_part);
+    }
+    return 3 * quarter - (all <= 2 * quarter ? std::max(quarter, all) : quarter);
+  }
+
   // Rows of all tiles of m: at most an eighth more, see Tiles::plan.
   static int64_t padded(int64_t m) { return m + std::min<int64_t>(m / 8 + 2 * MR, TALLEST); }
 
@@ -118,7 +132,7 @@ class StepPass {
   }
 
   void both_ways(const Problem& p, const Columns& columns, int64_t first_row, Turn of_z, Turn of_w) {
-    ForwardPass<T, NV>(p, columns).run();
+    ForwardPass<G>(p, columns).run();
     Gradients g{};
     if (p.by_class) g.class_lse = per_class_;
     if (p.by_instance) g.instance_lse = per_row_ + first_row;
@@ -126,7 +140,7 @@ class StepPass {
     if (step_.z) g.z = static_cast<T*>(step_.z) + first_row * p.d;
     g.w = step_.w;
     g.beta = step_.beta;
-    BackwardPass<T, NV>(p, columns, g, of_z, of_w).run();
+    BackwardPass<G>(p, columns, g, of_z, of_w).run();
   }
 
   static double finite(T lse) { return lse == minus_infinity<T> ? 0 : lse; }

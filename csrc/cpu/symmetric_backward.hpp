@@ -9,11 +9,12 @@
 #include "triangle.hpp"
 
 namespace nckernels {
-template <class T, int NV>
+template <class G>
 class SymmetricBackward {
-  using Tri = Triangle<T, NV>;
-  using G = Gemm<T, NV>;
-  static constexpr int NR = Tri::NR, W = Tri::W;
+  using Tri = Triangle<G>;
+  using T = typename G::T;
+  using Operand = typename G::Operand;
+  static constexpr int NV = G::NV, NR = G::NR, W = G::W;
 
  public:
   // `positives`, or null: more pairs, whose gradient is known.
@@ -31,11 +32,11 @@ class SymmetricBackward {
         energy_(std::max(s_.tiles, s_.all_panels), 0.0),
         widest_(std::min(s_.block_k, s_.all_panels * NR)),
         group_(std::min(s_.group, s_.tiles)),
-        v_(s_.kept_tiles < s_.tiles ? widest_ * p.d : 0),
+        v_(s_.kept_tiles < s_.tiles ? widest_ * G::inner(p.d) : 0),
         v_rows_(g.z || g.beta ? widest_ * s_.d_pad : 0),
+        entries_(group_ * s_.entries_of_tile(widest_)),
+        u_rows_(g.z ? group_ * G::by_feature(s_.tile_m, s_.d_pad) : 0),
         grad_v_(g.z ? widest_ * s_.d_pad : 0),
-        entries_(group_ * s_.tile_m * widest_),
-        u_rows_(g.z || g.beta ? group_ * s_.tile_m * s_.d_pad : 0),
         bias_shares_(grad_bias_ ? group_ * widest_ : 0) {}
 
   // Blocks of columns from the last to the first: when one is done, later ones have added to its samples as
@@ -81,54 +82,66 @@ class SymmetricBackward {
   }
 
   T weight_of(int64_t j) const { return s_.shift_free ? s_.weight[j] : T(1); }
-  T* entries_of(int64_t i) { return entries_ + i * s_.tile_m * widest_; }
-  T* u_rows_of(int64_t i) { return u_rows_ + i * s_.tile_m * s_.d_pad; }
+  Operand* entries_of(int64_t i) { return entries_ + i * s_.entries_of_tile(widest_); }
+  Operand* u_rows_of(int64_t i) { return u_rows_ + i * G::by_feature(s_.tile_m, s_.d_pad); }
 
   // The tile at place `i` of a group: its entries of T, and T U for its rows, in steps that stay in the L2
   // cache.
   void make_rows(const Block& block, int64_t tile, int64_t i) {
-    const bool is_kept = tile < s_.kept_tiles, products = u_rows_;
-    const int64_t padded = s_.padded_rows(tile), last = block.first_panel + block.panels;
-    Buffer<T> u(is_kept ? 0 : s_.tile_m * p_.d), product(products ? padded * s_.d_pad : 0);
-    s_.pack_features(tile, u, products ? u_rows_of(i) : nullptr);
+    const bool is_kept = tile < s_.kept_tiles, products = g_.z || g_.beta;
+    const int64_t padded = s_.padded_rows(tile);
+    Buffer<Operand> u(is_kept ? 0 : s_.tile_m * G::inner(p_.d));
+    Buffer<T> product(products ? padded * s_.d_pad : 0);
+    if (!is_kept || grad_z_) s_.pack_features(tile, u, grad_z_ ? u_rows_of(i) : nullptr);
     if (products) std::fill_n(static_cast<T*>(product), padded * s_.d_pad, T(0));
-    const int64_t begin = std::max(block.first_panel, s_.first_panel(tile));
-    for (int64_t q = begin; q < last; q += G::BLOCK) {
-      const int64_t end = std::min<int64_t>(q + G::BLOCK, last);
-      T* a = entries_of(i) + (q - block.first_panel) * padded * NR;
-      if (!is_kept) s_.logits(tile, q, end, block.first_panel, block.panels, u, v_, a, nullptr);
-      T* shares = grad_bias_ ? bias_shares_ + i * widest_ + q * NR - block.first : nullptr;
-      fill_entries(tile, q, end, is_kept ? s_.kept_panel(tile, q) : a, a, shares);
+    EntriesOf<G> entries(s_, tile, widest_, entries_of(i));
+    Buffer<T> own(is_kept ? 0 : entries.room());
+    // Panels from here on count from the block's first one.
+    const int64_t begin = std::max<int64_t>(0, s_.first_panel(tile) - block.first_panel);
+    for (int64_t q = begin; q < block.panels; q += Tri::STEP) {
+      const int64_t end = std::min<int64_t>(q + Tri::STEP, block.panels), first = block.first_panel;
+      T* const t = is_kept ? s_.kept_panel(tile, first + q) : entries.logits(q, q - begin, own);
+      if (!is_kept)
+        s_.logits(tile, first + q, first + end, block.first, block.end - block.first, u, v_, t, nullptr);
+      for (int64_t x = q; x < end; x++) {
+        T* shares = grad_bias_ ? bias_shares_ + i * widest_ + x * NR : nullptr;
+        fill_entries(tile, first + x, t + (x - q) * padded * NR, entries.panel(x), shares);
+        entries.put(x, block.first, block.end - block.first);
+      }
       if (products)
-        G::times_prototypes(padded, s_.rows_above(tile, end - 1), q - block.first_panel,
-                            end - block.first_panel, block.panels, block.panels * NR, s_.d_panels, a, v_rows_,
-                            product, true);
+        G::times_prototypes(padded, s_.rows_above(tile, first + end - 1), q, end, block.panels,
+                            block.panels * NR, s_.d_panels, entries_of(i) + q * padded * NR, v_rows_, product,
+                            true);
     }
     if (grad_z_)
       add_rows(block, tile, product);
-    else if (products)  // only dL/dbeta: the sum of T_ij u_i . u_j over all pairs
-      for (int64_t f = 0; f < s_.d_panels * padded; f += padded)
-        energy_[tile] += dot<T>(product + f * NR, u_rows_of(i) + f * NR, padded * NR);
+    else if (products)
+      add_energy(tile, product);
   }
 
-  // Panels [begin, end) of a tile of T, from t or what is kept of it.
-  void fill_entries(int64_t tile, int64_t begin, int64_t end, const T* from, T* a, T* shares) {
-    const int64_t padded = s_.padded_rows(tile), row0 = s_.first_row(tile);
-    const bool is_kept = tile < s_.kept_tiles;
-    for (int64_t q = begin; q < end; q++) {
-      const int64_t n = s_.rows_above(tile, q);
-      const int64_t at = (q - begin) * padded * NR;
-      T* share = shares ? shares + (q - begin) * NR : nullptr;
-      if (!s_.shift_free)
-        shifted(q, n, row0, from + at, a + at, share);
-      else if (is_kept)
-        scaled<true>(q, n, row0, from + at, a + at, share);
-      else
-        scaled<false>(q, n, row0, from + at, a + at, share);
-      std::fill_n(a + at + n * NR, (padded - n) * NR, T(0));
+  // Only dL/dbeta is wanted: the sum of T_ij u_i . u_j over all pairs.
+  void add_energy(int64_t tile, const T* product) {
+    Buffer<T> sum(s_.d_pad), line(s_.z.line());
+    for (int64_t r = 0; r < s_.rows(tile); r++) {
+      const int64_t j = s_.first_row(tile) + r;
+      if (!columns_.reads(j)) continue;
+      G::gather_row(product, s_.padded_rows(tile), r, s_.d_pad, sum);
+      energy_[tile] += dot<T>(sum, s_.z.get(j, line), p_.d) * s_.z_rnorm[j];
     }
+  }
+
+  // A panel of a tile of T, from t or what is kept of it.
+  void fill_entries(int64_t tile, int64_t panel, const T* from, T* a, T* share) {
+    const int64_t padded = s_.padded_rows(tile), row0 = s_.first_row(tile), n = s_.rows_above(tile, panel);
+    if (!s_.shift_free)
+      shifted(panel, n, row0, from, a, share);
+    else if (tile < s_.kept_tiles)
+      scaled<true>(panel, n, row0, from, a, share);
+    else
+      scaled<false>(panel, n, row0, from, a, share);
+    std::fill_n(a + n * NR, (padded - n) * NR, T(0));
     if (const T* g_pos = static_cast<const T*>(g_.pos))
-      s_.each_positive(tile, begin, end, a, [&](int64_t j, T& entry) { entry += g_pos[j]; });
+      s_.each_positive(tile, panel, panel + 1, a, [&](int64_t j, T& entry) { entry += g_pos[j]; });
   }
 
   // One panel, T = E (e^{b_i} scale_j + scale_i e^{b_j}).
@@ -202,10 +215,10 @@ class SymmetricBackward {
         const int64_t tile = begin + i, padded_rows = s_.padded_rows(tile), rows = s_.rows(tile);
         // Panels that the diagonal crosses one by one, with the rows above it, then the others together.
         int64_t q = std::max(first, s_.first_panel(tile) - block.first_panel);
+        const Operand* a = G::by_columns(entries_of(i), s_.tile_m * widest_);
         auto add = [&](int64_t end, int64_t above) {
-          for (int64_t f = f_first; f < f_last; f++)
-            G::times_features(padded_rows, above, q * NR, end * NR, entries_of(i),
-                              u_rows_of(i) + f * padded_rows * NR, grad_v_ + f * padded * NR);
+          G::times_features(padded_rows, above, q * NR, end * NR, f_first, f_last, a, u_rows_of(i), s_.d_pad,
+                            padded, grad_v_);
         };
         for (; q < last && s_.rows_above(tile, block.first_panel + q) < rows; q++)
           add(q + 1, s_.rows_above(tile, block.first_panel + q));
@@ -226,7 +239,7 @@ class SymmetricBackward {
         std::fill_n(out, d, T(0));
         continue;
       }
-      s_.gather_row(grad_v_, padded, c, x);
+      G::gather_column(grad_v_, padded, c, s_.d_pad, x);
       for (int64_t i = 0; i < d; i++) x[i] += out[i];
       if (positives_) positives_->subtract_gradient(j, s_.z.get(j, line), x);
       // Every pair is met twice, in the gradients of both.
@@ -244,8 +257,9 @@ class SymmetricBackward {
   std::vector<T> scale_, shift_;
   std::vector<double> energy_;  // shares of dL/dbeta
   int64_t widest_, group_;
-  Buffer<T> v_, v_rows_, grad_v_;             // a block of columns in two layouts, and its gradient
-  Buffer<T> entries_, u_rows_, bias_shares_;  // of a group of row tiles
+  Buffer<Operand> v_, v_rows_, entries_,
+      u_rows_;  // a block of columns in two layouts; of a group of row tiles
+  Buffer<T> grad_v_, bias_shares_;
 };
 
 }  // namespace nckernels

@@ -6,11 +6,13 @@
 #include "triangle.hpp"
 
 namespace nckernels {
-template <class T, int NV>
+template <class G>
 class SymmetricForward {
-  using Tri = Triangle<T, NV>;
-  static constexpr int NR = Tri::NR, W = Tri::W;
-  static constexpr int64_t STEP = Gemm<T, NV>::BLOCK;  // panels of a tile that stay in the L2 cache
+  using Tri = Triangle<G>;
+  using T = typename G::T;
+  using Operand = typename G::Operand;
+  static constexpr int NV = G::NV, NR = G::NR, W = G::W;
+  static constexpr int64_t STEP = Tri::STEP;
 
  public:
   SymmetricForward(const Problem& p, const Columns& columns) : p_(p), s_(p, columns) {}
@@ -27,7 +29,8 @@ class SymmetricForward {
     const int64_t widest = std::min(s_.block_k, s_.all_panels * NR);
     const int64_t fit = p_.workspace / 8 / std::max<int64_t>(2 * widest * sizeof(T), 1);
     const int64_t most = std::clamp<int64_t>(fit, 1, 4 * std::max(p_.threads, 2));
-    Buffer<T> v(widest * p_.d), column_sums(2 * most * widest);
+    Buffer<Operand> v(widest * G::inner(p_.d));
+    Buffer<T> column_sums(2 * most * widest);
     auto of_chunk = [&](int64_t i) {
       return Sums<T>{column_sums + 2 * i * widest, column_sums + (2 * i + 1) * widest};
     };
@@ -36,7 +39,7 @@ class SymmetricForward {
       const int64_t tiles = s_.tiles_before(first + count), chunks = std::min(tiles, most);
       parallel(p_.threads, panels, [&](int64_t q) { s_.pack_prototypes(first, count, q, v, nullptr); });
       parallel(p_.threads, chunks, [&](int64_t i) {
-        add_tiles(i * tiles / chunks, (i + 1) * tiles / chunks, first / NR, panels, v, of_chunk(i), total);
+        add_tiles(i * tiles / chunks, (i + 1) * tiles / chunks, first, count, v, of_chunk(i), total);
       });
       for (int64_t i = 0; i < chunks; i++)
         for (int64_t c = 0; c < count; c++)
@@ -60,10 +63,11 @@ class SymmetricForward {
   }
 
   // Sums over row tiles [tile, last_tile) and a block of columns, in steps that stay in the L2 cache.
-  void add_tiles(int64_t tile, int64_t last_tile, int64_t first_panel, int64_t panels, const T* v,
+  void add_tiles(int64_t tile, int64_t last_tile, int64_t first, int64_t count, const Operand* v,
                  Sums<T> by_column, Sums<T>& by_row) const {
-    const int64_t last = first_panel + panels;
-    Buffer<T> u(s_.tile_m * p_.d), own(s_.tile_m * std::min(STEP, panels) * NR), rows(s_.tile_m * W);
+    const int64_t panels = (count + NR - 1) / NR, first_panel = first / NR, last = first_panel + panels;
+    Buffer<Operand> u(s_.tile_m * G::inner(p_.d));
+    Buffer<T> own(s_.tile_m * std::min(STEP, panels) * NR), rows(s_.tile_m * W);
     clear(by_column, panels * NR);
     for (; tile < last_tile; tile++) {
       s_.pack_features(tile, u, nullptr);
@@ -72,7 +76,7 @@ class SymmetricForward {
         const bool keep = tile < s_.kept_tiles;
         T* t = keep ? s_.kept_panel(tile, q) : own;
         if (keep) std::fill_n(t, (end - q) * s_.padded_rows(tile) * NR, T(0));  // what is not made, too
-        s_.logits(tile, q, end, first_panel, panels, u, v, t, static_cast<T*>(p_.pos));
+        s_.logits(tile, q, end, first, count, u, v, t, static_cast<T*>(p_.pos));
         Sums<T> here{by_column.largest + column, by_column.total + column};
         if (s_.shift_free)
           exponentials(tile, q, end, t, rows, here, by_row, keep);

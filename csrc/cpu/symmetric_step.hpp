@@ -6,8 +6,10 @@
 #include "symmetric_forward.hpp"
 
 namespace nckernels {
-template <class T, int NV>
+template <class G>
 class SymmetricStep {
+  using T = typename G::T;
+
  public:
   SymmetricStep(const Problem& p, const Columns& columns, const Step& step)
       : p_(p),
@@ -17,7 +19,7 @@ class SymmetricStep {
         pos_(p.m),
         rnorm_(2 * p.m),
         share_(p.m),
-        kept_(std::min<int64_t>((p.m + TALLEST) * (p.m / 2 + TALLEST + 2 * Tiles<T, NV>::NR),
+        kept_(std::min<int64_t>((p.m + TALLEST) * (p.m / 2 + TALLEST + 2 * G::NR),
                                 p.workspace / 2 / static_cast<int64_t>(sizeof(T)))) {
     p_.class_lse = p_.instance_lse = lse_;
     p_.pos = pos_;
@@ -36,7 +38,7 @@ class SymmetricStep {
     for (int64_t j = 0; j < p_.m; j++)
       share_[j] = positives.any(j) ? static_cast<T>(reduction.weight(j) * scale) : T(0);
 
-    SymmetricForward<T, NV>(p_, columns_).run();
+    SymmetricForward<G>(p_, columns_).run();
     positives.add_up(share_, !step_.weight);
     constexpr int64_t block = 64;
     parallel(p_.threads, (p_.m + block - 1) / block, [&](int64_t b) {
@@ -56,7 +58,7 @@ class SymmetricStep {
     (p_.by_class ? g.class_lse : g.instance_lse) = share_;
     g.z = step_.z;
     g.beta = step_.beta;
-    SymmetricBackward<T, NV>(p_, columns_, g, &positives).run();
+    SymmetricBackward<G>(p_, columns_, g, &positives).run();
   }
 
  private:

@@ -11,12 +11,15 @@ constexpr T minus_infinity = -std::numeric_limits<T>::infinity();
 // The most rows of a tile: with 128 numbers of each they stay in the L2 cache.
 constexpr int64_t TALLEST = 192;
 
-template <class T, int NV>
+// G: an engine, such as Gemm.
+template <class G>
 struct Tiles {
-  using G = Gemm<T, NV>;
-  static constexpr int W = G::W, NR = G::NR;
-  static_assert(DEPTH % NR == 0);
-  static constexpr T zeros[DEPTH] = {};  // a row that is not there
+  using T = typename G::T;
+  using Operand = typename G::Operand;
+  static constexpr int NV = G::NV, W = G::W, NR = G::NR;
+  static constexpr int64_t MR = G::MR, DEPTH = G::DEPTH;
+  static constexpr int64_t STEP = G::BLOCK;  // panels of a tile that stay in the L2 cache
+  static_assert(TALLEST % MR == 0);
 
   const Problem& p;
   const Columns& columns;
@@ -44,25 +47,27 @@ struct Tiles {
         w_rnorm(static_cast<T*>(p.w_rnorm)),
         kept(static_cast<T*>(p.kept)),
         beta(static_cast<T>(p.beta)) {
-    d_pad = round_up(p.d, NR);
+    d_pad = round_up(p.d, G::NR);
     d_panels = d_pad / NR;
     all_panels = (columns.count + NR - 1) / NR;
     shift_free = p.beta + largest_bias() <= 30.0;
     plan();
   }
 
-  // The workspace, in numbers of T: a quarter for a block of columns (V in two layouts and its gradient), a
-  // quarter for row tiles (U packed and its gradient per thread, U in panels and the entries per tile of a
-  // group); the other half is what may be kept.
+  // The workspace: a quarter for row tiles (U packed and its gradient per thread, U by features and the
+  // entries per tile of a group), and what is not kept of the rest for a block of columns.
   void plan() {
-    const int64_t quarter = std::max<int64_t>(p.workspace / static_cast<int64_t>(sizeof(T)) / 4, 1);
+    const int64_t quarter = std::max<int64_t>(p.workspace / 4, 1);
+    const int64_t for_block = std::max(quarter, p.workspace - quarter - kept_bytes());
     const int64_t columns_padded = std::max<int64_t>(all_panels * NR, NR);
-    const int64_t most = std::max<int64_t>(quarter / (3 * d_pad) / NR * NR, NR);
+    const int64_t most = std::max<int64_t>(for_block / bytes_of_column(p.d) / NR * NR, NR);
     const int64_t blocks = (columns_padded + most - 1) / most;
     block_k = round_up((columns_padded + blocks - 1) / blocks, NR);
     const int64_t threads = std::max(p.threads, 1);
     group = 2 * threads;
-    const int64_t per_row = threads * 2 * d_pad + group * (d_pad + block_k);
+    const int64_t per_thread = d_pad * (sizeof(Operand) + sizeof(T)) + (G::RESTS ? STEP * NR * sizeof(T) : 0);
+    const int64_t per_tile_of_group = (d_pad + block_k * G::ENTRIES) * sizeof(Operand);
+    const int64_t per_row = threads * per_thread + group * per_tile_of_group;
     // Four tiles a thread, so that none waits long for the last one; eight at least.
     const int64_t even =
         round_up((p.m + 4 * std::max<int64_t>(threads, 2) - 1) / (4 * std::max<int64_t>(threads, 2)), MR);
@@ -70,6 +75,13 @@ struct Tiles {
     tiles = (p.m + tile_m - 1) / tile_m;
     const int64_t per_tile = tile_m * all_panels * NR;
     kept_tiles = kept && per_tile ? std::min(tiles, p.kept_size / per_tile) : 0;
+  }
+
+  int64_t kept_bytes() const { return kept ? p.kept_size * static_cast<int64_t>(sizeof(T)) : 0; }
+
+  // What a column of a block takes: V in two layouts, and its gradient.
+  static int64_t bytes_of_column(int64_t d) {
+    return round_up(d, NR) * static_cast<int64_t>(2 * sizeof(Operand) + sizeof(T));
   }
 
   double largest_bias() const {
@@ -94,108 +106,71 @@ struct Tiles {
     return kept + (tile * all_panels * tile_m + first_panel * padded_rows(tile)) * NR;
   }
 
-  // Unit prototypes of the columns [first, first + count) as V for `Gemm::logits`, in blocks of DEPTH along
-  // d, and as [d panel][column][NR], each unless null. Padding and columns that nobody may read are zero.
-  void pack_prototypes(int64_t first, int64_t count, int64_t panel, T* by_class, T* by_feature) const {
+  // Unit prototypes of the columns [first, first + count) as V for `G::logits`, in blocks of DEPTH along d,
+  // and by feature as V for `G::times_prototypes`, each unless null. Padding and columns that nobody may read
+  // are zero.
+  void pack_prototypes(int64_t first, int64_t count, int64_t panel, Operand* by_class,
+                       Operand* by_feature) const {
     const int64_t padded = round_up(count, NR);
     for (int64_t k = 0; k < p.d && by_class; k += DEPTH) {
       const int64_t n = std::min<int64_t>(DEPTH, p.d - k);
-      pack_by_class(first, count, panel, k, n, by_class + k * padded + panel * NR * n);
+      with_prototypes(first, count, panel, k, n, [&](auto rows, const T* scale) {
+        G::pack_panel(rows, scale, n, by_class + k * padded + panel * NR * G::inner(n));
+      });
     }
-    for (int64_t f = 0; f < d_panels && by_feature; f++)
-      pack_by_feature(first, count, f, panel, by_feature + (f * padded + panel * NR) * NR);
+    for (int64_t f = 0; f < d_panels && by_feature; f++) {
+      const int64_t n = std::min<int64_t>(NR, p.d - f * NR);
+      with_prototypes(first, count, panel, f * NR, n, [&](auto rows, const T* scale) {
+        G::pack_panel_by_feature(rows, scale, n, by_feature + (f * padded + panel * NR) * NR);
+      });
+    }
   }
 
-  // [n][NR]: one panel of the columns [first, first + count), numbers k to k + n of their rows.
-  void pack_by_class(int64_t first, int64_t count, int64_t panel, int64_t k, int64_t n, T* out) const {
-    T lines[NR][DEPTH];  // of 16-bit numbers
-    const T* rows[NR];
+  // Calls `use(rows, scale)` with numbers k to k + n of the prototypes of a panel.
+  template <class F>
+  void with_prototypes(int64_t first, int64_t count, int64_t panel, int64_t k, int64_t n, F&& use) const {
+    typename G::Line lines[NR];
+    const Operand* rows[NR];
     T scale[NR];
     for (int64_t q = 0; q < NR; q++) {
-      const int64_t c = panel * NR + q;
-      const bool here = c < count && columns.reads(first + c);
-      const int64_t id = here ? columns.class_of(first + c) : 0;
-      rows[q] = here ? w.get(id, k, n, lines[q]) : zeros;
-      scale[q] = here ? w_rnorm[id] : T(0);
+      const int64_t c = first + panel * NR + q;
+      const bool here = c < first + count && columns.reads(c);
+      const int64_t id = here ? columns.class_of(c) : 0;
+      rows[q] = here ? G::row(w, id, k, n, lines[q]) : G::no_row();
+      scale[q] = here ? G::unit(w_rnorm[id], T(1)) : T(0);
     }
-    interleave<NR>(rows, scale, n, out);
+    use(static_cast<const Operand* const*>(rows), scale);
   }
 
-  // [NR][NR]: the columns of one panel, panel f of the features.
-  void pack_by_feature(int64_t first, int64_t count, int64_t f, int64_t panel, T* out) const {
-    T line[NR];
-    const int64_t width = std::min<int64_t>(NR, p.d - f * NR);
-    for (int64_t c = panel * NR; c < (panel + 1) * NR; c++, out += NR) {
-      const bool here = c < count && columns.reads(first + c);
-      const int64_t id = here ? columns.class_of(first + c) : 0;
-      scaled(here ? w.get(id, f * NR, width, line) : zeros, here ? w_rnorm[id] : T(0), width, out);
-    }
-  }
-
-  // beta times the unit features of a tile as U for `Gemm::logits` and as [d panel][padded rows][NR], each
-  // unless null. Rows past the end and samples that are left out are zero. Of a symmetric problem, where rows
-  // and columns add to one gradient, the panels are without beta as the prototypes' are, and hold what they
-  // hold.
-  void pack_features(int64_t tile, T* packed, T* by_feature) const {
-    T lines[MR][DEPTH];  // of 16-bit numbers
-    const int64_t n = this->rows(tile), padded = padded_rows(tile), row0 = first_row(tile);
-    for (int64_t i = 0; i < padded; i += MR)
+  // beta times the unit features of a tile as U for `G::logits` and by feature as U for `G::times_features`,
+  // each unless null. Rows past the end and samples that are left out are zero. Of a symmetric problem, where
+  // rows and columns add to one gradient, the latter is without beta as the prototypes are, and holds what
+  // they hold.
+  void pack_features(int64_t tile, Operand* packed, Operand* by_feature) const {
+    constexpr int64_t GROUP = G::GROUP;
+    typename G::Line lines[GROUP];
+    const int64_t n = rows(tile), padded = padded_rows(tile), row0 = first_row(tile);
+    for (int64_t i = 0; i < padded; i += GROUP)
       for (int64_t k = 0; k < p.d; k += DEPTH) {
         const int64_t depth = std::min<int64_t>(DEPTH, p.d - k);
-        const T* rows[MR];
-        T scale[MR];
-        for (int64_t r = 0; r < MR; r++) {
+        const Operand* group[GROUP];
+        T scale[GROUP], of_gradient[GROUP];
+        for (int64_t r = 0; r < GROUP; r++) {
           const int64_t j = row0 + i + r;
           const bool here = i + r < n && (p.symmetric ? columns.reads(j) : valid(j));
-          rows[r] = here ? z.get(j, k, depth, lines[r]) : zeros;
-          scale[r] = here ? z_rnorm[j] * beta : T(0);
+          group[r] = here ? G::row(z, j, k, depth, lines[r]) : G::no_row();
+          scale[r] = here ? G::unit(z_rnorm[j], beta) : T(0);
+          of_gradient[r] = here && p.symmetric ? G::unit(z_rnorm[j], T(1)) : scale[r];
         }
-        if (packed) interleave<MR>(rows, scale, depth, packed + k * padded + i * depth);
-        if (!by_feature) continue;
-        for (int64_t r = 0; r < MR; r++) {
-          const T factor = p.symmetric && scale[r] != T(0) ? z_rnorm[row0 + i + r] : scale[r];
-          for (int64_t x = 0; x < depth; x += NR)
-            scaled(rows[r] + x, factor, depth - x, by_feature + ((k + x) * padded / NR + i + r) * NR);
-        }
+        if (packed)
+          G::pack_rows(group, scale, std::min(GROUP, padded - i), depth,
+                       packed + k * padded + i * G::inner(depth));
+        if (by_feature) G::pack_rows_by_feature(group, of_gradient, i, padded, k, depth, by_feature);
       }
   }
 
-  // out[x][N] = scale_r row_r[x] for N rows of n numbers, in square blocks.
-  template <int N>
-  static void interleave(const T* const* rows, const T* scale, int64_t n, T* out) {
-    int64_t x = 0;
-    for (; x + W <= n; x += W, out += W * N)
-#pragma GCC unroll 32
-      for (int g = 0; g < N; g += W) {
-        constexpr int last = N % W ? N % W : W;
-        Vec<T> block[W];
-#pragma GCC unroll 16
-        for (int r = 0; r < W; r++) block[r] = g + r < N ? load(rows[g + r] + x) * scale[g + r] : Vec<T>{};
-        transpose<T>(block);
-#pragma GCC unroll 16
-        for (int r = 0; r < W; r++)
-          if (g + W <= N)
-            store(out + r * N + g, block[r]);
-          else
-            store_first<T, last>(out + r * N + g, block[r]);
-      }
-    for (; x < n; x++, out += N)
-      for (int r = 0; r < N; r++) out[r] = rows[r][x] * scale[r];
-  }
-
-  // out[NR] = scale row; 0 past `width` if that is less.
-  static void scaled(const T* row, T scale, int64_t width, T* out) {
-    if (width >= NR) {
-      for (int v = 0; v < NV; v++) store(out + v * W, load(row + v * W) * scale);
-      return;
-    }
-    for (int64_t x = 0; x < NR; x++) out[x] = x < width ? row[x] * scale : T(0);
-  }
-
-  // Row `r` of a matrix stored as [d panel][padded][NR].
-  void gather_row(const T* from, int64_t padded, int64_t r, T* x) const {
-    for (int64_t f = 0; f < d_panels; f++) std::copy_n(from + (f * padded + r) * NR, NR, x + f * NR);
-  }
+  // Operands of the entries of a tile and `columns` columns.
+  int64_t entries_of_tile(int64_t columns) const { return tile_m * columns * G::ENTRIES; }
 
   // Shares the product A^T U for `panels` columns out among the threads: body(first, stop, f, f_stop) for
   // panels [first, stop) of columns, whose entries stay in the L2 cache, and [f, f_stop) of features.
@@ -218,31 +193,129 @@ struct Tiles {
     scale = empty ? T(0) : shift_free ? g * std::exp(-lse) : g;
   }
 
-  // The tile of t for the columns [first, first + count), -inf where excluded; positives are picked up in
-  // `pos` unless null.
-  void logits(int64_t tile, int64_t first, int64_t count, const T* u, const T* v, T* t, T* pos) const {
+  // t of panels [begin, end) of a block of columns, whose prototypes are packed in `v`; at least the first
+  // `above` rows. At most STEP panels, which stay in the L2 cache for what comes next.
+  void products(int64_t tile, int64_t above, int64_t first, int64_t count, int64_t begin, int64_t end,
+                const Operand* u, const Operand* v, T* t) const {
+    T of_rows[TALLEST], of_columns[STEP * NR];  // what packing has left of their factors
+    for (int64_t r = 0; r < padded_rows(tile) && G::RESTS; r++)
+      of_rows[r] = r < rows(tile) ? G::rest(z_rnorm[first_row(tile) + r], beta) : T(0);
+    if (G::RESTS) rests_of_columns(first, count, begin, end, of_columns);
+    G::logits(padded_rows(tile), above, begin, end, (count + NR - 1) / NR, p.d, u, v, of_rows, of_columns, t);
+  }
+
+  void rests_of_columns(int64_t first, int64_t count, int64_t begin, int64_t end, T* out) const {
+    for (int64_t c = begin * NR; c < end * NR; c++)
+      out[c - begin * NR] = c < count ? G::rest(w_rnorm[columns.class_of(first + c)], T(1)) : T(0);
+  }
+
+  // The same with -inf where excluded; positives are picked up in `pos` unless null.
+  void logits(int64_t tile, int64_t first, int64_t count, int64_t begin, int64_t end, const Operand* u,
+              const Operand* v, T* t, T* pos) const {
+    products(tile, padded_rows(tile), first, count, begin, end, u, v, t);
     const int64_t padded = padded_rows(tile), n = rows(tile), row0 = first_row(tile);
-    const int64_t panels = (count + NR - 1) / NR;
-    G::logits(padded, padded, 0, panels, panels, p.d, u, v, t);
+    // Columns of these panels.
+    const int64_t c0 = first + begin * NR, here = std::min(count, end * NR) - begin * NR;
     auto at = [&](int64_t r, int64_t c) -> T& { return t[(c / NR) * padded * NR + r * NR + c % NR]; };
     for (int64_t r = 0; r < n; r++) {
-      const int64_t j = row0 + r, c = columns.positive[j] - first;
-      const bool here = columns.positive[j] >= 0 && c >= 0 && c < count;
-      if (pos && here) pos[j] = at(r, c);
-      if (p.exclude == kTarget && here) at(r, c) = minus_infinity<T>;
-      if (p.exclude == kSelf && j >= first && j < first + count) at(r, j - first) = minus_infinity<T>;
+      const int64_t j = row0 + r, c = columns.positive[j] - c0;
+      const bool inside = columns.positive[j] >= 0 && c >= 0 && c < here;
+      if (pos && inside) pos[j] = at(r, c);
+      if (p.exclude == kTarget && inside) at(r, c) = minus_infinity<T>;
+      if (p.exclude == kSelf && j >= c0 && j < c0 + here) at(r, j - c0) = minus_infinity<T>;
       if (p.exclude == kSameLabel)
-        for (int64_t q = 0; q < count; q++)
-          if (p.target[first + q] == p.target[j]) at(r, q) = minus_infinity<T>;
+        for (int64_t q = 0; q < here; q++)
+          if (p.target[c0 + q] == p.target[j]) at(r, q) = minus_infinity<T>;
       if (!valid(j))
-        for (int64_t q = 0; q < panels; q++)
+        for (int64_t q = 0; q < end - begin; q++)
           for (int64_t x = 0; x < NR; x++) t[q * padded * NR + r * NR + x] = minus_infinity<T>;
     }
     if (square())
-      for (int64_t q = 0; q < count; q++)
-        if (!valid(first + q))
+      for (int64_t q = 0; q < here; q++)
+        if (!valid(c0 + q))
           for (int64_t r = 0; r < n; r++) at(r, q) = minus_infinity<T>;
   }
+};
+
+// The entries A of a tile on their way to the products, one panel after another.
+template <class G>
+class EntriesOf {
+  using T = typename G::T;
+  using Operand = typename G::Operand;
+  static constexpr int64_t NR = G::NR, STEP = Tiles<G>::STEP;
+
+ public:
+  // `a` has room for `columns` columns of a whole tile.
+  EntriesOf(const Tiles<G>& s, int64_t tile, int64_t columns, Operand* a)
+      : s_(s),
+        tile_(tile),
+        rows_(s.padded_rows(tile)),
+        a_(a),
+        by_columns_(G::by_columns(a, s.tile_m * columns)) {
+    if constexpr (G::RESTS)
+      for (int64_t r = 0; r < rows_; r++)
+        rests_[r] = r < s.rows(tile)
+                        ? G::rest(s.z_rnorm[s.first_row(tile) + r], s.p.symmetric ? T(1) : s.beta)
+                        : T(0);
+  }
+
+  // Numbers that `logits` needs.
+  int64_t room() const { return G::RESTS ? STEP * rows_ * NR : 0; }
+
+  // Where t of panel q can be made, with those of a step, of which it is number `i` modulo STEP; and where
+  // its entries are written.
+  T* logits(int64_t q, int64_t i, T* room) const {
+    return G::panel_of_entries(a_, q * rows_ * NR, room + i % STEP * rows_ * NR);
+  }
+  T* panel(int64_t q) { return G::panel_of_entries(a_, q * rows_ * NR, panel_); }
+
+  // Panel q of the columns [first, first + count) is complete.
+  void put(int64_t q, int64_t first, int64_t count) {
+    if constexpr (G::RESTS) {
+      T of_columns[NR];
+      s_.rests_of_columns(first, count, q, q + 1, of_columns);
+      const int64_t at = q * rows_ * NR;
+      G::put_entries(panel_, rows_, rests_, of_columns, a_ + at, by_columns_ + at);
+    }
+  }
+
+ private:
+  const Tiles<G>& s_;
+  int64_t tile_, rows_;
+  Operand *a_, *by_columns_;
+  alignas(64) T panel_[G::RESTS ? TALLEST * NR : 1];
+  T rests_[G::RESTS ? TALLEST : 1];
+};
+
+// What flows back to the positives of a tile's rows, in the order of their columns.
+template <class G>
+class PositivesOf {
+  using T = typename G::T;
+  static constexpr int64_t NR = G::NR;
+
+ public:
+  // Those in the columns [first, first + count); `gradient` per sample, or null.
+  PositivesOf(const Tiles<G>& s, int64_t tile, int64_t first, int64_t count, const T* gradient)
+      : gradient_(gradient ? gradient + s.first_row(tile) : nullptr) {
+    for (int64_t r = 0; r < s.rows(tile) && gradient; r++) {
+      const int64_t c = s.columns.positive[s.first_row(tile) + r] - first;
+      if (c >= 0 && c < count && s.valid(s.first_row(tile) + r)) found_[size_++] = {c, r};
+    }
+    if (count > NR) std::sort(found_, found_ + size_);
+  }
+
+  // Adds those of panel q, after those of the panels before.
+  void add(int64_t q, T* a) {
+    for (; next_ < size_ && found_[next_].first < (q + 1) * NR; next_++) {
+      const auto [c, r] = found_[next_];
+      a[r * NR + c - q * NR] += gradient_[r];
+    }
+  }
+
+ private:
+  const T* gradient_;
+  std::pair<int64_t, int64_t> found_[TALLEST];  // column and row
+  int64_t size_ = 0, next_ = 0;
 };
 
 }  // namespace nckernels

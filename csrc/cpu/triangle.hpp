@@ -7,12 +7,14 @@
 #include "tiles.hpp"
 
 namespace nckernels {
-template <class T, int NV>
-struct Triangle : Tiles<T, NV> {
-  using Base = Tiles<T, NV>;
-  using G = Gemm<T, NV>;
+template <class G>
+struct Triangle : Tiles<G> {
+  using Base = Tiles<G>;
+  using T = typename G::T;
+  using Operand = typename G::Operand;
   using Label = typename Simd<T>::Int;
-  static constexpr int W = Base::W, NR = Base::NR;
+  static constexpr int NV = G::NV, W = G::W, NR = G::NR;
+  static constexpr int64_t MR = G::MR;
   using Base::columns, Base::p, Base::tile_m, Base::tiles, Base::block_k, Base::d_pad, Base::all_panels;
   using Base::first_row, Base::padded_rows, Base::rows, Base::valid;
 
@@ -39,18 +41,22 @@ struct Triangle : Tiles<T, NV> {
     sort_positives();
   }
 
-  // As in Tiles, half of the workspace is for what is kept, a quarter for a block of columns, a quarter for
-  // row tiles; a group has one tile per thread. One thread plans for two, and gets the same bits.
+  // As in Tiles, a quarter of the workspace is for row tiles, and what is not kept of the rest for a block of
+  // columns; a group has one tile per thread. One thread plans for two, and gets the same bits.
   void plan() {
     const int64_t threads = std::max(p.threads, 2);
-    const int64_t quarter = std::max<int64_t>(p.workspace / static_cast<int64_t>(sizeof(T)) / 4, 1);
+    const int64_t quarter = std::max<int64_t>(p.workspace / 4, 1);
+    const int64_t for_block = std::max(quarter, p.workspace - quarter - this->kept_bytes());
     const int64_t columns_padded = std::max<int64_t>(all_panels * NR, NR);
     // Wider blocks gain nothing, and their entries would take the room of rows.
-    const int64_t most = std::max<int64_t>(std::min<int64_t>(quarter / (3 * d_pad), 1536) / NR * NR, NR);
+    const int64_t fit = std::min<int64_t>(for_block / Base::bytes_of_column(p.d), 1536);
+    const int64_t most = std::max<int64_t>(fit / NR * NR, NR);
     const int64_t blocks = (columns_padded + most - 1) / most;
     block_k = round_up((columns_padded + blocks - 1) / blocks, NR);
     this->group = threads;
-    const int64_t per_row = threads * (3 * d_pad + block_k);
+    const int64_t per_row =
+        threads * (d_pad * (2 * sizeof(Operand) + sizeof(T)) + block_k * G::ENTRIES * sizeof(Operand) +
+                   (G::RESTS ? Base::STEP * NR * sizeof(T) : 0));
     const int64_t even = round_up((p.m + 4 * threads - 1) / (4 * threads), MR);
     tile_m = std::clamp<int64_t>(std::min(quarter / per_row, even), MR, TALLEST) / MR * MR;
     tiles = (p.m + tile_m - 1) / tile_m;
@@ -112,16 +118,19 @@ struct Triangle : Tiles<T, NV> {
     }
   }
 
-  // Panels [begin, end) of a tile's t, -inf where excluded, from the block of `panels` panels in v that
-  // begins with number `first`; positives are picked up in `pos` unless null.
-  void logits(int64_t tile, int64_t begin, int64_t end, int64_t first, int64_t panels, const T* u, const T* v,
-              T* t, T* pos) const {
-    const int64_t padded = padded_rows(tile);
+  // Panels [begin, end) of a tile's t, -inf where excluded, from the block of columns [first, first + count)
+  // that is packed in v; positives are picked up in `pos` unless null.
+  void logits(int64_t tile, int64_t begin, int64_t end, int64_t first, int64_t count, const Operand* u,
+              const Operand* v, T* t, T* pos) const {
+    const int64_t padded = padded_rows(tile), first_panel = first / NR;
+    auto make = [&](int64_t from, int64_t to, int64_t above) {
+      this->products(tile, above, first, count, from - first_panel, to - first_panel, u, v,
+                     t + (from - begin) * padded * NR);
+    };
     int64_t q = begin;
     for (; q < end && rows_above(tile, q) < rows(tile); q++)  // panels that the diagonal crosses
-      G::logits(padded, rows_above(tile, q), q - first, q + 1 - first, panels, p.d, u, v,
-                t + (q - begin) * padded * NR);
-    G::logits(padded, padded, q - first, end - first, panels, p.d, u, v, t + (q - begin) * padded * NR);
+      make(q, q + 1, rows_above(tile, q));
+    make(q, end, padded);
     if (pos) each_positive(tile, begin, end, t, [&](int64_t j, T value) { pos[j] = value; });
     for (q = begin; q < end; q++) mask(tile, q, t + (q - begin) * padded * NR);
   }

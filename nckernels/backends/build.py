@@ -75,19 +75,26 @@ _CPU_FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
     *("-fno-math-errno", "-ffp-contract=fast", "-Wall", "-Wextra"),
 )
+_AVX512 = ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mprefer-vector-width=512")
 _INSTRUCTIONS = {
-    "avx512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
+    "amx": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    "avx512_bf16": (*_AVX512, "-mavx512bf16"),
+    "avx512": _AVX512,
     "avx2": ("-mavx2", "-mfma"),
     "default": (),
 }
 
 CPU = {
     name: Library(
-        f"cpu_{name}", "cpu", ("float32.cpp", "float64.cpp", "library.cpp"), (*_CPU_FLAGS, *flags), ("-fopenmp",)
+        f"cpu_{name}",
+        "cpu",
+        ("bfloat16.cpp", "float32.cpp", "float64.cpp", "library.cpp"),
+        (*_CPU_FLAGS, *flags),
+        ("-fopenmp",),
     )
     for name, flags in _INSTRUCTIONS.items()
 }
-"""The kernels for CPUs, per instruction set."""
+"""The kernels for CPUs per instruction set, the widest first: a CPU that has one has those after it."""
 
 
 CUDA_ARCHITECTURES = ("80", "90a")
@@ -115,7 +122,7 @@ CUDA = Library(
 def cpu_libraries() -> list[Library]:
     """Those that make sense on this kind of machine."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return [CPU["avx512"], CPU["avx2"], CPU["default"]] if x86 else [CPU["default"]]
+    return list(CPU.values()) if x86 else [CPU["default"]]
 
 
 def find(library: Library) -> Path | None:

@@ -52,31 +52,62 @@ _STEP = struct.Struct("@5P d q")
 _SIZES = (_PROBLEM.size << 32) | (_GRADIENTS.size << 16) | _STEP.size
 
 
-def library() -> build.Library:
-    """The library for this CPU: torch's own choice of instructions, which ATEN_CPU_CAPABILITY can lower."""
-    return build.CPU.get(torch.backends.cpu.get_cpu_capability().lower(), build.CPU["default"])
+_CHOICE = "NCKERNELS_CPU_INSTRUCTIONS"
+
+
+def libraries() -> list[build.Library]:
+    """The libraries whose instructions this CPU has, the best first.
+
+    Torch's choice of instructions, which $ATEN_CPU_CAPABILITY can lower, decides, and the matrix units that go with
+    it. $NCKERNELS_CPU_INSTRUCTIONS names the best one wanted, for example ``avx512`` to do without matrix units.
+
+    Raises:
+        ValueError: if $NCKERNELS_CPU_INSTRUCTIONS is the name of no library for this CPU.
+    """
+    best = torch.backends.cpu.get_cpu_capability().lower()
+    if best == "avx512" and torch.cpu._is_avx512_bf16_supported():
+        best = "amx" if torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx() else "avx512_bf16"
+    names = list(build.CPU)
+    names = names[names.index(best) :] if best in names else ["default"]
+    wanted = os.environ.get(_CHOICE) or names[0]
+    if wanted not in names:
+        raise ValueError(f"{_CHOICE} must be one of {', '.join(names)} on this CPU, got {wanted!r}")
+    return [build.CPU[name] for name in names[names.index(wanted) :]]
+
+
+def library() -> build.Library | None:
+    """The library that runs, compiled first if need be; None if there is none."""
+    loaded = _load()
+    return None if isinstance(loaded, str) else loaded[1]
 
 
 @functools.cache
-def _load() -> ctypes.CDLL | str:
-    """The library, compiled first if need be; or why there is none."""
+def _load() -> tuple[ctypes.CDLL, build.Library] | str:
+    """The best library that the compiler here knows how to make; or why there is none."""
     if not SUPPORTED:
         return f"is built on Linux only, not on {sys.platform}"
+    reason = ""
     try:
-        path = build.find_or_build(library())
-        loaded = ctypes.CDLL(str(path))
-    except (build.BuildError, OSError) as error:
+        for library in libraries():
+            try:
+                path = build.find_or_build(library)
+                loaded = ctypes.CDLL(str(path))
+            except (build.BuildError, OSError) as error:
+                reason = reason or str(error)
+                continue
+            loaded.nckernels_sizes.restype = loaded.nckernels_peak_scratch.restype = ctypes.c_int64
+            if loaded.nckernels_sizes() != _SIZES:
+                return f"{path} is of another version of the package"
+            return loaded, library
+    except ValueError as error:
         return str(error)
-    loaded.nckernels_sizes.restype = loaded.nckernels_peak_scratch.restype = ctypes.c_int64
-    if loaded.nckernels_sizes() != _SIZES:
-        return f"{path} is of another version of the package"
-    return loaded
+    return reason
 
 
 def _library() -> ctypes.CDLL:
     loaded = _load()
-    assert isinstance(loaded, ctypes.CDLL), loaded
-    return loaded
+    assert not isinstance(loaded, str), loaded
+    return loaded[0]
 
 
 @constant
@@ -90,8 +121,15 @@ def peak_scratch() -> int:
     return 0 if _missing() else int(_library().nckernels_peak_scratch())
 
 
+def bfloat16_products() -> str:
+    """How the library that runs multiplies bfloat16 features."""
+    names = {"amx": "by the tiles of AMX", "avx512_bf16": "by vdpbf16ps (AVX512-BF16)"}
+    loaded = library()
+    return names.get("" if loaded is None else loaded.name.removeprefix("cpu_"), "in float32")
+
+
 class NativeBackend(Backend):
-    """C++ kernels for the CPU; 16-bit features are computed with in float32."""
+    """C++ kernels for the CPU; 16-bit features are computed with in float32 unless the CPU multiplies bfloat16."""
 
     name = "native"
     checks_values = True

@@ -1,0 +1,158 @@
+// Pairs of bfloat16 numbers in the lanes of a float vector: how they are made, rounded and multiplied.
+#pragma once
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+#include "gemm.hpp"
+
+namespace nckernels {
+inline uint32_t to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+typedef uint32_t Bits __attribute__((vector_size(NCK_VECTOR_BYTES)));
+typedef uint16_t Halves __attribute__((vector_size(NCK_VECTOR_BYTES / 2)));
+
+NCK_INLINE Bits bits_of(Vec<float> x) {
+  Bits bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+NCK_INLINE Vec<float> floats_of(Bits bits) {
+  Vec<float> x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+NCK_INLINE float* as_floats(uint16_t* p) { return reinterpret_cast<float*>(p); }
+
+// The lower and the upper number of each pair.
+NCK_INLINE Vec<float> lower(Bits pairs) { return floats_of(pairs << 16); }
+NCK_INLINE Vec<float> upper(Bits pairs) { return floats_of(pairs & 0xffff0000u); }
+
+// Pairs of numbers that bfloat16 holds.
+NCK_INLINE Vec<float> paired(Vec<float> low, Vec<float> high) {
+  return floats_of((bits_of(low) >> 16) | (bits_of(high) & 0xffff0000u));
+}
+
+// Numbers [x, x + 2 W) of a row of n as pairs, times a power of two; zeros beyond its end, and of no row.
+NCK_INLINE Vec<float> pairs_of_row(const uint16_t* row, int64_t x, int64_t n, float scale) {
+  Bits some{};
+  if (!row || x >= n) return floats_of(some);
+  if (n - x >= int64_t(sizeof some / 2))
+    std::memcpy(&some, row + x, sizeof some);
+  else
+    std::memcpy(&some, row + x, (n - x) * sizeof *row);
+  return paired(lower(some) * scale, upper(some) * scale);
+}
+
+// Numbers [x, x + W) of a row of n, times a power of two.
+NCK_INLINE Vec<float> numbers_of_row(const uint16_t* row, int64_t x, int64_t n, float scale) {
+  Halves some{};
+  if (!row || x >= n) return Vec<float>{};
+  if (n - x >= int64_t(sizeof some / 2))
+    std::memcpy(&some, row + x, sizeof some);
+  else
+    std::memcpy(&some, row + x, (n - x) * sizeof *row);
+  return lower(__builtin_convertvector(some, Bits)) * scale;
+}
+
+// The same of two rows, as pairs of both.
+NCK_INLINE Vec<float> pair_of_rows(const uint16_t* const* rows, const float* scale, int64_t x, int64_t n) {
+  return paired(numbers_of_row(rows[0], x, n, scale[0]), numbers_of_row(rows[1], x, n, scale[1]));
+}
+
+// To the nearest bfloat16, ties to even, in the upper half of each lane. NaN stays NaN.
+NCK_INLINE Bits rounded(Vec<float> x) {
+  const Bits bits = bits_of(x), up = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return x == x ? up : bits | 0x00400000u;
+}
+
+#if defined(__AVX512BF16__)
+NCK_INLINE void store_rounded(Vec<float> x, uint16_t* to) {
+  const __m256bh y = _mm512_cvtneps_pbh(x);
+  std::memcpy(to, &y, sizeof y);
+}
+#else
+NCK_INLINE void store_rounded(Vec<float> x, uint16_t* to) {
+  const Halves y = __builtin_convertvector(rounded(x) >> 16, Halves);
+  std::memcpy(to, &y, sizeof y);
+}
+#endif
+
+NCK_INLINE Vec<float> rounded_pairs(Vec<float> low, Vec<float> high) {
+  return floats_of((rounded(low) >> 16) | (rounded(high) & 0xffff0000u));
+}
+
+// What a product is multiplied by once it is complete: factors of its rows, null for none, and of its
+// columns.
+struct Factors {
+  const float *of_rows = nullptr, *of_columns = nullptr;
+};
+
+// A sum in registers goes to C[R][NV vectors], or is added to it.
+template <int R, int NV, bool ACCUMULATE>
+NCK_INLINE void put_scaled(const Vec<float> (&acc)[R][NV], float* c, long c_stride, const Factors& factors) {
+  if (!factors.of_rows) return put<float, R, NV, ACCUMULATE>(acc, c, c_stride);
+#pragma GCC unroll 2
+  for (int v = 0; v < NV; v++) {
+    const Vec<float> of_column = load(factors.of_columns + v * lanes<float>);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      float* to = c + r * c_stride + v * lanes<float>;
+      store(to, (ACCUMULATE ? load(to) + acc[r][v] : acc[r][v]) * (of_column * factors.of_rows[r]));
+    }
+  }
+}
+
+// Pairs by instructions on vectors: vdpbf16ps (AVX512-BF16) where there is one, else what it computes, but
+// for the order of additions.
+struct VectorPairs {
+  static constexpr int MR = 12, PR = 8, INNER = 2;
+  struct Session {};  // what a thread prepares for some products
+
+  static NCK_INLINE Vec<float> add(Vec<float> c, uint32_t a, Vec<float> b) {
+#if defined(__AVX512BF16__)
+    return _mm512_dpbf16_ps(c, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)b);
+#else
+    const Bits pairs = bits_of(b);
+    return c + from_bits(a << 16) * lower(pairs) + from_bits(a & 0xffff0000u) * upper(pairs);
+#endif
+  }
+
+  // C[R][NV vectors] (+)= sum over blocks p < count and pairs k < depth of
+  //     A[p * a_block + r * a_stride + 2k, + 1] * B[(p * depth + k)][NR][2],
+  // and then times the factors.
+  template <int R, int NV, bool ACCUMULATE>
+  static NCK_INLINE void multiply(long count, long depth, const uint16_t* a, long a_stride, long a_block,
+                                  const uint16_t* b, float* c, long c_stride, const Factors& factors = {}) {
+    constexpr int W = lanes<float>;
+    Vec<float> acc[R][NV];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; v++) acc[r][v] = Vec<float>{};
+    const float* pairs = reinterpret_cast<const float*>(b);
+    for (long p = 0; p < count; p++, a += a_block)
+      for (long k = 0; k < depth; k++, pairs += NV * W) {
+        Vec<float> y[NV];
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; v++) y[v] = load(pairs + v * W);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) {
+          uint32_t x;
+          std::memcpy(&x, a + r * a_stride + 2 * k, sizeof x);
+#pragma GCC unroll 2
+          for (int v = 0; v < NV; v++) acc[r][v] = add(acc[r][v], x, y[v]);
+        }
+      }
+    put_scaled<R, NV, ACCUMULATE>(acc, c, c_stride, factors);
+  }
+};
+
+}  // namespace nckernels
