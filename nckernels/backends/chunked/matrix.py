@@ -58,6 +58,8 @@ class Matrix:
         self.shifted = beta > SHIFT_FREE_LIMIT
         self.unit = 1.0 if self.shifted else _LOG2_E
         """What a natural logit of one is here."""
+        if pairs is not None and min(self.width, self.tile_of_rows) < rows.size:
+            pairs.sort()
         if pairs is not None and self.half:
             pairs.compute_logits(self.unit * beta, self.vectors)
 
@@ -146,22 +148,24 @@ class Matrix:
 
     def finish_rows(self, part: slice, block: Tensor) -> Tensor:
         """The gradient of the rows of a block; returns the sum over their entries of dL/dt t."""
+        rows = self.rows
+        assert rows.grad is not None
         if self.cols.at_hand:
-            grad = torch.mm(block, self.cols.x)
+            out = rows.grad[part] if rows.ids is None else block.new_empty(block.shape[0], rows.dim)
+            grad = torch.mm(block, self.cols.x, out=out)
         else:
-            grad = self.rows.rnorm.new_zeros(block.shape[0], self.rows.dim)
+            grad = rows.rnorm.new_zeros(block.shape[0], rows.dim)
             self.add_to_rows(grad, block)
-        return self.rows.finish_and_store(grad, part, self.vectors)
+        return rows.finish_and_store(grad, part, self.vectors)
 
     def finish_columns(self, block: Tensor | None) -> Tensor:
         """The gradient of the columns, of the only block or after the last one; returns the sum of dL/dt t."""
         energy = self.rows.rnorm.new_zeros(())
+        assert self.cols.grad is not None
         for some in self.cols.parts(self.tile_of_columns):
-            if block is None:
-                assert self.cols.grad is not None
-                grad = self.cols.grad[some]
-            else:
-                grad = torch.mm(block[:, some].T, self.rows.operands(slice(0, self.rows.size)))
+            grad = self.cols.grad[some]
+            if block is not None:
+                torch.mm(block[:, some].T, self.rows.operands(slice(0, self.rows.size)), out=grad)
             energy += self.cols.finish_and_store(grad, some, self.vectors)
         return energy
 

@@ -11,18 +11,22 @@ from .sides import Side
 
 
 class Pairs:
-    """Entries of the matrix: positives in the order of their rows, and each one's share in the loss."""
+    """Entries of the matrix that are positives, and each one's share in the loss."""
 
     def __init__(self, row: Tensor, col: Tensor, share: Tensor, rows: Side, cols: Side) -> None:
-        self.in_order = row.shape[0] == rows.size and row.shape[0] == col.shape[0] and _is_range(row)
-        if not self.in_order:
-            row, order = row.sort(stable=True)
-            col, share = col[order], share[order]
         self.row, self.col, self.share, self.rows, self.cols = row, col, share, rows, cols
-        self.place = row * cols.size + col
+        self.in_order = False
+        """Whether the i-th pair is in row i."""
         self.logit = torch.empty_like(share)
         """Of each pair; known when ``exact`` or the matrix has been seen."""
         self.exact = False
+
+    def sort(self) -> None:
+        """By rows, of which some can be asked for then."""
+        self.in_order = self.row.shape[0] == self.rows.size and _is_range(self.row)
+        if not self.in_order:
+            self.row, order = self.row.sort(stable=True)
+            self.col, self.share = self.col[order], self.share[order]
 
     def compute_logits(self, factor: float, at_once: int) -> None:
         """The logits in the dtype of the shares, ``at_once`` pairs at a time."""
@@ -47,7 +51,7 @@ class Pairs:
             here = slice(0, self.row.shape[0])
         else:
             here = slice(*torch.searchsorted(self.row, torch.tensor([rows.start, rows.stop])).tolist())
-        return here, self.place[here] - rows.start * self.cols.size
+        return here, (self.row[here] - rows.start) * self.cols.size + self.col[here]
 
 
 class SameLabel:

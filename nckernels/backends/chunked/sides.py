@@ -115,7 +115,10 @@ class Side:
         for tile in parts(some, at_once):
             part = grad[tile.start - some.start : tile.stop - some.start].to(self.acc)
             energy += self.finish(part, tile)
-            self.grad[tile if self.ids is None else self.ids[tile]] = part.to(self.grad.dtype)
+            if self.ids is not None:
+                self.grad[self.ids[tile]] = part.to(self.grad.dtype)
+            elif part.data_ptr() != self.grad[tile].data_ptr():
+                self.grad[tile].copy_(part)
         return energy
 
     def parts(self, size: int) -> Iterator[slice]:
