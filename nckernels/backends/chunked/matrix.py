@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..base import Exclude, Spec
 from .positives import Pairs
-from .sides import Side
+from .sides import Side, total
 from .sums import PlainLSE, StreamingLSE
 from .tiles import SHIFT_FREE_LIMIT
 from .weights import over_sum
@@ -160,19 +160,19 @@ class Matrix:
 
     def finish_columns(self, block: Tensor | None) -> Tensor:
         """The gradient of the columns, of the only block or after the last one; returns the sum of dL/dt t."""
-        energy = self.rows.rnorm.new_zeros(())
+        energies = []
         assert self.cols.grad is not None
         for some in self.cols.parts(self.tile_of_columns):
             grad = self.cols.grad[some]
             if block is not None:
                 torch.mm(block[:, some].T, self.rows.operands(slice(0, self.rows.size)), out=grad)
-            energy += self.cols.finish_and_store(grad, some, self.vectors)
-        return energy
+            energies.append(self.cols.finish_and_store(grad, some, self.vectors))
+        return total(energies)
 
 
 def one_way(matrix: Matrix, part: slice, block: Tensor, weight: Tensor) -> Tensor:
     """Products of a part to weights of the logits, of rows that have a weight each. Returns the loss but for pairs."""
-    loss = weight.new_zeros(())
+    losses = []
     for tile, stored, t in matrix.tiles(part, block):
         matrix.to_logits(tile, t)
         top: Tensor | float = 0.0
@@ -183,13 +183,13 @@ def one_way(matrix: Matrix, part: slice, block: Tensor, weight: Tensor) -> Tenso
         sums = matrix.exp_(t).sum(1)
         empty = sums == 0.0
         of_row = weight[tile]
-        loss += of_row.dot((sums.log() + top).masked_fill_(empty, 0.0))
+        losses.append(of_row.dot((sums.log() + top).masked_fill_(empty, 0.0)))
         by_sum = (of_row / sums).masked_fill_(empty, 0.0).mul_(matrix.beta)
         if matrix.rows.scale is not None:
             by_sum *= matrix.rows.scale[tile]
         t.mul_(by_sum[:, None])
         matrix.store(tile, t, stored)
-    return loss
+    return total(losses) if losses else weight.new_zeros(())
 
 
 def both_ways(matrix: Matrix, block: Tensor, by_row: Tensor, by_col: Tensor | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -111,15 +111,15 @@ class Side:
     def finish_and_store(self, grad: Tensor, some: slice, at_once: int) -> Tensor:
         """:meth:`finish` gradients of some of the vectors, ``at_once`` of them, and put them where they belong."""
         assert self.grad is not None
-        energy = self.rnorm.new_zeros(())
+        energies = []
         for tile in parts(some, at_once):
             part = grad[tile.start - some.start : tile.stop - some.start].to(self.acc)
-            energy += self.finish(part, tile)
+            energies.append(self.finish(part, tile))
             if self.ids is not None:
                 self.grad[self.ids[tile]] = part.to(self.grad.dtype)
             elif part.data_ptr() != self.grad[tile].data_ptr():
                 self.grad[tile].copy_(part)
-        return energy
+        return total(energies)
 
     def parts(self, size: int) -> Iterator[slice]:
         """Equal parts of at most ``size``; an empty one if there is nothing."""
@@ -131,3 +131,8 @@ def parts(whole: slice, size: int) -> Iterator[slice]:
     start, n = whole.start, whole.stop - whole.start
     count = max(-(-n // max(size, 1)), 1)
     return (slice(start + n * i // count, start + n * (i + 1) // count) for i in range(count))
+
+
+def total(numbers: Sequence[Tensor]) -> Tensor:
+    """The sum of 0-dimensional tensors, of which there is one in small problems, where each call counts."""
+    return numbers[0] if len(numbers) == 1 else torch.stack(tuple(numbers)).sum()

@@ -256,10 +256,9 @@ class Tiles:
 
 def rnorm_of(x: Tensor, acc: torch.dtype, valid: Tensor | None = None) -> Tensor:
     """1 / max(|x|, eps) of each row; 1 where ``valid`` is False."""
-    if x.dtype in products.HALF and x.device.type == "cpu":  # which would convert the whole matrix first
-        norm = torch.cat(
-            [torch.linalg.vector_norm(rows, dim=1, dtype=acc) for rows in x.split(max(_ROWS // x.shape[1], 1))]
-        )
+    if x.dtype in products.HALF and x.device.type == "cpu" and x.numel() > _ROWS:  # whose copy would be a large one
+        rows = x.split(max(_ROWS // x.shape[1], 1))
+        norm = torch.cat([torch.linalg.vector_norm(some, dim=1, dtype=acc) for some in rows])
     else:
         norm = torch.linalg.vector_norm(x, dim=1, dtype=acc)
     rnorm = norm.clamp_min_(norm_eps(x.dtype)).reciprocal_()
