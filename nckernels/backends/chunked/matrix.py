@@ -121,7 +121,7 @@ class Matrix:
             here, at = self.pairs.within(tile)
             by_pair = self.pairs.share[here] * -self.beta
             if self.rows.scale is not None:
-                by_pair *= self.rows.scale[self.pairs.row[here]]
+                by_pair *= self.rows.scale.index_select(0, self.pairs.row[here])
             weights.view(-1).index_add_(0, at, by_pair)
         if self.cols.scale is not None:
             weights.mul_(self.cols.scale)

@@ -17,6 +17,7 @@ class Pairs:
         self.row, self.col, self.share, self.rows, self.cols = row, col, share, rows, cols
         self.in_order = False
         """Whether the i-th pair is in row i."""
+        self.place: Tensor | None = None
         self.logit = torch.empty_like(share)
         """Of each pair; known when ``exact`` or the matrix has been seen."""
         self.exact = False
@@ -51,7 +52,10 @@ class Pairs:
             here = slice(0, self.row.shape[0])
         else:
             here = slice(*torch.searchsorted(self.row, torch.tensor([rows.start, rows.stop])).tolist())
-        return here, (self.row[here] - rows.start) * self.cols.size + self.col[here]
+        if self.place is None:
+            self.place = self.row * self.cols.size + self.col
+        place = self.place[here]
+        return here, place if rows.start == 0 else place - rows.start * self.cols.size
 
 
 class SameLabel:

@@ -32,7 +32,7 @@ class Side:
     ) -> None:
         self.x, self.acc, self.wanted, self.valid, self.ids, self.half = x, rnorm.dtype, wanted, valid, ids, half
         self.grad: Tensor | None = None
-        self.rnorm = rnorm if ids is None else rnorm[ids]
+        self.rnorm = rnorm if ids is None else rnorm.index_select(0, ids)
         self.size, self.dim = self.rnorm.shape[0], x.shape[1]
         self.power: Tensor | None = None
         self.scale: Tensor | None = self.rnorm if half else None
@@ -65,7 +65,7 @@ class Side:
             if known.start <= some.start and some.stop <= known.stop:
                 return rows[some.start - known.start : some.stop - known.start]
         self._last = None  # free the old copy before the new one is made
-        rows = self.x[some if self.ids is None else self.ids[some]]
+        rows = self.x[some] if self.ids is None else self.x.index_select(0, self.ids[some])
         if self.at_hand:
             return rows
         factor = self.power if self.half else self.rnorm

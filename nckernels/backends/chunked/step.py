@@ -74,7 +74,7 @@ def _with_classes(
     sample = torch.arange(target.shape[0], device=target.device)
     if samples.valid is not None:
         sample = samples.valid.nonzero().squeeze(1)
-        target, share = target[sample], share[sample]
+        target, share = target.index_select(0, sample), share.index_select(0, sample)
     present = None
     if spec.direction == "class":
         present, target = _present(target, w.shape[0])
@@ -110,7 +110,7 @@ def _present(label: Tensor, classes: int) -> tuple[Tensor | None, Tensor]:
     there = torch.zeros(classes, dtype=torch.bool, device=label.device).index_fill_(0, label, True)
     if bool(there.all()):
         return None, label
-    return there.nonzero().squeeze(1), (there.cumsum(0) - 1)[label]
+    return there.nonzero().squeeze(1), (there.cumsum(0) - 1).index_select(0, label)
 
 
 def _with_itself(
