@@ -232,40 +232,30 @@ def test_fork_after_use() -> None:
     assert result.returncode == 0, result.stderr
 
 
-MODELS = {
-    "": "",
-    "vectors of AVX-512 in halves": "-O1 -DNCK_VECTOR_BYTES=64",
-    "pairs of bfloat16": "-O1 -DNCK_BFLOAT16",
-    "tiles of AMX": "-O1 -DNCK_AMX -DNCK_VECTOR_BYTES=64 -Wno-psabi",
-}
-"""What the compiler makes for any CPU in place of instructions that this one may lack."""
+# What the compiler makes for any CPU in place of instructions that this one may lack.
+PAIRS = "-O1 -DNCK_BFLOAT16"
+TILES = "-O1 -DNCK_AMX -DNCK_VECTOR_BYTES=64 -Wno-psabi"
 
 
 @pytest.mark.parametrize(
     ("instructions", "model"),
     [
-        ("default", ""),
-        pytest.param("avx2", "", marks=pytest.mark.slow),
-        pytest.param("avx512", "", marks=pytest.mark.slow),
-        ("default", "vectors of AVX-512 in halves"),
-        ("default", "pairs of bfloat16"),
-        ("default", "tiles of AMX"),
+        pytest.param("default", PAIRS, id="default, and a model of pairs"),
+        pytest.param("default", TILES, id="vectors of AVX-512 in halves, and a model of AMX"),
+        *(pytest.param(name, "", id=name, marks=pytest.mark.slow) for name in ("default", "avx2", "avx512")),
     ],
 )
 def test_instruction_sets(instructions: str, model: str) -> None:
     """Every library that this CPU can run gives the oracle's results, and so do models of instructions it lacks."""
     if build.CPU[instructions] not in native.libraries():
         pytest.skip(f"this CPU has no {instructions}")
-    dtypes = (
-        "torch.bfloat16," if "bfloat16" in model or "AMX" in model else "torch.float64, torch.float32, torch.bfloat16"
-    )
     code = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 import oracle, torch, nckernels
 from nckernels.backends import native
 assert native.library().name == "cpu_{instructions}", native.library().name
 nckernels.set_backend("native")
-for dtype in ({dtypes}):
+for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
     for direction in oracle.DIRECTIONS:
         for exclude in oracle.EXCLUDES:
             for beta in (10.0, 100.0):
@@ -284,7 +274,7 @@ for dtype in ({dtypes}):
     case = oracle.make_problem(301, 290, 531, direction="both", exclude="target", beta=10.0, bias=True)
     oracle.check(case, dtype)  # more than one block along d
 """
-    result = run_python(code, NCKERNELS_CPU_INSTRUCTIONS=instructions, NCKERNELS_CXXFLAGS=MODELS[model])
+    result = run_python(code, NCKERNELS_CPU_INSTRUCTIONS=instructions, NCKERNELS_CXXFLAGS=model)
     assert result.returncode == 0, result.stderr[-3000:]
 
 
