@@ -21,9 +21,9 @@ PYTEST := $(PY) -m pytest -q
 # Tests run in two processes of one thread each: quicker, and no threads that wait for each other.
 PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadgroup
 
-CXX_FILES := $(wildcard csrc/*/*.[ch]* tests/cuda_host/*.h tests/cuda_host/*.cpp benchmarks/*.cpp)
+CXX_FILES := $(wildcard csrc/*/*.[ch]* tests/cuda_host/*.h tests/cuda_host/*.cpp tests/aarch64/*.cpp benchmarks/*.cpp)
 
-.PHONY: help setup demo test test-all test-gpu test-vision sanitize lint check-cuda check-triton check-triton-quick check-quack bench bench-report experiments clean
+.PHONY: help setup demo test test-all test-gpu test-vision sanitize lint check-cuda check-triton check-triton-quick check-quack check-aarch64 bench bench-report experiments clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -37,7 +37,7 @@ test: lint check-cuda check-triton-quick ## lint, types, offline compilation of 
 	$(PARALLEL) tests --ignore tests/interpreter -m "not slow and not cuda"
 	TRITON_INTERPRET=1 $(PARALLEL) tests/interpreter -m "not slow and not cuda"
 
-test-all: lint check-cuda check-triton check-quack ## everything, the slow tests too
+test-all: lint check-cuda check-triton check-quack check-aarch64 ## everything, the slow tests too
 	$(PARALLEL) tests --ignore tests/interpreter -m "not cuda"
 	TRITON_INTERPRET=1 $(PARALLEL) tests/interpreter -m "not cuda"
 
@@ -75,6 +75,9 @@ check-triton-quick: $(READY) $(TRITON36)/.ready ## the same for one specialisati
 
 check-quack: $(READY) ## compile quack's product with our epilogues for sm_90a, sm_100a and sm_120a, where quack is there
 	$(PY) tools/check_quack.py
+
+check-aarch64: $(READY) ## the CPU kernels against float64 loops, here and on aarch64 under emulation, two minutes
+	$(PY) tools/check_aarch64.py
 
 bench: $(READY) ## forward + backward of every loss on this machine, half a minute (pytest-benchmark)
 	@mkdir -p out

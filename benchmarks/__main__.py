@@ -3,6 +3,7 @@
 python -m benchmarks                                     quick suite on this machine
 python -m benchmarks --suite full --budget 900 --out DIR JSON report and pictures
 python -m benchmarks --device cuda --dtype bfloat16 --budget 480
+python -m benchmarks --suite sweep                       every loss and option at random sizes, against naive eager
 python -m benchmarks compare OLD.json NEW.json           exits with 1 on a regression beyond noise
 python -m benchmarks readme                              README's tables from the committed reports
 python -m benchmarks tune --device cuda                  tile tables of the Triton kernels for this GPU
@@ -47,6 +48,7 @@ from . import (
     scaling,
     small_batches,
     solvers,
+    sweep,
     tune,
 )
 from .experiments import cli as experiments
@@ -89,6 +91,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
+    if args.suite == "sweep":
+        return _sweep(args, device, words)
     dtype = DTYPES[args.dtype]
     harness.build(device, dtype)
     begin = time.perf_counter()
@@ -140,6 +144,23 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if broken else 0
 
 
+def _sweep(args: argparse.Namespace, device: torch.device, words: list[str]) -> int:
+    """One report for each dtype."""
+    if device.type != "cpu":
+        raise SystemExit(f"--suite sweep measures CPUs, got --device {args.device}")
+    command = " ".join(["python -m benchmarks", *words])
+    broken = []
+    for name in args.dtypes:
+        harness.build(device, DTYPES[name])
+        result = sweep.run(DTYPES[name], name, command, args.budget / len(args.dtypes), args.seed, tuple(args.loss))
+        print(report.heading(result), sweep.table(result), *result.notes, sep="\n", flush=True)
+        if args.out is not None:
+            result.save(args.out / f"sweep-cpu-{name}.json")
+        broken += [f"{name}: {m.problem}: {r.absent}" for m in result.measured for r in m.results if r.broken]
+    print(*broken, sep="\n")
+    return 1 if broken else 0
+
+
 def lost(device: torch.device) -> bool:
     """Whether the device does not work any more in this process."""
     if device.type != "cuda":
@@ -183,19 +204,18 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--suite",
-        choices=("quick", "full", "memory", "launch", "campaign", "e2e"),
+        choices=("quick", "full", "memory", "launch", "campaign", "e2e", "sweep"),
         default="quick",
         help="which problems: quick",
     )
     add("--size", type=_size, nargs="+", metavar="M,K,d", help="these problems instead")
-    add("--loss", nargs="+", choices=problems.LOSSES, default=list(problems.LOSSES), help="all")
+    add("--loss", nargs="+", choices=sweep.LOSSES, help="all of the suite")
     add("--device", default="cpu", help="cpu, cuda or cuda:N: cpu")
-    add("--dtype", choices=tuple(DTYPES), default="float32", help="float32")
+    add("--dtype", choices=tuple(DTYPES), help="float32; of the sweep float32 and bfloat16")
     add(
         "--budget",
         type=float,
-        default=120.0,
-        help="seconds in all, checks and torch.compile included: 120",
+        help="seconds in all, checks and torch.compile included: 120; of the sweep 300",
     )
     add("--threads", type=int, default=0, help="CPU threads: torch's default")
     add("--skip", nargs="+", default=[], metavar="WORD", help="leave out variants whose name has the word")
@@ -204,7 +224,17 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--brief", action="store_true", help="no pictures, and do not print what is absent; the report has it")
     add("--resume", action="store_true", help="go on with the report in --out")
     add("--out", type=Path, help="folder for the JSON report and the pictures")
-    return parser.parse_args(argv)
+    add("--seed", type=int, default=0, help="of the sweep's problems: 0")
+    args = parser.parse_args(argv)
+    in_sweep = args.suite == "sweep"
+    args.dtypes = [args.dtype] if args.dtype else ["float32", "bfloat16"] if in_sweep else ["float32"]
+    args.dtype = args.dtypes[0]
+    args.loss = args.loss or list(sweep.LOSSES if in_sweep else problems.LOSSES)
+    if args.budget is None:
+        args.budget = 300.0 if in_sweep else 120.0
+    if not in_sweep and (others := set(args.loss) - set(problems.LOSSES)):
+        parser.error(f"--loss {' '.join(sorted(others))}: in --suite sweep only")
+    return args
 
 
 if __name__ == "__main__":

@@ -508,7 +508,7 @@ def count(
             enter(replaced(TritonBackend, "can_step", lambda *_: False))
         enter(nckernels.use_workspace(workspace))
         enter(_Operators(tally, leaves[0]))
-        loss = our_loss(problem.loss)(*leaves, target)
+        loss = our_loss(problem)(*leaves, target)
         torch.autograd.grad(loss, leaves)
     return tally
 

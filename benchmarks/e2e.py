@@ -21,9 +21,10 @@ from nckernels.train.recipe import Model
 
 from .harness import Measured, Result, Session, exact, failure, fill, relative_error, runner
 from .measure import Step
-from .problems import Problem
-from .rivals import naive, pairwise
-from .variants import TEMPERATURE, memory_room
+from .naive import FORMS
+from .problems import TEMPERATURE, Problem
+from .rivals import pairwise
+from .variants import memory_room
 
 KINDS = CLASSIFIER, SUPCON = "classifier step", "SupCon step"
 CROSS_ENTROPY = "cross-entropy"
@@ -33,7 +34,7 @@ _Loss = Callable[..., Tensor]
 _LOSSES: dict[str, dict[str, tuple[str, str, _Loss | None]]] = {
     CLASSIFIER: {
         CROSS_ENTROPY: ("linear head and F.cross_entropy", "", None),
-        "naive NONL": ("M x K logits", "nonl", lambda z, w, y: naive("nonl", z, w, y)),
+        "naive NONL": ("M x K logits", "nonl", lambda z, w, y: FORMS["nonl"](z, w, y, temperature=TEMPERATURE)),
         "M x M NTCE": ("[NCD] Eq. 4 as printed", "ntce", lambda z, w, y: pairwise("ntce", z, w, y)),
         "nckernels NTCE": (
             "this package", "ntce", lambda z, w, y: nckernels.ntce_loss(z, w, y, temperature=TEMPERATURE)
@@ -43,7 +44,7 @@ _LOSSES: dict[str, dict[str, tuple[str, str, _Loss | None]]] = {
         ),
     },
     SUPCON: {
-        NAIVE_SUPCON: ("N x N logits", "supcon", lambda z, y: naive("supcon", z, y)),
+        NAIVE_SUPCON: ("N x N logits", "supcon", lambda z, y: FORMS["supcon"](z, y, temperature=TEMPERATURE)),
         "nckernels SupCon": (
             "this package", "supcon", lambda z, y: nckernels.supcon_loss(z, y, temperature=TEMPERATURE)
         ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import os
 import statistics
 import sys
@@ -61,13 +62,20 @@ def clock(step: Step, device: torch.device, repeats: int = 1) -> float:
 
 
 def interleave(
-    steps: dict[str, Step], device: torch.device, seconds: float, progress: Progress, always: tuple[str, ...] = ()
+    steps: dict[str, Step],
+    device: torch.device,
+    seconds: float,
+    progress: Progress,
+    always: tuple[str, ...] = (),
+    sample: float = 0.0,
+    most: int | None = None,
 ) -> list[dict[str, float]]:
-    """Rounds in which every step is timed once, for about ``seconds``; three rounds at least.
+    """Rounds in which every step is timed once, for about ``seconds`` or ``most`` rounds; three rounds at least.
 
     A step so slow that three rounds of it would not fit its share is timed in the first round only, unless it is in
     ``always``. Every round begins with another step, so that none always follows the same one. On CUDA a short step
-    is repeated within a sample, as a training loop would do it: the host may run ahead.
+    is repeated within a sample, as a training loop would do it: the host may run ahead. On a CPU so that a sample
+    takes as many seconds as ``sample`` says.
     """
     if not steps:
         return []
@@ -83,9 +91,12 @@ def interleave(
         if len(rounds) == 1:
             if device.type == "cuda":
                 repeats = {n: max(1, min(20, int(2e-3 / t))) for n, t in rounds[0].items()}
+            else:
+                repeats = {n: max(1, math.ceil(sample / t)) for n, t in rounds[0].items()}
             names = [n for n in names if n in always or rounds[0][n] <= share] or names
         progress(f"round {len(rounds)}")
-        if len(rounds) >= MIN_ROUNDS and time.perf_counter() - begin >= seconds:
+        spent = time.perf_counter() - begin >= seconds or (most is not None and len(rounds) >= most)
+        if len(rounds) >= MIN_ROUNDS and spent:
             return rounds
 
 

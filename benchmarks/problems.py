@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from nckernels.backends.base import accumulation_dtype
+
 PROTOTYPE_LOSSES = ("nonl", "ntce", "normface")
 SAMPLE_LOSSES = ("supcon", "simclr", "clip")
 LOSSES = (*PROTOTYPE_LOSSES, *SAMPLE_LOSSES)
+TEMPERATURE = 0.1
+Options = tuple[tuple[str, float | str | bool], ...]
 
 
 @dataclass(frozen=True)
@@ -37,18 +44,21 @@ class Problem:
     """One loss on M samples with d features; labels uniform at random among K classes.
 
     ``nonl``, ``ntce``, ``normface``: K prototypes. ``supcon``: no prototypes, K labels. ``simclr``: K = M / 2
-    images, two views each. ``clip``: M pairs, K = M.
+    images, two views each. ``clip``: M pairs, K = M. ``info_nce``: M queries, K keys of which the first are theirs.
     """
 
     loss: str
     m: int
     k: int
     d: int
+    options: Options = ()
+    """Of the loss, by name; and ``weight``: classes have weights; ``ignored``: a part of the samples is left out;
+    ``learnable``: the temperature requires grad; ``frozen``: the keys, as those in a queue, do not."""
 
     @property
     def with_itself(self) -> bool:
-        """Whether features are compared with themselves."""
-        return self.loss in ("supcon", "simclr")
+        """Whether features are compared with themselves, or with their own means."""
+        return self.loss in ("supcon", "simclr", "uniformity", "prototype")
 
     @property
     def columns(self) -> int:
@@ -61,16 +71,38 @@ class Problem:
         return float(self.m * self.columns * self.d) ** 0.25
 
     def tensors(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> tuple[list[Tensor], Tensor]:
-        """What requires grad: features and, unless compared with themselves, prototypes or keys; and targets."""
+        """Features and, unless compared with themselves, prototypes or keys, and a learnable temperature: what
+        requires grad, but for frozen keys. And targets."""
         generator = torch.Generator(device).manual_seed(seed)
         target = torch.randint(self.k, (self.m,), generator=generator, device=device)
-        if self.loss == "clip":
+        options = dict(self.options)
+        if self.loss in ("clip", "info_nce"):
             target = torch.arange(self.m, device=device)
         elif self.loss == "simclr":
             target = torch.arange(self.m // 2, device=device).repeat(2)
         rows = [self.m] if self.with_itself else [self.m, self.k]
         leaves = [torch.randn(n, self.d, generator=generator, device=device, dtype=dtype) for n in rows]
-        return [x.requires_grad_() for x in leaves], target
+        if "ignored" in options:
+            left_out = torch.rand(self.m, generator=generator, device=device) < float(options["ignored"])
+            target = target.masked_fill(left_out, -100)
+        if "learnable" in options:
+            leaves.append(torch.tensor(TEMPERATURE, device=device, dtype=accumulation_dtype(dtype)))
+        return [x.requires_grad_(i != 1 or "frozen" not in options) for i, x in enumerate(leaves)], target
+
+    def bound(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """A loss function of this package's arguments as one of the tensors that this problem has."""
+        options: dict[str, Any] = {
+            name: value for name, value in self.options if name not in ("ignored", "learnable", "frozen", "weight")
+        }
+        if "weight" in dict(self.options):
+            options["weight"] = torch.linspace(0.5, 1.5, self.k)
+        if self.loss == "prototype":
+            options["num_classes"] = self.k
+        if "learnable" in dict(self.options):
+            return lambda *args: function(*args[:-2], args[-1], temperature=args[-2], **options)
+        if self.loss not in ("uniformity", "dot_regression"):
+            options["temperature"] = TEMPERATURE
+        return partial(function, **options)
 
     def work(self, itemsize: int, present: int) -> Work:
         """``present``: how many classes occur, which is all that NONL and NTCE touch."""
@@ -85,11 +117,14 @@ class Problem:
     def shrunk(self) -> Problem:
         """Few samples and classes, rows as long as here: what the correctness check uses where this is too much."""
         small = replace(self, m=min(self.m, 256), k=min(self.k, 96))
+        if self.loss == "info_nce":
+            return replace(small, k=small.m + min(self.k - self.m, 96))
         return replace(small, k=small.m) if self.loss == "clip" else paired(small)
 
     def __str__(self) -> str:
         classes = "" if self.loss in ("clip", "simclr") else f" K={self.k}"
-        return f"{self.loss} M={self.m}{classes} d={self.d}"
+        options = "".join(f" {name}={value}" for name, value in self.options)
+        return f"{self.loss} M={self.m}{classes} d={self.d}{options}"
 
 
 def paired(problem: Problem) -> Problem:

@@ -69,7 +69,8 @@ def _measured(data: dict[str, Any]) -> Measured:
         summaries = {key: r[key] and Summary(**r[key]) for key in ("seconds", "to_gemm", "to_baseline")}
         results.append(Result(**{**r, **summaries}))
     work = data["work"] and Work(**data["work"])
-    return Measured(Problem(**data["problem"]), work, results, data["baseline"], data["checked_on"])
+    options = tuple((name, value) for name, value in data["problem"].pop("options", ()))
+    return Measured(Problem(**data["problem"], options=options), work, results, data["baseline"], data["checked_on"])
 
 
 def start(suite: str, device: torch.device, dtype: str, command: str, ceilings: Ceilings | None) -> Report:

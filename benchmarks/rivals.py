@@ -17,40 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .problems import Problem
-from .variants import TEMPERATURE, LossFunction, Variant, matrix
+from .naive import FORMS
+from .problems import TEMPERATURE, Problem
+from .variants import LossFunction, Variant, matrix
 
 BASELINE = "naive eager"
 
 # --- what a user would write -------------------------------------------------------------------------------
-
-
-def naive(loss: str, *args: Tensor) -> Tensor:
-    """The whole matrix of logits in memory, mask, logsumexp, autograd."""
-    *rows, y = args
-    if loss == "clip":
-        logits = (F.normalize(rows[0]) @ F.normalize(rows[1]).T / TEMPERATURE).float()
-        return (F.cross_entropy(logits, y) + F.cross_entropy(logits.T, y)) / 2
-    if loss in ("supcon", "simclr"):
-        return _naive_supcon(rows[0], y)
-    logits = F.normalize(rows[0]) @ F.normalize(rows[1]).T / TEMPERATURE
-    if loss == "normface":
-        return F.cross_entropy(logits.float(), y)
-    pos = logits.gather(1, y[:, None]).squeeze(1)
-    if loss == "nonl":
-        logits = logits.scatter(1, y[:, None], -torch.inf)
-    return (torch.logsumexp(logits.float(), 0)[y] - pos).mean()
-
-
-def _naive_supcon(z: Tensor, y: Tensor) -> Tensor:
-    unit = F.normalize(z)
-    logits = (unit @ unit.T / TEMPERATURE).float()
-    itself = torch.eye(len(y), dtype=torch.bool, device=y.device)
-    positive = (y[:, None] == y) & ~itself
-    lse = torch.logsumexp(logits.masked_fill(itself, -torch.inf), 1)
-    count = positive.sum(1)
-    mean = (logits * positive).sum(1) / count.clamp_min(1)
-    return ((lse - mean) * (count > 0)).sum() / (count > 0).sum()
 
 
 def pairwise(loss: str, z: Tensor, w: Tensor, y: Tensor) -> Tensor:
@@ -62,8 +35,9 @@ def pairwise(loss: str, z: Tensor, w: Tensor, y: Tensor) -> Tensor:
     return (torch.logsumexp(logits.float(), 1) - pos).mean()
 
 
-def _naive(problem: Problem) -> LossFunction:
-    return partial(naive, problem.loss)
+def naive(problem: Problem) -> LossFunction:
+    """The form of naive.py."""
+    return problem.bound(FORMS[problem.loss])
 
 
 def _pairwise(problem: Problem) -> LossFunction:
@@ -72,7 +46,7 @@ def _pairwise(problem: Problem) -> LossFunction:
 
 def _compiled(problem: Problem) -> LossFunction:
     torch._dynamo.reset()
-    return torch.compile(partial(naive, problem.loss), dynamic=False)
+    return torch.compile(naive(problem), dynamic=False)
 
 
 def _no_pairwise(problem: Problem, *_: Any) -> str | None:
@@ -213,7 +187,7 @@ def _metric_matrix(problem: Problem) -> int:
 
 
 RIVALS = (
-    Variant(BASELINE, "the whole matrix of logits, masked, logsumexp, autograd", _naive, stored=matrix),
+    Variant(BASELINE, "the whole matrix of logits, masked, logsumexp, autograd", naive, stored=matrix),
     Variant("naive torch.compile", "the same through inductor", _compiled, stored=matrix, compiles=True),
     Variant("M x M eager", "[NCD] Eqs. 4-5 as printed, every sample's prototype", _pairwise, _no_pairwise, _pairs),
     Variant(

@@ -153,7 +153,7 @@ def _tune_one(
     problem: Problem, dtype: torch.dtype, device: torch.device, live: dict[str, Recorder], deadline: float
 ) -> str:
     leaves, target = problem.tensors(device, dtype)
-    function = our_loss(problem.loss)
+    function = our_loss(problem)
     for recorder in live.values():
         recorder.used.clear()
 

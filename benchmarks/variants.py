@@ -14,7 +14,6 @@ from nckernels.backends import registry
 
 from .problems import Problem
 
-TEMPERATURE = 0.1
 LossFunction = Callable[..., Tensor]
 """(features, prototypes or keys, target), or (features, target), to the scalar loss."""
 
@@ -65,21 +64,20 @@ def matrix(problem: Problem) -> int:
     return problem.m * problem.columns
 
 
-def our_loss(loss: str) -> LossFunction:
-    """This package's function, by the name that problems use."""
-    if loss == "simclr":  # two views of every image, given as labels
-        loss = "supcon"
-    function: LossFunction = getattr(nckernels, f"{loss}_loss")
-    if loss == "clip":
-        return lambda a, b, _: function(a, b, temperature=TEMPERATURE)
-    return lambda *args: function(*args, temperature=TEMPERATURE)
+def our_loss(problem: Problem) -> LossFunction:
+    """This package's function of the problem's tensors."""
+    # SimCLR's two views of every image are given as labels.
+    function: LossFunction = getattr(nckernels, f"{problem.loss.replace('simclr', 'supcon')}_loss")
+    if problem.loss in ("clip", "uniformity"):  # no targets
+        return problem.bound(lambda *args, **options: function(*args[:-1], **options))
+    return problem.bound(function)
 
 
 def ours(backend: str) -> Variant:
     """This package with one backend by name."""
 
     def make(problem: Problem) -> LossFunction:
-        function = our_loss(problem.loss)
+        function = our_loss(problem)
 
         def loss(*args: Tensor) -> Tensor:
             with nckernels.use_backend(backend):

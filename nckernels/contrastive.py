@@ -22,11 +22,11 @@ from ._class_sums import class_sums, groups, height, mean_positive, visible_rows
 from ._common import REDUCTIONS, Reduction, inverse, logaddexp, norms, or_zero, unit
 from ._compact import LEFT_OUT
 from .backends import registry
-from .backends.base import accumulation_dtype
+from .backends.base import Reduced, accumulation_dtype
 from .distributed import collectives, samples
 from .distributed.contrast import reduce
 from .distributed.groups import GroupLike, Ranks, agree, resolve
-from .primitive import autocast, contrast_with_itself, cosine_lse
+from .primitive import autocast, cosine_lse, step
 
 
 def supcon_loss(
@@ -98,12 +98,12 @@ def supcon_loss(
         lse, cosine, has_positive = terms
         loss = (or_zero(lse) - beta * cosine).masked_fill(~has_positive, 0.0)
         return _reduced(loss, has_positive, weight, reduction, shape, ranks)
-    in_one_step = contrast_with_itself(
-        rows, labels, beta, exclude="same_label" if decoupled else "self", ignore_index=ignore_index,
-        weight=weight, reduction=reduction,
+    whole = step(
+        rows, rows, labels, beta, Reduced(weight, reduction == "mean", 0.0), direction="instance",
+        exclude="same_label" if decoupled else "self", ignore_index=ignore_index, each=reduction == "none",
     )  # fmt: skip
-    if in_one_step is not None:
-        return in_one_step
+    if whole is not None:
+        return whole.view(shape) if reduction == "none" else whole
     ignored = labels == ignore_index
     group, classes = (labels, len(input)) if target is None else groups(labels, ignored)
     # Before the sums, so that its backward comes after theirs, which frees what they keep.
@@ -311,12 +311,9 @@ def uniformity_loss(input: Tensor, *, t: float = 2.0, process_group: GroupLike =
     _checks.positive_scalar("t", t, input)
     _checks.some_columns("input", input)
     ranks = _ranks(process_group, "uniformity_loss", input, {"t": t})
-    lse, n = samples.lse_of_others(input, 2.0 * t, ranks)  # |a - b|^2 = 2 - 2 s
+    whole, n = samples.lse_of_pairs(input, 2.0 * t, ranks)  # |a - b|^2 = 2 - 2 s
     if n < 2:
         raise ValueError(f"input must have at least two rows to have pairs, got {tuple(input.shape)}")
-    whole = torch.logsumexp(lse, 0)
-    if ranks is not None:
-        whole = collectives.logsumexp(whole, ranks)
     return whole - (math.log(n) + math.log(n - 1) + 2.0 * t)
 
 

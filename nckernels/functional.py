@@ -8,19 +8,21 @@ Every function replaces ``F.cross_entropy(head(x), y)`` by ``loss(x, head.weight
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from . import _checks
 from ._class_sums import visible_rows
-from ._common import REDUCTIONS, Reduction, inverse, logaddexp, norms, of_samples
-from ._compact import BATCH_SPARSE, Part
-from .backends.base import Direction, norm_eps
+from ._common import REDUCTIONS, Reduction, inverse, logaddexp, of_samples
+from ._compact import BATCH_SPARSE, LEFT_OUT, Part
+from ._unit_rows import dots_with_unit_rows
+from .backends.base import Direction, Reduced, accumulation_dtype, norm_eps
 from .distributed import class_parallel, groups
-from .distributed.contrast import contrast, lse_of_samples, reduce, reduce_weighted, sum_of_unit_rows
+from .distributed.contrast import contrast, lse_of_samples, part_of, reduce, reduce_weighted, sum_of_unit_rows
 from .distributed.groups import GroupLike, Ranks
-from .primitive import DIRECTIONS
+from .primitive import DIRECTIONS, autocast, step
 
 
 def nonl_loss(
@@ -98,6 +100,13 @@ def nonl_loss(
             input, prototypes, target, beta, direction=direction, exclude="target", ignore_index=ignore_index,
             weight=per_sample, reduction=reduction, part=BATCH_SPARSE if sparse else None, ranks=ranks,
         )  # fmt: skip
+    if ranks is None:
+        whole = step(
+            input, prototypes, target, beta, Reduced(per_sample, reduction == "mean", math.nan, joined=True),
+            direction="both", exclude="target", ignore_index=ignore_index, each=reduction == "none",
+        )  # fmt: skip
+        if whole is not None:
+            return whole
     lse, pos = lse_of_samples(
         input, prototypes, target, beta, direction="both", exclude="target", ignore_index=ignore_index,
         reduction=reduction, part=None, ranks=ranks,
@@ -168,8 +177,7 @@ def normface_loss(
     Args:
         input, prototypes, target, temperature, weight, sample_weight, ignore_index, reduction, process_group: as
             in :func:`nonl_loss`; a sample's loss does not depend on others, and only the mean spans the ranks.
-        label_smoothing: in [0, 1], as in :func:`torch.nn.functional.cross_entropy`. It is a term of its own,
-            in plain PyTorch, which takes up to three copies of ``input`` and of ``prototypes`` in float32.
+        label_smoothing: in [0, 1], as in :func:`torch.nn.functional.cross_entropy`.
         angular_margin: ArcFace's additive margin in radians, in [0, pi]: the target's cosine becomes
             :math:`\cos(\theta + m)`, and :math:`\cos\theta - m \sin m` where :math:`\theta + m > \pi`, so
             that it stays decreasing in :math:`\theta`.
@@ -201,39 +209,50 @@ def normface_loss(
     prototypes = class_parallel.prepared(prototypes, ranks, sparse)
     per_sample = of_samples(weight, sample_weight, target)
     part = Part(class_fraction, generator, sparse) if class_fraction < 1.0 else None
-    if not (angular_margin or cosine_margin or label_smoothing):
+    margin = bool(angular_margin or cosine_margin)
+    if not (margin or label_smoothing):
         return contrast(
             input, prototypes, target, beta, direction="instance", exclude="none", ignore_index=ignore_index,
             weight=per_sample, reduction=reduction, part=part, ranks=ranks,
         )  # fmt: skip
-    margin = bool(angular_margin or cosine_margin)
+    if part is not None and not _checks.is_dtensor(prototypes):
+        prototypes, target = part_of(prototypes, target, ignore_index, part)
+        ignore_index, part = LEFT_OUT, None
+    exclude: Literal["none", "target"] = "target" if margin else "none"
+    if ranks is None:
+        anchors, classes = (sample_weight, weight) if label_smoothing else (per_sample, None)
+        options = (classes, label_smoothing, angular_margin, cosine_margin)
+        whole = step(
+            input, prototypes, target, beta, Reduced(anchors, reduction == "mean", math.nan, *options),
+            direction="instance", exclude=exclude, ignore_index=ignore_index, each=reduction == "none",
+        )  # fmt: skip
+        if whole is not None:
+            return whole
+    ignored = target == ignore_index
+    if label_smoothing:
+        input, prototypes, mean_cosine = _mean_cosine(input, prototypes, weight, ignored, reduction, ranks)
     lse, pos = lse_of_samples(
-        input, prototypes, target, beta, direction="instance", exclude="target" if margin else "none",
-        ignore_index=ignore_index, reduction=reduction, part=part, ranks=ranks,
+        input, prototypes, target, beta, direction="instance", exclude=exclude, ignore_index=ignore_index,
+        reduction=reduction, part=part, ranks=ranks,
     )  # fmt: skip
-    cosine = pos
+    logit = pos
     if margin:
         pos = beta * _add_margins(pos / beta, angular_margin, cosine_margin)
         lse = logaddexp(lse, pos)
-    ignored = target == ignore_index
     lse = lse.masked_fill(ignored, 0.0)
     loss = (lse - pos).masked_fill(ignored, 0.0)
-    if label_smoothing == 0.0:
+    if not label_smoothing:
         return reduce(loss, ~ignored, per_sample, reduction, ranks)
 
     # (1 - eps) w_y (lse - t_y) + eps/K sum_c w_c (lse - t_c); the last sum needs a weighted mean of the unit
     # prototypes, not the logits. A margin moves its target's term as well.
-    k, dtype = prototypes.shape[0], loss.dtype
-    class_weight = torch.ones(k, dtype=dtype, device=input.device) if weight is None else weight.to(dtype)
+    dtype = loss.dtype
     share = (~ignored).to(dtype) if per_sample is None else per_sample.to(dtype).masked_fill(ignored, 0.0)
-    with torch.autocast(input.device.type, enabled=False):
-        rows = input.to(dtype).masked_fill(ignored[:, None], 0.0)
-        average = sum_of_unit_rows(prototypes, class_weight, reduction, ranks) / k
-        spread = class_weight.mean() * lse - beta * (rows @ average) / norms(rows, input.dtype)
+    spread = (lse if weight is None else weight.to(dtype).mean() * lse) - beta * mean_cosine
     if sample_weight is not None:
         spread = spread * sample_weight.to(dtype)
     if margin:
-        spread = spread - share / k * (pos - cosine)
+        spread = spread - share / prototypes.shape[0] * (pos - logit)
     smoothed = (1.0 - label_smoothing) * share * loss + label_smoothing * spread.masked_fill(ignored, 0.0)
     return reduce_weighted(smoothed, share, reduction, ranks)
 
@@ -340,6 +359,25 @@ def _checked(
     _check_samples(input, prototypes, target, weight, sample_weight, ignore_index, reduction)
     _checks.temperature(temperature, input)
     return inverse(temperature)
+
+
+def _mean_cosine(
+    input: Tensor,
+    prototypes: Tensor,
+    weight: Tensor | None,
+    ignored: Tensor,
+    reduction: Reduction,
+    ranks: Ranks | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Features and prototypes, for what else is done with them, and (M,) the sum of each sample's cosines with all
+    classes, times their weights, over K; 0 where ignored."""
+    input, prototypes = autocast(input), autocast(prototypes)
+    k, dtype = prototypes.shape[0], accumulation_dtype(input.dtype)
+    class_weight = torch.ones(k, dtype=dtype, device=input.device) if weight is None else weight.to(dtype)
+    with torch.autocast(input.device.type, enabled=False):
+        prototypes, total = sum_of_unit_rows(prototypes, class_weight, reduction, ranks)
+        input, cosine = dots_with_unit_rows(input, total / k, ignored)
+    return input, prototypes, cosine
 
 
 def _check_samples(

@@ -179,7 +179,7 @@ def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     nothing = (None,) * 14
     if all(grad is None for grad in grads[:3]):
         return nothing
-    _no_batches(*grads[:3])
+    no_batches(*grads[:3])
     needs = _needs(ctx.needs_input_grad, symmetric=ctx.options[5])
     result = torch.ops.nckernels.cosine_lse_backward(*ctx.saved_tensors, *grads[:3], *ctx.options, list(needs))
     found = (grad if need else None for grad, need in zip(result, needs, strict=True))
@@ -206,7 +206,7 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(grad is None for grad in upstream):
             return (None,) * 9
-        _no_batches(*upstream)
+        no_batches(*upstream)
         kept = ctx.saved_tensors
         inputs, saved = Inputs(*kept[:6]), Forward(*kept[6:])
         spec, backend, contrasted = ctx.call
@@ -247,7 +247,7 @@ class Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        _no_batches(upstream)
+        no_batches(upstream)
         tensors = ctx.saved_tensors
         if torch.is_grad_enabled():
             z, w, beta = _Once.apply(ctx.backend, upstream, *tensors)
@@ -256,6 +256,59 @@ class Step(torch.autograd.Function):
             in_place = not torch._C._autograd._get_current_graph_task_keep_graph()
             z, w, beta = _scaled(ctx.backend, upstream, tensors, in_place)
         return z, w, beta, None, None, None, None
+
+
+class Losses(torch.autograd.Function):
+    """The samples' losses, weighted and not reduced, by a backend that has ``losses``. Its arguments: as in Step."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, w: Tensor, beta: float | Tensor, target: Tensor, *options: Any) -> Tensor:
+        reduced, spec, backend = options
+        inputs = Inputs(z, w, target, cast(Tensor, beta), None, None)
+        chosen = registry.BACKENDS[backend]
+        with no_autocast(z):
+            if not chosen.checks_values:
+                _check_values(inputs, spec)
+            loss, saved = chosen.losses(inputs, reduced, spec, any(ctx.needs_input_grad))
+        by_tensor = isinstance(beta, Tensor)
+        ctx.save_for_backward(z, w, beta if by_tensor else None, target, reduced.weight, reduced.class_weight, *saved)
+        ctx.call = None if by_tensor else beta, reduced._replace(weight=None, class_weight=None), spec, backend
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        no_batches(upstream)
+        by_z, by_w, by_beta, *_ = ctx.needs_input_grad
+        run = _LossesOnce.apply if torch.is_grad_enabled() else _losses_backward
+        z, w, beta = run((by_z, by_w, by_beta), ctx.call, upstream, *ctx.saved_tensors)
+        return z, w, beta, None, None, None, None
+
+
+def _losses_backward(
+    wanted: tuple[bool, bool, bool], call: tuple[Any, ...], upstream: Tensor, *saved: Tensor
+) -> tuple[Tensor | None, ...]:
+    z, w, beta, target, weight, class_weight, *results = saved
+    number, reduced, spec, backend = call
+    by_z, by_w, by_beta = wanted
+    needs = Needs(by_z, by_w and not spec.symmetric, by_beta, False, False)
+    inputs = Inputs(z, w, target, number if beta is None else beta, None, None)
+    reduced = reduced._replace(weight=weight, class_weight=class_weight)
+    with no_autocast(z):
+        chosen = registry.BACKENDS[backend]
+        grads = chosen.losses_backward(inputs, Forward(*results), upstream, reduced, spec, needs)
+    return tuple(None if g is None else g.to(x.dtype) for g, x in zip(grads, (z, w, beta), strict=True))
+
+
+class _LossesOnce(torch.autograd.Function):
+    """:func:`_losses_backward`, whose own derivative is an error that says what to do."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
+        return _losses_backward(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        _no_double_backward(ctx, *grads)
 
 
 def _scaled(
@@ -311,7 +364,7 @@ def _no_transforms(tensors: Iterable[Tensor]) -> None:
         raise NotImplementedError(_ONLY_REFERENCE.format("forward-mode differentiation"))
 
 
-def _no_batches(*upstream: Tensor | None) -> None:
+def no_batches(*upstream: Tensor | None) -> None:
     """Refuse ``is_grads_batched``, which calls a backward pass with many upstream gradients in one tensor."""
     if any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in upstream):
         raise NotImplementedError(_ONLY_REFERENCE.format("a backward pass for a batch of gradients"))

@@ -162,22 +162,18 @@ def contrast(
     ``of_nothing`` is what the mean of no samples is.
 
     The gradient of a sum or mean is known, up to a factor, when the loss is; where the backend can, both are computed
-    in one step. For plain tensors the call is one node of the graph, or else two.
+    in one step. For plain tensors the call is one node of the graph, or else two. Other losses ask for their
+    :func:`step` first.
     """
     features, prototypes, target = _operands(features, prototypes, target)
     spec = Spec(direction, exclude, direction == "class", ignore_index, registry.get_workspace(features.device))
     backend = registry.resolve(features.device, features.dtype)
-    plain = backend != registry.REFERENCE and operators.plain(features, prototypes, target, inv_temperature, weight)
-    if (
-        plain
-        and reduction != "none"
-        and _trained(features, prototypes, weight)
-        and registry.can_step(backend, features, prototypes, spec)
-    ):
-        reduced = Reduced(weight, reduction == "mean", of_nothing)
-        return operators.Step.apply(features, prototypes, inv_temperature, target, reduced, spec, backend)
+    reduced = Reduced(weight, reduction == "mean", of_nothing)
+    loss = _step(features, prototypes, target, inv_temperature, reduced, spec, backend, each=reduction == "none")
+    if loss is not None:
+        return loss
     inputs = Inputs(features, prototypes, target, scalar(inv_temperature, features), None, None)
-    if plain:
+    if backend != registry.REFERENCE and operators.plain(*inputs, weight):
         loss = operators.run_contrast(inputs, spec, backend)
     else:
         class_lse, instance_lse, pos = operators.run(inputs, spec, backend)
@@ -185,41 +181,55 @@ def contrast(
     return reduce(loss, target != ignore_index, weight, reduction, of_nothing)
 
 
-def contrast_with_itself(
+def step(
     features: Tensor,
-    labels: Tensor,
+    prototypes: Tensor,
+    target: Tensor,
     inv_temperature: float | Tensor,
+    reduced: Reduced,
     *,
-    exclude: Literal["self", "same_label"],
+    direction: Direction,
+    exclude: Exclude,
     ignore_index: int,
-    weight: Tensor | None,
-    reduction: Reduction,
+    each: bool = False,
 ) -> Tensor | None:
-    """The lse of each sample over the others, minus its mean logit with those of its label, and reduced.
+    """A loss of checked arguments in one node of the graph: reduced, and then its gradient is computed with it, or (M,)
+    that of ``each`` sample. None where the backend has none, or something of the call needs the single pieces.
 
-    Samples without others of their label do not count, and the mean of nothing is 0. None where the backend has
-    no step for it.
+    One tensor in both places is compared with itself, see :meth:`nckernels.backends.base.Backend.step`.
     """
-    features, _, labels = _operands(features, features, labels)
+    symmetric = features is prototypes and exclude in ("self", "same_label")
+    features, other, target = _operands(features, prototypes, target)
+    present_only = direction == "class" and not symmetric
+    spec = Spec(direction, exclude, present_only, ignore_index, registry.get_workspace(features.device), symmetric)
     backend = registry.resolve(features.device, features.dtype)
-    spec = Spec("instance", exclude, False, ignore_index, registry.get_workspace(features.device), symmetric=True)
-    if reduction == "none" or not (
-        registry.can_step(backend, features, features, spec)
-        and operators.plain(features, labels, inv_temperature, weight)
-        and _trained(features, features, weight)
+    prototypes = features if symmetric else other
+    return _step(features, prototypes, target, inv_temperature, reduced, spec, backend, each)
+
+
+def _step(
+    features: Tensor,
+    prototypes: Tensor,
+    target: Tensor,
+    inv_temperature: float | Tensor,
+    reduced: Reduced,
+    spec: Spec,
+    backend: str,
+    each: bool,
+) -> Tensor | None:
+    weights = reduced.weight, reduced.class_weight
+    in_vain = not each and not (torch.is_grad_enabled() and (features.requires_grad or prototypes.requires_grad))
+    if (
+        in_vain
+        or (each and len(features) == 0)
+        or backend == registry.REFERENCE
+        or any(weight is not None and weight.requires_grad for weight in weights)  # which a step does not know
+        or not operators.plain(features, prototypes, target, inv_temperature, *weights)
+        or not registry.can_step(backend, features, prototypes, spec, each or reduced.has_options)
     ):
         return None
-    reduced = Reduced(weight, reduction == "mean", of_nothing=0.0)
-    return operators.Step.apply(features, features, inv_temperature, labels, reduced, spec, backend)
-
-
-def _trained(features: Tensor, prototypes: Tensor, weight: Tensor | None) -> bool:
-    """Whether gradients of a matrix are wanted, and of nothing that a step does not know."""
-    return (
-        torch.is_grad_enabled()
-        and (features.requires_grad or prototypes.requires_grad)
-        and not (weight is not None and weight.requires_grad)
-    )
+    node = operators.Losses if each else operators.Step
+    return node.apply(features, prototypes, inv_temperature, target, reduced, spec, backend)
 
 
 def _operands(features: Tensor, prototypes: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -30,6 +30,7 @@ from benchmarks import (
     report,
     rivals,
     small_batches,
+    sweep,
     tune,
     variants,
 )
@@ -144,6 +145,66 @@ def test_a_wrong_variant_is_found_and_not_timed() -> None:
     assert all(found[n].broken and found[n].seconds is None for n in ("wrong", "raises", "nan"))
     assert found[rivals.BASELINE].seconds.count >= measure.MIN_ROUNDS
     assert found[rivals.BASELINE].extra_bytes > 0
+
+
+# --- the sweep ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", sweep.LOSSES)
+def test_naive_forms_of_the_sweep_agree_in_float64(loss: str) -> None:
+    for options in sweep.OPTIONS[loss]:
+        k = {"clip": 40, "info_nce": 53 if ("frozen", True) in options else 40, "simclr": 20}.get(loss, 7)
+        problem = Problem(loss, 40, k, 9, options)
+        leaves, target = problem.tensors(CPU, torch.float64)
+        outputs = harness.runner(rivals.naive(problem), leaves, target, False)()
+        expected = harness.exact(problem, leaves, target)
+        assert len(outputs) == 1 + sum(x.requires_grad for x in leaves)
+        assert outputs[0].shape == expected[0].shape
+        assert harness.relative_error(outputs, expected) < 1e-12, problem
+
+
+def test_naive_uniformity_in_16_bits_agrees() -> None:
+    problem = Problem("uniformity", 40, 1, 9)
+    leaves, target = problem.tensors(CPU, torch.bfloat16)
+    outputs = harness.runner(rivals.naive(problem), leaves, target, False)()
+    assert harness.relative_error(outputs, harness.exact(problem, leaves, target)) < 5e-2
+
+
+def test_sweep_writes_a_report_for_each_dtype(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--suite sweep --loss dot_regression uniformity --budget 2 --seed 3 --out"
+    assert suite.main([*words.split(), str(tmp_path)]) == 0
+    drawn = sweep.problems(3, ("dot_regression", "uniformity"))
+    assert drawn == sweep.problems(3, ("dot_regression", "uniformity")) != sweep.problems(4)
+    printed = capsys.readouterr().out
+    for dtype in ("float32", "bfloat16"):
+        found = report.load(tmp_path / f"sweep-cpu-{dtype}.json")
+        assert [m.problem for m in found.measured] == drawn[: len(found.measured)]
+        assert all(m.results[0].error < harness.TOLERANCE[getattr(torch, dtype)] for m in found.measured)
+        assert f"{dtype}: {len(found.measured)} problems" in printed
+        found.save(tmp_path / "again.json")
+        assert report.load(tmp_path / "again.json") == found
+
+
+def test_sweep_counts_as_slower_what_is_so_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {p: [1.2, 1.1] if i == 0 else [1.3, 0.9] if i == 1 else [0.5] for i, p in enumerate(sweep.problems(0))}
+    count = len(values)
+
+    def measured(problem: Problem, *_: object) -> Measured:
+        ratio = measure.summary([values[problem].pop(0)])
+        return Measured(problem, None, [Result(n, seconds=ratio, to_baseline=ratio) for n in ("nckernels", "naive")])
+
+    monkeypatch.setattr(sweep, "measure", measured)
+    text = sweep.table(sweep.run(torch.float32, "float32", "", 60.0, 0, sweep.LOSSES))
+    assert f"{count} problems, 1 above 1.0, 1 above 1.05; median 0.50, worst 1.10" in text
+    assert text.splitlines()[1].startswith("      1.10")
+    assert not any(values.values())
+
+
+def test_sweep_does_not_time_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "our_loss", lambda p: lambda *a: 1.001 * rivals.naive(p)(*a))
+    found = sweep.measure(Problem("ntce", 40, 7, 9), torch.float32, 0.1)
+    assert found.results[0].broken
+    assert sweep.ratio(found) is None
 
 
 # --- the command -------------------------------------------------------------------------------------------

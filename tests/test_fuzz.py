@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -94,19 +95,27 @@ def test_many_random_problems(backend: str, part: int) -> None:
 
 
 def compare_loss(backend: str, seed: int) -> None:
-    """A reduced loss and its gradients, which a backend may compute in one step."""
+    """A loss and its gradients, which a backend may compute in one step."""
     r = random.Random(seed)
     torch.manual_seed(seed)
     m, k, d = random_sizes(r)
     if r.random() < 0.5:
         k = r.randint(1, 40)
     loss = r.choice([nckernels.nonl_loss, nckernels.ntce_loss, nckernels.normface_loss])
-    options = {"reduction": r.choice(["mean", "sum"])}
-    if loss is nckernels.nonl_loss and r.random() < 0.3:
-        options["direction"] = "instance"
+    options: dict[str, Any] = {"reduction": r.choice(["mean", "sum", "none"])}
+    if loss is nckernels.nonl_loss:
+        options["direction"] = r.choice(["class", "instance", "both"])
+    if loss is nckernels.normface_loss:
+        options["label_smoothing"] = r.choice([0.0, 0.1, 1.0])
+        margins = [(0.0, 0.0), (0.0, 0.35)]
+        if d >= 8:  # in few dimensions some cosines are near 1, where the angle loses half of the digits
+            margins += [(0.5, 0.0), (0.3, 0.2)]
+        options["angular_margin"], options["cosine_margin"] = r.choice(margins)
     target = torch.randint(r.choice([1, k]), (m,))
     target[torch.rand(m) < r.choice([0.0, 0.0, 0.2, 1.0])] = -100
-    weight = torch.rand(k).double() if r.random() < 0.5 else None
+    options["weight"] = torch.rand(k).double() if r.random() < 0.5 else None
+    options["sample_weight"] = torch.rand(m).double().round(decimals=1) if r.random() < 0.5 else None
+    upstream = torch.randn(m).double() if options["reduction"] == "none" else torch.tensor(1.5, dtype=torch.float64)
     features, prototypes = torch.randn(m, d).double(), torch.randn(k, d).double()
     temperature = torch.tensor(r.choice([0.01, 0.05, 0.1, 1.0]), dtype=torch.float64)
     wanted = r.choice([(True, True, True), (True, True, False), (True, False, True), (False, True, True)])
@@ -116,8 +125,8 @@ def compare_loss(backend: str, seed: int) -> None:
             x.clone().requires_grad_(wants)
             for x, wants in zip((features, prototypes, temperature), wanted, strict=True)
         ]
-        value = loss(*leaves[:2], target, temperature=leaves[2], weight=weight, **options)
-        return value.detach(), *torch.autograd.grad(value, [x for x in leaves if x.requires_grad])
+        value = loss(*leaves[:2], target, temperature=leaves[2], **options)
+        return value.detach(), *torch.autograd.grad(value, [x for x in leaves if x.requires_grad], upstream)
 
     with nckernels.use_backend("reference"):
         expected = result(features)
@@ -125,7 +134,8 @@ def compare_loss(backend: str, seed: int) -> None:
     workspace = round(2 ** r.uniform(14, 24))
     with num_threads(r.choice([1, 1, 2, 3])), nckernels.use_backend(backend), nckernels.use_workspace(workspace):
         found = result(features)
-    case = f"{loss.__name__} M={m} K={k} d={d} {options} wanted={wanted} workspace={workspace} {temperature=}"
+    named = {name: "given" if isinstance(value, Tensor) else value for name, value in options.items()}
+    case = f"{loss.__name__} M={m} K={k} d={d} {named} wanted={wanted} workspace={workspace} {temperature=}"
     for value, reference in zip(found, expected, strict=True):
         torch.testing.assert_close(
             value, reference, rtol=1e-10, atol=1e-10, equal_nan=True, msg=lambda m, c=case: f"{c}: {m}"

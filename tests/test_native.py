@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -18,7 +19,14 @@ from nckernels.backends import build, native, registry
 
 pytestmark = pytest.mark.skipif(native.BACKEND.missing() is not None, reason=str(native.BACKEND.missing()))
 
-LOSSES = {"nonl": nckernels.nonl_loss, "ntce": nckernels.ntce_loss, "normface": nckernels.normface_loss}
+LOSSES = {
+    "nonl": nckernels.nonl_loss,
+    "ntce": nckernels.ntce_loss,
+    "normface": nckernels.normface_loss,
+    "nonl-both": functools.partial(nckernels.nonl_loss, direction="both"),
+    "smoothing": functools.partial(nckernels.normface_loss, label_smoothing=0.1),
+    "margins": functools.partial(nckernels.normface_loss, angular_margin=0.3, cosine_margin=0.1, label_smoothing=0.05),
+}
 MIB = 2**20
 
 
@@ -350,8 +358,7 @@ def exact_step(x: Tensor, w: Tensor, y: Tensor, loss: str, **options: object) ->
 
 
 @pytest.mark.usefixtures("_restore_threads")
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "threads"), [(torch.float64, 1), (torch.float32, 2), (torch.bfloat16, 1)])
 @pytest.mark.parametrize("shape", [(1500, 400, 40), (700, 900, 24), (601, 630, 300)])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_matrix_cut_into_parts(loss: str, shape: tuple[int, int, int], dtype: torch.dtype, threads: int) -> None:
@@ -442,6 +449,41 @@ def test_a_step_in_both_directions_is_the_mean_of_the_pairs(n: int, workspace: i
                 assert (x - y).norm() <= 1e-13 * max(1.0, y.norm())
 
 
+@pytest.mark.parametrize("loss", [*LOSSES, "nonl-instance"])
+@pytest.mark.parametrize("k", [10, 300])
+def test_every_option_is_one_node_of_the_graph(k: int, loss: str) -> None:
+    """Nothing but the native step, or the samples' losses, between the inputs and the value."""
+    x, w, y = problem(64, k, 8)
+    function = LOSSES.get(loss, functools.partial(nckernels.nonl_loss, direction="instance"))
+    weights = {"weight": torch.rand(k), "sample_weight": torch.rand(64)}
+    for reduction, node in (("mean", "StepBackward"), ("sum", "StepBackward"), ("none", "LossesBackward")):
+        for options in ({}, weights):
+            value = function(x, w, y, reduction=reduction, temperature=torch.tensor(0.1), **options)
+            assert type(value.grad_fn).__name__ == node
+            assert [type(after).__name__ for after, _ in value.grad_fn.next_functions if after is not None] == [
+                "AccumulateGrad"
+            ] * 2
+    trained = torch.rand(64, requires_grad=True)
+    assert type(function(x, w, y, sample_weight=trained).grad_fn).__name__ != "StepBackward"
+
+
+@pytest.mark.parametrize("workspace", [64 * 1024, 32 * MIB])
+@pytest.mark.parametrize("shape", [(2, 1, 5), (64, 1, 33), (300, 1, 24)])
+def test_a_uniformity_step(shape: tuple[int, int, int], workspace: int) -> None:
+    for dtype, bound in ((torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
+        x, _, _ = problem(*shape, dtype)
+        for t in (2.0, 40.0):
+            wide = x.detach().double().requires_grad_()
+            with nckernels.use_backend("reference"):
+                expected = nckernels.uniformity_loss(wide, t=t)
+            with nckernels.use_workspace(workspace):
+                value = nckernels.uniformity_loss(x, t=t)
+            assert "StepBackward" in str(value.grad_fn.next_functions)
+            (got,), (truth,) = torch.autograd.grad(value, x), torch.autograd.grad(expected, wide)
+            assert abs(value.double() - expected) <= bound * max(4 * t, 1)
+            assert (got.double() - truth).norm() <= bound * max(t, 1) * truth.norm()
+
+
 def test_a_step_on_the_cpu_under_another_default_device() -> None:
     x, w, y = problem(64, 10, 8)
     plain, self_plain = step(x, w, y), torch.autograd.grad(nckernels.supcon_loss(x, y), x)
@@ -486,7 +528,7 @@ def test_a_step_frees_its_gradients() -> None:
 
 
 @pytest.mark.usefixtures("_restore_threads")
-@pytest.mark.parametrize("threads", [1, 2, 8])
+@pytest.mark.parametrize("threads", [1, 8])
 @pytest.mark.parametrize("workspace", [MIB, 8 * MIB])
 @pytest.mark.parametrize("in_one_step", [True, False])
 @pytest.mark.parametrize("loss", LOSSES)

@@ -169,7 +169,7 @@ def launched(problem: Problem, *, compiled: bool) -> list[str]:
         mock.patch.object(launch, "launch", listening),
         mock.patch.object(launch.TritonKernels, "matmul"),
     ):
-        torch.autograd.grad(our_loss(problem.loss)(*leaves, target), leaves)
+        torch.autograd.grad(our_loss(problem)(*leaves, target), leaves)
     return names
 
 

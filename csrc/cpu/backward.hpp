@@ -6,6 +6,7 @@
 // accumulator for all threads, no atomics, and a result that does not depend on who was quicker.
 #pragma once
 
+#include "smoothing.hpp"
 #include "tiles.hpp"
 
 namespace nckernels {
@@ -22,12 +23,14 @@ class BackwardPass {
   static constexpr int NV = G::NV, NR = G::NR, W = G::W;
 
  public:
-  BackwardPass(const Problem& p, const Columns& columns, const Gradients& g, Turn of_z = {}, Turn of_w = {})
+  BackwardPass(const Problem& p, const Columns& columns, const Gradients& g, Turn of_z = {}, Turn of_w = {},
+               RankOne<T> beside = {})
       : p_(p),
         columns_(columns),
         g_(g),
         of_z_(of_z),
         of_w_(of_w),
+        beside_(beside),
         s_(p, columns),
         need_rows_(g.z || (g.beta && !g.w)),
         class_scale_(s_.all_panels * NR, T(0)),
@@ -246,6 +249,7 @@ class BackwardPass {
       G::gather_row(product, padded, r, d_pad, x);
       if (block.first || !of_z_.first)
         for (int64_t i = 0; i < d; i++) x[i] += out[i];
+      if (block.is_last && of_z_.last) beside_.add_to_row(j, d, x);
       if (!s_.valid(j))
         std::fill(out, out + d, T(0));
       else if (!block.is_last || !of_z_.last)
@@ -282,11 +286,13 @@ class BackwardPass {
       G::gather_column(room.grad_v, padded, c, s_.d_pad, x);
       if (!of_w_.first)
         for (int64_t i = 0; i < d; i++) x[i] += out[i];
-      if (of_w_.last)
-        room.class_energy[block.first / NR + panel] +=
-            through_norm(p_, x, s_.w.get(id, row_line), s_.w_rnorm[id], T(1), out);
-      else
+      if (!of_w_.last) {
         std::copy_n(x, d, out);
+        continue;
+      }
+      beside_.add_to_column(id, d, x);
+      room.class_energy[block.first / NR + panel] +=
+          through_norm(p_, x, s_.w.get(id, row_line), s_.w_rnorm[id], T(1), out);
     }
   }
 
@@ -294,6 +300,7 @@ class BackwardPass {
   const Columns& columns_;
   const Gradients& g_;
   Turn of_z_, of_w_;
+  RankOne<T> beside_;
   Tl s_;
   bool need_rows_;
   std::vector<T> class_scale_, class_shift_, row_scale_, row_shift_;

@@ -8,7 +8,7 @@
 
 #include "gemm.hpp"
 #include "norms.hpp"
-#include "reduction.hpp"
+#include "smoothing.hpp"
 #include "tiles.hpp"
 
 namespace nckernels {
@@ -35,7 +35,7 @@ class FewClasses {
       : p_(p),
         columns_(columns),
         step_(step),
-        reduction_(step),
+        reduction_(p, step),
         z_(p.z, p.z_stride, p.d, p.half),
         w_(p.w, p.w_stride, p.d, p.half),
         count_(columns.count),
@@ -55,6 +55,7 @@ class FewClasses {
         sums_(p.by_class ? chunks_ * width_ : p.m),
         grad_v_(step.w ? chunks_ * width_ * d_pad_ : 0),
         zeros_(p.d),
+        smoothing_(p_, step, reduction_, chunks_),
         scale_(width_, T(0)),
         inside_(width_, T(0)) {
     p_.w_rnorm = w_rnorm_;
@@ -68,25 +69,30 @@ class FewClasses {
       Room room(*this);
       T* const column_sums = p_.by_class ? sums_ + chunk * width_ : nullptr;
       if (column_sums) std::fill_n(column_sums, width_, T(0));
-      for_tiles(chunk, [&](int64_t tile) { exponentials(tile, room, column_sums); });
+      for_tiles(chunk, [&](int64_t tile) { exponentials(tile, chunk, room, column_sums); });
     });
     share_out();
-    std::vector<double> energy(chunks_, 0.0);
+    std::vector<Totals> of_chunks(chunks_);
     parallel(p_.threads, chunks_, [&](int64_t chunk) {
       Room room(*this);
       T* const grad_v = step_.w ? grad_v_ + chunk * width_ * d_pad_ : nullptr;
       if (grad_v) std::fill_n(grad_v, width_ * d_pad_, T(0));
       for_tiles(chunk, [&](int64_t tile) {
-        entries(tile);
+        entries(tile, of_chunks[chunk]);
         const T* const* rows = find_rows(tile, room);
-        if (step_.z) add_rows(tile, rows, room.product, energy[chunk]);
+        if (step_.z) add_rows(tile, rows, room.product, of_chunks[chunk].energy);
         if (grad_v) add_columns(tile, rows, grad_v);
       });
     });
-    double total = 0;
-    for (double e : energy) total += e;
-    if (step_.w) total = finish_columns();
-    if (step_.beta) *step_.beta = total;
+    double energy = 0, by_beta = 0;
+    for (const Totals& t : of_chunks) {
+      energy += t.energy;
+      by_beta += t.by_beta;
+      loss_ += t.loss;
+    }
+    if (step_.w) energy = finish_columns();
+    if (step_.beta) *step_.beta = energy + by_beta;
+    *static_cast<T*>(step_.loss) = static_cast<T>(reduction_.result(loss_));
   }
 
  private:
@@ -95,6 +101,12 @@ class FewClasses {
     const T* rows[TALL];
     Buffer<T> lines, product;
     explicit Room(const FewClasses& s) : lines(s.tall_ * s.z_.line()), product(MR * s.d_pad_) {}
+  };
+
+  // What a chunk of samples adds to sums over all: of dL/dbeta through the logits, and beside them; of the
+  // loss.
+  struct Totals {
+    double energy = 0, by_beta = 0, loss = 0;
   };
 
   static int64_t half_of(const Problem& p) { return p.workspace / 2 / static_cast<int64_t>(sizeof(T)); }
@@ -122,6 +134,7 @@ class FewClasses {
   // Unit prototypes for the logits and, where dL/dU is wanted, for it.
   void pack_prototypes() {
     inverse_norms<T>(p_, w_, count_, w_rnorm_, [&](int64_t c) { return columns_.class_of(c); });
+    if (smoothing_) smoothing_.average_prototypes();
     const Tiles<G> tiles(p_, columns_);
     T* by_feature = step_.z ? v_rows_.data() : nullptr;
     for (int64_t q = 0; q < panels_; q++) tiles.pack_prototypes(0, count_, q, v_, by_feature);
@@ -135,13 +148,14 @@ class FewClasses {
     return room.rows;
   }
 
-  void exponentials(int64_t tile, Room& room, T* column_sums) {
+  void exponentials(int64_t tile, int64_t chunk, Room& room, T* column_sums) {
     const int64_t n = rows_of(tile), row0 = tile * tall_;
     T *e = tile_of(tile), factor[TALL];
     const T* const* rows = find_rows(tile, room);
     for (int64_t r = 0; r < n; r++) {
       z_rnorm_[row0 + r] = inverse_norm(p_, rows[r]);
       factor[r] = T(p_.beta) * z_rnorm_[row0 + r];
+      if (smoothing_ && valid(row0 + r)) smoothing_.add_row(chunk, row0 + r, rows[r], z_rnorm_[row0 + r]);
     }
     for (int64_t q = 0; q < panels_; q++)
       for (int64_t i = 0; i < n; i += MR)
@@ -185,9 +199,9 @@ class FewClasses {
     }
   }
 
-  // The loss, and the factors of A: scale_c e or scale_j e, and each sample's share at its positive.
+  // The scale of the loss and, where sums run over samples, the factors of A = scale_c e and what the sums
+  // are in the loss.
   void share_out() {
-    double loss = 0;
     std::vector<double> of_class(count_, 0.0);
     for (int64_t j = 0; j < p_.m; j++) {
       if (!valid(j)) continue;
@@ -195,40 +209,43 @@ class FewClasses {
       of_class[columns_.positive[j]] += reduction_.weight(j);
     }
     per_weight_ = reduction_.scale();
+    if (smoothing_) loss_ += smoothing_.finish(columns_, per_weight_);
+    beside_ = smoothing_.gradient();
     for (int64_t c = 0; c < count_ && p_.by_class; c++) {
       for (int64_t chunk = 1; chunk < chunks_; chunk++) sums_[c] += sums_[chunk * width_ + c];
       if (sums_[c] == 0) continue;  // nothing to sum over
-      loss += of_class[c] * double(std::log(sums_[c]));
+      loss_ += of_class[c] * double(std::log(sums_[c]));
       scale_[c] = static_cast<T>(of_class[c] * per_weight_) / sums_[c];
     }
-    for (int64_t j = 0; j < p_.m; j++) {
-      if (!valid(j)) continue;
-      const bool empty = p_.by_class || sums_[j] == 0;
-      loss += reduction_.weight(j) * ((empty ? 0.0 : double(std::log(sums_[j]))) - double(pos_[j]));
-    }
-    *static_cast<T*>(step_.loss) = static_cast<T>(reduction_.result(loss));
   }
 
-  T share(int64_t j) const { return static_cast<T>(reduction_.weight(j) * per_weight_); }
+  // The loss of sample j but for its class's sum, and the factors of A = scale_j e and of its positive.
+  void flow_back(int64_t j, T& row, T& positive, Totals& totals) {
+    row = positive = T(0);
+    if (!valid(j)) return;
+    const T sum = p_.by_instance ? sums_[j] : T(0);
+    const auto sample = reduction_.sample(j, sum == 0 ? minus_infinity<T> : std::log(sum), pos_[j]);
+    if (sum != 0) row = static_cast<T>(sample.by_lse * per_weight_) / sum;
+    positive = static_cast<T>(sample.by_pos * per_weight_);
+    totals.loss += sample.loss;
+    totals.by_beta += sample.by_beta * per_weight_;
+  }
 
-  void entries(int64_t tile) {
+  void entries(int64_t tile, Totals& totals) {
     const int64_t n = rows_of(tile), row0 = tile * tall_;
-    T* a = tile_of(tile);
+    T *a = tile_of(tile), row[TALL], positive[TALL];
+    for (int64_t r = 0; r < n; r++) flow_back(row0 + r, row[r], positive[r], totals);
     for (int64_t q = 0; q < panels_; q++)
       for (int64_t r = 0; r < round_up(n, MR); r++) {
-        T row = r < n ? T(1) : T(0);
-        if (p_.by_instance && r < n) {
-          const T total = sums_[row0 + r];
-          row = total == 0 ? T(0) : share(row0 + r) / total;
-        }
+        const T scale = r < n ? row[r] : T(0);
         for (int v = 0; v < NV; v++) {
           T* to = a + (q * tall_ + r) * NR + v * W;
           const Vec<T> e = r < n ? load(to) : Vec<T>{};
-          store(to, p_.by_class ? e * load(scale_.data() + q * NR + v * W) : e * row);
+          store(to, p_.by_class ? e * load(scale_.data() + q * NR + v * W) : e * scale);
         }
       }
     for (int64_t r = 0; r < n; r++)
-      if (valid(row0 + r)) at(a, r, columns_.positive[row0 + r]) -= share(row0 + r);
+      if (valid(row0 + r)) at(a, r, columns_.positive[row0 + r]) += positive[r];
   }
 
   // dL/dU of a tile, A V, and through the normalisation.
@@ -242,11 +259,13 @@ class FewClasses {
                                        v_rows_ + f * width_ * NR, product + f * NR, d_pad_);
       for (int64_t r = i; r < std::min<int64_t>(n, i + MR); r++) {
         const int64_t j = row0 + r;
-        T* out = static_cast<T*>(step_.z) + j * p_.d;
-        if (valid(j))
-          energy += through_norm(p_, product + (r - i) * d_pad_, rows[r], z_rnorm_[j], T(p_.beta), out);
-        else
+        T *out = static_cast<T*>(step_.z) + j * p_.d, *x = product + (r - i) * d_pad_;
+        if (!valid(j)) {
           std::fill_n(out, p_.d, T(0));
+          continue;
+        }
+        beside_.add_to_row(j, p_.d, x);
+        energy += through_norm(p_, x, rows[r], z_rnorm_[j], T(p_.beta), out);
       }
     }
   }
@@ -308,6 +327,7 @@ class FewClasses {
             total += grad_v_[((chunk * d_panels_ + f) * width_ + c) * NR + x];
           sum[f * NR + x] = total;
         }
+      beside_.add_to_column(id, p_.d, sum);
       energy += through_norm<T>(p_, sum, w_.get(id, line), w_rnorm_[id], T(1),
                                 static_cast<T*>(step_.w) + id * p_.d);
     }
@@ -321,8 +341,10 @@ class FewClasses {
   Rows<T> z_, w_;
   int64_t count_, panels_, width_, d_panels_, d_pad_, tall_, tiles_, chunks_;
   Buffer<T> v_, v_rows_, e_, z_rnorm_, w_rnorm_, pos_, sums_, grad_v_, zeros_;
+  Smoothing<T> smoothing_;
+  RankOne<T> beside_ = {};
   std::vector<T> scale_, inside_;
-  double per_weight_ = 0;  // dL / d (weighted sum)
+  double per_weight_ = 0, loss_ = 0;  // dL / d (weighted sum), and that sum
 };
 
 }  // namespace nckernels

@@ -54,8 +54,10 @@ Status backward(const Problem& p, const Gradients& g) {
   return kOk;
 }
 
-template <template <int> class Engine>
-Status step(const Problem& p, const Step& s) {
+// Calls run(pass) for the pass that takes the step; `in_one` says whether it is loss and gradient in one
+// call.
+template <template <int> class Engine, class F>
+Status with_step(const Problem& p, const Step& s, bool in_one, F&& run) {
   Columns columns;
   if (p.symmetric)
     columns = samples_as_columns(p);
@@ -65,13 +67,24 @@ Status step(const Problem& p, const Step& s) {
     using G = decltype(engine);
     using Few = FewClasses<typename G::T, G::NV>;
     if (p.symmetric)
-      SymmetricStep<G>(p, columns, s).run();
-    else if (Few::takes(p, columns))
+      run(SymmetricStep<G>(p, columns, s));
+    else if (in_one && Few::takes(p, columns))
       Few(p, columns, s).run();
     else
-      StepPass<G>(p, columns, s).run();
+      run(StepPass<G>(p, columns, s));
   });
   return kOk;
+}
+
+template <template <int> class Engine>
+Status step(const Problem& p, const Step& s) {
+  if (p.pos) return with_step<Engine>(p, s, false, [](auto&& pass) { pass.resume(); });
+  return with_step<Engine>(p, s, true, [](auto&& pass) { pass.run(); });
+}
+
+template <template <int> class Engine>
+Status losses(const Problem& p, const Step& s) {
+  return with_step<Engine>(p, s, false, [](auto&& pass) { pass.losses(); });
 }
 
 }  // namespace nckernels

@@ -11,7 +11,8 @@ namespace nckernels {
 #define NCK_DECLARE(name)                                   \
   Status forward_##name(const Problem&);                    \
   Status backward_##name(const Problem&, const Gradients&); \
-  Status step_##name(const Problem&, const Step&);
+  Status step_##name(const Problem&, const Step&);          \
+  Status losses_##name(const Problem&, const Step&);
 NCK_DECLARE(float32)
 NCK_DECLARE(float64)
 NCK_DECLARE(bfloat16)
@@ -104,6 +105,11 @@ NCK_EXPORT int32_t nckernels_backward(const nckernels::Problem* problem,
 NCK_EXPORT int32_t nckernels_step(const nckernels::Problem* problem, const nckernels::Step* step) {
   return nckernels::guarded(*problem,
                             [&](const nckernels::Problem& p) { return NCK_CHOOSE(step, p)(p, *step); });
+}
+
+NCK_EXPORT int32_t nckernels_losses(const nckernels::Problem* problem, const nckernels::Step* step) {
+  return nckernels::guarded(*problem,
+                            [&](const nckernels::Problem& p) { return NCK_CHOOSE(losses, p)(p, *step); });
 }
 
 // The sizes of the structures, so that Python notices if it describes others.

@@ -55,16 +55,27 @@ struct Gradients {
 };
 
 // What a training step adds to a problem whose loss is known to be the sum or the mean of
-// weight_j (lse_j - pos_j), with the lse of sample j, of its class, or the mean of both. In a symmetric
-// problem the targets are labels, pos_j is the mean logit of j with the others of its label, and samples
-// without others do not count.
+// weight_j (lse_j - pos_j), with the lse of sample j, of its class, or the mean of both.
+// Of one direction, that of the samples, it may have label smoothing, as F.cross_entropy has it with the
+// class weights, and margins by which the positive moves: then `exclude` is kTarget, and the moved positive
+// is added to the sum of the others. In a symmetric problem the targets are labels, pos_j is the mean logit
+// of j with the others of its label, and samples without others do not count.
+//
+// The samples' losses can also stay apart: `losses` writes all of them, and the results of the forward pass
+// into the problem; a step with these results, and with what flows back as a factor of the weights, gives the
+// gradient.
 struct Step {
-  const void* weight;  // (m) or null for ones
-  void* loss;
-  void *z, *w;   // gradients as in Gradients
-  double* beta;  // 0, or null
-  double empty;  // the mean of nothing
+  const void* weight;        // (m) or null for ones
+  const void* class_weight;  // (k) or null for ones: a factor of the weights of a class's samples
+  void* loss;                // 1; (m) for `losses`; null where it is known
+  void *z, *w;               // gradients as in Gradients
+  double* beta;              // 0, or null
+  double empty;              // the mean of nothing
+  double smoothing, angular_margin, cosine_margin;
   int64_t mean;  // or sum
+  // Sums are added inside the logarithm: of both directions, instead of the mean of two logarithms; in a
+  // symmetric problem those of all samples, without positives, weights and mean.
+  int64_t joined;
 };
 
 enum Status : int32_t { kOk = 0, kBadTarget = 1, kNoMemory = 2 };

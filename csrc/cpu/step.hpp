@@ -1,15 +1,15 @@
 // A training step in one call: the loss and its gradient, forward and backward over the same tiles.
 //
-// What flows back to each log-sum-exp is known before it is: the sample's share of the sum or mean. So a part
-// of the matrix whose sums are complete can go backward at once, while its exponentials still lie in the
-// workspace, and nothing is made twice. Complete are, in the class direction, whole columns; in the instance
-// direction, whole rows. The matrix is cut into as few such parts as fit; where both directions are wanted it
-// stays whole.
+// What flows back to a log-sum-exp is known as soon as it is: the sample's share of the sum or mean, times
+// what margins make of it. So a part of the matrix whose sums are complete can go backward at once, while its
+// exponentials still lie in the workspace, and nothing is made twice. Complete are, in the class direction,
+// whole columns; in the instance direction, whole rows. The matrix is cut into as few such parts as fit;
+// where both directions are wanted it stays whole.
 #pragma once
 
 #include "backward.hpp"
 #include "forward.hpp"
-#include "reduction.hpp"
+#include "smoothing.hpp"
 
 namespace nckernels {
 template <class G>
@@ -18,42 +18,69 @@ class StepPass {
   static constexpr int64_t NR = G::NR, MR = G::MR;
   // Columns or rows of a part; with fewer, packing costs about as much as making tiles twice.
   static constexpr int64_t NARROWEST = 96;
+  // Of rows, each of which smoothing adds up apart; whatever the number of threads, for the same bits.
+  static constexpr int64_t CHUNKS = 16;
 
  public:
   StepPass(const Problem& p, const Columns& columns, const Step& step)
       : p_(p),
         columns_(columns),
         step_(step),
-        reduction_(step),
-        class_lse_(p.by_class ? p.k : 0),
-        instance_lse_(p.by_instance ? p.m : 0),
-        pos_(p.m),
-        z_rnorm_(p.m),
-        w_rnorm_(p.k),
+        reduction_(p, step),
+        smoothing_(p_, step, reduction_, CHUNKS),
+        sums_(p.pos ? 0 : (p.by_class ? p.k : 0) + (p.by_instance ? p.m : 0)),
+        pos_(p.pos ? 0 : p.m),
+        rnorm_(p.pos ? 0 : p.m + p.k),
         per_class_(p.by_class ? p.k : 0),
         per_row_(p.by_instance ? p.m : 0),
         per_pos_(p.m),
-        kept_(std::min<int64_t>(padded(p.m) * round_up(columns.count, NR),
-                                may_keep(p, columns) / static_cast<int64_t>(sizeof(T)))) {
-    p_.class_lse = class_lse_;
-    p_.instance_lse = instance_lse_;
+        kept_(p.pos ? 0
+                    : std::min<int64_t>(padded(p.m) * round_up(columns.count, NR),
+                                        may_keep(p, columns) / static_cast<int64_t>(sizeof(T)))) {
+    if (p.pos) return;
+    p_.class_lse = sums_;
+    p_.instance_lse = sums_ + (p.by_class ? p.k : 0);
     p_.pos = pos_;
-    p_.z_rnorm = z_rnorm_;
-    p_.w_rnorm = w_rnorm_;
+    p_.z_rnorm = rnorm_;
+    p_.w_rnorm = rnorm_ + p.m;
     p_.kept = kept_;
     p_.kept_size = kept_.size();
   }
 
   void run() {
-    share_out();
     begin_forward<T>(p_, columns_);
+    begin();
     if (p_.by_class && p_.by_instance)
       both_ways(p_, columns_, 0, {}, {});
     else if (p_.by_class)
       by_columns();
     else
       by_rows();
-    *static_cast<T*>(step_.loss) = static_cast<T>(reduction_.result(weighted_sum()));
+    *static_cast<T*>(step_.loss) = static_cast<T>(reduction_.result(sum_));
+    if (step_.beta) *step_.beta += by_beta_;
+  }
+
+  // The losses of the samples, and the results of the forward pass in the problem's places for them.
+  void losses() {
+    begin_forward<T>(p_, columns_);
+    ForwardPass<G>(p_, columns_).run();
+    if (smoothing_) smoothing_.average_prototypes();
+    const Rows<T> z(p_.z, p_.z_stride, p_.d, p_.half);
+    Buffer<T> line(z.line());
+    for (int64_t j = 0; j < p_.m; j++) {
+      double loss = 0;
+      if (valid(j)) loss = reduction_.sample(j, sums_of(j).lse, pos(j)).loss;
+      if (valid(j) && smoothing_) loss += smoothing_.of_row(j, z.get(j, line), z_rnorm(j));
+      static_cast<T*>(step_.loss)[j] = static_cast<T>(loss);
+    }
+  }
+
+  // The gradient, from what `losses` has left; what flows back to them has become a factor of their weights.
+  void resume() {
+    begin();
+    flow_back(0, p_.m);
+    backward(p_, columns_, 0, {}, {});
+    if (step_.beta) *step_.beta += by_beta_;
   }
 
  private:
@@ -74,24 +101,21 @@ class StepPass {
   static int64_t padded(int64_t m) { return m + std::min<int64_t>(m / 8 + 2 * MR, TALLEST); }
 
   bool valid(int64_t j) const { return columns_.positive[j] >= 0; }
+  T pos(int64_t j) const { return static_cast<const T*>(p_.pos)[j]; }
+  T z_rnorm(int64_t j) const { return static_cast<const T*>(p_.z_rnorm)[j]; }
 
-  // dL/dlse and dL/dpos: each sample's share of the loss, which in the class direction adds up per class.
-  void share_out() {
+  void begin() {
     for (int64_t j = 0; j < p_.m; j++)
       if (valid(j)) reduction_.count(j);
-    const double scale = reduction_.scale();
-    const double lse_scale = p_.by_class && p_.by_instance ? 0.5 * scale : scale;
     if (p_.by_class) std::fill_n(static_cast<T*>(per_class_), p_.k, T(0));
-    for (int64_t j = 0; j < p_.m; j++) {
-      const double w = valid(j) ? reduction_.weight(j) : 0;
-      per_pos_[j] = valid(j) ? static_cast<T>(-w * scale) : T(0);
-      const T share = valid(j) ? static_cast<T>(w * lse_scale) : T(0);
-      if (p_.by_instance) per_row_[j] = share;
-      if (p_.by_class && valid(j)) per_class_[p_.target[j]] += share;
-    }
+    if (!smoothing_) return;
+    smoothing_.average_prototypes();
+    smoothing_.add_rows(columns_);
+    sum_ += smoothing_.finish(columns_, reduction_.scale());
   }
 
   void by_columns() {
+    share_out();
     const int64_t n = columns_.count, width = part(n, kept_.size() / padded(p_.m), NR);
     for (int64_t first = 0; first == 0 || first < n; first += width) {
       const int64_t count = std::min(width, n - first);
@@ -102,6 +126,8 @@ class StepPass {
         if (c >= 0) c = c < first ? n : c - first;
       both_ways(p_, some, 0, {first == 0, first + count >= n}, {});
     }
+    for (int64_t j = 0; j < p_.m; j++)
+      if (valid(j)) sum_ += reduction_.sample(j, sums_of(j).lse, pos(j)).loss;
   }
 
   void by_rows() {
@@ -115,9 +141,9 @@ class StepPass {
       p.m = count;
       p.z = static_cast<const char*>(p_.z) + first * p_.z_stride * (p_.half ? 2 : sizeof(T));
       p.target = p_.target + first;
-      p.instance_lse = instance_lse_ + first;
-      p.pos = pos_ + first;
-      p.z_rnorm = z_rnorm_ + first;
+      p.instance_lse = static_cast<T*>(p_.instance_lse) + first;
+      p.pos = static_cast<T*>(p_.pos) + first;
+      p.z_rnorm = static_cast<T*>(p_.z_rnorm) + first;
       both_ways(p, some, first, {}, {first == 0, first + count >= m});
     }
   }
@@ -133,6 +159,11 @@ class StepPass {
 
   void both_ways(const Problem& p, const Columns& columns, int64_t first_row, Turn of_z, Turn of_w) {
     ForwardPass<G>(p, columns).run();
+    if (p.by_instance) flow_back(first_row, p.m);
+    backward(p, columns, first_row, of_z, of_w);
+  }
+
+  void backward(const Problem& p, const Columns& columns, int64_t first_row, Turn of_z, Turn of_w) {
     Gradients g{};
     if (p.by_class) g.class_lse = per_class_;
     if (p.by_instance) g.instance_lse = per_row_ + first_row;
@@ -140,28 +171,60 @@ class StepPass {
     if (step_.z) g.z = static_cast<T*>(step_.z) + first_row * p.d;
     g.w = step_.w;
     g.beta = step_.beta;
-    BackwardPass<G>(p, columns, g, of_z, of_w).run();
+    BackwardPass<G>(p, columns, g, of_z, of_w, smoothing_.gradient(first_row)).run();
   }
 
-  static double finite(T lse) { return lse == minus_infinity<T> ? 0 : lse; }
-
-  double weighted_sum() {
-    double sum = 0;
+  // dL/dlse and dL/dpos in the class direction: each sample's share of the loss, which adds up per class.
+  void share_out() {
+    const double scale = reduction_.scale();
     for (int64_t j = 0; j < p_.m; j++) {
-      if (!valid(j)) continue;
-      double lse = 0;
-      if (p_.by_class) lse += finite(class_lse_[p_.target[j]]);
-      if (p_.by_instance) lse += finite(instance_lse_[j]);
-      sum += reduction_.weight(j) * ((p_.by_class && p_.by_instance ? 0.5 : 1) * lse - double(pos_[j]));
+      const T share = valid(j) ? static_cast<T>(reduction_.weight(j) * scale) : T(0);
+      per_pos_[j] = -share;
+      if (valid(j)) per_class_[p_.target[j]] += share;
     }
-    return sum;
+  }
+
+  // A sample's log-sum-exp, and what it is by that of its row and by that of its class.
+  struct SumsOf {
+    double lse, by_row, by_class;
+  };
+
+  SumsOf sums_of(int64_t j) const {
+    const auto at = [](const void* lse, int64_t i) { return double(static_cast<const T*>(lse)[i]); };
+    if (!p_.by_class) return {at(p_.instance_lse, j), 1, 0};
+    const double of_class = at(p_.class_lse, p_.target[j]);
+    if (!p_.by_instance) return {of_class, 0, 1};
+    const double of_row = at(p_.instance_lse, j);
+    if (!step_.joined) return {0.5 * (reduction_.finite(of_row) + reduction_.finite(of_class)), 0.5, 0.5};
+    const Joined both(of_row, of_class);
+    return {both.lse, both.of_a, both.of_b};
+  }
+
+  // The losses of samples whose sums are complete, and what flows back. That empty sums pass nothing on is
+  // the backward pass's business.
+  void flow_back(int64_t first, int64_t count) {
+    const double scale = reduction_.scale();
+    for (int64_t j = first; j < first + count; j++) {
+      per_pos_[j] = T(0);
+      if (p_.by_instance) per_row_[j] = T(0);
+      if (!valid(j)) continue;
+      const SumsOf sums = sums_of(j);
+      const auto sample = reduction_.sample(j, sums.lse, pos(j));
+      sum_ += sample.loss;
+      by_beta_ += sample.by_beta * scale;
+      per_pos_[j] = static_cast<T>(sample.by_pos * scale);
+      if (p_.by_instance) per_row_[j] = static_cast<T>(sample.by_lse * sums.by_row * scale);
+      if (p_.by_class) per_class_[p_.target[j]] += static_cast<T>(sample.by_lse * sums.by_class * scale);
+    }
   }
 
   Problem p_;
   const Columns& columns_;
   const Step& step_;
   Reduction<T> reduction_;
-  Buffer<T> class_lse_, instance_lse_, pos_, z_rnorm_, w_rnorm_, per_class_, per_row_, per_pos_, kept_;
+  Smoothing<T> smoothing_;
+  double sum_ = 0, by_beta_ = 0;  // weighted losses; dL/dbeta beside that through the logits
+  Buffer<T> sums_, pos_, rnorm_, per_class_, per_row_, per_pos_, kept_;  // the first three unless given
 };
 
 }  // namespace nckernels

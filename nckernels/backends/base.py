@@ -119,7 +119,7 @@ class Gradients(NamedTuple):
 
 
 class Reduced(NamedTuple):
-    """What makes one number of the ``lse - pos`` of the samples."""
+    """What makes one number of the ``lse - pos`` of the samples, and options of it, see ``Backend.step_options``."""
 
     weight: Tensor | None
     """(M,), of the samples; None for ones."""
@@ -127,6 +127,22 @@ class Reduced(NamedTuple):
     """Divide the sum by that of the weights."""
     of_nothing: float
     """The mean where the weights add up to zero: 0 or NaN."""
+    class_weight: Tensor | None = None
+    """Option: (K,), a factor of the weights of each class's samples; None for ones."""
+    label_smoothing: float = 0.0
+    """Option, in the instance direction: as in F.cross_entropy, with ``class_weight``."""
+    angular_margin: float = 0.0
+    """Option, in the instance direction, as is the next one: the positive moves, as in
+    :func:`nckernels.normface_loss`. The spec excludes targets, and the moved positive joins the others' sum."""
+    cosine_margin: float = 0.0
+    joined: bool = False
+    """Option: sums are added inside the logarithm, those of both directions, instead of the mean of two logarithms;
+    in a symmetric problem those of all samples, without positives, weights and mean."""
+
+    @property
+    def has_options(self) -> bool:
+        """Whether it is more than a sum or mean."""
+        return self.class_weight is not None or self[4:] != (0.0, 0.0, 0.0, False)
 
 
 class Step(NamedTuple):
@@ -145,6 +161,8 @@ class Backend(ABC):
     name: ClassVar[str]
     checks_values: ClassVar[bool] = False
     """Whether ``forward`` itself notices bad targets and temperatures; else they are checked before the call."""
+    step_options: ClassVar[bool] = False
+    """Whether ``step`` takes the options of ``Reduced``, and there are ``losses`` and ``losses_backward``."""
 
     def missing(self) -> str | None:
         """Why this backend cannot run on this machine at all, or None."""
@@ -183,12 +201,23 @@ class Backend(ABC):
         return False
 
     def step(self, inputs: Inputs, reduced: Reduced, spec: Spec, needs: Needs) -> Step:
-        """Forward and backward in one, without biases, for the gradient of at least one matrix.
+        """Forward and backward in one, without biases, for the gradient of at least one matrix; see :class:`Reduced`.
 
         The loss has the log-sum-exp of each sample, of its class, or the mean of both, as the direction says.
         In a symmetric problem targets are labels, the positive is the mean logit with the others of the label, and
         samples without others do not count.
         """
+        raise NotImplementedError
+
+    def losses(self, inputs: Inputs, reduced: Reduced, spec: Spec, keep: bool) -> tuple[Tensor, Forward]:
+        """(M,) weighted losses of the samples, M > 0, which are not reduced, and what their backward needs; ``keep`` is
+        False where none will follow."""
+        raise NotImplementedError
+
+    def losses_backward(
+        self, inputs: Inputs, saved: Forward, upstream: Tensor, reduced: Reduced, spec: Spec, needs: Needs
+    ) -> tuple[Tensor | None, ...]:
+        """The wanted gradients of :class:`Step`, given those of the losses."""
         raise NotImplementedError
 
     def scaled(self, grad: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:

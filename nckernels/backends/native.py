@@ -48,7 +48,7 @@ SUPPORTED = sys.platform == "linux"
 # which small problems would feel.
 _PROBLEM = struct.Struct("@5q 5P 2q d 8i d 6P q")
 _GRADIENTS = struct.Struct("@8P")
-_STEP = struct.Struct("@5P d q")
+_STEP = struct.Struct("@6P 4d 2q")
 _SIZES = (_PROBLEM.size << 32) | (_GRADIENTS.size << 16) | _STEP.size
 
 
@@ -133,6 +133,7 @@ class NativeBackend(Backend):
 
     name = "native"
     checks_values = True
+    step_options = True
 
     def missing(self) -> str | None:
         return _missing()
@@ -149,14 +150,18 @@ class NativeBackend(Backend):
         return min(padded, spec.workspace // 2 // accumulation_dtype(dtype).itemsize)
 
     def forward(self, inputs: Inputs, spec: Spec, keep: bool) -> Forward:
+        result = self._results(inputs, spec, keep)
+        problem, _alive = _problem(inputs, spec, result)
+        _check(_library().nckernels_forward(problem), inputs, spec)
+        return result
+
+    def _results(self, inputs: Inputs, spec: Spec, keep: bool) -> Forward:
+        """Room for those of the forward pass."""
         z = inputs.features
         m, k, dtype = z.shape[0], inputs.prototypes.shape[0], accumulation_dtype(z.dtype)
         numel = self.kept_numel(z.device, z.dtype, m, k, spec) if keep else 0
         sizes = (k if spec.by_class else 0, m if spec.by_instance else 0, m, m, k, numel)
-        result = Forward(*(z.new_empty(size, dtype=dtype) for size in sizes))
-        problem, _alive = _problem(inputs, spec, result)
-        _check(_library().nckernels_forward(problem), inputs, spec)
-        return result
+        return Forward(*(z.new_empty(size, dtype=dtype) for size in sizes))
 
     def backward(self, inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, needs: Needs) -> Gradients:
         problem, _alive = _problem(inputs, spec, saved)
@@ -178,14 +183,32 @@ class NativeBackend(Backend):
         return True
 
     def step(self, inputs: Inputs, reduced: Reduced, spec: Spec, needs: Needs) -> Step:
-        dtype = accumulation_dtype(inputs.features.dtype)
-        problem, _alive = _problem(inputs, spec)
-        weight = None if reduced.weight is None else reduced.weight.to(dtype).contiguous()
-        loss, (z, w, beta) = inputs.features.new_empty((), dtype=dtype), _room(inputs, spec, needs)
-        pointers = map(_pointer, (weight, loss, z, w, beta))
-        step = _STEP.pack(*pointers, reduced.of_nothing, reduced.mean)
+        loss = inputs.features.new_empty((), dtype=accumulation_dtype(inputs.features.dtype))
+        return Step(loss, *self._step(inputs, None, loss, reduced, spec, needs))
+
+    def losses(self, inputs: Inputs, reduced: Reduced, spec: Spec, keep: bool) -> tuple[Tensor, Forward]:
+        saved = self._results(inputs, spec, keep)
+        loss = torch.empty_like(saved.pos)
+        problem, _alive = _problem(inputs, spec, saved)
+        step, _alive_too = _step(inputs, reduced, loss, (None, None, None))
+        _check(_library().nckernels_losses(problem, step), inputs, spec)
+        return loss, saved
+
+    def losses_backward(
+        self, inputs: Inputs, saved: Forward, upstream: Tensor, reduced: Reduced, spec: Spec, needs: Needs
+    ) -> tuple[Tensor | None, ...]:
+        weight = upstream if reduced.weight is None else upstream * reduced.weight
+        return self._step(inputs, saved, None, reduced._replace(weight=weight), spec, needs)
+
+    def _step(
+        self, inputs: Inputs, saved: Forward | None, loss: Tensor | None, reduced: Reduced, spec: Spec, needs: Needs
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients, with the loss or from what ``losses`` has ``saved``."""
+        problem, _alive = _problem(inputs, spec, saved)
+        z, w, beta = _room(inputs, spec, needs)
+        step, _alive_too = _step(inputs, reduced, loss, (z, w, beta))
         _check(_library().nckernels_step(problem, step), inputs, spec)
-        return Step(loss, z, w, None if beta is None else beta.to(dtype))
+        return z, w, None if beta is None else beta.to(accumulation_dtype(inputs.features.dtype))
 
 
 BACKEND = NativeBackend()
@@ -249,6 +272,24 @@ def _problem(inputs: Inputs, spec: Spec, forward: Forward | None = None) -> tupl
         *((*map(_pointer, forward), forward.kept.numel()) if forward else _NOTHING),
     )
     return problem, [z, w, target, *biases]
+
+
+def _step(
+    inputs: Inputs, reduced: Reduced, loss: Tensor | None, grads: tuple[Tensor | None, ...]
+) -> tuple[bytes, list[Tensor | None]]:
+    """The C structure of a step, and the weights that it points to."""
+    dtype = accumulation_dtype(inputs.features.dtype)
+    weights = [None if x is None else x.to(dtype).contiguous() for x in (reduced.weight, reduced.class_weight)]
+    step = _STEP.pack(
+        *map(_pointer, (*weights, loss, *grads)),
+        reduced.of_nothing,
+        reduced.label_smoothing,
+        reduced.angular_margin,
+        reduced.cosine_margin,
+        reduced.mean,
+        reduced.joined,
+    )
+    return step, weights
 
 
 def _check(status: int, inputs: Inputs, spec: Spec) -> None:

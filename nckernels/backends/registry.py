@@ -148,9 +148,11 @@ def resolve(device: torch.device, dtype: torch.dtype) -> str:
     raise ValueError(f"no backend takes {dtype} on {device}: " + "; ".join(explain(device, dtype).values()))
 
 
-def can_step(name: str, features: Tensor, prototypes: Tensor, spec: Spec) -> bool:
-    """Whether the backend computes loss and gradient of such a problem in one step."""
-    return name in BACKENDS and BACKENDS[name].can_step(features, prototypes, spec)
+def can_step(name: str, features: Tensor, prototypes: Tensor, spec: Spec, options: bool = False) -> bool:
+    """Whether the backend computes loss and gradient of such a problem in one step, perhaps with ``options``."""
+    if name not in BACKENDS or (options and not BACKENDS[name].step_options):
+        return False
+    return BACKENDS[name].can_step(features, prototypes, spec)
 
 
 def explain(device: torch.device, dtype: torch.dtype) -> dict[str, str]:

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import _checks
-from .._common import Reduction, logaddexp, norms
+from .. import _checks, _unit_rows
+from .._common import Reduction, logaddexp
 from .._compact import LEFT_OUT, Part, choose, present, rows
 from ..backends.base import Direction
 from ..primitive import autocast, cosine_lse
@@ -115,9 +115,8 @@ def lse_of_samples(
 def sum_of_unit_rows(prototypes: Tensor, weight: Tensor, reduction: Reduction, ranks: Ranks) -> Tensor:
     """(d,) weighted sum of all unit prototypes; ``weight`` (K,) is the same on all ranks."""
     scale, shard = _scale(reduction, ranks), _shard(prototypes, ranks)
-    columns = shard.rows.to(weight.dtype)
-    weight = _scaled_grad(weight[shard.first :][: len(columns)], scale)
-    total = collectives.all_reduce((weight / norms(columns, prototypes.dtype)) @ columns, ranks)
+    weight = _scaled_grad(weight[shard.first :][: len(shard.rows)], scale)
+    total = collectives.all_reduce(_unit_rows.sum_of_unit_rows(shard.rows, weight)[1], ranks)
     return _scaled_grad(total, 1 / scale)
 
 

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .. import _checks, _common, primitive
+from .. import _checks, _common, _unit_rows, primitive
 from .._common import Reduction
 from .._compact import LEFT_OUT, Part, choose, present, rows
 from ..backends.base import Direction
@@ -190,12 +190,14 @@ def lse_of_samples(
     return _common.logaddexp(class_lse.index_select(0, own_class), instance_lse), pos
 
 
-def sum_of_unit_rows(prototypes: Tensor, weight: Tensor, reduction: Reduction, ranks: Ranks | None) -> Tensor:
-    """(d,) weighted sum of the unit prototypes, in the dtype of the (K,) weights."""
+def sum_of_unit_rows(
+    prototypes: Tensor, weight: Tensor, reduction: Reduction, ranks: Ranks | None
+) -> tuple[Tensor, Tensor]:
+    """The prototypes, for what else is done with them, and the (d,) weighted sum of their unit rows, in the dtype of
+    the (K,) weights."""
     if ranks is not None and _checks.is_dtensor(prototypes):
-        return class_parallel.sum_of_unit_rows(prototypes, weight, reduction, ranks)
-    columns = prototypes.to(weight.dtype)
-    return (weight / _common.norms(columns, prototypes.dtype)) @ columns
+        return prototypes, class_parallel.sum_of_unit_rows(prototypes, weight, reduction, ranks)
+    return _unit_rows.sum_of_unit_rows(prototypes, weight)
 
 
 def part_of(prototypes: Tensor, target: Tensor, ignore_index: int, part: Part) -> tuple[Tensor, Tensor]:

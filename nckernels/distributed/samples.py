@@ -18,7 +18,7 @@ from .._class_sums import add_unit_rows, grad_of_unit_rows, groups, mean_positiv
 from .._common import Reduction, logaddexp, unit
 from .._compact import LEFT_OUT
 from ..backends import registry
-from ..backends.base import accumulation_dtype
+from ..backends.base import Reduced, accumulation_dtype
 from ..backends.reference import masked_logsumexp
 from ..primitive import autocast, cosine_lse
 from . import collectives, ring
@@ -132,15 +132,23 @@ def supcon_terms(
     return lse, *mean_positive(visible, group, ignored, classes, among=(sums, of_class))
 
 
-def lse_of_others(rows: Tensor, inv_temperature: float, ranks: Ranks | None) -> tuple[Tensor, int]:
-    """(n,) log-sum-exp of this rank's samples over all others of all ranks, and how many samples there are."""
+def lse_of_pairs(rows: Tensor, inv_temperature: float, ranks: Ranks | None) -> tuple[Tensor, int]:
+    """Log-sum-exp over all pairs of samples of all ranks, -inf without any, and how many samples there are."""
     counts = Sizes((len(rows),), 0) if ranks is None else collectives.sizes(rows, ranks)
     if counts.total < 2:
-        return rows.new_zeros(0), counts.total
-    if ranks is None:
-        own = torch.arange(len(rows), device=rows.device)
-        return cosine_lse(rows, rows, own, inv_temperature, direction="instance", exclude="self")[0], counts.total
-    return _over_others(autocast(rows), None, inv_temperature, counts, ranks)[0], counts.total
+        return rows.new_full((), -torch.inf), counts.total
+    if ranks is not None:
+        lse = _over_others(autocast(rows), None, inv_temperature, counts, ranks)[0]
+        return collectives.logsumexp(torch.logsumexp(lse, 0), ranks), counts.total
+    own = torch.arange(len(rows), device=rows.device)
+    whole = primitive.step(
+        rows, rows, own, inv_temperature, Reduced(None, mean=False, of_nothing=0.0, joined=True), direction="instance",
+        exclude="self", ignore_index=LEFT_OUT,
+    )  # fmt: skip
+    if whole is None:
+        lse, _ = cosine_lse(rows, rows, own, inv_temperature, direction="instance", exclude="self")
+        whole = torch.logsumexp(lse, 0)
+    return whole, counts.total
 
 
 def _over_others(

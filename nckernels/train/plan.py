@@ -217,8 +217,7 @@ def ours(recipe: Recipe, rows: int, classes: int, dim: int) -> int:
     """Bytes at most beside the workspace, inputs and gradients; the contract of tests/test_memory.py."""
     vectors = ROW_BYTES * (rows + recipe.loss.queue + classes)
     copies = 5 * 4 * rows * dim if recipe.loss.name in CONTRASTIVE else 0
-    smoothed = 3 * 4 * (rows + classes) * dim if recipe.loss.options.get("label_smoothing") else 0
-    return vectors + copies + smoothed
+    return vectors + copies
 
 
 def amount(size: int) -> str:
