@@ -112,6 +112,13 @@ NCK_EXPORT int32_t nckernels_losses(const nckernels::Problem* problem, const nck
                             [&](const nckernels::Problem& p) { return NCK_CHOOSE(losses, p)(p, *step); });
 }
 
+#if defined(NCK_STAGES)
+// Nanoseconds of all stages since the last call.
+NCK_EXPORT void nckernels_stages(int64_t* out) {
+  for (auto& time : nckernels::stages::nanoseconds) *out++ = time.exchange(0);
+}
+#endif
+
 // The sizes of the structures, so that Python notices if it describes others.
 NCK_EXPORT int64_t nckernels_sizes() {
   return (int64_t(sizeof(nckernels::Problem)) << 32) | (int64_t(sizeof(nckernels::Gradients)) << 16) |

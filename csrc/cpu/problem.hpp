@@ -10,6 +10,8 @@
 #include <memory>
 #include <vector>
 
+#include "stages.hpp"
+
 // Whether bfloat16 features are multiplied as such (bfloat16.cpp), and by the tiles of AMX: where there are
 // instructions for it, or a test wants their models.
 #if defined(__AMX_BF16__)
