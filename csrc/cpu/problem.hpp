@@ -86,6 +86,10 @@ namespace scratch {
 // Large buffers are pooled: fresh pages from the system would cost as much as the work done on them.
 void* acquire(size_t bytes);
 void release(void* p, size_t bytes);
+
+// Asks the system to back memory that has not been touched by large pages: the first touch of a small one
+// takes about as long as the arithmetic on its numbers.
+void want_huge_pages(void* p, size_t bytes);
 }  // namespace scratch
 
 template <class T>
