@@ -242,7 +242,7 @@ class Step(torch.autograd.Function):
         chosen = registry.BACKENDS[backend]
         with no_autocast(z):
             if not chosen.checks_values:
-                _check_values(inputs, spec)
+                _check_values(inputs, spec, labels=spec.symmetric)
             loss, *grads = chosen.step(inputs, reduced, spec, needs)
         ctx.save_for_backward(z, w, beta if by_beta else None, *grads)
         ctx.backend = backend
@@ -398,8 +398,9 @@ torch.library.register_autograd("nckernels::cosine_lse", _autograd, setup_contex
 torch.library.register_autograd("nckernels::cosine_lse_backward", _no_double_backward)
 
 
-def _check_values(inputs: Inputs, spec: Spec) -> None:
-    """Targets in range and a positive temperature: errors on a CPU, device-side assertions on CUDA."""
+def _check_values(inputs: Inputs, spec: Spec, labels: bool = False) -> None:
+    """Targets in range, unless they are labels, and a positive temperature: errors on a CPU, device-side assertions on
+    CUDA."""
     target, beta, k = inputs.target, inputs.inv_temperature, inputs.prototypes.shape[0]
     if not isinstance(beta, Tensor) or beta.device.type == "cpu":
         value = number(beta, inputs.features.dtype)
@@ -407,7 +408,7 @@ def _check_values(inputs: Inputs, spec: Spec) -> None:
             raise bad_temperature(value)
     elif beta.device.type == "cuda":
         torch._assert_async((beta > 0) & beta.isfinite(), "the inverse temperature must be positive and finite")
-    if spec.exclude == "same_label" or target.numel() == 0:
+    if labels or spec.exclude == "same_label" or target.numel() == 0:
         return
     good = ((target >= 0) & (target < k)) | (target == spec.ignore_index)
     if target.device.type == "cpu" and not bool(good.all()):

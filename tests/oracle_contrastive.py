@@ -18,6 +18,7 @@ from oracle import EPS, HALF, masked_logsumexp, worst
 from torch import Tensor
 
 import nckernels
+from nckernels.backends import registry
 
 REDUCTIONS = ("none", "mean", "sum")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -362,6 +363,9 @@ def check(case: Case, dtype: torch.dtype, device: str = "cpu", *, cancelled: flo
             # A sum over the anchors of differences of similarities, times beta^2, that may cancel.
             scale = torch.tensor(anchors(c64, naive) * beta**2, dtype=torch.float64)
             tol = 8 * roundings * (1 + beta)
+            if half and registry.chosen() == "chunked":
+                # It may round logits and weights to the input dtype, as eager does: errors that mostly cancel.
+                tol += torch.finfo(dtype).eps / 16
         else:
             norms = c64.inputs[int(key[-1])].norm(dim=-1, keepdim=True).clamp_min(EPS[dtype]).cpu()
             largest = worst((reference * norms).abs()) + cancelled

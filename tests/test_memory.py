@@ -96,7 +96,17 @@ SPARSE = [
 # 8192 x 8192 floats are 256 MiB, a copy of the rows is 4 MiB.
 CONTRASTIVE = [Case(f, 8192, 100, 128, MIB, grads="x") for f in ("supcon", "supcon-decoupled", "prototype")]
 PAIRS = [Case("uniformity", 8192, 1, 128, MIB, grads="x"), Case("clip", 8192, 8192, 128, MIB)]
-CASES = CONTRASTIVE + PAIRS + NAIVE + DEFAULT + SMALL + OPTIONS + PARTIAL + FLOAT64 + HALF + MANY_CLASSES + SPARSE
+# Steps whose matrix is half of the workspace, in one part; in bfloat16 (a CPU that multiplies it fast) a quarter.
+STEPS = [
+    Case(form, 2000, 2000, 64, None, dtype, grads)
+    for form, grads in (("clip", "xw"), ("supcon", "x"))
+    for dtype in ("float32", "bfloat16")
+]
+# In several parts, of which a copy of either input would be an eighth.
+STEPS += [Case(form, 4096, 2000, 128, 4 * MIB, "bfloat16") for form in ("ntce", "normface")]
+CASES = (
+    CONTRASTIVE + STEPS + PAIRS + NAIVE + DEFAULT + SMALL + OPTIONS + PARTIAL + FLOAT64 + HALF + MANY_CLASSES + SPARSE
+)
 LARGE = [Case(f, 32768, 8000, 64, 8 * MIB, dtype) for f in ("nonl", "normface") for dtype in ("float32", "float64")]
 
 
@@ -215,6 +225,11 @@ def test_positives_take_a_few_copies_of_the_rows(peaks: dict[Case, int], case: C
 def test_half_gradients_accumulate_in_float32(peaks: dict[Case, int], case: Case) -> None:
     """One float32 buffer per gradient more, and nothing else of that size."""
     assert_within(case, peaks[case], case.allowed() + 4 * case.dim * (case.samples + case.classes))
+
+
+@pytest.mark.parametrize("case", STEPS, ids=id_of)
+def test_steps_keep_to_the_workspace(peaks: dict[Case, int], case: Case) -> None:
+    assert_within(case, peaks[case], case.allowed())
 
 
 @pytest.mark.parametrize("case", MANY_CLASSES, ids=id_of)

@@ -286,6 +286,33 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+@pytest.mark.parametrize(
+    ("capability", "bf16", "tiles", "permission", "best"),
+    [
+        ("AVX512", True, True, True, "amx"),
+        ("AVX512", True, True, False, "avx512_bf16"),  # the kernel knows no AMX, or a sandbox forbids to ask
+        ("AVX512", True, False, True, "avx512_bf16"),
+        ("AVX512", False, False, False, "avx512"),
+        ("AVX2", True, True, True, "avx2"),  # $ATEN_CPU_CAPABILITY
+        ("NO AVX", False, False, False, "default"),
+        ("ZVECTOR", False, False, False, "default"),
+    ],
+)
+def test_the_best_library(
+    monkeypatch: pytest.MonkeyPatch, capability: str, bf16: bool, tiles: bool, permission: bool, best: str
+) -> None:
+    monkeypatch.delenv("NCKERNELS_CPU_INSTRUCTIONS", raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    for name, value in (
+        ("_is_avx512_bf16_supported", bf16),
+        ("_is_amx_tile_supported", tiles),
+        ("_init_amx", permission),
+    ):
+        monkeypatch.setattr(torch.cpu, name, lambda value=value: value)
+    names = list(build.CPU)
+    assert native.libraries() == [build.CPU[name] for name in names[names.index(best) :]]
+
+
 def test_instructions_that_the_cpu_lacks() -> None:
     """A name that is none, or of a library that would end in SIGILL, is an error that lists the others."""
     code = "import nckernels; nckernels.set_backend('native')"

@@ -60,6 +60,7 @@ class BackwardPass {
     if (!g_.beta) return;
     double total = 0;
     for (double e : need_rows_ ? room.energy : room.class_energy) total += e;
+    for (double e : room.lost) total += e;
     *g_.beta += total / p_.beta;
   }
 
@@ -78,6 +79,7 @@ class BackwardPass {
   struct Room {
     int64_t widest, group;                     // columns, tiles
     std::vector<double> energy, class_energy;  // shares of dL/dbeta per row tile, per panel
+    std::vector<double> lost;                  // and what rounding has taken from them, per row tile
     Buffer<T> rows, grad_v, bias_shares;
     Buffer<Operand> v, v_rows, entries, u_rows;
     T* grad_z;  // where dL/dU accumulates over column blocks: in the gradient itself if it is wanted
@@ -88,6 +90,7 @@ class BackwardPass {
           group(std::min(s.group, s.tiles)),
           energy(std::max<int64_t>(s.tiles, 1), 0.0),
           class_energy(s.all_panels, 0.0),
+          lost(energy.size(), 0.0),
           rows(pass.need_rows_ && !g.z ? s.p.m * s.p.d : 0),
           grad_v(g.w ? widest * s.d_pad : 0),
           bias_shares(g.class_bias && g.instance_lse ? group * widest : 0),
@@ -137,6 +140,7 @@ class BackwardPass {
   // A of one tile and block of columns, and its column sums for the classes' biases.
   void fill_entries(Room& room, const Block& block, int64_t tile, const Operand* u, Operand* a,
                     T* bias_share) {
+    NCK_STAGE(entries);
     const int64_t n = s_.rows(tile), padded = s_.padded_rows(tile), row0 = s_.first_row(tile);
     const bool is_kept = tile < s_.kept_tiles, by_class = g_.class_lse, by_row = g_.instance_lse;
     PositivesOf<G> positives(s_, tile, block.first, block.count, static_cast<const T*>(g_.pos));
@@ -155,7 +159,22 @@ class BackwardPass {
       std::fill(to + n * NR, to + padded * NR, T(0));
       positives.add(q, to);
       entries.put(q, block.first, block.count);
+      if (G::RESTS && g_.beta)
+        room.lost[tile] += lost(entries, positives, tile, n, e, is_kept && s_.shift_free);
     }
+  }
+
+  // What rounding has taken from the share of dL/dbeta of the last panel; `e` is t, or exp(t).
+  double lost(const EntriesOf<G>& entries, const PositivesOf<G>& positives, int64_t tile, int64_t n,
+              const T* e, bool exponentials) const {
+    const bool in_pairs = !need_rows_;
+    double total = entries.lost(n, in_pairs, e, exponentials);
+    positives.of_last_panel([&](int64_t r, int64_t x) {
+      const T* pos = static_cast<const T*>(p_.pos) + s_.first_row(tile);
+      if (e[r * NR + x] == (exponentials ? T(0) : minus_infinity<T>))
+        total += entries.lost(r, x, in_pairs, pos[r]);
+    });
+    return total;
   }
 
   // One panel, A = exp(t) (exp(b_j) class_scale_c + row_scale_j exp(b_c)).
@@ -238,11 +257,13 @@ class BackwardPass {
   // dL/dU of a tile: A V, added up over column blocks in grad_z; after the last one through the
   // normalisation.
   void add_rows(Room& room, const Block& block, int64_t tile, const Operand* a) {
+    NCK_STAGE(rows);
     const int64_t n = s_.rows(tile), padded = s_.padded_rows(tile), d = p_.d, d_pad = s_.d_pad;
     Buffer<T> product(padded * d_pad), sum(d_pad), line(s_.z.line());
     T* const x = sum;
     G::times_prototypes(padded, padded, 0, block.panels, block.panels, block.count, s_.d_panels, a,
                         room.v_rows, product, false);
+    NCK_STAGE(finish);
     for (int64_t r = 0; r < n; r++) {
       const int64_t j = s_.first_row(tile) + r;
       T* out = room.grad_z + j * d;
@@ -263,6 +284,7 @@ class BackwardPass {
   void add_columns(Room& room, const Block& block, int64_t begin) {
     const int64_t here = std::min(room.group, s_.tiles - begin), padded = block.panels * NR;
     s_.share_out(block.panels, [&](int64_t first, int64_t last, int64_t f_first, int64_t f_last) {
+      NCK_STAGE(columns);
       for (int64_t tile = 0; tile < here; tile++) {
         const int64_t rows = s_.padded_rows(begin + tile);
         const Operand* a = G::by_columns(room.entries_of(tile, s_), s_.tile_m * room.widest);
@@ -273,6 +295,7 @@ class BackwardPass {
   }
 
   void finish_columns(Room& room, const Block& block, int64_t panel) {
+    NCK_STAGE(finish);
     const int64_t d = p_.d, padded = block.panels * NR;
     Buffer<T> line(s_.d_pad), row_line(s_.w.line());
     T* x = line;

@@ -29,7 +29,8 @@ class Gaps {
         loss[j] = 0;
       if (ignored(j) && s_.z) std::fill_n(static_cast<T*>(s_.z) + j * p_.d, p_.d, T(0));
     }
-    parallel(p_.threads, p_.k, [&](int64_t c) { class_of(c); });
+    // Some batches are over before other threads would have woken.
+    parallel(double(p_.m) * double(p_.d) < 3e5 ? 1 : p_.threads, p_.k, [&](int64_t c) { class_of(c); });
     return kOk;
   }
 

@@ -110,6 +110,34 @@ struct GemmBfloat16 {
     }
   }
 
+  // The sum of (A - what rounding makes of it) t over the entries of a panel, which a sum of A t taken from
+  // the products lacks. `in_pairs`: those in pairs of samples, else those by rows. `e`: t, or exp(t). An
+  // excluded entry has no t and counts 0 here.
+  static double lost(const T* panel, int64_t rows, const T* of_rows, const T* of_columns, bool in_pairs,
+                     const T* e, bool exponentials) {
+    double total = 0;
+    for (int64_t r = 0; r < rows; r++) {
+      Vec<T> sum{};
+      for (int v = 0; v < NV; v++) {
+        const Vec<T> a = load(panel + r * NR + v * W), x = load(e + r * NR + v * W);
+        const Vec<T> factor = in_pairs ? splat(of_rows[r]) : load(of_columns + v * W);
+        // Where rounding is without loss, t may be anything.
+        const Vec<T> loss = factor == 0.0f ? Vec<T>{} : a - upper(rounded(a * factor)) / factor;
+        const Vec<T> t = exponentials ? rough_logarithm(x) : x;
+        sum += (exponentials ? x > 0.0f : x > minus_infinity<T>) ? loss * t : Vec<T>{};
+      }
+      total += nckernels::sum<T>(sum);
+    }
+    return total;
+  }
+
+  // The same of a single entry.
+  static double lost(T a, T of_row, T of_column, bool in_pairs, T t) {
+    const T factor = in_pairs ? of_row : of_column;
+    Vec<T> product = splat(a * factor);
+    return factor == 0 ? 0.0 : double((a - upper(rounded(product))[0] / factor) * t);
+  }
+
   // --- products, see Gemm ---
   static void logits(long m, long rows, long first, long last, long panels, long d, const Operand* u,
                      const Operand* v, const T* of_rows, const T* of_columns, T* t) {

@@ -187,4 +187,19 @@ NCK_INLINE Vec<T> exponential(Vec<T> x) {
   return underflow ? Vec<T>{} : p;
 }
 
+// ln x for normal numbers, to 1e-5: with x = 2^n m and s = (m - 1) / (m + 1), ln m = 2 (s + s^3 / 3 + s^5 / 5
+// + ...).
+NCK_INLINE Vec<float> rough_logarithm(Vec<float> x) {
+  using S = Simd<float>;
+  S::I bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const S::I mantissa = (bits & 0x007fffff) | 0x3f800000;
+  Vec<float> m;
+  std::memcpy(&m, &mantissa, sizeof m);
+  const Vec<float> n = __builtin_convertvector((bits >> S::mantissa) - S::bias, Vec<float>);
+  const Vec<float> s = (m - 1.0f) / (m + 1.0f), square = s * s;
+  const Vec<float> series = 1.0f + square * (1.0f / 3 + square * (1.0f / 5 + square * (1.0f / 7)));
+  return n * 0.69314718f + 2.0f * s * series;
+}
+
 }  // namespace nckernels

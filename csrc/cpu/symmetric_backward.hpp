@@ -30,6 +30,7 @@ class SymmetricBackward {
         scale_(s_.all_panels * NR, T(0)),
         shift_(s_.all_panels * NR, T(0)),
         energy_(std::max(s_.tiles, s_.all_panels), 0.0),
+        lost_(s_.tiles, 0.0),
         widest_(std::min(s_.block_k, s_.all_panels * NR)),
         group_(std::min(s_.group, s_.tiles)),
         v_(s_.kept_tiles < s_.tiles ? widest_ * G::inner(p.d) : 0),
@@ -63,6 +64,7 @@ class SymmetricBackward {
     if (!g_.beta) return;
     double total = 0;
     for (double e : energy_) total += e;
+    for (double e : lost_) total += e;
     *g_.beta = total;
   }
 
@@ -105,8 +107,10 @@ class SymmetricBackward {
         s_.logits(tile, first + q, first + end, block.first, block.end - block.first, u, v_, t, nullptr);
       for (int64_t x = q; x < end; x++) {
         T* shares = grad_bias_ ? bias_shares_ + i * widest_ + x * NR : nullptr;
-        fill_entries(tile, first + x, t + (x - q) * padded * NR, entries.panel(x), shares);
+        const T* e = t + (x - q) * padded * NR;
+        fill_entries(tile, first + x, e, entries.panel(x), shares);
         entries.put(x, block.first, block.end - block.first);
+        if (G::RESTS && g_.beta) lost_[tile] += lost(entries, tile, first + x, e);
       }
       if (products)
         G::times_prototypes(padded, s_.rows_above(tile, first + end - 1), q, end, block.panels,
@@ -117,6 +121,25 @@ class SymmetricBackward {
       add_rows(block, tile, product);
     else if (products)
       add_energy(tile, product);
+  }
+
+  // What rounding has taken from a panel's share of dL/dbeta: of the entries for the rows, or half of that
+  // and half of those for the columns, as `finish` adds them.
+  double lost(const EntriesOf<G>& entries, int64_t tile, int64_t panel, const T* e) const {
+    const bool exponentials = tile < s_.kept_tiles && s_.shift_free;
+    const int64_t n = s_.rows_above(tile, panel);
+    auto of_form = [&](bool in_pairs) {
+      double total = entries.lost(n, in_pairs, e, exponentials);
+      if (g_.pos)
+        s_.each_positive(tile, panel, panel + 1, e, [&](int64_t j, const T& entry) {
+          const int64_t at = &entry - e, c = columns_.positive[j];
+          if (c < j && columns_.positive[c] == j) return;  // the entry of both
+          if (entry == (exponentials ? T(0) : minus_infinity<T>))
+            total += entries.lost(at / NR, at % NR, in_pairs, static_cast<const T*>(p_.pos)[j]);
+        });
+      return total;
+    };
+    return (grad_z_ ? 0.5 * (of_form(false) + of_form(true)) : of_form(false)) / p_.beta;
   }
 
   // Only dL/dbeta is wanted: the sum of T_ij u_i . u_j over all pairs.
@@ -132,6 +155,7 @@ class SymmetricBackward {
 
   // A panel of a tile of T, from t or what is kept of it.
   void fill_entries(int64_t tile, int64_t panel, const T* from, T* a, T* share) {
+    NCK_STAGE(entries);
     const int64_t padded = s_.padded_rows(tile), row0 = s_.first_row(tile), n = s_.rows_above(tile, panel);
     if (!s_.shift_free)
       shifted(panel, n, row0, from, a, share);
@@ -255,7 +279,7 @@ class SymmetricBackward {
   Tri s_;
   T *grad_z_, *grad_bias_;
   std::vector<T> scale_, shift_;
-  std::vector<double> energy_;  // shares of dL/dbeta
+  std::vector<double> energy_, lost_;  // shares of dL/dbeta, and what rounding has taken from them
   int64_t widest_, group_;
   Buffer<Operand> v_, v_rows_, entries_,
       u_rows_;  // a block of columns in two layouts; of a group of row tiles

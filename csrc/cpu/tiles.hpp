@@ -5,9 +5,6 @@
 #include "norms.hpp"
 
 namespace nckernels {
-template <class T>
-constexpr T minus_infinity = -std::numeric_limits<T>::infinity();
-
 // The most rows of a tile: with 128 numbers of each they stay in the L2 cache.
 constexpr int64_t TALLEST = 192;
 
@@ -111,6 +108,7 @@ struct Tiles {
   // are zero.
   void pack_prototypes(int64_t first, int64_t count, int64_t panel, Operand* by_class,
                        Operand* by_feature) const {
+    NCK_STAGE(pack_prototypes);
     const int64_t padded = round_up(count, NR);
     for (int64_t k = 0; k < p.d && by_class; k += DEPTH) {
       const int64_t n = std::min<int64_t>(DEPTH, p.d - k);
@@ -147,6 +145,7 @@ struct Tiles {
   // rows and columns add to one gradient, the latter is without beta as the prototypes are, and holds what
   // they hold.
   void pack_features(int64_t tile, Operand* packed, Operand* by_feature) const {
+    NCK_STAGE(pack_features);
     constexpr int64_t GROUP = G::GROUP;
     typename G::Line lines[GROUP];
     const int64_t n = rows(tile), padded = padded_rows(tile), row0 = first_row(tile);
@@ -197,11 +196,17 @@ struct Tiles {
   // `above` rows. At most STEP panels, which stay in the L2 cache for what comes next.
   void products(int64_t tile, int64_t above, int64_t first, int64_t count, int64_t begin, int64_t end,
                 const Operand* u, const Operand* v, T* t) const {
-    T of_rows[TALLEST], of_columns[STEP * NR];  // what packing has left of their factors
-    for (int64_t r = 0; r < padded_rows(tile) && G::RESTS; r++)
-      of_rows[r] = r < rows(tile) ? G::rest(z_rnorm[first_row(tile) + r], beta) : T(0);
-    if (G::RESTS) rests_of_columns(first, count, begin, end, of_columns);
-    G::logits(padded_rows(tile), above, begin, end, (count + NR - 1) / NR, p.d, u, v, of_rows, of_columns, t);
+    NCK_STAGE(logits);
+    const int64_t padded = padded_rows(tile), panels = (count + NR - 1) / NR;
+    if constexpr (G::RESTS) {
+      T of_rows[TALLEST], of_columns[STEP * NR];  // what packing has left of their factors
+      for (int64_t r = 0; r < padded; r++)
+        of_rows[r] = r < rows(tile) ? G::rest(z_rnorm[first_row(tile) + r], beta) : T(0);
+      rests_of_columns(first, count, begin, end, of_columns);
+      G::logits(padded, above, begin, end, panels, p.d, u, v, of_rows, of_columns, t);
+    } else {
+      G::logits(padded, above, begin, end, panels, p.d, u, v, nullptr, nullptr, t);
+    }
   }
 
   void rests_of_columns(int64_t first, int64_t count, int64_t begin, int64_t end, T* out) const {
@@ -272,11 +277,21 @@ class EntriesOf {
   // Panel q of the columns [first, first + count) is complete.
   void put(int64_t q, int64_t first, int64_t count) {
     if constexpr (G::RESTS) {
-      T of_columns[NR];
-      s_.rests_of_columns(first, count, q, q + 1, of_columns);
+      s_.rests_of_columns(first, count, q, q + 1, of_columns_);
       const int64_t at = q * rows_ * NR;
-      G::put_entries(panel_, rows_, rests_, of_columns, a_ + at, by_columns_ + at);
+      G::put_entries(panel_, rows_, rests_, of_columns_, a_ + at, by_columns_ + at);
     }
+  }
+
+  // What rounding has taken from the sum of A t over that panel, see `lost` of an engine. `e` is t or exp(t),
+  // -inf or 0 where excluded;
+  double lost(int64_t n, bool in_pairs, const T* e, bool exponentials) const {
+    if constexpr (G::RESTS) return G::lost(panel_, n, rests_, of_columns_, in_pairs, e, exponentials);
+    return 0;
+  }
+  double lost(int64_t r, int64_t x, bool in_pairs, T t) const {
+    if constexpr (G::RESTS) return G::lost(panel_[r * NR + x], rests_[r], of_columns_[x], in_pairs, t);
+    return 0;
   }
 
  private:
@@ -284,7 +299,7 @@ class EntriesOf {
   int64_t tile_, rows_;
   Operand *a_, *by_columns_;
   alignas(64) T panel_[G::RESTS ? TALLEST * NR : 1];
-  T rests_[G::RESTS ? TALLEST : 1];
+  T rests_[G::RESTS ? TALLEST : 1], of_columns_[G::RESTS ? NR : 1];
 };
 
 // What flows back to the positives of a tile's rows, in the order of their columns.
@@ -306,16 +321,23 @@ class PositivesOf {
 
   // Adds those of panel q, after those of the panels before.
   void add(int64_t q, T* a) {
+    of_panel_ = next_;
     for (; next_ < size_ && found_[next_].first < (q + 1) * NR; next_++) {
       const auto [c, r] = found_[next_];
       a[r * NR + c - q * NR] += gradient_[r];
     }
   }
 
+  // Calls visit(row, column of the panel) for those that were added last.
+  template <class F>
+  void of_last_panel(F&& visit) const {
+    for (int64_t i = of_panel_; i < next_; i++) visit(found_[i].second, found_[i].first % NR);
+  }
+
  private:
   const T* gradient_;
   std::pair<int64_t, int64_t> found_[TALLEST];  // column and row
-  int64_t size_ = 0, next_ = 0;
+  int64_t size_ = 0, next_ = 0, of_panel_ = 0;
 };
 
 }  // namespace nckernels

@@ -107,8 +107,8 @@ struct Triangle : Tiles<G> {
 
   // Calls `visit(j, entry)` for the samples whose positive is in the panels [begin, end) of a tile, which lie
   // at `t`.
-  template <class F>
-  void each_positive(int64_t tile, int64_t begin, int64_t end, T* t, F&& visit) const {
+  template <class Number, class F>
+  void each_positive(int64_t tile, int64_t begin, int64_t end, Number* t, F&& visit) const {
     const int64_t padded = padded_rows(tile);
     for (int64_t i = positives_from[tile]; i < positives_from[tile + 1]; i++) {
       const int64_t j = positives[i], c = std::max(j, columns.positive[j]);

@@ -11,6 +11,8 @@ scaling rows and columns, for the weight of an entry in the class direction is
 ``g_c exp(t + b_j - lse_c) = exp(b_j) * E * (g_c exp(-lse_c))``. The backward has no elementwise pass at all.
 
 *running maximum* (everything else): streaming log-sum-exp forward, ``exp(t + b - lse)`` backward.
+
+Matrices are multiplied in float32 (float64), or in the features' 16 bits where the device is good at it (products.py).
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from ..base import (
     Step,
     accumulation_dtype,
 )
-from . import step, symmetric
+from . import halves, step, symmetric
 from .sums import PlainLSE, StreamingLSE
 from .tiles import Tiles, through_normalisation, where
 from .weights import Weights
@@ -96,6 +98,8 @@ class ChunkedBackend(Backend):
             return symmetric.backward(inputs, saved, grads, spec, needs)
         tiles = Tiles(inputs, spec, saved.kept.numel(), saved)
         weights = Weights(tiles, saved, grads, spec, needs)
+        if tiles.halves is not None:
+            return halves.backward(tiles, weights, grads, needs)
         z, w, beta = inputs.features, inputs.prototypes, inputs.inv_temperature
         g_pos = None if grads.pos is None else tiles.only_valid(grads.pos)
         need_u = needs.features or (needs.inv_temperature and not needs.prototypes)

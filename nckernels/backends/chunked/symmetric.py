@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..base import Forward, Gradients, Inputs, Needs, OutputGrads, Spec
+from . import products
 from .sums import PlainLSE, StreamingLSE
 from .tiles import Tiles, through_normalisation
 from .weights import finite, over_sum
@@ -22,7 +23,6 @@ def forward(inputs: Inputs, spec: Spec) -> Forward:
     """The forward pass; nothing is kept for the backward."""
     tiles, bias = Tiles(inputs, spec, 0), _bias(inputs, spec)
     z, acc = inputs.features, tiles.acc
-    pos = z.new_zeros(tiles.m, dtype=acc)
     sums = (PlainLSE if tiles.shift_free else StreamingLSE)(tiles.m, bias, z, acc)
     for rows, columns in _triangle(tiles):
         for cols in columns:
@@ -32,11 +32,9 @@ def forward(inputs: Inputs, spec: Spec) -> Forward:
             sums.update(t, 1, rows, cols)
             if cols != rows:
                 sums.update(t, 0, cols, rows)
-        partners = tiles.unit(tiles.positive[rows])
-        pos[rows] = torch.linalg.vecdot(tiles.u(rows), partners)
     lse, other, kept = sums.result(), z.new_empty(0, dtype=acc), z.new_empty(0, dtype=acc)
     both = (lse, other) if spec.by_class else (other, lse)
-    return Forward(*both, tiles.only_valid(pos), tiles.z_rnorm, tiles.w_rnorm, kept)
+    return Forward(*both, tiles.positive_logits(), tiles.z_rnorm, tiles.w_rnorm, kept)
 
 
 def backward(inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, needs: Needs) -> Gradients:
@@ -46,29 +44,39 @@ def backward(inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, nee
     lse, g = (saved.class_lse, grads.class_lse) if spec.by_class else (saved.instance_lse, grads.instance_lse)
     grad_u = z.new_zeros(z.shape, dtype=tiles.acc) if needs.features or needs.inv_temperature else None
     grad_bias = torch.zeros_like(bias) if bias is not None and (needs.sample_bias or needs.class_bias) else None
+    scale = None if tiles.halves is None else tiles.halves[0].scale  # that gradients carry, see Side.finish
     if g is not None:
         entries = _Entries(tiles, bias, lse, g, grad_bias)
         for rows, columns in _triangle(tiles):
-            v = tiles.unit(rows)
+            v = tiles.unit(rows) if tiles.halves is None else tiles.u(rows)
             for cols in columns:
                 weights = entries.both_ways(rows, cols)
-                if grad_u is not None:
-                    grad_u[rows].addmm_(weights, tiles.v(cols))
-                    if cols != rows:
-                        grad_u[cols].addmm_(weights.T, v)
+                if grad_u is None:
+                    continue
+                if tiles.halves is not None:
+                    weights = tiles.operand_weights(weights, rows, cols)
+                _add_product(grad_u[rows], weights, tiles.v(cols))
+                if cols != rows:
+                    _add_product(grad_u[cols], weights.T, v)
     if grad_u is not None and grads.pos is not None:
         g_pos = tiles.only_valid(grads.pos)
         for rows in tiles.row_tiles():
             partners, weight = tiles.positive[rows], g_pos[rows, None]
-            grad_u[rows].addcmul_(tiles.unit(partners), weight)
-            grad_u.index_add_(0, partners, tiles.unit(rows) * weight)
+            there = back = weight
+            if scale is not None:
+                there, back = weight * scale[rows, None], weight * scale[partners, None]
+            grad_u[rows].addcmul_(tiles.unit(partners), there)
+            grad_u.index_add_(0, partners, tiles.unit(rows) * back)
 
     energy = beta.new_zeros(())
     if grad_u is not None:
         for rows in tiles.row_tiles():
-            dot = through_normalisation(grad_u[rows], tiles.unit(rows), tiles.w_rnorm[rows], z)
+            if tiles.halves is None:
+                dot = through_normalisation(grad_u[rows], tiles.unit(rows), tiles.w_rnorm[rows], z)
+                energy += dot.sum()
+            else:
+                energy += tiles.halves[0].finish(grad_u[rows], rows)
             grad_u[rows] *= beta
-            energy += dot.sum()
     return Gradients(
         grad_u.to(z.dtype) if grad_u is not None and needs.features else None,
         None,
@@ -76,6 +84,13 @@ def backward(inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, nee
         grad_bias if needs.sample_bias else None,
         grad_bias if needs.class_bias else None,
     )
+
+
+def _add_product(grad: Tensor, a: Tensor, b: Tensor) -> None:
+    if a.dtype == grad.dtype:
+        grad.addmm_(a, b)
+    else:
+        grad.add_(products.product(a, b))
 
 
 def _bias(inputs: Inputs, spec: Spec) -> Tensor | None:

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from ..base import Forward, Inputs, Spec, accumulation_dtype, norm_eps
+from . import products
+from .sides import Side
 
+_ROWS = 2**17  # numbers that are converted at once
 SHIFT_FREE_LIMIT = 30.0  # exp(30) sums over 1e12 entries and exp(-30) / 1e12 are normal float32 numbers
 
 
@@ -42,6 +45,15 @@ class Tiles:
             self.readable = counts.index_add(0, self.positive, counts) > 0
         self.w_rnorm = saved.prototype_rnorm if saved is not None else rnorm_of(w, self.acc, self.readable)
 
+        #: features and prototypes as they are multiplied in 16 bits; None for unit vectors in ``acc``
+        self.halves: tuple[Side, Side] | None = None
+        if products.pay(z, w, self.shift_free):
+            classes = Side(w, self.w_rnorm, False, self.readable, None, half=True)
+            self.halves = (
+                classes if spec.symmetric else Side(z, self.z_rnorm, False, self.valid, None, half=True),
+                classes,
+            )
+
         # What the kept matrix leaves of the workspace is for four buffers the size of a column tile of
         # prototypes (2 shares each), four the size of a row tile of features and three tiles of logits (1 share
         # each). Tiles of logits of a few MiB, which stay in cache between GEMM, exp and GEMM, are the fastest.
@@ -55,6 +67,10 @@ class Tiles:
         self.several_columns = self.tile_k < self.k
         self._u: tuple[slice, Tensor] | None = None
         self._v: tuple[slice, Tensor] | None = None
+        #: what positive logits are set to, where products are rounded
+        self.exact: Tensor | None = None
+        if self.halves is not None and not spec.symmetric and not products.has_wide_product(z.device.type):
+            self.exact = self.positive_logits() if saved is None else saved.pos
 
     def _small_logits(self) -> bool:
         biases = [b for b in (self.inputs.sample_bias, self.inputs.class_bias) if b is not None and b.numel()]
@@ -102,7 +118,9 @@ class Tiles:
         return where(self.valid, values)
 
     def u(self, rows: slice) -> Tensor:
-        """beta times the unit features of some rows; the last ones asked for are remembered."""
+        """beta times the unit features of some rows, or 16-bit operands; the last ones asked for are remembered."""
+        if self.halves is not None:
+            return self.halves[0].operands(rows)
         if self._u is None or self._u[0] != rows:
             self._u = None  # free the old tile before the new one is made
             scale = self.z_rnorm[rows] * self.inputs.inv_temperature
@@ -112,17 +130,19 @@ class Tiles:
             self._u = (rows, u)
         return self._u[1]
 
-    def _class_ids(self, cols: slice) -> Tensor | slice:
+    def class_ids(self, cols: slice) -> Tensor | slice:
+        """Which prototypes the columns are."""
         return cols if self.classes is None else self.classes[cols].clamp_max(self.num_classes - 1)
 
     def w_rnorm_of(self, cols: slice) -> Tensor:
-        return self.w_rnorm[self._class_ids(cols)]
+        return self.w_rnorm[self.class_ids(cols)]
 
     def v(self, cols: slice) -> Tensor:
-        """The unit prototypes of some columns; the last ones asked for are remembered."""
+        """The unit prototypes of some columns, or 16-bit operands; the last ones asked for are remembered."""
         if self._v is None or self._v[0] != cols:
             self._v = None  # free the old tile before the new one is made
-            self._v = (cols, self.unit(self._class_ids(cols)))
+            ids = self.class_ids(cols)
+            self._v = (cols, self.unit(ids) if self.halves is None else self.halves[1].operands(ids))
         return self._v[1]
 
     def unit(self, ids: Tensor | slice) -> Tensor:
@@ -142,11 +162,15 @@ class Tiles:
 
     def logits(self, rows: slice, cols: slice, out: Tensor, pos: Tensor | None = None) -> Tensor:
         """One tile of t, -inf where excluded; on the way the positive logits are picked up into ``pos``."""
-        t = torch.mm(self.u(rows), self.v(cols).T, out=out)
-        if pos is not None:
+        t = self._products(rows, cols, out)
+        if pos is not None or self.exact is not None:
             inside, local = self.within(self.positive, rows, cols)
             picked = t.gather(1, local[:, None]).squeeze(1)
-            pos[rows] = picked if inside is None else picked.where(inside, pos[rows])
+            if self.exact is not None:
+                picked = self.exact[rows] if inside is None else self.exact[rows].where(inside, picked)
+                t.scatter_(1, local[:, None], picked[:, None])
+            if pos is not None:
+                pos[rows] = picked if inside is None else picked.where(inside, pos[rows])
         if self.excluded is not None:
             inside, local = self.within(self.excluded, rows, cols)
             if inside is None:
@@ -162,6 +186,39 @@ class Tiles:
             if self.spec.square:
                 t.masked_fill_(~self.valid[cols], -torch.inf)
         return t
+
+    def _products(self, rows: slice, cols: slice, out: Tensor) -> Tensor:
+        """One tile of beta times the cosines."""
+        if self.halves is None:
+            return torch.mm(self.u(rows), self.v(cols).T, out=out)
+        by_row, by_col = self.scales(rows, cols)
+        out.copy_(products.product(self.u(rows), self.v(cols).T))
+        return out.mul_((by_row * self.inputs.inv_temperature)[:, None]).mul_(by_col)
+
+    def scales(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
+        """By which products of 16-bit operands are multiplied to be cosines."""
+        assert self.halves is not None
+        z, w = self.halves
+        assert z.scale is not None
+        assert w.scale is not None
+        return z.scale[rows], w.scale[self.class_ids(cols)]
+
+    def operand_weights(self, weights: Tensor, rows: slice, cols: slice) -> Tensor:
+        """Weights times the scales of both sides, in 16 bits: with operands they make gradients times one scale."""
+        by_row, by_col = self.scales(rows, cols)
+        return (weights * by_row[:, None]).mul_(by_col).to(self.inputs.features.dtype)
+
+    def positive_logits(self) -> Tensor:
+        """(M,), not rounded to 16 bits; 0 for ignored samples."""
+        pos, beta = self.z_rnorm.new_empty(self.m), self.inputs.inv_temperature
+        own = self.positive if self.classes is None else self.classes[self.positive]
+        for rows in self.row_tiles():
+            if self.halves is None:
+                torch.linalg.vecdot(self.u(rows), self.unit(own[rows]), out=pos[rows])
+                continue
+            z, w = self.halves
+            torch.linalg.vecdot(z.unit(rows), w.unit(own[rows]), out=pos[rows]).mul_(beta)
+        return self.only_valid(pos)
 
     def all_classes(self, values: Tensor, absent: float) -> Tensor:
         """Spread one value per column over all K classes."""
@@ -199,7 +256,12 @@ class Tiles:
 
 def rnorm_of(x: Tensor, acc: torch.dtype, valid: Tensor | None = None) -> Tensor:
     """1 / max(|x|, eps) of each row; 1 where ``valid`` is False."""
-    rnorm = torch.linalg.vector_norm(x, dim=1, dtype=acc).clamp_min_(norm_eps(x.dtype)).reciprocal_()
+    if x.dtype in products.HALF and x.device.type == "cpu" and x.numel() > _ROWS:  # whose copy would be a large one
+        rows = x.split(max(_ROWS // x.shape[1], 1))
+        norm = torch.cat([torch.linalg.vector_norm(some, dim=1, dtype=acc) for some in rows])
+    else:
+        norm = torch.linalg.vector_norm(x, dim=1, dtype=acc)
+    rnorm = norm.clamp_min_(norm_eps(x.dtype)).reciprocal_()
     return rnorm if valid is None else rnorm.masked_fill_(~valid, 1.0)
 
 

@@ -1,0 +1,244 @@
+"""The matrix of a step: its entries become logits, exponentials and weights in place, see step.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..base import Exclude, Spec
+from .positives import Pairs
+from .sides import Side, total
+from .sums import PlainLSE, StreamingLSE
+from .tiles import SHIFT_FREE_LIMIT
+from .weights import over_sum
+
+_TILE = 2**18  # entries of a tile
+_LOG2_E = 1.0 / math.log(2.0)
+
+
+def rows_of_a_part(rows: int, columns: int, d: int, itemsize: int, spec: Spec) -> int:
+    """How many rows there are in a block: half of the workspace is for its entries of ``itemsize`` bytes, a quarter for
+    vectors and gradients of its rows, 16 bytes a number."""
+    return min(rows, spec.workspace // 2 // (itemsize * max(columns, 1)), spec.workspace // 4 // (16 * d))
+
+
+class Matrix:
+    """Logits of rows with columns.
+
+    Without shift they are computed in base 2, for PyTorch's exp2 takes a third of the time of its exp.
+
+    Args:
+        pairs: the positives that are entries of the matrix; None if they are not.
+        labels: of the rows, which are the columns too: entries of the same label are left out.
+    """
+
+    def __init__(
+        self, rows: Side, cols: Side, beta: float, spec: Spec, pairs: Pairs | None, labels: Tensor | None
+    ) -> None:
+        self.rows, self.cols, self.beta, self.pairs, self.labels = rows, cols, beta, pairs, labels
+        self.exclude: Exclude = spec.exclude
+        self.acc, self.half = rows.acc, rows.half
+        self.dtype = rows.x.dtype if self.half else self.acc
+        self.width = rows_of_a_part(rows.size, cols.size, rows.dim, self.dtype.itemsize, spec) or 1
+        room = spec.workspace // self.acc.itemsize
+        self.tile_of_columns = max(room // 16 // rows.dim, 16)
+        self.vectors = max(min(_TILE, room // 16) // rows.dim, 16)
+        """How many of them stay in cache."""
+        self.tile_of_rows = max(min(_TILE, room // 16) // max(cols.size, 1), 1)
+        rows.meet(cols.size)
+        if cols is not rows:
+            cols.meet(self.width)
+        self.one_part = self.width >= rows.size
+        rows.make_room(at_once=cols is not rows)
+        if cols is not rows:
+            cols.make_room(at_once=self.one_part)
+        self.shifted = beta > SHIFT_FREE_LIMIT
+        self.unit = 1.0 if self.shifted else _LOG2_E
+        """What a natural logit of one is here."""
+        if pairs is not None and min(self.width, self.tile_of_rows) < rows.size:
+            pairs.sort()
+        if pairs is not None and self.half:
+            pairs.compute_logits(self.unit * beta, self.vectors)
+
+    def exp_(self, logits: Tensor) -> Tensor:
+        return logits.exp_() if self.shifted else logits.exp2_()
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Parts of the rows, and their products with all columns."""
+        memory = self.rows.x.new_empty(self.width * self.cols.size, dtype=self.dtype)
+        alpha = self.beta * self.unit if self.rows.scale is None else 1.0
+        for part in self.rows.parts(self.width):
+            n = part.stop - part.start
+            block, a = memory[: n * self.cols.size].view(n, self.cols.size), self.rows.operands(part)
+            for some in self._columns():
+                out = block[:, some]
+                torch.addmm(out, a, self.cols.operands(some).T, beta=0, alpha=alpha, out=out)
+            yield part, block
+
+    def _columns(self) -> Iterator[slice]:
+        """Columns that are multiplied at once: all of them, or as many as there is memory for copies."""
+        return self.cols.parts(self.cols.size if self.cols.at_hand else self.tile_of_columns)
+
+    def tiles(self, part: slice, block: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Tiles of rows: which, where they are stored, and where to compute."""
+        buffer = block.new_empty(self.tile_of_rows, self.cols.size, dtype=self.acc) if self.half else None
+        for start in range(0, block.shape[0], self.tile_of_rows):
+            stored = block[start : start + self.tile_of_rows]
+            n = stored.shape[0]
+            tile = slice(part.start + start, part.start + start + n)
+            yield tile, stored, stored if buffer is None else buffer[:n].copy_(stored)
+
+    def to_logits(self, tile: slice, t: Tensor) -> None:
+        """Products to logits, -inf where excluded."""
+        if self.rows.scale is not None:
+            t.mul_((self.rows.scale[tile] * (self.beta * self.unit))[:, None])
+        if self.cols.scale is not None:
+            t.mul_(self.cols.scale)
+        if self.pairs is not None:
+            here, at = self.pairs.within(tile)
+            entries = t.view(-1)
+            if self.pairs.exact:
+                entries.scatter_(0, at, self.pairs.logit[here])
+            else:
+                torch.gather(entries, 0, at, out=self.pairs.logit[here])
+            if self.exclude == "target":
+                entries.index_fill_(0, at, -torch.inf)
+        if self.exclude == "self":
+            t.diagonal(tile.start).fill_(-torch.inf)
+        elif self.labels is not None:
+            t.masked_fill_(self.labels[tile, None] == self.labels, -torch.inf)
+        if self.cols.mask is not None:
+            t.add_(self.cols.mask)
+        if self.rows.mask is not None:
+            t.add_(self.rows.mask[tile, None])
+
+    def store(self, tile: slice, weights: Tensor, stored: Tensor) -> None:
+        """Subtract the positives' shares and store beta times the weights of logits, with the scales of columns."""
+        if self.pairs is not None:
+            here, at = self.pairs.within(tile)
+            by_pair = self.pairs.share[here] * -self.beta
+            if self.rows.scale is not None:
+                by_pair *= self.rows.scale.index_select(0, self.pairs.row[here])
+            weights.view(-1).index_add_(0, at, by_pair)
+        if self.cols.scale is not None:
+            weights.mul_(self.cols.scale)
+        if self.half:
+            stored.copy_(weights)
+
+    def add_to_rows(self, grad: Tensor, block: Tensor) -> None:
+        """Add the gradient of the rows of a block of weights, times their scale."""
+        for some in self._columns():
+            self._add_product(grad, block[:, some], self.cols.operands(some))
+
+    def add_to_columns(self, part: slice, block: Tensor) -> None:
+        """Add a block's share of the gradient of the columns, times their scale."""
+        assert self.cols.grad is not None
+        a = self.rows.operands(part)
+        for some in self.cols.parts(self.tile_of_columns if self.half else self.cols.size):
+            self._add_product(self.cols.grad[some], block[:, some].T, a)
+
+    def _add_product(self, grad: Tensor, a: Tensor, b: Tensor) -> None:
+        if self.half:
+            grad.add_(torch.mm(a, b))
+        else:
+            grad.addmm_(a, b)
+
+    def finish_rows(self, part: slice, block: Tensor) -> Tensor:
+        """The gradient of the rows of a block; returns the sum over their entries of dL/dt t."""
+        rows = self.rows
+        assert rows.grad is not None
+        if self.cols.at_hand:
+            out = rows.grad[part] if rows.ids is None else block.new_empty(block.shape[0], rows.dim)
+            grad = torch.mm(block, self.cols.x, out=out)
+        else:
+            grad = rows.rnorm.new_zeros(block.shape[0], rows.dim)
+            self.add_to_rows(grad, block)
+        return rows.finish_and_store(grad, part, self.vectors)
+
+    def finish_columns(self, block: Tensor | None) -> Tensor:
+        """The gradient of the columns, of the only block or after the last one; returns the sum of dL/dt t."""
+        energies = []
+        assert self.cols.grad is not None
+        for some in self.cols.parts(self.tile_of_columns):
+            grad = self.cols.grad[some]
+            if block is not None:
+                torch.mm(block[:, some].T, self.rows.operands(slice(0, self.rows.size)), out=grad)
+            energies.append(self.cols.finish_and_store(grad, some, self.vectors))
+        return total(energies)
+
+
+def one_way(matrix: Matrix, part: slice, block: Tensor, weight: Tensor) -> Tensor:
+    """Products of a part to weights of the logits, of rows that have a weight each. Returns the loss but for pairs."""
+    losses = []
+    for tile, stored, t in matrix.tiles(part, block):
+        matrix.to_logits(tile, t)
+        top: Tensor | float = 0.0
+        if matrix.shifted:
+            top = t.amax(1)
+            top.masked_fill_(top == -torch.inf, 0.0)
+            t.sub_(top[:, None])
+        sums = matrix.exp_(t).sum(1)
+        empty = sums == 0.0
+        of_row = weight[tile]
+        losses.append(of_row.dot((sums.log() + top).masked_fill_(empty, 0.0)))
+        by_sum = (of_row / sums).masked_fill_(empty, 0.0).mul_(matrix.beta)
+        if matrix.rows.scale is not None:
+            by_sum *= matrix.rows.scale[tile]
+        t.mul_(by_sum[:, None])
+        matrix.store(tile, t, stored)
+    return total(losses) if losses else weight.new_zeros(())
+
+
+def both_ways(matrix: Matrix, block: Tensor, by_row: Tensor, by_col: Tensor | None) -> Tensor:
+    """Products of the whole matrix to weights, of rows and of columns. Returns the loss but for pairs.
+
+    Args:
+        by_col: None where columns are the rows: then an entry has the weights of both, and the loss those of rows only.
+    """
+    everything, pairs = slice(0, matrix.rows.size), matrix.pairs
+    lse = StreamingLSE if matrix.shifted else PlainLSE
+    of_rows = lse(matrix.rows.size, None, by_row, matrix.acc)
+    of_cols = None if by_col is None else lse(matrix.cols.size, None, by_row, matrix.acc)
+    for tile, stored, t in matrix.tiles(everything, block):
+        matrix.to_logits(tile, t)
+        if not matrix.shifted:
+            matrix.exp_(t)
+        of_rows.update(t, 1, tile, everything)
+        if of_cols is not None:
+            of_cols.update(t, 0, slice(0, matrix.cols.size), tile)
+        if matrix.half:
+            stored.copy_(t)
+    row_lse, r = _finite(of_rows.result(), by_row)
+    loss = r.dot(row_lse)
+    col_lse, c = row_lse, r
+    if of_cols is not None and by_col is not None:
+        col_lse, c = _finite(of_cols.result(), by_col)
+        loss += c.dot(col_lse)
+    r, c = (
+        g * matrix.beta if matrix.shifted else over_sum(g * matrix.beta, lse) for g, lse in ((r, row_lse), (c, col_lse))
+    )
+    of_pairs = None  # rounded in the block, if that is in 16 bits
+    if pairs is not None and pairs.exact and matrix.exclude != "target":
+        of_pairs = pairs.logit.exp2()
+    for tile, stored, t in matrix.tiles(everything, block):
+        if matrix.shifted:
+            back = (t - col_lse).exp_().mul_(c)
+            t.sub_(row_lse[tile, None]).exp_().mul_(r[tile, None]).add_(back)
+        else:
+            if pairs is not None and of_pairs is not None:
+                here, at = pairs.within(tile)
+                t.view(-1).scatter_(0, at, of_pairs[here])
+            t.mul_(r[tile, None] + c)
+        if matrix.rows.scale is not None:
+            t.mul_(matrix.rows.scale[tile, None])
+        matrix.store(tile, t, stored)
+    return loss
+
+
+def _finite(lse: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Zeros for empty sums, and for their weights."""
+    empty = lse == -torch.inf
+    return lse.masked_fill_(empty, 0.0), weight.masked_fill(empty, 0.0)

@@ -1,0 +1,114 @@
+"""The positives of a step: one entry of the matrix per sample, or the other samples of its label."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .sides import Side
+
+
+class Pairs:
+    """Entries of the matrix that are positives, and each one's share in the loss."""
+
+    def __init__(self, row: Tensor, col: Tensor, share: Tensor, rows: Side, cols: Side) -> None:
+        self.row, self.col, self.share, self.rows, self.cols = row, col, share, rows, cols
+        self.in_order = False
+        """Whether the i-th pair is in row i."""
+        self.place: Tensor | None = None
+        self.logit = torch.empty_like(share)
+        """Of each pair; known when ``exact`` or the matrix has been seen."""
+        self.exact = False
+
+    def sort(self) -> None:
+        """By rows, of which some can be asked for then."""
+        self.in_order = self.row.shape[0] == self.rows.size and _is_range(self.row)
+        if not self.in_order:
+            self.row, order = self.row.sort(stable=True)
+            self.col, self.share = self.col[order], self.share[order]
+
+    def compute_logits(self, factor: float, at_once: int) -> None:
+        """The logits in the dtype of the shares, ``at_once`` pairs at a time."""
+        self.exact = True
+        for start in range(0, self.row.shape[0], at_once):
+            some = slice(start, start + at_once)
+            row: slice | Tensor = some if self.in_order else self.row[some]
+            col = self.col[some]
+            dot = torch.linalg.vecdot(
+                self.rows.operands(row).to(self.share.dtype), self.cols.operands(col).to(self.share.dtype)
+            )
+            for side, which in ((self.rows, row), (self.cols, col)):
+                if side.scale is not None:
+                    dot.mul_(side.scale[which])
+            torch.mul(dot, factor, out=self.logit[some])
+
+    def within(self, rows: slice) -> tuple[slice, Tensor]:
+        """Which pairs are in some rows, and where among these rows' entries."""
+        if self.in_order:
+            here = rows
+        elif rows.stop - rows.start == self.rows.size:
+            here = slice(0, self.row.shape[0])
+        else:
+            here = slice(*torch.searchsorted(self.row, torch.tensor([rows.start, rows.stop])).tolist())
+        if self.place is None:
+            self.place = self.row * self.cols.size + self.col
+        place = self.place[here]
+        return here, place if rows.start == 0 else place - rows.start * self.cols.size
+
+
+class SameLabel:
+    """The mean cosine of each sample with the others of its label, and its gradient.
+
+    With unit rows u, n samples of a label and their sum m it is ``u_j . (m - u_j) / (n - 1)``: O(M d) for all pairs.
+    With shares s and ``a_j = s_j / (n - 1)`` the gradient of ``sum_j s_j pos_j`` by u_j is
+    ``a_j (m - u_j) + sum_others a_l u_l``.
+    """
+
+    def __init__(self, rows: Side, label: Tensor) -> None:
+        self.rows = rows
+        sample = None if rows.valid is None else rows.valid.nonzero().squeeze(1)
+        _, group, count = (label if sample is None else label[sample]).unique(return_inverse=True, return_counts=True)
+        several = count > 1
+        self.groups = int(several.sum())
+        place = (several.cumsum(0) - 1).masked_fill_(~several, self.groups)  # the last one takes those that are alone
+        self.group, others = place[group], (count - 1)[group]
+        if sample is not None:
+            self.group = self.group.new_full(label.shape, self.groups).index_copy_(0, sample, self.group)
+            others = others.new_zeros(label.shape).index_copy_(0, sample, others)
+        self.any = others > 0
+        """Whether a sample has others."""
+        self.others = others.clamp_min_(1).to(rows.acc)
+
+    def add_up(self, share: Tensor, even: bool, tiles: Iterable[slice]) -> None:
+        """The sums of the labels, given the samples' shares, and whether all that have others have the same."""
+        self.weight = share / self.others
+        self.sums = share.new_zeros(self.groups + 1, self.rows.dim)
+        self.weighted = None if even else torch.zeros_like(self.sums)
+        for tile in tiles:
+            unit = self.rows.unit(tile)
+            self.sums.index_add_(0, self.group[tile], unit)
+            if self.weighted is not None:
+                self.weighted.index_add_(0, self.group[tile], unit * self.weight[tile, None])
+
+    def subtract(self, grad: Tensor, some: slice, beta: float) -> Tensor:
+        """Subtract beta times the gradient of ``sum_j s_j pos_j`` by some of the unit rows, times the rows' scale, from
+        ``grad``. Returns these samples' part of the sum."""
+        group, weight = self.group[some], self.weight[some, None]
+        unit = self.rows.unit(some)
+        rest = self.sums.index_select(0, group).sub_(unit)
+        total = torch.linalg.vecdot(unit, rest).dot(self.weight[some])
+        rest.mul_(weight)
+        if self.weighted is None:
+            rest.mul_(2.0)
+        else:
+            rest.add_(self.weighted.index_select(0, group)).sub_(unit * weight)
+        if self.rows.scale is not None:
+            rest.mul_(self.rows.scale[some, None])
+        grad.sub_(rest, alpha=beta)
+        return total
+
+
+def _is_range(row: Tensor) -> bool:
+    return torch.equal(row, torch.arange(row.shape[0], device=row.device))
