@@ -186,6 +186,24 @@ def test_threads_do_not_change_a_triangle(workspace: int) -> None:
 
 
 @pytest.mark.usefixtures("_restore_threads")
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("forward", "backward"), [(2, 1), (1, 8)])
+def test_threads_change_between_forward_and_backward(symmetric: bool, forward: int, backward: int) -> None:
+    """What is kept lies in tiles whose height depends on the number of threads."""
+    x, w, y = problem(600, 300, 64)
+
+    def gradient(*threads: int) -> Tensor:
+        with nckernels.use_backend("native"), nckernels.use_workspace(MIB):
+            torch.set_num_threads(threads[0])
+            options = {"exclude": "self"} if symmetric else {}
+            lse, pos = nckernels.cosine_lse(x, x if symmetric else w, y, 10.0, direction="instance", **options)
+            torch.set_num_threads(threads[1])
+            return torch.autograd.grad((lse - pos).sum(), x)[0]
+
+    torch.testing.assert_close(gradient(forward, backward), gradient(1, 1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_restore_threads")
 def test_called_from_several_python_threads() -> None:
     torch.set_num_threads(2)
     cases = [problem(400 + 37 * i, 50, 48, seed=i) for i in range(4)]

@@ -33,7 +33,8 @@ struct Tiles {
       kept_tiles;  // the first tiles, which are kept from forward to backward: exp(t) or, not shift_free, t
   int64_t group;   // row tiles that the backward pass has in flight
 
-  Tiles(const Problem& problem, const Columns& cols)
+  // `reads_kept`: for the backward pass.
+  Tiles(const Problem& problem, const Columns& cols, bool reads_kept = false)
       : p(problem),
         columns(cols),
         z(p.z, p.z_stride, p.d, p.half),
@@ -49,6 +50,7 @@ struct Tiles {
     all_panels = (columns.count + NR - 1) / NR;
     shift_free = p.beta + largest_bias() <= 30.0;
     plan();
+    if (reads_kept) check_kept();
   }
 
   // The workspace: a quarter for row tiles (U packed and its gradient per thread, U by features and the
@@ -71,7 +73,19 @@ struct Tiles {
     tile_m = std::clamp<int64_t>(std::min(quarter / per_row, even), MR, TALLEST) / MR * MR;
     tiles = (p.m + tile_m - 1) / tile_m;
     const int64_t per_tile = tile_m * all_panels * NR;
-    kept_tiles = kept && per_tile ? std::min(tiles, p.kept_size / per_tile) : 0;
+    kept_tiles = kept && per_tile ? std::min(tiles, room_to_keep() / per_tile) : 0;
+  }
+
+  // Numbers of tiles, before the one that holds their height.
+  int64_t room_to_keep() const { return std::max<int64_t>(p.kept_size - 1, 0); }
+
+  // The height of tiles depends on the number of threads, and the backward pass can have more or fewer than
+  // the forward pass had: in a child process, for one. What is kept of other tiles it has to make again.
+  void sign_kept() const {
+    if (kept && p.kept_size) kept[p.kept_size - 1] = static_cast<T>(tile_m);
+  }
+  void check_kept() {
+    if (kept_tiles && kept[p.kept_size - 1] != static_cast<T>(tile_m)) kept_tiles = 0;
   }
 
   int64_t kept_bytes() const { return kept ? p.kept_size * static_cast<int64_t>(sizeof(T)) : 0; }

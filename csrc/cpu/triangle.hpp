@@ -25,8 +25,9 @@ struct Triangle : Tiles<G> {
   std::vector<int64_t> kept_at;                    // where each tile begins in what is kept
   std::vector<int64_t> positives, positives_from;  // samples by the row tile of their positive entry
 
-  Triangle(const Problem& problem, const Columns& cols) : Base(problem, cols) {
+  Triangle(const Problem& problem, const Columns& cols, bool reads_kept = false) : Base(problem, cols) {
     plan();
+    if (reads_kept) this->check_kept();
     const int64_t padded = all_panels * NR;
     bias.assign(padded, minus_infinity<T>);
     weight.assign(padded, T(0));
@@ -64,7 +65,7 @@ struct Triangle : Tiles<G> {
     for (int64_t i = 0; i < tiles; i++)
       kept_at[i + 1] = kept_at[i] + (all_panels - first_panel(i)) * padded_rows(i) * NR;
     this->kept_tiles = 0;
-    while (this->kept && this->kept_tiles < tiles && kept_at[this->kept_tiles + 1] <= p.kept_size)
+    while (this->kept && this->kept_tiles < tiles && kept_at[this->kept_tiles + 1] <= this->room_to_keep())
       this->kept_tiles++;
   }
 
