@@ -512,6 +512,24 @@ def test_every_option_is_one_node_of_the_graph(k: int, loss: str) -> None:
     assert type(function(x, w, y, sample_weight=trained).grad_fn).__name__ != "StepBackward"
 
 
+def test_losses_of_samples_keep_nothing_without_grad(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w, y = problem(64, 10, 8)
+    temperature = torch.tensor(0.1, requires_grad=True)
+    keeps = []
+    losses = native.NativeBackend.losses
+
+    def spy(self: native.NativeBackend, *args: object) -> object:
+        keeps.append(args[3])
+        return losses(self, *args)
+
+    monkeypatch.setattr(native.NativeBackend, "losses", spy)
+    values = [nckernels.nonl_loss(x, w, y, reduction="none", temperature=temperature)]
+    with torch.no_grad():
+        values.append(nckernels.nonl_loss(x, w, y, reduction="none", temperature=temperature))
+    assert keeps == [True, False]
+    assert torch.equal(*values)
+
+
 @pytest.mark.parametrize("workspace", [64 * 1024, 32 * MIB])
 @pytest.mark.parametrize("shape", [(2, 1, 5), (64, 1, 33), (300, 1, 24)])
 def test_a_uniformity_step(shape: tuple[int, int, int], workspace: int) -> None:
