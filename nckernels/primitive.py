@@ -228,6 +228,9 @@ def _step(
         or not registry.can_step(backend, features, prototypes, spec, each or reduced.has_options)
     ):
         return None
+    if each and not torch.is_grad_enabled():  # then nothing is kept for a backward pass
+        features, prototypes = features.detach(), prototypes.detach()
+        inv_temperature = inv_temperature.detach() if isinstance(inv_temperature, Tensor) else inv_temperature
     node = operators.Losses if each else operators.Step
     return node.apply(features, prototypes, inv_temperature, target, reduced, spec, backend)
 

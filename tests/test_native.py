@@ -186,6 +186,24 @@ def test_threads_do_not_change_a_triangle(workspace: int) -> None:
 
 
 @pytest.mark.usefixtures("_restore_threads")
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("forward", "backward"), [(2, 1), (1, 8)])
+def test_threads_change_between_forward_and_backward(symmetric: bool, forward: int, backward: int) -> None:
+    """What is kept lies in tiles whose height depends on the number of threads."""
+    x, w, y = problem(600, 300, 64)
+
+    def gradient(*threads: int) -> Tensor:
+        with nckernels.use_backend("native"), nckernels.use_workspace(MIB):
+            torch.set_num_threads(threads[0])
+            options = {"exclude": "self"} if symmetric else {}
+            lse, pos = nckernels.cosine_lse(x, x if symmetric else w, y, 10.0, direction="instance", **options)
+            torch.set_num_threads(threads[1])
+            return torch.autograd.grad((lse - pos).sum(), x)[0]
+
+    torch.testing.assert_close(gradient(forward, backward), gradient(1, 1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_restore_threads")
 def test_called_from_several_python_threads() -> None:
     torch.set_num_threads(2)
     cases = [problem(400 + 37 * i, 50, 48, seed=i) for i in range(4)]
@@ -492,6 +510,24 @@ def test_every_option_is_one_node_of_the_graph(k: int, loss: str) -> None:
             ] * 2
     trained = torch.rand(64, requires_grad=True)
     assert type(function(x, w, y, sample_weight=trained).grad_fn).__name__ != "StepBackward"
+
+
+def test_losses_of_samples_keep_nothing_without_grad(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w, y = problem(64, 10, 8)
+    temperature = torch.tensor(0.1, requires_grad=True)
+    keeps = []
+    losses = native.NativeBackend.losses
+
+    def spy(self: native.NativeBackend, *args: object) -> object:
+        keeps.append(args[3])
+        return losses(self, *args)
+
+    monkeypatch.setattr(native.NativeBackend, "losses", spy)
+    values = [nckernels.nonl_loss(x, w, y, reduction="none", temperature=temperature)]
+    with torch.no_grad():
+        values.append(nckernels.nonl_loss(x, w, y, reduction="none", temperature=temperature))
+    assert keeps == [True, False]
+    assert torch.equal(*values)
 
 
 @pytest.mark.parametrize("workspace", [64 * 1024, 32 * MIB])

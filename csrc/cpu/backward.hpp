@@ -31,7 +31,7 @@ class BackwardPass {
         of_z_(of_z),
         of_w_(of_w),
         beside_(beside),
-        s_(p, columns),
+        s_(p, columns, true),
         need_rows_(g.z || (g.beta && !g.w)),
         class_scale_(s_.all_panels * NR, T(0)),
         class_shift_(s_.all_panels * NR, T(0)),

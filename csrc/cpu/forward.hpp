@@ -41,6 +41,7 @@ class ForwardPass {
 
   void run() {
     const Tl& s = tiles_;
+    s.sign_kept();
     T* pos = static_cast<T*>(p_.pos);
     // Chunks of row tiles sum into places of their own, which are merged in order: the result does not depend
     // on which thread was quicker.
@@ -98,7 +99,7 @@ class ForwardPass {
     const int64_t per_tile = s.tile_m * s.all_panels * NR;
     int64_t used = s.kept_tiles * per_tile;
     if (used && s.kept_tiles == s.tiles) used -= (s.tile_m - s.padded_rows(s.tiles - 1)) * s.all_panels * NR;
-    std::fill(s.kept + used, s.kept + p_.kept_size, T(0));
+    std::fill(s.kept + used, s.kept + s.room_to_keep(), T(0));
   }
 
  private:

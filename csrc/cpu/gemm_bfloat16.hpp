@@ -1,9 +1,9 @@
 // The engine for bfloat16 operands: products of pairs, accumulated in float.
 //
 // Three things keep the error at that of float sums, but for the rounding of entries:
-//   - Features and prototypes are multiplied as they are, times a power of two, which changes no digit. What
-//   is left of
-//     beta / |z| and 1 / |w| (`rest`, between 1 and 2) multiplies t, and the entries before they are rounded.
+//   - Features and prototypes are multiplied as they are, times a power of two, which changes no digit.
+//     What is left of 1 / |z| and 1 / |w|, between 1 and 2, and beta (`rest`) multiply t, and the entries
+//     before they are rounded.
 //   - t, exponentials and all sums are floats.
 //   - An entry is rounded when it is complete, with its positive.
 //

@@ -44,7 +44,7 @@ struct Problem {
   // results of the forward pass, inputs of the backward pass
   void *class_lse, *instance_lse;  // (k), (m) or null
   void *pos, *z_rnorm, *w_rnorm;   // (m), (m), (k)
-  void* kept;                      // `kept_size` numbers for exp(t) of the first row tiles, or null
+  void* kept;  // `kept_size` numbers for exp(t) of the first row tiles, and of what height these are, or null
   int64_t kept_size;
 };
 

@@ -24,7 +24,7 @@ class SymmetricBackward {
         columns_(columns),
         g_(g),
         positives_(positives),
-        s_(p, columns),
+        s_(p, columns, true),
         grad_z_(static_cast<T*>(g.z)),
         grad_bias_(static_cast<T*>(g.sample_bias ? g.sample_bias : g.class_bias)),
         scale_(s_.all_panels * NR, T(0)),

@@ -18,6 +18,7 @@ class SymmetricForward {
   SymmetricForward(const Problem& p, const Columns& columns) : p_(p), s_(p, columns) {}
 
   void run() {
+    s_.sign_kept();
     inverse_norms(p_, s_.z, p_.m, s_.z_rnorm, [](int64_t j) { return j; });
     std::copy_n(s_.z_rnorm, p_.m, s_.w_rnorm);
     std::fill_n(static_cast<T*>(p_.pos), p_.m, T(0));
@@ -53,7 +54,7 @@ class SymmetricForward {
 
   // What is kept is an output: nothing in it may be left to chance.
   void clear_rest_of_kept() const {
-    if (s_.kept) std::fill(s_.kept + s_.kept_at[s_.kept_tiles], s_.kept + p_.kept_size, T(0));
+    if (s_.kept) std::fill(s_.kept + s_.kept_at[s_.kept_tiles], s_.kept + s_.room_to_keep(), T(0));
   }
 
  private:

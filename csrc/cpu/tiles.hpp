@@ -29,11 +29,12 @@ struct Tiles {
   int64_t tile_m, tiles;  // rows of a tile (a multiple of MR), number of tiles
   int64_t block_k;        // columns of a block (a multiple of NR)
   int64_t all_panels;     // of all columns
-  int64_t
-      kept_tiles;  // the first tiles, which are kept from forward to backward: exp(t) or, not shift_free, t
-  int64_t group;   // row tiles that the backward pass has in flight
+  // The first tiles, which are kept from forward to backward: exp(t) or, not shift_free, t.
+  int64_t kept_tiles;
+  int64_t group;  // row tiles that the backward pass has in flight
 
-  Tiles(const Problem& problem, const Columns& cols)
+  // `reads_kept`: for the backward pass.
+  Tiles(const Problem& problem, const Columns& cols, bool reads_kept = false)
       : p(problem),
         columns(cols),
         z(p.z, p.z_stride, p.d, p.half),
@@ -48,30 +49,44 @@ struct Tiles {
     d_panels = d_pad / NR;
     all_panels = (columns.count + NR - 1) / NR;
     shift_free = p.beta + largest_bias() <= 30.0;
-    plan();
+    const int64_t threads = std::max(p.threads, 1);
+    plan(threads, 2 * threads, std::numeric_limits<int64_t>::max());
+    if (reads_kept) check_kept();
   }
 
   // The workspace: a quarter for row tiles (U packed and its gradient per thread, U by features and the
-  // entries per tile of a group), and what is not kept of the rest for a block of columns.
-  void plan() {
+  // entries per tile of a group), and what is not kept of the rest for a block of at most `widest` columns.
+  void plan(int64_t threads, int64_t tiles_in_flight, int64_t widest) {
     const int64_t quarter = std::max<int64_t>(p.workspace / 4, 1);
     const int64_t for_block = std::max(quarter, p.workspace - quarter - kept_bytes());
     const int64_t columns_padded = std::max<int64_t>(all_panels * NR, NR);
-    const int64_t most = std::max<int64_t>(for_block / bytes_of_column(p.d) / NR * NR, NR);
+    const int64_t fit = std::min(for_block / bytes_of_column(p.d), widest);
+    const int64_t most = std::max<int64_t>(fit / NR * NR, NR);
     const int64_t blocks = (columns_padded + most - 1) / most;
     block_k = round_up((columns_padded + blocks - 1) / blocks, NR);
-    const int64_t threads = std::max(p.threads, 1);
-    group = 2 * threads;
+    group = tiles_in_flight;
     const int64_t per_thread = d_pad * (sizeof(Operand) + sizeof(T)) + (G::RESTS ? STEP * NR * sizeof(T) : 0);
     const int64_t per_tile_of_group = (d_pad + block_k * G::ENTRIES) * sizeof(Operand);
     const int64_t per_row = threads * per_thread + group * per_tile_of_group;
     // Four tiles a thread, so that none waits long for the last one; eight at least.
-    const int64_t even =
-        round_up((p.m + 4 * std::max<int64_t>(threads, 2) - 1) / (4 * std::max<int64_t>(threads, 2)), MR);
+    const int64_t wanted = 4 * std::max<int64_t>(threads, 2);
+    const int64_t even = round_up((p.m + wanted - 1) / wanted, MR);
     tile_m = std::clamp<int64_t>(std::min(quarter / per_row, even), MR, TALLEST) / MR * MR;
     tiles = (p.m + tile_m - 1) / tile_m;
     const int64_t per_tile = tile_m * all_panels * NR;
-    kept_tiles = kept && per_tile ? std::min(tiles, p.kept_size / per_tile) : 0;
+    kept_tiles = kept && per_tile ? std::min(tiles, room_to_keep() / per_tile) : 0;
+  }
+
+  // Numbers of tiles, before the one that holds their height.
+  int64_t room_to_keep() const { return std::max<int64_t>(p.kept_size - 1, 0); }
+
+  // The height of tiles depends on the number of threads, and the backward pass can have more or fewer than
+  // the forward pass had: in a child process, for one. What is kept of other tiles it has to make again.
+  void sign_kept() const {
+    if (kept && p.kept_size) kept[p.kept_size - 1] = static_cast<T>(tile_m);
+  }
+  void check_kept() {
+    if (kept_tiles && kept[p.kept_size - 1] != static_cast<T>(tile_m)) kept_tiles = 0;
   }
 
   int64_t kept_bytes() const { return kept ? p.kept_size * static_cast<int64_t>(sizeof(T)) : 0; }
@@ -284,11 +299,13 @@ class EntriesOf {
   }
 
   // What rounding has taken from the sum of A t over that panel, see `lost` of an engine. `e` is t or exp(t),
-  // -inf or 0 where excluded;
+  // -inf or 0 where excluded.
   double lost(int64_t n, bool in_pairs, const T* e, bool exponentials) const {
     if constexpr (G::RESTS) return G::lost(panel_, n, rests_, of_columns_, in_pairs, e, exponentials);
     return 0;
   }
+
+  // The same of one entry of it, whose logit is t.
   double lost(int64_t r, int64_t x, bool in_pairs, T t) const {
     if constexpr (G::RESTS) return G::lost(panel_[r * NR + x], rests_[r], of_columns_[x], in_pairs, t);
     return 0;

@@ -25,8 +25,9 @@ struct Triangle : Tiles<G> {
   std::vector<int64_t> kept_at;                    // where each tile begins in what is kept
   std::vector<int64_t> positives, positives_from;  // samples by the row tile of their positive entry
 
-  Triangle(const Problem& problem, const Columns& cols) : Base(problem, cols) {
+  Triangle(const Problem& problem, const Columns& cols, bool reads_kept = false) : Base(problem, cols) {
     plan();
+    if (reads_kept) this->check_kept();
     const int64_t padded = all_panels * NR;
     bias.assign(padded, minus_infinity<T>);
     weight.assign(padded, T(0));
@@ -41,30 +42,16 @@ struct Triangle : Tiles<G> {
     sort_positives();
   }
 
-  // As in Tiles, a quarter of the workspace is for row tiles, and what is not kept of the rest for a block of
-  // columns; a group has one tile per thread. One thread plans for two, and gets the same bits.
+  // A group has one tile per thread. One thread plans for two, and gets the same bits. Wider blocks gain
+  // nothing, and their entries would take the room of rows.
   void plan() {
     const int64_t threads = std::max(p.threads, 2);
-    const int64_t quarter = std::max<int64_t>(p.workspace / 4, 1);
-    const int64_t for_block = std::max(quarter, p.workspace - quarter - this->kept_bytes());
-    const int64_t columns_padded = std::max<int64_t>(all_panels * NR, NR);
-    // Wider blocks gain nothing, and their entries would take the room of rows.
-    const int64_t fit = std::min<int64_t>(for_block / Base::bytes_of_column(p.d), 1536);
-    const int64_t most = std::max<int64_t>(fit / NR * NR, NR);
-    const int64_t blocks = (columns_padded + most - 1) / most;
-    block_k = round_up((columns_padded + blocks - 1) / blocks, NR);
-    this->group = threads;
-    const int64_t per_row =
-        threads * (d_pad * (2 * sizeof(Operand) + sizeof(T)) + block_k * G::ENTRIES * sizeof(Operand) +
-                   (G::RESTS ? Base::STEP * NR * sizeof(T) : 0));
-    const int64_t even = round_up((p.m + 4 * threads - 1) / (4 * threads), MR);
-    tile_m = std::clamp<int64_t>(std::min(quarter / per_row, even), MR, TALLEST) / MR * MR;
-    tiles = (p.m + tile_m - 1) / tile_m;
+    Base::plan(threads, threads, 1536);
     kept_at.assign(tiles + 1, 0);
     for (int64_t i = 0; i < tiles; i++)
       kept_at[i + 1] = kept_at[i] + (all_panels - first_panel(i)) * padded_rows(i) * NR;
     this->kept_tiles = 0;
-    while (this->kept && this->kept_tiles < tiles && kept_at[this->kept_tiles + 1] <= p.kept_size)
+    while (this->kept && this->kept_tiles < tiles && kept_at[this->kept_tiles + 1] <= this->room_to_keep())
       this->kept_tiles++;
   }
 

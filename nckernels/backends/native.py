@@ -149,7 +149,7 @@ class NativeBackend(Backend):
         padded = (m + _KEPT_PADDING[0]) * (columns + _KEPT_PADDING[1])
         if spec.symmetric:  # the upper triangle: a tile of up to 192 rows begins at its first diagonal entry
             padded = min(padded, (m + _KEPT_PADDING[0]) * (m // 2 + sum(_KEPT_PADDING)))
-        return min(padded, spec.workspace // 2 // accumulation_dtype(dtype).itemsize)
+        return min(padded + 1, spec.workspace // 2 // accumulation_dtype(dtype).itemsize)
 
     def forward(self, inputs: Inputs, spec: Spec, keep: bool) -> Forward:
         result = self._results(inputs, spec, keep)
