@@ -459,6 +459,19 @@ def test_a_supervised_step_is_the_mean_of_the_samples(
 
 
 @pytest.mark.parametrize("decoupled", [True, False])
+def test_the_temperature_of_supervised_losses_alone(decoupled: bool) -> None:
+    """Where the features are frozen, positives count in its gradient all the same."""
+    input, target = torch.randn(90, 20, dtype=torch.float64), torch.arange(90) % 7
+    grads = []
+    for frozen in (True, False):
+        tau = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+        rows = input.clone().requires_grad_(not frozen)
+        losses = nckernels.supcon_loss(rows, target, temperature=tau, decoupled=decoupled, reduction="none")
+        grads.append(torch.autograd.grad(losses @ torch.linspace(0, 1, 90, dtype=torch.float64), tau)[0])
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
 @pytest.mark.parametrize("workspace", [MIB, 32 * MIB])
 @pytest.mark.parametrize("n", [700, 3, 1])
 def test_a_step_in_both_directions_is_the_mean_of_the_pairs(n: int, workspace: int, decoupled: bool) -> None:
