@@ -10,6 +10,7 @@ python -m benchmarks tune --device cuda                  tile tables of the Trit
 python -m benchmarks correctness                         every kernel on small ragged problems, against float64
 python -m benchmarks host                                host time of the Triton backend's launches, without a GPU
 python -m benchmarks predict                             counted times on a GPU, beside those of a report
+python -m benchmarks stages                              where a step of the native backend spends its time
 python -m benchmarks scaling                             bytes and memory of losses that span processes
 python -m benchmarks queue                               small batches with queues and running denominators, on digits
 python -m benchmarks experiments                         the papers' claims on glyphs: docs/results.md
@@ -48,6 +49,7 @@ from . import (
     scaling,
     small_batches,
     solvers,
+    stages,
     sweep,
     tune,
 )
@@ -65,6 +67,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "predict": predict.main,
     "scaling": scaling.main,
     "solvers": solvers.main,
+    "stages": stages.main,
     "many-classes": many_classes.main,
     "queue": small_batches.main,
     "assignment": assignment.main,

@@ -51,22 +51,25 @@ def regenerated(text: str, path: Path) -> str:
 
 
 def table(reports: list[Path]) -> str:
-    """A row per problem and variant; a problem that several reports have is taken from the first."""
+    """A row per problem and variant; a problem that several reports have in one dtype is taken from the first."""
+    loaded = [load(path) for path in reports]
+    several = len({report.dtype for report in loaded}) > 1
     lines = [
         "| problem | variant | time / bare GEMMs | time / naive (quartiles) | extra memory, MiB |",
         "|---|---|---|---|---|",
     ]
     seen: set[str] = set()
-    for path in reports:
-        for measured in load(path).measured:
-            if str(measured.problem) not in seen:
-                seen.add(str(measured.problem))
-                lines += _rows(measured)
+    for report in loaded:
+        for measured in report.measured:
+            label = f"{measured.problem} {report.dtype}" if several else str(measured.problem)
+            if label not in seen:
+                seen.add(label)
+                lines += _rows(measured, label)
     return "\n".join(lines) + "\n"
 
 
-def _rows(measured: Measured) -> list[str]:
-    rows, label = [], str(measured.problem)
+def _rows(measured: Measured, label: str) -> list[str]:
+    rows = []
     for r in measured.results:
         if r.seconds is None or r.variant == GEMM:
             continue

@@ -140,6 +140,7 @@ class BackwardPass {
   // A of one tile and block of columns, and its column sums for the classes' biases.
   void fill_entries(Room& room, const Block& block, int64_t tile, const Operand* u, Operand* a,
                     T* bias_share) {
+    NCK_STAGE(entries);
     const int64_t n = s_.rows(tile), padded = s_.padded_rows(tile), row0 = s_.first_row(tile);
     const bool is_kept = tile < s_.kept_tiles, by_class = g_.class_lse, by_row = g_.instance_lse;
     PositivesOf<G> positives(s_, tile, block.first, block.count, static_cast<const T*>(g_.pos));
@@ -256,11 +257,13 @@ class BackwardPass {
   // dL/dU of a tile: A V, added up over column blocks in grad_z; after the last one through the
   // normalisation.
   void add_rows(Room& room, const Block& block, int64_t tile, const Operand* a) {
+    NCK_STAGE(rows);
     const int64_t n = s_.rows(tile), padded = s_.padded_rows(tile), d = p_.d, d_pad = s_.d_pad;
     Buffer<T> product(padded * d_pad), sum(d_pad), line(s_.z.line());
     T* const x = sum;
     G::times_prototypes(padded, padded, 0, block.panels, block.panels, block.count, s_.d_panels, a,
                         room.v_rows, product, false);
+    NCK_STAGE(finish);
     for (int64_t r = 0; r < n; r++) {
       const int64_t j = s_.first_row(tile) + r;
       T* out = room.grad_z + j * d;
@@ -281,6 +284,7 @@ class BackwardPass {
   void add_columns(Room& room, const Block& block, int64_t begin) {
     const int64_t here = std::min(room.group, s_.tiles - begin), padded = block.panels * NR;
     s_.share_out(block.panels, [&](int64_t first, int64_t last, int64_t f_first, int64_t f_last) {
+      NCK_STAGE(columns);
       for (int64_t tile = 0; tile < here; tile++) {
         const int64_t rows = s_.padded_rows(begin + tile);
         const Operand* a = G::by_columns(room.entries_of(tile, s_), s_.tile_m * room.widest);
@@ -291,6 +295,7 @@ class BackwardPass {
   }
 
   void finish_columns(Room& room, const Block& block, int64_t panel) {
+    NCK_STAGE(finish);
     const int64_t d = p_.d, padded = block.panels * NR;
     Buffer<T> line(s_.d_pad), row_line(s_.w.line());
     T* x = line;

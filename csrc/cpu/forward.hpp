@@ -106,6 +106,7 @@ class ForwardPass {
   // weights.
   void exponentials(int64_t tile, int64_t first, int64_t count, T* t, T* row_vectors, Sums<T>& by_column,
                     Sums<T>& by_row, bool keep) const {
+    NCK_STAGE(exponentials);
     const Tl& s = tiles_;
     const int64_t n = s.rows(tile), padded = s.padded_rows(tile), row0 = s.first_row(tile);
     if (p_.by_instance) std::fill(row_vectors, row_vectors + n * W, T(0));
@@ -149,6 +150,7 @@ class ForwardPass {
   // Running maximum, for temperatures and biases whose exponentials could leave the range of T.
   void streaming(int64_t tile, int64_t first, int64_t count, const T* t, Sums<T>& by_column,
                  Sums<T>& by_row) const {
+    NCK_STAGE(exponentials);
     const Tl& s = tiles_;
     const int64_t n = s.rows(tile), padded = s.padded_rows(tile), row0 = s.first_row(tile);
     for (int64_t q = 0; q * NR < count && p_.by_class; q++)

@@ -3,6 +3,10 @@
 #include <mutex>
 #include <new>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "problem.hpp"
 
 namespace nckernels {
@@ -30,6 +34,16 @@ constexpr size_t kept_at_most = 0, alignment = 64;
 constexpr size_t kept_at_most = size_t(32) << 20, alignment = 4096;
 #endif
 
+constexpr size_t huge_page = size_t(2) << 20;
+
+void want_huge_pages(void* p, size_t bytes) {
+#if defined(__linux__)
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(p) + huge_page - 1) / huge_page * huge_page;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(p) + bytes) / huge_page * huge_page;
+  if (p && last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 static size_t rounded(size_t bytes) { return (bytes + alignment - 1) / alignment * alignment; }
 
 void* acquire(size_t bytes) {
@@ -49,6 +63,7 @@ void* acquire(size_t bytes) {
   }
   void* p = std::aligned_alloc(alignment, size);
   if (!p) throw std::bad_alloc();
+  want_huge_pages(p, size);
   return p;
 }
 
@@ -103,6 +118,9 @@ NCK_EXPORT int32_t nckernels_backward(const nckernels::Problem* problem,
 }
 
 NCK_EXPORT int32_t nckernels_step(const nckernels::Problem* problem, const nckernels::Step* step) {
+  const auto size = [&](int64_t rows) { return size_t(rows * problem->d) * (problem->is_double ? 8 : 4); };
+  nckernels::scratch::want_huge_pages(step->z, size(problem->m));
+  nckernels::scratch::want_huge_pages(step->w, size(problem->k));
   return nckernels::guarded(*problem,
                             [&](const nckernels::Problem& p) { return NCK_CHOOSE(step, p)(p, *step); });
 }
@@ -111,6 +129,13 @@ NCK_EXPORT int32_t nckernels_losses(const nckernels::Problem* problem, const nck
   return nckernels::guarded(*problem,
                             [&](const nckernels::Problem& p) { return NCK_CHOOSE(losses, p)(p, *step); });
 }
+
+#if defined(NCK_STAGES)
+// Nanoseconds of all stages since the last call.
+NCK_EXPORT void nckernels_stages(int64_t* out) {
+  for (auto& time : nckernels::stages::nanoseconds) *out++ = time.exchange(0);
+}
+#endif
 
 // The sizes of the structures, so that Python notices if it describes others.
 NCK_EXPORT int64_t nckernels_sizes() {

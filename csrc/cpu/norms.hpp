@@ -42,6 +42,7 @@ template <class T, class F>
 void inverse_norms(const Problem& p, const Rows<T>& x, int64_t count, T* out, F&& at) {
   constexpr int64_t step = 64;
   parallel(p.threads, (count + step - 1) / step, [&](int64_t b) {
+    NCK_STAGE(norms);
     Buffer<T> line(x.line());
     for (int64_t i = b * step; i < std::min(count, (b + 1) * step); i++)
       out[at(i)] = inverse_norm(p, x.get(at(i), line));

@@ -10,6 +10,8 @@
 #include <memory>
 #include <vector>
 
+#include "stages.hpp"
+
 // Whether bfloat16 features are multiplied as such (bfloat16.cpp), and by the tiles of AMX: where there are
 // instructions for it, or a test wants their models.
 #if defined(__AMX_BF16__)
@@ -84,6 +86,10 @@ namespace scratch {
 // Large buffers are pooled: fresh pages from the system would cost as much as the work done on them.
 void* acquire(size_t bytes);
 void release(void* p, size_t bytes);
+
+// Asks the system to back memory that has not been touched by large pages: the first touch of a small one
+// takes about as long as the arithmetic on its numbers.
+void want_huge_pages(void* p, size_t bytes);
 }  // namespace scratch
 
 template <class T>

@@ -155,6 +155,7 @@ class SymmetricBackward {
 
   // A panel of a tile of T, from t or what is kept of it.
   void fill_entries(int64_t tile, int64_t panel, const T* from, T* a, T* share) {
+    NCK_STAGE(entries);
     const int64_t padded = s_.padded_rows(tile), row0 = s_.first_row(tile), n = s_.rows_above(tile, panel);
     if (!s_.shift_free)
       shifted(panel, n, row0, from, a, share);

@@ -90,6 +90,7 @@ class SymmetricForward {
   // weights.
   void exponentials(int64_t tile, int64_t begin, int64_t end, T* t, T* row_vectors, Sums<T>& by_column,
                     Sums<T>& by_row, bool keep) const {
+    NCK_STAGE(exponentials);
     const int64_t padded = s_.padded_rows(tile), row0 = s_.first_row(tile);
     std::fill_n(row_vectors, s_.rows(tile) * W, T(0));
     for (int64_t q = begin; q < end; q++) {
@@ -121,6 +122,7 @@ class SymmetricForward {
   // Running maximum, for temperatures and biases whose exponentials could leave the range of T.
   void streaming(int64_t tile, int64_t begin, int64_t end, const T* t, Sums<T>& by_column,
                  Sums<T>& by_row) const {
+    NCK_STAGE(exponentials);
     const int64_t padded = s_.padded_rows(tile), row0 = s_.first_row(tile);
     // The largest of `count` vectors and the sum of exponentials relative to it, in each lane.
     auto lanes_of = [](int64_t count, auto&& at, Vec<T>& top, Vec<T>& total) {

@@ -108,6 +108,7 @@ struct Tiles {
   // are zero.
   void pack_prototypes(int64_t first, int64_t count, int64_t panel, Operand* by_class,
                        Operand* by_feature) const {
+    NCK_STAGE(pack_prototypes);
     const int64_t padded = round_up(count, NR);
     for (int64_t k = 0; k < p.d && by_class; k += DEPTH) {
       const int64_t n = std::min<int64_t>(DEPTH, p.d - k);
@@ -144,6 +145,7 @@ struct Tiles {
   // rows and columns add to one gradient, the latter is without beta as the prototypes are, and holds what
   // they hold.
   void pack_features(int64_t tile, Operand* packed, Operand* by_feature) const {
+    NCK_STAGE(pack_features);
     constexpr int64_t GROUP = G::GROUP;
     typename G::Line lines[GROUP];
     const int64_t n = rows(tile), padded = padded_rows(tile), row0 = first_row(tile);
@@ -194,6 +196,7 @@ struct Tiles {
   // `above` rows. At most STEP panels, which stay in the L2 cache for what comes next.
   void products(int64_t tile, int64_t above, int64_t first, int64_t count, int64_t begin, int64_t end,
                 const Operand* u, const Operand* v, T* t) const {
+    NCK_STAGE(logits);
     const int64_t padded = padded_rows(tile), panels = (count + NR - 1) / NR;
     if constexpr (G::RESTS) {
       T of_rows[TALLEST], of_columns[STEP * NR];  // what packing has left of their factors
