@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import nckernels
+from nckernels import info
 from nckernels.backends import build, native, registry
 
 pytestmark = pytest.mark.skipif(native.BACKEND.missing() is not None, reason=str(native.BACKEND.missing()))
@@ -320,6 +321,13 @@ def test_instructions_that_the_cpu_lacks() -> None:
         result = run_python(code, NCKERNELS_CPU_INSTRUCTIONS=name)
         assert "NCKERNELS_CPU_INSTRUCTIONS must be one of " in result.stderr, name
         assert f"default on this CPU, got {name!r}" in result.stderr
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_the_report_tells_of_products_where_there_is_a_library(monkeypatch: pytest.MonkeyPatch, runs: bool) -> None:
+    """Without one another backend multiplies, in 16 bits perhaps."""
+    monkeypatch.setattr(native, "library", lambda: build.CPU["avx2"] if runs else None)
+    assert ("bfloat16 features are multiplied in float32" in info.report()) == runs
 
 
 def test_the_next_library_where_the_compiler_lacks_instructions(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def step(inputs: Inputs, reduced: Reduced, spec: Spec, needs: Needs) -> Step:
     z, w, target = inputs[:3]
     acc, beta = accumulation_dtype(z.dtype), number(inputs.inv_temperature, z.dtype)
     small = beta <= SHIFT_FREE_LIMIT
-    half = z.dtype == torch.bfloat16 and small and products.pay(z, w, small)  # float16 has no room for small weights
+    half = small and z.dtype == torch.bfloat16 and products.pay(z, w, small)  # float16 has no room for small weights
     takes_part = target != spec.ignore_index
     valid = None if bool(takes_part.all()) else takes_part
     samples = Side(z, rnorm_of(z, acc, valid), needs.features, valid, None, half)
@@ -100,7 +100,7 @@ def _with_classes(
             by_rows += matrix.finish_rows(part, block)
     if cols.wanted and not matrix.one_part:
         by_cols = matrix.finish_columns(None)
-    loss = loss - pairs.share.dot(pairs.logit) / matrix.unit
+    loss = loss - pairs.share.dot(pairs.logit) / matrix.nat
     return loss, by_cols if cols.wanted else by_rows, classes.grad
 
 
