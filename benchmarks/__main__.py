@@ -200,6 +200,9 @@ def _size(text: str) -> tuple[int, int, int]:
     return m, k, d
 
 
+_NOT_IN_A_SWEEP = ("size", "skip", "only", "brief", "resume")
+
+
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -235,6 +238,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     args.loss = args.loss or list(sweep.LOSSES if in_sweep else problems.LOSSES)
     if args.budget is None:
         args.budget = 300.0 if in_sweep else 120.0
+    unused = [f"--{name}" for name in _NOT_IN_A_SWEEP if in_sweep and getattr(args, name)]
+    if unused:
+        parser.error(f"{' '.join(unused)}: not in --suite sweep, which draws its problems and has two variants")
     if not in_sweep and (others := set(args.loss) - set(problems.LOSSES)):
         parser.error(f"--loss {' '.join(sorted(others))}: in --suite sweep only")
     return args

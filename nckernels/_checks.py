@@ -53,8 +53,8 @@ def autocast_enabled(x: Tensor) -> bool:
 
 
 def host_knows(x: Tensor) -> bool:
-    """Whether looking at values stalls nobody: those of a CPU's tensor, outside of a compiler."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether there are values, and looking at them stalls nobody: a CPU's, outside of a compiler."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x).__name__ != "FakeTensor"
 
 
 def no_autocast(like: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -395,7 +395,7 @@ def _mean_cosine(
     input, prototypes = autocast(input), autocast(prototypes)
     k, dtype = prototypes.shape[0], accumulation_dtype(input.dtype)
     class_weight = torch.ones(k, dtype=dtype, device=input.device) if weight is None else weight.to(dtype)
-    with torch.autocast(input.device.type, enabled=False):
+    with _checks.no_autocast(input):
         prototypes, total = sum_of_unit_rows(prototypes, class_weight, reduction, ranks)
         input, cosine = dots_with_unit_rows(input, total / k, ignored)
     return input, prototypes, cosine

@@ -51,7 +51,8 @@ def _product(device: torch.device) -> str:
 def _libraries() -> list[str]:
     mine, libraries = native.library(), (*build.cpu_libraries(), build.CUDA)
     rows = [f"{'*' if x == mine else ' '}{x.name:<15} {build.describe(x)}" for x in libraries]
-    return [*rows, f" bfloat16 features are multiplied {native.bfloat16_products()}"]
+    products = [] if mine is None else [f" bfloat16 features are multiplied {native.bfloat16_products(mine)}"]
+    return rows + products
 
 
 def _row(device: torch.device, dtype: torch.dtype) -> list[str]:

@@ -185,6 +185,16 @@ def test_sweep_writes_a_report_for_each_dtype(tmp_path: Path, capsys: pytest.Cap
         assert report.load(tmp_path / "again.json") == found
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [("--suite sweep --size 64,10,32 --brief", "--size --brief: not in"), ("--loss info_nce", "info_nce: in")],
+)
+def test_what_is_not_of_the_suite_is_refused(words: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        suite.main(words.split())
+    assert named in capsys.readouterr().err
+
+
 def test_sweep_counts_as_slower_what_is_so_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {p: [1.2, 1.1] if i == 0 else [1.3, 0.9] if i == 1 else [0.5] for i, p in enumerate(sweep.problems(0))}
     count = len(values)

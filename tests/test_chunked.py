@@ -122,7 +122,8 @@ def test_errors_are_no_larger_than_eagers(name: str, workspace: int) -> None:
 
 
 def _relative(got: list[Tensor], exact: list[Tensor]) -> float:
-    return max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in zip(got, exact, strict=True))
+    errors = [(a - b).norm() / b.norm().clamp_min(1e-30) for a, b in zip(got, exact, strict=True)]
+    return float(torch.stack(errors).max())  # of Python's max a NaN may go unnoticed
 
 
 @pytest.mark.usefixtures("wide")
@@ -192,6 +193,15 @@ def test_rows_of_any_length(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert ((a - b).norm(dim=1) <= 3e-2 * b.norm(dim=1) + 1e-20).all()
 
 
+@pytest.mark.usefixtures("half")
+@pytest.mark.parametrize("workspace", [KIB, 8192 * KIB])  # two passes, one step
+def test_a_batch_that_is_ignored(workspace: int) -> None:
+    x, w, _ = batch(20, 60, 24, torch.bfloat16)
+    with nckernels.use_workspace(workspace):
+        got = evaluate(FORMS["ntce"][0], x, w, torch.full((20,), -100), torch.bfloat16, reduction="sum")
+    assert not any(value.any() for value in got)
+
+
 # --- steps ------------------------------------------------------------------------------------------------
 
 
@@ -205,6 +215,25 @@ def test_steps_in_parts_of_any_size(name: str, tau: float) -> None:
     for workspace in (256 * KIB, 512 * KIB, 8192 * KIB):
         with nckernels.use_workspace(workspace):
             assert _relative(evaluate(package, x, w, y, torch.float64, tau), exact) <= 1e-12
+
+
+def test_weights_of_many_samples_add_up() -> None:
+    """A sum of 5000 shares of 1/5000, each rounded in float32, would be off by 1e-5 of a logarithm of 58."""
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(1, 16, generator=g)
+    x, y = w + 0.01 * torch.randn(5000, 16, generator=g), torch.zeros(5000, dtype=torch.int64)
+    loss, exact = (evaluate(FORMS["ntce"][0], x, w, y, dtype, 0.02)[0] for dtype in (torch.float32, torch.float64))
+    assert abs(loss - exact) <= 1e-6 * exact
+
+
+@pytest.mark.usefixtures("wide")
+def test_a_step_in_float16_has_products_in_float32() -> None:
+    """Sums of exponentials, and weights in them, may leave the range of float16."""
+    x, w, y = batch(240, 240, 24, torch.float16)
+    x[1] = x[0]
+    for name in ("supcon", "clip", "normface"):
+        half, exact = (evaluate(FORMS[name][0], x.to(t), w.to(t), y, t, 0.05) for t in (torch.float16, torch.float64))
+        assert _relative(half, exact) <= 1e-3, name
 
 
 @pytest.mark.usefixtures("half")

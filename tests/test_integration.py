@@ -355,6 +355,24 @@ def test_fake_tensors(name: str, reduction: str) -> None:
     assert [g.shape for g in grads] == [(9, 4), (6, 4)]
 
 
+SHAPES_ONLY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "supcon": nckernels.supcon_loss,
+    "prototype": nckernels.prototype_loss,
+    "smoothing": lambda x, y: nckernels.normface_loss(x, x[:6], y, label_smoothing=0.1, angular_margin=0.2),
+}
+
+
+@pytest.mark.parametrize("kind", ["fake", "meta"])
+@pytest.mark.parametrize("name", SHAPES_ONLY)
+def test_losses_of_several_steps_without_data(name: str, kind: str) -> None:
+    """None of them looks at values."""
+    with FakeTensorMode() if kind == "fake" else torch.device("meta"):
+        x = torch.empty(9, 4, requires_grad=True)
+        value = SHAPES_ONLY[name](x, torch.empty(9, dtype=torch.int64))
+        (grad,) = torch.autograd.grad(value, x)
+    assert (value.shape, grad.shape) == ((), (9, 4))
+
+
 # --------------------------------------------------------------------------------------------------
 # autocast
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import nckernels
+from nckernels import info
 from nckernels.backends import build, native, registry
 
 pytestmark = pytest.mark.skipif(native.BACKEND.missing() is not None, reason=str(native.BACKEND.missing()))
@@ -340,6 +341,13 @@ def test_instructions_that_the_cpu_lacks() -> None:
         assert f"default on this CPU, got {name!r}" in result.stderr
 
 
+@pytest.mark.parametrize("runs", [True, False])
+def test_the_report_tells_of_products_where_there_is_a_library(monkeypatch: pytest.MonkeyPatch, runs: bool) -> None:
+    """Without one another backend multiplies, in 16 bits perhaps."""
+    monkeypatch.setattr(native, "library", lambda: build.CPU["avx2"] if runs else None)
+    assert ("bfloat16 features are multiplied in float32" in info.report()) == runs
+
+
 def test_the_next_library_where_the_compiler_lacks_instructions(tmp_path: Path) -> None:
     """An old compiler that refuses the flags of the best library makes the next one."""
     best, *others = native.libraries()
@@ -474,6 +482,19 @@ def test_a_supervised_step_is_the_mean_of_the_samples(
             got, wanted = (torch.autograd.grad(value, (x, temperature)) for value in (mean, expected))
             for a, b in zip((mean, *got), (expected, *wanted), strict=True):
                 assert (a - b).norm() <= 1e-13 * b.norm()
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_the_temperature_of_supervised_losses_alone(decoupled: bool) -> None:
+    """Where the features are frozen, positives count in its gradient all the same."""
+    input, target = torch.randn(90, 20, dtype=torch.float64), torch.arange(90) % 7
+    grads = []
+    for frozen in (True, False):
+        tau = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+        rows = input.clone().requires_grad_(not frozen)
+        losses = nckernels.supcon_loss(rows, target, temperature=tau, decoupled=decoupled, reduction="none")
+        grads.append(torch.autograd.grad(losses @ torch.linspace(0, 1, 90, dtype=torch.float64), tau)[0])
+    torch.testing.assert_close(*grads)
 
 
 @pytest.mark.parametrize("decoupled", [True, False])

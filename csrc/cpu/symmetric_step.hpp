@@ -80,6 +80,9 @@ class SymmetricStep {
       *static_cast<T*>(step_.loss) = static_cast<T>(reduction.result(sum));
     }
     go_back(&positives);
+    if (step_.z || !step_.beta) return;
+    // The temperature's gradient alone does not pass where positives take part in that of the samples.
+    for (int64_t j = 0; j < p_.m; j++) *step_.beta -= double(share_[j]) * static_cast<const T*>(p_.pos)[j];
   }
 
   T lse(int64_t j) const { return static_cast<const T*>(p_.by_class ? p_.class_lse : p_.instance_lse)[j]; }

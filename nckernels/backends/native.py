@@ -1,4 +1,4 @@
-"""The primitive in C++ (csrc/cpu): float32 and float64 on the CPU.
+"""The primitive in C++ (csrc/cpu) on the CPU: in float64, float32, and bfloat16 where the CPU multiplies that.
 
 The library has a plain C interface and is loaded with ctypes: it depends on no version of Python or torch. It
 shares the OpenMP threads that torch has started.
@@ -122,11 +122,10 @@ def peak_scratch() -> int:
     return 0 if _missing() else int(_library().nckernels_peak_scratch())
 
 
-def bfloat16_products() -> str:
-    """How the library that runs multiplies bfloat16 features."""
+def bfloat16_products(library: build.Library) -> str:
+    """How a library multiplies bfloat16 features."""
     names = {"amx": "by the tiles of AMX", "avx512_bf16": "by vdpbf16ps (AVX512-BF16)"}
-    loaded = library()
-    return names.get("" if loaded is None else loaded.name.removeprefix("cpu_"), "in float32")
+    return names.get(library.name.removeprefix("cpu_"), "in float32")
 
 
 class NativeBackend(Backend):

@@ -23,28 +23,28 @@ def backward(tiles: Tiles, weights: Weights, grads: OutputGrads, needs: Needs) -
     need_u = needs.features or (needs.inv_temperature and not needs.prototypes)
     grad_z = torch.zeros_like(z, dtype=tiles.acc, memory_format=torch.contiguous_format) if need_u else None
     grad_w = torch.zeros_like(w, memory_format=torch.contiguous_format) if needs.prototypes else None
-    unit = _unit(tiles, grads)
+    divisor = _divisor(tiles, grads)
     energy = beta.new_zeros(())  # sum of dL/dt * t, the gradient of beta times beta
 
     for cols in tiles.column_tiles():
         grad_v = z.new_zeros(cols.stop - cols.start, z.shape[1], dtype=tiles.acc) if grad_w is not None else None
         for rows in tiles.row_tiles():
-            a = _operand_weights(tiles, weights, rows, cols, g_pos, beta / unit)
+            a = _operand_weights(tiles, weights, rows, cols, g_pos, beta / divisor)
             if grad_z is not None:
                 part = products.product(a, tiles.v(cols))
                 grad_z[rows].add_(part) if tiles.several_columns else grad_z[rows].copy_(part)
             if grad_v is not None:
                 grad_v.add_(products.product(a.T, tiles.u(rows)))
         if grad_w is not None and grad_v is not None:
-            dot = classes.finish(grad_v, tiles.class_ids(cols)) * unit
-            tiles.put_classes(grad_w, grad_v.mul_(unit), cols)
+            dot = classes.finish(grad_v, tiles.class_ids(cols)) * divisor
+            tiles.put_classes(grad_w, grad_v.mul_(divisor), cols)
             if grad_z is None:
                 energy += dot
 
     if grad_z is not None:
         for rows in tiles.row_tiles():
-            energy += samples.finish(grad_z[rows], rows) * unit
-        grad_z.mul_(unit)
+            energy += samples.finish(grad_z[rows], rows) * divisor
+        grad_z.mul_(divisor)
     return Gradients(
         grad_z.to(z.dtype) if grad_z is not None and needs.features else None,
         grad_w,
@@ -54,14 +54,14 @@ def backward(tiles: Tiles, weights: Weights, grads: OutputGrads, needs: Needs) -
     )
 
 
-def _unit(tiles: Tiles, grads: OutputGrads) -> Tensor:
+def _divisor(tiles: Tiles, grads: OutputGrads) -> Tensor:
     """What weights are divided by: one, or in float16, where small ones would vanish, their largest."""
     beta = tiles.inputs.inv_temperature
     if tiles.inputs.features.dtype != torch.float16:
         return torch.ones_like(beta)
     largest = [g.abs().amax() for g in grads if g is not None and g.numel()]
-    unit = (torch.stack(largest).sum() * beta).to(beta.dtype)
-    return unit.masked_fill((unit == 0.0) | ~unit.isfinite(), 1.0)
+    divisor = (torch.stack(largest).sum() * beta).to(beta.dtype)
+    return divisor.masked_fill((divisor == 0.0) | ~divisor.isfinite(), 1.0)
 
 
 def _operand_weights(

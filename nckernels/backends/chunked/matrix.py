@@ -46,7 +46,7 @@ class Matrix:
         room = spec.workspace // self.acc.itemsize
         self.tile_of_columns = max(room // 16 // rows.dim, 16)
         self.vectors = max(min(_TILE, room // 16) // rows.dim, 16)
-        """How many of them stay in cache."""
+        """How many vectors of either side stay in cache."""
         self.tile_of_rows = max(min(_TILE, room // 16) // max(cols.size, 1), 1)
         rows.meet(cols.size)
         if cols is not rows:
@@ -56,12 +56,12 @@ class Matrix:
         if cols is not rows:
             cols.make_room(at_once=self.one_part)
         self.shifted = beta > SHIFT_FREE_LIMIT
-        self.unit = 1.0 if self.shifted else _LOG2_E
-        """What a natural logit of one is here."""
+        self.nat = 1.0 if self.shifted else _LOG2_E
+        """What a logit of one is here: log2(e) in base 2."""
         if pairs is not None and min(self.width, self.tile_of_rows) < rows.size:
             pairs.sort()
         if pairs is not None and self.half:
-            pairs.compute_logits(self.unit * beta, self.vectors)
+            pairs.compute_logits(self.nat * beta, self.vectors)
 
     def exp_(self, logits: Tensor) -> Tensor:
         return logits.exp_() if self.shifted else logits.exp2_()
@@ -69,7 +69,7 @@ class Matrix:
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Parts of the rows, and their products with all columns."""
         memory = self.rows.x.new_empty(self.width * self.cols.size, dtype=self.dtype)
-        alpha = self.beta * self.unit if self.rows.scale is None else 1.0
+        alpha = self.beta * self.nat if self.rows.scale is None else 1.0
         for part in self.rows.parts(self.width):
             n = part.stop - part.start
             block, a = memory[: n * self.cols.size].view(n, self.cols.size), self.rows.operands(part)
@@ -94,7 +94,7 @@ class Matrix:
     def to_logits(self, tile: slice, t: Tensor) -> None:
         """Products to logits, -inf where excluded."""
         if self.rows.scale is not None:
-            t.mul_((self.rows.scale[tile] * (self.beta * self.unit))[:, None])
+            t.mul_((self.rows.scale[tile] * (self.beta * self.nat))[:, None])
         if self.cols.scale is not None:
             t.mul_(self.cols.scale)
         if self.pairs is not None:

@@ -41,7 +41,7 @@ def step(inputs: Inputs, reduced: Reduced, spec: Spec, needs: Needs) -> Step:
     z, w, target = inputs[:3]
     acc, beta = accumulation_dtype(z.dtype), number(inputs.inv_temperature, z.dtype)
     small = beta <= SHIFT_FREE_LIMIT
-    half = small and products.pay(z, w, small)
+    half = small and z.dtype == torch.bfloat16 and products.pay(z, w, small)  # float16 has no room for small weights
     takes_part = target != spec.ignore_index
     valid = None if bool(takes_part.all()) else takes_part
     samples = Side(z, rnorm_of(z, acc, valid), needs.features, valid, None, half)
@@ -85,12 +85,11 @@ def _with_classes(
         rows, cols, row, col = samples, classes, sample, target
     pairs = Pairs(row, col, share, rows, cols)
     matrix = Matrix(rows, cols, beta, spec, pairs, None)
-    weight = share.new_zeros(rows.size).index_add_(0, row, share)
+    weight = _sums(share, row, rows.size)
     loss, by_rows, by_cols = share.new_zeros(3)
     for part, block in matrix.blocks():
         if spec.direction == "both":
-            of_classes = share.new_zeros(cols.size).index_add_(0, col, share)
-            loss = both_ways(matrix, block, 0.5 * weight, 0.5 * of_classes)
+            loss = both_ways(matrix, block, 0.5 * weight, 0.5 * _sums(share, col, cols.size))
         else:
             loss += one_way(matrix, part, block, weight)
         if cols.wanted and matrix.one_part:
@@ -101,8 +100,13 @@ def _with_classes(
             by_rows += matrix.finish_rows(part, block)
     if cols.wanted and not matrix.one_part:
         by_cols = matrix.finish_columns(None)
-    loss = loss - pairs.share.dot(pairs.logit) / matrix.unit
+    loss = loss - pairs.share.dot(pairs.logit) / matrix.nat
     return loss, by_cols if cols.wanted else by_rows, classes.grad
+
+
+def _sums(share: Tensor, group: Tensor, groups: int) -> Tensor:
+    """The sum of the shares of each group, in float64: thousands of equal ones would be rounded to the same side."""
+    return share.new_zeros(groups, dtype=torch.float64).index_add_(0, group, share.double()).to(share.dtype)
 
 
 def _present(label: Tensor, classes: int) -> tuple[Tensor | None, Tensor]:

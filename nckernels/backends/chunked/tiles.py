@@ -210,7 +210,9 @@ class Tiles:
 
     def positive_logits(self) -> Tensor:
         """(M,), not rounded to 16 bits; 0 for ignored samples."""
-        pos, beta = self.z_rnorm.new_empty(self.m), self.inputs.inv_temperature
+        pos, beta = self.z_rnorm.new_zeros(self.m), self.inputs.inv_temperature
+        if self.k == 0:  # all samples are ignored
+            return pos
         own = self.positive if self.classes is None else self.classes[self.positive]
         for rows in self.row_tiles():
             if self.halves is None:
