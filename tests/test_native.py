@@ -387,6 +387,22 @@ def test_bfloat16_gradients_are_rounded_once_or_twice(loss: str) -> None:
         assert (got.double() - truth).norm() <= 2.0**-8.5 * truth.norm()
 
 
+@pytest.mark.parametrize("form", ["supcon", "smoothing"])
+def test_bfloat16_entries_that_all_but_cancel(form: str) -> None:
+    """Weights and positives of a class that has been learnt, or of nothing learnt: their difference is rounded."""
+    x, w, y = problem(300, 100, 64, torch.bfloat16)
+
+    def gradients(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        if form == "supcon":
+            return torch.autograd.grad(nckernels.supcon_loss(x, torch.zeros_like(y), temperature=3.0), x)
+        return torch.autograd.grad(nckernels.normface_loss(x, w, y, temperature=0.3, label_smoothing=1.0), (x, w))
+
+    with nckernels.use_backend("reference"):
+        exact = gradients(*(t.detach().double().requires_grad_() for t in (x, w)))
+    for got, truth in zip(gradients(x, w), exact, strict=True):
+        assert (got.double() - truth).norm() <= 2.0**-8.5 * truth.norm()
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_bfloat16_rows_that_are_not_aligned(loss: str) -> None:
     """Rows that begin at odd numbers, at an odd distance."""

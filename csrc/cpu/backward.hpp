@@ -31,6 +31,7 @@ class BackwardPass {
         of_z_(of_z),
         of_w_(of_w),
         beside_(beside),
+        in_entries_(G::RESTS && beside),
         s_(p, columns, true),
         need_rows_(g.z || (g.beta && !g.w)),
         class_scale_(s_.all_panels * NR, T(0)),
@@ -157,11 +158,28 @@ class BackwardPass {
       else
         shifted(q, block.first, block.count, n, row0, e, to, by_class, by_row, bias_share);
       std::fill(to + n * NR, to + padded * NR, T(0));
+      if (in_entries_) add_beside(q, block, row0, n, to);
       positives.add(q, to);
       entries.put(q, block.first, block.count);
       if (G::RESTS && g_.beta)
         room.lost[tile] += lost(entries, positives, tile, n, e, is_kept && s_.shift_free);
     }
+  }
+
+  // The gradient of rank one, to one panel.
+  void add_beside(int64_t q, const Block& block, int64_t row0, int64_t n, T* a) const {
+    T factor[NR];
+    for (int64_t x = 0; x < NR; x++) {
+      const int64_t c = q * NR + x;
+      factor[x] = c < block.count
+                      ? beside_.of_columns[columns_.class_of(block.first + c)] * beside_.of_entries
+                      : T(0);
+    }
+    for (int64_t r = 0; r < n; r++)
+      for (int v = 0; v < NV; v++) {
+        T* to = a + r * NR + v * W;
+        store(to, load(to) + load(factor + v * W) * beside_.of_rows[row0 + r]);
+      }
   }
 
   // What rounding has taken from the share of dL/dbeta of the last panel; `e` is t, or exp(t).
@@ -270,7 +288,7 @@ class BackwardPass {
       G::gather_row(product, padded, r, d_pad, x);
       if (block.first || !of_z_.first)
         for (int64_t i = 0; i < d; i++) x[i] += out[i];
-      if (block.is_last && of_z_.last) beside_.add_to_row(j, d, x);
+      if (!in_entries_ && block.is_last && of_z_.last) beside_.add_to_row(j, d, x);
       if (!s_.valid(j))
         std::fill(out, out + d, T(0));
       else if (!block.is_last || !of_z_.last)
@@ -313,7 +331,7 @@ class BackwardPass {
         std::copy_n(x, d, out);
         continue;
       }
-      beside_.add_to_column(id, d, x);
+      if (!in_entries_) beside_.add_to_column(id, d, x);
       room.class_energy[block.first / NR + panel] +=
           through_norm(p_, x, s_.w.get(id, row_line), s_.w_rnorm[id], T(1), out);
     }
@@ -324,6 +342,7 @@ class BackwardPass {
   const Gradients& g_;
   Turn of_z_, of_w_;
   RankOne<T> beside_;
+  bool in_entries_;  // entries that are rounded: what is beside them may all but cancel them
   Tl s_;
   bool need_rows_;
   std::vector<T> class_scale_, class_shift_, row_scale_, row_shift_;

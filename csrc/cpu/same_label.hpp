@@ -32,6 +32,11 @@ class SameLabel {
 
   bool any(int64_t j) const { return group_[j] >= 0; }
 
+  // The group of a sample, -1 if it has no others, and the derivative of the weighted sum by its cosine with
+  // one of them, beside that of the other.
+  int64_t group(int64_t j) const { return group_[j]; }
+  T weight(int64_t j) const { return share_[j] / others_[group_[j]]; }
+
   // The sums of the groups, once the norms are known; `share` per sample, and whether all of a group have
   // one.
   void add_up(const T* share, bool even) {
@@ -59,8 +64,6 @@ class SameLabel {
   }
 
  private:
-  T weight(int64_t j) const { return share_[j] / others_[group_[j]]; }
-
   // The sum of factor(j) z_j in each group, a cache line of features at a time, in double.
   template <class F>
   void add_up(std::optional<Buffer<T>>& out, F&& factor) {

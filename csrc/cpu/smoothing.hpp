@@ -17,6 +17,9 @@ namespace nckernels {
 template <class T>
 struct RankOne {
   const T *of_rows, *row, *of_columns, *column;
+  T of_entries;  // times both factors: what it is as entries of dL/dt
+
+  explicit operator bool() const { return row; }
 
   void add_to_row(int64_t j, int64_t d, T* x) const { add(of_rows, row, j, d, x); }
   void add_to_column(int64_t c, int64_t d, T* x) const { add(of_columns, column, c, d, x); }
@@ -90,6 +93,7 @@ class Smoothing {
       of_rows_[j] = valid ? static_cast<T>(-eps_ * reduction_.sample_weight(j) * scale) : T(0);
       any = any || valid;
     }
+    of_entries_ = any ? static_cast<T>(1 / scale) : T(0);
     // Of no samples Q is 0, and the scale of a mean infinite.
     for (int64_t c = 0; c < p_.k; c++) of_columns_[c] = any ? static_cast<T>(of_columns_[c] * scale) : T(0);
     return loss;
@@ -98,7 +102,7 @@ class Smoothing {
   // For rows from number `first` on.
   RankOne<T> gradient(int64_t first = 0) const {
     if (eps_ == 0) return {};
-    return {of_rows_.data() + first, mean_.data(), of_columns_.data(), total_.data()};
+    return {of_rows_.data() + first, mean_.data(), of_columns_.data(), total_.data(), of_entries_};
   }
 
  private:
@@ -132,6 +136,7 @@ class Smoothing {
   double eps_;
   int64_t chunks_;
   Buffer<T> of_rows_, of_columns_, mean_, total_;
+  T of_entries_ = 0;
   std::optional<Buffer<double>> sums_;  // of chunks of rows, until they are added up
 };
 

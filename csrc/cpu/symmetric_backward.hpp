@@ -24,6 +24,7 @@ class SymmetricBackward {
         columns_(columns),
         g_(g),
         positives_(positives),
+        in_entries_(G::RESTS && positives && p.exclude == kSelf),
         s_(p, columns, true),
         grad_z_(static_cast<T*>(g.z)),
         grad_bias_(static_cast<T*>(g.sample_bias ? g.sample_bias : g.class_bias)),
@@ -81,6 +82,14 @@ class SymmetricBackward {
     const T* g = static_cast<const T*>(p_.by_class ? g_.class_lse : g_.instance_lse);
     const T* lse = static_cast<const T*>(p_.by_class ? p_.class_lse : p_.instance_lse);
     for (int64_t j = 0; g && j < p_.m; j++) s_.upstream(g[j], lse[j], scale_[j], shift_[j]);
+    if (!in_entries_) return;
+    label_.assign(s_.all_panels * NR, -1);
+    weight_.assign(s_.all_panels * NR, T(0));
+    for (int64_t j = 0; j < p_.m; j++)
+      if (positives_->any(j)) {
+        label_[j] = static_cast<typename Simd<T>::Int>(positives_->group(j));
+        weight_[j] = positives_->weight(j);
+      }
   }
 
   T weight_of(int64_t j) const { return s_.shift_free ? s_.weight[j] : T(1); }
@@ -163,9 +172,29 @@ class SymmetricBackward {
       scaled<true>(panel, n, row0, from, a, share);
     else
       scaled<false>(panel, n, row0, from, a, share);
+    if (in_entries_) subtract_positives(panel, n, row0, a);
     std::fill_n(a + n * NR, (padded - n) * NR, T(0));
     if (const T* g_pos = static_cast<const T*>(g_.pos))
       s_.each_positive(tile, panel, panel + 1, a, [&](int64_t j, T& entry) { entry += g_pos[j]; });
+  }
+
+  // From the entries right of the diagonal whose row and column have one label.
+  void subtract_positives(int64_t panel, int64_t n, int64_t row0, T* a) const {
+    using Int = typename Simd<T>::Int;
+    for (int v = 0; v < NV; v++) {
+      const int64_t first = panel * NR + v * W;
+      typename Simd<T>::I group, column;
+      std::memcpy(&group, label_.data() + first, sizeof group);
+      for (int x = 0; x < W; x++) column[x] = static_cast<Int>(first + x);
+      const Vec<T> weight = load(weight_.data() + first);
+      for (int64_t r = 0; r < n; r++) {
+        const int64_t i = row0 + r;
+        if (label_[i] < 0) continue;
+        T* to = a + r * NR + v * W;
+        const auto positive = (group == label_[i]) & (column > static_cast<Int>(i));
+        store(to, positive ? load(to) - (weight + weight_[i]) : load(to));
+      }
+    }
   }
 
   // One panel, T = E (e^{b_i} scale_j + scale_i e^{b_j}).
@@ -265,7 +294,7 @@ class SymmetricBackward {
       }
       G::gather_column(grad_v_, padded, c, s_.d_pad, x);
       for (int64_t i = 0; i < d; i++) x[i] += out[i];
-      if (positives_) positives_->subtract_gradient(j, s_.z.get(j, line), x);
+      if (positives_ && !in_entries_) positives_->subtract_gradient(j, s_.z.get(j, line), x);
       // Every pair is met twice, in the gradients of both.
       energy_[block.first_panel + panel] +=
           0.5 * through_norm(p_, x, s_.z.get(j, line), s_.z_rnorm[j], s_.beta, out);
@@ -276,7 +305,14 @@ class SymmetricBackward {
   const Columns& columns_;
   const Gradients& g_;
   SameLabel<T>* positives_;
+  // Whether positives are subtracted from their entries before these are rounded: what remains of a sample
+  // that has been learnt is the difference of two nearly equal numbers. In decoupled losses they are no
+  // others' entries.
+  bool in_entries_;
   Tri s_;
+  std::vector<typename Simd<T>::Int>
+      label_;  // and the weights of positives, if they are in the entries; by column
+  std::vector<T> weight_;
   T *grad_z_, *grad_bias_;
   std::vector<T> scale_, shift_;
   std::vector<double> energy_, lost_;  // shares of dL/dbeta, and what rounding has taken from them
