@@ -315,16 +315,16 @@ class BackwardPass {
   void finish_columns(Room& room, const Block& block, int64_t panel) {
     NCK_STAGE(finish);
     const int64_t d = p_.d, padded = block.panels * NR;
-    Buffer<T> line(s_.d_pad), row_line(s_.w.line());
-    T* x = line;
+    Buffer<T> lines(G::COLUMNS * s_.d_pad), row_line(s_.w.line());
     for (int64_t c = panel * NR; c < std::min(block.count, (panel + 1) * NR); c++) {
+      if (c % G::COLUMNS == 0) G::gather_columns(room.grad_v, padded, c, s_.d_pad, lines);
+      T* x = lines + c % G::COLUMNS * s_.d_pad;
       const int64_t id = columns_.class_of(block.first + c);
       T* out = static_cast<T*>(g_.w) + id * d;
       if (!columns_.reads(block.first + c)) {
         std::fill(out, out + d, T(0));
         continue;
       }
-      G::gather_column(room.grad_v, padded, c, s_.d_pad, x);
       if (!of_w_.first)
         for (int64_t i = 0; i < d; i++) x[i] += out[i];
       if (!of_w_.last) {

@@ -231,8 +231,10 @@ struct Gemm {
       }
   }
 
-  // The sums of column c of a panel in what `times_features` wrote.
-  static void gather_column(const T* from, int64_t columns, int64_t c, int64_t d_pad, T* x) {
+  // The sums of COLUMNS columns from number `c` on, a multiple of it, as rows of d_pad, from what
+  // `times_features` wrote.
+  static constexpr int64_t COLUMNS = 1;
+  static void gather_columns(const T* from, int64_t columns, int64_t c, int64_t d_pad, T* x) {
     gather_row(from, columns, c, d_pad, x);
   }
 

@@ -188,9 +188,17 @@ struct GemmBfloat16 {
                                               out + (p * d_pad + f) * NR, NR);
   }
 
-  static void gather_column(const T* from, int64_t /*columns*/, int64_t c, int64_t d_pad, T* x) {
+  static constexpr int64_t COLUMNS = W;
+  static void gather_columns(const T* from, int64_t /*columns*/, int64_t c, int64_t d_pad, T* x) {
     const T* panel = from + c / NR * d_pad * NR + c % NR;
-    for (int64_t f = 0; f < d_pad; f++) x[f] = panel[f * NR];
+    for (int64_t f = 0; f < d_pad; f += W) {
+      Vec<T> block[W];
+#pragma GCC unroll 16
+      for (int r = 0; r < W; r++) block[r] = load(panel + (f + r) * NR);
+      transpose<T>(block);
+#pragma GCC unroll 16
+      for (int r = 0; r < W; r++) store(x + r * d_pad + f, block[r]);
+    }
   }
 
   static void gather_row(const T* from, int64_t padded, int64_t r, int64_t d_pad, T* x) {

@@ -85,8 +85,9 @@ void release(void* p, size_t bytes) {
 
 template <class F>
 static int32_t guarded(Problem p, F&& run) {
-  // Some problems are over before other threads would have woken.
-  if (6.0 * double(p.m) * double(p.k) * double(p.d) < 1e7) p.threads = 1;
+  // Waking threads, and waiting for them a dozen times, takes as long as some 20 million operations.
+  const double work = 6.0 * double(p.m) * double(p.k) * double(p.d);
+  p.threads = std::max(1, static_cast<int>(std::min(work / 2e7, double(p.threads))));
   try {
     return run(p);
   } catch (const std::bad_alloc&) {

@@ -283,16 +283,16 @@ class SymmetricBackward {
   // One panel of a block: its samples' sums as rows and as columns, through the normalisation.
   void finish(const Block& block, int64_t panel) {
     const int64_t d = p_.d, padded = block.panels * NR;
-    Buffer<T> sum(s_.d_pad), line(s_.z.line());
-    T* x = sum;
+    Buffer<T> lines(G::COLUMNS * s_.d_pad), line(s_.z.line());
     for (int64_t c = panel * NR; c < std::min(block.end - block.first, (panel + 1) * NR); c++) {
+      if (c % G::COLUMNS == 0) G::gather_columns(grad_v_, padded, c, s_.d_pad, lines);
+      T* x = lines + c % G::COLUMNS * s_.d_pad;
       const int64_t j = block.first + c;
       T* out = grad_z_ + j * d;
       if (!columns_.reads(j)) {
         std::fill_n(out, d, T(0));
         continue;
       }
-      G::gather_column(grad_v_, padded, c, s_.d_pad, x);
       for (int64_t i = 0; i < d; i++) x[i] += out[i];
       if (positives_ && !in_entries_) positives_->subtract_gradient(j, s_.z.get(j, line), x);
       // Every pair is met twice, in the gradients of both.
