@@ -4,7 +4,8 @@
     (generated)
     <!-- speed table: end -->
 
-Edit the marker to name other reports. --check writes nothing and exits with 1 if a table is not what its reports say.
+A "speed summary" in place of "speed table" has one row for each problem: the native backend beside the naive form. Edit
+the marker to name other reports. --check writes nothing and exits with 1 if a table is not what its reports say.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from pathlib import Path
 
 from .harness import GEMM, Measured
 from .measure import Summary
-from .report import load, mebibytes
+from .report import Report, load, mebibytes
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
-_BLOCK = re.compile(r"(<!-- speed table: begin ([^>]+?) -->\n).*?(<!-- speed table: end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- speed (table|summary): begin ([^>]+?) -->\n).*?(<!-- speed \2: end -->)", re.DOTALL)
+OURS, EAGER, COMPILED = "nckernels native", "naive eager", "naive torch.compile"
 
 
 def main(argv: list[str]) -> int:
@@ -47,25 +49,52 @@ def regenerated(text: str, path: Path) -> str:
     """``text`` with the tables between its markers made anew."""
     if not _BLOCK.search(text):
         raise SystemExit(f"{path} has no '<!-- speed table: begin REPORT.json ... -->' with an end")
-    return _BLOCK.sub(lambda m: m[1] + table([ROOT / name for name in m[2].split()]) + m[3], text)
+    makers = {"table": table, "summary": summary}
+    return _BLOCK.sub(lambda m: m[1] + makers[m[2]]([ROOT / name for name in m[3].split()]) + m[4], text)
 
 
 def table(reports: list[Path]) -> str:
     """A row per problem and variant; a problem that several reports have in one dtype is taken from the first."""
-    loaded = [load(path) for path in reports]
-    several = len({report.dtype for report in loaded}) > 1
     lines = [
         "| problem | variant | time / bare GEMMs | time / naive (quartiles) | extra memory, MiB |",
         "|---|---|---|---|---|",
     ]
-    seen: set[str] = set()
-    for report in loaded:
-        for measured in report.measured:
-            label = f"{measured.problem} {report.dtype}" if several else str(measured.problem)
-            if label not in seen:
-                seen.add(label)
-                lines += _rows(measured, label)
+    loaded = [load(path) for path in reports]
+    several = len({report.dtype for report in loaded}) > 1
+    for dtype, measured in _problems(loaded):
+        lines += _rows(measured, f"{measured.problem} {dtype}" if several else str(measured.problem))
     return "\n".join(lines) + "\n"
+
+
+def summary(reports: list[Path]) -> str:
+    """A row per problem and dtype."""
+    lines = [
+        "| problem | dtype | time / bare GEMMs | time / naive (quartiles) | compiled / naive | extra MiB | naive's |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for dtype, measured in _problems([load(path) for path in reports]):
+        results = {r.variant: r for r in measured.results if r.seconds is not None}
+        ours, eager, compiled = (results.get(name) for name in (OURS, EAGER, COMPILED))
+        if ours is None:
+            continue
+        cells = [
+            "" if ours.to_gemm is None else f"{ours.to_gemm.median:.2f}",
+            _spread(ours.to_baseline),
+            "" if compiled is None or compiled.to_baseline is None else f"{compiled.to_baseline.median:.2f}",
+            mebibytes(ours.extra_bytes),
+            "" if eager is None else mebibytes(eager.extra_bytes),
+        ]
+        lines.append(f"| {measured.problem} | {dtype} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _problems(reports: list[Report]) -> list[tuple[str, Measured]]:
+    """What was measured, with its dtype; a problem that several reports have in one dtype is taken from the first."""
+    found: dict[tuple[str, str], tuple[str, Measured]] = {}
+    for report in reports:
+        for measured in report.measured:
+            found.setdefault((report.dtype, str(measured.problem)), (report.dtype, measured))
+    return list(found.values())
 
 
 def _rows(measured: Measured, label: str) -> list[str]:

@@ -125,16 +125,16 @@ struct Tiles {
                        Operand* by_feature) const {
     NCK_STAGE(pack_prototypes);
     const int64_t padded = round_up(count, NR);
-    for (int64_t k = 0; k < p.d && by_class; k += DEPTH) {
+    for (int64_t k = 0; k < p.d; k += DEPTH) {
       const int64_t n = std::min<int64_t>(DEPTH, p.d - k);
       with_prototypes(first, count, panel, k, n, [&](auto rows, const T* scale) {
-        G::pack_panel(rows, scale, n, by_class + k * padded + panel * NR * G::inner(n));
-      });
-    }
-    for (int64_t f = 0; f < d_panels && by_feature; f++) {
-      const int64_t n = std::min<int64_t>(NR, p.d - f * NR);
-      with_prototypes(first, count, panel, f * NR, n, [&](auto rows, const T* scale) {
-        G::pack_panel_by_feature(rows, scale, n, by_feature + (f * padded + panel * NR) * NR);
+        if (by_class) G::pack_panel(rows, scale, n, by_class + k * padded + panel * NR * G::inner(n));
+        for (int64_t x = 0; x < n && by_feature; x += NR) {
+          const Operand* from[NR];
+          for (int64_t q = 0; q < NR; q++) from[q] = rows[q] ? rows[q] + x : nullptr;
+          G::pack_panel_by_feature(from, scale, std::min<int64_t>(NR, n - x),
+                                   by_feature + (k + x) * padded + panel * NR * NR);
+        }
       });
     }
   }
