@@ -203,9 +203,12 @@ def train(rank: int, world_size: int, net: str, wrap: str) -> None:
     optimisers = [torch.optim.SGD(module.parameters(), lr=0.1) for module in (plain, wrapped)]
     x, y = batch(rank)
 
+    # A compiled loss takes two passes, an eager one a step: kernels may round bfloat16 entries otherwise.
+    tolerance = 2.0**-6 if half and "compiled" in wrap else 1e-6
+
     def equal(got: Tensor, expected: Tensor, what: str) -> None:
         largest = float(expected.detach().abs().max())
-        torch.testing.assert_close(got, expected, rtol=0, atol=1e-6 * largest, msg=lambda m: f"{what}: {m}")
+        torch.testing.assert_close(got, expected, rtol=0, atol=tolerance * largest, msg=lambda m: f"{what}: {m}")
 
     for _ in range(2):
         losses, grads = [], []
