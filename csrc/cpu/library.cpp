@@ -95,6 +95,13 @@ static int32_t guarded(Problem p, F&& run) {
   }
 }
 
+// Of the gradients of features and prototypes, which nobody has touched yet.
+static void want_huge_pages(const Problem& p, void* z, void* w) {
+  const size_t row = size_t(p.d) * (p.is_double ? sizeof(double) : sizeof(float));
+  scratch::want_huge_pages(z, size_t(p.m) * row);
+  scratch::want_huge_pages(w, size_t(p.k) * row);
+}
+
 }  // namespace nckernels
 
 #define NCK_EXPORT extern "C" __attribute__((visibility("default")))
@@ -116,14 +123,13 @@ NCK_EXPORT int32_t nckernels_forward(const nckernels::Problem* problem) {
 
 NCK_EXPORT int32_t nckernels_backward(const nckernels::Problem* problem,
                                       const nckernels::Gradients* gradients) {
+  nckernels::want_huge_pages(*problem, gradients->z, gradients->w);
   return nckernels::guarded(
       *problem, [&](const nckernels::Problem& p) { return NCK_CHOOSE(backward, p)(p, *gradients); });
 }
 
 NCK_EXPORT int32_t nckernels_step(const nckernels::Problem* problem, const nckernels::Step* step) {
-  const auto size = [&](int64_t rows) { return size_t(rows * problem->d) * (problem->is_double ? 8 : 4); };
-  nckernels::scratch::want_huge_pages(step->z, size(problem->m));
-  nckernels::scratch::want_huge_pages(step->w, size(problem->k));
+  nckernels::want_huge_pages(*problem, step->z, step->w);
   return nckernels::guarded(*problem,
                             [&](const nckernels::Problem& p) { return NCK_CHOOSE(step, p)(p, *step); });
 }

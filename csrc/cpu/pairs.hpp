@@ -40,26 +40,29 @@ NCK_INLINE Vec<float> paired(Vec<float> low, Vec<float> high) {
   return floats_of((bits_of(low) >> 16) | (bits_of(high) & 0xffff0000u));
 }
 
-// Numbers [x, x + 2 W) of a row of n as pairs, times a power of two; zeros beyond its end, and of no row.
-NCK_INLINE Vec<float> pairs_of_row(const uint16_t* row, int64_t x, int64_t n, float scale) {
-  Bits some{};
-  if (!row || x >= n) return floats_of(some);
-  if (n - x >= int64_t(sizeof some / 2))
+// As many numbers of a row of n as a vector of V holds, from number x on; zeros beyond its end, and of no
+// row.
+template <class V>
+NCK_INLINE V part_of_row(const uint16_t* row, int64_t x, int64_t n) {
+  V some{};
+  const int64_t size = sizeof some / sizeof *row;
+  if (!row || x >= n) return some;
+  if (n - x >= size)
     std::memcpy(&some, row + x, sizeof some);
   else
     std::memcpy(&some, row + x, (n - x) * sizeof *row);
+  return some;
+}
+
+// Numbers [x, x + 2 W) of a row as pairs, times a power of two.
+NCK_INLINE Vec<float> pairs_of_row(const uint16_t* row, int64_t x, int64_t n, float scale) {
+  const Bits some = part_of_row<Bits>(row, x, n);
   return paired(lower(some) * scale, upper(some) * scale);
 }
 
-// Numbers [x, x + W) of a row of n, times a power of two.
+// Numbers [x, x + W) of a row, times a power of two.
 NCK_INLINE Vec<float> numbers_of_row(const uint16_t* row, int64_t x, int64_t n, float scale) {
-  Halves some{};
-  if (!row || x >= n) return Vec<float>{};
-  if (n - x >= int64_t(sizeof some / 2))
-    std::memcpy(&some, row + x, sizeof some);
-  else
-    std::memcpy(&some, row + x, (n - x) * sizeof *row);
-  return lower(__builtin_convertvector(some, Bits)) * scale;
+  return lower(__builtin_convertvector(part_of_row<Halves>(row, x, n), Bits)) * scale;
 }
 
 // The same of two rows, as pairs of both.
@@ -86,7 +89,7 @@ NCK_INLINE void store_rounded(Vec<float> x, uint16_t* to) {
 #endif
 
 NCK_INLINE Vec<float> rounded_pairs(Vec<float> low, Vec<float> high) {
-  return floats_of((rounded(low) >> 16) | (rounded(high) & 0xffff0000u));
+  return paired(floats_of(rounded(low)), floats_of(rounded(high)));
 }
 
 // What a product is multiplied by once it is complete: factors of its rows, null for none, and of its

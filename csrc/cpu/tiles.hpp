@@ -214,9 +214,8 @@ struct Tiles {
     NCK_STAGE(logits);
     const int64_t padded = padded_rows(tile), panels = (count + NR - 1) / NR;
     if constexpr (G::RESTS) {
-      T of_rows[TALLEST], of_columns[STEP * NR];  // what packing has left of their factors
-      for (int64_t r = 0; r < padded; r++)
-        of_rows[r] = r < rows(tile) ? G::rest(z_rnorm[first_row(tile) + r], beta) : T(0);
+      T of_rows[TALLEST], of_columns[STEP * NR];
+      rests_of_rows(tile, beta, of_rows);
       rests_of_columns(first, count, begin, end, of_columns);
       G::logits(padded, above, begin, end, panels, p.d, u, v, of_rows, of_columns, t);
     } else {
@@ -224,6 +223,12 @@ struct Tiles {
     }
   }
 
+  // What packing has left of the factors of a tile's rows, times `factor`, and of panels [begin, end) of a
+  // block.
+  void rests_of_rows(int64_t tile, T factor, T* out) const {
+    for (int64_t r = 0; r < padded_rows(tile); r++)
+      out[r] = r < rows(tile) ? G::rest(z_rnorm[first_row(tile) + r], factor) : T(0);
+  }
   void rests_of_columns(int64_t first, int64_t count, int64_t begin, int64_t end, T* out) const {
     for (int64_t c = begin * NR; c < end * NR; c++)
       out[c - begin * NR] = c < count ? G::rest(w_rnorm[columns.class_of(first + c)], T(1)) : T(0);
@@ -267,16 +272,8 @@ class EntriesOf {
  public:
   // `a` has room for `columns` columns of a whole tile.
   EntriesOf(const Tiles<G>& s, int64_t tile, int64_t columns, Operand* a)
-      : s_(s),
-        tile_(tile),
-        rows_(s.padded_rows(tile)),
-        a_(a),
-        by_columns_(G::by_columns(a, s.tile_m * columns)) {
-    if constexpr (G::RESTS)
-      for (int64_t r = 0; r < rows_; r++)
-        rests_[r] = r < s.rows(tile)
-                        ? G::rest(s.z_rnorm[s.first_row(tile) + r], s.p.symmetric ? T(1) : s.beta)
-                        : T(0);
+      : s_(s), rows_(s.padded_rows(tile)), a_(a), by_columns_(G::by_columns(a, s.tile_m * columns)) {
+    if constexpr (G::RESTS) s.rests_of_rows(tile, s.p.symmetric ? T(1) : s.beta, rests_);
   }
 
   // Numbers that `logits` needs.
@@ -313,7 +310,7 @@ class EntriesOf {
 
  private:
   const Tiles<G>& s_;
-  int64_t tile_, rows_;
+  int64_t rows_;
   Operand *a_, *by_columns_;
   alignas(64) T panel_[G::RESTS ? TALLEST * NR : 1];
   T rests_[G::RESTS ? TALLEST : 1], of_columns_[G::RESTS ? NR : 1];
@@ -330,8 +327,8 @@ class PositivesOf {
   PositivesOf(const Tiles<G>& s, int64_t tile, int64_t first, int64_t count, const T* gradient)
       : gradient_(gradient ? gradient + s.first_row(tile) : nullptr) {
     for (int64_t r = 0; r < s.rows(tile) && gradient; r++) {
-      const int64_t c = s.columns.positive[s.first_row(tile) + r] - first;
-      if (c >= 0 && c < count && s.valid(s.first_row(tile) + r)) found_[size_++] = {c, r};
+      const int64_t c = s.columns.positive[s.first_row(tile) + r] - first;  // negative where left out
+      if (c >= 0 && c < count) found_[size_++] = {c, r};
     }
     if (count > NR) std::sort(found_, found_ + size_);
   }

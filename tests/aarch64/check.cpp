@@ -37,24 +37,20 @@ constexpr double kUnderflow = 1e-30;  // exponentials that float32 may hold as 0
 
 // What features are stored as, what the library computes in, what a number means, the least norm, and what
 // entries of the gradient may lose beside the rounding of `Result`.
-struct Float64 {
-  using Stored = double;
-  using Result = double;
-  static constexpr const char* name = "float64";
+template <class T>
+struct Full {
+  using Stored = T;
+  using Result = T;
   static constexpr Half half = nckernels::kFull;
   static constexpr double eps = 1e-12, entries = 0;
-  static double value(double x) { return x; }
-  static double stored(double x) { return x; }
+  static double value(T x) { return x; }
+  static T stored(double x) { return static_cast<T>(x); }
 };
-
-struct Float32 {
-  using Stored = float;
-  using Result = float;
+struct Float64 : Full<double> {
+  static constexpr const char* name = "float64";
+};
+struct Float32 : Full<float> {
   static constexpr const char* name = "float32";
-  static constexpr Half half = nckernels::kFull;
-  static constexpr double eps = 1e-12, entries = 0;
-  static double value(float x) { return x; }
-  static float stored(double x) { return static_cast<float>(x); }
 };
 
 // A sign, exponent bits and `MANTISSA` further bits. Drawn numbers are cut off, not rounded.
