@@ -15,6 +15,7 @@ from torch import Tensor
 from . import _checks, operators
 from .backends import registry
 from .backends.base import accumulation_dtype, norm_eps, number
+from .backends.chunked.tiles import through_normalisation
 
 _SHARE = 4
 """The matrix takes at most the workspace divided by this; there are up to three of its size at a time."""
@@ -54,8 +55,8 @@ class _Losses(torch.autograd.Function):
             wide, own = rows.to(accumulation_dtype(rows.dtype)), group[:, None]
             if left_out is not None:
                 wide = wide.masked_fill(left_out[:, None], 0.0)  # they may hold anything
-            norm = torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min_(norm_eps(rows.dtype))
-            unit = wide / norm
+            rnorm = torch.linalg.vector_norm(wide, dim=1).clamp_min_(norm_eps(rows.dtype)).reciprocal_()
+            unit = wide * rnorm[:, None]
             itself = unit.new_zeros(len(unit), classes).scatter_(1, own, 1.0)
             if left_out is not None:
                 itself.masked_fill_(left_out[:, None], 0.0)
@@ -68,7 +69,7 @@ class _Losses(torch.autograd.Function):
             of_logits = share.div_(total[:, None]).sub_(itself)
             loss = total.log_()
         ctx.save_for_backward(
-            rows, beta if ctx.needs_input_grad[1] else None, group, left_out, unit, norm, means, sizes, of_logits
+            rows, beta if ctx.needs_input_grad[1] else None, group, left_out, unit, rnorm, means, sizes, of_logits
         )
         return loss if left_out is None else loss.masked_fill_(left_out, 0.0)
 
@@ -80,7 +81,7 @@ class _Losses(torch.autograd.Function):
 
 
 def _backward(by_rows: bool, number: float, upstream: Tensor, *saved: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    rows, beta, group, left_out, unit, norm, means, sizes, of_logits = saved
+    rows, beta, group, left_out, unit, rnorm, means, sizes, of_logits = saved
     of_rows = of_beta = None
     with _checks.no_autocast(unit):
         factor = upstream[:, None] if left_out is None else upstream.masked_fill(left_out, 0.0)[:, None]
@@ -92,7 +93,6 @@ def _backward(by_rows: bool, number: float, upstream: Tensor, *saved: Tensor) ->
             grad = torch.addmm(of_means.index_select(0, group), of_cosines, means)
             if left_out is not None:
                 grad.masked_fill_(left_out[:, None], 0.0)
-            # A norm that was clamped is a constant.
-            along = (grad * unit).sum(1, keepdim=True).masked_fill_(norm <= norm_eps(rows.dtype), 0.0)
-            of_rows = grad.addcmul_(unit, along, value=-1.0).div_(norm).to(rows.dtype)
+            through_normalisation(grad, unit, rnorm, rows)
+            of_rows = grad.to(rows.dtype)
     return of_rows, of_beta

@@ -18,8 +18,8 @@ from . import operators
 from ._checks import no_autocast
 from ._common import norms
 from .backends import registry
-from .backends.base import accumulation_dtype, norm_eps
-from .backends.chunked.tiles import rnorm_of
+from .backends.base import accumulation_dtype
+from .backends.chunked.tiles import rnorm_of, through_normalisation
 
 
 def sum_of_unit_rows(rows: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,10 +106,9 @@ def _dots(rows: Tensor, vector: Tensor, ignored: Tensor | None) -> Tensor:
 def _add_gradient(grad: Tensor, rows: Tensor, factor: Tensor, vector: Tensor, ignored: Tensor | None) -> None:
     """Add that of ``sum_j factor_j u_j . vector``."""
     for part, wide, rnorm in _tiles(rows, ignored, vector.dtype):
-        scale = factor[part] * rnorm
-        # A norm that was clamped is a constant.
-        along = (torch.mv(wide, vector) * rnorm * rnorm).masked_fill_(rnorm >= 1.0 / norm_eps(rows.dtype), 0.0)
-        grad[part].add_(torch.outer(scale, vector).addcmul_(wide, (scale * along)[:, None], value=-1.0))
+        tile = torch.outer(factor[part], vector)
+        through_normalisation(tile, wide * rnorm[:, None], rnorm, rows)
+        grad[part].add_(tile)
 
 
 def _tiles(rows: Tensor, ignored: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:

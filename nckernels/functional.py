@@ -322,11 +322,8 @@ def dot_regression(
     ranks: Ranks | None,
 ) -> Tensor:
     """:func:`dot_regression_loss` of checked arguments, with (M,) weights of samples and prototypes of any dtype."""
-    target, backend, dtypes = (
-        target.long(),
-        registry.resolve(input.device, input.dtype),
-        {input.dtype, prototypes.dtype},
-    )
+    target, dtypes = target.long(), {input.dtype, prototypes.dtype}
+    backend = registry.resolve(input.device, input.dtype)
     if (
         len(input)
         and (len(dtypes) == 1 or dtypes == {torch.float32, torch.bfloat16})  # which have the same least norm

@@ -267,7 +267,7 @@ class Losses(torch.autograd.Function):
         chosen = registry.BACKENDS[backend]
         with no_autocast(z):
             if not chosen.checks_values:
-                _check_values(inputs, spec)
+                _check_values(inputs, spec, labels=spec.symmetric)
             loss, saved = chosen.losses(inputs, reduced, spec, any(ctx.needs_input_grad))
         by_tensor = isinstance(beta, Tensor)
         ctx.save_for_backward(z, w, beta if by_tensor else None, target, reduced.weight, reduced.class_weight, *saved)

@@ -102,9 +102,7 @@ class ChunkedBackend(Backend):
             return halves.backward(tiles, weights, grads, needs)
         z, w, beta = inputs.features, inputs.prototypes, inputs.inv_temperature
         g_pos = None if grads.pos is None else tiles.only_valid(grads.pos)
-        need_u = needs.features or (needs.inv_temperature and not needs.prototypes)
-        grad_z = torch.zeros_like(z, dtype=tiles.acc, memory_format=torch.contiguous_format) if need_u else None
-        grad_w = torch.zeros_like(w, memory_format=torch.contiguous_format) if needs.prototypes else None
+        grad_z, grad_w = weights.room(needs)
         # sum of A * t = sum_j u_j . dL/du_j = sum_c v_c . dL/dv_c: the gradient of beta times beta
         energy = beta.new_zeros(())
 
@@ -145,10 +143,4 @@ class ChunkedBackend(Backend):
                 dot = through_normalisation(grad_z[rows], tiles.u(rows), tiles.z_rnorm[rows], z, beta)
                 if needs.inv_temperature:
                     energy += dot.sum()
-        return Gradients(
-            grad_z.to(z.dtype) if grad_z is not None and needs.features else None,
-            grad_w,
-            energy / beta if needs.inv_temperature else None,
-            weights.grad_sample_bias,
-            weights.grad_class_bias,
-        )
+        return weights.gradients(needs, grad_z, grad_w, energy)

@@ -18,11 +18,9 @@ def backward(tiles: Tiles, weights: Weights, grads: OutputGrads, needs: Needs) -
     """See :meth:`nckernels.backends.base.Backend.backward`."""
     assert tiles.halves is not None
     samples, classes = tiles.halves
-    z, w, beta = tiles.inputs.features, tiles.inputs.prototypes, tiles.inputs.inv_temperature
+    z, beta = tiles.inputs.features, tiles.inputs.inv_temperature
     g_pos = None if grads.pos is None else tiles.only_valid(grads.pos)
-    need_u = needs.features or (needs.inv_temperature and not needs.prototypes)
-    grad_z = torch.zeros_like(z, dtype=tiles.acc, memory_format=torch.contiguous_format) if need_u else None
-    grad_w = torch.zeros_like(w, memory_format=torch.contiguous_format) if needs.prototypes else None
+    grad_z, grad_w = weights.room(needs)
     divisor = _divisor(tiles, grads)
     energy = beta.new_zeros(())  # sum of dL/dt * t, the gradient of beta times beta
 
@@ -45,13 +43,7 @@ def backward(tiles: Tiles, weights: Weights, grads: OutputGrads, needs: Needs) -
         for rows in tiles.row_tiles():
             energy += samples.finish(grad_z[rows], rows) * divisor
         grad_z.mul_(divisor)
-    return Gradients(
-        grad_z.to(z.dtype) if grad_z is not None and needs.features else None,
-        grad_w,
-        energy / beta if needs.inv_temperature else None,
-        weights.grad_sample_bias,
-        weights.grad_class_bias,
-    )
+    return weights.gradients(needs, grad_z, grad_w, energy)
 
 
 def _divisor(tiles: Tiles, grads: OutputGrads) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..base import Forward, Needs, OutputGrads, Spec
+from ..base import Forward, Gradients, Needs, OutputGrads, Spec
 from .tiles import Tiles
 
 
@@ -29,6 +29,26 @@ class Weights:
         self.col_scale: Tensor | None = None
         if tiles.shift_free:
             self._scale()
+
+    def room(self, needs: Needs) -> tuple[Tensor | None, Tensor | None]:
+        """Zeros for the gradients of features, where dL/dbeta comes from it too, and prototypes."""
+        z, w = self.tiles.inputs.features, self.tiles.inputs.prototypes
+        by_z = needs.features or (needs.inv_temperature and not needs.prototypes)
+        return (
+            torch.zeros_like(z, dtype=self.tiles.acc, memory_format=torch.contiguous_format) if by_z else None,
+            torch.zeros_like(w, memory_format=torch.contiguous_format) if needs.prototypes else None,
+        )
+
+    def gradients(self, needs: Needs, grad_z: Tensor | None, grad_w: Tensor | None, energy: Tensor) -> Gradients:
+        """All of them, given the sum of dL/dt t, which is beta dL/dbeta."""
+        z, beta = self.tiles.inputs.features, self.tiles.inputs.inv_temperature
+        return Gradients(
+            grad_z.to(z.dtype) if grad_z is not None and needs.features else None,
+            grad_w,
+            energy / beta if needs.inv_temperature else None,
+            self.grad_sample_bias,
+            self.grad_class_bias,
+        )
 
     def _scale(self) -> None:
         """Shift-free: the weights of both directions as outer products that multiply E = exp(t)."""
