@@ -224,7 +224,7 @@ def test_sweep_does_not_time_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> N
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report of three batch sizes, taken by the command."""
     out = tmp_path_factory.mktemp("report")
-    words = "--loss nonl --size 32,6,16 64,6,16 128,6,16 --only chunked naive --skip compile --budget 6"
+    words = "--loss nonl --size 32,6,16 64,6,16 128,6,16 --only chunked naive --skip compile --budget 10"
     assert suite.main([*words.split(), "--out", str(out)]) == 0
     return out
 
