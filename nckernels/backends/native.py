@@ -49,7 +49,7 @@ SUPPORTED = sys.platform == "linux"
 # which small problems would feel.
 _PROBLEM = struct.Struct("@5q 5P 2q d 8i d 6P q")
 _GRADIENTS = struct.Struct("@8P")
-_STEP = struct.Struct("@6P 4d 2q")
+_STEP = struct.Struct("@6P 4d 3q")
 _SIZES = (_PROBLEM.size << 32) | (_GRADIENTS.size << 16) | _STEP.size
 
 
@@ -241,8 +241,8 @@ class NativeBackend(Backend):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients, with the loss or from what ``losses`` has ``saved``."""
         problem, _alive = _problem(inputs, spec, saved)
-        z, w, beta = _room(inputs, spec, needs)
-        step, _alive_too = _step(inputs, reduced, loss, (z, w, beta))
+        z, w, beta = _room(inputs, spec, needs, rounded=_rounded(inputs, spec))
+        step, _alive_too = _step(inputs, reduced, loss, (z, w, beta), rounded=_rounded(inputs, spec))
         _check(_library().nckernels_step(problem, step), inputs, spec)
         return z, w, None if beta is None else beta.to(accumulation_dtype(inputs.features.dtype))
 
@@ -259,9 +259,20 @@ def _pointer(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _room(inputs: Inputs, spec: Spec, needs: Needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _rounded(inputs: Inputs, spec: Spec) -> bool:
+    """Whether a step writes bfloat16 gradients.
+
+    float16 gradients stay float32 until backward scales them: what GradScaler's factor saves would be lost before.
+    """
+    return inputs.features.dtype == torch.bfloat16 and not spec.symmetric
+
+
+def _room(
+    inputs: Inputs, spec: Spec, needs: Needs, rounded: bool = False
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """What the library fills with gradients: of both matrices, and in float64 of the temperature."""
-    z, w, dtype = inputs.features, inputs.prototypes, accumulation_dtype(inputs.features.dtype)
+    z, w = inputs.features, inputs.prototypes
+    dtype = torch.bfloat16 if rounded else accumulation_dtype(z.dtype)
     make = torch.zeros_like if spec.present_only else torch.empty_like  # classes that do not occur are not written
     rows = torch.contiguous_format
     return (
@@ -311,7 +322,7 @@ def _problem(inputs: Inputs, spec: Spec, forward: Forward | None = None) -> tupl
 
 
 def _step(
-    inputs: Inputs, reduced: Reduced, loss: Tensor | None, grads: tuple[Tensor | None, ...]
+    inputs: Inputs, reduced: Reduced, loss: Tensor | None, grads: tuple[Tensor | None, ...], rounded: bool = False
 ) -> tuple[bytes, list[Tensor | None]]:
     """The C structure of a step, and the weights that it points to."""
     dtype = accumulation_dtype(inputs.features.dtype)
@@ -324,6 +335,7 @@ def _step(
         reduced.cosine_margin,
         reduced.mean,
         reduced.joined,
+        rounded,
     )
     return step, weights
 
