@@ -104,8 +104,11 @@ STEPS = [
 ]
 # In several parts, of which a copy of either input would be an eighth.
 STEPS += [Case(form, 4096, 2000, 128, 4 * MIB, "bfloat16") for form in ("ntce", "normface")]
+# bfloat16 gradients of a step in one part, and in several parts, where one of them accumulates in float32.
+ROUNDED = [Case(form, 1024, 768, 512, 16 * MIB, "bfloat16", backend="native") for form in ("ntce", "normface")]
+PARTS = [Case(form, 4096, 2000, 128, 4 * MIB, "bfloat16", backend="native") for form in ("ntce", "normface")]
 CASES = (
-    CONTRASTIVE + STEPS + PAIRS + NAIVE + DEFAULT + SMALL + OPTIONS + PARTIAL + FLOAT64 + HALF + MANY_CLASSES + SPARSE
+    ROUNDED + PARTS + CONTRASTIVE + STEPS + PAIRS + NAIVE + DEFAULT + SMALL + OPTIONS + PARTIAL + FLOAT64 + HALF + MANY_CLASSES + SPARSE
 )
 LARGE = [Case(f, 32768, 8000, 64, 8 * MIB, dtype) for f in ("nonl", "normface") for dtype in ("float32", "float64")]
 
@@ -225,6 +228,17 @@ def test_positives_take_a_few_copies_of_the_rows(peaks: dict[Case, int], case: C
 def test_half_gradients_accumulate_in_float32(peaks: dict[Case, int], case: Case) -> None:
     """One float32 buffer per gradient more, and nothing else of that size."""
     assert_within(case, peaks[case], case.allowed() + 4 * case.dim * (case.samples + case.classes))
+
+
+@pytest.mark.parametrize("case", ROUNDED, ids=id_of)
+def test_complete_gradients_are_rounded_at_once(peaks: dict[Case, int], case: Case) -> None:
+    assert_within(case, peaks[case], case.allowed())
+
+
+@pytest.mark.parametrize("case", PARTS, ids=id_of)
+def test_one_gradient_of_parts_accumulates_in_float32(peaks: dict[Case, int], case: Case) -> None:
+    rows = case.samples if case.form == "ntce" else case.classes
+    assert_within(case, peaks[case], case.allowed() + 4 * case.dim * rows)
 
 
 @pytest.mark.parametrize("case", STEPS, ids=id_of)

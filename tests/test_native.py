@@ -466,6 +466,28 @@ def test_a_step_for_one_gradient_only(loss: str, workspace: int, wanted: str) ->
     assert abs(by_temperature - expected) <= 1e-5 * abs(expected)
 
 
+@pytest.mark.parametrize("workspace", [MIB, 8 * MIB])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_step_for_the_temperature_only(loss: str, workspace: int) -> None:
+    x, w, y = problem(3000, 300, 24)
+    temperature = torch.tensor(0.1, requires_grad=True)
+    with nckernels.use_workspace(workspace):
+        value = LOSSES[loss](x.detach(), w.detach(), y, temperature=temperature)
+        (by_temperature,) = torch.autograd.grad(value, temperature)
+    expected = exact_step(x, w, y, loss)[3]
+    assert abs(by_temperature - expected) <= 1e-5 * abs(expected)
+
+
+@pytest.mark.parametrize("k", [10, 300])  # few classes have a pass of their own
+def test_bfloat16_gradients_that_are_not_finite(k: int) -> None:
+    x, w, y = problem(200, k, 24)
+    x, w = x.detach().bfloat16(), w.detach().bfloat16().requires_grad_()
+    x[3, 5] = torch.nan
+    by_x, by_w = torch.autograd.grad(nckernels.normface_loss(x.requires_grad_(), w, y), (x, w))
+    assert by_x[3].isnan().all()
+    assert by_w.isnan().all()
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_step_is_the_mean_of_the_samples(loss: str) -> None:
     """One call for loss and gradients against the forward and the backward pass of the samples' losses."""
