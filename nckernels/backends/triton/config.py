@@ -66,7 +66,7 @@ def _cuda_arch(index: int) -> Arch:
     if torch.version.hip is not None:
         return Arch(0, properties.multi_processor_count, 64 << 10)
     generation = 10 * properties.major + properties.minor
-    # The opt-in limit has no name in older versions of torch; 99 KB is what the smallest parts offer.
+    # Older versions of torch do not have the opt-in limit; the smallest devices have 99 KB.
     shared = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
     return Arch(generation, properties.multi_processor_count, shared)
 

@@ -307,7 +307,7 @@ class TritonKernels(Kernels):
     def _entry(self, p: Side, q: Side) -> Entry:
         return self.spec.exclude, p.samples, p.unsummed, q.unsummed, p.gather, q.gather
 
-    # --- rows again
+    # --- kernels over rows
 
     def gather(self, side: Side, out: Tensor, start: int, stop: int) -> None:
         launch(
