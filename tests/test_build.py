@@ -60,7 +60,7 @@ def fake(tmp_path: Path, compiled: Path) -> tuple[dict[str, str], Path]:
 RUNS = len(native.library().sources) + 1  # of the compiler: each source, and the link
 
 
-def test_a_second_process_uses_what_the_first_one_built(fake: tuple[dict[str, str], Path]) -> None:
+def test_a_second_process_uses_the_library_of_the_first(fake: tuple[dict[str, str], Path]) -> None:
     environment, log = fake
     first = run_python(USE, **environment)
     assert first.stdout.split() == ["native"], first.stderr
@@ -138,7 +138,7 @@ def fall_back(environment: dict[str, str], reason: str) -> None:
     assert reason in explicit.stderr, explicit.stderr
 
 
-def test_a_compiler_that_fails(tmp_path: Path) -> None:
+def test_a_failing_compiler(tmp_path: Path) -> None:
     script = tmp_path / "cxx"
     script.write_text("#!/bin/sh\necho first line >&2\necho 'tiles.hpp:1: error: no such luck' >&2\nexit 1\n")
     script.chmod(0o755)
@@ -151,7 +151,7 @@ def test_no_compiler(tmp_path: Path) -> None:
     fall_back(environment, "no-such-compiler")
 
 
-def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+def test_an_unwritable_cache(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where a folder should be")
     fall_back({"TORCH_EXTENSIONS_DIR": str(tmp_path / "cache")}, "set TORCH_EXTENSIONS_DIR")
 
@@ -164,7 +164,7 @@ def test_a_library_that_does_not_load(tmp_path: Path) -> None:
     fall_back({"CXX": str(script), "TORCH_EXTENSIONS_DIR": str(tmp_path / "cache")}, "nckernels_cpu")
 
 
-def test_changed_sources_are_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_sources_change_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = native.library().key()
     sources = tmp_path / "cpu"
     sources.mkdir()
@@ -176,7 +176,7 @@ def test_changed_sources_are_another_library(tmp_path: Path, monkeypatch: pytest
     assert native.library().key() != before
 
 
-def test_import_leaves_the_compiler_alone() -> None:
+def test_import_does_not_import_the_pytorch_compiler() -> None:
     """torch._dynamo doubles the time of the import, for everybody."""
     found = run_python("import nckernels, sys; print('torch._dynamo' in sys.modules)")
     assert found.stdout.strip() == "False", found.stderr

@@ -107,7 +107,7 @@ def evaluate(
 @pytest.mark.usefixtures("half")
 @pytest.mark.parametrize("workspace", [128 * KIB, 8192 * KIB])
 @pytest.mark.parametrize("name", FORMS)
-def test_errors_are_no_larger_than_eagers(name: str, workspace: int) -> None:
+def test_errors_are_at_most_those_of_eager_pytorch(name: str, workspace: int) -> None:
     """Of the loss and of each gradient, all entries and several seeds together, by their distance from float64."""
     ours, eagers = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
     package, naive = FORMS[name]
@@ -129,7 +129,7 @@ def _relative(got: list[Tensor], exact: list[Tensor]) -> float:
 @pytest.mark.usefixtures("wide")
 @pytest.mark.parametrize("dtype", products.HALF, ids=str)
 @pytest.mark.parametrize("exclude", ["target", "self"])
-def test_products_in_float32(dtype: torch.dtype, exclude: str) -> None:
+def test_float32_products_of_16_bit_rows(dtype: torch.dtype, exclude: str) -> None:
     """Logits are exact, whatever the temperature; no gradient is lost to the range of float16."""
     m, k = (70, 70) if exclude == "self" else (70, 43)
     with nckernels.use_workspace(64 * KIB):
@@ -157,7 +157,7 @@ def test_small_upstream_gradients_in_float16() -> None:
 @pytest.mark.usefixtures("half")
 @pytest.mark.parametrize("workspace", [24 * KIB, 8192 * KIB])
 @pytest.mark.parametrize("name", ["ntce", "normface", "clip"])
-def test_gradients_of_what_has_been_learnt(name: str, workspace: int) -> None:
+def test_gradients_of_learnt_samples(name: str, workspace: int) -> None:
     """Probabilities within 1e-3 of one: what is left of the gradient is right to 2 %, which takes positives
     that are not rounded."""
     g = torch.Generator().manual_seed(0)
@@ -195,7 +195,7 @@ def test_rows_of_any_length(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("half")
 @pytest.mark.parametrize("workspace", [KIB, 8192 * KIB])  # two passes, one step
-def test_a_batch_that_is_ignored(workspace: int) -> None:
+def test_a_batch_of_ignored_samples(workspace: int) -> None:
     x, w, _ = batch(20, 60, 24, torch.bfloat16)
     with nckernels.use_workspace(workspace):
         got = evaluate(FORMS["ntce"][0], x, w, torch.full((20,), -100), torch.bfloat16, reduction="sum")
@@ -217,7 +217,7 @@ def test_steps_in_parts_of_any_size(name: str, tau: float) -> None:
             assert _relative(evaluate(package, x, w, y, torch.float64, tau), exact) <= 1e-12
 
 
-def test_weights_of_many_samples_add_up() -> None:
+def test_shares_of_many_samples_are_summed_accurately() -> None:
     """A sum of 5000 shares of 1/5000, each rounded in float32, would be off by 1e-5 of a logarithm of 58."""
     g = torch.Generator().manual_seed(0)
     w = torch.randn(1, 16, generator=g)
@@ -227,7 +227,7 @@ def test_weights_of_many_samples_add_up() -> None:
 
 
 @pytest.mark.usefixtures("wide")
-def test_a_step_in_float16_has_products_in_float32() -> None:
+def test_a_float16_step_multiplies_in_float32() -> None:
     """Sums of exponentials, and weights in them, may leave the range of float16."""
     x, w, y = batch(240, 240, 24, torch.float16)
     x[1] = x[0]
@@ -238,7 +238,7 @@ def test_a_step_in_float16_has_products_in_float32() -> None:
 
 @pytest.mark.usefixtures("half")
 @pytest.mark.parametrize("name", IN_ONE_STEP)
-def test_parts_in_bfloat16(name: str) -> None:
+def test_bfloat16_steps_in_parts(name: str) -> None:
     x, w, y = batch(240, 130, 24, torch.bfloat16)
     whole = evaluate(FORMS[name][0], x, w, y, torch.bfloat16)
     for workspace in (96 * KIB, 160 * KIB):
@@ -258,7 +258,7 @@ def test_parts_in_bfloat16(name: str) -> None:
         ("symmetric", 4000, 4000, 1024 * KIB, 0),
     ],
 )
-def test_when_there_is_a_step(form: str, m: int, k: int, workspace: int, parts: int) -> None:
+def test_which_problems_take_a_step(form: str, m: int, k: int, workspace: int, parts: int) -> None:
     """And in how many parts: those that the tests above mean are there."""
     symmetric = form == "symmetric"
     spec = Spec("instance" if symmetric else form, "self" if symmetric else "none", False, -100, workspace, symmetric)  # type: ignore[arg-type]
@@ -297,7 +297,7 @@ class Operands(TorchDispatchMode):
 )
 @pytest.mark.parametrize("direction", ["class", "instance", "both", "symmetric"])
 @pytest.mark.usefixtures("half")
-def test_what_is_multiplied(direction: str, dtype: torch.dtype, beta: float, wanted: torch.dtype) -> None:
+def test_dtype_of_products(direction: str, dtype: torch.dtype, beta: float, wanted: torch.dtype) -> None:
     z, w, y = batch(60, 60, 16, dtype)
     symmetric = direction == "symmetric"
     spec = Spec(
@@ -328,7 +328,7 @@ def test_small_problems_stay_in_float32(monkeypatch: pytest.MonkeyPatch) -> None
         assert not products.pay(z, w, small_logits=False)
 
 
-def test_fast_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_with_fast_16_bit_products(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     assert products.fast(cpu, torch.bfloat16) == units

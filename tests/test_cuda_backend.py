@@ -52,7 +52,7 @@ def test_built_when_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == ["cuda"]
 
 
-def test_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_library_that_does_not_load_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken = tmp_path / "_cuda.so"
     broken.write_text("not a library")
     monkeypatch.setattr(torch.version, "cuda", "13.0")

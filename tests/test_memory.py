@@ -181,12 +181,12 @@ def id_of(case: Case) -> str:
 
 
 @pytest.mark.parametrize("case", NAIVE, ids=id_of)
-def test_the_method_sees_the_naive_form(peaks: dict[Case, int], case: Case) -> None:
+def test_measurement_finds_the_matrices_of_the_naive_form(peaks: dict[Case, int], case: Case) -> None:
     """The same measurement finds several M x K matrices in the naive forms: the bounds below can fail."""
     assert peaks[case] > 2 * 4 * case.samples * case.classes > 4 * case.allowed()
 
 
-def test_the_method_counts_exactly() -> None:
+def test_measurement_is_exact() -> None:
     """Known allocations: the peak of two tensors alive together, and not of two in turn."""
 
     def together() -> Tensor:
@@ -216,7 +216,7 @@ def test_all_pairs_keep_to_the_workspace(peaks: dict[Case, int], case: Case) -> 
 
 
 @pytest.mark.parametrize("case", CONTRASTIVE, ids=id_of)
-def test_positives_take_a_few_copies_of_the_rows(peaks: dict[Case, int], case: Case) -> None:
+def test_positives_need_a_few_copies_of_the_rows(peaks: dict[Case, int], case: Case) -> None:
     """O(N d) beside the workspace: unit rows, the sums of the classes gathered, and their gradients."""
     assert_within(case, peaks[case], case.allowed() + 5 * 4 * case.samples * case.dim)
 

@@ -75,7 +75,7 @@ def test_float32_gradients_are_within_3e_7(shape: tuple[int, int, int], loss: st
 
 @pytest.mark.parametrize("beta", [1.0, 29.0, 31.0, 500.0])
 @pytest.mark.parametrize("workspace", [64 * 1024, 4 * MIB])
-def test_both_ways_to_sum_keep_what_fits(beta: float, workspace: int) -> None:
+def test_kept_tiles_with_and_without_a_running_maximum(beta: float, workspace: int) -> None:
     """Without a running maximum up to beta = 30, with one above; nothing, a part or all of the tiles kept."""
     for direction, exclude in (("class", "target"), ("both", "none"), ("instance", "target")):
         case = oracle.make_problem(500, 70, 20, direction=direction, exclude=exclude, beta=beta, bias=True)
@@ -87,7 +87,7 @@ def test_both_ways_to_sum_keep_what_fits(beta: float, workspace: int) -> None:
 @pytest.mark.parametrize("beta", [1.0, 29.0, 31.0, 500.0])
 @pytest.mark.parametrize("workspace", [1, 64 * 1024, 512 * 1024, 8 * MIB])
 @pytest.mark.parametrize("exclude", ["self", "same_label"])
-def test_triangles_of_all_sizes(exclude: str, workspace: int, beta: float) -> None:
+def test_symmetric_problems_of_all_sizes(exclude: str, workspace: int, beta: float) -> None:
     """Blocks of one panel up to one block of everything, with nothing, a part or all of the triangle kept."""
     for samples in (97, 500):
         for direction in ("class", "instance"):
@@ -101,7 +101,7 @@ def test_triangles_of_all_sizes(exclude: str, workspace: int, beta: float) -> No
 
 @pytest.mark.parametrize("d", [40, 300])
 @pytest.mark.parametrize("workspace", [MIB, 64 * MIB])
-def test_large_triangles_are_within_3e_7(workspace: int, d: int) -> None:
+def test_large_symmetric_problems_are_within_3e_7(workspace: int, d: int) -> None:
     """Several blocks of columns and several steps of a tile, or one block that is kept as a whole."""
     x, _, y = problem(3001, 3001, d)
     x64 = x.detach().double().requires_grad_()
@@ -112,7 +112,7 @@ def test_large_triangles_are_within_3e_7(workspace: int, d: int) -> None:
             assert error <= 3e-7, (name, error)
 
 
-def test_left_out_samples_of_a_triangle_are_not_read() -> None:
+def test_symmetric_ignored_samples_are_not_read() -> None:
     """NaN where the target says ignore, unless a positive is there: the same bits as with numbers there."""
     x, _, y = problem(700, 700, 24)
     y[::7] = -100
@@ -171,7 +171,7 @@ def test_threads_do_not_change_the_result(loss: str, shape: tuple[int, int, int]
 
 @pytest.mark.usefixtures("_restore_threads")
 @pytest.mark.parametrize("workspace", [256 * 1024, 32 * MIB])
-def test_threads_do_not_change_a_triangle(workspace: int) -> None:
+def test_threads_do_not_change_a_symmetric_result(workspace: int) -> None:
     x, _, y = problem(1300, 1300, 72)
     with nckernels.use_workspace(workspace):
         torch.set_num_threads(1)
@@ -317,7 +317,7 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         ("ZVECTOR", False, False, False, "default"),
     ],
 )
-def test_the_best_library(
+def test_library_choice_by_cpu_and_environment(
     monkeypatch: pytest.MonkeyPatch, capability: str, bf16: bool, tiles: bool, permission: bool, best: str
 ) -> None:
     monkeypatch.delenv("NCKERNELS_CPU_INSTRUCTIONS", raising=False)
@@ -332,7 +332,7 @@ def test_the_best_library(
     assert native.libraries() == [build.CPU[name] for name in names[names.index(best) :]]
 
 
-def test_instructions_that_the_cpu_lacks() -> None:
+def test_unknown_or_unsupported_instruction_set_is_an_error() -> None:
     """A name that is none, or of a library that would end in SIGILL, is an error that lists the others."""
     code = "import nckernels; nckernels.set_backend('native')"
     for name in {"sse9", *build.CPU} - {library.name.removeprefix("cpu_") for library in native.libraries()}:
@@ -342,13 +342,13 @@ def test_instructions_that_the_cpu_lacks() -> None:
 
 
 @pytest.mark.parametrize("runs", [True, False])
-def test_the_report_tells_of_products_where_there_is_a_library(monkeypatch: pytest.MonkeyPatch, runs: bool) -> None:
+def test_report_names_bfloat16_products_only_with_a_library(monkeypatch: pytest.MonkeyPatch, runs: bool) -> None:
     """Without one another backend multiplies, in 16 bits perhaps."""
     monkeypatch.setattr(native, "library", lambda: build.CPU["avx2"] if runs else None)
     assert ("bfloat16 features are multiplied in float32" in info.report()) == runs
 
 
-def test_the_next_library_where_the_compiler_lacks_instructions(tmp_path: Path) -> None:
+def test_compiler_without_the_instructions_builds_the_next_library(tmp_path: Path) -> None:
     """An old compiler that refuses the flags of the best library makes the next one."""
     best, *others = native.libraries()
     if not others:
@@ -368,7 +368,7 @@ def test_the_next_library_where_the_compiler_lacks_instructions(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("direction", ["class", "instance"])
-def test_bfloat16_logits_have_the_digits_of_float32(direction: str) -> None:
+def test_bfloat16_logits_have_float32_accuracy(direction: str) -> None:
     """Nothing is rounded to bfloat16 on the way to the sums: neither unit vectors nor cosines."""
     x, w, y = problem(700, 300, 531, torch.bfloat16)
     with torch.no_grad():
@@ -388,7 +388,7 @@ def test_bfloat16_gradients_are_rounded_once_or_twice(loss: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["supcon", "smoothing"])
-def test_bfloat16_entries_that_all_but_cancel(form: str) -> None:
+def test_bfloat16_entries_that_nearly_cancel(form: str) -> None:
     """Weights and positives of a class that has been learnt, or of nothing learnt: their difference is rounded."""
     x, w, y = problem(300, 100, 64, torch.bfloat16)
 
@@ -404,7 +404,7 @@ def test_bfloat16_entries_that_all_but_cancel(form: str) -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_bfloat16_rows_that_are_not_aligned(loss: str) -> None:
+def test_bfloat16_unaligned_rows(loss: str) -> None:
     """Rows that begin at odd numbers, at an odd distance."""
     x, w, y = problem(300, 70, 45, torch.bfloat16)
     expected = step(x, w, y, loss)
@@ -430,7 +430,7 @@ def exact_step(x: Tensor, w: Tensor, y: Tensor, loss: str, **options: object) ->
 @pytest.mark.parametrize(("dtype", "threads"), [(torch.float64, 1), (torch.float32, 2), (torch.bfloat16, 1)])
 @pytest.mark.parametrize("shape", [(1500, 400, 40), (700, 900, 24), (601, 630, 300)])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_matrix_cut_into_parts(loss: str, shape: tuple[int, int, int], dtype: torch.dtype, threads: int) -> None:
+def test_a_step_in_parts(loss: str, shape: tuple[int, int, int], dtype: torch.dtype, threads: int) -> None:
     """Workspaces of which half holds a third of the matrix, or a fifteenth: that makes whole columns or rows, or
     too few of them, so that tiles are made twice."""
     torch.set_num_threads(threads)
@@ -452,7 +452,7 @@ def test_a_matrix_cut_into_parts(loss: str, shape: tuple[int, int, int], dtype: 
 @pytest.mark.parametrize("wanted", ["features", "prototypes"])
 @pytest.mark.parametrize("workspace", [MIB, 8 * MIB])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_step_for_one_gradient_only(loss: str, workspace: int, wanted: str) -> None:
+def test_a_step_with_one_wanted_gradient(loss: str, workspace: int, wanted: str) -> None:
     x, w, y = problem(3000, 300, 24)
     leaf = x if wanted == "features" else w
     with nckernels.use_workspace(workspace):
@@ -467,7 +467,7 @@ def test_a_step_for_one_gradient_only(loss: str, workspace: int, wanted: str) ->
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_step_is_the_mean_of_the_samples(loss: str) -> None:
+def test_a_step_equals_the_mean_of_the_sample_losses(loss: str) -> None:
     """One call for loss and gradients against the forward and the backward pass of the samples' losses."""
     x, w, y = problem(500, 30, 16, torch.float64)
     mean = step(x, w, y, loss)
@@ -479,7 +479,7 @@ def test_a_step_is_the_mean_of_the_samples(loss: str) -> None:
 @pytest.mark.parametrize("decoupled", [True, False])
 @pytest.mark.parametrize("workspace", [MIB, 32 * MIB])
 @pytest.mark.parametrize("shape", [(700, 20, 24), (90, 60, 200), (5, 1, 3)])
-def test_a_supervised_step_is_the_mean_of_the_samples(
+def test_a_supervised_step_equals_the_mean_of_the_sample_losses(
     shape: tuple[int, int, int], workspace: int, decoupled: bool
 ) -> None:
     x, _, y = problem(*shape, torch.float64)
@@ -501,7 +501,7 @@ def test_a_supervised_step_is_the_mean_of_the_samples(
 
 
 @pytest.mark.parametrize("decoupled", [True, False])
-def test_the_temperature_of_supervised_losses_alone(decoupled: bool) -> None:
+def test_supervised_temperature_gradient_with_frozen_features(decoupled: bool) -> None:
     """Where the features are frozen, positives count in its gradient all the same."""
     input, target = torch.randn(90, 20, dtype=torch.float64), torch.arange(90) % 7
     grads = []
@@ -516,7 +516,7 @@ def test_the_temperature_of_supervised_losses_alone(decoupled: bool) -> None:
 @pytest.mark.parametrize("decoupled", [True, False])
 @pytest.mark.parametrize("workspace", [MIB, 32 * MIB])
 @pytest.mark.parametrize("n", [700, 3, 1])
-def test_a_step_in_both_directions_is_the_mean_of_the_pairs(n: int, workspace: int, decoupled: bool) -> None:
+def test_a_step_in_both_directions_equals_the_mean_of_the_pair_losses(n: int, workspace: int, decoupled: bool) -> None:
     a, b, _ = problem(n, n, 24, torch.float64)
     weight = torch.rand(n, dtype=torch.float64)
     temperature = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
@@ -549,7 +549,7 @@ def test_every_option_is_one_node_of_the_graph(k: int, loss: str) -> None:
     assert type(function(x, w, y, sample_weight=trained).grad_fn).__name__ != "StepBackward"
 
 
-def test_losses_of_samples_keep_nothing_without_grad(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sample_losses_without_grad_keep_no_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w, y = problem(64, 10, 8)
     temperature = torch.tensor(0.1, requires_grad=True)
     keeps = []
@@ -600,7 +600,7 @@ def test_supervised_losses_agree_under_autocast() -> None:
     assert abs(float(mean.detach() - each.detach().mean())) < 2e-6
 
 
-def test_gradients_of_a_step_are_scaled_anew_each_time() -> None:
+def test_repeated_backward_of_a_step_scales_a_copy() -> None:
     """With the graph retained nothing that the first pass returns is the node's own memory."""
     x, w, y = problem(64, 10, 8)
     plain = step(x, w, y)[1:]
@@ -613,7 +613,7 @@ def test_gradients_of_a_step_are_scaled_anew_each_time() -> None:
         assert torch.equal(got, expected)
 
 
-def test_a_step_frees_its_gradients() -> None:
+def test_leaves_take_over_the_memory_of_a_step() -> None:
     """Leaves take the node's own memory over: no second copy."""
     x, w, y = problem(64, 10, 8)
     value = nckernels.nonl_loss(x, w, y)
@@ -654,7 +654,7 @@ def test_scratch_stays_within_the_workspace(loss: str, in_one_step: bool, worksp
 @pytest.mark.parametrize("threads", [1, 2, 8])
 @pytest.mark.parametrize("workspace", [2 * MIB, 8 * MIB])
 @pytest.mark.parametrize("wanted", ["features", "inv_temperature", "logit_bias"])
-def test_scratch_of_a_triangle_stays_within_the_workspace(wanted: str, workspace: int, threads: int) -> None:
+def test_symmetric_scratch_stays_within_the_workspace(wanted: str, workspace: int, threads: int) -> None:
     torch.set_num_threads(threads)
     spec = nckernels.backends.base.Spec("instance", "self", False, -100, workspace, symmetric=True)
     with nckernels.use_backend("native"), nckernels.use_workspace(workspace):
@@ -685,7 +685,7 @@ def test_scratch_of_a_supervised_step_stays_within_the_workspace(workspace: int,
             assert native.peak_scratch() <= workspace + 256 * 2 * m, (m, d)
 
 
-def test_what_is_kept_of_a_triangle_is_half_of_the_matrix() -> None:
+def test_symmetric_kept_tiles_are_half_of_the_matrix() -> None:
     for m in (1, 200, 3000):
         whole, half = (
             native.BACKEND.kept_numel(

@@ -294,7 +294,7 @@ def test_ignored_samples_may_hold_anything(backend: Backend, small_workspace: No
 
 
 @directions
-def test_minus_infinity_bias_leaves_the_entry_out(backend: Backend, direction: str) -> None:
+def test_minus_infinity_bias_excludes_the_entry(backend: Backend, direction: str) -> None:
     """log n_c with n_c = 0, as the prototype loss has it."""
     p = make_problem(20, 8, 5, direction=direction, bias=True)
     assert p.sample_bias is not None
@@ -585,7 +585,7 @@ def test_the_workspace_does_not_change_the_result(backend: Backend, direction: s
                 assert float(error) < 11 * 2**-23, (name, workspace)
 
 
-def test_inputs_of_the_eps_table_are_those_of_normalize() -> None:
+def test_oracle_eps_matches_normalize() -> None:
     """Guards the oracle: its clamp is F.normalize's default wherever the dtype can represent it."""
     x = torch.tensor([[3e-13, 0.0], [0.0, 0.0], [3e-5, 4e-5]], dtype=torch.float64)
     assert torch.equal(F.normalize(x), F.normalize(x, eps=EPS[torch.float64]))
@@ -596,7 +596,9 @@ def test_inputs_of_the_eps_table_are_those_of_normalize() -> None:
 
 @dtypes
 @pytest.mark.parametrize("direction", ["instance", "both"])
-def test_columns_in_parts(backend: Backend, small_workspace: None, direction: str, dtype: torch.dtype) -> None:
+def test_backward_with_the_lse_of_more_columns(
+    backend: Backend, small_workspace: None, direction: str, dtype: torch.dtype
+) -> None:
     """What the ring of keys stands on: a backward pass that divides by the sum over more columns than its own."""
     if backend.name == "reference":
         pytest.skip("is differentiated by PyTorch")

@@ -57,7 +57,7 @@ def test_stand_in(n: int, k: int, tagged: bool, beta: float) -> None:
     assert (expected == 0).eq(e == 0).all()
 
 
-def test_nan_in_a_row_that_takes_part_shows() -> None:
+def test_nan_in_a_used_row_propagates() -> None:
     p, q = operands(5, 7, 10.0, True, seed=0)
     for operand in (p, q):
         operand.x[2], operand.scale[2] = torch.nan, torch.nan
@@ -67,7 +67,7 @@ def test_nan_in_a_row_that_takes_part_shows() -> None:
     assert (e[0, 3:] == 0).all()
 
 
-def test_where_it_is_not_and_why() -> None:
+def test_reasons_why_it_cannot_be_used() -> None:
     assert quack.why_not(torch.device("cpu")) == "it does not support cpu devices"
     if quack.missing() is not None:
         assert "quack-kernels" in quack.missing()  # type: ignore[operator]

@@ -141,7 +141,7 @@ def test_memory(m: int, k: int, d: int, dtype: torch.dtype, short: bool) -> None
 
 
 @pytest.mark.parametrize("wanted", range(3))
-def test_only_what_is_wanted_is_launched(wanted: int) -> None:
+def test_unwanted_gradients_are_not_computed(wanted: int) -> None:
     """One gradient at a time: one matrix product a panel, or the bias kernel alone."""
     needs = (
         Needs(True, False, False, False, False),
@@ -203,7 +203,7 @@ def test_the_host_neither_reads_nor_mixes_devices(dtype: torch.dtype) -> None:
         assert step(512, 512, 512, dtype, spec, Needs(True, False, True, True, False), short, device)
 
 
-def test_few_launches() -> None:
+def test_small_problems_take_few_launches() -> None:
     """A small problem costs ten launches at most, forward and backward; eleven if it takes a matrix product."""
     for direction, short in itertools.product(("class", "instance", "both"), (True, False)):
         spec = Spec(direction, "target", False, -100, 32 * MIB)  # type: ignore[arg-type]
@@ -212,7 +212,7 @@ def test_few_launches() -> None:
 
 
 @pytest.mark.parametrize(("size", "short", "most"), [((512, 10, 128), True, 6), ((8192, 1000, 2048), False, 17)])
-def test_launches_do_not_grow(size: tuple[int, int, int], short: bool, most: int) -> None:
+def test_number_of_launches_does_not_grow(size: tuple[int, int, int], short: bool, most: int) -> None:
     """NONL of two gradients: no launch more than there were when this was written, the library's products aside."""
     spec = Spec("class", "target", True, -100, 32 * MIB)
     needs = Needs(True, True, False, False, False)
@@ -220,7 +220,7 @@ def test_launches_do_not_grow(size: tuple[int, int, int], short: bool, most: int
     assert len(launched) - launched.count("matmul") <= most
 
 
-def test_the_librarys_products_see_only_what_takes_part() -> None:
+def test_library_products_exclude_left_out_rows() -> None:
     """A sum in one product is mended where need be; operands of one that goes on are copied, and what is unread."""
     needs = EVERYTHING._replace(sample_bias=False, class_bias=False)
     cases = (
@@ -248,7 +248,7 @@ def test_the_librarys_products_see_only_what_takes_part() -> None:
     assert (launched.count("gather"), launched.count("mend")) == (0, 1)
 
 
-def test_small_workspace_takes_panels() -> None:
+def test_small_workspace_combines_partials_in_groups() -> None:
     """Directions at once need partial results of every block of anchors: panel by panel if they are many."""
     few = Spec("both", "target", False, -100, 64 << 10)
     launched = step(3000, 2000, 64, torch.float32, few, EVERYTHING, short=False)
@@ -312,7 +312,7 @@ def test_launches_of_one_step() -> None:
     assert len(with_epilogue) <= 3 + 13
 
 
-def test_when_one_step_pays() -> None:
+def test_which_problems_take_one_step() -> None:
     """Wide panels of long rows; not thin panels, nor rows so short that the panel's bytes weigh more than products."""
     default = (80 << 30) // 256
     for n_p, n_q, d in ((1000, 2048, 2048), (1000, 8192, 2048), (8192, 8192, 2048), (8192, 1000, 2048)):

@@ -172,7 +172,7 @@ def test_half_scale(emulator: Emulator, schedule: int) -> None:
 
 
 @pytest.mark.parametrize("d", [48, 264])
-def test_few_classes_present(emulator: Emulator, d: int) -> None:
+def test_few_present_classes(emulator: Emulator, d: int) -> None:
     """Many slots for prototypes and few in use: thread blocks that find nothing to do."""
     problem = oracle.make_problem(200, 300, d, exclude="target", present_only=True)
     problem.target[problem.target != problem.ignore_index] %= 5
@@ -222,7 +222,7 @@ def test_single_gradients(emulator: Emulator, wanted: str) -> None:
 
 
 @pytest.mark.parametrize("d", [40, 264])
-def test_columns_in_parts(emulator: Emulator, d: int) -> None:
+def test_backward_with_the_lse_of_more_columns(emulator: Emulator, d: int) -> None:
     parts.check_in_parts("both", torch.bfloat16, d)
     parts.check_in_parts("instance", torch.float32, d, beta=61.0)
 
@@ -335,7 +335,7 @@ def test_wgmma_only_where_it_applies(emulator: Emulator, wgmma: list[int]) -> No
     assert wgmma
 
 
-def test_wgmma_does_not_look_at_ignored_rows(emulator: Emulator, wgmma: list[int]) -> None:
+def test_wgmma_ignores_the_values_of_ignored_rows(emulator: Emulator, wgmma: list[int]) -> None:
     """They are fetched with the others; whatever they hold, the same bits come out."""
     for direction in ("class", "instance"):
         problem = oracle.make_problem(150, 140, 72, direction=direction, exclude="target")
@@ -402,7 +402,7 @@ def test_nothing_is_read_past_the_rows(emulator: Emulator, d: int, columns: int)
 
 @pytest.mark.parametrize("itself", [False, True], ids=["apart", "itself"])
 @pytest.mark.parametrize("exclude", oracle.EXCLUDES)
-def test_what_takes_no_part_reaches_nothing(emulator: Emulator, exclude: str, itself: bool) -> None:
+def test_left_out_rows_do_not_affect_results(emulator: Emulator, exclude: str, itself: bool) -> None:
     """Not even as 0 * NaN, in no kernel and no product of the library: one panel or several."""
     square = exclude in ("self", "same_label")
     if itself and not square:
@@ -420,13 +420,13 @@ def test_what_takes_no_part_reaches_nothing(emulator: Emulator, exclude: str, it
 
 
 @pytest.mark.parametrize(("m", "k"), [(150, 60), (40, 150)], ids=["masked", "compacted"])
-def test_absent_classes_reach_nothing(emulator: Emulator, m: int, k: int) -> None:
+def test_absent_classes_do_not_affect_results(emulator: Emulator, m: int, k: int) -> None:
     for d, dtype in itertools.product((48, 264), TWO):
         problem = oracle.make_problem(m, k, d, exclude="target", present_only=True).to(dtype)
         oracle.check_spoilt(problem, (d, dtype))
 
 
-def test_a_positive_of_nan_shows(emulator: Emulator) -> None:
+def test_a_nan_positive_propagates(emulator: Emulator) -> None:
     """An ignored row that is someone's positive is read, whatever it holds."""
     for d, dtype in itertools.product((48, 264), TWO):
         problem = oracle.make_problem(150, 150, d, exclude="self", ignored=0.3).to(dtype)
@@ -452,7 +452,7 @@ def test_sums_do_not_touch_ignored_rows(emulator: Emulator) -> None:
 
 
 @pytest.mark.parametrize("d", [48, 264])
-def test_ignored_samples_get_no_gradient_beside_nan(emulator: Emulator, d: int) -> None:
+def test_ignored_samples_have_zero_gradient_beside_nan(emulator: Emulator, d: int) -> None:
     """A prototype of NaN reaches all sums over the prototypes, but not what is zero by definition."""
     problem = oracle.make_problem(150, 140, d, direction="both", exclude="target", bias=True)
     problem.prototypes[3] = torch.nan

@@ -101,7 +101,7 @@ def test_random_problems(part: int, product: Counted) -> None:
 
 @pytest.mark.parametrize("spread", [0.0, 2.0], ids=["gaussian", "clustered"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_errors_are_no_larger_than_the_librarys(
+def test_errors_are_at_most_those_of_the_library_product(
     loss: str, spread: float, product: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, w, y = problem(150, 30, 3, ignored=0.0)
@@ -129,7 +129,7 @@ def test_one_gradient_only(product: Counted) -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_nothing_to_learn_from(loss: str, product: Counted) -> None:
+def test_batches_without_gradient(loss: str, product: Counted) -> None:
     """All samples ignored, or one class, which has no negatives; a class whose samples weigh nothing."""
     x, w, _ = problem(20, 5, 5)
     value, by_x, by_w, by_tau = run(loss, x, w, torch.full((20,), -100), BF16, reduction="sum")
@@ -160,7 +160,7 @@ def test_collapsed_features_at_the_lowest_temperature(product: Counted) -> None:
     assert len(product.panels) == 1
 
 
-def test_nan_shows_and_zero_vectors_do_not(product: Counted) -> None:
+def test_nan_propagates_and_zero_vectors_stay_finite(product: Counted) -> None:
     x, w, y = problem(20, 5, 6, ignored=0.0)
     x[3] = 0
     assert all(t.isfinite().all() for t in run("nonl", x, w, y, BF16))
@@ -169,7 +169,7 @@ def test_nan_shows_and_zero_vectors_do_not(product: Counted) -> None:
     assert len(product.panels) == 2
 
 
-def test_when_the_library_is_taken(product: Counted) -> None:
+def test_which_problems_use_the_library_product(product: Counted) -> None:
     """Types other than bfloat16, low temperatures and those on the device, rows that TMA cannot read."""
     x, w, y = problem(20, 5, 9)
     run("nonl", x, w, y, torch.float32)

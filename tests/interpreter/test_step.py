@@ -135,7 +135,7 @@ def test_random_problems(part: int, panels: Panels) -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_errors_are_no_larger_than_those_of_two_passes(loss: str, panels: Panels) -> None:
+def test_errors_are_at_most_those_of_two_passes(loss: str, panels: Panels) -> None:
     x, w, y = problem(60, 12, 3)
     expected = exact(loss, x, w, y, torch.float16)
     one = run(loss, x, w, y, torch.float16)
@@ -165,7 +165,7 @@ def test_one_gradient_only(loss: str, wanted: tuple[bool, bool], panels: Panels)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_nothing_to_learn_from(loss: str, panels: Panels) -> None:
+def test_batches_without_gradient(loss: str, panels: Panels) -> None:
     """All samples ignored, or one class, which has no negatives."""
     x, w, _ = problem(20, 5, 5)
     for reduction in ("mean", "sum"):
@@ -197,7 +197,7 @@ def test_collapsed_features_at_low_temperature(panels: Panels) -> None:
     assert panels.steps == 3
 
 
-def test_what_comes_back_scales_the_gradients(panels: Panels) -> None:
+def test_upstream_gradient_scales_the_gradients(panels: Panels) -> None:
     """In place where nobody asks again; a copy, and the same numbers, under retain_graph."""
     x, w, y = (t.requires_grad_() if t.is_floating_point() else t for t in problem(20, 5, 7))
     once = torch.autograd.grad(nckernels.nonl_loss(x, w, y), (x, w))
@@ -213,7 +213,7 @@ def test_what_comes_back_scales_the_gradients(panels: Panels) -> None:
     assert panels.steps == 3
 
 
-def test_deterministic_and_inputs_are_left_alone(panels: Panels) -> None:
+def test_deterministic_and_inputs_are_unchanged(panels: Panels) -> None:
     x, w, y = problem(37, 21, 8)
     before = x.clone(), w.clone()
     weight = torch.rand(21)
@@ -223,7 +223,7 @@ def test_deterministic_and_inputs_are_left_alone(panels: Panels) -> None:
     assert panels.steps == 2
 
 
-def test_when_two_passes_are_taken(panels: Panels) -> None:
+def test_which_problems_take_two_passes(panels: Panels) -> None:
     """No gradient wanted, losses one by one, both directions, short rows."""
     x, w, y = problem(20, 5, 9)
     with torch.no_grad():

@@ -77,7 +77,7 @@ def test_single_gradients_of_features_against_themselves(wrt: str, d: int) -> No
 
 
 @pytest.mark.parametrize("d", [SHORT, LONG])
-def test_columns_in_parts(d: int) -> None:
+def test_backward_with_the_lse_of_more_columns(d: int) -> None:
     check_in_parts("both", torch.bfloat16, d)
     check_in_parts("instance", torch.float32, d, beta=61.0)
 
@@ -142,7 +142,7 @@ def test_float16_zero_row_among_others(length: float, d: int) -> None:
 
 
 @pytest.mark.parametrize("setting", ["high", "medium", "highest", "tf32", "ieee"])
-def test_either_way_to_allow_tf32(setting: str) -> None:
+def test_old_and_new_tf32_settings(setting: str) -> None:
     """torch has an older and a newer setting, and its older getter fails after the newer one was used."""
     x = torch.randn(20, SHORT)
     before = torch.get_float32_matmul_precision()
@@ -159,7 +159,7 @@ def test_either_way_to_allow_tf32(setting: str) -> None:
         torch.set_float32_matmul_precision(before)
 
 
-def test_rows_that_begin_between_16_bytes_get_smaller_tiles() -> None:
+def test_unaligned_rows_get_smaller_tiles() -> None:
     wide = torch.randn(20, 72).bfloat16()
     spec = Spec("class", "target", False, -100, 2**20)
     for first, aligned in ((0, True), (4, False), (8, True)):
@@ -171,7 +171,7 @@ def test_rows_that_begin_between_16_bytes_get_smaller_tiles() -> None:
 @pytest.mark.parametrize("d", [SHORT, LONG])
 @pytest.mark.parametrize("itself", [False, True], ids=["apart", "itself"])
 @pytest.mark.parametrize("exclude", EXCLUDES)
-def test_what_takes_no_part_may_hold_anything(exclude: str, itself: bool, d: int) -> None:
+def test_left_out_rows_may_hold_anything(exclude: str, itself: bool, d: int) -> None:
     """Not even 0 * NaN reaches the others, in no kernel and no product of the library."""
     square = exclude in ("self", "same_label")
     if itself and not square:
@@ -191,7 +191,7 @@ def test_absent_classes_may_hold_anything(samples: int, classes: int, d: int) ->
     check_spoilt(problem, None)
 
 
-def test_a_positive_of_nan_shows() -> None:
+def test_a_nan_positive_propagates() -> None:
     """An ignored row that is someone's positive is read, whatever it holds."""
     for d in (SHORT, LONG):
         problem = make_problem(37, 37, d, exclude="self", ignored=0.3).to(torch.float32)
@@ -211,7 +211,7 @@ def test_target_out_of_range_is_caught() -> None:
         nckernels.nonl_loss(z, w, torch.full((20,), 5))
 
 
-def test_nothing_is_modified_and_backward_repeats() -> None:
+def test_inputs_are_unchanged_and_backward_repeats() -> None:
     z = torch.randn(37, SHORT, requires_grad=True)
     w = torch.randn(21, SHORT, requires_grad=True)
     y = torch.randint(21, (37,))
