@@ -1,4 +1,4 @@
-"""The benchmark suite: what it counts, that it checks before it times, that comparisons tell a slowdown from noise."""
+"""The benchmark suite: counts, checks before timing, and comparisons that distinguish slowdowns from noise."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def test_sweep_does_not_time_wrong_results(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report of three batch sizes, taken by the command."""
+    """A report of three batch sizes, written by the command."""
     out = tmp_path_factory.mktemp("report")
     words = "--loss nonl --size 32,6,16 64,6,16 128,6,16 --only chunked naive --skip compile --budget 10"
     assert suite.main([*words.split(), "--out", str(out)]) == 0
@@ -283,7 +283,7 @@ def test_a_training_step_is_timed_with_all_losses() -> None:
 
 
 def fake(seed: int, slowdown: float = 1.0, spread: float = 0.03, memory: int = 8 << 20) -> report.Report:
-    """Noisy samples around 1 ms for one variant of ours, of which ``slowdown`` is planted."""
+    """Noisy samples around 1 ms for one variant of ours, with a planted ``slowdown``."""
     noise = random.Random(seed)
     drift = noise.uniform(0.8, 1.2)  # of the whole machine
     gemm = [drift * 1e-3 * noise.gauss(1, spread) for _ in range(40)]
@@ -374,7 +374,8 @@ def test_readme_table_is_written_between_its_markers(small: Path, tmp_path: Path
 
 @pytest.mark.parametrize("family", tune.FAMILIES)
 def test_tile_tables_are_complete_and_name_their_source(family: int, tmp_path: Path) -> None:
-    """If this fails after a rule was changed: python -m benchmarks tune --defaults, for tables nobody has measured."""
+    """If this fails after a change of a rule: python -m benchmarks tune --defaults, for tables that are not
+    measured."""
     config = pytest.importorskip("nckernels.backends.triton.config", exc_type=ImportError)
     rules = tune.defaults(config, family)
     data = json.loads((config.TABLES / f"sm_{family}.json").read_text())
@@ -391,7 +392,7 @@ def test_tile_tables_are_complete_and_name_their_source(family: int, tmp_path: P
 
 @pytest.mark.parametrize("family", tune.FAMILIES)
 def test_tile_table_keys_distinguish_shapes_as_the_rules_do(family: int) -> None:
-    """No entry stands for two shapes that the rules would give different tiles."""
+    """No key is shared by two shapes with different tiles by the rules."""
     config = pytest.importorskip("nckernels.backends.triton.config", exc_type=ImportError)
     if json.loads((config.TABLES / f"sm_{family}.json").read_text())["source"] != "rules":
         return
@@ -440,7 +441,7 @@ def test_pictures_need_three_sizes(small: Path) -> None:
 
 
 def test_many_classes(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every variant is timed and weighed; sparse gradients are lighter than dense ones of 2.4 MiB."""
+    """Times and memory of every variant are printed; sparse gradients take less than dense ones of 2.4 MiB."""
     assert many_classes.main(["--samples", "16", "--classes", "20000", "--dim", "32", "--seconds", "0.05"]) == 0
     first, head, *rows = capsys.readouterr().out.splitlines()
     assert first.startswith("M=16 K=20000 d=32")
@@ -518,7 +519,7 @@ def test_the_table_of_assignments_has_the_rates_chosen_on_the_validation_faces()
     static, dynamic = (f"| {assignment.TITLES[row]} |" for row in ("static", "dynamic"))
     assert rows == [f"{static} 12.0 (2.8) | 24.0 | 0.1 |", f"{dynamic} 25.0 (7.1) | 50.0 | 1 |"]
     assert assignment.verdict(results) == "d = 10: assigning anew gains +13.0 points (+10.0, +16.0)."
-    results.runs.remove(trained("static", 0.1, 0.10, 0))  # not yet trained: its seed has nothing to be compared with
+    results.runs.remove(trained("static", 0.1, 0.10, 0))  # not yet trained, so its seed has no counterpart
     assert assignment.verdict(results) == "d = 10: assigning anew gains +16.0 points (+16.0)."
 
 

@@ -1,4 +1,4 @@
-"""The campaign for a GPU, on a CPU: a wrong kernel is found and named, and no stage costs another its record."""
+"""The campaign for a GPU, on a CPU: wrong kernels are found and named, and stages do not affect each other."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_a_lost_device_continues_in_a_new_process(tmp_path: Path, monkeypatch: p
 
 
 def rehearse(run: str, folder: Path, python: str = sys.executable, *options: str) -> tuple[int, str, dict[str, str]]:
-    """Exit code, summary, and what every stage came to."""
+    """Exit code, summary, and the result of every stage."""
     command = [str(SCRIPT), run, "--rehearse", "--python", python, "--out", str(folder), *options]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     text = (folder / "summary.txt").read_text()
@@ -165,7 +165,7 @@ SECOND = ["info", "build", "again", "tune", "e2e", "compiled", "memory", "racech
 
 
 def test_a_failing_or_hanging_stage_does_not_affect_others(tmp_path: Path) -> None:
-    """With most of the stages cut short: each takes a new process and its import of torch."""
+    """Most stages are replaced, because each would start a process and import torch."""
     python = tmp_path / "python"
     python.write_text(f"""#!/bin/bash
 case "$*" in

@@ -1,4 +1,4 @@
-"""Which tiles are tuned. The search itself is tested in tests/test_benchmarks.py."""
+"""Which tiles are tuned. The search is tested in tests/test_benchmarks.py."""
 
 from __future__ import annotations
 
