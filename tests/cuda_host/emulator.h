@@ -74,8 +74,8 @@ struct SharedArray {
   size_t size;
 };
 
-// An OS thread that runs the threads of a block. Two of them alternate, so that the thread sanitizer sees
-// neighbouring blocks as different threads, without an order between their accesses to global memory.
+// The threads of a block. Two sets of threads alternate, so that the thread sanitizer sees neighbouring
+// blocks as different threads, without an order between their accesses to global memory.
 struct Block {
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<Warp> warps;
