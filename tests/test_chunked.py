@@ -324,8 +324,8 @@ def test_small_problems_stay_in_float32(monkeypatch: pytest.MonkeyPatch) -> None
     sizes = {(4096, 1000, 512): True, (512, 10, 2048): False, (256, 256, 128): False}
     for (m, k, d), expected in sizes.items():
         z, w = torch.empty(m, d, dtype=torch.bfloat16), torch.empty(k, d, dtype=torch.bfloat16)
-        assert products.pay(z, w, small_logits=True) == expected
-        assert not products.pay(z, w, small_logits=False)
+        assert products.use_half(z, w, small_logits=True) == expected
+        assert not products.use_half(z, w, small_logits=False)
 
 
 def test_devices_with_fast_16_bit_products(monkeypatch: pytest.MonkeyPatch) -> None:

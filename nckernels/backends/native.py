@@ -166,7 +166,7 @@ class NativeBackend(Backend):
 
     def backward(self, inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, needs: Needs) -> Gradients:
         problem, _alive = _problem(inputs, spec, saved)
-        z, w, beta = _room(inputs, spec, needs)
+        z, w, beta = _allocate_grads(inputs, spec, needs)
         biases = (
             torch.zeros_like(bias) if need and bias is not None else None
             for bias, need in zip(inputs[4:], needs[3:], strict=True)
@@ -231,7 +231,7 @@ class NativeBackend(Backend):
         spec = Spec("instance", "none", False, ignore_index, 0)
         inputs = Inputs(rows, prototypes, target, cast(Tensor, 1.0), None, None)
         problem, _alive = _problem(inputs, spec)
-        z, w, _ = _room(inputs, spec, Needs(*needs, False, False, False))
+        z, w, _ = _allocate_grads(inputs, spec, Needs(*needs, False, False, False))
         step, _alive_too = _step(inputs, Reduced(upstream, False, math.nan), loss, (z, w, None))
         _check(_library().nckernels_gaps(problem, step), inputs, spec)
         return z, w
@@ -241,7 +241,7 @@ class NativeBackend(Backend):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients: of a step, which also writes ``loss``, or from the state that ``losses`` has ``saved``."""
         problem, _alive = _problem(inputs, spec, saved)
-        z, w, beta = _room(inputs, spec, needs)
+        z, w, beta = _allocate_grads(inputs, spec, needs)
         step, _alive_too = _step(inputs, reduced, loss, (z, w, beta))
         _check(_library().nckernels_step(problem, step), inputs, spec)
         return z, w, None if beta is None else beta.to(accumulation_dtype(inputs.features.dtype))
@@ -259,7 +259,7 @@ def _pointer(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _room(inputs: Inputs, spec: Spec, needs: Needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _allocate_grads(inputs: Inputs, spec: Spec, needs: Needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Memory for the wanted gradients: of both matrices and, in float64, of the inverse temperature."""
     z, w, dtype = inputs.features, inputs.prototypes, accumulation_dtype(inputs.features.dtype)
     make = torch.zeros_like if spec.present_only else torch.empty_like  # the library skips classes that do not occur

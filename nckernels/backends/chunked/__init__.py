@@ -103,7 +103,7 @@ class ChunkedBackend(Backend):
             return halves.backward(tiles, weights, grads, needs)
         z, w, beta = inputs.features, inputs.prototypes, inputs.inv_temperature
         g_pos = None if grads.pos is None else tiles.only_valid(grads.pos)
-        grad_z, grad_w = weights.room(needs)
+        grad_z, grad_w = weights.allocate(needs)
         # beta dL/dbeta = sum of A * t = sum_j u_j . dL/du_j = sum_c v_c . dL/dv_c
         energy = beta.new_zeros(())
 

@@ -21,7 +21,7 @@ def backward(tiles: Tiles, weights: Weights, grads: OutputGrads, needs: Needs) -
     samples, classes = tiles.halves
     z, beta = tiles.inputs.features, tiles.inputs.inv_temperature
     g_pos = None if grads.pos is None else tiles.only_valid(grads.pos)
-    grad_z, grad_w = weights.room(needs)
+    grad_z, grad_w = weights.allocate(needs)
     divisor = _divisor(tiles, grads)
     energy = beta.new_zeros(())  # sum of dL/dt * t = beta dL/dbeta
 

@@ -48,13 +48,13 @@ class Matrix:
         self.vectors = max(min(_TILE, room // 16) // rows.dim, 16)
         """Number of vectors of either side that fit the cache."""
         self.tile_of_rows = max(min(_TILE, room // 16) // max(cols.size, 1), 1)
-        rows.meet(cols.size)
+        rows.choose_operands(cols.size)
         if cols is not rows:
-            cols.meet(self.width)
+            cols.choose_operands(self.width)
         self.one_part = self.width >= rows.size
-        rows.make_room(at_once=cols is not rows)
+        rows.allocate_grad(at_once=cols is not rows)
         if cols is not rows:
-            cols.make_room(at_once=self.one_part)
+            cols.allocate_grad(at_once=self.one_part)
         self.shifted = beta > SHIFT_FREE_LIMIT
         self.nat = 1.0 if self.shifted else _LOG2_E
         """Unit of the logits: log2(e) in base 2, else 1."""
@@ -80,7 +80,7 @@ class Matrix:
 
     def _columns(self) -> Iterator[slice]:
         """Ranges of columns to multiply at once: all of them, or as many as the workspace has room to copy."""
-        return self.cols.parts(self.cols.size if self.cols.at_hand else self.tile_of_columns)
+        return self.cols.parts(self.cols.size if self.cols.direct else self.tile_of_columns)
 
     def tiles(self, part: slice, block: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Tiles of rows of a block: the rows, the view of the block, and the tensor to compute in (float32)."""
@@ -150,7 +150,7 @@ class Matrix:
         """Compute the gradient of a block's rows. Returns the sum of dL/dt t over the block."""
         rows = self.rows
         assert rows.grad is not None
-        if self.cols.at_hand:
+        if self.cols.direct:
             out = rows.grad[part] if rows.ids is None else block.new_empty(block.shape[0], rows.dim)
             grad = torch.mm(block, self.cols.x, out=out)
         else:

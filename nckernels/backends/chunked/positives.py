@@ -82,7 +82,7 @@ class SameLabel:
         """(M,) bool: whether the label of a sample has other samples."""
         self.others = others.clamp_min_(1).to(rows.acc)
 
-    def add_up(self, share: Tensor, even: bool, tiles: Iterable[slice]) -> None:
+    def compute_sums(self, share: Tensor, even: bool, tiles: Iterable[slice]) -> None:
         """Compute the sums of the labels from the samples' shares; ``even``: all non-zero shares are equal."""
         self.weight = share / self.others
         self.sums = share.new_zeros(self.groups + 1, self.rows.dim)

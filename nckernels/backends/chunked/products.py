@@ -16,7 +16,7 @@ _FEWEST = 48  # least rows and columns for which 16-bit products save more than 
 _LEAST = 2**24  # least multiplications of a product for which the savings exceed the overhead of the calls
 
 
-def pay(z: Tensor, w: Tensor, small_logits: bool) -> bool:
+def use_half(z: Tensor, w: Tensor, small_logits: bool) -> bool:
     """Whether to multiply features and prototypes in 16 bits.
 
     Where PyTorch rounds the products, to a relative error of 2^-9, they are used only with ``small_logits``.

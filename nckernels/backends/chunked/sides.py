@@ -41,7 +41,7 @@ class Side:
             self.power, self.scale = power, (self.rnorm / power).masked_fill_(power == 0.0, 1.0)
         self.mask = None if valid is None else torch.zeros_like(self.rnorm).masked_fill_(~valid, -torch.inf)
         """-inf for rows that must not be read, added to logits to leave them out of sums; None if there are none."""
-        self.at_hand = valid is None and ids is None and (half or x.dtype == self.acc) and self.power is None
+        self.direct = valid is None and ids is None and (half or x.dtype == self.acc) and self.power is None
         """Whether the operands are the rows, without a copy."""
         self._last: tuple[slice, Tensor] | None = None
 
@@ -52,11 +52,11 @@ class Side:
             return True
         return bool((self.rnorm < 1.0 / _LONGEST).any())
 
-    def meet(self, others: int) -> None:
+    def choose_operands(self, others: int) -> None:
         """Choose the operands, given the number of vectors of the other side that they are multiplied with at once."""
         if not self.half:
-            self.at_hand = self.at_hand and self.dim >= others
-            self.scale = self.rnorm if self.at_hand else None
+            self.direct = self.direct and self.dim >= others
+            self.scale = self.rnorm if self.direct else None
 
     def operands(self, some: slice | Tensor) -> Tensor:
         """Operands of some of the vectors; zeros for rows that must not be read. The last copy is cached."""
@@ -66,7 +66,7 @@ class Side:
                 return rows[some.start - known.start : some.stop - known.start]
         self._last = None  # free the old copy before the new one is made
         rows = self.x[some] if self.ids is None else self.x.index_select(0, self.ids[some])
-        if self.at_hand:
+        if self.direct:
             return rows
         factor = self.power if self.half else self.rnorm
         if factor is not None:
@@ -100,7 +100,7 @@ class Side:
             grad.mul_(self.power[some, None])
         return dot.sum()
 
-    def make_room(self, at_once: bool) -> None:
+    def allocate_grad(self, at_once: bool) -> None:
         """Allocate the gradient, if wanted: in ``acc``, or in 16 bits for ``half`` if rows are written ``at_once``."""
         if not self.wanted:
             return

@@ -41,7 +41,7 @@ def step(inputs: Inputs, reduced: Reduced, spec: Spec, needs: Needs) -> Step:
     z, w, target = inputs[:3]
     acc, beta = accumulation_dtype(z.dtype), number(inputs.inv_temperature, z.dtype)
     small = beta <= SHIFT_FREE_LIMIT
-    half = small and z.dtype == torch.bfloat16 and products.pay(z, w, small)  # small weights underflow in float16
+    half = small and z.dtype == torch.bfloat16 and products.use_half(z, w, small)  # small weights underflow in float16
     counted = target != spec.ignore_index
     valid = None if bool(counted.all()) else counted
     samples = Side(z, rnorm_of(z, acc, valid), needs.features, valid, None, half)
@@ -137,7 +137,7 @@ def _with_itself(
         matrix.add_to_rows(rows.grad[part], block)
     del block
     tiles = list(rows.parts(matrix.tile_of_columns))
-    others.add_up(share, even, tiles)
+    others.compute_sums(share, even, tiles)
     energy = share.new_zeros(())
     for some in tiles:
         loss -= beta * others.subtract(rows.grad[some], some, beta)

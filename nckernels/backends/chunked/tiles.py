@@ -47,7 +47,7 @@ class Tiles:
 
         #: features and prototypes as operands in 16 bits; None where unit vectors in ``acc`` are multiplied
         self.halves: tuple[Side, Side] | None = None
-        if products.pay(z, w, self.shift_free):
+        if products.use_half(z, w, self.shift_free):
             classes = Side(w, self.w_rnorm, False, self.readable, None, half=True)
             self.halves = (
                 classes if spec.symmetric else Side(z, self.z_rnorm, False, self.valid, None, half=True),

@@ -30,7 +30,7 @@ class Weights:
         if tiles.shift_free:
             self._scale()
 
-    def room(self, needs: Needs) -> tuple[Tensor | None, Tensor | None]:
+    def allocate(self, needs: Needs) -> tuple[Tensor | None, Tensor | None]:
         """Zeros for the gradients of features and prototypes. dL/dbeta needs one of the two."""
         z, w = self.tiles.inputs.features, self.tiles.inputs.prototypes
         by_z = needs.features or (needs.inv_temperature and not needs.prototypes)
