@@ -4,8 +4,9 @@
     (generated)
     <!-- speed table: end -->
 
-A "speed summary" in place of "speed table" has one row for each problem: the native backend beside the naive form, eager
-and compiled. Edit the marker to name other reports. --check writes nothing and exits with 1 if a table is not what its reports say.
+A "speed summary" instead of a "speed table" has one row for each problem: the native backend beside the naive form, eager
+and compiled. Edit the marker to name other reports. --check writes nothing and exits with 1 if a table does not match
+its reports.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ def main(argv: list[str]) -> int:
         if new == text:
             continue
         stale += 1
-        print(f"{path}: {'not what its reports say: run python -m benchmarks readme' if args.check else 'written'}")
+        print(f"{path}: {'does not match its reports: run python -m benchmarks readme' if args.check else 'written'}")
         if not args.check:
             path.write_text(new)
     return int(args.check and stale > 0)
 
 
 def regenerated(text: str, path: Path) -> str:
-    """``text`` with the tables between its markers made anew."""
+    """``text`` with regenerated tables between its markers."""
     if not _BLOCK.search(text):
         raise SystemExit(f"{path} has no '<!-- speed table: begin REPORT.json ... -->' with an end")
     makers = {"table": table, "summary": summary}
@@ -54,7 +55,7 @@ def regenerated(text: str, path: Path) -> str:
 
 
 def table(reports: list[Path]) -> str:
-    """A row per problem and variant; a problem that several reports have in one dtype is taken from the first."""
+    """A row per problem and variant. If several reports have a problem in one dtype, the first one is used."""
     lines = [
         "| problem | variant | time / bare GEMMs | time / naive (quartiles) | extra memory, MiB |",
         "|---|---|---|---|---|",
@@ -94,7 +95,7 @@ def _compared(results: dict[str, Result]) -> list[str]:
 
 
 def _problems(reports: list[Report]) -> list[tuple[str, Measured]]:
-    """What was measured, with its dtype; a problem that several reports have in one dtype is taken from the first."""
+    """Results with their dtypes. If several reports have a problem in one dtype, the first one is used."""
     found: dict[tuple[str, str], tuple[str, Measured]] = {}
     for report in reports:
         for measured in report.measured:
