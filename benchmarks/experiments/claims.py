@@ -53,8 +53,8 @@ def claims(results: Results) -> list[Claim]:
               (_no_worse(results),)),
         Claim("EB5", "NormFace, NTCE, NONL and SCL end nearer to collapse than CE",
               tuple(_closer(results, row, "ce", metric) for row in (*NORMALISED, "scl")
-                    for metric in TABLE_7_METRICS), "Distances from the optimum; in brackets, of those that hold, as shares of CE's",
-              counted=True),
+                    for metric in TABLE_7_METRICS),
+              "Distances from the optimum; in brackets, of those that hold, as shares of CE's", counted=True),
         Claim("EB6", "NTCE and NONL beat CE in transfer, under corruptions and on long tails",
               (*_transfers(results, ("ntce", "nonl")), *_corrupted(results, ("ntce", "nonl")),
                *_long_tails(results, ("ntce", "nonl")))),
@@ -74,7 +74,8 @@ def claims(results: Results) -> list[Claim]:
               "first evaluation if that is later, on 4 of 5 metrics",
               tuple(_at_once(times, metric, first_evaluation(results)) for metric in TABLE_7_METRICS),
               "% of CE's iterations, medians over the seeds", needed=4),
-        Claim("App. G.4, in spirit", "NONL with the negatives of all processes classifies better than with each process's own",
+        Claim("App. G.4, in spirit",
+              "NONL with the negatives of all processes classifies better than with each process's own",
               (_global_batch(results),)),
     ]  # fmt: skip
 
