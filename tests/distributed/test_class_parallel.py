@@ -99,7 +99,7 @@ def problems(
     return found
 
 
-def test_one_process_with_everything(ranks: Ranks) -> None:
+def test_equals_one_process_in_float64(ranks: Ranks) -> None:
     """11 classes: 6 and 5 rows, or 3, 3, 3 and 2."""
     dealt = batches(ranks.world_size)
     check(ranks, problems({name: dealt[name] for name in ("unequal", "ignored-rank")}), torch.float64)
@@ -107,7 +107,7 @@ def test_one_process_with_everything(ranks: Ranks) -> None:
     check(ranks, problems(dealt, few, ("mean",)), torch.float64)
 
 
-def test_float32(ranks: Ranks) -> None:
+def test_equals_one_process_in_float32(ranks: Ranks) -> None:
     check(ranks, problems({"unequal": batches(ranks.world_size)["unequal"]}, reductions=("mean",)), torch.float32)
 
 
@@ -188,7 +188,7 @@ def train_on_rank(rank: int, world_size: int) -> dict[str, Any]:
     return results
 
 
-def test_steps_of_sgd(ranks: Ranks) -> None:
+def test_steps_of_sgd_equal_one_process(ranks: Ranks) -> None:
     """An encoder under DistributedDataParallel and spread prototypes are trained as in one process."""
     results = ranks.run(train_on_rank)
     x, w, y = data()
@@ -295,7 +295,7 @@ def load_on_rank(rank: int, world_size: int, folder: str) -> tuple[Tensor, Tenso
     return head.prototypes.full_tensor().detach(), momentum, tuple(head.prototypes.to_local().shape)
 
 
-def test_checkpoints(ranks2: Ranks, ranks4: Ranks, tmp_path: Path) -> None:
+def test_checkpoints_load_on_another_number_of_ranks(ranks2: Ranks, ranks4: Ranks, tmp_path: Path) -> None:
     """Written by two ranks; read by one process, two ranks and four."""
     folder = str(tmp_path / "checkpoint")
     saved = ranks2.run(module_on_rank, folder)
@@ -334,7 +334,7 @@ def groups_of_two(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
     return loss, single.detach()
 
 
-def test_groups(ranks4: Ranks) -> None:
+def test_subgroups_are_independent(ranks4: Ranks) -> None:
     x, w, y = data()
     for rank, (loss, single) in enumerate(ranks4.run(groups_of_two)):
         expected = nckernels.normface_loss(x[:, :DIM], w + rank // 2, y)
@@ -482,7 +482,7 @@ def traffic(rank: int, world_size: int) -> tuple[int, int]:
     return sent, peak - prototypes.to_local().nbytes
 
 
-def test_features_travel_and_prototypes_do_not(ranks4: Ranks) -> None:
+def test_exchanges_features_and_no_prototypes(ranks4: Ranks) -> None:
     """For each loss features to all and gradients back, and a few numbers per sample. Beyond a rank's prototypes and
     their gradient the workspace, and copies of the features and of as many prototypes: not of a rank's prototypes."""
     rows, prototypes = 64 * 4, 20_000 // 4 * 32 * 4
@@ -521,7 +521,7 @@ def bad_calls(rank: int, world_size: int) -> list[str]:
     ]
 
 
-def test_errors(ranks4: Ranks) -> None:
+def test_bad_shards_and_options_are_errors(ranks4: Ranks) -> None:
     expected = (
         "DTensor",
         "DTensor",

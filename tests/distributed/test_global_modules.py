@@ -111,19 +111,19 @@ def test_state_and_logits_do_not_depend_on_the_group(ranks2: Ranks) -> None:
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_shown(name: str) -> None:
+def test_repr_shows_the_group(name: str) -> None:
     """Only where there is a group."""
     assert "process_group='world'" in repr(build(name, process_group="world"))
     assert "process_group" not in repr(build(name))
     assert build(name).process_group is None
 
 
-def test_shown_of_the_classifier() -> None:
+def test_repr_of_the_classifier_shows_the_group() -> None:
     assert "process_group='world'" in repr(build_head(process_group="world"))
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_no_processes_are_needed_to_build_copy_and_store(name: str) -> None:
+def test_modules_are_built_copied_and_stored_without_processes(name: str) -> None:
     """The default group is looked up when the module is called."""
     assert not dist.is_initialized()
     module = build(name, process_group="world")

@@ -150,7 +150,7 @@ def train(rank: int, world_size: int, way: str, group: Any, options: dict[str, A
     ],
     ids=["plain", "group", "bucket_view", "find_unused"],
 )
-def test_one_reduction_a_step(
+def test_gradients_are_reduced_once_per_step(
     ranks2: Ranks, way: str, group: Any, options: dict[str, Any], kind: dict[str, bool]
 ) -> None:
     """Three micro-batches on one rank and four on the other; parameters of the loss are in the wrapper too."""
@@ -171,7 +171,9 @@ def frozen_last(rank: int, world_size: int, way: str, options: dict[str, Any]) -
 
 @pytest.mark.parametrize("way", ["cached", "streamed"])
 @pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}], ids=["plain", "find_unused"])
-def test_frozen_last_micro_batch(ranks2: Ranks, way: str, options: dict[str, Any]) -> None:
+def test_a_last_micro_batch_without_trained_parameters_still_reduces(
+    ranks2: Ranks, way: str, options: dict[str, Any]
+) -> None:
     """On one rank the last micro-batch has nothing to learn."""
     ranks2.run(frozen_last, way, options)
 
@@ -259,7 +261,7 @@ def fail(rank: int, world_size: int, way: str, calls: int) -> None:
 
 @pytest.mark.parametrize("calls", [1, 5], ids=["first_run", "second_run"])
 @pytest.mark.parametrize("way", ["cached", "streamed"])
-def test_failures(ranks2: Ranks, way: str, calls: int) -> None:
+def test_failures_leave_no_state_behind(ranks2: Ranks, way: str, calls: int) -> None:
     """What fails on all ranks leaves nothing behind."""
     ranks2.run(fail, way, calls)
 

@@ -41,11 +41,11 @@ def assert_clean(ranks: Ranks) -> list[int]:
     return [pid for pid, _, _ in results]
 
 
-def test_processes_stay(ranks2: Ranks) -> None:
+def test_processes_are_reused(ranks2: Ranks) -> None:
     assert assert_clean(ranks2) == assert_clean(ranks2)
 
 
-def test_errors_are_results(ranks2: Ranks) -> None:
+def test_errors_are_returned_as_results(ranks2: Ranks) -> None:
     """The processes stay where all have answered; their group is a new one."""
     pids = assert_clean(ranks2)
     errors = ranks2.errors(all_raise)
@@ -56,7 +56,7 @@ def test_errors_are_results(ranks2: Ranks) -> None:
         ranks2.errors(total, torch.ones(3))
 
 
-def test_one_failure_is_soon_known(ranks2: Ranks) -> None:
+def test_one_failing_rank_ends_the_run_at_once(ranks2: Ranks) -> None:
     """Nobody waits for the time-out of a rank that waits for the failed one; the next run has new processes."""
     pids = assert_clean(ranks2)
     start = time.monotonic()

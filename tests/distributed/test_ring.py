@@ -42,7 +42,7 @@ def left_behind(rank: int, world_size: int, name: str, backward: bool) -> bool:
 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("name", LOSSES)
-def test_nothing_outlives_the_loss(ranks2: Ranks, name: str, backward: bool) -> None:
+def test_no_tensor_outlives_the_loss(ranks2: Ranks, name: str, backward: bool) -> None:
     assert ranks2.run(left_behind, name, backward) == [False, False]
 
 

@@ -131,7 +131,7 @@ def differences(rank: int, world_size: int) -> tuple[int, list[str]]:
     return compared, found
 
 
-def test_every_collective_is_in_the_model(ranks: Ranks) -> None:
+def test_the_model_predicts_every_collective(ranks: Ranks) -> None:
     for compared, found in ranks.run(differences):
         assert compared > 150
         assert not found, "\n".join(found)
@@ -175,7 +175,7 @@ def peaks(rank: int, world_size: int) -> list[tuple[str, int, int, int]]:
     return found
 
 
-def test_memory(ranks: Ranks) -> None:
+def test_the_model_predicts_the_peak_memory(ranks: Ranks) -> None:
     for found in ranks.run(peaks):
         for case, least, most, measured in found:
             assert least <= measured <= most, f"{case}: {measured} bytes, not {least} to {most}"
@@ -185,13 +185,13 @@ def test_memory(ranks: Ranks) -> None:
 # the page
 
 
-def test_wire() -> None:
+def test_bytes_on_the_wire() -> None:
     """In a ring of four a rank sends three parts of four, once to sum up and once more for all to have the sum."""
     for kind, factor in (("all-reduce", 1.5), ("all-gather", 3), ("reduce-scatter", 0.75), ("send", 1)):
         assert Exchange(kind, "", torch.float32, 10).wire(4) == factor * 40
 
 
-def test_page(ranks2: Ranks) -> None:
+def test_the_page_has_the_current_tables(ranks2: Ranks) -> None:
     page = scaling.PAGE.read_text()
     worked = two_ranks.table(*ranks2.run(two_ranks.of_rank))
     assert scaling.written(page, worked) == page, "run python -m benchmarks scaling --write"

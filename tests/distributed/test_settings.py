@@ -33,7 +33,7 @@ def differently(rank: int, world_size: int, name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_settings_that_differ(ranks2: Ranks, name: str) -> None:
+def test_environment_settings_that_differ_are_errors(ranks2: Ranks, name: str) -> None:
     """A ValueError on all ranks that names what to call, before one waits for what the other does not send."""
     for messages in ranks2.run(differently, name):
         for message in messages:

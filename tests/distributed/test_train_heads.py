@@ -38,7 +38,9 @@ def on_a_rank(rank: int, world_size: int, name: str, options: dict[str, float]) 
 @pytest.mark.parametrize(
     ("name", "options"), [("ce", {"label_smoothing": 0.1}), ("psc-star", {"uniformity": 0.5}), ("bce", {})]
 )
-def test_ranks_average_to_the_whole_batch(ranks: Ranks, name: str, options: dict[str, float]) -> None:
+def test_average_over_the_ranks_is_the_loss_of_the_whole_batch(
+    ranks: Ranks, name: str, options: dict[str, float]
+) -> None:
     """Loss and gradients, with batches of unequal sizes."""
     whole = step(name, options, None, slice(None))
     parts = ranks.run(on_a_rank, name, options)

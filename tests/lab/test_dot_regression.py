@@ -49,7 +49,7 @@ def printed(*args: Tensor, **options: Any) -> Tensor:
 
 
 @dtypes
-def test_no_worse_than_the_printed_form(cpu_backend: Backend, dtype: torch.dtype) -> None:
+def test_errors_are_at_most_those_of_the_printed_form(cpu_backend: Backend, dtype: torch.dtype) -> None:
     """Loss and gradients; every reduction, with and without weights; beside features that all but agree with w."""
     x, w, y = problem(dtype)
     near = w[y.clamp_min(0)] * (1 + 0.01 * torch.randn(M, D, generator=torch.Generator().manual_seed(2)).to(dtype))
@@ -99,7 +99,7 @@ def test_first_and_second_derivatives() -> None:
 
 
 @pytest.mark.parametrize("nearness", [-3.0, -0.3, 0.0, 0.3, 1.0, 3.0, 1000.0])
-def test_exact_from_one_end_to_the_other(nearness: float) -> None:
+def test_accuracy_at_every_angle(nearness: float) -> None:
     """The root mean square error in float32 is at most the printed form's, from opposite features to those that agree.
 
     At the last, an angle of 1e-3, the printed form has no digit left, and 1 - s as half of the squared chord most.
@@ -196,7 +196,7 @@ def test_compiles_to_one_graph() -> None:
     torch.testing.assert_close(value_and_grads(compiled, x, w, y), value_and_grads(dot_regression_loss, x, w, y))
 
 
-def test_transforms_see_the_single_steps() -> None:
+def test_function_transforms_and_forward_mode() -> None:
     """torch.func, forward mode and batches of gradients, as of PyTorch's own losses; of a transposed matrix."""
     x, w, y = problem()
     x, v = x.nan_to_num(1.0).T.contiguous().T, torch.randn(M, D, dtype=torch.float64)
@@ -214,7 +214,7 @@ def test_transforms_see_the_single_steps() -> None:
     torch.testing.assert_close(batched[0], jacobian)
 
 
-def test_autocast_leaves_it_alone_and_mixes_dtypes() -> None:
+def test_autocast_and_mixed_dtypes() -> None:
     x, w, y = problem(torch.float32)
     half = x.bfloat16()
     expected = dot_regression_loss(x, w, y), dot_regression_loss(half.float(), w, y)

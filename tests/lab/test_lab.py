@@ -27,7 +27,7 @@ SMALL = {
 }
 
 
-def test_every_experiment_has_a_small_setting():
+def test_every_experiment_has_small_settings_here():
     assert list(SMALL) == list(cli.EXPERIMENTS)
 
 
@@ -104,7 +104,7 @@ def test_all_runs_all_and_names_what_differs(monkeypatch, tmp_path, capsys):
     assert len(list(tmp_path.iterdir())) == 7
 
 
-def test_checks():
+def test_check_compares_measured_with_closed_form():
     assert Check("", 1.0, 1.1, 0.2).agrees
     assert not Check("", 1.0, 1.1, 0.05).agrees
     assert not Check("", math.nan, 1.0, math.inf).agrees

@@ -62,7 +62,7 @@ def isotropic(means: Tensor, size: float) -> tuple[Tensor, Tensor]:
 # Within-class scatter
 
 
-def test_one_weak_direction_blows_up_nc1_alone() -> None:
+def test_one_weak_direction_makes_only_nc1_large() -> None:
     """The case of the module's docstring: perfectly separated classes, means that hardly span one direction."""
     k = 10
     simplex = math.sqrt(k / (k - 1)) * (torch.eye(k, dtype=torch.float64) - 1 / k)
@@ -117,7 +117,7 @@ def test_sizes_of_classes_of_several_sizes() -> None:
     assert between_class_rank(x, y) == 1
 
 
-def test_close_means_lose_no_digits() -> None:
+def test_distances_of_close_means_are_exact() -> None:
     """A Gram matrix would: two means 2^-20 apart, all of them 10^4 from the origin."""
     steps = torch.tensor([-(2.0**-10), 2.0**-10], dtype=torch.float64)
     x = 2.0**13 + torch.cat([steps, 2.0**-20 + steps, 64 + steps]).unsqueeze(1).repeat(1, 4)
@@ -303,7 +303,7 @@ def test_relu_optimum_is_where_the_paper_arrives() -> None:
         optimum(1, features="relu")
 
 
-def test_shares() -> None:
+def test_shares_of_the_way_to_the_optimum() -> None:
     best = optimum(10)
     assert set(shares(best, 10, 64).values()) == {1.0}
     result = replace(best, inter_erank=7.2, intra_erank=16.0, weight_alignment=3.0, mir=math.nan, mir_centred=1.0)
@@ -323,7 +323,7 @@ def test_shares() -> None:
 
 
 @pytest.mark.parametrize("measure", OF_LABELS)
-def test_measures_name_the_argument(measure: Callable[[Tensor, Tensor], float]) -> None:
+def test_errors_name_the_argument(measure: Callable[[Tensor, Tensor], float]) -> None:
     x, y = normal(6, 4), torch.arange(6) % 2
     with pytest.raises(ValueError, match=r"target: expected 6 integer labels, got torch.float32"):
         measure(x, y.float())
@@ -335,7 +335,7 @@ def test_measures_name_the_argument(measure: Callable[[Tensor, Tensor], float]) 
         measure(x[:0], y[:0])
 
 
-def test_matrices_of_another_size() -> None:
+def test_matrices_of_the_wrong_shape_are_errors() -> None:
     x, y, w = normal(6, 4), torch.arange(6) % 3, normal(3, 4)
     with pytest.raises(ValueError, match=r"means: expected shape \(3, 4\), got \(2, 4\)"):
         rotated_self_duality(w, w[:2])
@@ -383,7 +383,7 @@ def test_labels_of_every_integer_dtype() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1e-165, 1e200])
-def test_length_does_not_matter(scale: float) -> None:
+def test_very_long_and_very_short_rows(scale: float) -> None:
     """The squares of such rows leave float64's range: unit vectors of length 1e108, or 0, came of it."""
     x, y, w = normal(12, 4), torch.arange(12) % 3, normal(3, 4, seed=1)
     result, expected = asdict(neural_collapse(scale * x, y, scale * w)), asdict(neural_collapse(x, y, w))
@@ -392,14 +392,14 @@ def test_length_does_not_matter(scale: float) -> None:
     assert simplex_deviation(short).cosines_max < 1e-12
 
 
-def test_means_that_coincide_are_no_simplex() -> None:
+def test_coinciding_means_are_not_a_simplex() -> None:
     """Cosines of 0 are only 1 / (K - 1) away from those of a simplex."""
     for means in (torch.ones(1000, 5), torch.zeros(3, 2), 0.3 + 1e-9 * normal(50, 4).float()):
         deviation = simplex_deviation(means)
         assert all(map(math.isnan, deviation[:3]))
 
 
-def test_blocks_of_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distances_in_blocks_of_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     """No matrix of all pairs of classes without prototypes, and the same values."""
     k, d = 60, 5
     x, y = normal(3 * k, d), torch.arange(3 * k) % k

@@ -65,7 +65,7 @@ MEMORY = {"one pass": 2**30, "rows": 30 * D * 8, "matrices": 12 * D * D}
 @pytest.mark.parametrize("memory", MEMORY.values(), ids=MEMORY)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("offset", [0.0, 1e4])
-def test_equal_to_one_shot(offset: float, dtype: torch.dtype, memory: int) -> None:
+def test_equals_the_one_pass_form(offset: float, dtype: torch.dtype, memory: int) -> None:
     """Without prototypes, with them and with a bias; with an absent class and a singleton; far from the origin."""
     if dtype == torch.bfloat16:
         offset /= 1e4  # bfloat16 cannot hold 1e4 + 1
@@ -155,7 +155,7 @@ def test_merging_forward_and_reset() -> None:
     close(metric.report(), a.report(), one_pass=True)
 
 
-def test_values_are_ready_to_be_logged() -> None:
+def test_values_are_scalars_in_a_metric_collection() -> None:
     features, target, prototypes, _ = problem()
     collection = MetricCollection({"nc": CollapseMetric(K, D, prototypes=prototypes)}, prefix="val_")
     collection.update(features, target)
@@ -254,7 +254,7 @@ class Counted:
         return iter(self.batches[1:] if self.change and self.passes > 1 else self.batches)
 
 
-def test_passes() -> None:
+def test_number_of_passes_over_the_loader() -> None:
     """As few as the docstring says: one, and one for the classes that fit into memory; nc4 goes along with them."""
     features, target, prototypes, _ = problem(400)
     batches = split(features, target, 50)

@@ -64,7 +64,7 @@ def test_in_one_dimension_both_directions_in_turn() -> None:
 
 
 @pytest.mark.parametrize(("num_classes", "dim"), [(2, 5), (6, 3), (7, 2), (5, 1), (9, 3)])
-def test_a_seed_turns_them_and_fixes_every_bit(num_classes: int, dim: int) -> None:
+def test_the_seed_fixes_every_bit(num_classes: int, dim: int) -> None:
     def draw(seed: int) -> Tensor:
         return uniform_prototypes(num_classes, dim, seed=seed, steps=20)
 
@@ -96,7 +96,7 @@ def test_optimiser_reaches_the_icosahedron_and_the_polygon() -> None:
     assert cosines(optimised(7, 2)).max().item() == pytest.approx(math.cos(2 * math.pi / 7), abs=1e-5)
 
 
-def test_hundred_in_ten_dimensions() -> None:
+def test_a_hundred_prototypes_in_ten_dimensions() -> None:
     torch.manual_seed(7)
     before = torch.get_rng_state()
     with torch.inference_mode():  # which would forbid gradients
@@ -173,7 +173,7 @@ def kept(folder: Path) -> Path:
     return path
 
 
-def test_cache_spares_the_work_and_serves_every_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_serves_every_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "not" / "there"
     first = uniform_prototypes(20, 4, steps=20, cache=folder, dtype=DOUBLE)
     assert kept(folder).name == f"uniform-K20-d4-t2.0-seed0-steps20-v{uniform.RECIPE}.pt"
@@ -189,7 +189,7 @@ def test_cache_spares_the_work_and_serves_every_dtype(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("damage", ["half", "empty", "text", "request", "rows", "shape"])
-def test_a_bad_file_is_computed_anew(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_cache_file_is_replaced(tmp_path: Path, damage: str) -> None:
     first = uniform_prototypes(20, 4, steps=20, cache=tmp_path)
     path = kept(tmp_path)
     whole = path.read_bytes()
@@ -231,7 +231,7 @@ def test_a_process_that_dies_leaves_no_half_file(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("uniform-*.pt"))) == 1
 
 
-def test_a_full_disk_does_not_cost_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_loses_only_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError("No space left on device")
 
@@ -276,7 +276,7 @@ def test_progress_shows_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: p
 
 
 @pytest.mark.parametrize("num_classes", [2, 5, 33, 32, 97])
-def test_quality_is_the_literal_one(num_classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quality_equals_the_literal_form(num_classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 32: one, a full one, ragged ones, and one with a single row, which has no pair of its own."""
     from nckernels.geometry import quality
 

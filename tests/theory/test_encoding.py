@@ -201,7 +201,7 @@ def test_descent_ends_where_the_theorems_say(name: str, c: float, lambda_b: floa
         assert float((w - kappa(p) * means).norm()) > 0.1  # IV.3: not so for turned labels
 
 
-def test_nothing_is_learnt_above_c_1() -> None:
+def test_the_optimum_is_zero_for_c_above_1() -> None:
     """For c >= 1 weights and features vanish and the bias takes 1/(1+lambda_b) of the mean label."""
     from nckernels.ufm import solve_mse
 

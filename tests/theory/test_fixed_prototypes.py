@@ -190,7 +190,7 @@ def test_assignment_undoes_a_permutation() -> None:
     assert torch.equal(assign(2 * points[order] + 0.01 * randn(40, 10, seed=1), points), order)
 
 
-def test_assignment_of_what_is_no_square_is_named() -> None:
+def test_non_square_problems_are_errors() -> None:
     from nckernels.assignment import assign
 
     for z, p, argument in (
@@ -215,7 +215,7 @@ def direction(x: Tensor) -> Tensor:
     return F.normalize(x.double(), dim=-1)
 
 
-def test_cosines_and_loss_in_label_order() -> None:
+def test_cosines_and_loss_follow_the_order_of_the_labels() -> None:
     h = head(refresh_every=10**6)
     x, _, y = batch(0)
     with torch.no_grad():
@@ -229,7 +229,7 @@ def test_cosines_and_loss_in_label_order() -> None:
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
-def test_representatives_are_algorithm_1(momentum: float) -> None:
+def test_representatives_follow_algorithm_1(momentum: float) -> None:
     """zbar_y <- alpha zbar_y + (1 - alpha) z on unit features; classes that are not in the batch stay.
 
     One sample of a class in each batch, and directions only: how Q starts and whether it is made unit again is open.
@@ -250,7 +250,7 @@ def test_representatives_are_algorithm_1(momentum: float) -> None:
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.7, 1.0])
-def test_many_samples_of_a_class_are_the_mean_over_their_orders(momentum: float) -> None:
+def test_several_samples_of_a_class_give_the_mean_over_their_orders(momentum: float) -> None:
     """Algorithm 1 takes samples one by one; the head, a batch: as its docstring says, the mean over all orders."""
     h = head(momentum=momentum, refresh_every=10**6)
     h(randn(5, 4, seed=20), torch.arange(5))
@@ -339,7 +339,7 @@ def test_another_number_of_classes_is_an_error() -> None:
         h.load_state_dict(broken)
 
 
-def test_bad_heads_are_named() -> None:
+def test_bad_head_arguments_are_named() -> None:
     for options, argument in (
         ({"assignment": "random"}, "assignment"),
         ({"momentum": 1.5}, "momentum"),

@@ -117,7 +117,7 @@ def compare(got: Any, want: dict[str, float], rel: float = 1e-10) -> None:
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(("k", "dim"), [(2, 3), (5, 6), (7, 3)])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_new_fields_are_their_definitions(seed: int, k: int, dim: int, with_bias: bool) -> None:
+def test_fields_equal_their_definitions(seed: int, k: int, dim: int, with_bias: bool) -> None:
     x, y, w, bias = problem(seed, k, dim)
     b = bias if with_bias else None
     compare(neural_collapse(x, y, w, bias=b), literal(x, y, w, b))
@@ -249,7 +249,7 @@ def test_optimum_field_by_field(k: int, dim: int, features: str) -> None:
         assert best.mir == pytest.approx(1 / (k - 1) + (k - 2) / (k - 1) * math.log(k - 2) / math.log(k - 1), rel=1e-12)
 
 
-def test_relu_optimum_is_in_table_3() -> None:
+def test_relu_optimum_agrees_with_table_3() -> None:
     """[NCD] Table 3 prints the non-negative optimum: alignment 0.11 and 0.01, MIR 0.95 and 1.00, HDR 0.05 and 0.30."""
     for k, alignment, mir, hdr in ((10, 0.11, 0.95, 0.05), (100, 0.01, 1.00, 0.30)):
         best = optimum(k, features="relu")
@@ -279,7 +279,7 @@ def test_shares_are_distances_to_the_optimum_in_ranges(features: str) -> None:
 # when the pseudo-inverse form misleads, and bad input
 
 
-def test_robust_measures_where_the_pseudo_inverse_form_explodes() -> None:
+def test_robust_metrics_stay_small_where_nc1_is_large() -> None:
     """Means that barely differ in a direction: nc1 grows like 1/e^2, the ratio of traces and the distances do not."""
     from nckernels.metrics import class_distance_variance, variability_collapse
     from nckernels.metrics import scatter_ratio as package_ratio
@@ -317,7 +317,7 @@ def test_degenerate_but_valid_input() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_mir_of_means_that_coincide_is_no_large_number(seed: int) -> None:
+def test_mir_of_coinciding_means_is_bounded(seed: int) -> None:
     """One feature for all classes, as of a network that has died: MIR is at most 1, H(A * B) >= max(H(A), H(B))."""
     x, w = randn(1, 5, seed=seed).expand(30, 5), randn(6, 5, seed=seed + 1)
     result = neural_collapse(x, torch.arange(30) % 6, w)
@@ -357,7 +357,7 @@ def test_bad_input_is_named(name: str) -> None:
         call(*problem(8))
 
 
-def test_matrices_that_do_not_fit_are_named() -> None:
+def test_matrices_of_the_wrong_shape_are_named() -> None:
     from nckernels.metrics import rotated_self_duality
 
     with pytest.raises(ValueError, match=r"prototypes|means"):

@@ -72,7 +72,7 @@ def test_minimum_at_the_optimum(name: str, features: str) -> None:
 
 @pytest.mark.parametrize("features", ["signed", "relu"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_solver_knows_the_minimum(name: str, features: str) -> None:
+def test_minimum_equals_the_literal_form(name: str, features: str) -> None:
     from nckernels.ufm import minimum
 
     for k, n, temperature in itertools.product((2, 3, 4, 10, 1000), (2, 5), (0.002, 0.05, 1.0)):

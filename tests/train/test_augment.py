@@ -39,7 +39,7 @@ def only(x: Tensor, settings: Augment, **columns: float) -> Tensor:
     return views(x, settings, u)[:, 0]
 
 
-def test_numbers_are_those_of_the_seed() -> None:
+def test_random_numbers_depend_on_the_seed() -> None:
     u = drawn(7)
     assert u.shape == (7, NUMBERS)
     assert u.min() >= 0
@@ -48,7 +48,7 @@ def test_numbers_are_those_of_the_seed() -> None:
     assert not torch.equal(u, drawn(7, seed=1))
 
 
-def test_nothing_asked_is_the_image_itself() -> None:
+def test_default_settings_return_the_image() -> None:
     x = torch.randn(3, 5, 8, 6)  # of any values and channels
     out = views(x, Augment(views=2), drawn(6))
     assert torch.equal(out, torch.stack([x, x], 1))
@@ -72,7 +72,7 @@ def test_nothing_asked_is_the_image_itself() -> None:
         ({"shift": 0.1}, False),
     ],
 )
-def test_whether_anything_is_asked(changes: dict[str, object], expected: bool) -> None:
+def test_is_identity(changes: dict[str, object], expected: bool) -> None:
     settings = Augment(**changes)
     assert is_identity(settings) == expected
     changed = not torch.equal(views(images(), settings, drawn(6 * settings.views))[:, 0], images())
@@ -176,7 +176,7 @@ def test_zoom_changes_the_size_by_its_share() -> None:
     assert scale == pytest.approx([1 / 1.5, 1 / 0.5])
 
 
-def test_parts_compose_as_crop_then_the_rest() -> None:
+def test_crop_comes_before_the_other_moves() -> None:
     settings = Augment(crop=(0.3, 0.8), rotate=30.0, zoom=0.2, shift=0.3)
     u = drawn(50)
     crop = augment.affine(Augment(crop=(0.3, 0.8)), u, 6, 9).double()
@@ -228,7 +228,7 @@ def test_factors_of_colours() -> None:
     torch.testing.assert_close(augment._factor(3, 0.1, u), torch.tensor([-0.1, 0.0, 0.1]))
 
 
-def test_jitter_takes_every_order() -> None:
+def test_jitter_uses_every_order() -> None:
     x, strengths = images(24), (0.6, 0.5, 0.9, 0.3)
     u = drawn(24)
     u[:, augment._ORDER] = (torch.arange(24) + 0.5) / 24

@@ -63,7 +63,7 @@ def interrupted(folder: Path, changes: dict[str, Any], *after: int) -> None:
     ],
     ids=["queue", "decay", "dlp", "scl", "random", "micro"],
 )
-def test_resumed_is_as_if_never_interrupted(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(changes: dict[str, Any], tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     fit(recipe(**changes), whole, progress=False)
     interrupted(parts, changes, 2, 9, 4)  # before the first checkpoint, in the first epoch, in the second
@@ -81,7 +81,7 @@ def test_adamw_and_bfloat16_resume_too(tmp_path: Path) -> None:
         assert all(torch.equal(value, other["optimizer"]["state"][key][name]) for name, value in state.items())
 
 
-def test_an_interrupt_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
+def test_an_interrupt_saves_and_prints_the_command_that_resumes(tmp_path: Path) -> None:
     toml = str(file(tmp_path, **{"schedule.epochs": 2000, "run.metrics": False}))
     words = ["train", toml, "--out", "run", "--set", "optimizer.lr=0.05", "--quiet"]
     process = contract_process.start(*words, folder=tmp_path)
@@ -115,7 +115,7 @@ def test_stopped_within_an_epoch_and_resumed(tmp_path: Path, monkeypatch: pytest
     assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
 
 
-def test_a_second_interrupt_is_one() -> None:
+def test_a_second_interrupt_raises_keyboard_interrupt() -> None:
     before = signal.getsignal(signal.SIGINT)  # a shell's background jobs ignore it
     with Stop() as stop:
         os.kill(os.getpid(), signal.SIGINT)
@@ -126,7 +126,7 @@ def test_a_second_interrupt_is_one() -> None:
         assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_finished_run_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_is_not_trained_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     toml, out = file(tmp_path, **{"schedule.epochs": 1, "run.probes": ["FP"]}), tmp_path / "run"
     words = [str(toml), "--out", str(out), "--quiet"]
     assert cli.main(words) == 0
@@ -141,7 +141,7 @@ def test_a_finished_run_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert f"{out} has a run; --resume auto goes on with it" in capsys.readouterr().err
 
 
-def test_killed_in_what_comes_after_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_after_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {"schedule.epochs": 1, "run.probes": ("FP",)}
     fit(recipe(**changes), tmp_path / "whole", progress=False)
 
@@ -159,7 +159,7 @@ def test_killed_in_what_comes_after_the_last_step(tmp_path: Path, monkeypatch: p
 # What is refused
 
 
-def test_another_recipe(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_recipe_is_an_error(tmp_path: Path) -> None:
     fit(recipe(schedule__epochs=1), tmp_path, progress=False)
     message = r"recipe\.json is of another recipe: loss\.temperature = 0\.1, not 0\.2, optimizer\.lr = 0\.1, not 0\.05$"
     with pytest.raises(ValueError, match=message):
@@ -173,7 +173,7 @@ def test_another_recipe(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flipped", "tensor"])
-def test_a_damaged_checkpoint(damage: str, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_named(damage: str, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     fit(recipe(schedule__epochs=1), tmp_path, progress=False)
     content = bytearray(path.read_bytes())
@@ -187,7 +187,7 @@ def test_a_damaged_checkpoint(damage: str, tmp_path: Path) -> None:
         fit(recipe(schedule__epochs=1), tmp_path, resume=True, progress=False)
 
 
-def test_two_runs_in_one_folder(tmp_path: Path) -> None:
+def test_two_processes_in_one_folder_are_an_error(tmp_path: Path) -> None:
     held = Folder(tmp_path)
     with pytest.raises(ValueError, match=rf"{tmp_path}: process {os.getpid()} trains in this folder"):
         fit(recipe(), tmp_path, progress=False)

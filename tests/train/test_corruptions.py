@@ -31,7 +31,7 @@ def apply(name: str, severity: int, images: Tensor, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_every_severity_is_further_from_the_image(name: str) -> None:
+def test_severity_increases_the_distance_from_the_image(name: str) -> None:
     images = pictures()
     before = images.clone()
     distances = [(apply(name, severity, images) - images).square().mean().item() for severity in range(1, 6)]
@@ -51,7 +51,7 @@ def test_images_keep_their_shape_and_range_and_depend_on_the_seed_alone(name: st
     assert torch.equal(one, other) != random
 
 
-def test_what_each_corruption_does() -> None:
+def test_effect_of_each_corruption() -> None:
     grey, images = torch.full((200, 1, 20, 20), 0.5), pictures()
     noisy = corruptions.gaussian_noise(grey, 0.1, torch.Generator().manual_seed(0))
     assert noisy.std().item() == pytest.approx(0.1, rel=0.02)
@@ -90,7 +90,7 @@ def test_shifts_and_rotations_are_of_their_size() -> None:
     assert (angles < 0).any()
 
 
-def test_a_set_of_bytes_and_one_beyond_black_and_white() -> None:
+def test_byte_images_and_images_beyond_zero_and_one() -> None:
     labels = torch.zeros(40, dtype=torch.int64)
     images = pictures()
     as_bytes, as_floats = (

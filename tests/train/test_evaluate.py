@@ -101,7 +101,7 @@ def test_accuracies_metrics_and_cosines(run: Trained) -> None:
         torch.testing.assert_close(torch.tensor(cosines), unit @ unit.T, atol=1e-5, rtol=0)
 
 
-def test_it_leaves_no_trace(run: Trained) -> None:
+def test_evaluation_restores_modes_and_random_state(run: Trained) -> None:
     """Neither in the modes of the modules, some of which may be frozen, nor in the statistics or random numbers."""
     run.network.train()
     run.network.encoder[1].eval()
@@ -128,7 +128,7 @@ def test_files_are_measured_batch_by_batch_with_the_same_result(row: str) -> Non
 
 
 @pytest.mark.parametrize("row", ["ce", "nonl"])
-def test_a_bias_is_measured_where_there_is_one(row: str) -> None:
+def test_bias_spread_needs_a_bias(row: str) -> None:
     spread = trained(row, steps=1).evaluate().metrics["bias_spread"]
     assert spread > 0 if row == "ce" else math.isnan(spread)
 
@@ -170,7 +170,7 @@ def test_features_come_in_the_order_of_the_set(run: Trained) -> None:
     assert not encoded.requires_grad
 
 
-def test_what_is_not_wanted_is_not_measured(run: Trained) -> None:
+def test_metrics_and_cosines_are_optional(run: Trained) -> None:
     bare = dataclasses.replace(run, recipe=run.recipe.replace(run__metrics=False)).evaluate()
     assert (bare.metrics, bare.prototype_cosines, bare.mean_cosines) == ({}, None, None)
 

@@ -65,7 +65,7 @@ def head_like(one: Head, name: str) -> Head:
     return other
 
 
-def test_cross_entropy_is_the_plain_thing() -> None:
+def test_cross_entropy_head_equals_torch() -> None:
     plain, smooth = head("ce"), head("ce", options={"label_smoothing": 0.2})
     x, y = batch()
     assert torch.equal(plain.prototypes, plain.weight)
@@ -99,7 +99,7 @@ def test_psc_star_is_cross_entropy_with_uniform_prototypes(options: dict[str, fl
         ("normface", {"label_smoothing": 0.1, "cosine_margin": 0.2}),
     ],
 )
-def test_cosine_heads_are_the_losses_of_the_package(name: str, options: dict[str, object]) -> None:
+def test_cosine_heads_equal_the_losses_of_the_package(name: str, options: dict[str, object]) -> None:
     one = head(name, temperature=0.3, options=options)
     x, y = batch()
     expected = getattr(nckernels, f"{name}_loss")(x, one.prototypes, y, temperature=0.3, **options)

@@ -60,7 +60,7 @@ def test_features_without_a_projection_are_never_negative() -> None:
     assert z.shape == (360, 16)
 
 
-def test_labels_are_assigned_anew_after_every_epoch() -> None:
+def test_labels_are_reassigned_after_every_epoch() -> None:
     """The points stay; which class has which changes in a dynamic head only, after whole epochs."""
     dlp = ("loss.name=dlp", "model.dim=4", "schedule.epochs=3", "run.batch_size=400", "optimizer.lr=0.4")
     static, dynamic = (

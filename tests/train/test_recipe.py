@@ -153,7 +153,7 @@ def test_replace_takes_dots_and_underscores_and_leaves_the_old_one() -> None:
     assert differences(old, new) == ["loss.temperature", "run.batch_size"]
 
 
-def test_names_and_titles_are_no_difference() -> None:
+def test_names_and_titles_do_not_count_as_differences() -> None:
     assert differences(Recipe(name="a", title="b", source="c"), Recipe()) == []
 
 
@@ -164,7 +164,7 @@ def test_an_option_on_one_side_is_a_difference() -> None:
 
 
 @pytest.mark.parametrize("separator", [":", "/"])
-def test_rows_of_a_file_change_what_they_say(own: Path, separator: str) -> None:
+def test_rows_override_the_settings_of_their_file(own: Path, separator: str) -> None:
     base, warm = recipes.load(str(own)), recipes.load(f"{own}{separator}warm")
     assert differences(base, warm) == ["loss.temperature"]
     assert warm.name == f"{own}/warm"
@@ -174,7 +174,7 @@ def test_rows_of_a_file_change_what_they_say(own: Path, separator: str) -> None:
     assert queue.options == {"label_smoothing": 0.1, "direction": "both"}
 
 
-def test_settings_come_after_the_row(own: Path) -> None:
+def test_set_overrides_the_row(own: Path) -> None:
     recipe = recipes.load(f"{own}:warm", ["loss.temperature=0.7", "loss.temperature=0.8", "run.seed = 3"])
     assert (recipe.loss.temperature, recipe.run.seed) == (0.8, 3)
 
@@ -210,7 +210,7 @@ def test_settings_are_toml_or_text(setting: str, key: str, value: object) -> Non
         ("digits", ["loss.temperature.x=3"], "loss.temperature: expected a number"),
     ],
 )
-def test_what_cannot_be_loaded_is_named(name: str, settings: list[str], message: str) -> None:
+def test_missing_recipes_rows_and_keys_are_named(name: str, settings: list[str], message: str) -> None:
     with pytest.raises(ValueError) as error:
         recipes.load(name, settings)
     assert message in str(error.value)

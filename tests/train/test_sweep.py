@@ -77,7 +77,7 @@ def calls(folder: Path) -> list[list[str]]:
         (["digits"], "--out: expected a folder"),
     ],
 )
-def test_what_cannot_be_swept_is_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert exit_.value.code == 2
@@ -169,7 +169,7 @@ def test_runs_go_on_at_the_same_time(tmp_path: Path) -> None:
     assert execute(sweep, tmp_path, command=(sys.executable, "-S", "-c", waits), jobs=2, quiet=True) == 0
 
 
-def test_one_process_runs_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_process_in_the_folder_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with locked(tmp_path), pytest.raises(SystemExit) as exit_:
         main(["digits", "--out", str(tmp_path)])
     assert exit_.value.code == 2
