@@ -156,7 +156,7 @@ def test_killed_and_resumed_runs_keep_the_queue_of_each_rank(ranks2: Ranks, tmp_
 def test_resuming_with_another_number_of_ranks(ranks2: Ranks, tmp_path: Path) -> None:
     for name, changes in (("queue", QUEUE), ("none", {})):
         ranks2.run(train_killed, changes, tmp_path / name, 10)
-    with pytest.raises(ValueError, match=r"queue: the checkpoint is of 2 processes, .*; it cannot go on with 1"):
+    with pytest.raises(ValueError, match=r"queue: the checkpoint is of 2 processes, .*; it cannot be resumed with 1"):
         fit(recipe(**QUEUE), tmp_path / "queue", resume=True, progress=False)
     assert checkpoint.load(tmp_path / "none" / "checkpoint.pt")["ranks"] == []
     assert fit(recipe(), tmp_path / "none", resume=True, progress=False).history.finished
@@ -174,7 +174,7 @@ def test_a_signal_to_one_rank_stops_both(ranks2: Ranks, tmp_path: Path) -> None:
 def test_errors_on_one_rank_raise_on_all(ranks2: Ranks, tmp_path: Path) -> None:
     fit(recipe(), tmp_path / "run", progress=False)
     for error in ranks2.errors(train, {}, tmp_path / "run"):
-        assert "has a run; --resume auto goes on with it" in str(error)
+        assert "already has a run; --resume auto continues it" in str(error)
     for error in ranks2.errors(diverge, tmp_path / "bad"):
         assert isinstance(error, FloatingPointError)
         assert str(error).startswith("training diverged in step 5 (epoch 1): the loss is nan")
@@ -183,5 +183,5 @@ def test_errors_on_one_rank_raise_on_all(ranks2: Ranks, tmp_path: Path) -> None:
 def test_local_batch_norm_warns_once(ranks2: Ranks) -> None:
     first, second = ranks2.run(warned)
     assert len(first) == 1
-    assert "BatchNorm sees the samples of its own rank only" in first[0]
+    assert "BatchNorm normalises with the samples of its own rank only" in first[0]
     assert second == []

@@ -89,7 +89,7 @@ def test_an_interrupt_saves_and_prints_the_command_that_resumes(tmp_path: Path) 
     process.signal(signal.SIGINT)
     assert process.wait().returncode == 0, process.stderr
     line = f"python -m nckernels train {toml} --out run --resume auto --set optimizer.lr=0.05"
-    assert process.stdout == f"saved; to go on: {line}\n"
+    assert process.stdout == f"saved; to resume: {line}\n"
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     assert not history["finished"]
     stored = checkpoint.load(tmp_path / "run" / "checkpoint.pt")
@@ -133,12 +133,12 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path, capsys: pytest.Capt
     before = outcome(out), (out / "history.json").read_bytes()
     capsys.readouterr()
     assert cli.main([*words, "--resume", "auto"]) == 0
-    assert "this run was finished already" in capsys.readouterr().out
+    assert "this run was already finished" in capsys.readouterr().out
     assert (outcome(out), (out / "history.json").read_bytes()) == before
     with pytest.raises(SystemExit) as stop:
         cli.main(words)
     assert stop.value.code == 2
-    assert f"{out} has a run; --resume auto goes on with it" in capsys.readouterr().err
+    assert f"{out} already has a run; --resume auto continues it" in capsys.readouterr().err
 
 
 def test_killed_after_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,11 +161,11 @@ def test_killed_after_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_checkpoint_of_another_recipe_is_an_error(tmp_path: Path) -> None:
     fit(recipe(schedule__epochs=1), tmp_path, progress=False)
-    message = r"recipe\.json is of another recipe: loss\.temperature = 0\.1, not 0\.2, optimizer\.lr = 0\.1, not 0\.05$"
+    message = r"another recipe: loss\.temperature = 0\.1 there, 0\.2 here, optimizer\.lr = 0\.1 there, 0\.05 here$"
     with pytest.raises(ValueError, match=message):
         fit(recipe(schedule__epochs=1, loss__temperature=0.2, optimizer__lr=0.05), tmp_path, resume=True)
     (tmp_path / "recipe.json").unlink()
-    with pytest.raises(ValueError, match=r"checkpoint\.pt is of another recipe: run\.seed = 42, not 1"):
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is of another recipe: run\.seed = 42 there, 1 here"):
         fit(recipe(schedule__epochs=1, run__seed=1), tmp_path, resume=True)
     free = {"run.log_every": 7, "run.save_every": 2, "data.root": "elsewhere", "data.workers": 0, "run.threads": 2}
     assert fit(recipe(schedule__epochs=1, **free), tmp_path, resume=True, progress=False).history.finished
@@ -182,14 +182,14 @@ def test_a_damaged_checkpoint_is_named(damage: str, tmp_path: Path) -> None:
     else:
         content[len(content) // 2] ^= 0xFF
         path.write_bytes(content)
-    message = r"checkpoint\.pt: (damaged, or no checkpoint: |expected a checkpoint of version 1)"
+    message = r"checkpoint\.pt: (damaged, or not a checkpoint: |expected a checkpoint of version 1)"
     with pytest.raises(ValueError, match=message):
         fit(recipe(schedule__epochs=1), tmp_path, resume=True, progress=False)
 
 
 def test_two_processes_in_one_folder_are_an_error(tmp_path: Path) -> None:
     held = Folder(tmp_path)
-    with pytest.raises(ValueError, match=rf"{tmp_path}: process {os.getpid()} trains in this folder"):
+    with pytest.raises(ValueError, match=rf"{tmp_path}: process {os.getpid()} is already training in this folder"):
         fit(recipe(), tmp_path, progress=False)
     held.close()
     here, there = os.pipe()
@@ -206,7 +206,7 @@ def test_two_processes_in_one_folder_are_an_error(tmp_path: Path) -> None:
         child = int(pipe.readline())
     os.close(there)
     try:
-        with pytest.raises(ValueError, match=f"process {other} trains in this folder"):
+        with pytest.raises(ValueError, match=f"process {other} is already training in this folder"):
             Folder(tmp_path)
         os.kill(other, signal.SIGKILL)
         os.waitpid(other, 0)
@@ -226,7 +226,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(OSError, match=r"a could not be written \(Input/output error\); the one before is kept"):
+    with pytest.raises(OSError, match=r"a could not be written \(Input/output error\); the previous one is kept"):
         write_atomically(path, lambda out: out.write(b"new"))
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a"]

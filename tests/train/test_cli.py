@@ -68,9 +68,9 @@ def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
         (["--set", "schedule.epoch=1"], "unknown key schedule.epoch (did you mean 'schedule.epochs'?)"),
         (["--set", "schedule.epochs=0"], "schedule.epochs: expected at least 1"),
         (["--set", "run.batch_size=5000"], "run.batch_size: expected at most 576"),
-        (["--set", "epochs"], "--set: expected key=value, got 'epochs'"),
+        (["--set", "epochs"], "--set: expected KEY=VALUE, got 'epochs'"),
         (["--set", "run.device=quantum"], "run.device: 'quantum' cannot be used here"),
-        (["--resume", "auto"], "--resume: expected --out"),
+        (["--resume", "auto"], "--resume needs --out"),
         (["--resume", "sometimes"], "argument --resume: invalid choice: 'sometimes'"),
     ],
 )

@@ -102,7 +102,7 @@ def test_byte_images_and_images_beyond_zero_and_one() -> None:
     assert wide.max() == 1.75
     other = corrupted(Memory(images, labels), "gaussian_noise", 2, seed=4).images
     assert not torch.equal(as_floats, other)
-    with pytest.raises(ValueError, match="expected images in memory"):
+    with pytest.raises(ValueError, match="expected a data set in memory"):
         corrupted(Files(("a.png",), labels[:1]), "blur", 1)
     with pytest.raises(ValueError, match="severity: expected 1 to 5, got 6"):
         corrupted(Memory(images, labels), "blur", 6)
@@ -127,5 +127,5 @@ def test_mean_corruption_error() -> None:
     assert mean_corruption_error(baseline, baseline) == pytest.approx(1)
     with pytest.raises(ValueError, match="baseline: expected the corruptions blur, shift, got blur"):
         mean_corruption_error(errors, {"blur": [0.1] * 5})
-    with pytest.raises(ValueError, match="baseline: no errors under shift"):
+    with pytest.raises(ValueError, match="baseline: it has no errors under shift"):
         mean_corruption_error(errors, {**baseline, "shift": [0.0] * 5})

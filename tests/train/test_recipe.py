@@ -201,10 +201,10 @@ def test_settings_are_toml_or_text(setting: str, key: str, value: object) -> Non
     ("name", "settings", "message"),
     [
         ("digts", [], "there is no 'digts' (did you mean 'digits'?)"),
-        ("digits/nolm", [], "recipe digits: no row 'nolm' (did you mean 'nonl'?); it has ce, normface"),
+        ("digits/nolm", [], "recipe digits: no row 'nolm' (did you mean 'nonl'?); its rows are ce, normface"),
         ("nowhere/mine.toml", [], "there is no file nowhere/mine.toml"),
-        ("digits", ["loss.temperature"], "--set: expected key=value, got 'loss.temperature'"),
-        ("digits", ["=3"], "--set: expected key=value"),
+        ("digits", ["loss.temperature"], "--set: expected KEY=VALUE, got 'loss.temperature'"),
+        ("digits", ["=3"], "--set: expected KEY=VALUE"),
         ("digits", ["loss.temperatur=3"], "did you mean 'loss.temperature'?"),
         ("digits", ["loss=3"], "loss: expected a section"),
         ("digits", ["loss.temperature.x=3"], "loss.temperature: expected a number"),
@@ -224,7 +224,7 @@ def test_missing_recipes_rows_and_keys_are_named(name: str, settings: list[str],
         (b"[rows.a.los]\nx = 1\n", "unknown key los"),
         (b"[rows]\na = 1\n", r"rows\.a: expected a section, got 1"),
         (b"rows = 1\n", "rows: expected a section, got 1"),
-        (b"[row.a.loss]\nqueue = 1\n", "no row 'a'; it has none"),
+        (b"[row.a.loss]\nqueue = 1\n", "no row 'a'; its rows are none"),
     ],
 )
 def test_broken_files_are_named(tmp_path: Path, content: bytes, message: str) -> None:

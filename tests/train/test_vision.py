@@ -169,8 +169,8 @@ def test_networks_by_name(name: str, channels: int, size: int, width: int) -> No
         ("torchvision:resnet19", 3, 64, r"there is no 'torchvision:resnet19' \(did you mean 'torchvision:resnet"),
         ("torchvision:fasterrcnn_resnet50_fpn", 3, 64, "there is no 'torchvision:fasterrcnn_resnet50_fpn'"),
         ("torchvision:resnet18", 1, 64, "torchvision:resnet18 takes images of 3 channels, these have 1"),
-        ("torchvision:alexnet", 3, 8, "torchvision:alexnet cannot be made for images of 3 x 8 x 8"),
-        ("torchvision:vit_b_16", 3, 50, "torchvision:vit_b_16 cannot be made for images of 3 x 50 x 50"),
+        ("torchvision:alexnet", 3, 8, "torchvision:alexnet cannot be built for images of 3 x 8 x 8"),
+        ("torchvision:vit_b_16", 3, 50, "torchvision:vit_b_16 cannot be built for images of 3 x 50 x 50"),
     ],
 )
 def test_bad_networks_are_named(name: str, channels: int, size: int, message: str) -> None:
