@@ -261,7 +261,7 @@ def _check(recipe: Recipe) -> None:
     if recipe.model.freeze and loss.name in CONTRASTIVE:
         raise ValueError(f"model.freeze: loss.name = {loss.name!r} has no classifier to train")
     if recipe.model.freeze and not (recipe.model.init or recipe.model.pretrained):
-        raise ValueError("model.freeze: it needs model.init or model.pretrained; otherwise the encoder would stay random")
+        raise ValueError("model.freeze: a random encoder would stay random; set model.init or model.pretrained")
     if warmup >= epochs > 0:
         raise ValueError(f"schedule.warmup_epochs: expected less than schedule.epochs, {epochs}, got {warmup}")
     milestones = recipe.schedule.milestones
