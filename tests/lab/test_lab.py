@@ -100,7 +100,7 @@ def test_all_runs_all_and_names_what_differs(monkeypatch, tmp_path, capsys):
     for index, name in enumerate(cli.EXPERIMENTS):
         monkeypatch.setitem(cli.EXPERIMENTS, name, experiment(1.5 if index == 1 else 1.0))
     assert command(["lab", "all", "--quiet", "--out", str(tmp_path)]) == 1
-    assert capsys.readouterr().out.splitlines()[-1] == "6 of 7 experiments agree; bias: no"
+    assert capsys.readouterr().out.splitlines()[-1] == "6 of 7 experiments agree; not bias"
     assert len(list(tmp_path.iterdir())) == 7
 
 

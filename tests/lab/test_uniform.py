@@ -236,7 +236,7 @@ def test_a_full_disk_loses_only_the_cache(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.warns(UserWarning, match="could not be kept.*No space left"):
+    with pytest.warns(UserWarning, match="could not be cached.*No space left"):
         w = uniform_prototypes(20, 4, steps=5, cache=tmp_path)
     assert w.shape == (20, 4)
     assert list(tmp_path.iterdir()) == []

@@ -214,9 +214,7 @@ def test_start_from_another_run(tmp_path: Path) -> None:
     fresh, _ = build(recipe(model__projection="mlp", model__dim=5), data, place)
     for key, value in other.state_dict().items():
         assert torch.equal(value, first[key] if key.startswith("encoder.") else fresh.state_dict()[key])
-    with pytest.raises(
-        ValueError, match=r"model\.init: the encoder of .* differs: encoder\.0\.0\.weight \(4, 1,"
-    ):
+    with pytest.raises(ValueError, match=r"model\.init: the encoder of .* differs: encoder\.0\.0\.weight \(4, 1,"):
         build(recipe(model__init=str(tmp_path / "first"), model__width=5), data, place)
     with pytest.raises(ValueError, match=r"model\.init: there is no checkpoint .*nowhere"):
         build(recipe(model__init=str(tmp_path / "nowhere")), data, place)

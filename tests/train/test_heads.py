@@ -207,7 +207,7 @@ def test_running_denominators_are_part_of_the_head(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("ce", {"options": {"label_smothing": 0.1}}, r"loss.options.label_smothing: .* of ce .* mean 'label_smoothing'"),
+        ("ce", {"options": {"label_smothing": 0.1}}, r"loss.options.label_smothing: .* ce .* mean 'label_smoothing'"),
         ("scl", {"options": {"t": 2.0}}, "loss.options.t: the options of scl are decoupled"),
         ("ntce", {"options": {"t": 2.0}}, "loss.options.t: the options of ntce are none"),
         ("ce", {"options": {"label_smoothing": 2.0}}, "loss.options.label_smoothing: expected .* 0 to 1, got 2.0"),
