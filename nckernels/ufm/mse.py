@@ -230,8 +230,8 @@ def _bias(weighted: Tensor, root: Tensor, threshold: float, lambda_b: float) -> 
     :math:`\lambda_b b - U f Q^\top v / N`, which is Lipschitz with constant 1 + lambda_b. So a gradient step of length
     1 / (1 + lambda_b) always helps, even if Newton's step does not. The Hessian is that of a function of singular
     values: with :math:`q = Q^\top v`, :math:`A_{ij} = (f_i - f_j)/(s_i - s_j)` (f' where equal) and
-    :math:`B_{ij} = (f_i + f_j)/(s_i + s_j)` it is :math:`\lambda_b I + U M U^\top / N`, :math:`M_{ij} = \frac12 [i = j] \sum_l (A + B)_{il} q_l^2 +
-    \frac12 q_i (A - B)_{ij} q_j`.
+    :math:`B_{ij} = (f_i + f_j)/(s_i + s_j)` it is :math:`\lambda_b I + U M U^\top / N`,
+    :math:`M_{ij} = \frac12 [i = j] \sum_l (A + B)_{il} q_l^2 + \frac12 q_i (A - B)_{ij} q_j`.
     """
     total = float(root.square().sum())
 
