@@ -47,8 +47,8 @@ def report() -> str:
 def _product(device: torch.device) -> str:
     reason = quack.why_not(device)
     if reason is None:
-        return "quack-kernels, with the exponentials in its epilogue"
-    return f"the vendor library; not quack-kernels: {reason}"
+        return "by quack-kernels, with the exponentials in its epilogue"
+    return f"without quack-kernels: {reason}"
 
 
 def _libraries() -> list[str]:

@@ -68,7 +68,7 @@ def test_a_broken_file_is_named_and_the_others_are_shown(tmp_path: Path, capsys:
         line = f"{tmp_path / name / 'history.json'}: {reason}"
         assert line in errors
         assert line in page.text
-    assert f"Begun, without an evaluation yet: {tmp_path / 'begun'}." in page.text
+    assert f"Started, but not evaluated yet: {tmp_path / 'begun'}." in page.text
     assert list(page.column("Results on digits", "Test, %")) == ["NONL"]
 
 
