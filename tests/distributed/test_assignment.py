@@ -79,7 +79,7 @@ def of_rank(rank: int, world_size: int) -> list[tuple[Tensor, dict[str, Tensor]]
 
 
 def test_ranks_learn_what_one_process_learns_from_all_samples(ranks2: Ranks) -> None:
-    """After every call; both ranks to the bit the same."""
+    """After every call; both ranks have the same bits."""
     one = head()
     for call, both in enumerate(zip(*ranks2.run(of_rank), strict=True)):
         loss = one(*batch(call))
@@ -104,7 +104,7 @@ def exchanged(rank: int, world_size: int) -> list[Calls]:
 
 
 def test_numbers_exchanged_per_call(ranks2: Ranks) -> None:
-    """Sums and counts of the classes beside the mean's weight; a static head has the mean alone."""
+    """The sums and counts of the classes and the weight of the mean; a static head exchanges the weight only."""
     mean = ("all-reduce", torch.float32, 1, False)
     for dynamic, static in ranks2.run(exchanged):
         assert dynamic == Calls([mean, ("all-reduce", torch.float32, K * D + K, False)])
@@ -169,7 +169,7 @@ def in_ddp(rank: int, world_size: int, group: str | None) -> list[dict[str, Tens
 
 
 def test_training_under_ddp_equals_one_process(ranks2: Ranks) -> None:
-    """As one process that trains with all samples."""
+    """Equal to one process that trains with all samples."""
     network = Network()
     optimiser, truth = torch.optim.SGD(network.parameters(), lr=0.5), []
     for call in range(CALLS):
@@ -182,7 +182,7 @@ def test_training_under_ddp_equals_one_process(ranks2: Ranks) -> None:
 
 
 def test_ddp_without_a_group_follows_rank_0(ranks2: Ranks) -> None:
-    """Its representatives are of its own samples, and reach the others with the next call."""
+    """Representatives are those of rank 0's own samples, and reach the other ranks with the next call."""
     first, second = ranks2.run(in_ddp, None)
     torch.testing.assert_close([s["encoder.weight"] for s in first], [s["encoder.weight"] for s in second])
     u = Network()

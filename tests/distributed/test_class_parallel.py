@@ -1,4 +1,4 @@
-"""Prototypes spread over ranks: losses and gradients are those of one process with everything.
+"""Prototypes sharded over ranks: losses and gradients equal those of one process with all classes and samples.
 
 Problems and what is compared are those of global negatives. What differs is that the gradient of a rank's prototypes is
 complete on its rank.
@@ -47,7 +47,7 @@ from .global_cases import (
 
 
 def rows_of(rank: int, world_size: int, classes: int) -> slice:
-    """DTensor's: as torch.chunk has them, and nothing for ranks behind the last chunk."""
+    """The shards of a DTensor: those of torch.chunk; ranks after the last chunk have none."""
     size = -(-classes // world_size)
     return slice(min(rank * size, classes), min((rank + 1) * size, classes))
 
@@ -120,7 +120,7 @@ def test_a_rank_without_classes(ranks4: Ranks) -> None:
 
 
 def test_more_classes_than_samples(ranks: Ranks) -> None:
-    """Only those that occur are computed with; on the last rank there is none of them."""
+    """Only classes that occur take part; the last rank has none of them."""
     unequal = batches(ranks.world_size)["unequal"]
     dealt = {"unequal": Batch(unequal.sizes, (unequal.classes * 17).clamp_min(-1))}
     check(ranks, problems(dealt, ("nonl", "nonl-both", "ntce"), classes=260), torch.float64)
@@ -138,7 +138,7 @@ CRITERIA: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 
 
 class Encoder(nn.Module):
-    """Features and temperature: what DistributedDataParallel keeps the same everywhere."""
+    """Features and temperature, which DistributedDataParallel keeps the same on all ranks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ def train_on_rank(rank: int, world_size: int) -> dict[str, Any]:
 
 
 def test_steps_of_sgd_equal_one_process(ranks: Ranks) -> None:
-    """An encoder under DistributedDataParallel and spread prototypes are trained as in one process."""
+    """An encoder under DistributedDataParallel and sharded prototypes train as in one process."""
     results = ranks.run(train_on_rank)
     x, w, y = data()
     for name, (make_criterion, options) in CRITERIA.items():
@@ -319,7 +319,7 @@ def test_checkpoints_load_on_another_number_of_ranks(ranks2: Ranks, ranks4: Rank
 
 
 def groups_of_two(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
-    """Two groups with prototypes of their own, in a mesh of two dimensions; then each rank alone in a third one."""
+    """Two groups with their own prototypes, in a mesh of two dimensions; then each rank alone in a third group."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "classes"))
     x, w, y = data()
     group = mesh["classes"]
@@ -372,7 +372,7 @@ def sampled(rank: int, world_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def test_sampled_classes(ranks: Ranks) -> None:
-    """Every rank draws some of its own; the sum is that over all that were drawn."""
+    """Every rank draws from its own classes; the sum runs over all drawn classes."""
     losses, x_grads, w_grads, classes = zip(*ranks.run(sampled), strict=True)
     x, _, y = data()
     y = torch.where(y == 3, -100, y * 40)
@@ -404,7 +404,7 @@ def sparse_on_rank(rank: int, world_size: int, problems: dict[str, Problem]) -> 
 
 
 def test_sparse_gradients(ranks: Ranks) -> None:
-    """On every rank the rows of all ranks' classes."""
+    """The gradient of every rank has the rows of the classes of all ranks."""
     cases = problems(batches(ranks.world_size), ("nonl", "ntce"), ("mean", "none"))
     results = ranks.run(sparse_on_rank, cases)
     assert_none(f"{n}: {f}" for n, p in cases.items() for f in faults(p, [r[n] for r in results]))
@@ -436,7 +436,7 @@ def sparse_under_ddp(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
 
 
 def test_sparse_gradients_under_ddp(ranks2: Ranks) -> None:
-    """Which averages them if they are those of an nn.Embedding."""
+    """DistributedDataParallel averages sparse gradients of an nn.Embedding."""
     x, _, y = data()
     net = SparseNet(None)
     net(x, y * 4).backward()
@@ -449,7 +449,7 @@ def test_sparse_gradients_under_ddp(ranks2: Ranks) -> None:
 
 
 def traffic(rank: int, world_size: int) -> tuple[int, int]:
-    """Bytes that a rank hands to collectives in a step, and the most that is allocated at a time."""
+    """Bytes that a rank passes to collectives in a step, and the peak of the allocated memory."""
     mesh, sent = init_device_mesh("cpu", (world_size,)), 0
     classes, dim, samples = 20_000, 32, 64
     prototypes = nn.Parameter(dtensor.empty(classes, dim, device_mesh=mesh, placements=[Shard(0)]))

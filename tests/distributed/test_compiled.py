@@ -64,7 +64,7 @@ def test_compiles_to_one_graph(ranks2: Ranks, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", GRAPHS)
 def test_results_with_a_graph_break_equal_eager(ranks2: Ranks, name: str) -> None:
-    """The host asks for the sizes of the batches, and the graph breaks there."""
+    """The graph breaks where the host asks for the sizes of the batches."""
     for found in ranks2.run(compiled_and_eager, name, {}):
         assert_equal(found)
 
@@ -96,6 +96,6 @@ def by_inductor(rank: int, world_size: int) -> list[tuple[Tensor, ...]]:
 
 
 def test_inductor_does_not_all_reduce_in_place(ranks2: Ranks) -> None:
-    """What is summed over ranks is needed as it was before: this rank's share of it."""
+    """The rank's own terms are needed after the all-reduce, so it must not overwrite them."""
     for found in ranks2.run(by_inductor):
         assert_equal(found)

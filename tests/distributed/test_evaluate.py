@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 class InBatches:
-    """Images that are no set in memory as far as an evaluation is concerned."""
+    """Images that an evaluation treats as files, not as a set in memory."""
 
     def __init__(self, split: Memory) -> None:
         self.images, self.labels = split.images, split.labels

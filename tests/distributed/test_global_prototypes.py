@@ -73,7 +73,7 @@ def test_backends(ranks2: Ranks, backend: str) -> None:
 
 @losses
 def test_exchange_of_the_classes_that_occur(ranks: Ranks, loss: str) -> None:
-    """Beyond 16,384 classes; on the ranks the same and other ones."""
+    """More than 16,384 classes; some occur on several ranks, some on one."""
     classes = 20_000
     g = torch.Generator().manual_seed(3)
     few = torch.randint(classes, (8,), generator=g)
@@ -128,7 +128,7 @@ def temperatures(rank: int, world_size: int, p: Problem) -> dict[str, Any]:
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_kinds_of_temperature(ranks2: Ranks, reduction: str) -> None:
-    """A number, a tensor, a parameter: one loss, and a gradient for whoever wants one."""
+    """A number, a tensor, a parameter give the same loss, and a gradient if they require one."""
     for loss in LOSSES:
         p = make(loss, batches(2)["unequal"], {}, reduction=reduction)
         results = ranks2.run(temperatures, p)

@@ -1,4 +1,4 @@
-"""Queues and running denominators of several ranks: their own, and the whole of them with a process group."""
+"""Queues and running denominators on several ranks: each has its own; with a process group the loss uses all."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def without_reduction(rank: int, world_size: int) -> list[Tensor]:
 
 
 def test_unreduced_losses_are_those_of_the_own_samples(ranks2: Ranks) -> None:
-    """Every rank has those of its own."""
+    """Every rank returns the losses of its own samples."""
     got = ranks2.run(without_reduction)
     plain, past = make("nonl", reduction="none"), [full(rank) for rank in range(2)]
     for step in range(STEPS):
@@ -137,7 +137,7 @@ def test_unreduced_losses_are_those_of_the_own_samples(ranks2: Ranks) -> None:
 
 
 class Net(nn.Module):
-    """The loss inside of what DistributedDataParallel wraps."""
+    """A module for DistributedDataParallel with the loss inside."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -46,7 +46,7 @@ def test_processes_are_reused(ranks2: Ranks) -> None:
 
 
 def test_errors_are_returned_as_results(ranks2: Ranks) -> None:
-    """The processes stay where all have answered; their group is a new one."""
+    """The processes are reused if all have answered; their group is a new one."""
     pids = assert_clean(ranks2)
     errors = ranks2.errors(all_raise)
     assert [(type(e), str(e)) for e in errors] == [(ValueError, "rank 0 of 2"), (ValueError, "rank 1 of 2")]
@@ -57,7 +57,7 @@ def test_errors_are_returned_as_results(ranks2: Ranks) -> None:
 
 
 def test_one_failing_rank_ends_the_run_at_once(ranks2: Ranks) -> None:
-    """Nobody waits for the time-out of a rank that waits for the failed one; the next run has new processes."""
+    """The run ends before the time-out of the rank that waits for the failed one; the next run has new processes."""
     pids = assert_clean(ranks2)
     start = time.monotonic()
     with pytest.raises(RanksError) as error:

@@ -1,4 +1,4 @@
-"""What a call with keys that go round needs, and what it leaves behind: nothing."""
+"""Memory of a call with keys in a ring, during the call and after it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_no_tensor_outlives_the_loss(ranks2: Ranks, name: str, backward: bool) -
 
 
 def peak(rank: int, world_size: int, backward: bool) -> float:
-    """The most that a call allocates at a time, in rows of a rank."""
+    """The peak of the memory that a call allocates, in rows of a rank."""
     rows, columns = 1024, 128
     x = torch.randn(rows, columns, requires_grad=backward)
 

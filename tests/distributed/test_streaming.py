@@ -1,4 +1,4 @@
-"""Streaming metrics across ranks: unequal shares, one of them empty, equal to the one-shot form of all samples."""
+"""Streaming metrics across ranks: unequal and empty shares give the result of all samples at once."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def disagree(rank: int, world_size: int, what: str) -> float:
     ],
 )
 def test_ranks_that_disagree_are_errors(ranks2: Ranks, what: str, match: str) -> None:
-    """A ValueError on all ranks, before one waits for the other."""
+    """A ValueError on all ranks, instead of one that waits for the other."""
     for error in ranks2.errors(disagree, what):
         assert isinstance(error, ValueError)
         assert re.search(match, str(error)), error

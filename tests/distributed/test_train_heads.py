@@ -60,7 +60,7 @@ def test_fixed_points_are_those_of_rank_0(ranks2: Ranks, name: str) -> None:
 
 
 def losses_with_a_queue(group: str | None, name: str, share: int, of: int) -> list[float]:
-    """Of five steps of eight samples, of which a rank has its share."""
+    """The losses of five steps of eight samples, each rank with its share."""
     torch.manual_seed(0)
     head = make_head(Loss(name=name, queue=16), D, K, process_group=group)
     losses = []

@@ -1,4 +1,4 @@
-"""The trainer on two ranks: it trains like one process, and what happens to one rank happens to both."""
+"""The trainer on two ranks: it trains like one process, and signals and errors of one rank end both."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def train(rank: int, world_size: int, changes: dict[str, Any], folder: Path | No
 
 
 def train_killed(rank: int, world_size: int, changes: dict[str, Any], folder: Path, steps: int) -> None:
-    """Neither rank comes back from a step."""
+    """Both ranks exit within a step."""
     original, calls = engine.Optimisation.step, itertools.count(1)
 
     def step(self: Any, *arguments: Any) -> Any:
@@ -120,7 +120,7 @@ def test_two_ranks_train_like_one(case: str, ranks2: Ranks) -> None:
 
 
 def test_a_loss_per_rank_differs_from_the_global_one(ranks2: Ranks) -> None:
-    """So that the comparison above can fail."""
+    """Shows that the comparison above can fail."""
     changes = {**GROUP, "schedule.epochs": 1, "run.log_every": 1}
     one = fit(recipe(**changes), progress=False).history
     assert abs(ranks2.run(train, {**changes, "loss.global_batch": False}, None)[0].loss[1] - one.loss[1]) > 1e-2
@@ -128,7 +128,7 @@ def test_a_loss_per_rank_differs_from_the_global_one(ranks2: Ranks) -> None:
 
 @pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_training_under_torchrun(times: int, tmp_path: Path) -> None:
-    """Both processes end (they did not always, once), without a warning, and the folder is that of one run."""
+    """Both processes end (once they did not always), without a warning, and the folder is that of one run."""
     wanted = {**GROUP, "schedule.epochs": 1, "run.metrics": False}
     one = fit(recipe(**wanted), progress=False).history
     for attempt in range(times):

@@ -1,4 +1,4 @@
-"""The assignment is optimal, the head's recursion is the paper's, and its state survives what models go through."""
+"""The assignment is optimal, the head follows the paper's recursion, and its state survives copies, casts and files."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_a_static_head_is_dot_regression_and_never_reassigns() -> None:
 
 
 def test_one_refresh_finds_the_permutation_of_clusters() -> None:
-    """Features at points in another order: the third call already has the least loss, 0, and predictions are right."""
+    """Features at permuted points: the third call already has the least loss, 0, and correct predictions."""
     dynamic, order = head(refresh_every=2, momentum=0.5), torch.tensor([3, 0, 5, 1, 2, 4])
     y = torch.arange(K).repeat(3)
     x = 7 * points()[order][y]
@@ -137,7 +137,7 @@ def test_one_refresh_finds_the_permutation_of_clusters() -> None:
 
 @pytest.mark.parametrize("momentum", [0.0, 0.7, 1.0])
 def test_the_mean_of_the_recursion_over_all_orders(momentum: float) -> None:
-    """Of two batches with one to four samples of a class, against the paper's line, sample by sample."""
+    """Two batches with one to four samples of a class, against the paper's update, sample by sample."""
     dynamic = head(momentum=momentum, refresh_every=10)
     expected = torch.zeros(K, D, dtype=torch.float64)
     for seed, labels in enumerate(([0, 0, 0, 0, 1, 2, 2, 5], [0, 0, 2, 5, 5, 5])):
@@ -157,7 +157,7 @@ def test_the_mean_of_the_recursion_over_all_orders(momentum: float) -> None:
 
 
 def test_refreshes_every_n_calls_in_training_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls are counted in training; eval, prediction and a refresh by hand are no calls."""
+    """Only training calls count, not evaluation, prediction or a manual refresh."""
     dynamic = head(refresh_every=3)
     refreshed: list[int] = []
     monkeypatch.setattr(dynamic, "refresh", lambda: refreshed.append(dynamic.calls))
@@ -301,7 +301,7 @@ def test_compiled_head_equals_eager() -> None:
 
 
 def test_two_calls_before_one_backward() -> None:
-    """What the first call saved is not what the second changes, a refresh included."""
+    """The second call, which refreshes, does not change tensors that the first one saved for its backward pass."""
     dynamic, (x, y) = head(refresh_every=1), batch()
     x.requires_grad_()
     (dynamic(x, y) + dynamic(x).sum() + dynamic(x, y)).backward()

@@ -48,7 +48,7 @@ def test_shares_by_hand() -> None:
 
 
 def test_part_one_divides_by_own_and_part_two_by_baseline_iterations() -> None:
-    """(I) of the run's own, (II) of the baseline's, which may be more than all of them."""
+    """Shares in part (II) may exceed 1, because they are of the baseline's iterations."""
     long = replace(NONL, steps=[0, 50, 100, 150, 200])
     table = convergence_table([long], baseline=CE, metrics=METRICS, smoothing=0)
     assert table.collapse == {"nonl": {"inter_erank": 0.5, "weight_alignment": 0.75}}
@@ -57,7 +57,7 @@ def test_part_one_divides_by_own_and_part_two_by_baseline_iterations() -> None:
 
 
 def test_reference_of_relu_features() -> None:
-    """ReLU features end at another alignment, which counts as collapse if one says so."""
+    """ReLU features have another optimal alignment, which counts as collapse with features="relu"."""
     aim = optimum(10, features="relu").weight_alignment
     relu = run("nonl", [9] * 5, [1, 0.5, aim + 0.09, aim + 0.02, aim])
     for features, share in (("relu", 0.5), ("signed", math.inf)):
@@ -106,7 +106,7 @@ def test_table_as_text() -> None:
 
 
 def test_published_part_two_is_not_a_share_of_all_iterations() -> None:
-    """What the docstring derives from Table 7: a weaker aim cannot be reached later than a stronger one."""
+    """As the docstring derives from Table 7: a weaker goal cannot be reached later than a stronger one."""
     column = TABLE_7_METRICS.index("weights_erank")
     bounds = {loss: first[column] / second[column] for loss, (first, second) in TABLE_7.items()}
     assert min(bounds.values()) == bounds["ntce"] == pytest.approx(0.763, abs=1e-3)

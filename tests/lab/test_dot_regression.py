@@ -50,7 +50,7 @@ def printed(*args: Tensor, **options: Any) -> Tensor:
 
 @dtypes
 def test_errors_are_at_most_those_of_the_printed_form(cpu_backend: Backend, dtype: torch.dtype) -> None:
-    """Loss and gradients; every reduction, with and without weights; beside features that all but agree with w."""
+    """Loss and gradients; every reduction, with and without weights; also features that nearly agree with w."""
     x, w, y = problem(dtype)
     near = w[y.clamp_min(0)] * (1 + 0.01 * torch.randn(M, D, generator=torch.Generator().manual_seed(2)).to(dtype))
     class_weight = torch.rand(K, generator=torch.Generator().manual_seed(3))
@@ -122,7 +122,7 @@ CUDA = pytest.param(
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_gradient_of_a_large_class_adds_up_in_float32(dtype: torch.dtype, device: str) -> None:
-    """4096 samples of one class: a GPU's sums in 16 bits would stop growing."""
+    """4096 samples of one class: sums in 16 bits would stop growing."""
     g = torch.Generator().manual_seed(0)
     x, w = torch.randn(4096, D, generator=g).add(1.0).to(dtype), torch.randn(2, D, generator=g).to(dtype)
     y = torch.zeros(4096, dtype=torch.int64)
@@ -168,7 +168,7 @@ def test_ignored_index_may_be_a_class_and_weights_divide_the_mean() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Numbers of the largest tensor that is made."""
+    """Number of elements of the largest tensor that is created."""
 
     numel = 0
 
@@ -197,7 +197,7 @@ def test_compiles_to_one_graph() -> None:
 
 
 def test_function_transforms_and_forward_mode() -> None:
-    """torch.func, forward mode and batches of gradients, as of PyTorch's own losses; of a transposed matrix."""
+    """torch.func, forward mode and batched gradients, as for PyTorch's own losses; also for a transposed matrix."""
     x, w, y = problem()
     x, v = x.nan_to_num(1.0).T.contiguous().T, torch.randn(M, D, dtype=torch.float64)
 

@@ -1,4 +1,4 @@
-"""The glyphs: what is drawn, on which side of the split, and what the cache does to it."""
+"""The glyphs: images, split and cache."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_shapes_labels_and_scale() -> None:
 
 
 def test_an_image_is_of_the_character_of_its_label() -> None:
-    """The mean image of a class mostly looks like its own picture; by chance one of thirty would."""
+    """The mean image of most classes is closest to the class's own picture; by chance one of thirty would be."""
     made = glyphs.glyphs(30, train_views=20, test_views=20)
     pictures = torch.stack([glyphs._picture(c, "DejaVuSans", 40).float() for c in glyphs.classes(30)])
     pictures = F.avg_pool2d(pictures[:, None], 4).flatten(1)
@@ -76,7 +76,7 @@ def test_no_test_face_is_trained_on() -> None:
 
 
 def test_views_and_noise_of_the_two_sets_are_different() -> None:
-    """The same face on one side and on the other: not the same images up to scale."""
+    """The same face in training and test set gives different images."""
     options = {**TINY, "test_views": 2}
     test = glyphs.glyphs(**options, train_faces=glyphs.MONO, test_faces=glyphs.SANS).test.images
     train = glyphs.glyphs(**options, train_faces=glyphs.SANS, test_faces=glyphs.MONO).train.images

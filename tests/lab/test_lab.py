@@ -48,7 +48,7 @@ def wrong_minimum(*args, **kwargs):
 
 
 def test_a_wrong_closed_form_differs(monkeypatch, tmp_path, capsys):
-    """Each experiment whose closed form or measurement is off says so."""
+    """An experiment with a wrong closed form or measurement reports a difference."""
 
     def solve(*args, **kwargs):
         return dataclasses.replace(ufm.solve(*args, **kwargs), minimum=wrong_minimum(*args[:2], *args[3:5]))

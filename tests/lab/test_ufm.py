@@ -133,7 +133,7 @@ def test_theorem_iii_1(k, lambda_b, delta):
 @pytest.mark.parametrize("name", ["one-hot", "centred", "random", "rank one"])
 @pytest.mark.parametrize("counts", [4, [6, 1, 3, 2]])
 def test_free_weights_features_and_bias_find_the_convex_optimum(name, lambda_b, counts):
-    """Theorems III.1, III.4, IV.1 and IV.4, and what of them holds for classes of different sizes."""
+    """Theorems III.1, III.4, IV.1 and IV.4; and the parts of them that hold for classes of different sizes."""
     k = 4
     encoding = {
         "one-hot": one_hot(k),
@@ -169,7 +169,7 @@ def test_free_weights_features_and_bias_find_the_convex_optimum(name, lambda_b, 
 @pytest.mark.parametrize("counts", [3, [7, 1, 2, 2, 1]])
 @pytest.mark.parametrize("lambda_b", [1e-7, 1e-3, 0.3])
 def test_iteration_and_formula_agree(monkeypatch, counts, lambda_b):
-    """Where there is a closed form, the general way must come to it; where there is none, to a stationary bias."""
+    """The iteration reaches the closed form if there is one, and a stationary bias otherwise."""
     import nckernels.ufm.mse as mse
 
     for encoding in (label_smoothing(5, 0.3), gaussian(5)):
@@ -190,7 +190,7 @@ def test_iteration_and_formula_agree(monkeypatch, counts, lambda_b):
 @pytest.mark.parametrize("counts", [3, [7, 1, 2, 2, 1]])
 @pytest.mark.parametrize("lambda_b", [1e-6, 0.3])
 def test_newtons_method_takes_few_steps(monkeypatch, counts, lambda_b):
-    """A wrong Hessian would still come to the optimum, by hundreds of short steps."""
+    """With a wrong Hessian the optimum would still be reached, but in hundreds of short steps."""
     import nckernels.ufm.mse as mse
 
     steps, step = [], mse._newton_step

@@ -1,4 +1,4 @@
-"""Uniform prototypes: closed forms, the optimiser where the truth is known, the cache, memory, quality, Table 7."""
+"""Uniform prototypes: closed forms, the optimiser against known optima, cache, memory, quality, Table 7."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DOUBLE = torch.float64
 
 
 def cosines(w: Tensor) -> Tensor:
-    """All pairs i < j, the literal way."""
+    """The literal form over all pairs i < j."""
     u = w.double() / w.double().norm(dim=1, keepdim=True)
     first, second = torch.triu_indices(len(w), len(w), offset=1)
     return (u @ u.T)[first, second]
@@ -89,7 +89,7 @@ def test_optimiser_reaches_the_cross_polytope(num_classes: int, dim: int) -> Non
 
 
 def test_optimiser_reaches_the_icosahedron_and_the_polygon() -> None:
-    """Neither is known to the package in three dimensions; cosines of +-1/sqrt(5) and -1."""
+    """The package has no closed form for either; cosines of +-1/sqrt(5) and -1."""
     c = cosines(uniform_prototypes(12, 3, dtype=DOUBLE))
     assert c.max().item() == pytest.approx(1 / math.sqrt(5), abs=1e-5)
     assert c.min().item() == pytest.approx(-1.0, abs=1e-5)
@@ -277,7 +277,7 @@ def test_progress_shows_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: p
 
 @pytest.mark.parametrize("num_classes", [2, 5, 33, 32, 97])
 def test_quality_equals_the_literal_form(num_classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of 32: one, a full one, ragged ones, and one with a single row, which has no pair of its own."""
+    """Tiles of 32: a single one, full ones, ragged ones, and one with a single row, which has no pairs."""
     from nckernels.geometry import quality
 
     monkeypatch.setattr(quality, "_TILE", 32)

@@ -1,4 +1,4 @@
-"""Streaming metrics are the one-shot ones, in whatever batches the set comes and however far from the origin."""
+"""Streaming metrics equal the one-pass ones, for any batches and at any distance from the origin."""
 
 from __future__ import annotations
 

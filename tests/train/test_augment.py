@@ -32,7 +32,7 @@ def drawn(count: int, seed: int = 0) -> Tensor:
 
 
 def only(x: Tensor, settings: Augment, **columns: float) -> Tensor:
-    """Views where every number is 1/2, which changes least, but the named ones."""
+    """Views with all random numbers 1/2, which changes least, except for the named ones."""
     u = torch.full((len(x) * settings.views, NUMBERS), 0.5)
     for name, value in columns.items():
         u[:, getattr(augment, name)] = value
@@ -80,7 +80,7 @@ def test_is_identity(changes: dict[str, object], expected: bool) -> None:
 
 
 def test_views_depend_on_their_own_image_and_numbers_only() -> None:
-    """So ranks and micro-batches that draw for the whole batch see slices of the same views."""
+    """So ranks and micro-batches, which draw numbers for the whole batch, see slices of the same views."""
     x, u = images(8), drawn(16)
     whole = views(x, ALL, u)
     before = (x.clone(), u.clone())
@@ -114,7 +114,7 @@ def test_flips_are_exact() -> None:
 
 @pytest.mark.parametrize("shape", [(9, 9), (6, 10), (4, 12)])
 def test_crops_are_the_first_that_fit(shape: tuple[int, int]) -> None:
-    """In pixels: area, aspect ratio and place, and what is left to do where ten tries fail."""
+    """Area, aspect ratio and place in pixels, and the fallback if ten attempts fail."""
     height, width = shape
     low, high = crop = (0.4, 1.0)
     u = drawn(500)
@@ -136,7 +136,7 @@ def test_crops_are_the_first_that_fit(shape: tuple[int, int]) -> None:
 
 
 def test_a_crop_shows_its_part_of_the_image() -> None:
-    """The left upper quarter, between the pixels of the image, of a plane that bilinear interpolation keeps."""
+    """The upper left quarter of a linear image, which bilinear interpolation reproduces exactly."""
     plane = (torch.arange(8.0)[:, None] * 10 + torch.arange(8.0)).expand(1, 1, 8, 8)
     u = torch.zeros(1, NUMBERS)
     u[:, 1:20:2] = 0.5  # aspect ratio 1

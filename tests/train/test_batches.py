@@ -1,4 +1,4 @@
-"""Batches as functions of seed, epoch and step: whatever the number of ranks and workers, and wherever one starts."""
+"""Batches are functions of seed, epoch and step, for any number of ranks and workers and any first step."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def same(a: list[tuple[Tensor, ...]], b: list[tuple[Tensor, ...]]) -> bool:
 
 
 def rows_of(batch: Tensor, dataset: Dataset) -> list[int]:
-    """Which training images these are, from pixels that were only normalised."""
+    """The indices of training images, found by their pixels, which were only normalised."""
     assert isinstance(dataset.train, Memory)
     mean, std = (torch.tensor(values)[:, None, None] for values in (dataset.mean, dataset.std))
     pixels = ((batch * std + mean) * 255).round().to(torch.uint8)
@@ -204,7 +204,7 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
 
 
 def gray_images(folder: Path) -> Dataset:
-    """Each of one grey that says which it is."""
+    """Images of one grey each, which identifies the image."""
     image = pytest.importorskip("PIL.Image")
     paths = [folder / f"{i}.png" for i in range(40)]
     for i, path in enumerate(paths):

@@ -1,4 +1,4 @@
-"""Killed at any moment and resumed, a run has the bits of one that was not; nothing that goes wrong loses anything."""
+"""A run that is killed and resumed has the bits of an uninterrupted one; no failure loses a checkpoint."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def test_non_negative_features_are_compared_with_the_relu_optimum(
 
 
 def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Says what would be done, and does none of it."""
+    """Prints the plan of the run and trains nothing."""
     plan = SimpleNamespace(describe=lambda wanted: f"{wanted.loss.name} for {wanted.schedule.epochs} epochs")
     monkeypatch.setitem(sys.modules, "nckernels.train.plan", plan)
     monkeypatch.setattr(nckernels.train, "plan", plan, raising=False)

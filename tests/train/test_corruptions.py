@@ -1,4 +1,4 @@
-"""Corruptions: each does what it says, the more the higher the severity, and the same again for the same seed."""
+"""Corruptions: each has its effect, which grows with the severity and depends on the seed only."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_errors_are_those_of_each_corruption_and_severity() -> None:
 
 
 def test_mean_corruption_error() -> None:
-    """Sums over the severities are divided, and only then averaged."""
+    """Sums over the severities are divided by the baseline's, and then averaged over the corruptions."""
     baseline = {"blur": [0.1, 0.1, 0.1, 0.1, 0.6], "shift": [0.2] * 5}
     errors = {"blur": [0.2, 0.2, 0.2, 0.2, 0.2], "shift": [0.1] * 5}
     assert mean_corruption_error(errors, baseline) == pytest.approx((1.0 + 0.5) / 2)

@@ -1,4 +1,4 @@
-"""Data sets by name: what is in them, and what the settings of ``[data]`` do to them."""
+"""Data sets by name, and the effect of the settings of ``[data]``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training loop: what a run records, what determines it, and what it says when it cannot go on."""
+"""The training loop: the records of a run, reproducibility, and errors."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def test_start_from_another_run(tmp_path: Path) -> None:
 
 
 def test_a_frozen_encoder(tmp_path: Path) -> None:
-    """Linear probing: the classifier learns on what lies below the projection; the encoder stays, statistics too."""
+    """Linear probing: the classifier trains on the encoder's output; the encoder and its statistics do not change."""
     fit(recipe(), tmp_path / "first", progress=False)
     first = checkpoint.load(tmp_path / "first" / "checkpoint.pt")["network"]
     probing = {"model.init": str(tmp_path / "first"), "model.freeze": True, "loss.name": "ce"}
@@ -244,7 +244,7 @@ def test_a_frozen_encoder(tmp_path: Path) -> None:
 
 
 def test_a_run_that_diverges_names_step_and_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the 13th step; the log looks at steps 12 and 15."""
+    """The run diverges in step 13; losses are checked after steps 12 and 15."""
     original = engine.Optimisation.step
 
     def step(self: Any, done: int, images: Tensor, labels: Tensor) -> Tensor:
@@ -335,7 +335,7 @@ def test_tensorboard_events_if_installed(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_outcome_tells_different_runs_apart(tmp_path: Path) -> None:
-    """The tests of resuming compare by it."""
+    """The tests of resuming use ``outcome`` for their comparison."""
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         fit(recipe(run__seed=seed), tmp_path / name, progress=False)
     a, b, c = (outcome(tmp_path / name) for name in ("a", "b", "c"))

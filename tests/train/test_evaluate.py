@@ -1,4 +1,4 @@
-"""What an evaluation says of a network that a few steps have trained, from a set in memory and in batches."""
+"""Evaluations of a briefly trained network, on sets in memory and batch by batch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SMALL = ["model.width=8", "model.dim=16", "run.batch_size=128", "data.workers=0"
 
 
 class InBatches:
-    """Images that are no set in memory as far as an evaluation is concerned."""
+    """Images that an evaluation treats as files, not as a set in memory."""
 
     def __init__(self, split: Memory) -> None:
         self.images, self.labels = split.images, split.labels
@@ -102,7 +102,7 @@ def test_accuracies_metrics_and_cosines(run: Trained) -> None:
 
 
 def test_evaluation_restores_modes_and_random_state(run: Trained) -> None:
-    """Neither in the modes of the modules, some of which may be frozen, nor in the statistics or random numbers."""
+    """The modes of the modules, some of which may be frozen, BatchNorm statistics and random state are unchanged."""
     run.network.train()
     run.network.encoder[1].eval()
     before = {key: value.clone() for key, value in run.network.state_dict().items()}

@@ -1,4 +1,4 @@
-"""What a sweep runs: rows, grid and seeds, and the names of the folders."""
+"""The runs of a sweep: rows, grid and seeds, and the names of their folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Classifiers by the name of their loss."""
+"""Heads by the name of their loss."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_cosine_heads_equal_the_losses_of_the_package(name: str, options: dict[s
 
 @pytest.mark.parametrize(("name", "options"), [("scl", {}), ("scl", {"decoupled": True}), ("prototype", {})])
 def test_contrastive_heads(name: str, options: dict[str, object]) -> None:
-    """A loss of the views to train, class means to classify."""
+    """They train by a loss of the views and classify by class means."""
     one = head(name, temperature=0.2, options=options)
     x, y = batch(name)
     function = nckernels.supcon_loss if name == "scl" else nckernels.prototype_loss
@@ -167,7 +167,7 @@ def test_points_of_dlp_come_from_the_cache(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("name", ["nonl", "ntce", "scl", "prototype"])
 def test_a_queue_is_part_of_the_head(name: str) -> None:
-    """The first loss is the plain one; the next sees the past, which the state dict has."""
+    """The first loss is the plain one; the second uses the past features, which are in the state dict."""
     one, (x, y) = head(name, queue=64), batch(name)
     plain = head(name)
     plain.load_state_dict({k.replace("criterion.", ""): v for k, v in one.state_dict().items() if "queue" not in k})

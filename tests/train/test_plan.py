@@ -1,4 +1,4 @@
-"""What ``--dry-run`` says: sizes against arithmetic, memory against measurements."""
+"""The output of ``--dry-run``: sizes against arithmetic, memory against measurements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of a run: what is taken, what is refused and how the error reads."""
+"""Settings of a run: valid and invalid ones, and the messages of errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page that reports training runs, on runs that were made up."""
+"""The report of training runs, for made-up runs."""
 
 from __future__ import annotations
 

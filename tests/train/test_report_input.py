@@ -1,4 +1,4 @@
-"""The report's page and its input: files of any kind, many of them, and a browser as narrow as a phone."""
+"""The report with unusual input: broken files, many files, and a browser as narrow as a phone."""
 
 from __future__ import annotations
 

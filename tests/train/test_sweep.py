@@ -1,4 +1,4 @@
-"""Sweeps: what is run, in which folder, what happens to runs that fail, and to a sweep that is stopped.
+"""Sweeps: runs and folders, failing runs, and stopped sweeps.
 
 Runs are a stand-in that takes the trainer's command line, notes that it was called, and does what its seed says.
 """
@@ -215,7 +215,7 @@ def wait_for(path: Path) -> None:
 
 
 def check_stopped(folder: Path, printed: str, child: tuple[str, ...]) -> None:
-    """Seed 9 has saved, seed 1 was not begun, and the same sweep goes on."""
+    """Seed 9 has saved, seed 1 was not started, and the same command resumes the sweep."""
     assert "0 of 2 runs finished, 0 failed" in printed
     assert "stopped; the same command resumes" in printed
     assert (folder / "nonl_seed=9" / "output.txt").read_text().endswith("saved\n")

@@ -1,4 +1,4 @@
-"""What torchvision and timm do here: their operations beside ours, their transforms of files, their networks."""
+"""torchvision and timm: their operations compared with ours, transforms of files, networks."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_blur_is_torchvisions(sd: float) -> None:
 
 @pytest.mark.parametrize(("top", "left", "height", "width"), [(0, 0, 16, 16), (2, 3, 8, 8), (1, 4, 9, 12)])
 def test_crops_are_torchvisions(top: int, left: int, height: int, width: int) -> None:
-    """Inside: torchvision repeats the edge of the crop, we look beyond it."""
+    """Interior pixels only: torchvision repeats the edge of the crop, we interpolate beyond it."""
     x = images()
     w, h = width / 16, height / 16
     theta = torch.tensor([[w, 0, 2 * left / 16 + w - 1], [0, h, 2 * top / 16 + h - 1]]).expand(6, 2, 3)
@@ -180,7 +180,7 @@ def test_bad_networks_are_named(name: str, channels: int, size: int, message: st
 
 @pytest.mark.parametrize("name", ["timm:resnet18", "torchvision:resnet18"])
 def test_missing_pretrained_weights_are_an_error(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is downloaded: the message says what would."""
+    """Nothing is downloaded; the message says how to download the weights."""
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ValueError, match=f"model.pretrained: the weights of {name} are not in the cache: .*resnet18"):
