@@ -140,7 +140,7 @@ def test_label_smoothing_is_a_shifted_simplex_of_negative_shift() -> None:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("c", "lambda_b"), [(0.2, 0.0), (0.4, 0.3), (0.6, 5.0)])
 def test_optimum_of_any_encoding(seed: int, c: float, lambda_b: float) -> None:
-    """1 is not a singular vector of these encodings: by the convex program; Prop. IV.3: Q Y has Q b and the same Gram."""
+    """1 is no singular vector of these encodings: by the convex program; Prop. IV.3: Q Y has Q b and the same Gram."""
     from nckernels.ufm import mse_optimum
 
     p, y = lambdas(c), randn(K, K, seed=seed)

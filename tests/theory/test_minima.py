@@ -148,7 +148,7 @@ def test_lower_bound_of_scl_and_of_the_prototype_loss(
 
 @pytest.mark.parametrize("name", ["ntce", "nonl"])
 def test_lemmas_are_tight_with_constant_logits_only(name: str) -> None:
-    """Lemmas A.3 and A.4, "if and only if": scatter orthogonal to the prototypes' span is free, in it not.
+    """Lemmas A.3 and A.4, "if and only if": scatter orthogonal to the prototypes is free, scatter along them is not.
 
     Features m_c + s_i e with s_i = +-1 and e orthogonal to all prototypes, and then e along the first prototype.
     """
