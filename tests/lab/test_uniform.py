@@ -202,7 +202,7 @@ def test_a_damaged_cache_file_is_replaced(tmp_path: Path, damage: str) -> None:
         torch.save({**found, "prototypes": found["prototypes"] * math.nan}, path)
     else:
         torch.save({**found, "prototypes": found["prototypes"][:-1]}, path)
-    with pytest.warns(UserWarning, match="computed anew"):
+    with pytest.warns(UserWarning, match="is recomputed"):
         again = uniform_prototypes(20, 4, steps=20, cache=tmp_path)
     assert torch.equal(again, first)
     with warnings.catch_warnings():

@@ -65,7 +65,7 @@ def calls(folder: Path) -> list[list[str]]:
         (["digits", "--rows", "nonl,nonl"], "rows: 'nonl' occurs twice"),
         (["digits/nonl", "--rows", "ce"], "--rows: digits/nonl already names a row"),
         (["digits", "--seeds", "1,1"], "seeds: 1 occurs twice"),
-        (["digits", "--seeds", "one"], "--seeds: invalid"),
+        (["digits", "--seeds", "one"], "--seeds: expected whole numbers"),
         (["digits", "--grid", "loss.temperature"], "--grid: expected KEY=V1,V2"),
         (["digits", "--grid", "loss.temprature=1,2"], "did you mean 'loss.temperature'?"),
         (["digits", "--grid", "loss.temperature=0.1,-1"], "loss.temperature: expected a positive number"),
