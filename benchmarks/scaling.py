@@ -309,7 +309,7 @@ def collectives_table() -> str:
         "NONL, K = 1000": ("nonl", batch(512, torch.bfloat16, 1000)),
         "NONL, K = 21,841": ("nonl", batch(512, torch.bfloat16, 21_841)),
         'NONL, K = 1000, `reduction="none"`': ("nonl", replace(batch(512, torch.bfloat16, 1000), reduction="none")),
-        "NONL, prototypes spread over the ranks": ("nonl spread", batch(512, torch.bfloat16, 10_000_000)),
+        "NONL, prototypes sharded over the ranks": ("nonl spread", batch(512, torch.bfloat16, 10_000_000)),
         "NormFace": ("normface", batch(512, torch.bfloat16, 1000)),
         "prototype loss, K = 1000": ("prototype", batch(512, torch.bfloat16, 1000)),
         "CLIP, bfloat16, d = 512": ("clip", batch(512, torch.bfloat16)),

@@ -32,9 +32,8 @@ def simplex_etf(
     Args:
         num_classes: number of vectors K, at least 1. One vector is a random direction; two are antipodal.
         dim: dimension d, at least K - 1 (and at least 1).
-        generator: source of the random orientation, which is uniform over all rotations and reflections.
-            It is drawn on the generator's device, on the CPU without one: a seed then gives the same frame
-            whatever ``device`` is.
+        generator: source of the random orientation, which is uniform over all rotations and reflections. It is drawn
+            on the generator's device, or on the CPU without one. So a seed gives the same frame for every ``device``.
         dtype: floating-point dtype of the result, torch's default if None. Computed in float64.
         device: device of the result.
 
@@ -155,9 +154,9 @@ def cross_polytope(
 ) -> Tensor:
     """Cross-polytope: the 2d vectors +-e_i, randomly rotated. Rows i and i + d are antipodal.
 
-    It is the only set of K = 2d unit vectors with no cosine above 0. With fewer vectors, d + 1 < K < 2d, the
-    largest cosine cannot be below 0 either (Rankin 1955), but which of the 2d vectors to leave out is no property
-    of the polytope, and what is left is less uniform than, for instance, simplices in orthogonal subspaces. So K is 2d.
+    It is the only set of K = 2d unit vectors with no cosine above 0. With fewer vectors, d + 1 < K < 2d, the largest
+    cosine cannot be below 0 either (Rankin 1955). But a part of the polytope is less uniform than other sets, for
+    instance simplices in orthogonal subspaces, so K must be 2d.
 
     Args:
         num_classes: number of vectors K, exactly 2d.

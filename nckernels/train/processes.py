@@ -1,4 +1,4 @@
-"""A process among others: the ranks of a run, and signals to stop."""
+"""The ranks of a run, and signals that stop it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class World:
 
     @property
     def share(self) -> dict[str, int]:
-        """As arguments of what divides the samples among the ranks."""
+        """Keyword arguments of the functions that divide the samples among the ranks."""
         return {"rank": self.rank, "world_size": self.size}
 
     def agreed(self, function: Callable[[], T]) -> T:
-        """What ``function`` returns on rank 0, on all ranks; what it raises there is raised on all."""
+        """Run ``function`` on rank 0 and return its result on all ranks; its exception is raised on all ranks."""
         if self.size == 1:
             return function()
         box: list[Any] = [None, None]
@@ -76,9 +76,9 @@ def _leave() -> None:
 
 
 class Stop:
-    """SIGTERM and SIGINT as a wish to stop, while the context lasts; a SIGINT after it is a KeyboardInterrupt.
+    """Context that turns SIGTERM and SIGINT into a request to stop; a second SIGINT raises KeyboardInterrupt.
 
-    Handlers belong to the main thread: in another one, or where they are not wanted, signals stay what they were.
+    Only the main thread can install handlers. In another thread, or with ``wanted=False``, signals are not handled.
     """
 
     def __init__(self, wanted: bool = True) -> None:

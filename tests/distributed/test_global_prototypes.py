@@ -72,8 +72,8 @@ def test_backends(ranks2: Ranks, backend: str) -> None:
 
 
 @losses
-def test_many_classes_of_which_few_occur(ranks: Ranks, loss: str) -> None:
-    """Beyond 16,384 classes; on the ranks the same and other ones."""
+def test_exchange_of_the_classes_that_occur(ranks: Ranks, loss: str) -> None:
+    """More than 16,384 classes; some occur on several ranks, some on one."""
     classes = 20_000
     g = torch.Generator().manual_seed(3)
     few = torch.randint(classes, (8,), generator=g)
@@ -95,7 +95,7 @@ def test_many_classes_of_which_few_occur(ranks: Ranks, loss: str) -> None:
 
 
 @losses
-def test_many_more_samples_than_a_tile(ranks2: Ranks, loss: str) -> None:
+def test_more_samples_than_a_tile(ranks2: Ranks, loss: str) -> None:
     """Several hundred samples and classes, a cold temperature."""
     g = torch.Generator().manual_seed(5)
     batch = Batch((301, 420), torch.randint(150, (721,), generator=g))
@@ -128,7 +128,7 @@ def temperatures(rank: int, world_size: int, p: Problem) -> dict[str, Any]:
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_kinds_of_temperature(ranks2: Ranks, reduction: str) -> None:
-    """A number, a tensor, a parameter: one loss, and a gradient for whoever wants one."""
+    """A number, a tensor, a parameter give the same loss, and a gradient if they require one."""
     for loss in LOSSES:
         p = make(loss, batches(2)["unequal"], {}, reduction=reduction)
         results = ranks2.run(temperatures, p)
@@ -168,7 +168,7 @@ def one_rank(rank: int, world_size: int, p: Problem) -> list[Tensor]:
     return [got[n] - alone[n] for n in got]
 
 
-def test_group_of_one(ranks2: Ranks) -> None:
+def test_a_group_of_one_rank_equals_no_group(ranks2: Ranks) -> None:
     """The loss of one process, to a few roundings."""
     for loss in LOSSES:
         p = make(loss, Batch((20,), torch.arange(20) % CLASSES), {}, weight=True)
