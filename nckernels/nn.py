@@ -61,7 +61,7 @@ class _OfPrototypes(_Loss):
         super().__init__(process_group)
         if prototypes is None:
             if in_features is None or num_classes is None:
-                raise ValueError("give in_features and num_classes, or prototypes of shape (K, d)")
+                raise ValueError("give in_features and num_classes, or prototypes=, a tensor of shape (K, d)")
             _checks.positive_integer("in_features", in_features)
             _checks.positive_integer("num_classes", num_classes)
             prototypes = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
@@ -78,7 +78,7 @@ class _OfPrototypes(_Loss):
             _checks.vector("weight", weight, prototypes.shape[0], prototypes)
         _register(self, "prototypes", prototypes)
         self.register_buffer("weight", weight)
-        self.ignore_index, self.reduction = ignore_index, reduction
+        self.ignore_index, self.reduction = int(ignore_index), reduction
 
     def forward(self, input: Tensor, target: Tensor | None = None, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of features (M, d) or (..., d) with class indices (M,) or (...); without them the logits."""
@@ -143,7 +143,7 @@ class _PrototypeLoss(_OfPrototypes):
             reduction=reduction, process_group=process_group, device=device, dtype=dtype,
         )  # fmt: skip
         _checks.temperature(temperature, self.prototypes)
-        _register(self, "temperature", temperature)
+        _register(self, "temperature", temperature if isinstance(temperature, Tensor) else float(temperature))
         self.sparse = sparse
 
     def _logits(self, input: Tensor, prototypes: Tensor) -> Tensor:
@@ -254,9 +254,9 @@ class NormFaceLoss(_PrototypeLoss):
         _checks.in_range("angular_margin", angular_margin, 0.0, math.pi)
         _checks.in_range("cosine_margin", cosine_margin, 0.0, 2.0)
         _checks.sampling(class_fraction, label_smoothing, self.sparse)
-        self.label_smoothing = label_smoothing
-        self.class_fraction, self.generator = class_fraction, generator
-        self.angular_margin, self.cosine_margin = angular_margin, cosine_margin
+        self.label_smoothing = float(label_smoothing)
+        self.class_fraction, self.generator = float(class_fraction), generator
+        self.angular_margin, self.cosine_margin = float(angular_margin), float(cosine_margin)
 
     def _loss(self, input: Tensor, prototypes: Tensor, target: Tensor, sample_weight: Tensor | None) -> Tensor:
         return functional.normface_loss(
@@ -372,7 +372,7 @@ class _ContrastiveLoss(_Loss):
         like = temperature if isinstance(temperature, Tensor) else torch.empty(0)
         _checks.temperature(temperature, like)
         _checks.choice("reduction", reduction, REDUCTIONS)
-        _register(self, "temperature", temperature)
+        _register(self, "temperature", temperature if isinstance(temperature, Tensor) else float(temperature))
         self.reduction: Reduction = reduction
 
     def extra_repr(self) -> str:
@@ -393,7 +393,7 @@ class _AnchorLoss(_ContrastiveLoss):
     ) -> None:
         super().__init__(temperature=temperature, reduction=reduction, process_group=process_group)
         _checks.integer("ignore_index", ignore_index)
-        self.ignore_index, self.decoupled = ignore_index, decoupled
+        self.ignore_index, self.decoupled = int(ignore_index), decoupled
 
 
 class SupConLoss(_AnchorLoss):
@@ -437,7 +437,8 @@ class PrototypeLoss(_ContrastiveLoss):
         _checks.integer("ignore_index", ignore_index)
         if num_classes is not None:
             _checks.positive_integer("num_classes", num_classes)
-        self.num_classes, self.ignore_index = num_classes, ignore_index
+            num_classes = int(num_classes)
+        self.num_classes, self.ignore_index = num_classes, int(ignore_index)
 
     def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of features with labels."""
@@ -511,7 +512,7 @@ class UniformityLoss(_Loss):
     def __init__(self, *, t: float = 2.0, process_group: GroupLike = None) -> None:
         super().__init__(process_group)
         _checks.positive_scalar("t", t, torch.empty(0))
-        self.t = t
+        self.t = float(t)
 
     def forward(self, input: Tensor) -> Tensor:
         """The potential of features (N, d)."""
@@ -528,7 +529,7 @@ class AlignmentLoss(_Loss):
         super().__init__(process_group)
         _checks.positive_scalar("alpha", alpha, torch.empty(0))
         _checks.choice("reduction", reduction, REDUCTIONS)
-        self.alpha, self.reduction = alpha, reduction
+        self.alpha, self.reduction = float(alpha), reduction
 
     def forward(self, input: Tensor, other: Tensor) -> Tensor:
         """The distance of pairs (N, d), (N, d), or (..., d) both."""
@@ -542,8 +543,9 @@ class AlignmentLoss(_Loss):
 
 def cosines(input: Tensor, prototypes: Tensor) -> Tensor:
     """(..., K) cosines of features (..., d) with prototypes (K, d)."""
-    if not _checks.is_dtensor(input):
+    if not (isinstance(input, Tensor) and _checks.is_dtensor(input)):
         _checks.is_tensor("prototypes", prototypes)
+        _checks.columns("input", input, prototypes.shape[1], "the prototypes have")
     # Norms in the accumulation dtype: those of float16 rows can exceed what float16 holds.
     rows, columns = (unit(x).to(x.dtype) for x in (input, prototypes))
     return F.linear(rows, columns)
