@@ -110,9 +110,8 @@ class _OfPrototypes(_Loss):
 
     def extra_repr(self) -> str:
         k, d = self.prototypes.shape
-        return _joined(
-            f"in_features={d}, num_classes={k}", self._shown(), f"reduction={self.reduction!r}", super().extra_repr()
-        )
+        shown = f"in_features={d}, num_classes={k}", self._shown(), f"reduction={self.reduction!r}"
+        return _joined(*shown, _changed(self, ignore_index=-100), super().extra_repr())
 
     def _shown(self) -> str:
         return ""
@@ -153,7 +152,7 @@ class _PrototypeLoss(_OfPrototypes):
         return {**super()._shared(), "temperature": self.temperature, "sparse": self.sparse}
 
     def _shown(self) -> str:
-        return f"temperature={_shown(self.temperature)}"
+        return _joined(f"temperature={_shown(self.temperature)}", _changed(self, sparse=False))
 
 
 class NONLLoss(_PrototypeLoss):
@@ -204,6 +203,9 @@ class NONLLoss(_PrototypeLoss):
         _checks.choice("direction", direction, DIRECTIONS)
         _checks.sparse(self.sparse, direction)
         self.direction = direction
+
+    def _shown(self) -> str:
+        return _joined(super()._shown(), _changed(self, direction="class"))
 
     def _loss(self, input: Tensor, prototypes: Tensor, target: Tensor, sample_weight: Tensor | None) -> Tensor:
         return functional.nonl_loss(
@@ -257,6 +259,10 @@ class NormFaceLoss(_PrototypeLoss):
         self.label_smoothing = float(label_smoothing)
         self.class_fraction, self.generator = float(class_fraction), generator
         self.angular_margin, self.cosine_margin = float(angular_margin), float(cosine_margin)
+
+    def _shown(self) -> str:
+        defaults = {"label_smoothing": 0.0, "angular_margin": 0.0, "cosine_margin": 0.0, "class_fraction": 1.0}
+        return _joined(super()._shown(), _changed(self, **defaults))
 
     def _loss(self, input: Tensor, prototypes: Tensor, target: Tensor, sample_weight: Tensor | None) -> Tensor:
         return functional.normface_loss(
@@ -395,6 +401,9 @@ class _AnchorLoss(_ContrastiveLoss):
         _checks.integer("ignore_index", ignore_index)
         self.ignore_index, self.decoupled = int(ignore_index), decoupled
 
+    def extra_repr(self) -> str:
+        return _joined(super().extra_repr(), _changed(self, ignore_index=-100, decoupled=False))
+
 
 class SupConLoss(_AnchorLoss):
     """Module form of :func:`nckernels.supcon_loss` ([NCD] Eq. 2).
@@ -439,6 +448,9 @@ class PrototypeLoss(_ContrastiveLoss):
             _checks.positive_integer("num_classes", num_classes)
             num_classes = int(num_classes)
         self.num_classes, self.ignore_index = num_classes, int(ignore_index)
+
+    def extra_repr(self) -> str:
+        return _joined(super().extra_repr(), _changed(self, num_classes=None, ignore_index=-100))
 
     def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of features with labels."""
@@ -492,6 +504,9 @@ class CLIPLoss(_ContrastiveLoss):
     ) -> None:
         super().__init__(temperature=temperature, reduction=reduction, process_group=process_group)
         self.decoupled = decoupled
+
+    def extra_repr(self) -> str:
+        return _joined(super().extra_repr(), _changed(self, decoupled=False))
 
     def forward(self, a: Tensor, b: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of pairs (N, d), (N, d)."""
@@ -553,6 +568,14 @@ def cosines(input: Tensor, prototypes: Tensor) -> Tensor:
 
 def _joined(*shown: str) -> str:
     return ", ".join(part for part in shown if part)
+
+
+def _changed(module: nn.Module, **defaults: object) -> str:
+    """The options of a module that are not at their defaults."""
+    values = {name: getattr(module, name) for name, default in defaults.items() if getattr(module, name) != default}
+    return _joined(
+        *(f"{name}={value:g}" if type(value) is float else f"{name}={value!r}" for name, value in values.items())
+    )
 
 
 def _shown(temperature: float | Tensor) -> str:
