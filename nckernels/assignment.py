@@ -196,11 +196,11 @@ class FixedPrototypeHead(_Loss):
         _checks.matrix("input", input, "M", "d")
         _checks.columns("input", input, self.points.shape[1], "the prototypes have")
         _checks.same_device("input", input, "the head's points", self.points)
-        _checks.target(target, input, "input")
+        target = _checks.target(target, input, "input")
         _checks.in_classes(target, len(self.points), self.ignore_index)
         ranks = self._ranks(input)
         ignored = target == self.ignore_index
-        label = target.long().masked_fill(ignored, 0)
+        label = target.masked_fill(ignored, 0)
         point = self.assignment.index_select(0, label).masked_fill(ignored, LEFT_OUT)
         loss = dot_regression(input, self.points, point, None, LEFT_OUT, self.reduction, ranks)
         if self.training and self.dynamic:

@@ -89,7 +89,7 @@ def nonl_loss(
         >>> y = torch.randint(10, (32,))
         >>> nckernels.nonl_loss(x, head.weight, y).backward()
     """
-    beta = _checked(
+    target, beta = _checked(
         input, prototypes, target, weight, sample_weight, temperature, ignore_index, reduction, process_group
     )
     _checks.choice("direction", direction, DIRECTIONS)
@@ -142,7 +142,7 @@ def ntce_loss(
     Each class prototype is contrasted with all samples of the batch. Arguments, results and errors are those
     of :func:`nonl_loss`, without ``direction``.
     """
-    beta = _checked(
+    target, beta = _checked(
         input, prototypes, target, weight, sample_weight, temperature, ignore_index, reduction, process_group
     )
     ranks = _ranks(process_group, "ntce_loss", input, prototypes, temperature, reduction, sparse=sparse)
@@ -200,7 +200,7 @@ def normface_loss(
 
     Returns, Raises: as in :func:`nonl_loss`.
     """
-    beta = _checked(
+    target, beta = _checked(
         input, prototypes, target, weight, sample_weight, temperature, ignore_index, reduction, process_group
     )
     _checks.in_range("label_smoothing", label_smoothing, 0.0, 1.0)
@@ -305,7 +305,7 @@ def dot_regression_loss(
         >>> nckernels.dot_regression_loss(x, w, y).backward()
     """
     _checks.features_and_prototypes(input, prototypes, "input")
-    _check_samples(input, prototypes, target, weight, sample_weight, ignore_index, reduction)
+    target = _check_samples(input, prototypes, target, weight, sample_weight, ignore_index, reduction)
     _checks.in_classes(target, len(prototypes), ignore_index)
     ranks = groups.resolve(process_group)
     if ranks is not None:
@@ -328,7 +328,7 @@ def dot_regression(
     ranks: Ranks | None,
 ) -> Tensor:
     """:func:`dot_regression_loss` of checked arguments, with (M,) weights of samples and prototypes of any dtype."""
-    target, dtypes = target.long(), {input.dtype, prototypes.dtype}
+    dtypes = {input.dtype, prototypes.dtype}
     backend = registry.resolve(input.device, input.dtype)
     if (
         len(input)
@@ -377,12 +377,12 @@ def _checked(
     ignore_index: int,
     reduction: str,
     process_group: GroupLike,
-) -> float | Tensor:
-    """Check what all contrastive losses share; return beta = 1 / temperature."""
+) -> tuple[Tensor, float | Tensor]:
+    """Check what all contrastive losses share; return the target as int64, and beta = 1 / temperature."""
     _checks.features_and_prototypes(input, prototypes, "input", sharded=process_group is not None)
-    _check_samples(input, prototypes, target, weight, sample_weight, ignore_index, reduction)
+    target = _check_samples(input, prototypes, target, weight, sample_weight, ignore_index, reduction)
     _checks.temperature(temperature, input)
-    return inverse(temperature)
+    return target, inverse(temperature)
 
 
 def _mean_cosine(
@@ -412,9 +412,9 @@ def _check_samples(
     sample_weight: Tensor | None,
     ignore_index: int,
     reduction: str,
-) -> None:
-    """Check labels, weights and options of features and prototypes that fit one another."""
-    _checks.target(target, input, "input")
+) -> Tensor:
+    """Check labels, weights and options of features and prototypes that fit one another; return the labels as int64."""
+    target = _checks.target(target, input, "input")
     _checks.choice("reduction", reduction, REDUCTIONS)
     _checks.integer("ignore_index", ignore_index)
     if weight is not None:
@@ -422,6 +422,7 @@ def _check_samples(
     if sample_weight is not None:
         _checks.vector("sample_weight", sample_weight, input.shape[0], input)
         _checks.not_negative("sample_weight", sample_weight)
+    return target
 
 
 def _ranks(

@@ -65,7 +65,7 @@ class _OfPrototypes(_Loss):
             _checks.positive_integer("in_features", in_features)
             _checks.positive_integer("num_classes", num_classes)
             prototypes = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
-            nn.init.normal_(prototypes, std=1.0 / math.sqrt(in_features))  # rows of about unit norm
+            _draw(prototypes)
         _checks.matrix("prototypes", prototypes, "K", "d", sharded=process_group is not None)
         if in_features not in (None, prototypes.shape[1]) or num_classes not in (None, prototypes.shape[0]):
             raise ValueError(
@@ -86,6 +86,11 @@ class _OfPrototypes(_Loss):
         if target is None:
             return self._logits(input, prototypes)
         return self._loss(input, prototypes, target, sample_weight)
+
+    def reset_parameters(self) -> None:
+        """Draw learnable prototypes anew, as after ``to_empty()`` of a module made on the meta device."""
+        if isinstance(self.prototypes, nn.Parameter):
+            _draw(self.prototypes)
 
     def prototypes_like(self, input: Tensor) -> Tensor:
         """The prototypes, fixed ones in the dtype of the input: FSDP2's mixed precision casts all else."""
@@ -554,6 +559,11 @@ class AlignmentLoss(_Loss):
 
     def extra_repr(self) -> str:
         return _joined(f"alpha={self.alpha:g}, reduction={self.reduction!r}", super().extra_repr())
+
+
+def _draw(prototypes: nn.Parameter) -> None:
+    """Rows of about unit norm."""
+    nn.init.normal_(prototypes, std=1.0 / math.sqrt(prototypes.shape[1]))
 
 
 def cosines(input: Tensor, prototypes: Tensor) -> Tensor:

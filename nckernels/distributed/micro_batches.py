@@ -176,7 +176,7 @@ class MicroBatches:
             >>> criterion = nckernels.NONLLoss(512, 1000)
             >>> loss = micro.stream(criterion, y, x)  # was: loss = criterion(encoder(x), y); loss.backward()
         """
-        _checks.is_tensor("target", target)
+        target = _checks.class_indices(target)
         call = Call(self.encoder, args, kwargs, self.micro_batch_size)
         if target.shape[:1] != (call.samples,):
             raise ValueError(
