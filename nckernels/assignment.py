@@ -190,6 +190,7 @@ class FixedPrototypeHead(_Loss):
     def forward(self, input: Tensor, target: Tensor | None = None) -> Tensor:
         """The cosines of features (..., d), or their loss with labels (...)."""
         if target is None:
+            _checks.columns("input", input, self.points.shape[1], "the prototypes have")
             return cosines(input, self.prototypes.to(input.dtype))
         like = target
         input, target, _ = as_rows(input, target, None)
