@@ -19,7 +19,7 @@ from typing_extensions import Self
 
 from . import _checks
 from ._class_sums import class_sums, visible_rows
-from ._common import REDUCTIONS, Reduction, norms, unit
+from ._common import REDUCTIONS, Reduction, as_rows, in_shape, norms, unit
 from ._compact import LEFT_OUT
 from .backends.base import accumulation_dtype
 from .distributed import collectives, groups
@@ -117,8 +117,8 @@ class FixedPrototypeHead(_Loss):
 
     Shape:
         input (M, d) or (..., d) -> cosines (M, K) or (..., K), in the order of the labels.
-        input (M, d), target (M,) -> the loss, a scalar, or (M,) for ``reduction="none"``. In training mode a dynamic
-        head also learns from them; in eval mode nothing changes.
+        input (M, d) or (..., d), target (M,) or (...) -> the loss, a scalar, or the shape of ``target`` for
+        ``reduction="none"``. In training mode a dynamic head also learns from them; in eval mode nothing changes.
 
     Raises:
         ValueError: for points that are zero, NaN or infinite; for options out of range; for features of another d and
@@ -173,8 +173,8 @@ class FixedPrototypeHead(_Loss):
         _checks.positive_integer("refresh_every", refresh_every)
         _checks.integer("ignore_index", ignore_index)
         _checks.choice("reduction", reduction, REDUCTIONS)
-        self.dynamic, self.momentum, self.refresh_every = assignment == "dynamic", momentum, refresh_every
-        self.ignore_index, self.reduction, self.calls = ignore_index, reduction, 0
+        self.dynamic, self.momentum, self.refresh_every = assignment == "dynamic", float(momentum), int(refresh_every)
+        self.ignore_index, self.reduction, self.calls = int(ignore_index), reduction, 0
         if self.dynamic:
             _solver()
         self.register_buffer("points", points)
@@ -187,29 +187,30 @@ class FixedPrototypeHead(_Loss):
         return self.points.index_select(0, self.assignment)
 
     def forward(self, input: Tensor, target: Tensor | None = None) -> Tensor:
-        """The cosines of features (..., d), or the loss of features (M, d) with labels (M,)."""
+        """The cosines of features (..., d), or their loss with labels (...)."""
         if target is None:
-            _checks.is_tensor("input", input)
-            self._check_columns(input)
+            _checks.columns("input", input, self.points.shape[1], "the prototypes have")
             return cosines(input, self.prototypes.to(input.dtype))
+        like = target
+        input, target, _ = as_rows(input, target, None)
         _checks.matrix("input", input, "M", "d")
-        self._check_columns(input)
+        _checks.columns("input", input, self.points.shape[1], "the prototypes have")
         _checks.same_device("input", input, "the head's points", self.points)
-        _checks.target(target, input, "input")
+        target = _checks.target(target, input, "input")
         _checks.in_classes(target, len(self.points), self.ignore_index)
         ranks = self._ranks(input)
         ignored = target == self.ignore_index
-        label = target.long().masked_fill(ignored, 0)
+        label = target.masked_fill(ignored, 0)
         point = self.assignment.index_select(0, label).masked_fill(ignored, LEFT_OUT)
         loss = dot_regression(input, self.points, point, None, LEFT_OUT, self.reduction, ranks)
         if self.training and self.dynamic:
             self._learn(input.detach(), label, ignored, ranks)
             # Counted outside of the graph. A decorator would import torch._dynamo together with this module.
             (torch.compiler.disable(self._count) if torch.compiler.is_compiling() else self._count)()
-        return loss
+        return in_shape(loss, like)
 
     def loss(self, input: Tensor, target: Tensor) -> Tensor:
-        """``self(input, target)``: the training loss of features (M, d) with labels (M,)."""
+        """``self(input, target)``: the training loss of features (..., d) with labels (...)."""
         _checks.is_tensor("target", target)
         result: Tensor = self(input, target)
         return result
@@ -264,11 +265,6 @@ class FixedPrototypeHead(_Loss):
                 dynamic=self.dynamic, momentum=self.momentum, refresh_every=self.refresh_every, training=self.training,
             )  # fmt: skip
         return ranks
-
-    def _check_columns(self, input: Tensor) -> None:
-        d = self.points.shape[1]
-        if input.dim() == 0 or input.shape[-1] != d:
-            raise ValueError(f"input must have d={d} columns, as the prototypes have, got {tuple(input.shape)}")
 
     def get_extra_state(self) -> Tensor:
         """The number of calls."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _checks, operators
 from ._class_sums import visible_rows
-from ._common import REDUCTIONS, Reduction, inverse, logaddexp, of_samples
+from ._common import REDUCTIONS, Reduction, inverse, leading_dimensions, logaddexp, of_samples
 from ._compact import BATCH_SPARSE, LEFT_OUT, Part
 from ._unit_rows import dots_with_unit_rows
 from .backends import registry
@@ -26,6 +26,7 @@ from .distributed.groups import GroupLike, Ranks
 from .primitive import DIRECTIONS, autocast, step
 
 
+@leading_dimensions
 def nonl_loss(
     input: Tensor,
     prototypes: Tensor,
@@ -49,14 +50,16 @@ def nonl_loss(
     not fade once the data is separated, which is why it collapses faster than NTCE and NormFace.
 
     Args:
-        input: (M, d) features, any scale; float32, bfloat16, float16 or float64.
+        input: (M, d) features, any scale; float32, bfloat16, float16 or float64. Or (..., d), of which the leading
+            dimensions are flattened: all of them are one batch.
         prototypes: (K, d) class prototypes, e.g. ``head.weight``; any scale, same dtype. With ``process_group`` also
             a DTensor with placement ``Shard(0)``, of which each rank has some rows; their gradient is the whole
             batch's, not to be averaged, see docs/scaling.md.
-        target: (M,) class indices in [0, K), or ``ignore_index``.
+        target: (M,) or (...) class indices in [0, K), or ``ignore_index``.
         temperature: :math:`\tau > 0`, a number or a tensor of shape () or (1,), which may require grad.
         weight: (K,) rescaling of each class's samples, as in :func:`torch.nn.functional.cross_entropy`.
-        sample_weight: (M,) weights >= 0 of the samples as anchors; of weight 0 a sample is a negative only.
+        sample_weight: weights >= 0 of the samples as anchors, of the shape of ``target``; of weight 0 a sample is a
+            negative only.
         ignore_index: samples with this target contribute nothing, neither as anchor nor as negative.
         reduction: ``"none"`` for one value per sample, ``"sum"``, or ``"mean"``, weighted by both weights.
         direction: ``"class"`` is the paper's loss. The authors' code has two variants: ``"instance"``, whose
@@ -74,8 +77,8 @@ def nonl_loss(
             factors; see docs/scaling.md.
 
     Returns:
-        A scalar, or (M,) for ``reduction="none"`` (0 where ignored); float32 (float64 for float64 input).
-        A sample without negatives contributes its alignment term only. An empty batch, or one that is
+        A scalar, or the shape of ``target`` for ``reduction="none"`` (0 where ignored); float32 (float64 for float64
+        input). A sample without negatives contributes its alignment term only. An empty batch, or one that is
         ignored whole, gives 0 for ``"sum"`` and NaN for ``"mean"``, as F.cross_entropy does.
 
     Raises:
@@ -86,7 +89,7 @@ def nonl_loss(
         >>> y = torch.randint(10, (32,))
         >>> nckernels.nonl_loss(x, head.weight, y).backward()
     """
-    beta = _checked(
+    target, beta = _checked(
         input, prototypes, target, weight, sample_weight, temperature, ignore_index, reduction, process_group
     )
     _checks.choice("direction", direction, DIRECTIONS)
@@ -117,6 +120,7 @@ def nonl_loss(
     return reduce(loss, ~ignored, per_sample, reduction, ranks)
 
 
+@leading_dimensions
 def ntce_loss(
     input: Tensor,
     prototypes: Tensor,
@@ -138,7 +142,7 @@ def ntce_loss(
     Each class prototype is contrasted with all samples of the batch. Arguments, results and errors are those
     of :func:`nonl_loss`, without ``direction``.
     """
-    beta = _checked(
+    target, beta = _checked(
         input, prototypes, target, weight, sample_weight, temperature, ignore_index, reduction, process_group
     )
     ranks = _ranks(process_group, "ntce_loss", input, prototypes, temperature, reduction, sparse=sparse)
@@ -150,6 +154,7 @@ def ntce_loss(
     )  # fmt: skip
 
 
+@leading_dimensions
 def normface_loss(
     input: Tensor,
     prototypes: Tensor,
@@ -195,7 +200,7 @@ def normface_loss(
 
     Returns, Raises: as in :func:`nonl_loss`.
     """
-    beta = _checked(
+    target, beta = _checked(
         input, prototypes, target, weight, sample_weight, temperature, ignore_index, reduction, process_group
     )
     _checks.in_range("label_smoothing", label_smoothing, 0.0, 1.0)
@@ -258,6 +263,7 @@ def normface_loss(
     return reduce_weighted(smoothed, share, reduction, ranks)
 
 
+@leading_dimensions
 def dot_regression_loss(
     input: Tensor,
     prototypes: Tensor,
@@ -299,7 +305,7 @@ def dot_regression_loss(
         >>> nckernels.dot_regression_loss(x, w, y).backward()
     """
     _checks.features_and_prototypes(input, prototypes, "input")
-    _check_samples(input, prototypes, target, weight, sample_weight, ignore_index, reduction)
+    target = _check_samples(input, prototypes, target, weight, sample_weight, ignore_index, reduction)
     _checks.in_classes(target, len(prototypes), ignore_index)
     ranks = groups.resolve(process_group)
     if ranks is not None:
@@ -322,7 +328,7 @@ def dot_regression(
     ranks: Ranks | None,
 ) -> Tensor:
     """:func:`dot_regression_loss` of checked arguments, with (M,) weights of samples and prototypes of any dtype."""
-    target, dtypes = target.long(), {input.dtype, prototypes.dtype}
+    dtypes = {input.dtype, prototypes.dtype}
     backend = registry.resolve(input.device, input.dtype)
     if (
         len(input)
@@ -371,12 +377,12 @@ def _checked(
     ignore_index: int,
     reduction: str,
     process_group: GroupLike,
-) -> float | Tensor:
-    """Check what all contrastive losses share; return beta = 1 / temperature."""
+) -> tuple[Tensor, float | Tensor]:
+    """Check what all contrastive losses share; return the target as int64, and beta = 1 / temperature."""
     _checks.features_and_prototypes(input, prototypes, "input", sharded=process_group is not None)
-    _check_samples(input, prototypes, target, weight, sample_weight, ignore_index, reduction)
+    target = _check_samples(input, prototypes, target, weight, sample_weight, ignore_index, reduction)
     _checks.temperature(temperature, input)
-    return inverse(temperature)
+    return target, inverse(temperature)
 
 
 def _mean_cosine(
@@ -406,9 +412,9 @@ def _check_samples(
     sample_weight: Tensor | None,
     ignore_index: int,
     reduction: str,
-) -> None:
-    """Check labels, weights and options of features and prototypes that fit one another."""
-    _checks.target(target, input, "input")
+) -> Tensor:
+    """Check labels, weights and options of features and prototypes that fit one another; return the labels as int64."""
+    target = _checks.target(target, input, "input")
     _checks.choice("reduction", reduction, REDUCTIONS)
     _checks.integer("ignore_index", ignore_index)
     if weight is not None:
@@ -416,6 +422,7 @@ def _check_samples(
     if sample_weight is not None:
         _checks.vector("sample_weight", sample_weight, input.shape[0], input)
         _checks.not_negative("sample_weight", sample_weight)
+    return target
 
 
 def _ranks(

@@ -117,7 +117,7 @@ def reduced_contrast(
     if class_lse is None:
         assert own_lse is not None
         return reduce_weighted(own * (own_lse - pos), own, reduction, ranks, of_nothing)
-    classes = target.long().masked_fill(ignored, 0)
+    classes = target.masked_fill(ignored, 0)
     if reduction == "none":
         uniformity = _common.or_zero(collectives.logsumexp(class_lse, ranks).index_select(0, classes))
         return own * ((uniformity if own_lse is None else 0.5 * (uniformity + own_lse)) - pos)
@@ -152,7 +152,10 @@ def reduce_weighted(
         return weighted
     if ranks is not None:
         return _of_all(weighted.sum(), weight.sum(), reduction, ranks, of_nothing)
-    return weighted.sum() if reduction == "sum" else _common.mean(weighted, weight, of_nothing)
+    if reduction == "sum":
+        return weighted.sum()
+    total = weight.sum()  # with label smoothing the losses need not be 0 where it is
+    return (weighted.sum() / total).masked_fill(total == 0, of_nothing)
 
 
 def lse_of_samples(
@@ -189,7 +192,7 @@ def lse_of_samples(
     class_lse, instance_lse = lses
     if ranks is not None:
         class_lse = collectives.logsumexp(class_lse, ranks)
-    own_class = target.long().masked_fill(target == ignore_index, 0)
+    own_class = target.masked_fill(target == ignore_index, 0)
     return _common.logaddexp(class_lse.index_select(0, own_class), instance_lse), pos
 
 
@@ -219,7 +222,7 @@ def present_classes(
     know how many classes occur, and there is a row for every sample of all ranks.
     """
     _checks.in_classes(target, len(prototypes), ignore_index)
-    everybody = collectives.gather(target.long(), counts, ranks)
+    everybody = collectives.gather(target, counts, ranks)
     ignored = everybody == ignore_index
     classes, slot = present(everybody, ignored)
     return rows(prototypes, classes, sparse), slot.masked_fill(ignored, LEFT_OUT)[counts.own]

@@ -159,8 +159,8 @@ class MicroBatches:
 
         Args:
             criterion: :class:`NONLLoss`, :class:`NTCELoss`, :class:`NormFaceLoss` or :class:`PrototypeClassifier`.
-            target: (M,) labels.
-            args, kwargs: arguments of the encoder, which must return one tensor (B, d).
+            target: (M,) labels, or (M, ...) for an encoder that returns (B, ..., d).
+            args, kwargs: arguments of the encoder, which must return one tensor (B, d) or (B, ..., d).
             scale: a linear function that the training loop would apply to the loss before ``backward()``:
                 ``scaler.scale``, or ``lambda loss: loss / steps``.
             sync: as in :meth:`backward`.
@@ -176,9 +176,9 @@ class MicroBatches:
             >>> criterion = nckernels.NONLLoss(512, 1000)
             >>> loss = micro.stream(criterion, y, x)  # was: loss = criterion(encoder(x), y); loss.backward()
         """
-        _checks.is_tensor("target", target)
+        target = _checks.class_indices(target)
         call = Call(self.encoder, args, kwargs, self.micro_batch_size)
-        if target.shape != (call.samples,):
+        if target.shape[:1] != (call.samples,):
             raise ValueError(
                 f"target must have one label for each of {call.samples} samples, got {tuple(target.shape)}"
             )
