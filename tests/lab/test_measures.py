@@ -401,7 +401,7 @@ def test_means_that_coincide_are_no_simplex() -> None:
 
 
 def test_rounding_errors_of_means_do_not_grow_with_the_samples() -> None:
-    """Two classes of the same 200,000 float64 samples in opposite order: the means of plain sums differ by some 50 eps or more."""
+    """Two classes of the same 200,000 float64 rows in opposite order: means of plain sums differ by 50 eps and more."""
     rows = F.normalize(normal(200_000, 2) + 3)
     features = torch.cat([rows, rows.flip(0)])
     means, _ = class_means(features, torch.arange(2).repeat_interleave(len(rows)), 2)
