@@ -4,8 +4,8 @@
     (generated)
     <!-- speed table: end -->
 
-A "speed summary" instead of a "speed table" has one row for each problem: the native backend beside the naive form, eager
-and compiled. Edit the marker to name other reports. --check writes nothing and exits with 1 if a table does not match
+A "speed summary" instead of a "speed table" has one row for each problem: the native backend beside the naive form,
+eager and compiled. Edit the marker to name other reports. --check writes nothing and exits with 1 if a table does not match
 its reports.
 """
 

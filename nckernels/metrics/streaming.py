@@ -43,6 +43,7 @@ from .measures import (
     is_matrix,
     nearest_mean_agreement,
     rounding_noise,
+    without_rounding,
 )
 from .report import NeuralCollapse, report_of
 
@@ -249,7 +250,8 @@ def _statistics(state: Tensor, noise: Tensor) -> tuple[ClassStatistics, Tensor]:
     counts, means, scatters = moments.counts[present], moments.means[present], moments.scatters[present]
     squares = (scatters.sum() + (counts * means.square().sum(1)).sum()) / counts.sum()  # mean of |u_i|^2
     no_labels = torch.empty(0, dtype=torch.int64, device=state.device)
-    return ClassStatistics(means, scatters / counts, counts, no_labels, (noise * squares.sqrt()).item()), present
+    rounding = (noise * squares.sqrt()).item()
+    return ClassStatistics(without_rounding(means, rounding), scatters / counts, counts, no_labels, rounding), present
 
 
 def _report(state: Tensor, noise: Tensor, prototypes: Tensor | None, bias: Tensor | None) -> NeuralCollapse:
@@ -336,8 +338,10 @@ def measure(
 
     def read(number: int, of: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in _with_progress(batches, f"pass {number}" + (f" of {of}" if of else ""), progress):
-            if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+            if not isinstance(batch, tuple | list) or len(batch) != 2:
                 raise ValueError(f"batches: expected pairs of an input and a tensor of labels, got {described(batch)}")
+            if not isinstance(batch[1], Tensor):
+                raise ValueError(f"batches: expected tensors of labels, got {described(batch[1])}")
             features = batch[0] if encoder is None else encoder(batch[0])
             if not isinstance(features, Tensor) or features.ndim != 2:
                 raise ValueError(f"features: expected a tensor (B, d), got {described(features)}")

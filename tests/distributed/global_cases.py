@@ -166,7 +166,7 @@ class Problem:
         )
 
     def whole(self) -> Problem:
-        """The problem for one process: targets, by default a rank's first keys, are indices into the keys of all ranks."""
+        """The problem for one process: targets, by default a rank's first keys, count the keys of all ranks."""
         queries, keys = self.sizes[0], self.sizes[-1]
         if self.loss != "info_nce" or (self.target is None and queries == keys):
             return self
