@@ -108,7 +108,20 @@ STEPS += [Case(form, 4096, 2000, 128, 4 * MIB, "bfloat16") for form in ("ntce", 
 ROUNDED = [Case(form, 1024, 768, 512, 16 * MIB, "bfloat16", backend="native") for form in ("ntce", "normface")]
 PARTS = [Case(form, 4096, 2000, 128, 4 * MIB, "bfloat16", backend="native") for form in ("ntce", "normface")]
 CASES = (
-    ROUNDED + PARTS + CONTRASTIVE + STEPS + PAIRS + NAIVE + DEFAULT + SMALL + OPTIONS + PARTIAL + FLOAT64 + HALF + MANY_CLASSES + SPARSE
+    ROUNDED
+    + PARTS
+    + CONTRASTIVE
+    + STEPS
+    + PAIRS
+    + NAIVE
+    + DEFAULT
+    + SMALL
+    + OPTIONS
+    + PARTIAL
+    + FLOAT64
+    + HALF
+    + MANY_CLASSES
+    + SPARSE
 )
 LARGE = [Case(f, 32768, 8000, 64, 8 * MIB, dtype) for f in ("nonl", "normface") for dtype in ("float32", "float64")]
 
