@@ -254,6 +254,7 @@ def operator_arguments(
         "workspace": 2**20,
         "backend": backend,
         "keep": True,
+        "version": nckernels.__version__,
     }
     schema = torch.ops.nckernels.cosine_lse.default._schema
     unknown = {argument.name for argument in schema.arguments} - values.keys()
