@@ -5,8 +5,8 @@
     <!-- speed table: end -->
 
 A "speed summary" instead of a "speed table" has one row for each problem: the native backend beside the naive form,
-eager and compiled. Edit the marker to name other reports. --check writes nothing and exits with 1 if a table does not match
-its reports.
+eager and compiled. Edit the marker to name other reports. --check writes nothing and exits with 1 if a table does not
+match its reports.
 """
 
 from __future__ import annotations
