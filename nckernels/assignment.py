@@ -79,7 +79,7 @@ class FixedPrototypeHead(_Loss):
 
     ``assignment="dynamic"`` is [DLP] Algorithm 1. For every class the head keeps a representative, a moving average of
     its unit features, and every ``refresh_every`` training calls it assigns the points to the classes by
-    :func:`assign`. The loss is :func:`nckernels.dot_regression_loss`, with the gradient to the features only. With
+    :func:`nckernels.assignment.assign`. The loss is :func:`nckernels.dot_regression_loss`, with the gradient to the features only. With
     ``assignment="static"`` class c has point c for good, and on a simplex that is ETF+DR (Yang et al. 2022)::
 
         nckernels.FixedPrototypeHead(nckernels.geometry.simplex_etf(K, d), assignment="static")
@@ -137,7 +137,8 @@ class FixedPrototypeHead(_Loss):
         >>> head = nckernels.FixedPrototypeHead(points, refresh_every=50)
         >>> x, y = torch.randn(32, 64, requires_grad=True), torch.randint(10, (32,))
         >>> head(x, y).backward()
-        >>> head(x).argmax(1)
+        >>> head(x).argmax(1).shape
+        torch.Size([32])
     """
 
     points: Tensor

@@ -201,8 +201,8 @@ def normface_loss(
             of them (PartialFC, An et al. 2022): those that occur in the batch, and others drawn uniformly without
             replacement, anew in every call, :math:`\max(\lceil r K \rceil, \min(M, K))` in all. Only their rows of
             ``prototypes`` get a gradient. Nothing corrects for the missing ones: sums are too small, the loss of a
-        sample is below the whole one by up to about :math:`\log(1/r)`, and the drawn classes get as much more
-        than their share of the gradient. Without ``label_smoothing``.
+            sample is below the whole one by up to about :math:`\log(1/r)`, and the drawn classes get as much more
+            than their share of the gradient. Without ``label_smoothing``.
         generator: of the random classes, on the device of ``input``; None is PyTorch's own, which
             :func:`torch.manual_seed` sets. Its state determines the classes.
         sparse: give ``prototypes`` a sparse gradient, as in :func:`nonl_loss`; needs ``class_fraction`` below 1.

@@ -24,7 +24,7 @@ class PrototypeQuality:
     mean_cosine: float
     """Mean over the pairs; at least -1/(K-1), reached whenever the unit vectors sum to zero."""
     uniformity: float
-    """log of the mean over the pairs of exp(-t |w_i - w_j|^2), lower is more uniform."""
+    """log of the mean over the pairs of ``exp(-t |w_i - w_j|^2)``, lower is more uniform."""
     separation: float
     """Angle of the closest pair in degrees."""
 

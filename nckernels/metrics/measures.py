@@ -70,7 +70,7 @@ def intra_class_rank(features: Tensor, target: Tensor, *, noise: float | None = 
 
 
 def weight_alignment(prototypes: Tensor, means: Tensor) -> float:
-    """Mean over c of |v_c - m_c/|m_c||^2 with v_c the unit prototype: NC3, from 0 to 4."""
+    """Mean over c of ``|v_c - m_c/|m_c||^2`` with v_c the unit prototype: NC3, from 0 to 4."""
     check_matrix("prototypes", prototypes)
     check_matrix("means", means)
     _check_shape("means", means, tuple(prototypes.shape))
@@ -78,7 +78,7 @@ def weight_alignment(prototypes: Tensor, means: Tensor) -> float:
 
 
 def instance_alignment(features: Tensor, prototypes: Tensor, target: Tensor) -> float:
-    """Mean over i of |u_i - v_{y_i}|^2, u and v unit vectors: NC1 and NC3 together, from 0 to 4."""
+    """Mean over i of ``|u_i - v_{y_i}|^2``, u and v unit vectors: NC1 and NC3 together, from 0 to 4."""
     check_features(features, target)
     check_matrix("prototypes", prototypes)
     _check_shape("prototypes", prototypes, (len(prototypes), features.shape[1]))
@@ -95,7 +95,7 @@ def matrix_entropy(gram: Tensor) -> float:
 
 
 def mutual_information_ratio(gram_w: Tensor, gram_m: Tensor) -> float:
-    """MIR = (H(G_W) + H(G_M) - H(G_W * G_M)) / min(H(G_W), H(G_M)), * the entrywise product [NCD §5.2].
+    """MIR, ``(H(G_W) + H(G_M) - H(G_W * G_M)) / min(H(G_W), H(G_M))``, * the entrywise product [NCD §5.2].
 
     NaN where an entropy is 0: one vector, or two that are parallel.
     """
@@ -105,7 +105,7 @@ def mutual_information_ratio(gram_w: Tensor, gram_m: Tensor) -> float:
 
 
 def entropy_difference_ratio(gram_w: Tensor, gram_m: Tensor) -> float:
-    """HDR = |H(G_W) - H(G_M)| / max(H(G_W), H(G_M)) [NCD §5.2]; NaN where both are 0."""
+    """HDR, ``|H(G_W) - H(G_M)| / max(H(G_W), H(G_M))`` [NCD §5.2]; NaN where both are 0."""
     _check_square("gram_w", gram_w)
     _check_square("gram_m", gram_m, len(gram_w))
     return _entropy_difference_ratio(matrix_entropy(gram_w), matrix_entropy(gram_m))
@@ -119,7 +119,7 @@ def entropy_ratios(h_w: float, gram_w: Tensor, gram_m: Tensor) -> tuple[float, f
 
 
 def within_class_scatter(features: Tensor, target: Tensor) -> float:
-    """Mean over i of |z_i - m_{y_i}|^2 = tr S_W, the plain size of the within-class scatter."""
+    """Mean over i of ``|z_i - m_{y_i}|^2``, tr S_W, the plain size of the within-class scatter."""
     return class_statistics(features, target).within
 
 
@@ -157,7 +157,7 @@ def scatter_ratio(features: Tensor, target: Tensor, *, noise: float | None = Non
 def class_distance_variance(features: Tensor, target: Tensor, *, noise: float | None = None) -> float:
     """Class-distance normalised variance (Galanti et al. 2022): 0 at collapse, unbounded.
 
-    The mean over the pairs of classes of (v_c + v_c') / (2 |m_c - m_c'|^2) with v_c the mean of |z_i - m_c|^2
+    The mean over the pairs of classes of ``(v_c + v_c') / (2 |m_c - m_c'|^2)`` with v_c the mean of ``|z_i - m_c|^2``
     in class c. It takes O(K^2 d) time and no K x K matrix. NaN for one class, and as soon as the means of any two
     classes coincide up to the rounding error (``noise``, by default of the dtype).
     """
@@ -248,10 +248,10 @@ def class_distance_variance_of(statistics: ClassStatistics) -> float:
 def rotated_self_duality(prototypes: Tensor, means: Tensor) -> float:
     """NC3' ([ENC] Eq. 12): how far the prototypes are from a rotation of the means, up to a scale.
 
-    min over orthogonal (K, K) matrices Q of |V^T/|V| - B^T Q/|B||_F^2 = 2 - 2 |V B^T|_* / (|V| |B|) with V the
-    (K, d) prototypes and B the (K, d) means as they are given, neither centred nor normalised, and |.|_* the
+    min over orthogonal (K, K) matrices Q of ``|V^T/|V| - B^T Q/|B||_F^2 = 2 - 2 |V B^T|_* / (|V| |B|)`` with V the
+    (K, d) prototypes and B the (K, d) means as they are given, neither centred nor normalised, and ``|.|_*`` the
     nuclear norm (orthogonal Procrustes problem). Q mixes classes. From 0, where the directions and relative
-    sizes of the scatter are the same, V^T V / |V|^2 = B^T B / |B|^2, to 2, where the two spans are orthogonal.
+    sizes of the scatter are the same, ``V^T V / |V|^2 = B^T B / |B|^2``, to 2, where the two spans are orthogonal.
     NaN where either is zero.
     """
     check_matrix("prototypes", prototypes)
@@ -304,10 +304,10 @@ class SimplexDeviation(NamedTuple):
 def simplex_deviation(means: Tensor) -> SimplexDeviation:
     """Distance of K class means (K, d) from a centred simplex: true NC2. NaN for fewer than two means.
 
-    With b_c = m_c - mean(m): ``norms`` is std |b_c| / mean |b_c|; ``cosines`` and ``cosines_max`` are the
+    With b_c = m_c - mean(m): ``norms`` is ``std |b_c| / mean |b_c|``; ``cosines`` and ``cosines_max`` are the
     root mean square and the largest deviation of cos(b_c, b_c') from -1/(K-1) over the pairs; ``offset`` is
-    |mean(m)| / rms |m_c|, which is the only one of them that an orthogonal frame does not bring to 0. The first three
-    are NaN if the means coincide up to the rounding error of their dtype.
+    ``|mean(m)| / rms |m_c|``, which is the only one of them that an orthogonal frame does not bring to 0. The first
+    three are NaN if the means coincide up to the rounding error of their dtype.
     """
     check_matrix("means", means)
     k = len(means)

@@ -65,7 +65,7 @@ def fit(
             training after the present step (the next line of the log, with several processes) and a checkpoint.
         resume: go on from the folder's checkpoint, if there is one. On a CPU, with the same number of processes, the
             result has the bits of a run that was never interrupted. The recipe is that of the checkpoint, but for the
-            keys in :data:`.checkpoint.FREE`.
+            keys in ``checkpoint.FREE``.
         progress: a bar (True) or nothing (False); None: a bar on a terminal, elsewhere a line for every evaluation.
         loss_of: makes another training loss for the head, of features and labels; a module's state is kept too.
 

@@ -212,7 +212,7 @@ class Recipe:
         return from_dict(typed.merge(self.to_dict(), changes))
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested dictionaries of plain values, which :func:`from_dict` takes."""
+        """Nested dictionaries of plain values, which ``from_dict`` takes."""
         return asdict(self)
 
     def flat(self) -> dict[str, Any]:
