@@ -127,6 +127,16 @@ def target(value: Tensor, features: Tensor, feature_name: str = "features") -> N
     same_device("target", value, feature_name, features)
 
 
+def leading(name: str, value: Tensor, features: Tensor, what: str) -> None:
+    """A tensor of the shape of features (..., d) without their last dimension."""
+    is_tensor(name, value)
+    if value.shape != features.shape[:-1]:
+        raise ValueError(
+            f"{name} must have shape {tuple(features.shape[:-1])}, {what} per feature of input (..., d) with shape "
+            f"{tuple(features.shape)}, got {tuple(value.shape)}"
+        )
+
+
 def in_classes(target: Tensor, num_classes: int, ignore_index: int | None = None) -> None:
     """Values of ``target`` in [0, num_classes) or ``ignore_index``, where looking at them stalls nobody."""
     if not host_knows(target):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _checks, operators
 from ._class_sums import visible_rows
-from ._common import REDUCTIONS, Reduction, inverse, logaddexp, of_samples
+from ._common import REDUCTIONS, Reduction, inverse, leading_dimensions, logaddexp, of_samples
 from ._compact import BATCH_SPARSE, LEFT_OUT, Part
 from ._unit_rows import dots_with_unit_rows
 from .backends import registry
@@ -26,6 +26,7 @@ from .distributed.groups import GroupLike, Ranks
 from .primitive import DIRECTIONS, autocast, step
 
 
+@leading_dimensions
 def nonl_loss(
     input: Tensor,
     prototypes: Tensor,
@@ -49,14 +50,16 @@ def nonl_loss(
     not fade once the data is separated, which is why it collapses faster than NTCE and NormFace.
 
     Args:
-        input: (M, d) features, any scale; float32, bfloat16, float16 or float64.
+        input: (M, d) features, any scale; float32, bfloat16, float16 or float64. Or (..., d), of which the leading
+            dimensions are flattened: all of them are one batch.
         prototypes: (K, d) class prototypes, e.g. ``head.weight``; any scale, same dtype. With ``process_group`` also
             a DTensor with placement ``Shard(0)``, of which each rank has some rows; their gradient is the whole
             batch's, not to be averaged, see docs/scaling.md.
-        target: (M,) class indices in [0, K), or ``ignore_index``.
+        target: (M,) or (...) class indices in [0, K), or ``ignore_index``.
         temperature: :math:`\tau > 0`, a number or a tensor of shape () or (1,), which may require grad.
         weight: (K,) rescaling of each class's samples, as in :func:`torch.nn.functional.cross_entropy`.
-        sample_weight: (M,) weights >= 0 of the samples as anchors; of weight 0 a sample is a negative only.
+        sample_weight: weights >= 0 of the samples as anchors, of the shape of ``target``; of weight 0 a sample is a
+            negative only.
         ignore_index: samples with this target contribute nothing, neither as anchor nor as negative.
         reduction: ``"none"`` for one value per sample, ``"sum"``, or ``"mean"``, weighted by both weights.
         direction: ``"class"`` is the paper's loss. The authors' code has two variants: ``"instance"``, whose
@@ -74,8 +77,8 @@ def nonl_loss(
             factors; see docs/scaling.md.
 
     Returns:
-        A scalar, or (M,) for ``reduction="none"`` (0 where ignored); float32 (float64 for float64 input).
-        A sample without negatives contributes its alignment term only. An empty batch, or one that is
+        A scalar, or the shape of ``target`` for ``reduction="none"`` (0 where ignored); float32 (float64 for float64
+        input). A sample without negatives contributes its alignment term only. An empty batch, or one that is
         ignored whole, gives 0 for ``"sum"`` and NaN for ``"mean"``, as F.cross_entropy does.
 
     Raises:
@@ -125,6 +128,7 @@ def nonl_loss(
     return reduce(loss, ~ignored, per_sample, reduction, ranks)
 
 
+@leading_dimensions
 def ntce_loss(
     input: Tensor,
     prototypes: Tensor,
@@ -164,6 +168,7 @@ def ntce_loss(
     )  # fmt: skip
 
 
+@leading_dimensions
 def normface_loss(
     input: Tensor,
     prototypes: Tensor,
@@ -278,6 +283,7 @@ def normface_loss(
     return reduce_weighted(smoothed, share, reduction, ranks)
 
 
+@leading_dimensions
 def dot_regression_loss(
     input: Tensor,
     prototypes: Tensor,

@@ -4,37 +4,17 @@ from __future__ import annotations
 
 import math
 from copy import deepcopy
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
 from . import _checks, contrastive, functional
 from ._common import REDUCTIONS, Reduction, unit
 from .backends.base import Direction
 from .distributed.groups import GroupLike, check
 from .primitive import DIRECTIONS
-
-
-class PrototypeOptions(TypedDict, total=False):
-    """Keyword arguments that all modules with prototypes share; see :class:`NONLLoss`."""
-
-    prototypes: Tensor | None
-    weight: Tensor | None
-    ignore_index: int
-    reduction: Reduction
-    device: torch.device | str | None
-    dtype: torch.dtype | None
-    process_group: GroupLike
-
-
-class LossOptions(PrototypeOptions, total=False):
-    """Keyword arguments that the losses that contrast share; see :class:`NONLLoss`."""
-
-    temperature: float | Tensor
-    sparse: bool
 
 
 class _Loss(nn.Module):
@@ -74,9 +54,9 @@ class _OfPrototypes(_Loss):
         weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: Reduction = "mean",
+        process_group: GroupLike = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        process_group: GroupLike = None,
     ) -> None:
         super().__init__(process_group)
         if prototypes is None:
@@ -148,11 +128,20 @@ class _PrototypeLoss(_OfPrototypes):
         in_features: int | None = None,
         num_classes: int | None = None,
         *,
+        prototypes: Tensor | None = None,
         temperature: float | Tensor = 0.1,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
         sparse: bool = False,
-        **options: Unpack[PrototypeOptions],
+        process_group: GroupLike = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, num_classes, **options)
+        super().__init__(
+            in_features, num_classes, prototypes=prototypes, weight=weight, ignore_index=ignore_index,
+            reduction=reduction, process_group=process_group, device=device, dtype=dtype,
+        )  # fmt: skip
         _checks.temperature(temperature, self.prototypes)
         _register(self, "temperature", temperature)
         self.sparse = sparse
@@ -206,10 +195,22 @@ class NONLLoss(_PrototypeLoss):
         in_features: int | None = None,
         num_classes: int | None = None,
         *,
+        prototypes: Tensor | None = None,
+        temperature: float | Tensor = 0.1,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
         direction: Direction = "class",
-        **options: Unpack[LossOptions],
+        sparse: bool = False,
+        process_group: GroupLike = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, num_classes, **options)
+        super().__init__(
+            in_features, num_classes, prototypes=prototypes, temperature=temperature, weight=weight,
+            ignore_index=ignore_index, reduction=reduction, sparse=sparse, process_group=process_group,
+            device=device, dtype=dtype,
+        )  # fmt: skip
         _checks.choice("direction", direction, DIRECTIONS)
         _checks.sparse(self.sparse, direction)
         self.direction = direction
@@ -252,14 +253,26 @@ class NormFaceLoss(_PrototypeLoss):
         in_features: int | None = None,
         num_classes: int | None = None,
         *,
+        prototypes: Tensor | None = None,
+        temperature: float | Tensor = 0.1,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
         label_smoothing: float = 0.0,
         angular_margin: float = 0.0,
         cosine_margin: float = 0.0,
         class_fraction: float = 1.0,
         generator: torch.Generator | None = None,
-        **options: Unpack[LossOptions],
+        sparse: bool = False,
+        process_group: GroupLike = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, num_classes, **options)
+        super().__init__(
+            in_features, num_classes, prototypes=prototypes, temperature=temperature, weight=weight,
+            ignore_index=ignore_index, reduction=reduction, sparse=sparse, process_group=process_group,
+            device=device, dtype=dtype,
+        )  # fmt: skip
         _checks.in_range("label_smoothing", label_smoothing, 0.0, 1.0)
         _checks.in_range("angular_margin", angular_margin, 0.0, math.pi)
         _checks.in_range("cosine_margin", cosine_margin, 0.0, 2.0)
@@ -318,8 +331,11 @@ class PrototypeClassifier(nn.Module):
         in_features: d.
         num_classes: K.
         loss: ``"nonl"``, ``"ntce"`` or ``"normface"``.
-        **options: ``temperature``, ``weight``, ``prototypes``, ``process_group`` and the others of
-            :class:`LossOptions`.
+        prototypes, temperature, weight, ignore_index, reduction, sparse, process_group, device, dtype: as in
+            :class:`NONLLoss`.
+
+    Options that only one loss has are in its module, :class:`NONLLoss` or :class:`NormFaceLoss`, which is a classifier
+    as well: without labels it gives logits.
 
     Shape:
         input (M, d) or (..., d) -> logits (M, K) or (..., K), :math:`\cos(z_i, w_c) / \tau`.
@@ -339,11 +355,23 @@ class PrototypeClassifier(nn.Module):
         num_classes: int | None = None,
         *,
         loss: Literal["nonl", "ntce", "normface"] = "nonl",
-        **options: Unpack[LossOptions],
+        prototypes: Tensor | None = None,
+        temperature: float | Tensor = 0.1,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+        sparse: bool = False,
+        process_group: GroupLike = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         _checks.choice("loss", loss, tuple(LOSSES))
-        self.criterion = LOSSES[loss](in_features, num_classes, **options)
+        self.criterion = LOSSES[loss](
+            in_features, num_classes, prototypes=prototypes, temperature=temperature, weight=weight,
+            ignore_index=ignore_index, reduction=reduction, sparse=sparse, process_group=process_group,
+            device=device, dtype=dtype,
+        )  # fmt: skip
 
     @property
     def prototypes(self) -> Tensor:
@@ -360,14 +388,6 @@ class PrototypeClassifier(nn.Module):
         _checks.is_tensor("target", target)
         result: Tensor = self(input, target)
         return result
-
-
-class ContrastiveOptions(TypedDict, total=False):
-    """Keyword arguments that the contrastive loss modules share; see :class:`SupConLoss`."""
-
-    temperature: float | Tensor
-    reduction: Reduction
-    process_group: GroupLike
 
 
 class _ContrastiveLoss(_Loss):
@@ -393,9 +413,15 @@ class _AnchorLoss(_ContrastiveLoss):
     """What SupCon and InfoNCE share beyond that."""
 
     def __init__(
-        self, *, ignore_index: int = -100, decoupled: bool = False, **options: Unpack[ContrastiveOptions]
+        self,
+        *,
+        temperature: float | Tensor = 0.1,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+        decoupled: bool = False,
+        process_group: GroupLike = None,
     ) -> None:
-        super().__init__(**options)
+        super().__init__(temperature=temperature, reduction=reduction, process_group=process_group)
         _checks.integer("ignore_index", ignore_index)
         self.ignore_index, self.decoupled = ignore_index, decoupled
 
@@ -440,9 +466,15 @@ class PrototypeLoss(_ContrastiveLoss):
     """
 
     def __init__(
-        self, *, num_classes: int | None = None, ignore_index: int = -100, **options: Unpack[ContrastiveOptions]
+        self,
+        *,
+        temperature: float | Tensor = 0.1,
+        num_classes: int | None = None,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+        process_group: GroupLike = None,
     ) -> None:
-        super().__init__(**options)
+        super().__init__(temperature=temperature, reduction=reduction, process_group=process_group)
         _checks.integer("ignore_index", ignore_index)
         if num_classes is not None:
             _checks.positive_integer("num_classes", num_classes)
