@@ -45,8 +45,7 @@ def prototype_quality(prototypes: Tensor, t: float = 2.0) -> PrototypeQuality:
     Raises:
         TypeError, ValueError: naming the argument; ``prototypes`` must have rows, and each must be finite and not zero.
 
-    Example::
-
+    Example:
         >>> nckernels.geometry.prototype_quality(torch.eye(3)).separation
         90.0
     """

@@ -78,6 +78,13 @@ def fit(
         FloatingPointError: when loss or gradient are no longer finite.
         TrainingError: when data cannot be read on the way.
         OSError: when the folder cannot be written to. The last checkpoint stays.
+
+    Example:
+        >>> from nckernels.train import fit, load_recipe
+        >>> recipe = load_recipe("digits/nonl", ["schedule.epochs=1"])
+        >>> run = fit(recipe, progress=False)
+        >>> run.history.finished, run.history.epochs
+        (True, [0.0, 1.0])
     """
     with ExitStack() as stack:
         place = world(recipe.run.device)

@@ -189,7 +189,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that determines a run. Its sections are frozen; :meth:`replace` makes another one."""
+    """All that determines a run. Its sections are frozen; :meth:`replace` makes another one.
+
+    Example:
+        >>> from nckernels.train import Recipe
+        >>> Recipe().replace(loss__temperature=0.2).flat()["loss.temperature"]
+        0.2
+    """
 
     name: str = ""
     title: str = ""

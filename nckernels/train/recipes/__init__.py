@@ -37,6 +37,12 @@ def load(name: str, settings: Iterable[str] = ()) -> Recipe:
     Raises:
         ValueError: naming the recipe, the row or the key that is not there and the nearest one that is, and for
             values of the wrong type and combinations that cannot work.
+
+    Example:
+        >>> from nckernels.train import load_recipe
+        >>> recipe = load_recipe("cifar100/nonl", ["loss.temperature=0.2"])
+        >>> recipe.loss.name, recipe.loss.temperature, recipe.run.batch_size
+        ('nonl', 0.2, 512)
     """
     content, title = read(name)
     row = split(name)[1]
