@@ -68,6 +68,19 @@ def matrix(name: str, value: Tensor, rows: str, columns: str, sharded: bool = Fa
         is_tensor(name, value)
     if value.dim() != 2:
         raise ValueError(f"{name} must have shape ({rows}, {columns}), got {tuple(value.shape)}")
+    floating(name, value)
+
+
+def features(name: str, value: Tensor) -> None:
+    """A (..., d) float tensor."""
+    is_tensor(name, value)
+    if value.dim() == 0:
+        raise ValueError(f"{name} must have shape (N, d) or (..., d), got ()")
+    floating(name, value)
+
+
+def floating(name: str, value: Tensor) -> None:
+    """A tensor of a dtype that the kernels have."""
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be of a floating dtype (float32, bfloat16, float16, float64), got {value.dtype}")
 

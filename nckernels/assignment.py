@@ -19,7 +19,7 @@ from typing_extensions import Self
 
 from . import _checks
 from ._class_sums import class_sums, visible_rows
-from ._common import REDUCTIONS, Reduction, norms, unit
+from ._common import REDUCTIONS, Reduction, as_rows, in_shape, norms, unit
 from ._compact import LEFT_OUT
 from .backends.base import accumulation_dtype
 from .distributed import collectives, groups
@@ -125,8 +125,8 @@ class FixedPrototypeHead(_Loss):
 
     Shape:
         input (M, d) or (..., d) -> cosines (M, K) or (..., K), in the order of the labels.
-        input (M, d), target (M,) -> the loss, a scalar, or (M,) for ``reduction="none"``. In training mode a dynamic
-        head also learns from them; in eval mode nothing changes.
+        input (M, d) or (..., d), target (M,) or (...) -> the loss, a scalar, or the shape of ``target`` for
+        ``reduction="none"``. In training mode a dynamic head also learns from them; in eval mode nothing changes.
 
     Raises:
         ValueError: for points that are zero, NaN or infinite; for options out of range; for features of another d and
@@ -196,11 +196,13 @@ class FixedPrototypeHead(_Loss):
         return self.points.index_select(0, self.assignment)
 
     def forward(self, input: Tensor, target: Tensor | None = None) -> Tensor:
-        """The cosines of features (..., d), or the loss of features (M, d) with labels (M,)."""
+        """The cosines of features (..., d), or their loss with labels (...)."""
         if target is None:
             _checks.is_tensor("input", input)
             self._check_columns(input)
             return cosines(input, self.prototypes.to(input.dtype))
+        like = target
+        input, target, _ = as_rows(input, target, None)
         _checks.matrix("input", input, "M", "d")
         self._check_columns(input)
         _checks.same_device("input", input, "the head's points", self.points)
@@ -215,10 +217,10 @@ class FixedPrototypeHead(_Loss):
             self._learn(input.detach(), label, ignored, ranks)
             # Counted outside of graphs. The decorator would import torch._dynamo with this module.
             (torch.compiler.disable(self._count) if torch.compiler.is_compiling() else self._count)()
-        return loss
+        return in_shape(loss, like)
 
     def loss(self, input: Tensor, target: Tensor) -> Tensor:
-        """``self(input, target)``: the training loss of features (M, d) with labels (M,)."""
+        """``self(input, target)``: the training loss of features (..., d) with labels (...)."""
         _checks.is_tensor("target", target)
         result: Tensor = self(input, target)
         return result

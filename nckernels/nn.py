@@ -81,7 +81,7 @@ class _OfPrototypes(_Loss):
         self.ignore_index, self.reduction = ignore_index, reduction
 
     def forward(self, input: Tensor, target: Tensor | None = None, sample_weight: Tensor | None = None) -> Tensor:
-        """The loss of features (M, d) with class indices (M,); without them the logits of features (..., d)."""
+        """The loss of features (M, d) or (..., d) with class indices (M,) or (...); without them the logits."""
         prototypes = self.prototypes_like(input)
         if target is None:
             return self._logits(input, prototypes)
@@ -171,7 +171,8 @@ class NONLLoss(_PrototypeLoss):
         device, dtype: of prototypes made here.
 
     Shape:
-        input (M, d), target (M,), sample_weight (M,) or None -> scalar, or (M,) for ``reduction="none"``.
+        input (M, d), target (M,), sample_weight (M,) or None -> scalar, or (M,) for ``reduction="none"``; or (..., d)
+        and (...), as in the function.
         input (M, d) or (..., d) alone -> logits (M, K) or (..., K), as :class:`PrototypeClassifier`.
 
     Example:
@@ -339,7 +340,8 @@ class PrototypeClassifier(nn.Module):
 
     Shape:
         input (M, d) or (..., d) -> logits (M, K) or (..., K), :math:`\cos(z_i, w_c) / \tau`.
-        input (M, d), target (M,) -> the loss, a scalar, or (M,) for ``reduction="none"``.
+        input (M, d), target (M,), sample_weight (M,) or None -> the loss, a scalar, or (M,) for ``reduction="none"``;
+        or (..., d) and (...).
 
     Example:
         >>> head = nckernels.PrototypeClassifier(64, 10, loss="nonl")
@@ -378,15 +380,15 @@ class PrototypeClassifier(nn.Module):
         """(K, d), as learnt; not normalised."""
         return self.criterion.prototypes
 
-    def forward(self, input: Tensor, target: Tensor | None = None) -> Tensor:
-        """The logits of features (..., d), or the loss of features (M, d) with labels (M,)."""
-        result: Tensor = self.criterion(input, target)
+    def forward(self, input: Tensor, target: Tensor | None = None, sample_weight: Tensor | None = None) -> Tensor:
+        """The logits of features (..., d), or their loss with labels (...)."""
+        result: Tensor = self.criterion(input, target, sample_weight)
         return result
 
-    def loss(self, input: Tensor, target: Tensor) -> Tensor:
-        """``self(input, target)``: the training loss of features (M, d) with labels (M,)."""
+    def loss(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        """``self(input, target, sample_weight)``: the training loss of features (..., d) with labels (...)."""
         _checks.is_tensor("target", target)
-        result: Tensor = self(input, target)
+        result: Tensor = self(input, target, sample_weight)
         return result
 
 
@@ -434,7 +436,7 @@ class SupConLoss(_AnchorLoss):
         ignore_index, reduction, decoupled, process_group: as in the function.
 
     Shape:
-        input (N, d) or (B, V, d), target (N,) or (B,) or None -> scalar, or (N,), (B, V).
+        input (N, d) or (B, V, d), target (N,) or (B,) or None -> scalar, or (N,), (B, V); or (..., d) and (...).
 
     Example:
         >>> criterion = nckernels.SupConLoss(temperature=0.1)
@@ -496,6 +498,10 @@ class PrototypeLoss(_ContrastiveLoss):
 
 class InfoNCELoss(_AnchorLoss):
     """Module form of :func:`nckernels.info_nce_loss`; arguments as in :class:`SupConLoss`.
+
+    Shape:
+        query (M, d), key (K, d), target (M,) or None, sample_weight (M,) or None -> scalar, or (M,). Without ``target``
+        the first M keys are the positives.
 
     Example:
         >>> criterion = nckernels.InfoNCELoss(temperature=0.07)
@@ -592,7 +598,7 @@ class AlignmentLoss(_Loss):
         self.alpha, self.reduction = alpha, reduction
 
     def forward(self, input: Tensor, other: Tensor) -> Tensor:
-        """The distance of pairs (N, d), (N, d)."""
+        """The distance of pairs (N, d), (N, d), or (..., d) both."""
         return contrastive.alignment_loss(
             input, other, alpha=self.alpha, reduction=self.reduction, process_group=self.process_group
         )

@@ -231,6 +231,8 @@ def _step(
     if each and not torch.is_grad_enabled():  # then nothing is kept for a backward pass
         features, prototypes = features.detach(), prototypes.detach()
         inv_temperature = inv_temperature.detach() if isinstance(inv_temperature, Tensor) else inv_temperature
+    if spec.symmetric:
+        prototypes = operators.one_gradient(features)
     node = operators.Losses if each else operators.Step
     return node.apply(features, prototypes, inv_temperature, target, reduced, spec, backend)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks
-from ._common import inverse, logaddexp, of_samples, or_zero
+from ._common import as_rows, inverse, logaddexp, of_samples, or_zero
 from .backends.base import accumulation_dtype
 from .distributed import collectives, groups
 from .distributed.groups import Ranks
@@ -42,7 +42,7 @@ class FeatureQueue(nn.Module):
     Example:
         >>> queue = nckernels.FeatureQueue(4096, 64)  # MoCo: one positive each, the batch's keys and past ones
         >>> q, k = torch.randn(32, 64, requires_grad=True), torch.randn(32, 64)
-        >>> loss = nckernels.info_nce_loss(q, torch.cat([k, queue.features]), torch.arange(32))
+        >>> loss = nckernels.info_nce_loss(q, torch.cat([k, queue.features]))
         >>> queue.enqueue(k)
 
     There labels play no part, and an empty slot counts as a key that is orthogonal to all queries.
@@ -159,7 +159,7 @@ class QueueLoss(nn.Module):
         self.criterion, self.queue = criterion, queue
 
     def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        """The loss of features (M, d), in SupCon also (B, V, d), with labels (M,), (B,)."""
+        """The loss of features (M, d) or (..., d) with labels (M,) or (...), in SupCon also of (B, V, d) with (B,)."""
         rows, labels, weight = _rows(input, target, sample_weight)
         past, past_labels = self.queue.features.to(rows.dtype), self.queue.labels
         if isinstance(self.criterion, NONLLoss | NTCELoss) and self.criterion.process_group is None:
@@ -257,7 +257,8 @@ class RunningDenominatorLoss(nn.Module):
         self.register_buffer("count", zeros[:1].clone())
 
     def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        """The loss of features (M, d) with class indices (M,)."""
+        """The loss of features (M, d) or (..., d) with class indices (M,) or (...)."""
+        input, target, sample_weight = as_rows(input, target, sample_weight)
         criterion = self.criterion
         exclude: Literal["target", "none"] = "target" if isinstance(criterion, NONLLoss) else "none"
         ranks = groups.resolve(criterion.process_group)
@@ -320,8 +321,9 @@ def _by_class(criterion: nn.Module, directions: tuple[str, ...]) -> None:
 def _rows(input: Tensor, target: Tensor, sample_weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Samples and their views as rows (M, d), labels (M,) and weights (M,)."""
     _checks.is_tensor("input", input)
-    if input.dim() not in (2, 3):
-        raise ValueError(f"input must have shape (M, d) or (B, V, d), got {tuple(input.shape)}")
+    _checks.is_tensor("target", target)
+    if input.dim() != 3 or target.dim() != 1:
+        input, target, sample_weight = as_rows(input, target, sample_weight)
     _checks.target(target, input, "input")
     if sample_weight is None:
         weight = torch.ones(len(target), dtype=accumulation_dtype(input.dtype), device=input.device)

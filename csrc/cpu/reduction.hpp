@@ -42,7 +42,10 @@ class Reduction {
 
   // d result / d (weighted sum), once all are counted.
   double scale() const { return !step_.mean ? 1 : nothing() ? 0 : 1 / total_; }
-  double result(double sum) const { return !step_.mean ? sum : nothing() ? 0 : sum / total_; }
+  double result(double sum) const {
+    // With label smoothing the sum need not be 0 where all weights are.
+    return !step_.mean ? sum : total_ == 0 ? step_.empty : sum / total_;
+  }
 
   // A sample's weighted loss and its derivatives; that by beta is what stands beside those by the logits.
   struct Sample {

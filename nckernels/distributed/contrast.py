@@ -149,7 +149,10 @@ def reduce_weighted(
         return weighted
     if ranks is not None:
         return _of_all(weighted.sum(), weight.sum(), reduction, ranks, of_nothing)
-    return weighted.sum() if reduction == "sum" else _common.mean(weighted, weight, of_nothing)
+    if reduction == "sum":
+        return weighted.sum()
+    total = weight.sum()  # with label smoothing the losses need not be 0 where it is
+    return (weighted.sum() / total).masked_fill(total == 0, of_nothing)
 
 
 def lse_of_samples(

@@ -168,8 +168,8 @@ class MicroBatches:
 
         Args:
             criterion: :class:`NONLLoss`, :class:`NTCELoss`, :class:`NormFaceLoss` or :class:`PrototypeClassifier`.
-            target: (M,) labels.
-            args, kwargs: of the encoder, which returns one tensor (B, d).
+            target: (M,) labels, or (M, ...) for an encoder that returns (B, ..., d).
+            args, kwargs: of the encoder, which returns one tensor (B, d) or (B, ..., d).
             scale: what the training loop does to the loss before its ``backward()``; linear: ``scaler.scale``, or
                 ``lambda loss: loss / steps``.
             sync: as in :meth:`backward`.
@@ -190,7 +190,7 @@ class MicroBatches:
         """
         _checks.is_tensor("target", target)
         call = Call(self.encoder, args, kwargs, self.micro_batch_size)
-        if target.shape != (call.samples,):
+        if target.shape[:1] != (call.samples,):
             raise ValueError(
                 f"target must have one label for each of {call.samples} samples, got {tuple(target.shape)}"
             )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import is_dtensor
-from .._common import inverse, logaddexp, or_zero
+from .._common import as_rows, inverse, logaddexp, or_zero
 from ..backends.base import Exclude, accumulation_dtype
 from ..nn import NONLLoss, NormFaceLoss, NTCELoss, PrototypeClassifier
 from ..primitive import cosine_lse
@@ -31,7 +31,7 @@ Criterion = NONLLoss | NTCELoss | NormFaceLoss
 
 
 def streamed_loss(criterion: nn.Module, target: Tensor) -> ByClass | ByRow:
-    """``criterion`` for features that come in parts, in the order of ``target`` (M,)."""
+    """``criterion`` for features (M, ..., d) that come in parts, in the order of ``target`` (M, ...)."""
     if isinstance(criterion, PrototypeClassifier):
         criterion = criterion.criterion
     if not isinstance(criterion, Criterion):
@@ -66,7 +66,7 @@ class _Streamed:
         index = target.long().clamp(0, k - 1)  # that a target is out of range is for the kernels to notice
         weight = torch.ones(k, device=target.device) if criterion.weight is None else criterion.weight
         self.weight = weight.to(dtype)[index].masked_fill(target == criterion.ignore_index, 0.0)
-        self.class_weight = self.weight.new_zeros(k).index_add(0, index, self.weight)
+        self.class_weight = self.weight.new_zeros(k).index_add(0, index.reshape(-1), self.weight.reshape(-1))
         self.of_all_ranks, size = self.class_weight, 1
         if self.ranks is not None:
             groups.agree(
@@ -92,7 +92,7 @@ class ByClass(_Streamed):
         """Take in the features of a part."""
         lse, pos = self._lse(features, rows)
         self.lse = logaddexp(self.lse, lse)
-        self.positives += (self.weight[rows] * pos).sum()  # no @, which autocast would narrow
+        self.positives += (self._weights(rows) * pos).sum()  # no @, which autocast would narrow
 
     def collected(self) -> None:
         """There are no more parts."""
@@ -104,16 +104,20 @@ class ByClass(_Streamed):
         lse, pos = self._lse(features, rows)
         empty = lse == -torch.inf
         share = self.of_all_ranks * (lse.detach() - self.lse).exp().masked_fill(empty, 0.0)
-        return self.scale * ((share * lse.masked_fill(empty, 0.0)).sum() - (self.weight[rows] * pos).sum())
+        return self.scale * ((share * lse.masked_fill(empty, 0.0)).sum() - (self._weights(rows) * pos).sum())
 
     def value(self) -> Tensor:
         """The loss of the whole batch."""
         return self.scale * ((self.class_weight * or_zero(self.lse)).sum() - self.positives)
 
+    def _weights(self, rows: slice) -> Tensor:
+        return self.weight[rows].reshape(-1)
+
     def _lse(self, features: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         c = self.criterion
+        features, target, _ = as_rows(features, self.target[rows], None)
         return cosine_lse(
-            features, c.prototypes, self.target[rows], inverse(c.temperature), direction="class",
+            features, c.prototypes, target, inverse(c.temperature), direction="class",
             exclude=self.exclude, ignore_index=c.ignore_index,
         )  # fmt: skip
 

@@ -27,7 +27,8 @@ def class_means(features: Tensor, target: Tensor, num_classes: int) -> tuple[Ten
     """Plain means per class, (K, d) in float64, zero where a class is absent, and the class counts (K,).
 
     Example:
-        >>> means, counts = nckernels.metrics.class_means(torch.tensor([[1.0], [3.0], [5.0]]), torch.tensor([0, 0, 2]), 3)
+        >>> x = torch.tensor([[1.0], [3.0], [5.0]])
+        >>> means, counts = nckernels.metrics.class_means(x, torch.tensor([0, 0, 2]), 3)
         >>> means.flatten().tolist(), counts.tolist()
         ([2.0, 0.0, 5.0], [2, 0, 1])
     """

@@ -57,6 +57,7 @@ CONTRASTIVE_VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "prototype-views": ("prototype", {}, {"views": 2}),
     "prototype-classes": ("prototype", {"num_classes": CLASSES}, {}),
     "info_nce": ("info_nce", {}, {"labelled": False}),
+    "info_nce-more-keys": ("info_nce", {}, {"labelled": False, "more_keys": True}),
     "info_nce-target": ("info_nce", {}, {}),
     "info_nce-decoupled": ("info_nce", {"decoupled": True}, {}),
     "clip": ("clip", {}, {}),
@@ -165,12 +166,13 @@ class Problem:
         )
 
     def whole(self) -> Problem:
-        """For one process: targets that count the keys of a rank count all keys."""
-        if self.loss != "info_nce" or self.target is None:
+        """For one process: targets that count the keys of a rank, by default its first ones, count all keys."""
+        queries, keys = self.sizes[0], self.sizes[-1]
+        if self.loss != "info_nce" or (self.target is None and queries == keys):
             return self
-        sizes = torch.tensor([0, *self.sizes[1][:-1]])
-        offsets = sizes.cumsum(0).repeat_interleave(torch.tensor(self.sizes[0]))
-        return dataclasses.replace(self, target=torch.where(self.target < 0, self.target, self.target + offsets))
+        target = torch.cat([torch.arange(m) for m in queries]) if self.target is None else self.target
+        offsets = torch.tensor([0, *keys[:-1]]).cumsum(0).repeat_interleave(torch.tensor(queries))
+        return dataclasses.replace(self, target=torch.where(target < 0, target, target + offsets))
 
     def call(self, function: Callable[..., Tensor], leaves: dict[str, Tensor], **more: Any) -> Tensor:
         """The loss of these leaves in place of the problem's own."""
@@ -190,6 +192,7 @@ def make(
     weight: bool = False,
     views: int = 1,
     labelled: bool = True,
+    more_keys: bool = False,
     classes: int = CLASSES,
     dim: int = DIM,
     temperature: float = 0.2,
@@ -212,8 +215,9 @@ def make(
         inputs, dealt = [rows(n), rows(n)], [sizes, sizes]
     elif loss == "info_nce":
         keys = sizes
-        if labelled:  # all ranks that have queries have keys, and the first has keys in any case
+        if labelled or more_keys:  # all ranks that have queries have keys, and the first has keys in any case
             keys = tuple((rank == 0) + size + size % 3 for rank, size in enumerate(sizes))
+        if labelled:
             own = torch.tensor(keys).repeat_interleave(torch.tensor(sizes))
             target = (torch.rand(n, generator=g) * own).long()
         inputs, dealt = [rows(n), rows(sum(keys))], [sizes, keys]
