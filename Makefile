@@ -12,9 +12,11 @@ VISION := .vision
 
 ifdef PY
 READY :=
+DOCS_READY :=
 else
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+DOCS_READY := $(VENV)/.docs
 endif
 
 PYTEST := $(PY) -m pytest -q
@@ -23,7 +25,7 @@ PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadgroup
 
 CXX_FILES := $(wildcard csrc/*/*.[ch]* tests/cuda_host/*.h tests/cuda_host/*.cpp tests/aarch64/*.cpp benchmarks/*.cpp)
 
-.PHONY: help setup demo test test-all test-gpu test-vision sanitize lint check-cuda check-triton check-triton-quick check-quack check-aarch64 bench bench-report experiments clean
+.PHONY: help setup demo test test-all test-gpu test-vision sanitize lint check-cuda check-triton check-triton-quick check-quack check-aarch64 bench bench-report experiments docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -89,6 +91,9 @@ bench-report: $(READY) ## the quick suite with all rivals, three minutes: JSON a
 experiments: $(READY) ## the papers' claims on glyphs: trains what is missing in out/experiments, writes docs/results.md
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks experiments --out out/experiments --write
 
+docs: $(DOCS_READY) ## the documentation in out/docs, a page out/docs/index.html; any warning is an error
+	$(PY) -m sphinx -q -W --keep-going -n -d out/doctrees docs out/docs
+
 clean: ## remove everything that make and the tools produced
 	rm -rf $(VENV) $(TRITON36) $(VISION) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
@@ -97,6 +102,11 @@ $(VENV)/.ready: pyproject.toml setup.py
 	$(VENV)/bin/pip install -q --upgrade pip setuptools
 	$(if $(TORCH),$(VENV)/bin/pip install -q $(TORCH))
 	$(VENV)/bin/pip install -q --editable ".[dev]"
+	@touch $@
+
+# Sphinx and its theme, for `make docs` alone.
+$(VENV)/.docs: $(READY)
+	$(PY) -m pip install -q --editable ".[docs]"
 	@touch $@
 
 # The oldest Triton that we support (torch 2.11 ships it), beside the newest one in .venv.

@@ -134,7 +134,13 @@ def on_docstring(app: Sphinx, what: str, name: str, obj: object, options: object
         lines[:0] = ["..", ""]  # a comment as its first line, the only one that napoleon looks at
 
 
+def on_include_read(app: Sphinx, path: Path, page: str, content: list[str]) -> None:
+    """The same for README.md, the text of the first page."""
+    content[0] = relink(content[0])
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
+    app.connect("include-read", on_include_read)
     app.connect("autodoc-process-docstring", on_docstring, priority=400)  # napoleon has 500
     app.connect("source-read", on_source_read)
     return {"parallel_read_safe": True}
