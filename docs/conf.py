@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sphinx.ext import autosummary
+
 import nckernels
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ myst_heading_anchors = 4  # those of GitHub
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings give types and shapes
 autosummary_generate = False
+autosummary.WELL_KNOWN_ABBREVIATIONS = (*autosummary.WELL_KNOWN_ABBREVIATIONS, "Eq.", "Eqs.", "App.")
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_custom_sections = ["Shape", "Shape, Raises"]
