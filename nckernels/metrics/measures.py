@@ -260,7 +260,7 @@ class ClassStatistics(NamedTuple):
     """What the sizes of scatter are made of, for the classes that occur, in the order of their labels."""
 
     means: Tensor
-    """(K, d) m_c, plain means."""
+    """(K, d) m_c, plain means; zero where |m_c| is at most ``rounding``."""
     variances: Tensor
     """(K,) v_c, mean over the class of |z_i - m_c|^2."""
     counts: Tensor
@@ -291,7 +291,13 @@ def class_statistics(features: Tensor, target: Tensor, *, noise: float | None = 
     means, counts = _class_means(features, labels, len(present))
     deviations = (features - means[labels]).square().sum(1)
     variances = torch.zeros_like(means[:, 0]).index_add_(0, labels, deviations) / counts
-    return ClassStatistics(means, variances, counts, labels, noise * _rms(features))
+    rounding = noise * _rms(features)
+    return ClassStatistics(without_rounding(means, rounding), variances, counts, labels, rounding)
+
+
+def without_rounding(means: Tensor, rounding: float) -> Tensor:
+    """The means with zeros for those that are rounding errors, whose direction says nothing."""
+    return means.masked_fill((means.norm(dim=1) <= rounding).unsqueeze(1), 0.0)
 
 
 def between_class_axes(statistics: ClassStatistics) -> Tensor:
@@ -540,9 +546,11 @@ def _check_finite(name: str, value: Tensor) -> None:
 
 def _class_means(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """:func:`class_means` of float64 features and int64 labels that have been checked."""
-    sums = features.new_zeros(num_classes, features.shape[1]).index_add_(0, target, features)
     counts = torch.bincount(target, minlength=num_classes)
-    return sums / counts.clamp(min=1).unsqueeze(1), counts
+    divisor = counts.clamp(min=1).unsqueeze(1)
+    means = features.new_zeros(num_classes, features.shape[1]).index_add_(0, target, features) / divisor
+    # The rounding errors of long sums grow with the number of samples; those of the deviations' sums do not.
+    return means.add_(torch.zeros_like(means).index_add_(0, target, features - means[target]) / divisor), counts
 
 
 def _index(target: Tensor, features: Tensor) -> Tensor:

@@ -120,7 +120,9 @@ def neural_collapse(
     one sample have no covariance and are left out of ``intra_erank``; in ``cdnv`` their variance is 0. With a
     single class every between-class metric is NaN and ``nc1_rank`` is 0. If the means coincide, up to the
     rounding error of the features' dtype, ``nc1``, ``scatter_ratio``, ``cdnv``, ``mir``, ``hdr``, their centred
-    forms, the ``nc2_*``, ``nc3_rotated`` and ``nc4`` are NaN; for ``cdnv`` two means that coincide suffice.
+    forms, the ``nc2_*``, ``nc3_rotated`` and ``nc4`` are NaN, and ``inter_erank`` and ``nc1_rank`` are 0; for ``cdnv``
+    two means that coincide suffice. A mean of at most the rounding error counts as zero, at a squared distance of 1
+    from every unit vector in ``weight_alignment``; ``offset`` is NaN if all means are zero.
     Prototypes that are all zero have rank 0, squared distance 1 from every unit vector and entropy 0 (``hdr`` 1,
     ``mir`` NaN), no rotation (``nc3_rotated`` NaN), and the decision is always the first class.
 
@@ -222,7 +224,7 @@ def report_of(
         mir_centred, hdr_centred = entropy_ratios(entropy, gram, centred @ centred.T)
     return NeuralCollapse(
         intra_erank=intra_erank,
-        inter_erank=covariance_rank(means, noise=noise),
+        inter_erank=0.0 if coincide and len(means) > 1 else covariance_rank(means, noise=noise),
         weights_erank=weights_erank,
         weight_alignment=against(lambda v: weight_alignment(v, means)),
         instance_alignment=against(instances),

@@ -43,6 +43,7 @@ from .measures import (
     is_matrix,
     nearest_mean_agreement,
     rounding_noise,
+    without_rounding,
 )
 from .report import NeuralCollapse, report_of
 
@@ -252,7 +253,8 @@ def _statistics(state: Tensor, noise: Tensor) -> tuple[ClassStatistics, Tensor]:
     counts, means, scatters = moments.counts[present], moments.means[present], moments.scatters[present]
     squares = (scatters.sum() + (counts * means.square().sum(1)).sum()) / counts.sum()  # mean of |u_i|^2
     no_labels = torch.empty(0, dtype=torch.int64, device=state.device)
-    return ClassStatistics(means, scatters / counts, counts, no_labels, (noise * squares.sqrt()).item()), present
+    rounding = (noise * squares.sqrt()).item()
+    return ClassStatistics(without_rounding(means, rounding), scatters / counts, counts, no_labels, rounding), present
 
 
 def _report(state: Tensor, noise: Tensor, prototypes: Tensor | None, bias: Tensor | None) -> NeuralCollapse:

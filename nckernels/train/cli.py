@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = make_parser()
     arguments = parser.parse_args(argv)
+    if arguments.device is not None:
+        arguments.set.append(f"run.device={arguments.device}")
     if arguments.resume and arguments.out is None:
         parser.error("--resume: expected --out, the folder of the run")
     first = os.environ.get("RANK", "0") == "0"
@@ -78,6 +80,10 @@ def make_parser() -> argparse.ArgumentParser:
         default=[],
         metavar="KEY=VALUE",
         help='change a setting, for instance --set loss.name="ntce" --set schedule.epochs=10; may be repeated',
+    )
+    add(
+        "--device",
+        help="cpu, cuda, cuda:1, ...; auto: an accelerator if there is one; short for --set run.device=DEVICE",
     )
     add("--out", type=Path, metavar="FOLDER", help="folder for checkpoints, history and logs; none: no files")
     add("--resume", choices=("auto",), help="auto: go on from the folder's checkpoint, if there is one")

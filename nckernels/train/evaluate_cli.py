@@ -114,7 +114,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The numbers, and a table of them."""
-    on, device = arguments.on, world(arguments.device).device
+    on, device = arguments.on, world(arguments.device, "--device").device
     run = load(arguments.run, device, root="" if on == "imagenet-c" else arguments.root)
     results: dict[str, Any] = {"run": str(arguments.run), "name": run.recipe.name, "on": on}
     if on == "test":

@@ -128,6 +128,38 @@ def test_degenerate_sets() -> None:
             close(got, want)
 
 
+OF_DIFFERENCES = ("nc1", "scatter_ratio", "cdnv", "mir", "hdr", "mir_centred", "hdr_centred", "nc3_rotated", "nc4")
+OF_DIFFERENCES += ("nc2_norms", "nc2_cosines", "nc2_cosines_max")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("means", ["one row", "one set", "zero"])
+def test_means_that_coincide(means: str, dtype: torch.dtype) -> None:
+    """Each class the same samples in another order: no value is made of rounding errors, whichever way it is computed.
+
+    Means that are also zero, each sample with its opposite, have no direction and no offset.
+    """
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(60, D, generator=g, dtype=torch.float64).to(dtype)
+    rows = {"one row": rows[:1].expand(60, D), "one set": rows, "zero": torch.cat([rows, -rows])}[means]
+    features = torch.cat([rows[torch.randperm(len(rows), generator=g)] for _ in range(K)])
+    target = torch.arange(K).repeat_interleave(len(rows))
+    prototypes = torch.randn(K, D, generator=g, dtype=torch.float64)
+    for order in (torch.arange(len(target)), torch.randperm(len(target), generator=g)):
+        x, y = features[order], target[order]
+        want = neural_collapse(x, y, prototypes)
+        assert all(math.isnan(getattr(want, name)) for name in OF_DIFFERENCES)
+        assert (want.inter_erank, want.nc1_rank) == (0, 0)
+        if means == "zero":
+            assert math.isnan(want.offset)
+            assert want.weight_alignment == pytest.approx(1, rel=1e-12)
+        else:
+            assert want.offset == pytest.approx(1, rel=1e-6)
+        close(measure(split(x, y, 7), prototypes=prototypes), want)
+        close(streamed(split(x, y, 50), prototypes).report(), want, one_pass=True)
+
+
 def test_merging_forward_and_reset() -> None:
     features, target, prototypes, bias = problem()
     want = neural_collapse(features, target, prototypes, bias=bias)

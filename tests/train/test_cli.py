@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
@@ -69,7 +70,11 @@ def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
         (["--set", "schedule.epochs=0"], "schedule.epochs: expected at least 1"),
         (["--set", "run.batch_size=5000"], "run.batch_size: expected at most 576"),
         (["--set", "epochs"], "--set: expected key=value, got 'epochs'"),
-        (["--set", "run.device=quantum"], "run.device: 'quantum' cannot be used here"),
+        (["--set", "run.device=quantum"], "run.device: 'quantum' cannot be used here; expected auto, cpu, cuda or"),
+        (["--device", "quantum"], "run.device: 'quantum' cannot be used here; expected auto, cpu, cuda or cuda:1"),
+        (["--device", "meta"], "run.device: 'meta' cannot be used here: its tensors have no values"),
+        (["--device", "meta", "--dry-run"], "run.device: 'meta' cannot be used here: its tensors have no values"),
+        (["--device", "xpu:9"], "run.device: 'xpu:9' cannot be used here; PyTorch finds cpu"),
         (["--resume", "auto"], "--resume: expected --out"),
         (["--resume", "sometimes"], "argument --resume: invalid choice: 'sometimes'"),
     ],
@@ -79,6 +84,18 @@ def test_bad_arguments(words: list[str], message: str, tmp_path: Path, capsys: p
         cli.main([str(file(tmp_path)), *words, "--quiet"])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Training says what there is in one line; a dry run describes a run elsewhere."""
+    words = [str(file(tmp_path)), "--device", "cuda:1"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith("run.device: 'cuda:1' cannot be used here; PyTorch finds cpu only\n")
+    assert cli.main([*words, "--dry-run"]) == 0
+    assert 'device = "cuda:1"' in capsys.readouterr().out
 
 
 def test_a_training_that_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
