@@ -24,7 +24,7 @@ def inverse(temperature: float | Tensor) -> float | Tensor:
     if isinstance(temperature, Tensor):
         beta = temperature.to(accumulation_dtype(temperature.dtype)).reciprocal()
         return beta.reshape(()) if beta.dim() else beta
-    return 1.0 / temperature
+    return 1.0 / float(temperature)
 
 
 def logaddexp(a: Tensor, b: Tensor) -> Tensor:
@@ -52,10 +52,10 @@ def unit(rows: Tensor) -> Tensor:
 
 def leading_dimensions(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
     """Let a loss of rows (M, d), prototypes and labels (M,) take features (..., d) with labels and weights (...)."""
+    of_rows = cast(Callable[..., Tensor], loss)
 
     @functools.wraps(loss)
     def of_any_shape(input: Tensor, prototypes: Tensor, target: Tensor, **options: Any) -> Tensor:
-        of_rows = cast(Callable[..., Tensor], loss)
         if not isinstance(input, Tensor) or input.dim() == 2:
             return of_rows(input, prototypes, target, **options)
         weight = options.pop("sample_weight", None)

@@ -182,8 +182,8 @@ class FixedPrototypeHead(_Loss):
         _checks.positive_integer("refresh_every", refresh_every)
         _checks.integer("ignore_index", ignore_index)
         _checks.choice("reduction", reduction, REDUCTIONS)
-        self.dynamic, self.momentum, self.refresh_every = assignment == "dynamic", momentum, refresh_every
-        self.ignore_index, self.reduction, self.calls = ignore_index, reduction, 0
+        self.dynamic, self.momentum, self.refresh_every = assignment == "dynamic", float(momentum), int(refresh_every)
+        self.ignore_index, self.reduction, self.calls = int(ignore_index), reduction, 0
         if self.dynamic:
             _solver()
         self.register_buffer("points", points)
@@ -198,13 +198,11 @@ class FixedPrototypeHead(_Loss):
     def forward(self, input: Tensor, target: Tensor | None = None) -> Tensor:
         """The cosines of features (..., d), or their loss with labels (...)."""
         if target is None:
-            _checks.is_tensor("input", input)
-            self._check_columns(input)
             return cosines(input, self.prototypes.to(input.dtype))
         like = target
         input, target, _ = as_rows(input, target, None)
         _checks.matrix("input", input, "M", "d")
-        self._check_columns(input)
+        _checks.columns("input", input, self.points.shape[1], "the prototypes have")
         _checks.same_device("input", input, "the head's points", self.points)
         _checks.target(target, input, "input")
         _checks.in_classes(target, len(self.points), self.ignore_index)
@@ -275,11 +273,6 @@ class FixedPrototypeHead(_Loss):
                 dynamic=self.dynamic, momentum=self.momentum, refresh_every=self.refresh_every, training=self.training,
             )  # fmt: skip
         return ranks
-
-    def _check_columns(self, input: Tensor) -> None:
-        d = self.points.shape[1]
-        if input.dim() == 0 or input.shape[-1] != d:
-            raise ValueError(f"input must have d={d} columns, as the prototypes have, got {tuple(input.shape)}")
 
     def get_extra_state(self) -> Tensor:
         """The number of calls."""

@@ -235,8 +235,8 @@ def info_nce_loss(
         reduction: ``"none"``, ``"sum"`` or ``"mean"``, weighted by ``sample_weight``.
         decoupled: leave the positive out of the sum.
         process_group: whose keys a query is contrasted with, and the rest as in :func:`supcon_loss`. ``target``
-            counts this rank's own keys; where it is None, the first M of them are the positives. The further ones of all
-            ranks, for example those of a queue on each, are negatives for everybody.
+            counts this rank's own keys; where it is None, the first M of those are the positives. Further keys, of a
+            queue on each rank for example, are negatives of all ranks' queries.
 
     Returns:
         A scalar, or (M,); float32 (float64 for float64 input). The mean of nothing is 0.

@@ -61,7 +61,7 @@ class _OfPrototypes(_Loss):
         super().__init__(process_group)
         if prototypes is None:
             if in_features is None or num_classes is None:
-                raise ValueError("give in_features and num_classes, or prototypes of shape (K, d)")
+                raise ValueError("give in_features and num_classes, or prototypes=, a tensor of shape (K, d)")
             _checks.positive_integer("in_features", in_features)
             _checks.positive_integer("num_classes", num_classes)
             prototypes = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
@@ -78,7 +78,7 @@ class _OfPrototypes(_Loss):
             _checks.vector("weight", weight, prototypes.shape[0], prototypes)
         _register(self, "prototypes", prototypes)
         self.register_buffer("weight", weight)
-        self.ignore_index, self.reduction = ignore_index, reduction
+        self.ignore_index, self.reduction = int(ignore_index), reduction
 
     def forward(self, input: Tensor, target: Tensor | None = None, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of features (M, d) or (..., d) with class indices (M,) or (...); without them the logits."""
@@ -110,9 +110,8 @@ class _OfPrototypes(_Loss):
 
     def extra_repr(self) -> str:
         k, d = self.prototypes.shape
-        return _joined(
-            f"in_features={d}, num_classes={k}", self._shown(), f"reduction={self.reduction!r}", super().extra_repr()
-        )
+        shown = f"in_features={d}, num_classes={k}", self._shown(), f"reduction={self.reduction!r}"
+        return _joined(*shown, _changed(self, ignore_index=-100), super().extra_repr())
 
     def _shown(self) -> str:
         return ""
@@ -143,7 +142,7 @@ class _PrototypeLoss(_OfPrototypes):
             reduction=reduction, process_group=process_group, device=device, dtype=dtype,
         )  # fmt: skip
         _checks.temperature(temperature, self.prototypes)
-        _register(self, "temperature", temperature)
+        _register(self, "temperature", temperature if isinstance(temperature, Tensor) else float(temperature))
         self.sparse = sparse
 
     def _logits(self, input: Tensor, prototypes: Tensor) -> Tensor:
@@ -153,7 +152,7 @@ class _PrototypeLoss(_OfPrototypes):
         return {**super()._shared(), "temperature": self.temperature, "sparse": self.sparse}
 
     def _shown(self) -> str:
-        return f"temperature={_shown(self.temperature)}"
+        return _joined(f"temperature={_shown(self.temperature)}", _changed(self, sparse=False))
 
 
 class NONLLoss(_PrototypeLoss):
@@ -215,6 +214,9 @@ class NONLLoss(_PrototypeLoss):
         _checks.choice("direction", direction, DIRECTIONS)
         _checks.sparse(self.sparse, direction)
         self.direction = direction
+
+    def _shown(self) -> str:
+        return _joined(super()._shown(), _changed(self, direction="class"))
 
     def _loss(self, input: Tensor, prototypes: Tensor, target: Tensor, sample_weight: Tensor | None) -> Tensor:
         return functional.nonl_loss(
@@ -278,9 +280,13 @@ class NormFaceLoss(_PrototypeLoss):
         _checks.in_range("angular_margin", angular_margin, 0.0, math.pi)
         _checks.in_range("cosine_margin", cosine_margin, 0.0, 2.0)
         _checks.sampling(class_fraction, label_smoothing, self.sparse)
-        self.label_smoothing = label_smoothing
-        self.class_fraction, self.generator = class_fraction, generator
-        self.angular_margin, self.cosine_margin = angular_margin, cosine_margin
+        self.label_smoothing = float(label_smoothing)
+        self.class_fraction, self.generator = float(class_fraction), generator
+        self.angular_margin, self.cosine_margin = float(angular_margin), float(cosine_margin)
+
+    def _shown(self) -> str:
+        defaults = {"label_smoothing": 0.0, "angular_margin": 0.0, "cosine_margin": 0.0, "class_fraction": 1.0}
+        return _joined(super()._shown(), _changed(self, **defaults))
 
     def _loss(self, input: Tensor, prototypes: Tensor, target: Tensor, sample_weight: Tensor | None) -> Tensor:
         return functional.normface_loss(
@@ -404,7 +410,7 @@ class _ContrastiveLoss(_Loss):
         like = temperature if isinstance(temperature, Tensor) else torch.empty(0)
         _checks.temperature(temperature, like)
         _checks.choice("reduction", reduction, REDUCTIONS)
-        _register(self, "temperature", temperature)
+        _register(self, "temperature", temperature if isinstance(temperature, Tensor) else float(temperature))
         self.reduction: Reduction = reduction
 
     def extra_repr(self) -> str:
@@ -425,7 +431,10 @@ class _AnchorLoss(_ContrastiveLoss):
     ) -> None:
         super().__init__(temperature=temperature, reduction=reduction, process_group=process_group)
         _checks.integer("ignore_index", ignore_index)
-        self.ignore_index, self.decoupled = ignore_index, decoupled
+        self.ignore_index, self.decoupled = int(ignore_index), decoupled
+
+    def extra_repr(self) -> str:
+        return _joined(super().extra_repr(), _changed(self, ignore_index=-100, decoupled=False))
 
 
 class SupConLoss(_AnchorLoss):
@@ -480,7 +489,11 @@ class PrototypeLoss(_ContrastiveLoss):
         _checks.integer("ignore_index", ignore_index)
         if num_classes is not None:
             _checks.positive_integer("num_classes", num_classes)
-        self.num_classes, self.ignore_index = num_classes, ignore_index
+            num_classes = int(num_classes)
+        self.num_classes, self.ignore_index = num_classes, int(ignore_index)
+
+    def extra_repr(self) -> str:
+        return _joined(super().extra_repr(), _changed(self, num_classes=None, ignore_index=-100))
 
     def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of features with labels."""
@@ -547,6 +560,9 @@ class CLIPLoss(_ContrastiveLoss):
         super().__init__(temperature=temperature, reduction=reduction, process_group=process_group)
         self.decoupled = decoupled
 
+    def extra_repr(self) -> str:
+        return _joined(super().extra_repr(), _changed(self, decoupled=False))
+
     def forward(self, a: Tensor, b: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of pairs (N, d), (N, d)."""
         return contrastive.clip_loss(
@@ -572,7 +588,7 @@ class UniformityLoss(_Loss):
     def __init__(self, *, t: float = 2.0, process_group: GroupLike = None) -> None:
         super().__init__(process_group)
         _checks.positive_scalar("t", t, torch.empty(0))
-        self.t = t
+        self.t = float(t)
 
     def forward(self, input: Tensor) -> Tensor:
         """The potential of features (N, d)."""
@@ -595,7 +611,7 @@ class AlignmentLoss(_Loss):
         super().__init__(process_group)
         _checks.positive_scalar("alpha", alpha, torch.empty(0))
         _checks.choice("reduction", reduction, REDUCTIONS)
-        self.alpha, self.reduction = alpha, reduction
+        self.alpha, self.reduction = float(alpha), reduction
 
     def forward(self, input: Tensor, other: Tensor) -> Tensor:
         """The distance of pairs (N, d), (N, d), or (..., d) both."""
@@ -609,8 +625,9 @@ class AlignmentLoss(_Loss):
 
 def cosines(input: Tensor, prototypes: Tensor) -> Tensor:
     """(..., K) cosines of features (..., d) with prototypes (K, d)."""
-    if not _checks.is_dtensor(input):
+    if not (isinstance(input, Tensor) and _checks.is_dtensor(input)):
         _checks.is_tensor("prototypes", prototypes)
+        _checks.columns("input", input, prototypes.shape[1], "the prototypes have")
     # Norms in the accumulation dtype: those of float16 rows can exceed what float16 holds.
     rows, columns = (unit(x).to(x.dtype) for x in (input, prototypes))
     return F.linear(rows, columns)
@@ -618,6 +635,14 @@ def cosines(input: Tensor, prototypes: Tensor) -> Tensor:
 
 def _joined(*shown: str) -> str:
     return ", ".join(part for part in shown if part)
+
+
+def _changed(module: nn.Module, **defaults: object) -> str:
+    """The options of a module that are not at their defaults."""
+    values = {name: getattr(module, name) for name, default in defaults.items() if getattr(module, name) != default}
+    return _joined(
+        *(f"{name}={value:g}" if type(value) is float else f"{name}={value!r}" for name, value in values.items())
+    )
 
 
 def _shown(temperature: float | Tensor) -> str:

@@ -131,7 +131,7 @@ def cosine_lse(
     sample_bias, class_bias = _split_bias(logit_bias, direction, features, prototypes)
 
     symmetric = features is prototypes and direction != "both" and exclude in ("self", "same_label")
-    spec = Spec(direction, exclude, present_only, ignore_index, registry.get_workspace(features.device), symmetric)
+    spec = Spec(direction, exclude, present_only, int(ignore_index), registry.get_workspace(features.device), symmetric)
     features, prototypes, target = _operands(features, prototypes, target)
     dtype = accumulation_dtype(features.dtype)
     biases = (None if bias is None else bias.to(dtype) for bias in (sample_bias, class_bias))
@@ -166,7 +166,7 @@ def contrast(
     :func:`step` first.
     """
     features, prototypes, target = _operands(features, prototypes, target)
-    spec = Spec(direction, exclude, direction == "class", ignore_index, registry.get_workspace(features.device))
+    spec = Spec(direction, exclude, direction == "class", int(ignore_index), registry.get_workspace(features.device))
     backend = registry.resolve(features.device, features.dtype)
     reduced = Reduced(weight, reduction == "mean", of_nothing)
     loss = _step(features, prototypes, target, inv_temperature, reduced, spec, backend, each=reduction == "none")
@@ -201,7 +201,7 @@ def step(
     symmetric = features is prototypes and exclude in ("self", "same_label")
     features, other, target = _operands(features, prototypes, target)
     present_only = direction == "class" and not symmetric
-    spec = Spec(direction, exclude, present_only, ignore_index, registry.get_workspace(features.device), symmetric)
+    spec = Spec(direction, exclude, present_only, int(ignore_index), registry.get_workspace(features.device), symmetric)
     backend = registry.resolve(features.device, features.dtype)
     prototypes = features if symmetric else other
     return _step(features, prototypes, target, inv_temperature, reduced, spec, backend, each)

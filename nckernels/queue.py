@@ -69,7 +69,7 @@ class FeatureQueue(nn.Module):
         _checks.positive_integer("size", size)
         _checks.positive_integer("dim", dim)
         _checks.integer("ignore_index", ignore_index)
-        self.ignore_index = ignore_index
+        self.ignore_index = int(ignore_index)
         self.register_buffer("features", torch.zeros(size, dim, device=device, dtype=dtype))
         self.register_buffer("labels", torch.full((size,), ignore_index, device=device))
         self.register_buffer("position", torch.zeros((), device=device, dtype=torch.int64))
@@ -85,12 +85,11 @@ class FeatureQueue(nn.Module):
         """
         size, dim = self.features.shape
         _checks.matrix("features", features, "n", "d")
-        if features.shape[1] != dim:
-            raise ValueError(f"features must have shape (n, {dim}), got {tuple(features.shape)}")
+        _checks.columns("features", features, dim, "the queue has")
         _checks.same_device("features", features, "the queue", self.features)
         if labels is None:
             labels = torch.zeros(len(features), device=features.device, dtype=torch.int64)
-        _checks.target(labels, features)
+        _checks.target(labels, features, name="labels")
         features, labels = features[-size:], labels[-size:]
         slots = (self.position + torch.arange(len(features), device=features.device)) % size
         self.features.index_copy_(0, slots, features.to(self.features.dtype))
@@ -150,6 +149,8 @@ class QueueLoss(nn.Module):
             raise TypeError(
                 f"criterion must be an NONLLoss, NTCELoss, SupConLoss or PrototypeLoss, got {type(criterion).__name__}"
             )
+        if not isinstance(queue, FeatureQueue):
+            raise TypeError(f"queue must be a FeatureQueue, got {type(queue).__name__}")
         _by_class(criterion, ("class", "both"))
         if criterion.ignore_index != queue.ignore_index:
             raise ValueError(
@@ -161,6 +162,7 @@ class QueueLoss(nn.Module):
     def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of features (M, d) or (..., d) with labels (M,) or (...), in SupCon also of (B, V, d) with (B,)."""
         rows, labels, weight = _rows(input, target, sample_weight)
+        _checks.columns("input", rows, self.queue.features.shape[1], "the queue has")
         past, past_labels = self.queue.features.to(rows.dtype), self.queue.labels
         if isinstance(self.criterion, NONLLoss | NTCELoss) and self.criterion.process_group is None:
             past_labels = _as_one(past_labels, labels, len(self.criterion.prototypes), self.queue.ignore_index)
@@ -248,7 +250,7 @@ class RunningDenominatorLoss(nn.Module):
         _checks.number("decay", decay)
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"decay must be at least 0 and less than 1, got {decay}")
-        self.criterion, self.decay = criterion, decay
+        self.criterion, self.decay = criterion, float(decay)
         zeros = torch.zeros(len(criterion.prototypes), device=criterion.prototypes.device)
         zeros = zeros.to(accumulation_dtype(criterion.prototypes.dtype))
         self.register_buffer("lse", zeros - torch.inf)
@@ -260,6 +262,12 @@ class RunningDenominatorLoss(nn.Module):
         """The loss of features (M, d) or (..., d) with class indices (M,) or (...)."""
         input, target, sample_weight = as_rows(input, target, sample_weight)
         criterion = self.criterion
+        prototypes = criterion.prototypes_like(input)
+        _checks.features_and_prototypes(input, prototypes, "input")
+        _checks.target(target, input, "input")
+        if sample_weight is not None:
+            _checks.vector("sample_weight", sample_weight, len(input), input)
+            _checks.not_negative("sample_weight", sample_weight)
         exclude: Literal["target", "none"] = "target" if isinstance(criterion, NONLLoss) else "none"
         ranks = groups.resolve(criterion.process_group)
         if ranks is not None:
@@ -269,7 +277,7 @@ class RunningDenominatorLoss(nn.Module):
                 d=columns, exclude=exclude, decay=self.decay,
             )  # fmt: skip
         lse, pos = cosine_lse(
-            input, criterion.prototypes_like(input), target, inverse(criterion.temperature), direction="class",
+            input, prototypes, target, inverse(criterion.temperature), direction="class",
             exclude=exclude, ignore_index=criterion.ignore_index,
         )  # fmt: skip
         counted = target != criterion.ignore_index

@@ -14,6 +14,8 @@ from oracle import LOSSES
 from ranks import Ranks
 from torch import Tensor, nn
 
+import nckernels
+
 from .global_cases import (
     CLASSES,
     DTYPES,
@@ -52,6 +54,35 @@ def problems(
 @losses
 def test_ranks_add_up_to_the_whole_batch(ranks: Ranks, loss: str) -> None:
     check(ranks, problems(ranks, loss, reductions=MOST if ranks.world_size == 2 else SOME))
+
+
+def sequences(rank: int, world_size: int, x: Tensor, w: Tensor, y: Tensor, reduction: Any) -> Tensor:
+    """The first rank has one of them, the others the rest."""
+    mine = slice(0, 1) if rank == 0 else slice(1, None)
+    return nckernels.nonl_loss(x[mine], w, y[mine], reduction=reduction, process_group="world")
+
+
+def test_leading_dimensions(ranks2: Ranks) -> None:
+    """Every rank flattens its own."""
+    x, w = torch.randn(4, 3, 6, dtype=torch.float64), torch.randn(CLASSES, 6, dtype=torch.float64)
+    y = torch.randint(CLASSES, (4, 3))
+    found = ranks2.run(sequences, x, w, y, "none")
+    torch.testing.assert_close(torch.cat(found), nckernels.nonl_loss(x, w, y, reduction="none"), rtol=1e-12, atol=1e-12)
+    found = ranks2.run(sequences, x, w, y, "mean")
+    torch.testing.assert_close(sum(found) / 2, nckernels.nonl_loss(x, w, y), rtol=1e-12, atol=1e-12)
+
+
+def smoothed_over_nothing(rank: int, world_size: int) -> Tensor:
+    weight = torch.tensor([0.0, 0.0, 1.0])
+    return nckernels.normface_loss(
+        torch.randn(4, 6), torch.ones(3, 6), torch.tensor([0, 1, 0, 1]), weight=weight, label_smoothing=0.1,
+        process_group="world",
+    )  # fmt: skip
+
+
+def test_label_smoothing_over_a_total_weight_of_zero(ranks2: Ranks) -> None:
+    """NaN, as in F.cross_entropy."""
+    assert all(bool(loss.isnan()) for loss in ranks2.run(smoothed_over_nothing))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
