@@ -9,6 +9,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 TRITON36 := .triton36
 VISION := .vision
+DIST := .dist
 
 ifdef PY
 READY :=
@@ -25,7 +26,7 @@ PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadgroup
 
 CXX_FILES := $(wildcard csrc/*/*.[ch]* tests/cuda_host/*.h tests/cuda_host/*.cpp tests/aarch64/*.cpp benchmarks/*.cpp)
 
-.PHONY: help setup demo test test-all test-gpu test-vision sanitize lint check-cuda check-triton check-triton-quick check-quack check-aarch64 bench bench-report experiments docs clean
+.PHONY: help setup demo test test-all test-gpu test-vision sanitize lint dist check-installs check-cuda check-triton check-triton-quick check-quack check-aarch64 bench bench-report experiments docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -81,6 +82,14 @@ check-quack: $(READY) ## compile quack's product with our epilogues for sm_90a, 
 check-aarch64: $(READY) ## the CPU kernels against float64 loops, here and on aarch64 under emulation, two minutes
 	$(PY) tools/check_aarch64.py
 
+dist: $(DIST)/.ready ## sdist and manylinux wheel in dist/, checked (twine, check-wheel-contents, auditwheel); a few minutes
+	$(DIST)/bin/python tools/dist.py
+	$(DIST)/bin/cffconvert --validate
+
+# INSTALLS=... are options of the script, for example INSTALLS="--only 3.13".
+check-installs: ## install what make dist made with each Python and torch (15 GB of downloads) and print a table
+	$(PYTHON) tools/check_installs.py $(INSTALLS)
+
 bench: $(READY) ## forward + backward of every loss on this machine, half a minute (pytest-benchmark)
 	@mkdir -p out
 	$(PYTEST) benchmarks/bench_losses.py --benchmark-json out/benchmark.json --benchmark-columns median,iqr,rounds
@@ -95,7 +104,7 @@ docs: $(DOCS_READY) ## the documentation in out/docs, a page out/docs/index.html
 	$(PY) -m sphinx -q -W --keep-going -n -d out/doctrees docs out/docs
 
 clean: ## remove everything that make and the tools produced
-	rm -rf $(VENV) $(TRITON36) $(VISION) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(TRITON36) $(VISION) $(DIST) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 $(VENV)/.ready: pyproject.toml setup.py
 	$(PYTHON) -m venv $(if $(TORCH),,--system-site-packages) $(VENV)
@@ -120,4 +129,11 @@ $(VISION)/.ready: pyproject.toml setup.py
 	$(VISION)/bin/pip install -q --upgrade pip setuptools
 	$(VISION)/bin/pip install -q torch==2.14.1 torchvision==0.29.1 timm
 	$(VISION)/bin/pip install -q --editable ".[dev]"
+	@touch $@
+
+# What builds and checks distributions; it needs no torch.
+$(DIST)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(DIST)
+	$(DIST)/bin/pip install -q --upgrade pip
+	$(DIST)/bin/pip install -q --group dist
 	@touch $@

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import __version__
 from ._checks import no_autocast
 from .backends import reference, registry
 from .backends.base import (
@@ -43,7 +44,7 @@ def run(inputs: Inputs, spec: Spec, backend: str) -> tuple[Tensor | None, Tensor
             _Eager.apply(*inputs, spec, backend, False) if _needs_grad(inputs) else forward(inputs, spec, backend)[:3]
         )
     operator = torch.ops.nckernels.cosine_lse
-    return operator(*inputs, *spec, backend, _needs_grad(inputs))[:3]
+    return operator(*inputs, *spec, backend, _needs_grad(inputs), __version__)[:3]
 
 
 def run_contrast(inputs: Inputs, spec: Spec, backend: str) -> Tensor:
@@ -117,7 +118,9 @@ _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 torch.library.define(
     "nckernels::cosine_lse",
-    f"({_INPUT_SCHEMA}, {_SPEC_SCHEMA}, bool keep) -> ({_SAVED_SCHEMA})",
+    # Nothing reads the version. It makes the graph another one, so that what torch.compile has cached on disk for an
+    # earlier release, with other sizes of the results, is not used.
+    f"({_INPUT_SCHEMA}, {_SPEC_SCHEMA}, bool keep, str version) -> ({_SAVED_SCHEMA})",
     tags=_TAGS,
 )
 torch.library.define(
@@ -190,7 +193,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
 
 
 def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 14
+    nothing = (None,) * 15
     if all(grad is None for grad in grads[:3]):
         return nothing
     no_batches(*grads[:3])

@@ -134,7 +134,7 @@ def test_every_16_bit_number_is_converted(dtype: torch.dtype) -> None:
     x = x[x.isfinite()][:, None]
     y = torch.zeros(len(x), dtype=torch.int64)
     arguments = (x, torch.ones(1, 1, dtype=dtype), y, torch.tensor(1.0), None, None, "instance", "none", False, -100)
-    results = torch.ops.nckernels.cosine_lse(*arguments, MIB, False, "native", False)
+    results = torch.ops.nckernels.cosine_lse(*arguments, MIB, False, "native", False, "")
     eps = 2.0**-14 if dtype == torch.float16 else 1e-12
     # The squares of bfloat16's largest numbers leave the range of float32: their norm is inf, as in PyTorch.
     x = x[:, 0].double()

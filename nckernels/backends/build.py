@@ -88,7 +88,7 @@ CPU = {
     name: Library(
         f"cpu_{name}",
         "cpu",
-        ("bfloat16.cpp", "float32.cpp", "float64.cpp", "library.cpp"),
+        ("bfloat16.cpp", "float32.cpp", "float64.cpp", "library.cpp", "portable.cpp"),
         (*_CPU_FLAGS, *flags),
         ("-fopenmp",),
     )
