@@ -68,6 +68,7 @@ nitpick_ignore_regex: list[tuple[str, str]] = []
 # add a line: name, type, page.
 intersphinx_mapping = {
     "python": ("https://docs.python.org/3/", "inventories/python.txt"),
+    "numpy": ("https://numpy.org/doc/stable/", "inventories/numpy.txt"),
     "torch": ("https://docs.pytorch.org/docs/stable/", "inventories/torch.txt"),
     "scipy": ("https://docs.scipy.org/doc/scipy/", "inventories/scipy.txt"),
     "torchmetrics": ("https://lightning.ai/docs/torchmetrics/stable/", "inventories/torchmetrics.txt"),
