@@ -2,7 +2,7 @@
 
 [NCD] section 4.3: after supervised contrastive training the class means already are a classifier, fixed prototypes
 (FP), at the price of one pass over the training set. The baselines train a linear layer on frozen features: linear
-probing (LP) and its normalised form (NLP), [NCD] Table 2. :func:`compare_classifiers` runs all three.
+probing (LP) and its normalised form (NLP), [NCD] Table 2. :func:`nckernels.compare_classifiers` runs all three.
 
 Both are modules whose forward gives logits, with scikit-learn's method names (``fit``, ``predict``, ``score``) on
 tensors. :mod:`nckernels.sklearn` has scikit-learn estimators for arrays and labels of any kind.
