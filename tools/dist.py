@@ -44,7 +44,6 @@ def main() -> int:
         work = Path(name)
         build(work, options.cuda)
         sdist, linux = one(work, "*.tar.gz"), one(work, "*.whl")
-        run("auditwheel", "show", str(linux))
         excluded = [word for pattern in OUTSIDE for word in ("--exclude", pattern)]
         run("auditwheel", "repair", *excluded, "--wheel-dir", str(work / "wheelhouse"), str(linux))
         wheel = one(work / "wheelhouse", "*.whl")
