@@ -2,7 +2,7 @@
 
 pip install accelerate
 accelerate launch examples/digits_accelerate.py
-accelerate launch --cpu --num_processes 2 examples/digits_accelerate.py
+torchrun --nproc-per-node 2 examples/digits_accelerate.py --cpu
 
 Training calls the prepared model with labels and gets the loss, so that gradients of the prototypes are averaged too.
 With the samples of all processes in the loss, any number of processes prints the same losses.
@@ -35,12 +35,13 @@ class Net(nn.Module):
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--mixed-precision", default="no", choices=("no", "bf16", "fp16"))
     args = parser.parse_args()
 
     # A batch of the loader is that of all processes; each gets its share.
     batches = DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True)
-    accelerator = Accelerator(mixed_precision=args.mixed_precision, dataloader_config=batches)
+    accelerator = Accelerator(cpu=args.cpu, mixed_precision=args.mixed_precision, dataloader_config=batches)
     set_seed(0)
     digits = load_digits()
     x, y = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)

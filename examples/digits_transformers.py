@@ -23,9 +23,6 @@ import nckernels
 class ViTForPrototypeClassification(ViTPreTrainedModel):
     """ViTForImageClassification with prototypes in place of the linear layer, NONL in place of cross-entropy."""
 
-    # The loss is a mean over the batch. Otherwise Trainer takes it for one that divides by num_items_in_batch.
-    accepts_loss_kwargs = False
-
     def __init__(self, config: ViTConfig) -> None:
         super().__init__(config)
         self.vit = ViTModel(config, add_pooling_layer=False)
@@ -33,12 +30,13 @@ class ViTForPrototypeClassification(ViTPreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Called by from_pretrained for what a checkpoint lacks, such as the prototypes where it is a backbone's."""
+        """Called by from_pretrained for what a checkpoint lacks: of a backbone's, the prototypes."""
         super()._init_weights(module)
         if isinstance(module, nckernels.NONLLoss):
-            nn.init.normal_(module.prototypes, std=module.prototypes.shape[1] ** -0.5)
+            module.reset_parameters()
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
+        # No **kwargs: they tell Trainer that the loss is a sum over num_items_in_batch. It is the mean of the batch.
         features = self.vit(pixel_values).last_hidden_state[:, 0]
         loss = None if labels is None else self.head(features, labels)
         return ImageClassifierOutput(loss=loss, logits=self.head(features))

@@ -65,7 +65,7 @@ class _OfPrototypes(_Loss):
             _checks.positive_integer("in_features", in_features)
             _checks.positive_integer("num_classes", num_classes)
             prototypes = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
-            nn.init.normal_(prototypes, std=1.0 / math.sqrt(in_features))  # rows of about unit norm
+            _draw(prototypes)
         _checks.matrix("prototypes", prototypes, "K", "d", sharded=process_group is not None)
         if in_features not in (None, prototypes.shape[1]) or num_classes not in (None, prototypes.shape[0]):
             raise ValueError(
@@ -79,6 +79,11 @@ class _OfPrototypes(_Loss):
         _register(self, "prototypes", prototypes)
         self.register_buffer("weight", weight)
         self.ignore_index, self.reduction = int(ignore_index), reduction
+
+    def reset_parameters(self) -> None:
+        """Draw learnable prototypes anew; fixed ones stay. For a module that was made on the meta device."""
+        if isinstance(self.prototypes, nn.Parameter):
+            _draw(self.prototypes)
 
     def forward(self, input: Tensor, target: Tensor | None = None, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of features (M, d) or (..., d) with class indices (M,) or (...); without them the logits."""
@@ -631,6 +636,11 @@ def cosines(input: Tensor, prototypes: Tensor) -> Tensor:
     # Norms in the accumulation dtype: those of float16 rows can exceed what float16 holds.
     rows, columns = (unit(x).to(x.dtype) for x in (input, prototypes))
     return F.linear(rows, columns)
+
+
+def _draw(prototypes: Tensor) -> None:
+    """Random rows of about unit norm, in place."""
+    nn.init.normal_(prototypes, std=1.0 / math.sqrt(prototypes.shape[1]))
 
 
 def _joined(*shown: str) -> str:
