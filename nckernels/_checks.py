@@ -138,17 +138,25 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
         raise ValueError(f"{name} and {other_name} must be on the same device, got {value.device} and {other.device}")
 
 
-def target(value: Tensor, features: Tensor, feature_name: str = "features", name: str = "target") -> None:
-    """(M,) integers on the device of the features. Values are checked where the kernels read them."""
-    is_tensor(name, value)
-    if value.dtype not in _INTEGER_DTYPES:
-        raise TypeError(f"{name} must hold class indices of an integer dtype (int64), got {value.dtype}{_hint(value)}")
+def target(value: Tensor, features: Tensor, feature_name: str = "features", name: str = "target") -> Tensor:
+    """(M,) integers on the device of the features, as int64. Values are checked where the kernels read them."""
+    indices = class_indices(value, name)
     if value.shape != features.shape[:1]:
         raise ValueError(
             f"{name} must have shape ({features.shape[0]},), one class index per row of {feature_name}, "
             f"got {tuple(value.shape)}{_hint(value)}"
         )
     same_device(name, value, feature_name, features)
+    return indices
+
+
+def class_indices(value: Tensor, name: str = "target") -> Tensor:
+    """Integers, as int64: smaller ones wrap around where they are compared with numbers that they cannot hold. (For
+    uint8, 156 == -100.)"""
+    is_tensor(name, value)
+    if value.dtype not in _INTEGER_DTYPES:
+        raise TypeError(f"{name} must hold class indices of an integer dtype (int64), got {value.dtype}{_hint(value)}")
+    return value if value.dtype == torch.int64 else value.long()
 
 
 def _hint(target: Tensor) -> str:

@@ -93,7 +93,7 @@ def of_samples(weight: Tensor | None, sample_weight: Tensor | None, target: Tens
     """Weights of classes and of samples as (M,) of the samples. Targets out of range are for the kernels to notice."""
     if weight is None:
         return sample_weight
-    by_class = weight.index_select(0, target.long().clamp(0, len(weight) - 1))
+    by_class = weight.index_select(0, target.clamp(0, len(weight) - 1))
     return by_class if sample_weight is None else by_class * sample_weight
 
 

@@ -198,17 +198,18 @@ class FixedPrototypeHead(_Loss):
     def forward(self, input: Tensor, target: Tensor | None = None) -> Tensor:
         """The cosines of features (..., d), or their loss with labels (...)."""
         if target is None:
+            _checks.columns("input", input, self.points.shape[1], "the prototypes have")
             return cosines(input, self.prototypes.to(input.dtype))
         like = target
         input, target, _ = as_rows(input, target, None)
         _checks.matrix("input", input, "M", "d")
         _checks.columns("input", input, self.points.shape[1], "the prototypes have")
         _checks.same_device("input", input, "the head's points", self.points)
-        _checks.target(target, input, "input")
+        target = _checks.target(target, input, "input")
         _checks.in_classes(target, len(self.points), self.ignore_index)
         ranks = self._ranks(input)
         ignored = target == self.ignore_index
-        label = target.long().masked_fill(ignored, 0)
+        label = target.masked_fill(ignored, 0)
         point = self.assignment.index_select(0, label).masked_fill(ignored, LEFT_OUT)
         loss = dot_regression(input, self.points, point, None, LEFT_OUT, self.reduction, ranks)
         if self.training and self.dynamic:

@@ -262,7 +262,7 @@ def info_nce_loss(
             )
         target, ignore_index = torch.arange(len(query), device=query.device), LEFT_OUT
     else:
-        _checks.target(target, query, "query")
+        target = _checks.target(target, query, "query")
     _check_weights(sample_weight, len(query), query)
     ranks = _ranks(
         process_group, "info_nce_loss", query, {"temperature": temperature}, reduction=reduction, decoupled=decoupled
@@ -472,8 +472,7 @@ def _samples(
             )
         labels = torch.arange(count, device=input.device)
     else:
-        _checks.target(target, input, "input")
-        labels = target.long()
+        labels = _checks.target(target, input, "input")
     _check_weights(sample_weight, count, input)
     weight = None if sample_weight is None else sample_weight.repeat_interleave(views)
     return rows, labels if views == 1 else labels.repeat_interleave(views), weight

@@ -97,7 +97,7 @@ def nonl_loss(
         >>> print(f"{nckernels.nonl_loss(simplex, simplex, torch.arange(10)):.3f}")
         -8.914
     """
-    beta = _checked(
+    target, beta = _checked(
         input, prototypes, target, weight, sample_weight, temperature, ignore_index, reduction, process_group
     )
     _checks.choice("direction", direction, DIRECTIONS)
@@ -156,7 +156,7 @@ def ntce_loss(
         >>> expected = torch.tensor(1 + 9 * math.exp(-10 / 9 / 0.5)).log()
         >>> torch.testing.assert_close(loss, expected)
     """
-    beta = _checked(
+    target, beta = _checked(
         input, prototypes, target, weight, sample_weight, temperature, ignore_index, reduction, process_group
     )
     ranks = _ranks(process_group, "ntce_loss", input, prototypes, temperature, reduction, sparse=sparse)
@@ -220,7 +220,7 @@ def normface_loss(
         >>> logits = F.normalize(x) @ F.normalize(w).T / 0.1
         >>> torch.testing.assert_close(loss, F.cross_entropy(logits, y, label_smoothing=0.1))
     """
-    beta = _checked(
+    target, beta = _checked(
         input, prototypes, target, weight, sample_weight, temperature, ignore_index, reduction, process_group
     )
     _checks.in_range("label_smoothing", label_smoothing, 0.0, 1.0)
@@ -327,7 +327,7 @@ def dot_regression_loss(
         tensor(2.)
     """
     _checks.features_and_prototypes(input, prototypes, "input")
-    _check_samples(input, prototypes, target, weight, sample_weight, ignore_index, reduction)
+    target = _check_samples(input, prototypes, target, weight, sample_weight, ignore_index, reduction)
     _checks.in_classes(target, len(prototypes), ignore_index)
     ranks = groups.resolve(process_group)
     if ranks is not None:
@@ -350,7 +350,7 @@ def dot_regression(
     ranks: Ranks | None,
 ) -> Tensor:
     """:func:`dot_regression_loss` of checked arguments, with (M,) weights of samples and prototypes of any dtype."""
-    target, dtypes = target.long(), {input.dtype, prototypes.dtype}
+    dtypes = {input.dtype, prototypes.dtype}
     backend = registry.resolve(input.device, input.dtype)
     if (
         len(input)
@@ -399,12 +399,12 @@ def _checked(
     ignore_index: int,
     reduction: str,
     process_group: GroupLike,
-) -> float | Tensor:
-    """Check what all contrastive losses share; return beta = 1 / temperature."""
+) -> tuple[Tensor, float | Tensor]:
+    """Check what all contrastive losses share; return the target as int64, and beta = 1 / temperature."""
     _checks.features_and_prototypes(input, prototypes, "input", sharded=process_group is not None)
-    _check_samples(input, prototypes, target, weight, sample_weight, ignore_index, reduction)
+    target = _check_samples(input, prototypes, target, weight, sample_weight, ignore_index, reduction)
     _checks.temperature(temperature, input)
-    return inverse(temperature)
+    return target, inverse(temperature)
 
 
 def _mean_cosine(
@@ -434,9 +434,9 @@ def _check_samples(
     sample_weight: Tensor | None,
     ignore_index: int,
     reduction: str,
-) -> None:
-    """Check labels, weights and options of features and prototypes that fit one another."""
-    _checks.target(target, input, "input")
+) -> Tensor:
+    """Check labels, weights and options of features and prototypes that fit one another; return the labels as int64."""
+    target = _checks.target(target, input, "input")
     _checks.choice("reduction", reduction, REDUCTIONS)
     _checks.integer("ignore_index", ignore_index)
     if weight is not None:
@@ -444,6 +444,7 @@ def _check_samples(
     if sample_weight is not None:
         _checks.vector("sample_weight", sample_weight, input.shape[0], input)
         _checks.not_negative("sample_weight", sample_weight)
+    return target
 
 
 def _ranks(

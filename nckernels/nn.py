@@ -92,6 +92,11 @@ class _OfPrototypes(_Loss):
             return self._logits(input, prototypes)
         return self._loss(input, prototypes, target, sample_weight)
 
+    def reset_parameters(self) -> None:
+        """Draw learnable prototypes anew, as after ``to_empty()`` of a module made on the meta device."""
+        if isinstance(self.prototypes, nn.Parameter):
+            _draw(self.prototypes)
+
     def prototypes_like(self, input: Tensor) -> Tensor:
         """The prototypes, fixed ones in the dtype of the input: FSDP2's mixed precision casts all else."""
         if "prototypes" in self._buffers and isinstance(input, Tensor):
@@ -626,6 +631,11 @@ class AlignmentLoss(_Loss):
 
     def extra_repr(self) -> str:
         return _joined(f"alpha={self.alpha:g}, reduction={self.reduction!r}", super().extra_repr())
+
+
+def _draw(prototypes: nn.Parameter) -> None:
+    """Rows of about unit norm."""
+    nn.init.normal_(prototypes, std=1.0 / math.sqrt(prototypes.shape[1]))
 
 
 def cosines(input: Tensor, prototypes: Tensor) -> Tensor:

@@ -89,11 +89,11 @@ class FeatureQueue(nn.Module):
         _checks.same_device("features", features, "the queue", self.features)
         if labels is None:
             labels = torch.zeros(len(features), device=features.device, dtype=torch.int64)
-        _checks.target(labels, features, name="labels")
+        labels = _checks.target(labels, features, name="labels")
         features, labels = features[-size:], labels[-size:]
         slots = (self.position + torch.arange(len(features), device=features.device)) % size
         self.features.index_copy_(0, slots, features.to(self.features.dtype))
-        self.labels.index_copy_(0, slots, labels.long())
+        self.labels.index_copy_(0, slots, labels)
         self.position.add_(len(features)).remainder_(size)
 
     def extra_repr(self) -> str:
@@ -264,7 +264,7 @@ class RunningDenominatorLoss(nn.Module):
         criterion = self.criterion
         prototypes = criterion.prototypes_like(input)
         _checks.features_and_prototypes(input, prototypes, "input")
-        _checks.target(target, input, "input")
+        target = _checks.target(target, input, "input")
         if sample_weight is not None:
             _checks.vector("sample_weight", sample_weight, len(input), input)
             _checks.not_negative("sample_weight", sample_weight)
@@ -283,7 +283,7 @@ class RunningDenominatorLoss(nn.Module):
         counted = target != criterion.ignore_index
         weight = of_samples(criterion.weight, sample_weight, target)
         weight = counted.to(pos.dtype) if weight is None else weight.detach().to(pos.dtype).where(counted, 0.0)
-        anchors = torch.zeros_like(lse).index_add(0, target.long().where(counted, 0), weight)
+        anchors = torch.zeros_like(lse).index_add(0, target.where(counted, 0), weight)
         value, slope = self._uniformity(lse.detach(), anchors, counted.sum().to(lse.dtype), ranks)
         lse = or_zero(lse)
         own = (slope * (lse - lse.detach())).sum() - (weight * pos).sum() / _summed(weight.sum(), ranks)
@@ -332,14 +332,14 @@ def _rows(input: Tensor, target: Tensor, sample_weight: Tensor | None) -> tuple[
     _checks.is_tensor("target", target)
     if input.dim() != 3 or target.dim() != 1:
         input, target, sample_weight = as_rows(input, target, sample_weight)
-    _checks.target(target, input, "input")
+    target = _checks.target(target, input, "input")
     if sample_weight is None:
         weight = torch.ones(len(target), dtype=accumulation_dtype(input.dtype), device=input.device)
     else:
         _checks.vector("sample_weight", sample_weight, len(target), input)
         weight = sample_weight
     views = 1 if input.dim() == 2 else input.shape[1]
-    return input.flatten(0, -2), target.long().repeat_interleave(views), weight.repeat_interleave(views)
+    return input.flatten(0, -2), target.repeat_interleave(views), weight.repeat_interleave(views)
 
 
 def _as_one(past: Tensor, target: Tensor, classes: int, ignore_index: int) -> Tensor:

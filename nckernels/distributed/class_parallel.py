@@ -139,7 +139,7 @@ def _shard(prototypes: Any, ranks: Ranks) -> Shard:
 def _everybody(features: Tensor, target: Tensor, shard: Shard, classes: int, ignore_index: int, ranks: Ranks) -> Batch:
     counts = collectives.sizes(features, ranks)
     everybody = collectives.gather(autocast(features), counts, ranks)
-    labels = collectives.gather(target.long(), counts, ranks)
+    labels = collectives.gather(target, counts, ranks)
     _checks.in_classes(labels, classes, ignore_index)  # on every rank, so that all of them raise
     ignored = labels == ignore_index
     if labels.device.type == "cuda":

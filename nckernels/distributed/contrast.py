@@ -114,7 +114,7 @@ def reduced_contrast(
     if class_lse is None:
         assert own_lse is not None
         return reduce_weighted(own * (own_lse - pos), own, reduction, ranks, of_nothing)
-    classes = target.long().masked_fill(ignored, 0)
+    classes = target.masked_fill(ignored, 0)
     if reduction == "none":
         uniformity = _common.or_zero(collectives.logsumexp(class_lse, ranks).index_select(0, classes))
         return own * ((uniformity if own_lse is None else 0.5 * (uniformity + own_lse)) - pos)
@@ -189,7 +189,7 @@ def lse_of_samples(
     class_lse, instance_lse = lses
     if ranks is not None:
         class_lse = collectives.logsumexp(class_lse, ranks)
-    own_class = target.long().masked_fill(target == ignore_index, 0)
+    own_class = target.masked_fill(target == ignore_index, 0)
     return _common.logaddexp(class_lse.index_select(0, own_class), instance_lse), pos
 
 
@@ -220,7 +220,7 @@ def present_classes(
     every sample of all ranks.
     """
     _checks.in_classes(target, len(prototypes), ignore_index)
-    everybody = collectives.gather(target.long(), counts, ranks)
+    everybody = collectives.gather(target, counts, ranks)
     ignored = everybody == ignore_index
     classes, slot = present(everybody, ignored)
     return rows(prototypes, classes, sparse), slot.masked_fill(ignored, LEFT_OUT)[counts.own]

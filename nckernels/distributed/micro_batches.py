@@ -188,7 +188,7 @@ class MicroBatches:
             >>> loss = micro.stream(criterion, y, x)  # was: loss = criterion(encoder(x), y); loss.backward()
             >>> torch.testing.assert_close(loss, criterion(encoder(x), y).detach())
         """
-        _checks.is_tensor("target", target)
+        target = _checks.class_indices(target)
         call = Call(self.encoder, args, kwargs, self.micro_batch_size)
         if target.shape[:1] != (call.samples,):
             raise ValueError(

@@ -66,7 +66,7 @@ def contrast_keys(
     query, key = autocast(query), autocast(key)
     counts = collectives.sizes(key, ranks)
     ignored = target == ignore_index
-    among_all = (target.long() + counts.own.start).masked_fill(ignored, LEFT_OUT)
+    among_all = (target + counts.own.start).masked_fill(ignored, LEFT_OUT)
     if counts.total == 0:
         # No query can have a positive. Zeros of which everything has a gradient, of zeros.
         nothing = (unit(query).sum(1) + unit(key).sum()) * inv_temperature
@@ -79,7 +79,7 @@ def contrast_keys(
             weight=weight, reduction=reduction, ranks=ranks, of_nothing=0.0,
         )  # fmt: skip
     class_lse, instance_lse, pos, _ = ring.lse(
-        query, key, target.long().masked_fill(ignored, LEFT_OUT), inv_temperature, counts, ranks,
+        query, key, target.masked_fill(ignored, LEFT_OUT), inv_temperature, counts, ranks,
         direction=direction, exclude=exclude, ignore_index=LEFT_OUT,
     )  # fmt: skip
     return reduced_contrast(

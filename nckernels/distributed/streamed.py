@@ -63,7 +63,7 @@ class _Streamed:
         self.ranks = groups.resolve(criterion.process_group)
         k, d = criterion.prototypes.shape
         dtype = accumulation_dtype(criterion.prototypes.dtype)
-        index = target.long().clamp(0, k - 1)  # that a target is out of range is for the kernels to notice
+        index = target.clamp(0, k - 1)  # that a target is out of range is for the kernels to notice
         weight = torch.ones(k, device=target.device) if criterion.weight is None else criterion.weight
         self.weight = weight.to(dtype)[index].masked_fill(target == criterion.ignore_index, 0.0)
         self.class_weight = self.weight.new_zeros(k).index_add(0, index.reshape(-1), self.weight.reshape(-1))

@@ -340,7 +340,7 @@ def test_bad_options(prototypes: Any, options: dict[str, Any], error: type[Excep
     [
         ((torch.ones(2, D + 1), torch.zeros(2, dtype=torch.int64)), ValueError, r"d=4 columns.*\(2, 5\)"),
         ((torch.ones(2, D + 1),), ValueError, r"d=4 columns"),
-        ((torch.ones(2, 1, D), torch.zeros(2, dtype=torch.int64)), ValueError, r"\(M, d\)"),
+        ((torch.ones(2, 1, D), torch.zeros(2, dtype=torch.int64)), ValueError, r"target must have shape \(2, 1\)"),
         ((torch.ones(2, D), torch.tensor([0, K])), (ValueError, IndexError), "target"),
         ((torch.ones(2, D), torch.tensor([0, -1])), (ValueError, IndexError), "target"),
         ((torch.ones(2, D), torch.zeros(2)), TypeError, "integer dtype"),
