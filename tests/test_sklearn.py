@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import doctest
 import pickle
+import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,6 +58,17 @@ def test_examples() -> None:
     result = doctest.testmod(nckernels.sklearn)
     assert result.attempted > 10
     assert result.failed == 0
+
+
+def test_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/scikit-learn.md: its code runs and prints what the comments say, to 0.02."""
+    page = (Path(__file__).parents[1] / "docs" / "scikit-learn.md").read_text()
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    exec(compile(code, "docs/scikit-learn.md", "exec"), {})
+    expected = re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
+    assert len(expected) == 4
+    printed = map(float, capsys.readouterr().out.split())
+    assert list(printed) == pytest.approx(list(map(float, expected)), abs=0.02)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
