@@ -35,7 +35,6 @@ PAGES = (
     "training-at-speed",
     "many-classes",
     "backends-and-memory",
-    "scikit-learn",
     "errors",
 )
 """Pages whose blocks are all run, in order and in one namespace, but for those that are marked."""
