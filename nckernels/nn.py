@@ -80,11 +80,6 @@ class _OfPrototypes(_Loss):
         self.register_buffer("weight", weight)
         self.ignore_index, self.reduction = int(ignore_index), reduction
 
-    def reset_parameters(self) -> None:
-        """Draw learnable prototypes anew; fixed ones stay. For a module that was made on the meta device."""
-        if isinstance(self.prototypes, nn.Parameter):
-            _draw(self.prototypes)
-
     def forward(self, input: Tensor, target: Tensor | None = None, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of features (M, d) or (..., d) with class indices (M,) or (...); without them the logits."""
         prototypes = self.prototypes_like(input)
@@ -646,11 +641,6 @@ def cosines(input: Tensor, prototypes: Tensor) -> Tensor:
     # Norms in the accumulation dtype: those of float16 rows can exceed what float16 holds.
     rows, columns = (unit(x).to(x.dtype) for x in (input, prototypes))
     return F.linear(rows, columns)
-
-
-def _draw(prototypes: Tensor) -> None:
-    """Random rows of about unit norm, in place."""
-    nn.init.normal_(prototypes, std=1.0 / math.sqrt(prototypes.shape[1]))
 
 
 def _joined(*shown: str) -> str:
