@@ -133,9 +133,10 @@ def on_source_read(app: Sphinx, page: str, content: list[str]) -> None:
 
 
 def on_docstring(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Keep napoleon from taking what stands before a colon in an attribute's docstring for its type."""
+    """Link the pages that a docstring names; keep napoleon from taking an attribute's text for its type."""
+    lines[:] = [re.sub(r"\bdocs/([\w-]+)\.md\b", r":doc:`docs/\1.md </\1>`", line) for line in lines]
     if what in ("attribute", "property"):
-        lines[:0] = ["..", ""]  # a comment as its first line, the only one that napoleon looks at
+        lines[:0] = ["..", ""]  # napoleon looks for a type and a colon in the first line: a comment
 
 
 def on_include_read(app: Sphinx, path: Path, page: str, content: list[str]) -> None:
