@@ -719,3 +719,28 @@ def test_ragged_last_tile_is_kept_whole_with_several_blocks_of_columns() -> None
         expected = torch.autograd.grad(nckernels.normface_loss(*wide, y), wide)
     for a, b in zip(found, expected, strict=True):
         assert (a - b).norm() < 1e-6 * b.norm()
+
+
+WITHOUT_MEMORY = """
+import resource, torch, nckernels
+torch.set_num_threads(2)
+x, w, y = torch.randn(4000, 64).requires_grad_(), torch.randn(3000, 64).requires_grad_(), torch.arange(4000) % 3000
+nckernels.set_backend("native")
+nckernels.nonl_loss(x[:600], w[:400], y[:600] % 400)  # starts the threads
+for mebibytes in (2, 4, 8, 16):
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (mebibytes << 20), resource.RLIM_INFINITY))
+    try:
+        nckernels.nonl_loss(x, w, y)
+    except MemoryError as error:
+        print(error)
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+nckernels.nonl_loss(x, w, y).backward()
+"""
+
+
+def test_no_memory_for_scratch_is_a_memory_error() -> None:
+    """Also from a thread of a parallel loop, out of which OpenMP lets no exception."""
+    result = subprocess.run([sys.executable, "-c", WITHOUT_MEMORY], capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["nckernels: no memory for the scratch buffers of the native backend"] * 4

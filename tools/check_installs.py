@@ -85,7 +85,9 @@ class Environment:
         Raises:
             Failure: with the end of what it said.
         """
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("NCKERNELS_", "PYTHON", "CXX"))}
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("NCKERNELS_", "PYTHON"))}
+        if self.path != os.environ["PATH"]:
+            kept.pop("CXX", None)
         kept |= {"PATH": f"{self.folder / 'bin'}:{self.path}", "OMP_NUM_THREADS": "2"}
         kept |= {
             "TORCH_EXTENSIONS_DIR": str(self.folder / "cache"),
@@ -305,7 +307,7 @@ def uninstall(setup: Setup) -> str:
 OTHERS: dict[str, Callable[[Setup], str]] = {
     "sdist": from_sdist,
     "sdist, no compiler": without_compiler,
-    "--no-binary": no_binary,
+    "pip --no-binary": no_binary,
     "read-only site-packages": read_only,
     "upgrade": upgrade,
     "older CPUs (qemu)": older_cpus,
