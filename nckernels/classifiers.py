@@ -522,11 +522,11 @@ def _pair(batch: Any) -> tuple[Any, Tensor]:
     """The two parts of a loader's batch."""
     if isinstance(batch, tuple | list) and len(batch) == 2:
         return batch[0], batch[1]
-    came = f"a {type(batch).__name__}"
+    came = f"a batch of type {type(batch).__name__}"
     if isinstance(batch, Mapping):
         came += f" with the keys {', '.join(map(repr, batch))}; see fit for how to make pairs of it"
     elif isinstance(batch, tuple | list):
-        came += f" of {len(batch)}"
+        came += f" and length {len(batch)}"
     raise TypeError(f"input must give pairs (features, labels) where it is no tensor, got {came}")
 
 

@@ -447,10 +447,10 @@ ODD: dict[str, tuple[tuple[Any, ...], str]] = {
     "list of labels": ((X4, [0, 1, 2, 3]), "target must be a torch.Tensor, got list"),
     "dicts": (
         ([{"pixels": X4, "labels": Y4}],),
-        r"pairs .*got a dict with the keys 'pixels', 'labels'",
+        r"pairs .*got a batch of type dict with the keys 'pixels', 'labels'",
     ),
-    "triples": (([(X4, Y4, Y4)],), "got a tuple of 3"),
-    "features alone": (([X4],), "got a Tensor"),
+    "triples": (([(X4, Y4, Y4)],), "got a batch of type tuple and length 3"),
+    "features alone": (([X4],), "got a batch of type Tensor"),
     "NaN": ((X4 * math.nan, Y4), "input must be finite"),
 }
 

@@ -348,8 +348,10 @@ def measure(
 
     def read(number: int, of: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in _with_progress(batches, f"pass {number}" + (f" of {of}" if of else ""), progress):
-            if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+            if not isinstance(batch, tuple | list) or len(batch) != 2:
                 raise ValueError(f"batches: expected pairs of an input and a tensor of labels, got {described(batch)}")
+            if not isinstance(batch[1], Tensor):
+                raise ValueError(f"batches: expected tensors of labels, got {described(batch[1])}")
             features = batch[0] if encoder is None else encoder(batch[0])
             if not isinstance(features, Tensor) or features.ndim != 2:
                 raise ValueError(f"features: expected a tensor (B, d), got {described(features)}")
