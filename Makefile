@@ -55,8 +55,8 @@ sanitize: $(READY) ## the native backend's tests under the address and undefined
 	$(PYTEST) tests/test_primitive.py tests/test_losses.py tests/test_autograd.py tests/test_native.py tests/test_fuzz.py \
 	  $(addprefix tests/test_contrastive,.py _autograd.py _degenerate.py _modules.py) -k native
 
-test-vision: $(VISION)/.ready ## with torchvision and timm, under a newer torch (5.6 GB): their networks and transforms, and our own tests
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VISION)/bin/python -m pytest -q -n 2 --dist loadgroup tests/train tests/lab \
+test-vision: $(VISION)/.ready ## with torchvision, timm and the examples' frameworks, under a newer torch (6.2 GB): examples, and our own tests
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VISION)/bin/python -m pytest -q -n 2 --dist loadgroup tests/train tests/lab tests/examples \
 	  $(addprefix tests/test_,primitive.py losses.py autograd.py modules.py native.py integration.py) -m "not slow and not cuda"
 
 lint: $(READY) ## ruff, mypy and clang-format
@@ -123,12 +123,12 @@ $(TRITON36)/.ready: $(READY)
 	$(PY) -m pip install -q --target $(TRITON36) triton==3.6.0 "numpy<2.4"
 	@touch $@
 
-# torchvision, which has no build beside the CPU's torch in .venv, and timm.
+# torchvision, which has no build beside the CPU's torch in .venv, and the frameworks of the examples.
 $(VISION)/.ready: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VISION)
 	$(VISION)/bin/pip install -q --upgrade pip setuptools
 	$(VISION)/bin/pip install -q torch==2.14.1 torchvision==0.29.1 timm
-	$(VISION)/bin/pip install -q --editable ".[dev]"
+	$(VISION)/bin/pip install -q --editable ".[dev,examples]"
 	@touch $@
 
 # What builds and checks distributions; it needs no torch.

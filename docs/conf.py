@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import sys
 from pathlib import Path
@@ -104,32 +103,19 @@ def relink(text: str) -> str:
     return LEAVING.sub(target, text)
 
 
-def examples_page() -> str:
-    """A table of the programs in examples/ and their text, from their docstrings."""
-    programs = {path: ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "" for path in example_files()}
-    lines = ["", "| program | shows |", "|---|---|"]
-    for path, doc in programs.items():
-        lines.append(f"| [`{path.name}`](#{path.stem.replace('_', '-')}) | {summary(doc)} |")
-    for path, doc in programs.items():
-        lines += ["", f"({path.stem.replace('_', '-')})=", f"## {path.name}", "", summary(doc), ""]
-        lines += [f"```{{literalinclude}} ../{path.relative_to(ROOT)}", ":language: python", "```"]
-    return "\n".join(lines) + "\n"
-
-
-def example_files() -> list[Path]:
-    return sorted((ROOT / "examples").glob("*.py"))
-
-
-def summary(doc: str) -> str:
-    """The first paragraph of a docstring on one line."""
-    return " ".join(doc.strip().split("\n\n")[0].split()).replace("``", "`").replace("|", r"\|")
+def programs() -> str:
+    """The text of the programs in examples/."""
+    lines = []
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        lines += [f"## {path.name}", f"```{{literalinclude}} ../examples/{path.name}", ":language: python", "```"]
+    return "\n" + "\n".join(lines) + "\n"
 
 
 def on_source_read(app: Sphinx, page: str, content: list[str]) -> None:
     """Change what is read, not what is written: the sources stay as GitHub shows them."""
     content[0] = relink(content[0])
     if page == "examples":
-        content[0] += examples_page()
+        content[0] += programs()
 
 
 def on_docstring(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:

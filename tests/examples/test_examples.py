@@ -63,12 +63,23 @@ def losses(text: str) -> list[float]:
     return [float(loss) for loss in re.findall(rf"^epoch \d+: loss {NUMBER}", text, re.MULTILINE)]
 
 
+def test_every_program_is_short_and_listed_and_tested() -> None:
+    programs = sorted((ROOT / "examples").glob("*.py"))
+    listed = (ROOT / "examples/README.md").read_text()
+    tests = "".join(path.read_text() for path in sorted((ROOT / "tests").glob("*/test_examples.py")))
+    assert programs
+    for program in programs:
+        assert len(program.read_text().splitlines()) < 80, program.name
+        assert f"examples/{program.name}`" in listed, program.name
+        assert f'{program.name}"' in tests, program.name
+
+
 # --- with torch and scikit-learn -----------------------------------------------------------------
 
 
 def test_plain_pytorch(run: Run) -> None:
     """NONL is as accurate, up to the noise of 357 images, and collapses classes more."""
-    text = run("digits_pytorch.py", "--epochs", "15")
+    text = run("digits_pytorch.py", "--epochs", "10")
     (accuracy, nc1), (baseline, its_nc1) = (
         numbers(f"{name}: accuracy #, NC1 #", text) for name in ("NONL", "cross-entropy")
     )
