@@ -96,8 +96,9 @@ def relink(text: str) -> str:
 
     def target(link: re.Match[str]) -> str:
         shown, path, anchor = link[1], link[2].rstrip("/"), link[3] or ""
-        if path in PAGES:
-            return f"[{shown}]({PAGES[path]}{anchor})"
+        page = PAGES.get(path, path.removeprefix("docs/") if path.startswith("docs/") else "")
+        if page:
+            return f"[{shown}]({page}{anchor})"
         return f"[{shown}]({REPOSITORY}/blob/main/{path}{anchor})" if REPOSITORY else shown
 
     return LEAVING.sub(target, text)
@@ -126,7 +127,7 @@ def on_docstring(app: Sphinx, what: str, name: str, obj: object, options: object
 
 
 def on_include_read(app: Sphinx, path: Path, page: str, content: list[str]) -> None:
-    """The same for README.md, the text of the first page."""
+    """The same for files that a page includes."""
     content[0] = relink(content[0])
 
 
