@@ -119,6 +119,16 @@ def on_source_read(app: Sphinx, page: str, content: list[str]) -> None:
         content[0] += programs()
 
 
+def on_include_read(app: Sphinx, path: Path, page: str, content: list[str]) -> None:
+    """The same for files that a page includes."""
+    content[0] = relink(content[0])
+
+
+def on_outdated(app: Sphinx, env: object, added: set[str], changed: set[str], removed: set[str]) -> list[str]:
+    """Read the page of examples in every build: the folder may have a new one."""
+    return ["examples"]
+
+
 def on_docstring(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     """Link the pages that a docstring names; keep napoleon from taking an attribute's text for its type."""
     lines[:] = [re.sub(r"\bdocs/([\w-]+)\.md\b", r":doc:`docs/\1.md </\1>`", line) for line in lines]
@@ -126,13 +136,9 @@ def on_docstring(app: Sphinx, what: str, name: str, obj: object, options: object
         lines[:0] = ["..", ""]  # napoleon looks for a type and a colon in the first line: a comment
 
 
-def on_include_read(app: Sphinx, path: Path, page: str, content: list[str]) -> None:
-    """The same for files that a page includes."""
-    content[0] = relink(content[0])
-
-
 def setup(app: Sphinx) -> dict[str, Any]:
-    app.connect("include-read", on_include_read)
-    app.connect("autodoc-process-docstring", on_docstring, priority=400)  # napoleon has 500
     app.connect("source-read", on_source_read)
+    app.connect("include-read", on_include_read)
+    app.connect("env-get-outdated", on_outdated)
+    app.connect("autodoc-process-docstring", on_docstring, priority=400)  # napoleon has 500
     return {"parallel_read_safe": True}
