@@ -54,6 +54,12 @@ def assign(representatives: Tensor, points: Tensor) -> Tensor:
     and d = 512 on one core that takes 7 times as long as the products where both sides are random, and less than the
     products where the representatives are near points. The solver of ``lapx`` takes 0.7 and 0.5 times as long as
     scipy's, for the same result: not enough to be worth a dependency (``python -m benchmarks solvers``).
+
+    Example:
+        >>> points = nckernels.geometry.simplex_etf(5, 8)
+        >>> wanted = torch.tensor([3, 0, 4, 1, 2])
+        >>> nckernels.assignment.assign(points[wanted], points)
+        tensor([3, 0, 4, 1, 2])
     """
     solve = _solver()
     for name, value in (("representatives", representatives), ("points", points)):
@@ -78,7 +84,8 @@ class FixedPrototypeHead(_Loss):
 
     ``assignment="dynamic"`` is [DLP] Algorithm 1. For every class the head keeps a representative, a moving average of
     its unit features, and every ``refresh_every`` training calls it assigns the points to the classes by
-    :func:`assign`. The loss is :func:`nckernels.dot_regression_loss`, with the gradient to the features only. With
+    :func:`nckernels.assignment.assign`. The loss is :func:`nckernels.dot_regression_loss`, with the gradient to the
+    features only. With
     ``assignment="static"`` class c has point c for good, and on a simplex that is ETF+DR (Yang et al. 2022)::
 
         nckernels.FixedPrototypeHead(nckernels.geometry.simplex_etf(K, d), assignment="static")
@@ -136,7 +143,8 @@ class FixedPrototypeHead(_Loss):
         >>> head = nckernels.FixedPrototypeHead(points, refresh_every=50)
         >>> x, y = torch.randn(32, 64, requires_grad=True), torch.randint(10, (32,))
         >>> head(x, y).backward()
-        >>> head(x).argmax(1)
+        >>> head(x).argmax(1).shape
+        torch.Size([32])
     """
 
     points: Tensor

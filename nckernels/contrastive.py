@@ -73,7 +73,14 @@ def supcon_loss(
     Example:
         >>> views = torch.randn(32, 2, 64, requires_grad=True)  # two augmentations of 32 images
         >>> nckernels.supcon_loss(views, torch.randint(10, (32,))).backward()
-        >>> nckernels.supcon_loss(views)  # SimCLR
+        >>> simclr = nckernels.supcon_loss(views)
+
+        SimCLR's NT-Xent loss, written out:
+
+        >>> rows = F.normalize(views.transpose(0, 1).reshape(64, 64))
+        >>> logits = (rows @ rows.T / 0.1).fill_diagonal_(-torch.inf)
+        >>> positive = torch.arange(64).roll(32)  # the other view
+        >>> torch.testing.assert_close(simclr, F.cross_entropy(logits, positive))
     """
     rows, labels, weight = _samples(input, target, temperature, ignore_index, sample_weight, reduction)
     beta, shape, n = inverse(temperature), input.shape[:-1], len(rows)
@@ -147,6 +154,11 @@ def prototype_loss(
             :func:`supcon_loss`; ``target`` cannot be None.
 
     Returns, Raises: as in :func:`supcon_loss`; the mean runs over all samples that are not ignored.
+
+    Example:
+        >>> y = torch.arange(4).repeat(3)
+        >>> x = torch.eye(4, 8)[y]  # three samples of each class, all alike: both losses agree
+        >>> torch.testing.assert_close(nckernels.prototype_loss(x, y), nckernels.supcon_loss(x, y))
     """
     _checks.is_tensor("target", target)
     rows, labels, weight = _samples(input, target, temperature, ignore_index, sample_weight, reduction)
@@ -231,6 +243,13 @@ def info_nce_loss(
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
+
+    Example:
+        >>> query, key, older = torch.randn(32, 64), torch.randn(32, 64), torch.randn(480, 64)
+        >>> in_batch = nckernels.info_nce_loss(query, key)
+        >>> with_queue = nckernels.info_nce_loss(query, torch.cat([key, older]), torch.arange(32))
+        >>> bool(with_queue > in_batch)  # more negatives
+        True
     """
     _check_options(query, temperature, reduction, "query", ignore_index)
     _checks.matrix("query", query, "M", "d")
@@ -282,6 +301,13 @@ def clip_loss(
             travels between ranks: the sums over its columns are exchanged as those of classes are.
 
     Returns, Raises: as in :func:`info_nce_loss`.
+
+    Example:
+        >>> images, texts = torch.randn(32, 64, requires_grad=True), torch.randn(32, 64, requires_grad=True)
+        >>> logit_scale = torch.nn.Parameter(torch.tensor(2.6592))  # log(1 / 0.07), CLIP's start
+        >>> nckernels.clip_loss(images, texts, temperature=torch.exp(-logit_scale)).backward()
+        >>> logit_scale.grad.shape
+        torch.Size([])
     """
     _check_options(a, temperature, reduction, "a")
     _checks.matrix("a", a, "N", "d")
@@ -318,6 +344,11 @@ def uniformity_loss(input: Tensor, *, t: float = 2.0, process_group: GroupLike =
 
     Returns:
         A scalar, float32 (float64 for float64 input).
+
+    Example:
+        >>> x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])  # opposite points: |a - b|^2 = 4
+        >>> nckernels.uniformity_loss(x, t=2.0)
+        tensor(-8.)
     """
     _checks.matrix("input", input, "N", "d")
     _checks.positive_scalar("t", t, input)
@@ -350,6 +381,11 @@ def alignment_loss(
 
     Returns:
         A scalar, or (N,), (...); float32 (float64 for float64 input).
+
+    Example:
+        >>> a, b = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[1.0, 0.0], [3.0, 0.0]])
+        >>> nckernels.alignment_loss(a, b, reduction="none")  # the same direction, and orthogonal: |a - b|^2
+        tensor([0., 2.])
     """
     _checks.features("input", input)
     _checks.features("other", other)

@@ -88,6 +88,14 @@ def nonl_loss(
         >>> x, head = torch.randn(32, 64, requires_grad=True), torch.nn.Linear(64, 10, bias=False)
         >>> y = torch.randint(10, (32,))
         >>> nckernels.nonl_loss(x, head.weight, y).backward()
+        >>> x.grad.shape, head.weight.grad.shape
+        (torch.Size([32, 64]), torch.Size([10, 64]))
+
+        At neural collapse, one sample for each of 10 classes, it is :math:`\log 9 - \frac{10}{9 \tau}`, its minimum:
+
+        >>> simplex = nckernels.geometry.simplex_etf(10, 64)
+        >>> print(f"{nckernels.nonl_loss(simplex, simplex, torch.arange(10)):.3f}")
+        -8.914
     """
     target, beta = _checked(
         input, prototypes, target, weight, sample_weight, temperature, ignore_index, reduction, process_group
@@ -141,6 +149,12 @@ def ntce_loss(
 
     Each class prototype is contrasted with all samples of the batch. Arguments, results and errors are those
     of :func:`nonl_loss`, without ``direction``.
+
+    Example:
+        >>> simplex = nckernels.geometry.simplex_etf(10, 64)  # features and prototypes at neural collapse
+        >>> loss = nckernels.ntce_loss(simplex, simplex, torch.arange(10), temperature=0.5)
+        >>> expected = torch.tensor(1 + 9 * math.exp(-10 / 9 / 0.5)).log()
+        >>> torch.testing.assert_close(loss, expected)
     """
     target, beta = _checked(
         input, prototypes, target, weight, sample_weight, temperature, ignore_index, reduction, process_group
@@ -189,16 +203,22 @@ def normface_loss(
             that it stays decreasing in :math:`\theta`.
         cosine_margin: CosFace's additive margin, in [0, 2], subtracted from the target's cosine.
         class_fraction: r in (0, 1]. Below 1 the sum runs over a part of the classes, an approximation for millions
-        of them (PartialFC, An et al. 2022): those that occur in the batch, and others drawn uniformly without
-        replacement, anew in every call, :math:`\max(\lceil r K \rceil, \min(M, K))` in all. Only their rows of
-        ``prototypes`` get a gradient. Nothing corrects for the missing ones: sums are too small, the loss of a
-        sample is below the whole one by up to about :math:`\log(1/r)`, and the drawn classes get as much more
-        than their share of the gradient. Without ``label_smoothing``.
+            of them (PartialFC, An et al. 2022): those that occur in the batch, and others drawn uniformly without
+            replacement, anew in every call, :math:`\max(\lceil r K \rceil, \min(M, K))` in all. Only their rows of
+            ``prototypes`` get a gradient. Nothing corrects for the missing ones: sums are too small, the loss of a
+            sample is below the whole one by up to about :math:`\log(1/r)`, and the drawn classes get as much more
+            than their share of the gradient. Without ``label_smoothing``.
         generator: of the random classes, on the device of ``input``; None is PyTorch's own, which
             :func:`torch.manual_seed` sets. Its state determines the classes.
         sparse: give ``prototypes`` a sparse gradient, as in :func:`nonl_loss`; needs ``class_fraction`` below 1.
 
     Returns, Raises: as in :func:`nonl_loss`.
+
+    Example:
+        >>> x, w, y = torch.randn(32, 64), torch.randn(10, 64), torch.randint(10, (32,))
+        >>> loss = nckernels.normface_loss(x, w, y, temperature=0.1, label_smoothing=0.1)
+        >>> logits = F.normalize(x) @ F.normalize(w).T / 0.1
+        >>> torch.testing.assert_close(loss, F.cross_entropy(logits, y, label_smoothing=0.1))
     """
     target, beta = _checked(
         input, prototypes, target, weight, sample_weight, temperature, ignore_index, reduction, process_group
@@ -303,6 +323,8 @@ def dot_regression_loss(
         >>> w = nckernels.geometry.simplex_etf(10, 64)
         >>> x, y = torch.randn(32, 64, requires_grad=True), torch.randint(10, (32,))
         >>> nckernels.dot_regression_loss(x, w, y).backward()
+        >>> nckernels.dot_regression_loss(-w[y], w, y)  # each feature opposite to its prototype: (-1 - 1)^2 / 2
+        tensor(2.)
     """
     _checks.features_and_prototypes(input, prototypes, "input")
     target = _check_samples(input, prototypes, target, weight, sample_weight, ignore_index, reduction)

@@ -181,7 +181,18 @@ class NONLLoss(_PrototypeLoss):
 
     Example:
         >>> criterion = nckernels.NONLLoss(64, 10, temperature=0.1)
-        >>> loss = criterion(torch.randn(32, 64), torch.randint(10, (32,)))
+        >>> x, y = torch.randn(32, 64), torch.randint(10, (32,))
+        >>> criterion(x, y).backward()
+        >>> criterion(x).shape  # logits, for prediction
+        torch.Size([32, 10])
+
+        Prototypes that another module owns:
+
+        >>> head = nn.Linear(64, 10, bias=False)
+        >>> criterion = nckernels.NONLLoss(prototypes=head.weight, temperature=nn.Parameter(torch.tensor([0.1])))
+        >>> criterion(x, y).backward()
+        >>> head.weight.grad.shape, criterion.temperature.grad.shape
+        (torch.Size([10, 64]), torch.Size([1]))
     """
 
     def __init__(
@@ -219,7 +230,14 @@ class NONLLoss(_PrototypeLoss):
 
 
 class NTCELoss(_PrototypeLoss):
-    """Module form of :func:`nckernels.ntce_loss` ([NCD] Eq. 4); arguments as in :class:`NONLLoss`."""
+    """Module form of :func:`nckernels.ntce_loss` ([NCD] Eq. 4); arguments as in :class:`NONLLoss`.
+
+    Example:
+        >>> criterion = nckernels.NTCELoss(64, 10, temperature=0.2)
+        >>> criterion(torch.randn(32, 64), torch.randint(10, (32,))).backward()
+        >>> criterion.prototypes.grad.shape
+        torch.Size([10, 64])
+    """
 
     def _loss(self, input: Tensor, prototypes: Tensor, target: Tensor, sample_weight: Tensor | None) -> Tensor:
         return functional.ntce_loss(input, prototypes, target, sample_weight=sample_weight, **self._shared())
@@ -230,6 +248,12 @@ class NormFaceLoss(_PrototypeLoss):
 
     Arguments as in :class:`NONLLoss`, and the function's ``label_smoothing``, ``angular_margin``, ``cosine_margin``,
     ``class_fraction`` and ``generator``.
+
+    Example:
+        >>> arcface = nckernels.NormFaceLoss(64, 10, temperature=1 / 64, angular_margin=0.5)
+        >>> arcface(torch.randn(32, 64), torch.randint(10, (32,))).backward()
+        >>> arcface(torch.randn(5, 64)).argmax(1).shape  # prediction has no margin
+        torch.Size([5])
     """
 
     def __init__(
@@ -290,6 +314,13 @@ class DotRegressionLoss(_OfPrototypes):
     Arguments as in :class:`NONLLoss`, without ``temperature`` and ``sparse``. Without labels it gives cosines.
     Prototypes are meant to be fixed, a plain tensor: learnt ones can gather in one point, with all features.
     :class:`nckernels.FixedPrototypeHead` can also choose which prototype belongs to which class.
+
+    Example:
+        >>> points = nckernels.geometry.simplex_etf(10, 64)  # a plain tensor: fixed
+        >>> criterion = nckernels.DotRegressionLoss(prototypes=points)
+        >>> list(criterion.parameters())
+        []
+        >>> criterion(torch.randn(32, 64, requires_grad=True), torch.randint(10, (32,))).backward()
     """
 
     def _loss(self, input: Tensor, prototypes: Tensor, target: Tensor, sample_weight: Tensor | None) -> Tensor:
@@ -327,7 +358,8 @@ class PrototypeClassifier(nn.Module):
         >>> head = nckernels.PrototypeClassifier(64, 10, loss="nonl")
         >>> x, y = torch.randn(32, 64), torch.randint(10, (32,))
         >>> head(x, y).backward()
-        >>> head(x).argmax(1)
+        >>> head(x).argmax(1).shape
+        torch.Size([32])
     """
 
     def __init__(
@@ -419,6 +451,12 @@ class SupConLoss(_AnchorLoss):
 
     Shape:
         input (N, d) or (B, V, d), target (N,) or (B,) or None -> scalar, or (N,), (B, V); or (..., d) and (...).
+
+    Example:
+        >>> criterion = nckernels.SupConLoss(temperature=0.1)
+        >>> views, y = torch.randn(32, 2, 64, requires_grad=True), torch.randint(10, (32,))
+        >>> criterion(views, y).backward()
+        >>> simclr = criterion(views)
     """
 
     def forward(self, input: Tensor, target: Tensor | None = None, sample_weight: Tensor | None = None) -> Tensor:
@@ -436,7 +474,12 @@ class SupConLoss(_AnchorLoss):
 
 
 class PrototypeLoss(_ContrastiveLoss):
-    """Module form of :func:`nckernels.prototype_loss` ([NCD] Eq. 6); arguments as in :class:`SupConLoss`."""
+    """Module form of :func:`nckernels.prototype_loss` ([NCD] Eq. 6); arguments as in :class:`SupConLoss`.
+
+    Example:
+        >>> criterion = nckernels.PrototypeLoss(num_classes=10)
+        >>> criterion(torch.randn(32, 64, requires_grad=True), torch.randint(10, (32,))).backward()
+    """
 
     def __init__(
         self,
@@ -477,6 +520,11 @@ class InfoNCELoss(_AnchorLoss):
     Shape:
         query (M, d), key (K, d), target (M,) or None, sample_weight (M,) or None -> scalar, or (M,). Without ``target``
         the first M keys are the positives.
+
+    Example:
+        >>> criterion = nckernels.InfoNCELoss(temperature=0.07)
+        >>> query, key = torch.randn(32, 64, requires_grad=True), torch.randn(32, 64)
+        >>> criterion(query, key).backward()
     """
 
     def forward(
@@ -497,7 +545,14 @@ class InfoNCELoss(_AnchorLoss):
 
 
 class CLIPLoss(_ContrastiveLoss):
-    """Module form of :func:`nckernels.clip_loss`, temperature 0.07; arguments as in :class:`SupConLoss`."""
+    """Module form of :func:`nckernels.clip_loss`, temperature 0.07; arguments as in :class:`SupConLoss`.
+
+    Example:
+        >>> criterion = nckernels.CLIPLoss(temperature=nn.Parameter(torch.tensor(0.07)))
+        >>> criterion(torch.randn(32, 64), torch.randn(32, 64)).backward()
+        >>> criterion.temperature.grad.shape
+        torch.Size([])
+    """
 
     def __init__(
         self,
@@ -527,7 +582,13 @@ class CLIPLoss(_ContrastiveLoss):
 
 
 class UniformityLoss(_Loss):
-    """Module form of :func:`nckernels.uniformity_loss`."""
+    """Module form of :func:`nckernels.uniformity_loss`.
+
+    Example:
+        >>> x, y = torch.randn(2, 32, 64, requires_grad=True)  # two views (Wang & Isola 2020)
+        >>> alignment, uniformity = nckernels.AlignmentLoss(), nckernels.UniformityLoss()
+        >>> (alignment(x, y) + (uniformity(x) + uniformity(y)) / 2).backward()
+    """
 
     def __init__(self, *, t: float = 2.0, process_group: GroupLike = None) -> None:
         super().__init__(process_group)
@@ -543,7 +604,13 @@ class UniformityLoss(_Loss):
 
 
 class AlignmentLoss(_Loss):
-    """Module form of :func:`nckernels.alignment_loss`."""
+    """Module form of :func:`nckernels.alignment_loss`.
+
+    Example:
+        >>> x = torch.randn(32, 64)
+        >>> nckernels.AlignmentLoss()(x, 4 * x)  # lengths do not matter
+        tensor(0.)
+    """
 
     def __init__(self, *, alpha: float = 2.0, reduction: Reduction = "mean", process_group: GroupLike = None) -> None:
         super().__init__(process_group)

@@ -224,6 +224,14 @@ class RunningDenominatorLoss(nn.Module):
     (``broadcast_buffers`` of DistributedDataParallel), which does no harm.
 
     Where FSDP2 shards prototypes give this module to ``fully_shard``, not the criterion, whose forward is not called.
+
+    Example:
+        >>> head = nckernels.PrototypeClassifier(64, 10, loss="nonl")
+        >>> criterion = nckernels.RunningDenominatorLoss(head.criterion, decay=0.5)
+        >>> x, y = torch.randn(32, 64, requires_grad=True), torch.randint(10, (32,))
+        >>> loss = criterion(x, y)
+        >>> torch.testing.assert_close(loss, head(x, y))  # the first one is the criterion's own
+        >>> loss.backward()
     """
 
     lse: Tensor

@@ -66,6 +66,10 @@ def set_backend(name: str | None) -> None:
     Raises:
         ValueError: if there is no such backend, or something that it needs (a compiler, Triton, CUDA) is missing. A
             backend for GPUs can be chosen without a GPU; calls with tensors that it does not take raise an error.
+
+    Example:
+        >>> nckernels.set_backend("chunked")
+        >>> nckernels.set_backend(None)  # the best one again
     """
     if name is not None and name != REFERENCE:
         reason = _prepared(_get(name, "backend"))
@@ -76,7 +80,15 @@ def set_backend(name: str | None) -> None:
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Context manager form of :func:`set_backend`."""
+    """Context manager form of :func:`set_backend`.
+
+    Example:
+        >>> x = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
+        >>> with nckernels.use_backend("reference"):  # the only one with double backward
+        ...     loss = nckernels.supcon_loss(x, torch.tensor([0, 0, 1, 1]))
+        ...     (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        ...     gradient.square().sum().backward()
+    """
     previous = _settings.backend
     set_backend(name)
     try:
@@ -95,13 +107,22 @@ def set_workspace(size: int) -> None:
 
     Raises:
         ValueError: if ``size`` is not a positive integer.
+
+    Example:
+        >>> nckernels.set_workspace(32 * 2**20)  # bytes: the default on a CPU
     """
     _settings.workspace = _checked_workspace(size, "size")
 
 
 @contextmanager
 def use_workspace(size: int) -> Iterator[None]:
-    """Context manager form of :func:`set_workspace`."""
+    """Context manager form of :func:`set_workspace`.
+
+    Example:
+        >>> x, w, y = torch.randn(64, 8), torch.randn(10, 8), torch.randint(10, (64,))
+        >>> with nckernels.use_workspace(2**20):
+        ...     loss = nckernels.nonl_loss(x, w, y)
+    """
     previous = _settings.workspace
     set_workspace(size)
     try:

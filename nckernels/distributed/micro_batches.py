@@ -62,6 +62,15 @@ class MicroBatches:
     Raises:
         TypeError: if ``encoder`` is not a module, or ``micro_batch_size`` not an int.
         ValueError: if ``micro_batch_size`` is below 1, or for DistributedDataParallel with ``static_graph=True``.
+
+    Example:
+        >>> encoder, criterion = nn.Linear(8, 16), nckernels.NONLLoss(16, 10)
+        >>> micro = nckernels.MicroBatches(encoder, 32)
+        >>> x, y = torch.randn(100, 8), torch.randint(10, (100,))
+        >>> criterion(micro(x), y).backward()
+        >>> micro.backward()
+        >>> (whole,) = torch.autograd.grad(criterion(encoder(x), y), encoder.weight)
+        >>> torch.testing.assert_close(encoder.weight.grad, whole)
     """
 
     def __init__(self, encoder: nn.Module, micro_batch_size: int) -> None:
@@ -173,8 +182,11 @@ class MicroBatches:
             TypeError, ValueError: for other criteria, targets, inputs and outputs than these.
 
         Example:
-            >>> criterion = nckernels.NONLLoss(512, 1000)
+            >>> encoder, criterion = nn.Linear(8, 16), nckernels.NONLLoss(16, 10)
+            >>> micro = nckernels.MicroBatches(encoder, 32)
+            >>> x, y = torch.randn(100, 8), torch.randint(10, (100,))
             >>> loss = micro.stream(criterion, y, x)  # was: loss = criterion(encoder(x), y); loss.backward()
+            >>> torch.testing.assert_close(loss, criterion(encoder(x), y).detach())
         """
         target = _checks.class_indices(target)
         call = Call(self.encoder, args, kwargs, self.micro_batch_size)

@@ -40,9 +40,8 @@ def simplex_etf(
     Returns:
         Tensor of shape (num_classes, dim).
 
-    Example::
-
-        >>> w = simplex_etf(10, 64, generator=torch.Generator().manual_seed(0))
+    Example:
+        >>> w = nckernels.geometry.simplex_etf(10, 64, generator=torch.Generator().manual_seed(0))
         >>> (w @ w.T)[0, 1]  # -1/9
         tensor(-0.1111)
     """
@@ -81,6 +80,10 @@ def orthogonal_frame(
 
     Returns:
         Tensor of shape (num_classes, dim).
+
+    Example:
+        >>> w = nckernels.geometry.orthogonal_frame(10, 64)
+        >>> torch.testing.assert_close(w @ w.T, torch.eye(10))
     """
     check_sizes(num_classes, dim)
     if dim < num_classes:
@@ -122,6 +125,12 @@ def shifted_simplex_etf(
 
     Returns:
         Tensor of shape (num_classes, dim).
+
+    Example:
+        >>> w = nckernels.geometry.shifted_simplex_etf(10, 64, beta=0.5)
+        >>> centred = F.normalize(w - w.mean(0))  # a simplex, whatever beta is
+        >>> print(f"{centred[0] @ centred[1]:.4f}")
+        -0.1111
     """
     check_sizes(num_classes, dim)
     _checks.number("alpha", alpha)
@@ -165,6 +174,11 @@ def cross_polytope(
 
     Returns:
         Tensor of shape (num_classes, dim).
+
+    Example:
+        >>> w = nckernels.geometry.cross_polytope(8, 4)
+        >>> torch.equal(w[:4], -w[4:])
+        True
     """
     check_sizes(num_classes, dim)
     if num_classes != 2 * dim:

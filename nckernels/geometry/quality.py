@@ -24,7 +24,7 @@ class PrototypeQuality:
     mean_cosine: float
     """Mean over the pairs; at least -1/(K-1), reached whenever the unit vectors sum to zero."""
     uniformity: float
-    """log of the mean over the pairs of exp(-t |w_i - w_j|^2), lower is more uniform."""
+    """log of the mean over the pairs of ``exp(-t |w_i - w_j|^2)``, lower is more uniform."""
     separation: float
     """Angle of the closest pair in degrees."""
 
@@ -45,8 +45,7 @@ def prototype_quality(prototypes: Tensor, t: float = 2.0) -> PrototypeQuality:
     Raises:
         TypeError, ValueError: naming the argument; ``prototypes`` must have rows, and each must be finite and not zero.
 
-    Example::
-
+    Example:
         >>> nckernels.geometry.prototype_quality(torch.eye(3)).separation
         90.0
     """

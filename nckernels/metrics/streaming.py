@@ -130,13 +130,16 @@ class CollapseMetric(Metric):
         bias: (K,), see :meth:`set_classifier`.
         kwargs: those of ``torchmetrics.Metric``, such as ``process_group``.
 
-    Example::
-
-        >>> metric = CollapseMetric(num_classes=10, dim=512).to(device)
+    Example:
+        >>> from nckernels.metrics.streaming import CollapseMetric
+        >>> loader = [(torch.randn(32, 8), torch.randint(10, (32,))) for _ in range(4)]
+        >>> encoder, classifier = nn.Linear(8, 16), nn.Linear(16, 10)
+        >>> metric = CollapseMetric(num_classes=10, dim=16)
         >>> for images, target in loader:
         ...     metric.update(encoder(images), target)
         >>> metric.set_classifier(classifier.weight, classifier.bias)
-        >>> metric.report().within_scatter
+        >>> bool(metric.report().within_scatter > 0)
+        True
     """
 
     is_differentiable = False
@@ -321,6 +324,13 @@ def measure(
         TypeError: if ``batches`` can be read only once.
         ValueError: if an argument does not fit the above, if there are no samples, if a pass has other samples than the
             first, or if ``memory`` has no room for a single class; and as :meth:`CollapseMetric.update`.
+
+    Example:
+        >>> from nckernels.metrics.streaming import measure
+        >>> x, y = torch.randn(128, 16), torch.randint(10, (128,))
+        >>> in_parts = measure(list(zip(x.split(32), y.split(32))), num_classes=10)
+        >>> math.isclose(in_parts.nc1, nckernels.metrics.neural_collapse(x, y).nc1)
+        True
     """
     if isinstance(batches, Iterator):
         raise TypeError(

@@ -65,7 +65,7 @@ def fit(
             training with a checkpoint after the current step (with several processes: at the next line of the log).
         resume: continue from the folder's checkpoint, if there is one. On a CPU, with the same number of processes, the
             result has the bits of an uninterrupted run. The recipe must be that of the checkpoint, except for the keys
-            in :data:`.checkpoint.FREE`.
+            in ``checkpoint.FREE``.
         progress: a bar (True) or nothing (False); None: a bar on a terminal, elsewhere a line for each evaluation.
         loss_of: a function of the head that returns another training loss, of features and labels. If that is a
             module, its state is kept too.
@@ -79,6 +79,13 @@ def fit(
         FloatingPointError: if the loss or the gradient is not finite.
         TrainingError: if data cannot be read during the training.
         OSError: if the folder cannot be written to. The last checkpoint stays.
+
+    Example:
+        >>> from nckernels.train import fit, load_recipe
+        >>> recipe = load_recipe("digits/nonl", ["schedule.epochs=1"])
+        >>> run = fit(recipe, progress=False)
+        >>> run.history.finished, run.history.epochs
+        (True, [0.0, 1.0])
     """
     with ExitStack() as stack:
         place = world(recipe.run.device)

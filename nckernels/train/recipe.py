@@ -191,7 +191,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that determines a run. It is immutable; :meth:`replace` makes another recipe."""
+    """Everything that determines a run. It is immutable; :meth:`replace` makes another recipe.
+
+    Example:
+        >>> from nckernels.train import Recipe
+        >>> Recipe().replace(loss__temperature=0.2).flat()["loss.temperature"]
+        0.2
+    """
 
     name: str = ""
     title: str = ""
@@ -214,7 +220,7 @@ class Recipe:
         return from_dict(typed.merge(self.to_dict(), changes))
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested dictionaries of plain values, which :func:`from_dict` takes."""
+        """Nested dictionaries of plain values, which ``from_dict`` takes."""
         return asdict(self)
 
     def flat(self) -> dict[str, Any]:

@@ -114,6 +114,12 @@ def mse_optimum(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
         RuntimeError: if the iteration for an encoding without closed form does not converge.
+
+    Example:
+        >>> from nckernels import ufm
+        >>> best = ufm.mse_optimum(ufm.one_hot(4), 10, lambda_w=1e-3, lambda_h=1e-3, lambda_b=0.0)
+        >>> best.bias  # the mean label: class means form a simplex
+        tensor([0.2500, 0.2500, 0.2500, 0.2500], dtype=torch.float64)
     """
     labels, counts = check(encoding), _counts(samples_per_class, len(encoding))
     _check_lambdas(lambda_w, lambda_h, lambda_b)
@@ -169,6 +175,12 @@ def solve_mse(
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
+
+    Example:
+        >>> from nckernels import ufm
+        >>> found = ufm.solve_mse(ufm.one_hot(3), 4, dim=3, lambda_w=0.01, lambda_h=0.01, lambda_b=0.01)
+        >>> math.isclose(found.loss, found.optimum.loss, abs_tol=1e-9)
+        True
     """
     best = mse_optimum(encoding, samples_per_class, lambda_w=lambda_w, lambda_h=lambda_h, lambda_b=lambda_b)
     labels, counts = check(encoding), _counts(samples_per_class, len(encoding))

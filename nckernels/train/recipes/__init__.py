@@ -37,6 +37,12 @@ def load(name: str, settings: Iterable[str] = ()) -> Recipe:
     Raises:
         ValueError: for a recipe, a row or a key that does not exist, naming it and the nearest known one; for values of
             the wrong type; for settings that do not go together.
+
+    Example:
+        >>> from nckernels.train import load_recipe
+        >>> recipe = load_recipe("cifar100/nonl", ["loss.temperature=0.2"])
+        >>> recipe.loss.name, recipe.loss.temperature, recipe.run.batch_size
+        ('nonl', 0.2, 512)
     """
     content, title = read(name)
     row = split(name)[1]
