@@ -763,7 +763,7 @@ nckernels.nonl_loss(x, w, y).backward()
 
 
 def test_no_memory_for_scratch_is_a_memory_error() -> None:
-    """Also from a thread of a parallel loop, out of which OpenMP lets no exception."""
+    """And the next call, with memory, works."""
     result = subprocess.run([sys.executable, "-c", WITHOUT_MEMORY], capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == ["nckernels: no memory for the scratch buffers of the native backend"] * 4

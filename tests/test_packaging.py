@@ -119,3 +119,8 @@ def test_a_wheel_without_the_cuda_library_is_found(make_wheel: Callable[..., Pat
     failures = dist.inspect_wheel(make_wheel(), cuda=True)
     assert len(failures) == 1
     assert "nckernels_cuda.so is missing" in failures[0]
+
+
+def test_a_wheel_with_the_cuda_library_may_ask_for_a_newer_glibc(make_wheel: Callable[..., Path]) -> None:
+    failures = dist.inspect_wheel(make_wheel(WHEEL.replace("2_27", "2_34")), cuda=True)
+    assert not any("the tag" in failure for failure in failures)

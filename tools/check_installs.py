@@ -85,9 +85,7 @@ class Environment:
         Raises:
             Failure: with the end of what it said.
         """
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("NCKERNELS_", "PYTHON"))}
-        if self.path != os.environ["PATH"]:
-            kept.pop("CXX", None)
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("NCKERNELS_", "PYTHON", "CXX"))}
         kept |= {"PATH": f"{self.folder / 'bin'}:{self.path}", "OMP_NUM_THREADS": "2"}
         kept |= {
             "TORCH_EXTENSIONS_DIR": str(self.folder / "cache"),
@@ -109,6 +107,8 @@ class Environment:
         return result.stdout
 
     def pip(self, *words: str, **environment: str) -> None:
+        if "CXX" in os.environ and self.path == os.environ["PATH"]:
+            environment["CXX"] = os.environ["CXX"]
         links = [word for link in self.setup.find_links for word in ("--find-links", link)]
         command = [str(self.python), "-m", "pip", "--disable-pip-version-check", *words]
         self.run(*command, *(links if words[0] == "install" else []), **environment)

@@ -29,8 +29,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = ("libgomp.so.*", "libtorch*.so", "libc10*.so", "libcudart.so.*")
 """Libraries that torch brings or has loaded; everything else must be part of the manylinux policy."""
-OLDEST = (2, 28)
-"""The glibc that torch's own wheels ask for: a wheel of ours that asks for more is of use to fewer people."""
+NEWEST, NEWEST_CUDA = (2, 28), (2, 34)
+"""The newest glibc that a wheel may ask for: that of torch's own wheels; what nvcc links statically asks for more."""
 UNWANTED = re.compile(r"(^|/)(__pycache__|out|build|\.venv|\.git)(/|$)|\.py[co]$")
 
 
@@ -94,8 +94,9 @@ def inspect_wheel(path: Path, cuda: bool) -> list[str]:
     builder = load_build()
     found, failures = files(path), []
     glibc = [tuple(map(int, x)) for x in re.findall(r"manylinux_(\d+)_(\d+)_", path.name)]
-    if not glibc or min(glibc) > OLDEST:
-        failures.append(f"{path.name}: the tag is not manylinux_{OLDEST[0]}_{OLDEST[1]} or older")
+    newest = NEWEST_CUDA if cuda else NEWEST
+    if not glibc or min(glibc) > newest:
+        failures.append(f"{path.name}: the tag is not manylinux_{newest[0]}_{newest[1]} or older")
     for library in [*builder.cpu_libraries(), *([builder.CUDA] if cuda else [])]:
         content = found.get(f"nckernels/lib/{library.file}")
         stamp = json.loads(found.get(f"nckernels/lib/{Path(library.file).with_suffix('.json')}", b"{}"))
