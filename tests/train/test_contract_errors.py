@@ -63,7 +63,7 @@ def test_bad_settings(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["digts/nonl"], "digits"),
         (["digits/nonll"], "nonl"),
         (["none.toml"], "none.toml"),
-        (["digits/nonl", "--set", "run.seed"], "key=value"),
+        (["digits/nonl", "--set", "run.seed"], "KEY=VALUE"),
         (["digits/nonl", "--sett", "run.seed=1"], "--sett"),
         ([], "RECIPE"),
     ],

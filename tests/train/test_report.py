@@ -145,7 +145,7 @@ def test_convergence_compares_with_cross_entropy_over_the_mean_of_the_seeds(tmp_
     first = shown["(I) Within 5% of collapse after, % of iterations, digits"]
     assert [line[0] for line in first] == ["Row", "CE", "NONL"]
     assert first[1][1:] == ["never"] * 5
-    second = shown["(II) As close as CE in the end after, % of its iterations, digits"]
+    second = shown["(II) As close as the final CE after, % of its iterations, digits"]
     assert [line[0] for line in second] == ["Row", "CE, settled", "NONL"]
     assert 0 < float(second[2][1]) < 50
     assert list(Page(tables.convergence(alone)).tables) == ["(I) Within 5% of collapse after, % of iterations, digits"]
