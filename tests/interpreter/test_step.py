@@ -13,6 +13,7 @@ from torch import Tensor
 
 import nckernels
 from nckernels.backends.tiled import plan
+from nckernels.backends.triton import launch, reduce
 from nckernels.backends.triton.step import TritonStep
 
 LOSSES = {"nonl": nckernels.nonl_loss, "ntce": nckernels.ntce_loss, "normface": nckernels.normface_loss}
@@ -221,6 +222,31 @@ def test_deterministic_and_inputs_are_unchanged(panels: Panels) -> None:
     for a, b in zip((*first, *before), (*second, x, w), strict=True):
         assert torch.equal(a, b)
     assert panels.steps == 2
+
+
+def test_weights_of_a_class_are_added_in_order_on_request(panels: Panels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under deterministic algorithms the kernel is given no place for its atomics."""
+    x, w, y = problem(37, 21, 11)
+    sample_weight, places = torch.rand(37), []
+    launched = launch.launch
+
+    def remembered(kernel: object, grid: object, *args: object, **options: object) -> None:
+        if kernel is reduce.share_kernel:
+            places.append(args[4] is None)
+        launched(kernel, grid, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(launch, "launch", remembered)
+    usual = run("nonl", x, w, y, torch.float32, sample_weight=sample_weight)
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = run("nonl", x, w, y, torch.float32, sample_weight=sample_weight)
+        run("nonl", x, w, y, torch.float32)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert places == [False, True, False]
+    for a, b in zip(found, usual, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    assert panels.steps == 3
 
 
 def test_which_problems_take_two_passes(panels: Panels) -> None:

@@ -1,8 +1,9 @@
 """The reduction of the samples' losses to one number: shares, their sum, and the factor of the backward pass.
 
 All kernels are O(M), except ``scale_kernel``. Sums are taken in a fixed order, except that the shares of a class are
-added by atomics. Without weights of single samples these shares are equal numbers, whose order does not matter; with
-such weights the sum of a class can differ in its last bits from run to run.
+added by atomics. Without weights of single samples these shares are equal numbers, whose order does not matter. With
+such weights the sum of a class can differ in its last bits from run to run, and ``TritonStep.shares`` adds them in
+order where deterministic algorithms are asked for.
 """
 
 import triton

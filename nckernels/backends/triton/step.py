@@ -81,12 +81,16 @@ class TritonStep(launch.TritonKernels, StepKernels):
     def shares(
         self, weight: Tensor | None, share: Tensor, pos_grad: Tensor, of_class: Tensor | None, part: Tensor
     ) -> None:
-        m, k = share.shape[0], self.inputs.prototypes.shape[0]
+        m, k, target = share.shape[0], self.inputs.prototypes.shape[0], self.inputs.target
+        # Atomics add in any order, which shows if weights differ within a class.
+        by_atomics = of_class if weight is None or not torch.are_deterministic_algorithms_enabled() else None
         launch.launch(
             sums.share_kernel, (part.shape[1],),
-            self.inputs.target, weight, share, pos_grad, of_class, part, m, k, self.spec.ignore_index,
+            target, weight, share, pos_grad, by_atomics, part, m, k, self.spec.ignore_index,
             options=_SHARES,
         )  # fmt: skip
+        if of_class is not None and by_atomics is None:
+            of_class.index_add_(0, target.clamp(0, k - 1), share)
 
     def divisor(self, part: Tensor, out: Tensor, nothing_is_zero: bool) -> None:
         launch.launch(sums.divisor_kernel, (1,), part, out, part.shape[1], options=_DIVISOR[nothing_is_zero])
