@@ -13,9 +13,11 @@ DIST := .dist
 
 ifdef PY
 READY :=
+DOCS_READY :=
 else
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+DOCS_READY := $(VENV)/.docs
 endif
 
 PYTEST := $(PY) -m pytest -q
@@ -24,7 +26,7 @@ PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadgroup
 
 CXX_FILES := $(wildcard csrc/*/*.[ch]* tests/cuda_host/*.h tests/cuda_host/*.cpp tests/aarch64/*.cpp benchmarks/*.cpp)
 
-.PHONY: help setup demo test test-all test-gpu test-vision sanitize lint dist check-installs check-cuda check-triton check-triton-quick check-quack check-aarch64 bench bench-report experiments clean
+.PHONY: help setup demo test test-all test-gpu test-vision sanitize lint dist check-installs check-cuda check-triton check-triton-quick check-quack check-aarch64 bench bench-report experiments docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -53,8 +55,8 @@ sanitize: $(READY) ## the native backend's tests under the address and undefined
 	$(PYTEST) tests/test_primitive.py tests/test_losses.py tests/test_autograd.py tests/test_native.py tests/test_fuzz.py \
 	  $(addprefix tests/test_contrastive,.py _autograd.py _degenerate.py _modules.py) -k native
 
-test-vision: $(VISION)/.ready ## with torchvision and timm, under a newer torch (5.6 GB): their networks and transforms, and our own tests
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VISION)/bin/python -m pytest -q -n 2 --dist loadgroup tests/train tests/lab \
+test-vision: $(VISION)/.ready ## with torchvision, timm and the examples' frameworks, under a newer torch (6.2 GB): examples, and our own tests
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VISION)/bin/python -m pytest -q -n 2 --dist loadgroup tests/train tests/lab tests/examples \
 	  $(addprefix tests/test_,primitive.py losses.py autograd.py modules.py native.py integration.py) -m "not slow and not cuda"
 
 lint: $(READY) ## ruff, mypy and clang-format
@@ -98,6 +100,9 @@ bench-report: $(READY) ## the quick suite with all rivals, three minutes: JSON a
 experiments: $(READY) ## the papers' claims on glyphs: trains what is missing in out/experiments, writes docs/results.md
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks experiments --out out/experiments --write
 
+docs: $(DOCS_READY) ## the documentation in out/docs, a page out/docs/index.html; any warning is an error
+	$(PY) -m sphinx -q -W --keep-going -n -d out/doctrees docs out/docs
+
 clean: ## remove everything that make and the tools produced
 	rm -rf $(VENV) $(TRITON36) $(VISION) $(DIST) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
@@ -108,17 +113,22 @@ $(VENV)/.ready: pyproject.toml setup.py
 	$(VENV)/bin/pip install -q --editable ".[dev]"
 	@touch $@
 
+# Sphinx and its theme, for `make docs` alone.
+$(VENV)/.docs: $(READY)
+	$(PY) -m pip install -q --editable ".[docs]"
+	@touch $@
+
 # The oldest Triton that we support (torch 2.11 ships it), beside the newest one in .venv.
 $(TRITON36)/.ready: $(READY)
 	$(PY) -m pip install -q --target $(TRITON36) triton==3.6.0 "numpy<2.4"
 	@touch $@
 
-# torchvision, which has no build beside the CPU's torch in .venv, and timm.
+# torchvision, which has no build beside the CPU's torch in .venv, and the frameworks of the examples.
 $(VISION)/.ready: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VISION)
 	$(VISION)/bin/pip install -q --upgrade pip setuptools
 	$(VISION)/bin/pip install -q torch==2.14.1 torchvision==0.29.1 timm
-	$(VISION)/bin/pip install -q --editable ".[dev]"
+	$(VISION)/bin/pip install -q --editable ".[dev,examples]"
 	@touch $@
 
 # What builds and checks distributions; it needs no torch.

@@ -1,12 +1,12 @@
-// The one way in which this library uses threads.
+// The parallel loop that all passes use.
 #pragma once
 
 #include <cstdint>
 #include <new>
 
 namespace nckernels {
-// A parallel loop over [0, n), dynamically scheduled; serial for one thread. OpenMP lets no exception out of
-// a loop: std::bad_alloc, the only one that a body throws, is noted and thrown after it.
+// A parallel loop over [0, n), dynamically scheduled; serial for one thread. No exception may leave an OpenMP
+// loop: std::bad_alloc, the only one that a body throws, is noted and thrown after it.
 template <class F>
 void parallel(int threads, int64_t n, F&& body) {
   if (threads <= 1 || n <= 1) {

@@ -1,7 +1,8 @@
-"""Which processes a loss spans, and whether they agree on what they compute.
+"""Resolves which processes a loss spans, and checks that they use the same options.
 
 A loss takes ``process_group``: None for this process alone, ``"world"`` for the default group, which is looked up
-when the loss is called, or a group of :func:`torch.distributed.new_group`.
+when the loss is called, or a group of :func:`torch.distributed.new_group`. A process that no launcher has started
+with others is the whole world, so that one program runs on one device and on many.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Ranks:
 
 
 def check(process_group: GroupLike) -> None:
-    """A process group, "world" or None; whether this process is in it is seen when it is used."""
+    """Check the type of ``process_group``; :func:`resolve` checks whether it contains this process."""
     if process_group is None or process_group == WORLD:
         return
     is_group = dist.is_available() and (
@@ -52,12 +53,15 @@ def resolve(process_group: GroupLike) -> Ranks | None:
 
     Raises:
         TypeError: if ``process_group`` is something else.
-        ValueError: if ``torch.distributed`` is not initialised, or this process is not in the group.
+        ValueError: if ``torch.distributed`` is not initialised although there are other processes, or this process is
+            not in the group.
     """
     check(process_group)
     if process_group is None:
         return None
     if not (dist.is_available() and dist.is_initialized()):
+        if process_group == WORLD and os.environ.get("WORLD_SIZE", "1") == "1":
+            return None
         raise ValueError(
             f"process_group={process_group!r} needs a call of torch.distributed.init_process_group first; "
             "process_group=None is this process alone"
@@ -74,17 +78,17 @@ _agreed: weakref.WeakKeyDictionary[Any, set[Hashable]] = weakref.WeakKeyDictiona
 
 
 def agree(ranks: Ranks, loss: str, input: Tensor, values: dict[str, float | Tensor], **options: Hashable) -> None:
-    """Compare what all ranks must have in common, once for each group and configuration, in one small exchange.
+    """Compare the options on all ranks, once for each group and configuration, in one small exchange.
 
     Args:
-        values: what may change from call to call, such as a temperature. It is compared where it is a number, but a new
-            value is no new configuration.
-        options: with the name of the loss and the dtype they are the configuration.
+        values: numbers or tensors that may change from call to call, such as a temperature. Numbers are compared, but a
+            new number is not a new configuration.
+        options: the configuration, together with the name of the loss and the dtype.
 
     The environment variable ``NCKERNELS_CHECK_RANKS=0`` switches the exchange off.
 
     Raises:
-        ValueError: on every rank, naming what differs.
+        ValueError: on every rank, naming the first option that differs.
     """
     if torch.compiler.is_compiling() or input.is_meta or os.environ.get("NCKERNELS_CHECK_RANKS") == "0":
         return
