@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import random
 import time
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from covering import covering
 
 import nckernels
 
@@ -26,6 +28,7 @@ os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = os.environ["TORCHINDUCTOR_AUTOGRAD_
 torch.set_num_threads(1)
 
 DEADLINE, LEFT = pytest.StashKey[float](), pytest.StashKey[int]()
+STRENGTH = 3
 SMALL_WORKSPACE = 64 * 1024  # bytes; the "tiles" shapes below need several ragged tiles under it
 
 
@@ -35,12 +38,35 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=float,
         help="run tests in a random order, always the same, as many as this time suffices for",
     )
+    parser.addoption(
+        "--full-grid",
+        action="store_true",
+        help=f"run a test of more than {STRENGTH} parameters with every combination of their values, instead of as many "
+        f"as hold every {STRENGTH} values of different parameters",
+    )
 
 
+@pytest.hookimpl(trylast=True)  # after -m and -k: what they leave is covered
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--full-grid"):
+        left_out = _beyond_covering(items)
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
     if config.getoption("--seconds") is not None:
         random.Random(0).shuffle(items)
         config.stash[DEADLINE] = time.monotonic() + config.getoption("--seconds")
+
+
+def _beyond_covering(items: list[pytest.Item]) -> set[pytest.Item]:
+    """The parametrised tests that a covering of their function's grid does without."""
+    left_out: set[pytest.Item] = set()
+    grids = [item for item in items if isinstance(item, pytest.Function) and hasattr(item, "callspec")]
+    for _, group in itertools.groupby(grids, key=lambda item: (item.parent, item.originalname)):
+        tests = list(group)
+        # A value is one object in all tests that have it.
+        kept = covering([{name: id(value) for name, value in test.callspec.params.items()} for test in tests], STRENGTH)
+        left_out.update(set(tests) - {tests[i] for i in kept})
+    return left_out
 
 
 @pytest.hookimpl(tryfirst=True)
