@@ -8,6 +8,7 @@ import os
 import random
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,9 @@ os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = os.environ["TORCHINDUCTOR_AUTOGRAD_
 torch.set_num_threads(1)
 
 DEADLINE, LEFT = pytest.StashKey[float](), pytest.StashKey[int]()
-STRENGTH = 3
+STRENGTH, LEAST_STRENGTH = 3, 2
+ONE_PROCESS = ("tests/distributed/", "tests/cuda_host/", "tests/test_memory.py")
+"""Whose tests share what takes long to make: ranks, a library, measurements of all cases."""
 SMALL_WORKSPACE = 64 * 1024  # bytes; the "tiles" shapes below need several ragged tiles under it
 
 
@@ -41,8 +44,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--full-grid",
         action="store_true",
-        help=f"run a test of more than {STRENGTH} parameters with every combination of their values, instead of as many "
-        f"as hold every {STRENGTH} values of different parameters",
+        help="run a test with every combination of its parameters, instead of as many combinations as hold every "
+        f"{STRENGTH} values of different parameters, or every {LEAST_STRENGTH} where the test is marked ``pairs``",
     )
 
 
@@ -63,10 +66,26 @@ def _beyond_covering(items: list[pytest.Item]) -> set[pytest.Item]:
     grids = [item for item in items if isinstance(item, pytest.Function) and hasattr(item, "callspec")]
     for _, group in itertools.groupby(grids, key=lambda item: (item.parent, item.originalname)):
         tests = list(group)
+        strength = LEAST_STRENGTH if tests[0].get_closest_marker("pairs") else STRENGTH
         # A value is one object in all tests that have it.
-        kept = covering([{name: id(value) for name, value in test.callspec.params.items()} for test in tests], STRENGTH)
+        kept = covering([{name: id(value) for name, value in test.callspec.params.items()} for test in tests], strength)
         left_out.update(set(tests) - {tests[i] for i in kept})
     return left_out
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """What runs in one process of pytest-xdist: a test with all its parameters, or everything of ``ONE_PROCESS``.
+
+    Not by xdist's own groups: version 3.8 loses them under pytest 9.2, and takes seconds to find thousands of them.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next((shared for shared in ONE_PROCESS if nodeid.startswith(shared)), nodeid.partition("[")[0])
+
+    return Scheduling(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -93,17 +112,12 @@ class Backend:
 
 
 def _pairs(names: list[str], device: str) -> list:
-    marks = []
-    if device == "cuda":
-        marks = [
-            pytest.mark.cuda,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-        ]
+    marks = [pytest.mark.cuda] if device == "cuda" else []
     return [pytest.param(Backend(name, device), marks=marks, id=f"{device}-{name}") for name in names]
 
 
 CPU_PAIRS = _pairs(CPU_BACKENDS, "cpu")
-ALL_PAIRS = CPU_PAIRS + _pairs(CUDA_BACKENDS, "cuda")
+ALL_PAIRS = CPU_PAIRS + (_pairs(CUDA_BACKENDS, "cuda") if torch.cuda.is_available() else [])
 
 
 @pytest.fixture(params=ALL_PAIRS)
