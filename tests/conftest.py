@@ -7,7 +7,7 @@ import itertools
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import pytest
@@ -29,7 +29,7 @@ os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = os.environ["TORCHINDUCTOR_AUTOGRAD_
 torch.set_num_threads(1)
 
 DEADLINE, LEFT = pytest.StashKey[float](), pytest.StashKey[int]()
-STRENGTH, LEAST_STRENGTH = 3, 2
+STRENGTH = 3  # of the covering of a grid of parameters, unless a test is marked ``covers``
 ONE_PROCESS = ("tests/distributed/", "tests/cuda_host/", "tests/test_memory.py")
 """Whose tests share what takes long to make: ranks, a library, measurements of all cases."""
 SMALL_WORKSPACE = 64 * 1024  # bytes; the "tiles" shapes below need several ragged tiles under it
@@ -45,7 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--full-grid",
         action="store_true",
         help="run a test with every combination of its parameters, instead of as many combinations as hold every "
-        f"{STRENGTH} values of different parameters, or every {LEAST_STRENGTH} where the test is marked ``pairs``",
+        f"{STRENGTH} values of different parameters, or every n where the test is marked covers(n)",
     )
 
 
@@ -66,11 +66,17 @@ def _beyond_covering(items: list[pytest.Item]) -> set[pytest.Item]:
     grids = [item for item in items if isinstance(item, pytest.Function) and hasattr(item, "callspec")]
     for _, group in itertools.groupby(grids, key=lambda item: (item.parent, item.originalname)):
         tests = list(group)
-        strength = LEAST_STRENGTH if tests[0].get_closest_marker("pairs") else STRENGTH
-        # A value is one object in all tests that have it.
-        kept = covering([{name: id(value) for name, value in test.callspec.params.items()} for test in tests], strength)
+        mark = tests[0].get_closest_marker("covers")
+        strength = mark.args[0] if mark else STRENGTH
+        points = [{name: _identity(value) for name, value in test.callspec.params.items()} for test in tests]
+        kept = covering(points, strength)
         left_out.update(set(tests) - {tests[i] for i in kept})
     return left_out
+
+
+def _identity(value: object) -> Hashable:
+    """What tells a parameter's values apart, alike in all processes of pytest-xdist."""
+    return (type(value), value) if isinstance(value, Hashable) else id(value)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 
-def covering(points: Sequence[Mapping[str, int]], strength: int) -> list[int]:
+def covering(points: Sequence[Mapping[str, Hashable]], strength: int) -> list[int]:
     """Positions of some of ``points`` that hold every combination of ``strength`` values which the points hold.
 
-    A point gives each parameter the number of its value. Greedy: of the next points the one with the most combinations
-    that no chosen one has. Points come in an order that looks random and is always the same, so that parameters which
-    are not combined do not go in step.
+    A point gives each parameter its value. The search is greedy: it takes the point with the most combinations that no
+    point before it has. Ties go by a random order, always the same, which varies the parameters that are left.
     """
     names = sorted(points[0]) if points else []
     if len(names) <= strength:
@@ -24,7 +23,6 @@ def covering(points: Sequence[Mapping[str, int]], strength: int) -> list[int]:
     missing = set().union(*combinations)
     found = []
     while missing:
-        # What a point adds only falls: the best of the last round that still adds as much is the best of this one.
         best = max(order, key=lambda i: len(combinations[i] & missing))
         missing -= combinations[best]
         order.remove(best)

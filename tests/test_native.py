@@ -426,7 +426,7 @@ def exact_step(x: Tensor, w: Tensor, y: Tensor, loss: str, **options: object) ->
     return value.detach(), *torch.autograd.grad(value, wide)
 
 
-@pytest.mark.pairs
+@pytest.mark.covers(2)
 @pytest.mark.usefixtures("_restore_threads")
 @pytest.mark.parametrize(("dtype", "threads"), [(torch.float64, 1), (torch.float32, 2), (torch.bfloat16, 1)])
 @pytest.mark.parametrize("shape", [(1500, 400, 40), (700, 900, 24), (601, 630, 300)])
@@ -656,7 +656,7 @@ def test_scratch_stays_within_the_workspace(
 triangles = pytest.mark.parametrize(("m", "d"), [(300, 64), (5000, 64), (1500, 512), (9000, 16)])
 
 
-@pytest.mark.pairs
+@pytest.mark.covers(2)
 @pytest.mark.usefixtures("_restore_threads")
 @pytest.mark.parametrize("threads", [1, 2, 8])
 @pytest.mark.parametrize("workspace", [2 * MIB, 8 * MIB])
@@ -681,7 +681,7 @@ def test_scratch_of_a_triangle_stays_within_the_workspace(
         assert native.peak_scratch() + kept <= workspace + 256 * 2 * m
 
 
-@pytest.mark.pairs
+@pytest.mark.covers(2)
 @pytest.mark.usefixtures("_restore_threads")
 @pytest.mark.parametrize("threads", [1, 2, 8])
 @pytest.mark.parametrize("workspace", [2 * MIB, 8 * MIB])

@@ -138,6 +138,9 @@ def test_equals_the_oracle(
     check(make_problem(*SHAPES[shape], direction=direction, exclude=exclude, bias=bias), dtype, backend.device)
 
 
+@pytest.mark.covers(
+    4
+)  # the gradient of a bias in one of a backend's two ways to sum has a path of its own for many tiles
 @pytest.mark.parametrize("samples", [1, 7, 161])
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("beta", [10.0, 61.0])

@@ -399,7 +399,7 @@ def test_nothing_is_read_past_the_rows(emulator: Emulator, d: int, columns: int)
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.pairs
+@pytest.mark.covers(2)
 @pytest.mark.parametrize(
     ("exclude", "itself"),
     [*((exclude, False) for exclude in oracle.EXCLUDES), ("self", True), ("same_label", True)],

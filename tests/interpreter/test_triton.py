@@ -52,7 +52,7 @@ def test_half_types(dtype: torch.dtype, d: int) -> None:
     check(make_problem(37, 21, d, direction="both", exclude="target", bias=False), dtype)
 
 
-@pytest.mark.pairs
+@pytest.mark.covers(2)
 @pytest.mark.parametrize("d", [SHORT, LONG])
 @pytest.mark.parametrize("exclude", ["self", "same_label"])
 @pytest.mark.parametrize("direction", ["class", "instance"])
@@ -174,7 +174,7 @@ def test_rows_that_begin_between_16_bytes_get_smaller_tiles() -> None:
         assert launch.TritonKernels(inputs, spec)._shape(False, 100).aligned == aligned
 
 
-@pytest.mark.pairs
+@pytest.mark.covers(2)
 @pytest.mark.parametrize("d", [SHORT, LONG])
 @pytest.mark.parametrize(
     ("exclude", "itself"), [*((exclude, False) for exclude in EXCLUDES), ("self", True), ("same_label", True)]
