@@ -9,12 +9,15 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 TRITON36 := .triton36
 VISION := .vision
+DIST := .dist
 
 ifdef PY
 READY :=
+DOCS_READY :=
 else
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+DOCS_READY := $(VENV)/.docs
 endif
 
 PYTEST := $(PY) -m pytest -q
@@ -23,7 +26,7 @@ PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n 2
 
 CXX_FILES := $(wildcard csrc/*/*.[ch]* tests/cuda_host/*.h tests/cuda_host/*.cpp tests/aarch64/*.cpp benchmarks/*.cpp)
 
-.PHONY: help setup demo test test-all test-gpu test-vision sanitize lint check-cuda check-cuda-quick check-triton check-triton-quick check-quack check-aarch64 bench bench-report experiments clean
+.PHONY: help setup demo test test-all test-gpu test-vision sanitize lint dist check-installs check-cuda check-cuda-quick check-triton check-triton-quick check-quack check-aarch64 bench bench-report experiments docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -53,8 +56,8 @@ sanitize: $(READY) ## the native backend's tests under the address and undefined
 	$(PYTEST) tests/test_primitive.py tests/test_losses.py tests/test_autograd.py tests/test_native.py tests/test_fuzz.py \
 	  $(addprefix tests/test_contrastive,.py _autograd.py _degenerate.py _modules.py) -k native --full-grid
 
-test-vision: $(VISION)/.ready ## with torchvision and timm, under a newer torch (5.6 GB): their networks and transforms, and our own tests
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VISION)/bin/python -m pytest -q -n 2 tests/train tests/lab \
+test-vision: $(VISION)/.ready ## with torchvision, timm and the examples' frameworks, under a newer torch (6.2 GB): examples, and our own tests
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VISION)/bin/python -m pytest -q -n 2 tests/train tests/lab tests/examples \
 	  $(addprefix tests/test_,primitive.py losses.py autograd.py modules.py native.py integration.py) -m "not slow and not cuda"
 
 lint: $(READY) ## ruff, mypy and clang-format
@@ -83,6 +86,14 @@ check-quack: $(READY) ## compile quack's product with our epilogues for sm_90a, 
 check-aarch64: $(READY) ## the CPU kernels against float64 loops, here and on aarch64 under emulation, two minutes
 	$(PY) tools/check_aarch64.py
 
+dist: $(DIST)/.ready ## sdist and manylinux wheel in dist/, checked (twine, check-wheel-contents, auditwheel); a few minutes
+	$(DIST)/bin/python tools/dist.py
+	$(DIST)/bin/cffconvert --validate
+
+# INSTALLS=... are options of the script, for example INSTALLS="--only 3.13".
+check-installs: ## install what make dist made with each Python and torch (15 GB of downloads) and print a table
+	$(PYTHON) tools/check_installs.py $(INSTALLS)
+
 bench: $(READY) ## forward + backward of every loss on this machine, half a minute (pytest-benchmark)
 	@mkdir -p out
 	$(PYTEST) benchmarks/bench_losses.py --benchmark-json out/benchmark.json --benchmark-columns median,iqr,rounds
@@ -93,8 +104,11 @@ bench-report: $(READY) ## the quick suite with all rivals, three minutes: JSON a
 experiments: $(READY) ## the papers' claims on glyphs: trains what is missing in out/experiments, writes docs/results.md
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks experiments --out out/experiments --write
 
+docs: $(DOCS_READY) ## the documentation in out/docs, a page out/docs/index.html; any warning is an error
+	$(PY) -m sphinx -q -W --keep-going -n -d out/doctrees docs out/docs
+
 clean: ## remove everything that make and the tools produced
-	rm -rf $(VENV) $(TRITON36) $(VISION) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(TRITON36) $(VISION) $(DIST) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 $(VENV)/.ready: pyproject.toml setup.py
 	$(PYTHON) -m venv $(if $(TORCH),,--system-site-packages) $(VENV)
@@ -103,15 +117,27 @@ $(VENV)/.ready: pyproject.toml setup.py
 	$(VENV)/bin/pip install -q --editable ".[dev]"
 	@touch $@
 
+# Sphinx and its theme, for `make docs` alone.
+$(VENV)/.docs: $(READY)
+	$(PY) -m pip install -q --editable ".[docs]"
+	@touch $@
+
 # The oldest Triton that we support (torch 2.11 ships it), beside the newest one in .venv.
 $(TRITON36)/.ready: $(READY)
 	$(PY) -m pip install -q --target $(TRITON36) triton==3.6.0 "numpy<2.4"
 	@touch $@
 
-# torchvision, which has no build beside the CPU's torch in .venv, and timm.
+# torchvision, which has no build beside the CPU's torch in .venv, and the frameworks of the examples.
 $(VISION)/.ready: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VISION)
 	$(VISION)/bin/pip install -q --upgrade pip setuptools
 	$(VISION)/bin/pip install -q torch==2.14.1 torchvision==0.29.1 timm
-	$(VISION)/bin/pip install -q --editable ".[dev]"
+	$(VISION)/bin/pip install -q --editable ".[dev,examples]"
+	@touch $@
+
+# What builds and checks distributions; it needs no torch.
+$(DIST)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(DIST)
+	$(DIST)/bin/pip install -q --upgrade pip
+	$(DIST)/bin/pip install -q --group dist
 	@touch $@

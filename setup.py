@@ -5,6 +5,7 @@ Without a compiler the package installs all the same: it compiles on first use, 
 
 import importlib.util
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -32,6 +33,16 @@ def wants_cuda():
     except ImportError:
         return False
     return torch.version.cuda is not None or os.environ.get("NCKERNELS_CUDA") == "1"
+
+
+def description():
+    """README.md as an index can show it: relative links become their text and pictures of the tree are left out.
+
+    An index shows the text alone, so a relative link leads nowhere there.
+    """
+    text = re.sub(r"<!--.*?-->\n?", "", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    text = re.sub(r"^!\[[^\]]*\]\((?!https?:)[^)]*\)\n+", "", text, flags=re.MULTILINE)
+    return re.sub(r"(?<!!)\[([^\]]+)\]\((?!https?:)[^)]*\)", r"\1", text)
 
 
 class BuildWithNative(build_py):
@@ -67,4 +78,9 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2] if built else "any"
 
 
-setup(distclass=Binary, cmdclass={"build_py": BuildWithNative, "bdist_wheel": PlatformWheel})
+setup(
+    distclass=Binary,
+    cmdclass={"build_py": BuildWithNative, "bdist_wheel": PlatformWheel},
+    long_description=description(),
+    long_description_content_type="text/markdown",
+)

@@ -121,14 +121,14 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 share = left * problem.weight / sum(p.weight for p in chosen[i:])
                 result.measured.append(run(problem, session, share))
-            except Exception as error:  # for example no memory for the tensors themselves
+            except Exception as error:  # for example out of memory for the inputs
                 result.notes.append(f"not run: {problem}: {harness.failure(error, device)}")
             except KeyboardInterrupt:
                 result.notes.append(f"interrupted at {problem}")
                 break
-            if path is not None:  # what was measured survives whatever ends the run
+            if path is not None:  # save after each problem, in case the run is cut off
                 result.save(path)
-                if lost(device):  # after an error in a kernel, until the process ends
+                if lost(device):  # after an error in a kernel the device needs a new process
                     left = max(0.0, args.budget - (time.perf_counter() - begin))
                     again = [sys.executable, "-m", "benchmarks", *words, "--resume", "--budget", f"{left:.0f}"]
                     os.execv(sys.executable, again)
@@ -165,13 +165,13 @@ def _sweep(args: argparse.Namespace, device: torch.device, words: list[str]) -> 
 
 
 def lost(device: torch.device) -> bool:
-    """Whether the device does not work any more in this process."""
+    """Whether the device is unusable in this process."""
     if device.type != "cuda":
         return False
     try:
         torch.cuda.synchronize(device)
     except RuntimeError as error:
-        print(f"a new process goes on without what did this: {error}", file=sys.stderr, flush=True)
+        print(f"continuing in a new process, without the problem that failed: {error}", file=sys.stderr, flush=True)
         return True
     return False
 
@@ -224,11 +224,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="seconds in all, checks and torch.compile included: 120; of the sweep 300",
     )
     add("--threads", type=int, default=0, help="CPU threads: torch's default")
-    add("--skip", nargs="+", default=[], metavar="WORD", help="leave out variants whose name has the word")
-    add("--only", nargs="+", default=[], metavar="WORD", help="only variants whose name has one of the words")
+    add("--skip", nargs="+", default=[], metavar="WORD", help="leave out variants whose name contains one of the words")
+    add("--only", nargs="+", default=[], metavar="WORD", help="only variants whose name contains one of the words")
     add("--tf32", action="store_true", help="on CUDA, multiply float32 in tf32 everywhere")
-    add("--brief", action="store_true", help="no pictures, and do not print what is absent; the report has it")
-    add("--resume", action="store_true", help="go on with the report in --out")
+    add("--brief", action="store_true", help="no pictures, and no list of absent variants; the report has it")
+    add("--resume", action="store_true", help="continue the report in --out")
     add("--out", type=Path, help="folder for the JSON report and the pictures")
     add("--seed", type=int, default=0, help="of the sweep's problems: 0")
     args = parser.parse_args(argv)

@@ -1,12 +1,12 @@
-"""Fixed prototypes on the glyphs with more classes than dimensions: labels assigned at random or anew every epoch.
+"""Fixed prototypes on the glyphs with more classes than dimensions: labels assigned at random, or again every epoch.
 
 python -m benchmarks assignment --out out/assignment.json --processes 2
 python -m benchmarks assignment --report benchmarks/results/FILE.json --write
 
-100 classes of letters and digits, tested in faces that training never saw. Every row has the same network, batches
-and number of epochs. First each row gets the learning rate, of one grid for all, with the best accuracy on the serif
+The data are 100 classes of letters and digits, tested in unseen typefaces. All rows have the same network, batches
+and number of epochs. First each row gets the learning rate of a common grid with the best accuracy on the serif
 faces, which are held out from the training faces (one seed). Then it is trained on all training faces with every seed.
-Each run is saved as it ends, and the same command goes on where it was cut off.
+Each run is saved when it ends, and the same command continues an interrupted run.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome(Task):
-    """What came of it."""
+    """The result of one training."""
 
     accuracy: float
     """On the faces that the dataset holds out; 0 if the training diverged."""
@@ -76,7 +76,7 @@ class Outcome(Task):
 
 @dataclass
 class Results:
-    """All runs so far, and what they have in common."""
+    """All runs so far, and their common settings."""
 
     settings: dict[str, Any]
     runs: list[Outcome] = field(default_factory=list)
@@ -86,7 +86,7 @@ class Results:
     commits: list[str] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
-        """The whole file or the one before."""
+        """Write the file atomically."""
         write_text(path, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
@@ -101,12 +101,12 @@ class Results:
         return [r for r in self.runs if (r.row, r.dim, r.dataset) == (row, dim, dataset)]
 
     def rate(self, row: str, dim: int) -> float:
-        """The learning rate with the best accuracy on the held-out training faces; of equals the smaller one."""
+        """The learning rate with the best accuracy on the held-out training faces; the smaller one of equals."""
         runs = self.find(row, dim, "glyphs-validation")
         return max(sorted(runs, key=lambda r: r.lr), key=lambda r: r.accuracy).lr if runs else math.nan
 
     def tests(self, row: str, dim: int) -> list[Outcome]:
-        """The runs on all training faces with that rate, a seed each."""
+        """The runs on all training faces with that rate, one per seed."""
         lr = self.rate(row, dim)
         return sorted((r for r in self.find(row, dim, "glyphs") if r.lr == lr), key=lambda r: r.seed)
 
@@ -124,7 +124,7 @@ def main(argv: list[str]) -> int:
 
 
 def run(args: argparse.Namespace, argv: Sequence[str]) -> Results:
-    """Both stages, going on with what ``--out`` has."""
+    """Run both stages, continuing the results in ``--out``."""
     settings = {name: getattr(args, name) for name in ("epochs", "batch_size", "width", "temperature")}
     results = Results.load(args.out) if args.out.exists() else Results(settings, started=_now(), versions=_versions())
     if results.settings != settings:
@@ -149,7 +149,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> Results:
 
 
 def _train_all(tasks: Iterable[Task], results: Results, args: argparse.Namespace, what: str) -> None:
-    """Those that are not among the results, saving after each."""
+    """Train the tasks that have no result yet, saving after each."""
     names = tuple(Task.__dataclass_fields__)
     done = {Task(**{name: getattr(r, name) for name in names}) for r in results.runs}
     todo = [task for task in tasks if task not in done]
@@ -165,7 +165,7 @@ def _train_all(tasks: Iterable[Task], results: Results, args: argparse.Namespace
 
 
 def _each(work: Callable[[Task], Outcome], todo: Sequence[Task], processes: int) -> Iterable[Outcome]:
-    """The outcomes as they come."""
+    """The outcomes as they are ready."""
     if processes == 1:
         yield from map(work, todo)
         return
@@ -221,7 +221,7 @@ def table(results: Results) -> str:
 
 
 def verdict(results: Results) -> str:
-    """What reassigning gains over the random assignment, seed by seed."""
+    """The gain of reassigning over the random assignment, by seed."""
     lines = []
     for dim in sorted({r.dim for r in results.runs}):
         dynamic, static = ({r.seed: r.accuracy for r in results.tests(row, dim)} for row in ("dynamic", "static"))

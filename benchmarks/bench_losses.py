@@ -1,6 +1,6 @@
-"""``make bench``: the losses under pytest-benchmark, one entry per loss and backend; --benchmark-compare works on it.
+"""``make bench``: the losses under pytest-benchmark, one entry per loss and backend; --benchmark-compare works.
 
-Longer, with rivals, memory and shares of the device's ceilings: ``python -m benchmarks``.
+``python -m benchmarks`` takes longer, and adds rivals, memory and shares of the device's ceilings.
 """
 
 from __future__ import annotations

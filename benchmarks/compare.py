@@ -1,8 +1,8 @@
-"""python -m benchmarks compare OLD.json NEW.json: is anything slower, or larger, beyond what the spread explains?
+"""python -m benchmarks compare OLD.json NEW.json: find variants that became slower or take more memory.
 
-A variant has become slower if its median has grown by more than --tolerance and the quartiles of the two runs do not
-overlap. Times are compared relative to the bare GEMMs of the same rounds, so that two states of one machine can be
-compared; --absolute compares seconds. Exits with 1 if a variant of this package is slower, takes more memory, or
+A variant became slower if its median grew by more than --tolerance and the quartiles of the two runs do not
+overlap. Times are compared relative to the bare GEMMs of the same rounds, which corrects for the load of the machine;
+--absolute compares seconds. Exits with 1 if a variant of this package is slower, takes more memory, or
 fails where it ran before; with 2 if the reports cannot be compared. Rivals are printed with --all, and never fail.
 """
 
@@ -17,7 +17,7 @@ from .measure import Summary
 from .report import Report, load, mebibytes
 
 _SLACK = 1 << 20
-"""Bytes of memory that count as equal."""
+"""Differences of memory below this number of bytes are ignored."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
-    parser.add_argument("--tolerance", type=float, default=0.05, help="growth of the median that is let pass: 0.05")
+    parser.add_argument("--tolerance", type=float, default=0.05, help="accepted growth of the median: 0.05")
     parser.add_argument("--absolute", action="store_true", help="compare seconds, not ratios to the bare GEMMs")
     parser.add_argument("--all", action="store_true", help="print rivals too")
     args = parser.parse_args(argv)
@@ -66,7 +66,7 @@ def incomparable(old: Report, new: Report) -> str | None:
 def compare(
     old: Report, new: Report, tolerance: float, *, absolute: bool = False, everything: bool = False
 ) -> list[Finding]:
-    """Every variant that both have, or that only the old one could run."""
+    """Variants that both reports have, and those of the old report that fail in the new one."""
     before = {(m.problem, r.variant): r for m in old.measured for r in m.results}
     findings = []
     for measured in new.measured:
@@ -76,7 +76,7 @@ def compare(
                 continue
             finding = _judge(f"{measured.problem}, {r.variant}", was, r, tolerance, absolute)
             findings.append(finding if r.ours else Finding(finding.label, finding.text, False))
-    for measured in old.measured:  # a problem that fails as a whole leaves a note only
+    for measured in old.measured:  # a problem that fails as a whole has only a note
         notes = [note for note in new.notes if note.startswith(f"not run: {measured.problem}:")]
         if any(r.ours and r.seconds is not None for r in measured.results):
             findings += [Finding(str(measured.problem), f"ran before, now {note}", True) for note in notes]
@@ -100,5 +100,5 @@ def _judge(label: str, was: Result, now: Result, tolerance: float, absolute: boo
 
 
 def slower(a: Summary, b: Summary, tolerance: float) -> bool:
-    """The median grew by more than ``tolerance`` and the boxes between the quartiles are apart."""
+    """Whether the median grew by more than ``tolerance`` and the quartile ranges do not overlap."""
     return b.median > a.median * (1 + tolerance) and b.low > a.high

@@ -1,15 +1,16 @@
 """python -m benchmarks correctness --device cuda: every kernel on small ragged problems, against float64.
 
-Backends, dtypes (with float32 products in tf32 as one more), masks, directions, reductions, rows that stay on the chip
-and rows that do not, and on GPUs loss and gradient in one step, by one panel and by several. Each case is one call of
-the package and its gradients. Values and gradients are compared row by row; the error of the worst row may be at most
+The cases cover backends, dtypes (and tf32 products of float32), masks, directions, reductions, rows that fit the chip
+and rows that do not, and on GPUs loss and gradient in one step, with one panel and with several. Each case is one call
+of the package and its gradients. Values and gradients are compared row by row; the error of the worst row may be at
+most
 
     2 x that of eager PyTorch in the same dtype + a few roundings, see `allowed`
 
-with eager the formulas of the reference backend with unit rows and similarities in the dtype. Rows of ignored samples
-hold NaN, which must not come out. With --processes, workers take the cases: Triton compiles on as many cores, and no
-case is lost to another's crash. Exits with 1 if a case is wrong or fails. Cases that time did not suffice for are named
-too.
+where eager PyTorch means the formulas of the reference backend, with unit rows and similarities in the dtype. Rows of
+ignored samples hold NaN, which must not reach a result. With --processes, worker processes run the cases, so that
+Triton compiles on several cores and a crash does not affect other cases. Exits with 1 if a case is wrong or fails.
+Cases that were not reached in time are listed.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ from . import problems
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32, "float16": torch.float16}
 BETA = 10.0
 UPSTREAM = 37.0
-"""What comes back to a loss: not 1, and enough to keep gradients in float16's range."""
+"""The upstream gradient of a loss: not 1, and large enough to keep gradients in float16's range."""
 SHORT, LONG = 72, 328
-"""Rows that stay on the chip while gradients are accumulated, and rows that do not."""
+"""Row lengths whose gradients are accumulated on the chip, and not."""
 SMALL_WORKSPACE = 480 << 10
-"""Several panels of a problem with long rows."""
+"""Gives several panels in problems with long rows."""
 
 Status = Literal["ok", "wrong", "fails", "unfinished", "not run"]
 
@@ -73,7 +74,7 @@ class Case:
     weighted: bool = False
     workspace: int | None = None
     one_step: bool = False
-    """Loss and gradient in one step, also where sizes are too small for it to pay."""
+    """Loss and gradient in one step, also where two passes would be chosen."""
 
     @property
     def primitive(self) -> bool:
@@ -94,13 +95,13 @@ class Case:
 
 @dataclass
 class Finding:
-    """What came of a case."""
+    """The result of a case."""
 
     case: Case
     status: Status
     note: str = ""
     errors: dict[str, list[float]] = field(default_factory=dict)
-    """By output and gradient: error, eager PyTorch's, and the one allowed."""
+    """By output and gradient: the error, that of eager PyTorch, and the allowed error."""
     seconds: float = 0.0
 
 
@@ -108,7 +109,7 @@ class Finding:
 
 
 def cases(backends: list[str], device: str) -> list[Case]:
-    """Those that a speed campaign depends on first, then the rest in turns of backends and dtypes."""
+    """The cases that a speed campaign depends on first, then the rest, alternating backends and dtypes."""
     chosen = [
         Case(p.loss, backend, "bfloat16" if device == "cuda" else "float32", p.m, p.k, p.d, reduction="mean")
         for p in (row.shrunk() for row in problems.suite("campaign", device))
@@ -207,18 +208,18 @@ def _noting(function: Any, answers: list[bool]) -> Any:
 
 
 def allowed(dtype: str, name: str, eager_error: float) -> float:
-    """Twice eager's error, and roundings: of logits as large as 1 / temperature, and of a gradient's 16-bit entries."""
+    """Twice eager's error, plus roundings of logits of size 1 / temperature and of a gradient's 16-bit entries."""
     unit = 2.0**-11 if dtype == "tf32" else 2.0**-24
     roundings = 4 * unit if dtype == "tf32" else 8 * unit * (1 + BETA)
     if name not in ("loss", "class", "instance", "pos") and dtype in ("bfloat16", "float16"):
         roundings += 0.5 * torch.finfo(DTYPES[dtype]).eps
-    return 2 * (eager_error if eager_error < 0.1 else 0.1) + roundings  # eager's may overflow
+    return 2 * (eager_error if eager_error < 0.1 else 0.1) + roundings  # eager's error is unbounded if it overflows
 
 
 def worst_row(value: Tensor, exact: Tensor) -> float:
-    """Largest relative error of a row, or of an element of a vector; small ones are measured against the average.
+    """Largest relative error of a row, or of an element of a vector; small rows are compared with the average size.
 
-    Infinite where -inf is in other places, or anything else is not finite.
+    Infinite if -inf is in other places, or if other values are not finite.
     """
     a, b = value.detach().cpu().double(), exact.detach().cpu()
     a, b = (x.reshape(x.shape[0] if x.dim() else 1, -1) for x in (a, b))
@@ -232,7 +233,7 @@ def worst_row(value: Tensor, exact: Tensor) -> float:
 
 
 def eager(inputs: Inputs, spec: Spec) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """The reference's formulas with unit rows and similarities in the inputs' dtype, as one would write them."""
+    """The reference's formulas with unit rows and similarities in the inputs' dtype, as a user would write them."""
     z, w, target, beta, sample_bias, class_bias = inputs
     valid = target != spec.ignore_index
     rows = torch.arange(z.shape[0], device=z.device)
@@ -253,7 +254,7 @@ def eager(inputs: Inputs, spec: Spec) -> tuple[Tensor | None, Tensor | None, Ten
 
 
 def _tensors(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What requires grad, and the rest: on the CPU, features and prototypes as their dtype holds them."""
+    """The tensors that require grad, and the others, on the CPU; features and prototypes are rounded to their dtype."""
     generator = torch.Generator().manual_seed(case.m + case.d)
 
     def randn(*size: int) -> Tensor:
@@ -282,7 +283,7 @@ def _tensors(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             leaves["sample_bias"] = randn(case.m)
         if case.bias and case.direction != "class":
             leaves["class_bias"] = randn(case.k)
-        # Positive: gradients that are sums do not cancel, which would make any rounding look large.
+        # Positive, so that sums in the gradients do not cancel, which would amplify roundings.
         sizes = {"class": case.k, "instance": case.m, "pos": case.m}
         others |= {name: 0.1 + torch.rand(n, generator=generator) for name, n in sizes.items()}
     elif case.weighted:
@@ -340,7 +341,7 @@ def _loss(case: Case, leaves: dict[str, Tensor], others: dict[str, Tensor]) -> T
 
 
 def examine_all(chosen: list[Case], device: torch.device, processes: int, deadline: float) -> Iterator[Finding]:
-    """Findings as they come; cases that were not reached by the deadline last."""
+    """Findings as they are ready; at the end, cases that were not reached by the deadline."""
     left = list(reversed(chosen))
     if processes:
         yield from _by_workers(left, device, processes, deadline)
@@ -350,7 +351,7 @@ def examine_all(chosen: list[Case], device: torch.device, processes: int, deadli
 
 
 def _by_workers(left: list[Case], device: torch.device, processes: int, deadline: float) -> Iterator[Finding]:
-    """Take cases off the end of ``left``, until it is empty or the time is over."""
+    """Run cases from the end of ``left`` in worker processes, until it is empty or the time is over."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # imports torch once
     workers: dict[Connection, tuple[ForkServerProcess, Case]] = {}
@@ -374,7 +375,7 @@ def _by_workers(left: list[Case], device: torch.device, processes: int, deadline
                 process.join()
                 finding = Finding(case, "fails", f"its process died, exit code {process.exitcode}")
             yield finding
-            if finding.status == "fails":  # after an error in a kernel a process cannot use the device any more
+            if finding.status == "fails":  # after an error in a kernel the process cannot use the device
                 process.kill()
                 if left:
                     start()
@@ -391,7 +392,7 @@ def _work(connection: Connection, device: torch.device) -> None:
     while True:
         try:
             connection.send(examine(connection.recv(), device))
-        except (EOFError, OSError):  # nobody is there any more
+        except (EOFError, OSError):  # the parent has closed the pipe
             return
 
 
@@ -408,7 +409,7 @@ def main(argv: list[str]) -> int:
     add = parser.add_argument
     add("--device", default="cpu", help="cpu or cuda: cpu")
     add("--backends", nargs="+", metavar="NAME", help="those that are ready on the device")
-    add("--only", nargs="+", default=[], metavar="WORD", help="only cases whose name has one of the words")
+    add("--only", nargs="+", default=[], metavar="WORD", help="only cases whose name contains one of the words")
     add("--again", type=Path, metavar="FILE", help="only cases that were not ok in this record")
     add("--processes", type=int, default=0, help="worker processes; 0: this one")
     add("--budget", type=float, default=60.0, help="seconds in all: 60")
@@ -435,7 +436,7 @@ def main(argv: list[str]) -> int:
             findings.append(finding)
             if finding.status in ("wrong", "fails"):
                 tqdm.write(f"{finding.status}: {finding.case}: {finding.note}")
-            if args.json is not None and time.monotonic() > saved + 1:  # survives whatever ends the run
+            if args.json is not None and time.monotonic() > saved + 1:  # in case the run is cut off
                 save(findings, args.json)
                 saved = time.monotonic()
     if args.json is not None:
@@ -445,7 +446,7 @@ def main(argv: list[str]) -> int:
 
 
 def ready(device: torch.device) -> list[str]:
-    """The backends that run there; ``chunked`` on a GPU is no kernel of ours."""
+    """The backends that run on the device, except ``chunked`` on a GPU, which has no kernels of ours."""
     states = registry.explain(device, torch.float32)
     gpu = device.type == "cuda"
     return [name for name in registry.BACKENDS if states[name] == "ready" and not (gpu and name == "chunked")]
@@ -455,7 +456,7 @@ _ORDER: tuple[Status, ...] = ("fails", "wrong", "unfinished", "not run", "ok")
 
 
 def save(findings: list[Finding], path: Path) -> None:
-    """Write JSON, what went wrong first."""
+    """Write JSON, failures first."""
     ordered = sorted(findings, key=lambda f: _ORDER.index(f.status))
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = ",\n".join(f"  {json.dumps({'name': str(f.case), **asdict(f)})}" for f in ordered)
@@ -463,7 +464,7 @@ def save(findings: list[Finding], path: Path) -> None:
 
 
 def summary(findings: list[Finding]) -> str:
-    """Per backend and dtype: how many cases, and the largest share of the allowed error; then all that are not ok."""
+    """By backend and dtype the number of cases and the largest share of the allowed error; then all failures."""
     lines = [f"{'':<20} {'cases':>6} {'ok':>6} {'largest error / allowed':>24}"]
     for kind in dict.fromkeys((f.case.backend, f.case.dtype) for f in findings):
         group = [f for f in findings if (f.case.backend, f.case.dtype) == kind]

@@ -1,14 +1,14 @@
-"""What one step of the Triton backend does on a GPU, counted without one.
+"""Counts the work of one step of the Triton backend on a GPU, without a GPU.
 
-The package runs as it is, from the loss to the gradients, on tensors without memory (the meta device) at any size. Two
-things are listened to: the kernels, whose methods :class:`Counted` overrides to note what they are about to do before
-the real method goes as far as the launch; and PyTorch's own operators. So which kernels run, on which panels, how many
-launches that takes, and which tensors exist is what the code says. What a kernel does for its arguments is stated here,
-one method a kernel: operations, exponentials, and every byte that it reads or writes, once. Not counted is that a tile
-kernel reads its operands again from the L2 cache while it runs.
+The package runs unchanged, from the loss to the gradients, on tensors without memory (the meta device) of any size. The
+counts have two sources: :class:`Counted` overrides the methods of the kernels and counts their work before the real
+method runs up to the launch, and PyTorch's own operators are intercepted. The kernels, panels, launches and tensors are
+therefore those of the real code. The work of a kernel for its arguments is stated here, in one method per kernel:
+operations, exponentials, and every byte that it reads or writes, once. Repeated reads of operands from the L2 cache
+within a kernel are not counted.
 
-Which of these bytes reach memory, :class:`Cache` guesses: what a kernel has read or written may still be in the L2
-cache when another one reads it.
+:class:`Cache` estimates which of these bytes reach memory: data that one kernel has read or written may still be in the
+L2 cache when another kernel reads them.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ INPUTS = "inputs and gradients"
 """Features and prototypes read for norms, positives, products or copies; gradients written, zeros for absent classes
 included."""
 COPIES = "copies"
-"""Of operands, with zeros for rows that take no part: written, and read by products in place of the inputs."""
+"""Copies of operands with zeros for left-out rows: written, and read by products instead of the inputs."""
 PANELS = "panels"
-"""Products and entries of the gradient, on their way from kernel to kernel."""
+"""Products and entries of the gradient between kernels."""
 SUMS = "float32 sums"
-"""Gradients while they accumulate, as products read and write them; partial sums of thread blocks."""
+"""Gradients that products accumulate in float32, and partial sums of thread blocks."""
 FINISHING = "finishing"
-"""Those sums and the inputs, read once more for the projection."""
+"""The last reading of those sums and of the inputs, for the projection."""
 FILLS = "fills"
-"""Zeros and other constants, but for gradients."""
+"""Zeros and other constants, except those of gradients."""
 VECTORS = "vectors"
-"""O(M + K), as our kernels read and write them: norms, logits, labels, log-sum-exps. Taken to stay in the L2 cache."""
+"""O(M + K) vectors of our kernels: norms, logits, labels, log-sum-exps. Assumed to stay in the L2 cache."""
 TORCH = "PyTorch"
-"""What PyTorch's operators read and write."""
+"""Reads and writes of PyTorch's operators."""
 
 Access = tuple[str, Tensor, int]
 """Bytes of a kind that are read from or written to a tensor."""
@@ -65,18 +65,18 @@ Access = tuple[str, Tensor, int]
 
 @dataclass
 class Stage:
-    """A call of one kernel, or of several that have the same name."""
+    """One call of a kernel, or several calls under one name."""
 
     name: str
     library: int = 0
     """Operations of matrix products by the vendor's library."""
     own: int = 0
-    """Operations of matrix products in kernels of our own."""
+    """Operations of matrix products in our own kernels."""
     exps: int = 0
     moved: Counter[str] = field(default_factory=Counter)
     """Bytes read and bytes written, by kind."""
     memory: Counter[str] = field(default_factory=Counter)
-    """Those of them that reach memory."""
+    """The bytes that reach memory, by kind."""
     launches: int = 0
 
     @property
@@ -92,10 +92,10 @@ class _Entry:
 
 
 class Cache:
-    """An L2 cache of ``plan.IN_L2`` bytes that forgets what was used longest ago, in whole regions of tensors.
+    """An L2 cache of ``plan.IN_L2`` bytes with least-recently-used eviction of whole regions of tensors.
 
-    What is written reaches memory when it is forgotten, and never what is there at the end; but gradients do at once.
-    What passes is not kept: kernels read or write it with the hint that nobody will want it again.
+    Written data reach memory when they are evicted, and are not counted if they are never evicted; gradients reach
+    memory at once. Accesses with ``passes`` are not cached: kernels give them an eviction hint.
     """
 
     def __init__(self, capacity: int = IN_L2) -> None:
@@ -134,7 +134,7 @@ class Cache:
 
 
 def _region(x: Tensor) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """The place of a tensor in memory, and all of that memory."""
+    """The memory region of a tensor, and that of its whole storage."""
     storage, start = x.untyped_storage(), int(x.storage_offset()) * x.element_size()
     return (storage._cdata, start, _bytes(x)), (storage._cdata, 0, storage.nbytes())
 
@@ -144,10 +144,10 @@ class Tally:
 
     def __init__(self, present: int) -> None:
         self.present = present
-        """How many classes occur, which the device alone would know."""
+        """The number of classes that occur, which in a real run only the device knows."""
         self.stages: list[Stage] = []
         self.kernels: list[str] = []
-        """The names of our own kernels as they are launched."""
+        """The names of our own kernels in the order of their launches."""
         self._cache = Cache()
         self._within: Stage | None = None
         self._kinds: dict[int, str] = {}
@@ -179,7 +179,7 @@ class Tally:
             for access in accesses:
                 kind, x, size = access
                 if size:
-                    self._kept.append(x)  # no other tensor gets its place
+                    self._kept.append(x)  # so that no other tensor reuses its memory
                     stage.moved[kind] += size
                     go(access, stage.memory)
         self.stages.append(stage)
@@ -188,13 +188,13 @@ class Tally:
         self._within = None
 
     def launch(self, kernel: Any, grid: Any, *args: Any, **_: Any) -> None:
-        """In place of the real launch."""
+        """Replaces the real launch."""
         name = kernel.fn.__name__
         self.kernels.append(name)
         if self._within is not None:
             self._within.launches += 1
             return
-        # No method of tiled.Kernels: gradients times the factor that backward() brings, in place nothing if it is 1.
+        # Not a method of tiled.Kernels: scales gradients by the upstream gradient; in place by 1 it moves nothing.
         assert name == "scale_kernel", name
         x, _, out = args[:3]
         accesses = [] if x is out else [(FINISHING, x, _bytes(x)), (INPUTS, out, _bytes(out))]
@@ -202,7 +202,7 @@ class Tally:
             stage.launches += 1
 
     def know(self, x: Tensor, kind: str) -> None:
-        """Tensors in this memory are of this kind."""
+        """Set the kind of all tensors in this storage."""
         self._kept.append(x)
         self._kinds[x.untyped_storage()._cdata] = kind
 
@@ -211,24 +211,24 @@ class Tally:
 
 
 class Counted(one_step.TritonStep):
-    """The Triton backend's kernels; each notes what it would do and stops at the launch."""
+    """The Triton backend's kernels; each counts its work and stops at the launch."""
 
     def __init__(self, tally: Tally, inputs: Inputs, spec: Spec, host_beta: float | None = None) -> None:
         super().__init__(inputs, spec, host_beta)
         self.tally = tally
         self.columns, self.itemsize = inputs.features.shape[1], inputs.features.element_size()
         self.row = self.columns * self.itemsize
-        """Bytes of a row."""
+        """Bytes per row."""
         for x in self.inputs[:2]:
             tally.know(x, INPUTS)
 
     def _used(self, side: Side, start: int = 0, stop: int | None = None) -> int:
-        """Slots in use among [start, stop)."""
+        """Number of slots in use among [start, stop)."""
         used = side.slots if side.used is None else min(self.tally.present, side.slots)
         return max(0, min(used, side.slots if stop is None else stop) - start)
 
     def _rows(self, side: Side, start: int = 0, stop: int | None = None) -> Access:
-        """Reading the rows of the slots [start, stop)."""
+        """The access that reads the rows of the slots [start, stop)."""
         x = side.x if side.gather else side.x[start : side.slots if stop is None else stop]
         return INPUTS, x, self._used(side, start, stop) * self.row
 
@@ -330,7 +330,7 @@ class Counted(one_step.TritonStep):
         ):  # fmt: skip
             super().bias_grad(p, q, part, split, blocks)
 
-    # --- rows again
+    # --- kernels over rows
 
     def gather(self, side: Side, out: Tensor, start: int, stop: int) -> None:
         self.tally.know(out, COPIES)
@@ -339,7 +339,7 @@ class Counted(one_step.TritonStep):
             super().gather(side, out, start, stop)
 
     def mend(self, h: Tensor, side: Side, out: Tensor) -> None:
-        with self.tally.stage("mend", vectors=_bytes(side.rnorm)):  # of rows that are finite
+        with self.tally.stage("mend", vectors=_bytes(side.rnorm)):  # assumes finite rows
             super().mend(h, side, out)
 
     def finish(
@@ -387,7 +387,7 @@ class Counted(one_step.TritonStep):
         ):  # fmt: skip
             super().panel_entries(p, q, products, partial, h, start, stop, scale)
 
-    # --- around a product with an epilogue
+    # --- for the product with an epilogue
 
     def epilogue_operand(
         self, side: Side, scale: Tensor, tag: Tensor | None, slot: Tensor | None, anchors: bool
@@ -419,7 +419,7 @@ class CountedProduct(quack.Product):
     """A product with an epilogue, at the library's rate."""
 
     columns = 160
-    """Of its tile on an H100."""
+    """Columns of its tile on an H100."""
 
     def __init__(self, tally: Tally) -> None:
         self.tally = tally
@@ -440,7 +440,7 @@ def _bytes(*tensors: Tensor | None) -> int:
 
 
 class _Operators(TorchDispatchMode):
-    """PyTorch's operators that launch something: each counts as one launch."""
+    """Counts PyTorch's operators that launch kernels, as one launch each."""
 
     def __init__(self, tally: Tally, like: Tensor) -> None:
         super().__init__()
@@ -459,7 +459,7 @@ class _Operators(TorchDispatchMode):
             operands, kind = [], FILLS
             if all(x.dim() == 2 and x.dtype == self.like.dtype for x in results):
                 kind = INPUTS  # zeros for the gradients of absent classes
-        # An operand may be one number, expanded.
+        # An operand may be an expanded single number.
         read = [(kind, x, min(_bytes(x), x.untyped_storage().nbytes())) for x in operands]
         with self.tally.stage(f"torch {name}", read=read, written=[(kind, x, _bytes(x)) for x in results]) as stage:
             stage.launches += 1
@@ -467,7 +467,7 @@ class _Operators(TorchDispatchMode):
 
 
 def present_classes(m: int, k: int) -> int:
-    """How many of k classes occur among m random labels, on average."""
+    """The expected number of k classes that occur among m random labels."""
     return round(-k * math.expm1(m * math.log1p(-1.0 / k))) if k > 1 else k
 
 
@@ -480,14 +480,14 @@ def count(
     in_one_step: bool,
     epilogue: bool = False,
 ) -> Tally:
-    """A step of the Triton backend on such a GPU: loss and gradients, in two passes or as the backend chooses.
+    """Count a step of the Triton backend on a GPU: loss and gradients, in two passes or as the backend chooses.
 
     Args:
         problem: loss and sizes; labels at random, as :meth:`Problem.tensors` has them.
         workspace: bytes.
         arch: the GPU.
         dtype: of features and prototypes.
-        in_one_step: whether the backend may compute loss and gradient together, where it prefers to.
+        in_one_step: whether the backend may compute loss and gradient in one step.
         epilogue: whether there is a product with an epilogue, ``nckernels[hopper]``.
     """
     present = problem.k if problem.loss == "clip" else present_classes(problem.m, problem.k)
@@ -515,7 +515,7 @@ def count(
 
 @contextmanager
 def pretending(arch: config.Arch) -> Iterator[None]:
-    """Within, the Triton backend takes tensors wherever they are for plain ones on this GPU."""
+    """Make the Triton backend treat tensors on any device as plain tensors on this GPU."""
     with ExitStack() as stack:
         enter, replaced = stack.enter_context, mock.patch.object
         enter(replaced(config, "arch_of", lambda device: arch))

@@ -1,8 +1,8 @@
-"""Whole training steps on synthetic images: what a loss adds to a network's time and memory as the batch grows.
+"""Whole training steps on synthetic images: the share of a loss in a network's time and memory as the batch grows.
 
-Forward, loss, backward, SGD. The network is ResNet-50 from torchvision or timm where one of them imports, else this
-package's small ConvNet; the report says which. On CUDA images are 224 x 224 and the network runs under autocast; on
-a CPU they are 32 x 32.
+A step is forward, loss, backward and SGD. The network is ResNet-50 from torchvision or timm if one of them imports,
+else this package's small ConvNet; the report names it. On CUDA images are 224 x 224 and the network runs under
+autocast; on a CPU they are 32 x 32.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def backbone(device: torch.device) -> tuple[nn.Module, str]:
         for module, name in (("torchvision.models", "torchvision"), ("timm", "timm")):
             try:
                 library = importlib.import_module(module)
-            except Exception:  # next to another build of torch they fail in many ways
+            except Exception:  # with another build of torch they fail in many ways
                 continue
             if name == "timm":
                 return library.create_model("resnet50", num_classes=0), "ResNet-50 of timm"

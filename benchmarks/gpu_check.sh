@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Fifteen minutes of a GPU, in two runs of at most 300 seconds on a bare machine that has one. Each leaves a record.
+# The campaign on a GPU: two runs of at most 300 seconds on a bare machine with a GPU. Each run writes a record.
 #
 #   benchmarks/gpu_check.sh first|second [--python PYTHON] [--bring DIR] [--quack DIR] [--out DIR] [--again FILE]
 #                           [--rehearse]
 #
-#   first             what is here, the library, every kernel against float64 (which compiles Triton's kernels on all
-#                     cores), times of the suites `campaign` and `launch`, memcheck
-#   second            what was not right the first time, tiles, torch.compile's times, ResNet-50 end to end, memory,
-#                     racecheck, and as many of the tests as fit
-#   --python PYTHON   an interpreter with torch and CUDA (default python3); pytest is wanted for the tests
-#   --bring DIR       what benchmarks/prepare_gpu.sh made elsewhere (default: compile here, no rivals)
-#   --quack DIR       where both of its archives have been unpacked: also quack's product against its contract, and
-#                     the times of the suite `campaign` with it
-#   --out DIR         the record (default out/gpu/first or second): summary.txt, reports as JSON, and the rest with
-#                     logs and tile tables in record.tar.gz, all written anew behind every stage
+#   first             information on the machine, the library, every kernel against float64 (which compiles Triton's
+#                     kernels on all cores), times of the suites `campaign` and `launch`, memcheck
+#   second            the cases that failed in the first run, tiles, torch.compile's times, ResNet-50 end to end,
+#                     memory, racecheck, and as many of the tests as time allows
+#   --python PYTHON   an interpreter with torch and CUDA (default python3); the tests need pytest
+#   --bring DIR       the output of benchmarks/prepare_gpu.sh (default: compile on this machine, no rivals)
+#   --quack DIR       the folder with both of its archives unpacked: also tests quack's product against its contract,
+#                     and times the suite `campaign` with it
+#   --out DIR         the record (default out/gpu/first or second): summary.txt, reports as JSON, and record.tar.gz
+#                     with logs and tile tables, all rewritten after every stage
 #   --again FILE      `second`: the first run's correctness.json (default out/gpu/first/correctness.json)
-#   --rehearse        on the CPU, small problems, five seconds for each, shorter limits: does the script itself work?
+#   --rehearse        tests the script on the CPU, with small problems, five seconds for each, and shorter limits
 #
-# A stage has its own time limit and log; one that fails or hangs costs the others nothing. Exits with 1 if one did.
-# None of the GPU's settings is touched. NCKERNELS_* variables are passed on, but for NCKERNELS_QUACK.
+# A stage has its own time limit and log; a failing or hanging stage does not affect the others. Exits with 1 if a
+# stage failed. The GPU's settings are not changed. NCKERNELS_* variables are passed on, except NCKERNELS_QUACK.
 set -u
 
 usage() { sed -n '2,23s/^# \{0,1\}//p' "$0"; exit 2; }
@@ -50,7 +50,7 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PATH=$PATH:/usr/local/cuda/bin
 
 say() { echo "$*" | tee -a "$out/summary.txt"; }
 
-# stage NAME LIMIT COMMAND: at most LIMIT seconds, or what is left of the budget; the command plans with $TIME of them.
+# stage NAME LIMIT COMMAND: at most LIMIT seconds, or the rest of the budget; $TIME is the command's own budget.
 stage() {
   local name=$1 limit=$2 command=$3 start rc left
   [ -z "$rehearse" ] || limit=$((limit / 4 + 15))
@@ -61,7 +61,7 @@ stage() {
     return
   fi
   start=$(date +%s)
-  # An interrupt lets Python say what it has found so far.
+  # On an interrupt Python writes its results so far.
   TIME=$([ -n "$rehearse" ] && echo 5 || echo $((limit * 8 / 10))) \
     timeout --signal=INT --kill-after=5 "$limit" bash -c "$command" >"$work/$name.log" 2>&1
   rc=$?
@@ -82,7 +82,7 @@ info() {
   "$python" -m nckernels info
 }
 
-# Finds what was brought along; compiles where that is stale or does not load.
+# Uses the libraries of --bring; compiles if they are stale or do not load.
 build() {
   local choose='import nckernels; nckernels.set_backend("cuda"); print("the CUDA library loads")'
   "$python" -c "$choose" || { [ -n "$bring" ] && rm -rf "$work/extensions" && "$python" -c "$choose"; } ||
@@ -105,7 +105,7 @@ suite() {
     "${@:2}"
 }
 
-# sanitize TOOL: without torch's allocator between the kernels' memory and the tool's eyes.
+# sanitize TOOL: without torch's caching allocator, so that the tool sees each allocation.
 sanitize() {
   local under=(compute-sanitizer --tool "$1" --target-processes all --error-exitcode 9)
   [ -z "$rehearse" ] || under=()
@@ -128,7 +128,7 @@ tests() {
   make test-gpu PY="$python" TEST_SECONDS="$TIME"
 }
 
-# Stages run in shells of their own, which `timeout` can end.
+# Stages run in separate shells, which `timeout` can end.
 export -f info build correctness again suite sanitize tune quack tests
 
 say "$(date -u +%FT%TZ)  $run run, commit $(git describe --always --dirty 2>/dev/null || echo unknown)"
@@ -142,7 +142,7 @@ if [ -n "$bring" ]; then
   export PYTHONPATH=$PYTHONPATH:$work/rivals
 fi
 
-# Everything else runs without it, so that one thing changes at a time.
+# All other stages run without quack, so that its effect is isolated.
 export NCKERNELS_QUACK=0
 [ -z "$quack" ] || export PYTHONPATH=$PYTHONPATH:$quack:$quack/nvidia_cutlass_dsl/dsl_packages
 
@@ -168,7 +168,7 @@ else
 fi
 
 say "$(($(date +%s) - begin)) s in all"
-# Ends with what matters most: a reader may see the end only. Tables go without quartiles, memory and errors.
+# The most important parts come last, because a reader may see only the end. Tables omit quartiles, memory and errors.
 {
   for log in memory launch compiled e2e campaign; do
     [ ! -f "$work/$log.log" ] || sed -n '/^ceilings/,/^written/p' "$work/$log.log" |

@@ -23,15 +23,15 @@ from .variants import Variant, matrix, memory_room, our_loss
 GEMM = "bare GEMMs"
 READY = "F.cross_entropy on ready logits"
 YARDSTICKS = {
-    GEMM: "the products of the naive form with autograd and nothing else: three, or two for features with themselves",
-    READY: "not this loss: what plain PyTorch asks for in Python and kernel launches",
+    GEMM: "only the products of the naive form with autograd: three, or two for features with themselves",
+    READY: "not this loss: plain PyTorch's overhead in Python and kernel launches",
 }
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2, torch.float64: 1e-10}
-"""Largest relative error of loss and gradients. Rounding of cosines at temperature 0.1 is a tenth of it."""
+"""Largest accepted relative error of loss and gradients. Rounding of cosines at temperature 0.1 is a tenth of it."""
 _TF32_TOLERANCE = 1e-2
 _CHECK_FLOPS = {"cpu": 15e9, "cuda": 2e12}
-"""Beyond, the check runs on fewer rows of the same length."""
+"""For problems with more operations the check runs on fewer rows of the same length."""
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Result:
 
 @dataclass
 class Measured:
-    """A problem and what was found."""
+    """A problem and its results."""
 
     problem: Problem
     work: Work | None
@@ -70,7 +70,7 @@ class Measured:
     checked_on: str = ""
 
     def share(self, result: Result, ceilings: Ceilings, *, again: bool = False) -> float | None:
-        """Floor over time."""
+        """The floor divided by the measured time."""
         if self.work is None or result.seconds is None:
             return None
         return self.work.floor(ceilings.gemm, ceilings.copy, ceilings.exp, again=again) / result.seconds.median
@@ -78,21 +78,21 @@ class Measured:
 
 @dataclass
 class Session:
-    """What all problems of a run share."""
+    """The settings that all problems of a run share."""
 
     device: torch.device
     dtype: torch.dtype
     variants: tuple[Variant, ...]
     progress: Progress = lambda _: None
     compile_seconds: dict[str, float] = field(default_factory=dict)
-    """The longest that a variant's first step has taken, for variants that compile."""
+    """The longest time of a first step, by variant, for variants that compile."""
 
 
 Outputs = tuple[Tensor, ...]
 
 
 def runner(function: Callable[..., Tensor], leaves: list[Tensor], target: Tensor, graph: bool) -> Callable[[], Outputs]:
-    """Forward and backward: loss, or losses, and gradients."""
+    """A function that runs forward and backward, and returns the loss or losses and the gradients."""
     wanted = [x for x in leaves if x.requires_grad]
     upstream = torch.linspace(0.5, 1.5, len(target), device=target.device, dtype=accumulation_dtype(leaves[0].dtype))
 
@@ -122,7 +122,7 @@ def _captured(run: Callable[[], Outputs]) -> Callable[[], Outputs]:
 
 
 def build(device: torch.device, dtype: torch.dtype) -> None:
-    """Run every backend once: those that compile themselves on first use do it before anything is timed."""
+    """Run every backend once, so that backends that compile on first use do so before anything is timed."""
     for name, state in registry.explain(device, dtype).items():
         if state == "ready":
             with nckernels.use_backend(name):
@@ -139,7 +139,7 @@ def exact(problem: Problem, leaves: list[Tensor], target: Tensor) -> Outputs:
 
 
 def relative_error(outputs: Outputs, expected: Outputs) -> float:
-    """The largest of loss and gradients, in norms; NaN if there is one anywhere."""
+    """The largest relative error, in norms, of loss and gradients; NaN if there is a NaN."""
     errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(outputs, expected, strict=True)]
     return float("nan") if any(e != e for e in errors) else max(errors)
 
@@ -185,7 +185,7 @@ def measure(problem: Problem, session: Session, seconds: float) -> Measured:
                 run = runner(function, leaves, target, variant.graph)
                 run()
             steps[variant.name] = run
-        except Exception as error:  # a rival that fails, or takes too much memory, is reported and not fatal
+        except Exception as error:  # report a rival that fails or takes too much memory, and go on
             result.absent = failure(error, device)
         if variant.compiles:
             took = time.perf_counter() - started
@@ -205,7 +205,7 @@ def fill(
     label: str,
     without_memory: set[str] = frozenset(),  # type: ignore[assignment]
 ) -> None:
-    """Memory, then times, into the results of steps; all but those without memory have run before."""
+    """Measure memory, then times, into ``results``; all steps but those without memory have run before."""
     for name, step in list(steps.items()):
         session.progress(f"{label}: memory of {name}")
         try:
@@ -226,9 +226,9 @@ def fill(
 
 
 def failure(error: Exception, device: torch.device) -> str:
-    """One line; on CUDA, what the failure left in the allocator is given back."""
+    """A line for an exception; on CUDA the allocator's cache is released."""
     if device.type == "cuda":
-        with contextlib.suppress(RuntimeError):  # an error in a kernel is told to every later call
+        with contextlib.suppress(RuntimeError):  # after an error in a kernel every call fails
             torch.cuda.empty_cache()
     return f"fails: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:100]}"
 

@@ -1,12 +1,11 @@
-"""python -m benchmarks host: what one step of the Triton backend costs on the host, without a GPU.
+"""python -m benchmarks host: the host time of one step of the Triton backend, without a GPU.
 
-A stand-in takes the place of the driver (see standin.py), so that kernels are compiled and nothing is launched. Times
-are of NONL in bfloat16 with the default workspace of 80 GiB, in one step where the backend takes it, else forward and
-backward, each the median of many. Every one is timed with Triton's own launches and with those of
-nckernels/backends/triton/dispatch.py, in turn.
+A stand-in replaces the driver (standin.py), so that kernels are compiled and not launched. The times are medians of
+many steps of NONL in bfloat16 with the default workspace of 80 GiB, in one step if the backend takes it, else in two
+passes. Triton's own launches and those of nckernels/backends/triton/dispatch.py are timed in turn.
 
-Not included: the launch in the driver itself, the vendor library's matrix products, what fills and sums take on a
-device, PyTorch's autograd. Allocations are the CPU's, made to keep what is freed, as PyTorch's allocator for GPUs does.
+Not included: the launch in the driver, the vendor library's matrix products, fills and sums on a device, PyTorch's
+autograd. The allocator is the CPU's, set to keep freed memory as PyTorch's allocator for GPUs does.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ def main(argv: list[str]) -> int:
         prog="python -m benchmarks host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=200, help="steps timed each way: 200")
-    parser.add_argument("--arch", type=int, default=90, help="compute capability of the GPU that is not there: 90")
+    parser.add_argument("--arch", type=int, default=90, help="compute capability of the pretended GPU: 90")
     args = parser.parse_args(argv)
     os.environ.pop("TRITON_INTERPRET", None)  # kernels are compiled
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "0")  # Triton 3.9 warns where neither is chosen
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "0")  # Triton 3.9 warns if it is not set
     try:
         import triton
 
@@ -71,7 +70,7 @@ def main(argv: list[str]) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Large blocks come from the heap, which does not shrink: the system is not asked for each of them."""
+    """Allocate large blocks from a heap that does not shrink, without a system call for each block."""
     trim_threshold, mmap_max = -1, -4  # malloc.h
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc
@@ -82,7 +81,7 @@ def keep_freed_memory() -> None:
 def general(
     kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stages: int = 2, options: Any = None, **named: Any
 ) -> None:
-    """A launch by Triton's own means."""
+    """A launch through Triton."""
     if options is None:
         kernel[grid](*args, **named, num_warps=warps, num_stages=stages)
     else:
@@ -94,7 +93,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 
 def measure(size: tuple[int, int, int], ways: dict[str, Launch], steps: int) -> dict[str, tuple[int, float, float]]:
-    """For each way: launches, microseconds a step, and of these in launches."""
+    """For each way to launch: launches per step, microseconds per step, and microseconds in launches."""
     from nckernels.backends.triton import launch
 
     one = _step(*size)
@@ -132,7 +131,7 @@ def measure(size: tuple[int, int, int], ways: dict[str, Launch], steps: int) -> 
 
 
 def _step(m: int, k: int, d: int) -> Callable[[], None]:
-    """Loss and gradient as the backend takes them, in memory that is never touched."""
+    """A step as the backend takes it, on tensors whose memory is never read."""
     from nckernels.backends.base import Inputs, Needs, OutputGrads, Reduced, Spec
     from nckernels.backends.registry import SHARE_OF_DEVICE
     from nckernels.backends.triton import TritonBackend

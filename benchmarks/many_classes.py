@@ -1,7 +1,7 @@
 """python -m benchmarks many-classes: a step with a million classes, dense and sparse gradients of the prototypes.
 
-A step is forward, backward and SGD. The times are the median and the least of interleaved rounds. Memory is the highest
-sum of live allocations during a step, gradients included, beyond the prototypes and the features.
+A step is forward, backward and SGD. The times are the median and the minimum of interleaved rounds. Memory is the peak
+of live allocations during a step, gradients included, beyond the prototypes and the features.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
         loss(x, w, y, **options).backward()
         if update:
             optimizer.step()
-        x.grad = w.grad = None  # here, so that every step frees its own
+        x.grad = w.grad = None  # so that every step frees its gradients
 
     sampled = functools.partial(nckernels.normface_loss, class_fraction=args.fraction)
     steps: dict[str, measure.Step] = {

@@ -1,4 +1,4 @@
-"""How things are measured: interleaved rounds, medians with quartiles, peak memory, and the device's ceilings."""
+"""Measurement: interleaved rounds, medians with quartiles, peak memory, and the device's ceilings."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Summary:
 
 
 def summary(values: list[float]) -> Summary | None:
-    """None of nothing."""
+    """The summary of some values, or None if there are none."""
     if not values:
         return None
     if len(values) == 1:
@@ -70,12 +70,12 @@ def interleave(
     sample: float = 0.0,
     most: int | None = None,
 ) -> list[dict[str, float]]:
-    """Rounds in which every step is timed once, for about ``seconds`` or ``most`` rounds; three rounds at least.
+    """Rounds in which every step is timed once, for about ``seconds`` or ``most`` rounds; at least three rounds.
 
     A step so slow that three rounds of it would not fit its share is timed in the first round only, unless it is in
-    ``always``. Every round begins with another step, so that none always follows the same one. On CUDA a short step
-    is repeated within a sample, as a training loop would do it: the host may run ahead. On a CPU so that a sample
-    takes as many seconds as ``sample`` says.
+    ``always``. Rounds begin with different steps, so that no step always follows the same one. On CUDA a short step
+    is repeated within a sample, as in a training loop, where the host may run ahead. On a CPU it is repeated so that a
+    sample takes at least ``sample`` seconds.
     """
     if not steps:
         return []
@@ -101,21 +101,21 @@ def interleave(
 
 
 def ratios(rounds: list[dict[str, float]], name: str, to: str) -> list[float]:
-    """Of two steps within each round: the speed of the machine may drift from round to round."""
+    """The ratios of two steps' times within each round, which cancel drifts of the machine's speed."""
     return [r[name] / r[to] for r in rounds if name in r and to in r]
 
 
 @dataclass(frozen=True)
 class Memory:
     extra: int
-    """Highest sum of live allocations during a step above what was live before it; gradients count."""
+    """Peak of live allocations during a step, gradients included, beyond those before it."""
     peak: int | None
-    """Highest sum of live allocations; known on CUDA."""
+    """Peak of all live allocations; known on CUDA only."""
 
 
 @contextlib.contextmanager
 def _no_stderr() -> Iterator[None]:
-    """The profiler logs each of its starts past Python."""
+    """Suppress the profiler's log, which bypasses Python's stderr."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:
@@ -128,7 +128,7 @@ def _no_stderr() -> Iterator[None]:
 
 
 def peak_memory(step: Step, device: torch.device) -> Memory:
-    """Of one step. The native backend's scratch, which torch does not see, is added as if both peaks came together."""
+    """The memory of one step. The peak of the native backend's scratch, which torch does not see, is added."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -151,7 +151,7 @@ def peak_memory(step: Step, device: torch.device) -> Memory:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this device reached in this run, on its best: large operands, nothing else to do."""
+    """The best rates that the device reached in this run, with large operands."""
 
     gemm: float
     """Operations per second of a square matrix product in the run's dtype."""
@@ -162,7 +162,7 @@ class Ceilings:
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Best of several."""
+    """The best of several measurements."""
     gpu = device.type == "cuda"
     n = 8192 if gpu and dtype != torch.float32 else 4096 if gpu else 1536
     a, b = torch.randn(n, n, device=device).to(dtype), torch.randn(n, n, device=device).to(dtype)
@@ -176,7 +176,7 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 def _exp_rate(device: torch.device) -> float | None:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        kilohertz = getattr(properties, "clock_rate", None)  # older versions of torch do not tell
+        kilohertz = getattr(properties, "clock_rate", None)  # missing in older versions of torch
         return None if not kilohertz else 16.0 * properties.multi_processor_count * kilohertz * 1e3
     x, out = torch.randn(1 << 16), torch.empty(1 << 16)
     return (1 << 16) / _best(lambda: torch.exp(x, out=out), device)

@@ -1,6 +1,6 @@
 """Every loss as a user would write it in eager PyTorch: matrices of logits, masks, autograd.
 
-Each function takes features, prototypes or keys where there are any, targets, and options by the names that ours have.
+Each function takes features, prototypes or keys if there are any, targets, and options with the names of our losses.
 Products are in the inputs' dtype, sums and exponentials in float32 for smaller ones.
 """
 
@@ -51,7 +51,7 @@ def normface(
 ) -> Tensor:
     cosine = F.normalize(z) @ F.normalize(w).T
     if angular_margin or cosine_margin:
-        index = y.clamp_min(0)[:, None]  # of ignored samples any
+        index = y.clamp_min(0)[:, None]  # any index for ignored samples
         own = cosine.gather(1, index)
         if angular_margin:
             sine = (1.0 - own.square()).clamp_min(1e-6).sqrt()
@@ -92,7 +92,7 @@ def uniformity(z: Tensor, y: Tensor, *, t: float = 2.0) -> Tensor:
     unit = F.normalize(z)
     if z.dtype not in (torch.bfloat16, torch.float16):
         return torch.pdist(unit).square().mul(-t).exp().mean().log()  # Wang & Isola's own lines
-    squares = 2.0 - 2.0 * _wide(unit @ unit.T)  # pdist has no 16-bit numbers
+    squares = 2.0 - 2.0 * _wide(unit @ unit.T)  # pdist does not support 16 bits
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     return (squares.mul(-t).exp().masked_fill(itself, 0.0).sum() / (len(z) * (len(z) - 1))).log()
 
@@ -104,7 +104,7 @@ def prototype(z: Tensor, y: Tensor, *, temperature: Temperature, num_classes: in
     means = one_hot.T @ unit / count.clamp_min(1).to(z.dtype)[:, None]
     logits = _wide(unit @ means.T / temperature)
     pos = logits.gather(1, y[:, None]).squeeze(1)
-    others = torch.log(count - one_hot)  # samples of each class beside this one
+    others = torch.log(count - one_hot)  # the other samples of each class
     return _reduced(torch.logsumexp(logits + others, 1) - pos, reduction)
 
 

@@ -1,7 +1,7 @@
 """A report as pictures: time and memory against M, K and N on log axes, and bars of the share of the floor.
 
-Imports matplotlib on first use. Colours are Okabe and Ito's, which people with any colour vision can tell apart;
-markers and dashes repeat what they say.
+Imports matplotlib on first use. The colours are those of Okabe and Ito, which people with any colour vision can
+distinguish; markers and dashes encode the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _MARKERS = "osD^vPX*"
 _SKIPPED = {READY}
 _MIN_POINTS = 3
 _MOST_BARS = 10
-"""Problems in one picture of bars."""
+"""Most problems in one bar chart."""
 
 
 def draw(report: Report, folder: Path, stem: str) -> list[Path]:

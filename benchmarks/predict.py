@@ -1,11 +1,11 @@
-"""python -m benchmarks predict: what a step of the Triton backend should take on a GPU, counted before it is measured.
+"""python -m benchmarks predict: predicted times of a step of the Triton backend on a GPU, from counted work.
 
-The package's own code runs, on tensors without memory, and its kernels, panels and launches are counted (counts.py).
-A stage is taken to last as long as its operations, its bytes or its exponentials at the rates of predict.py, whichever
-is most, and stages follow each other. Launches cost nothing here: where they are many and the time is short, they will.
+The package's own code runs on tensors without memory, and its kernels, panels and launches are counted (counts.py). A
+stage takes as long as its operations, its bytes or its exponentials, whichever is longest, at the rates of predict.py,
+and stages follow each other. Launches cost nothing here; in real steps with many launches and short times they will.
 
---stages ROW goes through one row stage by stage. With a report of a campaign on one of these GPUs the predictions are
-made for its problems, at the rates that it has measured, and stand next to its times.
+--stages ROW lists one row stage by stage. With a report of a campaign on one of these GPUs the predictions are for its
+problems, at the rates that it has measured, and are printed next to its times.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ TRITON = "nckernels triton"
 AGAIN = "inputs again"
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
 SHOWN = 0.005
-"""The share of the time from which on a stage has a line of its own."""
+"""The least share of the time for which a stage has its own line."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Rates that a GPU reaches."""
+    """The rates of a GPU."""
 
     name: str
     gemm: float
     """Operations a second of the vendor's bfloat16 products. The datasheet of the H100 SXM has 989e12; 798e12 has been
-    measured with 8192 x 8192 matrices. Kernels of our own: ``plan.OWN_RATE`` of it, an estimate."""
+    measured with 8192 x 8192 matrices. Our own kernels: ``plan.OWN_RATE`` times this, an estimate."""
     copy: float
-    """Bytes a second, read plus written, as a large copy reaches them: 3.0e12 of 3.35e12, 4.3e12 of 4.8e12."""
+    """Bytes per second, read plus written, of a large copy: 3.0e12 of 3.35e12, 4.3e12 of 4.8e12."""
     memory: int
-    """Bytes, of which the workspace is a part."""
+    """Bytes of memory, which determine the default workspace."""
     l2: float = 6e12
-    """Bytes a second between the multiprocessors and the L2 cache; an estimate."""
+    """Bytes per second between the multiprocessors and the L2 cache; an estimate."""
     exp: float = 16 * 132 * 1.755e9
-    """Exponentials a second: 16 a clock and multiprocessor, of which there are 132, at 1.755 GHz."""
+    """Exponentials per second: 16 per clock and multiprocessor, with 132 multiprocessors at 1.755 GHz."""
 
     def units(self, stage: Stage) -> dict[str, float]:
         """Seconds that each unit is busy."""
@@ -92,12 +92,12 @@ ROWS = {
     "clip": samples("clip", 32768, 512),
     "few-classes": Problem("nonl", 65536, 10, 512),
 }
-"""The sizes that are aimed at, in bfloat16."""
+"""The target sizes, in bfloat16."""
 
 
 @dataclass
 class Prediction:
-    """One problem in two passes, as the backend chooses, and with a product that has an epilogue where there is one."""
+    """One problem in two passes, as the backend chooses, and with an epilogue product if that makes a difference."""
 
     problem: Problem
     gpu: Gpu
@@ -140,11 +140,11 @@ class Prediction:
         return {AGAIN if kind == INPUTS else kind: count for kind, count in memory.most_common() if count > 0}
 
     def lost(self) -> dict[str, float]:
-        """Seconds that would be saved without something, most first; such savings overlap.
+        """Seconds that would be saved by each of several changes, largest first; such savings overlap.
 
-        Without a pass over the rows: norms, copies, finishing, PyTorch's operators, but for the writing of gradients.
-        Without the bytes of panels, or of float32 sums outside of finishing. Without operations beyond the floor's, and
-        if our own kernels multiplied at the library's rate.
+        The changes are: no pass over the rows (norms, copies, finishing, PyTorch's operators, except the writing of
+        gradients); no bytes of panels, or of float32 sums outside of finishing; no operations beyond the floor's; and
+        our own kernels at the library's rate.
         """
         from .counts import INPUTS, PANELS, SUMS
 
@@ -235,7 +235,7 @@ def written(page: str) -> str:
 
 
 def table(rows: dict[str, Prediction]) -> str:
-    """One line a row, in Markdown."""
+    """A Markdown table with one line per row."""
     lines = [
         "| row | problem | floor | two passes | as chosen | floor / as chosen | with quack | operations / floor's "
         "| launches | MB beyond the floor's | would save |",
@@ -253,7 +253,7 @@ def table(rows: dict[str, Prediction]) -> str:
 
 
 def _change(p: Prediction, of: Callable[[Tally], str]) -> str:
-    """Of two passes and of one step."""
+    """The values of two passes and of one step."""
     return f"{of(p.passes)}, {of(p.chosen)}" if p.one_step else of(p.chosen)
 
 
@@ -271,7 +271,7 @@ def _ways(p: Prediction) -> dict[str, Tally]:
 
 
 def stages(p: Prediction) -> str:
-    """Where the time goes, for each way: calls of one name together."""
+    """The times of the stages for each way; calls of one name are added up."""
     text = f"{p.problem} on an {p.gpu.name}: at least {duration(p.floor)}"
     ways = _ways(p)
     for way, tally in ways.items():

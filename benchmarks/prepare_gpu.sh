@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Makes, without a GPU, what benchmarks/gpu_check.sh --bring DIR takes along to a bare machine that has one: the
-# package's libraries, and wheels that are pure Python: rivals, and what the benchmarks need beside torch.
+# Prepares, without a GPU, the files that benchmarks/gpu_check.sh --bring DIR uses on a bare machine with a GPU: the
+# package's libraries, and wheels of pure Python: rivals, and the benchmarks' requirements besides torch.
 #
 #   benchmarks/prepare_gpu.sh DIR [--python PYTHON] [--quack QUACK]
 #
-#   --python PYTHON   an interpreter with the other machine's torch, of a build with CUDA (default python3); nvcc is
-#                     found as the package finds it, in $CUDA_HOME/bin or on the PATH
-#   --quack QUACK     also quack-kernels, for Linux on x86-64: two archives below 64 MiB in that folder, its compiler
-#                     and the rest, to be unpacked into one folder there; minutes of compression
+#   --python PYTHON   an interpreter with the GPU machine's torch, a build with CUDA (default python3); nvcc is
+#                     searched for in $CUDA_HOME/bin and on the PATH
+#   --quack QUACK     also packs quack-kernels for Linux on x86-64, as two archives below 64 MiB in that folder, its
+#                     compiler and the rest, to be unpacked into one folder; compression takes minutes
 set -eu
 
 usage() { sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2; }
@@ -34,7 +34,7 @@ rm -rf "$dir/wheels"
 du -sh "$dir" "$dir"/*/*
 
 [ -n "$quack" ] || exit 0
-# What is left out, the machine has with its torch: bindings of CUDA, NumPy, protobuf, einops.
+# Bindings of CUDA, NumPy, protobuf and einops are left out: the GPU machine has them with its torch.
 rm -rf "$quack/packages"
 "$python" -m pip install -q --no-deps --no-compile --only-binary=:all: --target "$quack/packages" quack-kernels==0.6.5 \
   nvidia-cutlass-dsl{,-libs-base,-libs-core,-libs-cu13}==4.7.1 apache-tvm-ffi torch-c-dlpack-ext

@@ -1,4 +1,4 @@
-"""What is timed: a loss, its sizes, the tensors of one step, and the least work that a step takes."""
+"""The timed problems: a loss, its sizes, the tensors of one step, and the least work of a step."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ Options = tuple[tuple[str, float | str | bool], ...]
 
 @dataclass(frozen=True)
 class Work:
-    """The least that forward + backward take, whatever the program: the floor that times are compared with."""
+    """The least work of forward + backward in any program: the floor that times are compared with."""
 
     flops: int
-    """Operations if each product is done once: 6 M K d with prototypes. K counts the classes that the loss
-    touches. A matrix of features with themselves is symmetric: half a product forward, one whole backward."""
+    """Operations if each product is computed once: 6 M K d with prototypes, where K counts the classes that the loss
+    uses. A matrix of features with themselves is symmetric: half a product forward, one product backward."""
     flops_again: int
-    """The same if the matrix is not kept but made a second time in the backward pass: 8 M K d."""
+    """The same if the matrix is recomputed in the backward pass: 8 M K d."""
     bytes: int
     """Inputs read once, gradients written once."""
     exps: int
-    """Exponentials, one per entry that has to be made."""
+    """Exponentials, one per computed entry."""
 
     def floor(self, gemm: float, copy: float, exp: float | None, *, again: bool = False) -> float:
-        """Seconds at the given ceilings: whichever unit takes longest, all others hidden behind it."""
+        """Seconds at the given ceilings: the time of the unit that takes longest, which hides the others."""
         flops = self.flops_again if again else self.flops
         return max(flops / gemm, self.bytes / copy, 0.0 if exp is None else self.exps / exp)
 
@@ -44,7 +44,7 @@ class Problem:
     """One loss on M samples with d features; labels uniform at random among K classes.
 
     ``nonl``, ``ntce``, ``normface``: K prototypes. ``supcon``: no prototypes, K labels. ``simclr``: K = M / 2
-    images, two views each. ``clip``: M pairs, K = M. ``info_nce``: M queries, K keys of which the first are theirs.
+    images, two views each. ``clip``: M pairs, K = M. ``info_nce``: M queries, K keys, the first M of them positives.
     """
 
     loss: str
@@ -52,8 +52,8 @@ class Problem:
     k: int
     d: int
     options: Options = ()
-    """Of the loss, by name; and ``weight``: classes have weights; ``ignored``: a part of the samples is left out;
-    ``learnable``: the temperature requires grad; ``frozen``: the keys, as those in a queue, do not."""
+    """Options of the loss by name. Additional ones: ``weight``: classes have weights; ``ignored``: the share of ignored
+    samples; ``learnable``: the temperature requires grad; ``frozen``: the keys do not, like those in a queue."""
 
     @property
     def with_itself(self) -> bool:
@@ -62,17 +62,17 @@ class Problem:
 
     @property
     def columns(self) -> int:
-        """Rows of what the samples are compared with."""
+        """The number of vectors that the samples are compared with."""
         return self.m if self.with_itself else self.k
 
     @property
     def weight(self) -> float:
-        """How much of a budget this problem should get: more for the larger ones, far from in proportion."""
+        """This problem's weight in a time budget, which grows slowly with its size."""
         return float(self.m * self.columns * self.d) ** 0.25
 
     def tensors(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> tuple[list[Tensor], Tensor]:
-        """Features and, unless compared with themselves, prototypes or keys, and a learnable temperature: what
-        requires grad, but for frozen keys. And targets."""
+        """The leaves (features; prototypes or keys, if any; a learnable temperature), which require grad except for
+        frozen keys, and the targets."""
         generator = torch.Generator(device).manual_seed(seed)
         target = torch.randint(self.k, (self.m,), generator=generator, device=device)
         options = dict(self.options)
@@ -90,7 +90,7 @@ class Problem:
         return [x.requires_grad_(i != 1 or "frozen" not in options) for i, x in enumerate(leaves)], target
 
     def bound(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """A loss function of this package's arguments as one of the tensors that this problem has."""
+        """A loss function with this package's arguments, as a function of this problem's tensors."""
         options: dict[str, Any] = {
             name: value for name, value in self.options if name not in ("ignored", "learnable", "frozen", "weight")
         }
@@ -105,17 +105,17 @@ class Problem:
         return partial(function, **options)
 
     def work(self, itemsize: int, present: int) -> Work:
-        """``present``: how many classes occur, which is all that NONL and NTCE touch."""
+        """The least work; ``present``: the number of classes that occur, which are all that NONL and NTCE use."""
         m, d = self.m, self.d
         if self.with_itself:
             entries = m * m // 2
             return Work(3 * m * m * d, 4 * m * m * d, 2 * m * d * itemsize, entries)
         k = present if self.loss in ("nonl", "ntce") else self.k
-        moved = (2 * m + k + self.k) * d * itemsize  # the gradient of absent classes is zeros, and written
+        moved = (2 * m + k + self.k) * d * itemsize  # includes the zeros in the gradient of absent classes
         return Work(6 * m * k * d, 8 * m * k * d, moved, m * k)
 
     def shrunk(self) -> Problem:
-        """Few samples and classes, rows as long as here: what the correctness check uses where this is too much."""
+        """The same with few samples and classes, for the correctness check of problems that are too large for it."""
         small = replace(self, m=min(self.m, 256), k=min(self.k, 96))
         if self.loss == "info_nce":
             return replace(small, k=small.m + min(self.k - self.m, 96))
@@ -128,7 +128,7 @@ class Problem:
 
 
 def paired(problem: Problem) -> Problem:
-    """The number of images of SimCLR, which follows from the number of rows."""
+    """The problem with SimCLR's number of images, which follows from the number of rows."""
     return replace(problem, k=problem.m // 2) if problem.loss == "simclr" else problem
 
 
@@ -169,7 +169,7 @@ def _rows() -> list[Problem]:
 
 
 def _campaign(gpu: bool) -> list[Problem]:
-    """What the first minutes on a GPU should tell, the most important first; elsewhere small ones with rows as long."""
+    """The problems for the first minutes on a GPU, most important first; on a CPU shrunk ones with the same rows."""
     rows = [
         Problem("nonl", 8192, 1000, 2048),
         Problem("normface", 8192, 1000, 2048),
@@ -204,7 +204,7 @@ def _memory(gpu: bool) -> list[Problem]:
 
 
 def _launch(gpu: bool) -> list[Problem]:
-    """So small that Python and the launches of kernels take the time, on any device."""
+    """Problems so small that Python and kernel launches take most of the time, on any device."""
     tiny = [Problem(loss, 512, 10, 128) for loss in PROTOTYPE_LOSSES]
     tiny += [Problem("nonl", 32, 10, 64), Problem("nonl", 128, 100, 128), Problem("nonl", 256, 1000, 256)]
     return [*tiny, samples("supcon", 256, 128), samples("simclr", 256, 128), samples("clip", 256, 128)]

@@ -4,8 +4,9 @@
     (generated)
     <!-- speed table: end -->
 
-A "speed summary" in place of "speed table" has one row for each problem: the native backend beside the naive form. Edit
-the marker to name other reports. --check writes nothing and exits with 1 if a table is not what its reports say.
+A "speed summary" instead of a "speed table" has one row for each problem: the native backend beside the naive form,
+eager and compiled. Edit the marker to name other reports. --check writes nothing and exits with 1 if a table does not
+match its reports.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import re
 from pathlib import Path
 
-from .harness import GEMM, Measured
+from .harness import GEMM, Measured, Result
 from .measure import Summary
 from .report import Report, load, mebibytes
 
@@ -39,14 +40,14 @@ def main(argv: list[str]) -> int:
         if new == text:
             continue
         stale += 1
-        print(f"{path}: {'not what its reports say: run python -m benchmarks readme' if args.check else 'written'}")
+        print(f"{path}: {'does not match its reports: run python -m benchmarks readme' if args.check else 'written'}")
         if not args.check:
             path.write_text(new)
     return int(args.check and stale > 0)
 
 
 def regenerated(text: str, path: Path) -> str:
-    """``text`` with the tables between its markers made anew."""
+    """``text`` with regenerated tables between its markers."""
     if not _BLOCK.search(text):
         raise SystemExit(f"{path} has no '<!-- speed table: begin REPORT.json ... -->' with an end")
     makers = {"table": table, "summary": summary}
@@ -54,7 +55,7 @@ def regenerated(text: str, path: Path) -> str:
 
 
 def table(reports: list[Path]) -> str:
-    """A row per problem and variant; a problem that several reports have in one dtype is taken from the first."""
+    """A row per problem and variant. If several reports have a problem in one dtype, the first one is used."""
     lines = [
         "| problem | variant | time / bare GEMMs | time / naive (quartiles) | extra memory, MiB |",
         "|---|---|---|---|---|",
@@ -67,29 +68,34 @@ def table(reports: list[Path]) -> str:
 
 
 def summary(reports: list[Path]) -> str:
-    """A row per problem and dtype."""
-    lines = [
-        "| problem | dtype | time / bare GEMMs | time / naive (quartiles) | compiled / naive | extra MiB | naive's |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """A row per problem that torch.compile was timed on, with the dtypes side by side."""
+    rows: dict[str, dict[str, dict[str, Result]]] = {}
     for dtype, measured in _problems([load(path) for path in reports]):
         results = {r.variant: r for r in measured.results if r.seconds is not None}
-        ours, eager, compiled = (results.get(name) for name in (OURS, EAGER, COMPILED))
-        if ours is None:
-            continue
-        cells = [
-            "" if ours.to_gemm is None else f"{ours.to_gemm.median:.2f}",
-            _spread(ours.to_baseline),
-            "" if compiled is None or compiled.to_baseline is None else f"{compiled.to_baseline.median:.2f}",
-            mebibytes(ours.extra_bytes),
-            "" if eager is None else mebibytes(eager.extra_bytes),
-        ]
-        lines.append(f"| {measured.problem} | {dtype} | {' | '.join(cells)} |")
+        if {OURS, EAGER, COMPILED} <= set(results):
+            rows.setdefault(str(measured.problem), {})[dtype] = results
+    dtypes = list(dict.fromkeys(dtype for row in rows.values() for dtype in row))
+    titles = ["problem"]
+    for dtype in dtypes:
+        titles += [f"{dtype}: time / naive", "torch.compile / naive", "extra MiB", "naive's MiB"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for problem, row in rows.items():
+        cells = [problem]
+        for dtype in dtypes:
+            cells += _compared(row[dtype]) if dtype in row else [""] * 4
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
+def _compared(results: dict[str, Result]) -> list[str]:
+    """Times as parts of the naive form's, ours and torch.compile's; extra memory, ours and the naive form's."""
+    ours, eager, compiled = (results[name] for name in (OURS, EAGER, COMPILED))
+    times = ["" if r.to_baseline is None else f"{r.to_baseline.median:.2f}" for r in (ours, compiled)]
+    return [*times, mebibytes(ours.extra_bytes), mebibytes(eager.extra_bytes)]
+
+
 def _problems(reports: list[Report]) -> list[tuple[str, Measured]]:
-    """What was measured, with its dtype; a problem that several reports have in one dtype is taken from the first."""
+    """Results with their dtypes. If several reports have a problem in one dtype, the first one is used."""
     found: dict[tuple[str, str], tuple[str, Measured]] = {}
     for report in reports:
         for measured in report.measured:

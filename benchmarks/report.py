@@ -27,7 +27,7 @@ _LIBRARIES = (
 
 @dataclass
 class Report:
-    """Everything that was measured, and where, when and how."""
+    """All results of a run, with machine, versions, commit and date."""
 
     suite: str
     dtype: str
@@ -47,7 +47,7 @@ class Report:
 
 
 def load(path: Path) -> Report:
-    """Read what :meth:`Report.save` wrote."""
+    """Read a file of :meth:`Report.save`."""
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -114,8 +114,8 @@ def heading(report: Report) -> str:
 def table(report: Report, *, absent: bool = True) -> str:
     """One block per problem: median and quartiles, ratios, shares of the ceilings, memory, error, samples.
 
-    "% floor" is the largest of the shares of product, copy and exponentials; "% twice" the same if the matrix is made
-    a second time in the backward pass, which bounded memory asks for.
+    "% floor" is the largest of the shares of product, copy and exponentials; "% twice" the same if the matrix is
+    recomputed in the backward pass, as bounded memory requires.
     """
     lines: list[str] = []
     for measured in report.measured:
@@ -164,7 +164,7 @@ def _rate(measured: Measured) -> str:
 
 
 def duration(seconds: float) -> str:
-    """With a unit, three digits."""
+    """Seconds as text with a unit and three digits."""
     for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
         if seconds * scale >= 1 or unit == "us":
             return f"{seconds * scale:.3g}{unit}"
@@ -172,7 +172,7 @@ def duration(seconds: float) -> str:
 
 
 def mebibytes(count: int | None) -> str:
-    """Of bytes."""
+    """Bytes as text in MiB."""
     return "" if count is None else f"{count / 2**20:.1f}"
 
 

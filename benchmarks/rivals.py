@@ -1,9 +1,9 @@
-"""The alternatives, each on the same mathematics as ours, with a note on what it computes.
+"""The alternatives, each with the same mathematics as ours and a note on what it computes.
 
-Libraries that are written for the softmax of a linear layer compute NormFace from normalised rows. The M x M
+A library with a linear cross-entropy (the softmax of a linear layer) computes NormFace from normalised rows. The M x M
 form of NTCE ([NCD] Eq. 4) is such a softmax too, with the prototypes of the samples as rows and the samples as
-classes, and CLIP is two of them, one per direction: wherever a library offers linear cross-entropy, all three
-are taken from it. NONL, which leaves out a sample's whole class, and SupCon cannot be had that way.
+classes, and CLIP is two of them, one per direction. All three are therefore timed with every such library. NONL, which
+excludes a sample's whole class, and SupCon cannot be computed that way.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BASELINE = "naive eager"
 
 
 def pairwise(loss: str, z: Tensor, w: Tensor, y: Tensor) -> Tensor:
-    """The M x M form of the paper's Eqs. 4-5: row i holds its class's prototype against every sample."""
+    """The M x M form of the paper's Eqs. 4-5: row i has the prototype of sample i's class against every sample."""
     logits = F.normalize(w)[y] @ F.normalize(z).T / TEMPERATURE
     pos = logits.diagonal()
     if loss == "nonl":
@@ -64,7 +64,7 @@ LinearCrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def _from_linear(load: Callable[[], LinearCrossEntropy]) -> Callable[[Problem], LossFunction]:
-    """NormFace, NTCE and CLIP by a linear cross-entropy."""
+    """NormFace, NTCE and CLIP from a linear cross-entropy."""
 
     def make(problem: Problem) -> LossFunction:
         linear = load()
@@ -118,7 +118,7 @@ def _linear_only(problem: Problem, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _needs(module: str, *, cuda: bool = True, of: int = 1) -> Callable[..., str | None]:
-    """Absent unless the loss is one of linear cross-entropy, sizes are multiples of ``of``, and it imports."""
+    """A check that the loss is a linear cross-entropy, sizes are multiples of ``of``, and the module imports."""
 
     def why_not(problem: Problem, device: torch.device, dtype: torch.dtype) -> str | None:
         if reason := _linear_only(problem, device, dtype):

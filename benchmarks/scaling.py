@@ -1,9 +1,9 @@
-"""python -m benchmarks scaling: what a step across processes sends and holds, beside gathering all features.
+"""python -m benchmarks scaling: traffic and memory of a step across processes, compared with gathering all features.
 
-Every collective of a loss is written down as a formula: what travels, how many numbers of which dtype, forward or
+Every collective of a loss is stated as a formula: its contents, how many numbers of which dtype, forward or
 backward. tests/distributed/test_scaling.py records the collectives of real steps and compares each of them. Bytes on
-the wire are those that a rank sends under the usual ring algorithms. The first call of a configuration, in which the
-ranks compare their options, is left out.
+the wire are those that a rank sends in the usual ring algorithms. The exchange of options in the first call of a
+configuration is not included.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
 
 @dataclass(frozen=True)
 class Exchange:
-    """One call of a collective, or one message to a neighbour."""
+    """One collective, or one message to a neighbour."""
 
     kind: Kind
     what: str
     dtype: torch.dtype
     numbers: int
-    """Of the tensor that the rank gives: its own rows to an all-gather, everybody's to a reduce-scatter."""
+    """Size of the rank's input tensor: its own rows for an all-gather, the rows of all ranks for a reduce-scatter."""
     backward: bool = False
 
     @property
@@ -43,7 +43,7 @@ class Exchange:
         return self.numbers * self.dtype.itemsize
 
     def wire(self, ranks: int) -> float:
-        """Bytes that a rank sends in a ring of so many."""
+        """Bytes that a rank sends in a ring of ``ranks``."""
         factor = {
             "all-reduce": 2 * (ranks - 1) / ranks,
             "all-gather": ranks - 1,
@@ -58,16 +58,17 @@ class Step:
     """Forward and backward of one loss on one rank."""
 
     counts: tuple[int, ...]
-    """Rows on every rank: samples, their views, or keys."""
+    """Number of rows on each rank: samples, their views, or keys."""
     d: int
     dtype: torch.dtype = torch.float32
     classes: int = 0
     """K of the losses with prototypes, ``num_classes`` of the prototype loss (0: not given)."""
     reduction: Literal["none", "mean", "sum"] = "mean"
     ring: bool = False
-    """Keys travel round the ranks instead of being gathered: those of all ranks exceed the workspace."""
+    """Whether keys are sent round a ring, because gathered keys would exceed the workspace."""
     present: int | None = None
-    """Classes that occur on any rank. None: the host does not know, as with a GPU, and makes room for every row."""
+    """Number of classes that occur on any rank. None if the host does not know it, as with a GPU; it then reserves a
+    slot for every row."""
     rank: int = 0
 
     @property
@@ -80,7 +81,7 @@ class Step:
 
     @property
     def compact(self) -> bool:
-        """Whether sums of the classes that occur are exchanged, instead of all."""
+        """Whether only the sums of classes that occur are exchanged."""
         return self.classes > max(COMPACT_ABOVE, self.total)
 
     @property
@@ -91,7 +92,7 @@ class Step:
         return Exchange("all-reduce", what, self.acc, numbers, backward)
 
     def gather(self, what: str, dtype: torch.dtype, width: int = 1) -> Exchange:
-        """Of a row of ``width`` numbers for every sample, padded to the longest batch."""
+        """The all-gather of ``width`` numbers per sample, padded to the longest batch."""
         return Exchange("all-gather", what, dtype, max(self.counts) * width)
 
     @property
@@ -103,7 +104,7 @@ class Step:
         return [self.reduce("sum of weights", 1)] if self.reduction == "mean" else []
 
     def sums_of(self, what: str, columns: int) -> list[Exchange]:
-        """Log-sum-exps over the rows of all ranks, for so many columns."""
+        """The exchanges for ``columns`` log-sum-exps over the rows of all ranks."""
         largest = self.reduce(f"largest logit of each {what}", columns)
         if self.reduction == "none":
             return [
@@ -122,7 +123,7 @@ class Step:
         return [self.gather("keys", self.dtype, self.d), gradient]
 
     def _round(self) -> list[Exchange]:
-        """Each block of keys but the last to arrive goes on, in both passes; all gradients do in the second."""
+        """The ring: every block of keys but the last is forwarded, in both passes; in the second also all gradients."""
         ranks = len(self.counts)
         blocks = [self.counts[(self.rank + step) % ranks] * self.d for step in range(ranks)]
         keys = [Exchange("send", "keys", self.dtype, n) for n in blocks[:-1]]
@@ -173,7 +174,7 @@ def _uniformity(step: Step) -> list[Exchange]:
 
 
 def _spread(step: Step, largest: list[Exchange], sums: int) -> list[Exchange]:
-    """Prototypes that are spread over the ranks: features travel as keys do, then numbers of each sample."""
+    """Prototypes sharded over the ranks: features are exchanged like keys, then numbers per sample."""
     back = step.reduce("gradients of these", sums * step.total, backward=True)
     found = [step.reduce("sums, positive logits", sums * step.total), back, *step.weight]
     return [*step.sizes, step.gather("labels", torch.int64), *step.keys(), *largest, *found]
@@ -207,7 +208,7 @@ LOSSES: dict[str, Callable[[Step], list[Exchange]]] = {
 
 
 def exchanges(loss: str, step: Step) -> list[Exchange]:
-    """What one rank gives in one step. The batches are not all empty."""
+    """The exchanges of one rank in one step, if not all batches are empty."""
     return LOSSES[loss](step)
 
 
@@ -217,10 +218,10 @@ def exchanges(loss: str, step: Step) -> list[Exchange]:
 def held(loss: str, step: Step) -> int:
     """Bytes of matrices at the peak beyond features, prototypes, their gradients, the workspace and vectors.
 
-    Gathered keys and their gradient take 8 bytes a number in float32; in 16 bits, too, as there is a gradient in
-    float32 and one in 16 bits. In the ring they are blocks: two of keys, and gradients of the one in use, one that
-    leaves and one that arrives. SupCon adds a second gradient, by way of the class sums, and for the positives some
-    copies of the rank's own samples.
+    Gathered keys and their gradient take 8 bytes per number in float32, and also in 16 bits, with a gradient in float32
+    and one in 16 bits. The ring holds blocks: two of keys, and the gradients of the block in use, of the outgoing and
+    of the incoming block. SupCon adds a second gradient, through the class sums, and for the positives some copies of
+    the rank's own samples.
     """
     longest = max(step.counts) * step.d
     if loss in ("ntce", "nonl"):
@@ -236,7 +237,7 @@ def held(loss: str, step: Step) -> int:
 
 
 def gathering(step: Step, towers: int = 1) -> list[Exchange]:
-    """What gathering with gradients takes: features forward, as many numbers backward; labels, with one tower."""
+    """The exchanges of gathering with gradients: features forward, gradients backward; labels, with one tower."""
     features = step.gather("features", step.dtype, towers * step.d)
     back = Exchange("reduce-scatter", "gradients of features", step.dtype, len(step.counts) * features.numbers, True)
     return [features, back, *([step.gather("labels", torch.int64)] if towers == 1 else [])]
@@ -245,7 +246,7 @@ def gathering(step: Step, towers: int = 1) -> list[Exchange]:
 def held_gathering(step: Step, towers: int = 1) -> int:
     """Bytes of all features and their gradients, and of one copy of the logits: autograd keeps two or three.
 
-    Of losses with prototypes all ranks compute the logits of all samples; else each has the rows of its own samples.
+    For losses with prototypes all ranks compute the logits of all samples; otherwise each rank those of its samples.
     """
     logits = step.total * step.classes if step.classes else towers * step.counts[step.rank] * step.total
     return step.dtype.itemsize * (2 * towers * step.total * step.d + logits)
@@ -257,11 +258,11 @@ RANKS, SAMPLES = 256, 65_536
 CLASSES, DIMS, DTYPES = (1000, 21_841, 10_000_000), (512, 2048), (torch.float32, torch.bfloat16)
 GPU = GPUS["h100"]
 LATENCY, BANDWIDTH = 30e-6, 50e9
-"""Seconds for one collective, and bytes a second from a GPU to other nodes: assumptions, with 400 Gb/s for each GPU."""
+"""Seconds per collective, and bytes per second from a GPU to other nodes. Assumptions, with 400 Gb/s per GPU."""
 
 
 def batch(d: int, dtype: torch.dtype, classes: int = 0) -> Step:
-    """A step of the tables: equal batches on GPUs."""
+    """A step of the tables, with equal batches on GPUs."""
     step = Step((SAMPLES // RANKS,) * RANKS, d, dtype, classes)
     return replace(step, ring=not classes and step.total * d * dtype.itemsize > GPU.workspace)
 
@@ -303,12 +304,12 @@ def samples_table() -> str:
 
 
 def collectives_table() -> str:
-    """How many collectives a step has, and what their time is made of."""
+    """The number of collectives of a step, and the parts of their time."""
     rows = {
         "NONL, K = 1000": ("nonl", batch(512, torch.bfloat16, 1000)),
         "NONL, K = 21,841": ("nonl", batch(512, torch.bfloat16, 21_841)),
         'NONL, K = 1000, `reduction="none"`': ("nonl", replace(batch(512, torch.bfloat16, 1000), reduction="none")),
-        "NONL, prototypes spread over the ranks": ("nonl spread", batch(512, torch.bfloat16, 10_000_000)),
+        "NONL, prototypes sharded over the ranks": ("nonl spread", batch(512, torch.bfloat16, 10_000_000)),
         "NormFace": ("normface", batch(512, torch.bfloat16, 1000)),
         "prototype loss, K = 1000": ("prototype", batch(512, torch.bfloat16, 1000)),
         "CLIP, bfloat16, d = 512": ("clip", batch(512, torch.bfloat16)),
@@ -334,7 +335,7 @@ def sent(found: Sequence[Exchange], ranks: int = RANKS) -> float:
 
 
 def size(count: float) -> str:
-    """Bytes, three digits."""
+    """Bytes as text, three digits."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= 0.9995 * scale:
             return f"{count / scale:#.3g}".rstrip(".") + f" {unit}"

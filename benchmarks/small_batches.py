@@ -1,10 +1,9 @@
-"""Small batches on the digits: with a queue, with running denominators, and a large batch beside them.
+"""Small batches on the digits: with a queue, with running denominators, and a large batch for comparison.
 
-Every variant sees every sample as often: the same number of epochs, in batches of 32 or 512. The queue is as long as
-the batch falls short of 512; the longer of the running averages spans M / (1 - decay) = 512 samples, the shorter twice
-the batch; "repelled" is a control, which has the bias of the queue and not its samples. All learning rates of the grid
-are tried with all seeds. The rate of a row is the one with the lowest mean loss on the whole training set, in which no
-test image has a part.
+All variants train for the same number of epochs, in batches of 32 or 512. Queue and batch have 512 samples together.
+The longer running average spans M / (1 - decay) = 512 samples, the shorter one twice the batch. "repelled" is a control
+with the bias of the queue but without its samples. All learning rates of the grid are tried with all seeds. A row has
+the rate with the lowest mean loss on the whole training set, without test images.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ METRICS = (("NC1", "nc1"), ("NC2cos", "nc2_cosines"), ("w-align", "weight_alignm
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run at its end."""
+    """The result of one run."""
 
     loss: str
     variant: str
@@ -49,7 +48,7 @@ class Outcome:
 
 
 def variants(small: int, large: int) -> dict[str, dict[str, Any]]:
-    """By name, what differs from the default recipe; ``repelled`` is a control, see :func:`repelled`."""
+    """The changes to the default recipe, by name; ``repelled`` is a control, see :func:`repelled`."""
     longer = 1 - small / large
     return {
         f"batch {small}": {"run.batch_size": small},
@@ -62,7 +61,7 @@ def variants(small: int, large: int) -> dict[str, dict[str, Any]]:
 
 
 def repelled(head: Any, share: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """The head's loss with the bias of a queue and without its samples.
+    """The head's loss with the bias of a queue but without its samples.
 
     Features are repelled by prototypes with a share of the weight, and prototypes by features with all of it.
     """
@@ -135,7 +134,7 @@ def table(outcomes: list[Outcome]) -> str:
     for loss, variant in dict.fromkeys((o.loss, o.variant) for o in outcomes):
         mine = [o for o in outcomes if (o.loss, o.variant) == (loss, variant)]
         by_rate = {rate: [o for o in mine if o.lr == rate] for rate in rates}
-        complete = max(map(len, by_rate.values()))  # a rate at which a run diverged does not stand for election
+        complete = max(map(len, by_rate.values()))  # rates at which a run diverged are not chosen
         rate = min((r for r in rates if len(by_rate[r]) == complete), key=lambda r: _mean(o.whole for o in by_rate[r]))
         best = by_rate[rate]
         cells = [f"{loss:<5} {variant:<26} {rate:>5g} {_spread([o.whole for o in best], '.4f'):>15}"]
@@ -147,7 +146,7 @@ def table(outcomes: list[Outcome]) -> str:
 
 
 def collapse() -> str:
-    """The least whole losses that there are, where classes are of equal size ([NCD] Theorem A.1)."""
+    """The minima of the whole losses for classes of equal size ([NCD] Theorem A.1)."""
     data, temperature = open_data(Data("digits")), Recipe().loss.temperature
     k, n = data.num_classes, len(data.train) / data.num_classes
     apart = k / ((k - 1) * temperature)

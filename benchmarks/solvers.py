@@ -1,4 +1,4 @@
-"""How long it takes to assign classes to points: the products, scipy's solver and lapx's, if it is installed.
+"""Times of assigning classes to points: the products, scipy's solver, and lapx's if it is installed.
 
 python -m benchmarks solvers --classes 10000 --dim 512
 """
@@ -54,7 +54,7 @@ def row(name: str, representatives: Tensor, points: Tensor) -> str:
 
 
 def scipy_solver(products: np.ndarray) -> np.ndarray:
-    from scipy.optimize import linear_sum_assignment  # here, so that the other benchmarks do without
+    from scipy.optimize import linear_sum_assignment  # optional for the other benchmarks
 
     return np.asarray(linear_sum_assignment(products, maximize=True)[1])
 

@@ -1,10 +1,10 @@
-"""Where a step's time goes: the processor time of each stage of the native backend, on one thread.
+"""The processor time of each stage of a step of the native backend, on one thread.
 
     python -m benchmarks stages
     python -m benchmarks stages --size 8192,1000,128 --dtype float32 --loss nonl
 
-A library of its own is compiled for it, with clocks in the kernels, once. Rates are those of a product's operations in
-its stage. Processor time says what a thread does, on a busy machine too, but not what threads wait for.
+The first run compiles a separate library with clocks in the kernels. Rates are a product's operations over the time of
+its stage. Processor time is meaningful on a busy machine too, but does not include the waiting of threads.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
 
 
 def _column(size: tuple[int, int, int], dtype: torch.dtype, loss: str) -> dict[str, str]:
-    """A problem's cells by row."""
+    """The cells of a problem's column, by row."""
     m, k, d = size
     z, w = (torch.randn(n, d).to(dtype).requires_grad_() for n in (m, k))
     y = torch.randint(k, (m,))
@@ -80,7 +80,7 @@ def _column(size: tuple[int, int, int], dtype: torch.dtype, loss: str) -> dict[s
     read = native._library().nckernels_stages
     times = (ctypes.c_int64 * len(STAGES))()
     step()
-    read(times)  # those of the first call are not wanted
+    read(times)  # discards the times of the first call
     whole = _seconds(step, rounds)
     read(times)
     seconds = {name: 1e-9 * t / rounds for name, t in zip(STAGES, times, strict=True)}

@@ -1,7 +1,7 @@
-"""A GPU that is not there: Triton compiles for it and launches nothing.
+"""A stand-in for a GPU: Triton compiles for it and launches nothing.
 
 :func:`install` replaces Triton's driver in the whole process. Kernels then take tensors on the CPU, whose memory
-nobody reads.
+is not read.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ STREAM = 7
 
 
 class Launcher(CudaLauncher):
-    """Triton's launcher in Python; what it would pass on to the driver ends here."""
+    """Triton's launcher in Python, whose calls of the driver do nothing."""
 
     def __init__(self, src: Any, metadata: Any) -> None:
         self.launch = _nothing
         self.gsan_enabled = False
         self.num_ctas = getattr(metadata, "num_ctas", 1)
-        self.arg_annotations = self.kernel_signature = None  # what Triton 3.6 does not have
+        self.arg_annotations = self.kernel_signature = None  # missing in Triton 3.6
         for name in ("global_scratch_size", "global_scratch_align", "profile_scratch_size", "profile_scratch_align"):
             setattr(self, name, getattr(metadata, name))
         self.launch_cooperative_grid, self.launch_pdl = metadata.launch_cooperative_grid, metadata.launch_pdl
 
 
 class Recorder(Launcher):
-    """A launcher that keeps what would go to the driver, in ``calls``."""
+    """A launcher that records the arguments of the driver in ``calls``."""
 
     calls: ClassVar[list[tuple[Any, ...]]] = []
 
@@ -45,7 +45,7 @@ def _nothing(*_: Any) -> None:
 
 
 class Driver:
-    """What Triton asks of its driver before and during a launch."""
+    """The interface of Triton's driver before and during a launch."""
 
     def __init__(self, arch: int, launcher_cls: type) -> None:
         self.target = GPUTarget("cuda", arch, 32)
@@ -74,7 +74,7 @@ class Driver:
 
 
 def install(arch: int = 90, launcher_cls: type = Launcher) -> Driver:
-    """Make Triton believe in a device of this compute capability."""
+    """Make Triton compile for a device of this compute capability."""
     assert not triton.knobs.runtime.interpret
     stand_in = Driver(arch, launcher_cls)
     driver.set_active(stand_in)

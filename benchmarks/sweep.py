@@ -1,9 +1,9 @@
 """python -m benchmarks --suite sweep: every loss and option at random sizes, against naive eager, on the CPU.
 
-Each form of a loss is drawn at a few sizes, log-uniform, half of them multiples of 32; the same seed draws the same
-problems. Ours, with the backend that is chosen by itself, and the naive form are checked and timed in turns, forward
-and backward, short ones repeated within a sample. What is slower than naive is measured a second time at the end: a
-problem counts by the better of both, so that it counts as slower only if it was so twice.
+Each form of a loss gets a few log-uniform sizes, half of them multiples of 32; the same seed draws the same problems.
+Our loss, with the automatically chosen backend, and the naive form are checked and timed in turns, forward and
+backward; short steps are repeated within a sample. Problems slower than naive are measured a second time at the end,
+and the better result counts, so that a problem counts as slower only if it was slower twice.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ LOSSES = tuple(OPTIONS)
 assert set(LOSSES) == set(FORMS)
 _ROUNDS = 30
 _SAMPLE = 1e-3
-"""Seconds that a sample takes at least."""
+"""Least seconds per sample."""
 _AGAIN = 0.25
-"""Of the budget, for what was slower."""
+"""Share of the budget for the second measurement of slower problems."""
 
 
 def problems(seed: int, losses: tuple[str, ...] = LOSSES, draws: int = 3) -> list[Problem]:
@@ -90,7 +90,7 @@ def _drawn(loss: str, options: Options, rng: random.Random) -> Problem:
 def run(
     dtype: torch.dtype, name: str, command: str, budget: float, seed: int, losses: tuple[str, ...]
 ) -> report.Report:
-    """All problems in one dtype, within a budget of seconds."""
+    """Measure all problems in one dtype, within a budget of seconds."""
     device, begin = torch.device("cpu"), time.perf_counter()
     result = report.start("sweep", device, name, command, None)
     chosen = problems(seed, losses)
@@ -113,7 +113,7 @@ def run(
 
 
 def measure(problem: Problem, dtype: torch.dtype, seconds: float) -> Measured:
-    """One problem: both checked, then timed in turns. A wrong result of ours is not timed."""
+    """Check both forms of one problem, then time them in turns. A wrong result of ours is not timed."""
     device, begin = torch.device("cpu"), time.perf_counter()
     leaves, target = problem.tensors(device, dtype)
     expected = harness.exact(problem, leaves, target)
@@ -125,7 +125,7 @@ def measure(problem: Problem, dtype: torch.dtype, seconds: float) -> Measured:
     ours, theirs = results[OURS], results[BASELINE]
     assert ours.error is not None
     assert theirs.error is not None
-    # A sum that cancels, such as the temperature's gradient, is not to be had from 16 bits.
+    # Sums that cancel, such as the temperature's gradient, are inaccurate in 16 bits in any form.
     if not ours.error <= max(harness.TOLERANCE[dtype], theirs.error):
         ours.absent = f"wrong: relative error {ours.error:.1e}, naive {theirs.error:.1e}"
         return Measured(problem, None, list(results.values()), BASELINE, str(problem))
@@ -138,7 +138,7 @@ def measure(problem: Problem, dtype: torch.dtype, seconds: float) -> Measured:
 
 
 def ratio(measured: Measured) -> float | None:
-    """Ours over naive, the median; None of a wrong result."""
+    """The median of ours over naive; None for a wrong result."""
     ours = next(r for r in measured.results if r.variant == OURS)
     return None if ours.to_baseline is None else ours.to_baseline.median
 

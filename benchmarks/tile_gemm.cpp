@@ -1,4 +1,4 @@
-// Rates of three engines for the product of one tile, t = U V^T, single-threaded. See tile_gemm.py.
+// Rates of several engines for the product of one tile, t = U V^T, single-threaded. See tile_gemm.py.
 #include <ATen/ATen.h>
 #include <ATen/native/CPUBlas.h>
 
@@ -28,8 +28,8 @@ static double seconds(F&& run) {
   return best;
 }
 
-// GFLOP/s of our micro-kernel with its operands packed already (0), of the same with the row tile packed each
-// time, as the kernels do (1), of oneDNN's brgemm as ATen exports it (2), and of the BLAS that torch has (3).
+// GFLOP/s of our micro-kernel with packed operands (0), of the same including the packing of the row tile, as
+// in the kernels (1), of oneDNN's brgemm as exported by ATen (2), and of torch's BLAS (3).
 extern "C" __attribute__((visibility("default"))) double tile_gemm_rate(int engine, int64_t m, int64_t n,
                                                                         int64_t d) {
   using G = Gemm<float, 2>;
@@ -45,7 +45,7 @@ extern "C" __attribute__((visibility("default"))) double tile_gemm_rate(int engi
         for (int64_t r = 0; r < MR; r++) packed[i * d + x * MR + r] = u[(i + r) * d + x];
   };
   auto brgemm = [&] {
-    // V as (d, n), in blocks of 64 columns: what oneDNN likes best.
+    // V as (d, n), in blocks of 64 columns, which is fastest with oneDNN.
     for (int64_t c = 0; c < n; c += 64)
       at::native::cpublas::brgemm(m, std::min<int64_t>(64, n - c), d, d, n, n, false, u.data(), v.data() + c,
                                   t.data() + c);
@@ -64,8 +64,8 @@ extern "C" __attribute__((visibility("default"))) double tile_gemm_rate(int engi
   return 2e-9 * double(m) * double(n) * double(d) / time;
 }
 
-// The same for bfloat16: our engine (0, 1), brgemm with pairs packed as it wants them (2), and torch's
-// product, whose result is bfloat16 (3). Without the instructions, 0: models of them are not worth timing.
+// The same for bfloat16: our engine (0, 1), brgemm with packed pairs (2), and torch's product, whose result
+// is bfloat16 (3). Returns 0 without the instructions, because models of them are not timed.
 extern "C" __attribute__((visibility("default"))) double tile_gemm_rate_bfloat16(int engine, int64_t m,
                                                                                  int64_t n, int64_t d) {
 #if defined(NCK_BFLOAT16)

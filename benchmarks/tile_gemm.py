@@ -1,10 +1,9 @@
-"""Which engine should multiply the tiles of csrc/cpu? Rates of three, single-threaded, at the tiles' shapes.
+"""Single-threaded rates of several engines for the products of csrc/cpu, at the shapes of its tiles.
 
     python -m benchmarks.tile_gemm
 
 Needs a C++ compiler; takes about a minute, most of it for compiling against torch's headers. The rates are
-those of a tile that stays in the caches; what a whole forward and backward pass makes of them is for
-``python -m benchmarks`` to tell.
+those of a tile that stays in the caches; ``python -m benchmarks`` times whole passes.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """python -m benchmarks tune --device cuda: measure the tiles of the Triton kernels and write this GPU's table.
 
-Starts from the table in force, runs a few problems forward and backward, notes which entries each of them uses, and
-changes one number of an entry at a time, keeping what makes the whole step faster. A tile that does not compile, does
-not fit or gives other results is passed over. Run tools/check_triton.py --arch on the result, and the GPU tests.
+Starts from the current table, runs a few problems forward and backward, and records the entries that each of them uses.
+Then it changes one number of an entry at a time and keeps changes that make the whole step faster. Tiles that do not
+compile, do not fit or give other results are skipped. Afterwards run tools/check_triton.py --arch and the GPU tests.
 
---defaults needs no GPU: it writes all tables as the rules in nckernels/backends/triton/config.py give them.
+--defaults needs no GPU: it writes all tables by the rules in nckernels/backends/triton/config.py.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .variants import our_loss
 FAMILIES = (80, 90, 100)
 KERNELS = ("lse", "bias", "entries", "grad")
 _GAIN = 0.98
-"""A tile replaces another if the step takes at most this share of the time."""
+"""A new tile is accepted if the step takes at most this share of the time."""
 _BF16, _FP32 = torch.bfloat16, torch.float32
 WORKLOADS = (
     (Problem("nonl", 8192, 1000, 2048), _BF16),
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
 
 
 def defaults(config: Any, family: int) -> Tables:
-    """What the rules say for every kind, row length, and weight of the epilogue."""
+    """The rules' tiles for every kind, row length, and weight of the epilogue."""
     tables: Tables = {kernel: {} for kernel in KERNELS}
     arch = config.Arch(family, 1, 0)
     kinds, lengths, either = get_args(config.Kind), (16, 32, 64, 128, 256, 512, 1024), (False, True)
@@ -98,7 +98,7 @@ def defaults(config: Any, family: int) -> Tables:
 
 
 def write(folder: Path, family: int, tables: Tables, source: str) -> Path:
-    """One entry a line, so that a change can be read."""
+    """Write a table with one entry per line, for readable diffs."""
     names: list[str] = []
     blocks = []
     for kernel, entries in tables.items():
@@ -115,7 +115,7 @@ def write(folder: Path, family: int, tables: Tables, source: str) -> Path:
 
 
 class Recorder(dict[str, Any]):
-    """A table that notes which entries are asked for."""
+    """A table that records the entries that are looked up."""
 
     def __init__(self, entries: dict[str, Any]) -> None:
         super().__init__(entries)
@@ -128,13 +128,13 @@ class Recorder(dict[str, Any]):
 
 
 def _measure(config: Any, tables: Tables, device: torch.device, budget: float) -> list[str]:
-    """Tune every workload's entries in place; say what was gained."""
+    """Tune every workload's entries in place; returns a line with the gain of each."""
     begin, gains = time.perf_counter(), []
     torch.set_float32_matmul_precision("high")
     live = {kernel: Recorder(entries) for kernel, entries in tables.items()}
     original, can_step = config.table, registry.can_step
     config.table = lambda _, kernel: live[kernel]
-    registry.can_step = lambda *_: False  # one step leaves the products of long rows to the library: no tiles there
+    registry.can_step = lambda *_: False  # two passes: one step uses library products for long rows, without tiles
     try:
         with tqdm(WORKLOADS, unit="problem", disable=None) as bar:
             for i, (problem, dtype) in enumerate(bar):
@@ -163,7 +163,7 @@ def _tune_one(
 
     try:
         expected = [x.double() for x in step()]
-    except Exception as error:  # nothing to tune where the kernel fails
+    except Exception as error:  # cannot tune a kernel that fails
         return f"fails: {type(error).__name__}: {str(error)[:100]}"
 
     def cost() -> float:
@@ -182,7 +182,7 @@ def _tune_one(
 def search(
     tables: dict[str, Recorder], entries: list[tuple[str, str]], cost: Callable[[], float], deadline: float
 ) -> float:
-    """Change one number of one entry at a time while it pays and there is time; return the last cost."""
+    """Change one number of one entry at a time while that reduces the cost and time is left; return the cost."""
     best = cost()
     for kernel, key in entries:
         improved = True
@@ -200,7 +200,7 @@ def search(
 
 
 def neighbours(tile: Any) -> Iterator[Any]:
-    """Tiles that differ in one number, or in both sides, the likeliest gains first."""
+    """Tiles that differ in one number, or in both sides, likeliest gains first."""
     for stages in (tile.stages - 1, tile.stages + 1):
         if 1 <= stages <= 5:
             yield replace(tile, stages=stages)

@@ -1,4 +1,4 @@
-"""Two ranks with batches of five and three samples, small enough to follow by hand: what docs/scaling.md explains."""
+"""The worked example of docs/scaling.md: two ranks with batches of five and three samples."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEMPERATURE = 0.5
 
 
 def ntce(rank: int, group: GroupLike, reduction: Reduction = "mean") -> tuple[Tensor, Tensor]:
-    """NTCE of a rank's samples, or of all eight for rank -1, and its derivative by the temperature."""
+    """NTCE of a rank's samples, or of all eight for rank -1, and its derivative with respect to the temperature."""
     own = slice(None) if rank < 0 else slice(rank, rank + 1)
     degrees, labels = (torch.tensor([*itertools.chain(*whole[own])]) for whole in (DEGREES, LABELS))
     temperature = torch.tensor(TEMPERATURE, requires_grad=True)
@@ -36,14 +36,14 @@ def ntce(rank: int, group: GroupLike, reduction: Reduction = "mean") -> tuple[Te
 
 
 def of_rank(rank: int, world_size: int) -> list[float]:
-    """Sum of a rank's losses; what it returns and its gradient; the same of its own samples alone."""
+    """The sum of a rank's losses; the returned loss and its gradient; the same for its own samples alone."""
     per_sample, _ = ntce(rank, "world", "none")
     results = (*ntce(rank, "world"), *ntce(rank, None))
     return [float(per_sample.sum()), *(float(x) for x in results)]
 
 
 def table(first: list[float], second: list[float]) -> str:
-    """In Markdown, from what :func:`of_rank` gives on each."""
+    """A Markdown table of the results of :func:`of_rank` on both ranks."""
     whole, slope = (float(x) for x in ntce(-1, None))
     sizes = [len(degrees) for degrees in DEGREES]
     total = sum(sizes)
@@ -68,7 +68,7 @@ def table(first: list[float], second: list[float]) -> str:
 
 
 def example() -> str:
-    """The table, by two processes."""
+    """The table, computed by two processes."""
     with tempfile.TemporaryDirectory() as folder:
         spawn(_process, args=(folder,), nprocs=2)
         return table(*(torch.load(Path(folder) / f"{rank}") for rank in range(2)))
@@ -77,7 +77,7 @@ def example() -> str:
 def _process(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.save(of_rank(rank, 2), Path(folder) / f"{rank}")
-    time.sleep(0.1)  # gloo's threads let go of their last tensors; if the group goes first, torch 2.13 may hang
+    time.sleep(0.1)  # lets gloo's threads release their last tensors; otherwise torch 2.13 may hang
     dist.destroy_process_group()
 
 

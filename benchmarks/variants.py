@@ -1,4 +1,4 @@
-"""What a competitor is, and this package's own: one per backend, and replayed from a CUDA graph."""
+"""The variants of a benchmark: their interface, and those of this package, one per backend or in a CUDA graph."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LossFunction = Callable[..., Tensor]
 """(features, prototypes or keys, target), or (features, target), to the scalar loss."""
 
 _COPIES = 6
-"""Copies of a float32 matrix that autograd and the masks of a naive form hold at once, roughly."""
+"""Approximate number of float32 matrices that autograd and the masks of a naive form hold at once."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,15 @@ class Variant:
     note: str
     make: Callable[[Problem], LossFunction]
     why_not: Callable[[Problem, torch.device, torch.dtype], str | None] = lambda *_: None
-    """Why it is left out of a problem, so that absent rivals are listed rather than forgotten."""
+    """Why it does not support a problem; absent rivals are listed with the reason."""
     stored: Callable[[Problem], int] = lambda _: 0
-    """Entries of the largest matrix that it keeps in memory."""
+    """Number of entries of the largest matrix that it stores."""
     graph: bool = False
-    """Captured once in a CUDA graph and replayed."""
+    """Whether it is captured once in a CUDA graph and replayed."""
     compiles: bool = False
-    """Whether the first step takes a compiler's time."""
+    """Whether the first step compiles."""
     tf32: bool = False
-    """Multiplies float32 in tf32, whatever torch is told; its errors are judged accordingly."""
+    """Whether it multiplies float32 in tf32 regardless of torch's setting, which gives it a larger tolerance."""
 
     def absent(self, problem: Problem, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why this variant cannot run here, or None."""
@@ -51,7 +51,7 @@ class Variant:
 
 
 def memory_room(device: torch.device) -> int:
-    """Bytes that a variant may take."""
+    """Bytes of memory that a variant may use."""
     if device.type == "cuda":
         return int(0.8 * torch.cuda.get_device_properties(device).total_memory)
     if "SC_AVPHYS_PAGES" not in os.sysconf_names:
@@ -60,13 +60,13 @@ def memory_room(device: torch.device) -> int:
 
 
 def matrix(problem: Problem) -> int:
-    """Entries of the matrix of similarities."""
+    """Number of entries of the similarity matrix."""
     return problem.m * problem.columns
 
 
 def our_loss(problem: Problem) -> LossFunction:
     """This package's function of the problem's tensors."""
-    # SimCLR's two views of every image are given as labels.
+    # SimCLR is SupCon with labels that identify the two views of every image.
     function: LossFunction = getattr(nckernels, f"{problem.loss.replace('simclr', 'supcon')}_loss")
     if problem.loss in ("clip", "uniformity"):  # no targets
         return problem.bound(lambda *args, **options: function(*args[:-1], **options))
@@ -93,7 +93,7 @@ def ours(backend: str) -> Variant:
 
 
 def as_graph(variant: Variant) -> Variant:
-    """The same kernels without their launches."""
+    """The same variant, replayed from a CUDA graph."""
     note = f"{variant.note}; forward and backward in one CUDA graph"
     return replace(variant, name=f"{variant.name}, CUDA graph", note=note, graph=True)
 

@@ -7,6 +7,8 @@
 and :mod:`nckernels.metrics` have the simplex and the measures of neural collapse.
 """
 
+__version__ = "0.2.0"  # before the imports: operators.py reads it
+
 from . import geometry, metrics
 from .assignment import FixedPrototypeHead
 from .backends.registry import set_backend, set_workspace, use_backend, use_workspace
@@ -36,8 +38,6 @@ from .nn import (
 )
 from .primitive import cosine_lse
 from .queue import FeatureQueue, QueueLoss, RunningDenominatorLoss
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AlignmentLoss",

@@ -1,31 +1,32 @@
-"""``python -m nckernels COMMAND``: the commands, each imported when it is called."""
+"""``python -m nckernels COMMAND``: dispatches to a command, which is imported only when it is called."""
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 
 COMMANDS = {
     "info": (
         "nckernels.info",
-        "versions, devices, backends, which one would run for which tensors and why not the others",
+        "print versions, devices and settings, and which backend runs for which device and dtype",
     ),
-    "train": ("nckernels.train.cli", "train a network as a recipe says; --dry-run shows what that would be"),
-    "evaluate": ("nckernels.train.evaluate_cli", "test a trained network, also on corrupted images"),
-    "recipes": ("nckernels.train.recipes_cli", "the recipes, one per row family of the papers' tables"),
-    "sweep": ("nckernels.train.sweep", "many runs: a grid over settings and seeds"),
-    "report": ("nckernels.train.report.cli", "an HTML page about runs"),
-    "demo": ("nckernels.train.demo", "CE, NormFace, NTCE, NONL and SupCon on digits; a table and a picture"),
-    "lab": ("nckernels.lab.cli", "the papers' claims, each measured beside its closed form, with a picture"),
-    "convergence": ("nckernels.metrics.cli", "when runs reach neural collapse, from their histories"),
+    "train": ("nckernels.train.cli", "train a network by a recipe; --dry-run only prints settings, model and memory"),
+    "evaluate": ("nckernels.train.evaluate_cli", "measure a trained network on its test set or on corrupted images"),
+    "recipes": ("nckernels.train.recipes_cli", "list the recipes: the experiments of the papers and small examples"),
+    "sweep": ("nckernels.train.sweep", "train many runs: rows of a recipe, a grid of settings, seeds"),
+    "report": ("nckernels.train.report.cli", "write an HTML page that compares runs"),
+    "demo": ("nckernels.train.demo", "compare CE, NormFace, NTCE, NONL and SupCon on digits: a table and a picture"),
+    "lab": ("nckernels.lab.cli", "test the papers' claims: measured values beside their closed forms, with pictures"),
+    "convergence": ("nckernels.metrics.cli", "tabulate how fast runs reached neural collapse"),
 }
-"""The module with the ``main`` of each command, and what it does."""
+"""For each command the module with its ``main``, and one line of help."""
 
 
 def usage() -> str:
     lines = [f"  {name:<12} {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
-        ["usage: python -m nckernels COMMAND [options]", "", "commands (--help for the options):", *lines, ""]
+        ["usage: python -m nckernels COMMAND [options]", "", "commands (COMMAND --help lists the options):", *lines, ""]
     )
 
 
@@ -35,7 +36,12 @@ def main(argv: list[str]) -> int:
     if command not in COMMANDS:
         wanted = command in ("-h", "--help")
         print(usage(), end="", file=sys.stdout if wanted else sys.stderr)
-        return 0 if wanted else 2
+        if wanted:
+            return 0
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        guess = f" (did you mean {near[0]!r}?)" if near else ""
+        print(f"python -m nckernels: error: there is no command {command!r}{guess}", file=sys.stderr)
+        return 2
     run = importlib.import_module(COMMANDS[command][0]).main
     return run(rest) or 0
 

@@ -7,6 +7,7 @@ live on the CPU). Reading a tensor on a GPU would make the host wait for it.
 from __future__ import annotations
 
 import contextlib
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,8 @@ from .backends.base import bad_target
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_NUMBERS = (float, int, numbers.Real)  # NumPy's are Real and Integral too; the first two are found faster
+_INTEGERS = (int, numbers.Integral)
 
 
 def is_tensor(name: str, value: object) -> None:
@@ -67,7 +70,21 @@ def matrix(name: str, value: Tensor, rows: str, columns: str, sharded: bool = Fa
     if not (sharded and is_dtensor(value)):
         is_tensor(name, value)
     if value.dim() != 2:
-        raise ValueError(f"{name} must have shape ({rows}, {columns}), got {tuple(value.shape)}")
+        hint = f"; {name}.flatten(0, -2) has that shape" if value.dim() > 2 else ""
+        raise ValueError(f"{name} must have shape ({rows}, {columns}), got {tuple(value.shape)}{hint}")
+    floating(name, value)
+
+
+def features(name: str, value: Tensor) -> None:
+    """A (..., d) float tensor."""
+    is_tensor(name, value)
+    if value.dim() == 0:
+        raise ValueError(f"{name} must have shape (N, d) or (..., d), got ()")
+    floating(name, value)
+
+
+def floating(name: str, value: Tensor) -> None:
+    """A tensor of a dtype that the kernels have."""
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be of a floating dtype (float32, bfloat16, float16, float64), got {value.dtype}")
 
@@ -108,23 +125,58 @@ def features_and_prototypes(
         )
 
 
+def columns(name: str, value: Tensor, d: int, of: str) -> None:
+    """A (..., d) tensor."""
+    is_tensor(name, value)
+    if value.shape[-1:] != (d,):
+        raise ValueError(f"{name} must have d={d} columns, as {of}, got {tuple(value.shape)}")
+
+
 def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     """Both on one device."""
     if value.device != other.device:
         raise ValueError(f"{name} and {other_name} must be on the same device, got {value.device} and {other.device}")
 
 
-def target(value: Tensor, features: Tensor, feature_name: str = "features") -> None:
-    """(M,) integers on the device of the features. Values are checked where the kernels read them."""
-    is_tensor("target", value)
-    if value.dtype not in _INTEGER_DTYPES:
-        raise TypeError(f"target must hold class indices of an integer dtype (int64), got {value.dtype}")
+def target(value: Tensor, features: Tensor, feature_name: str = "features", name: str = "target") -> Tensor:
+    """(M,) integers on the device of the features, as int64. Values are checked where the kernels read them."""
+    indices = class_indices(value, name)
     if value.shape != features.shape[:1]:
         raise ValueError(
-            f"target must have shape ({features.shape[0]},), one class index per row of {feature_name}, "
-            f"got {tuple(value.shape)}"
+            f"{name} must have shape ({features.shape[0]},), one class index per row of {feature_name}, "
+            f"got {tuple(value.shape)}{_hint(value)}"
         )
-    same_device("target", value, feature_name, features)
+    same_device(name, value, feature_name, features)
+    return indices
+
+
+def class_indices(value: Tensor, name: str = "target") -> Tensor:
+    """Integers, as int64: smaller ones wrap around where they are compared with numbers that they cannot hold. (For
+    uint8, 156 == -100.)"""
+    is_tensor(name, value)
+    if value.dtype not in _INTEGER_DTYPES:
+        raise TypeError(f"{name} must hold class indices of an integer dtype (int64), got {value.dtype}{_hint(value)}")
+    return value if value.dtype == torch.int64 else value.long()
+
+
+def _hint(target: Tensor) -> str:
+    """What to do about targets that F.cross_entropy or others take in this form."""
+    if target.dim() > 1:
+        return (
+            "; one-hot rows and class probabilities are not taken: give argmax(-1), or for a mixture of classes, as in "
+            "mixup, the weighted sum of their losses"
+        )
+    return "; target.long() makes indices of booleans" if target.dtype == torch.bool else ""
+
+
+def leading(name: str, value: Tensor, features: Tensor, what: str) -> None:
+    """A tensor of the shape of features (..., d) without their last dimension."""
+    is_tensor(name, value)
+    if value.shape != features.shape[:-1]:
+        raise ValueError(
+            f"{name} must have shape {tuple(features.shape[:-1])}, {what} per feature of input (..., d) with shape "
+            f"{tuple(features.shape)}, got {tuple(value.shape)}"
+        )
 
 
 def in_classes(target: Tensor, num_classes: int, ignore_index: int | None = None) -> None:
@@ -146,7 +198,7 @@ def vector(name: str, value: Tensor, size: int, like: Tensor) -> None:
     """A (size,) float tensor on the device of ``like``."""
     is_tensor(name, value)
     if not value.dtype.is_floating_point:
-        raise TypeError(f"{name} must be of a floating dtype, got {value.dtype}")
+        raise TypeError(f"{name} must be of a floating dtype, as {name}.float() is, got {value.dtype}")
     if value.shape != (size,):
         raise ValueError(f"{name} must have shape ({size},), got {tuple(value.shape)}")
     if value.device != like.device:
@@ -206,8 +258,8 @@ def temperature(value: float | Tensor, like: Tensor) -> None:
 
 
 def number(name: str, value: object) -> None:
-    """A Python number (no bool)."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """A number, Python's or NumPy's (no bool, no array, no tensor)."""
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
 
 
@@ -219,13 +271,13 @@ def in_range(name: str, value: float, low: float, high: float) -> None:
 
 
 def integer(name: str, value: object) -> None:
-    """A Python int (no bool)."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """An integer, Python's or NumPy's (no bool, no tensor)."""
+    if isinstance(value, bool) or not isinstance(value, _INTEGERS):
         raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
 
 
 def positive_integer(name: str, value: object) -> None:
-    """A Python int of at least 1."""
+    """An integer of at least 1."""
     integer(name, value)
     if int(value) < 1:  # type: ignore[call-overload]
         raise ValueError(f"{name} must be at least 1, got {value}")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Literal, cast
+from collections.abc import Callable
+from typing import Any, Literal, ParamSpec, cast
 
 import torch
 from torch import Tensor
 
+from . import _checks
 from .backends.base import accumulation_dtype, norm_eps
 
 Reduction = Literal["none", "mean", "sum"]
 REDUCTIONS = ("none", "mean", "sum")
+
+P = ParamSpec("P")
 
 
 def inverse(temperature: float | Tensor) -> float | Tensor:
@@ -19,7 +24,7 @@ def inverse(temperature: float | Tensor) -> float | Tensor:
     if isinstance(temperature, Tensor):
         beta = temperature.to(accumulation_dtype(temperature.dtype)).reciprocal()
         return beta.reshape(()) if beta.dim() else beta
-    return 1.0 / temperature
+    return 1.0 / float(temperature)
 
 
 def logaddexp(a: Tensor, b: Tensor) -> Tensor:
@@ -45,11 +50,50 @@ def unit(rows: Tensor) -> Tensor:
     return wide / norms(wide, rows.dtype).unsqueeze(-1)
 
 
+def leading_dimensions(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Let a loss of rows (M, d), prototypes and labels (M,) take features (..., d) with labels and weights (...)."""
+    of_rows = cast(Callable[..., Tensor], loss)
+
+    @functools.wraps(loss)
+    def of_any_shape(input: Tensor, prototypes: Tensor, target: Tensor, **options: Any) -> Tensor:
+        if not isinstance(input, Tensor) or input.dim() == 2:
+            return of_rows(input, prototypes, target, **options)
+        weight = options.pop("sample_weight", None)
+        rows, labels, weight = as_rows(input, target, weight)
+        return in_shape(of_rows(rows, prototypes, labels, sample_weight=weight, **options), target)
+
+    return cast(Callable[P, Tensor], of_any_shape)
+
+
+def as_rows(input: Tensor, target: Tensor, sample_weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Features (..., d), labels (...) and weights (...) as rows (M, d), (M,) and (M,), without copies of what is
+    contiguous. One of (M, d) is left as it is, and what comes with it is not checked.
+
+    Raises:
+        TypeError, ValueError: for what is no tensor, or does not have the shape (...).
+    """
+    _checks.is_tensor("input", input)
+    if input.dim() == 2:
+        return input, target, sample_weight
+    if input.dim() == 0:
+        raise ValueError("input must have shape (M, d) or (..., d), got ()")
+    _checks.leading("target", target, input, "one class index")
+    if sample_weight is not None:
+        _checks.leading("sample_weight", sample_weight, input, "one weight")
+        sample_weight = sample_weight.reshape(-1)
+    return input.flatten(0, -2) if input.dim() > 2 else input[None], target.reshape(-1), sample_weight
+
+
+def in_shape(loss: Tensor, target: Tensor) -> Tensor:
+    """The losses of rows in the shape of ``target``; one number stays what it is."""
+    return loss.view(target.shape) if loss.dim() else loss
+
+
 def of_samples(weight: Tensor | None, sample_weight: Tensor | None, target: Tensor) -> Tensor | None:
     """Weights of classes and of samples as (M,) of the samples. Targets out of range are for the kernels to notice."""
     if weight is None:
         return sample_weight
-    by_class = weight.index_select(0, target.long().clamp(0, len(weight) - 1))
+    by_class = weight.index_select(0, target.clamp(0, len(weight) - 1))
     return by_class if sample_weight is None else by_class * sample_weight
 
 

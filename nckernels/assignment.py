@@ -1,9 +1,9 @@
 """Fixed prototypes, and which of them belongs to which class ([DLP], Yang et al. 2022).
 
-Points that were laid out on the sphere beforehand need no term that pushes classes apart: every feature is pulled to
-the point of its class (:func:`nckernels.dot_regression_loss`). In a simplex all points are alike, and any labelling of
-them will do. With more classes than dimensions they are not: similar classes had better have neighbouring points. The
-labelling is then chosen during training, from where the features of each class lie.
+Points that are placed on the sphere beforehand need no term that pushes classes apart: every feature is attracted to
+the point of its class (:func:`nckernels.dot_regression_loss`). In a simplex all points are equivalent, and any
+assignment to classes will do. With more classes than dimensions they are not, and similar classes should have
+neighbouring points. The assignment is then chosen during training, from the features of each class.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing_extensions import Self
 
 from . import _checks
 from ._class_sums import class_sums, visible_rows
-from ._common import REDUCTIONS, Reduction, norms, unit
+from ._common import REDUCTIONS, Reduction, as_rows, in_shape, norms, unit
 from ._compact import LEFT_OUT
 from .backends.base import accumulation_dtype
 from .distributed import collectives, groups
@@ -37,14 +37,13 @@ def assign(representatives: Tensor, points: Tensor) -> Tensor:
         A^* = \arg\min_A \sum_{j=1}^{K} -\bar z_j \cdot p_{A(j)}
 
     Args:
-        representatives: (K, d), a row for each class, taken as it is: a row of twice the length has twice the say, and
-            a class whose row is zero, because no sample of it has been seen, gets one of the points that the others
-            leave.
+        representatives: (K, d), one row per class, not normalised: a row of twice the length has twice the weight. A
+            class whose row is zero, because no sample of it has been seen, gets one of the remaining points.
         points: (K, d) points.
 
     Returns:
         (K,) int64, the row of ``points`` for each class; on the device of ``representatives``. The same input gives
-        the same result, also where several assignments are equally good.
+        the same result, also if several assignments are equally good.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected, also for NaN and infinities.
@@ -55,6 +54,12 @@ def assign(representatives: Tensor, points: Tensor) -> Tensor:
     and d = 512 on one core that takes 7 times as long as the products where both sides are random, and less than the
     products where the representatives are near points. The solver of ``lapx`` takes 0.7 and 0.5 times as long as
     scipy's, for the same result: not enough to be worth a dependency (``python -m benchmarks solvers``).
+
+    Example:
+        >>> points = nckernels.geometry.simplex_etf(5, 8)
+        >>> wanted = torch.tensor([3, 0, 4, 1, 2])
+        >>> nckernels.assignment.assign(points[wanted], points)
+        tensor([3, 0, 4, 1, 2])
     """
     solve = _solver()
     for name, value in (("representatives", representatives), ("points", points)):
@@ -75,11 +80,12 @@ def assign(representatives: Tensor, points: Tensor) -> Tensor:
 
 
 class FixedPrototypeHead(_Loss):
-    r"""A classifier whose prototypes are fixed points, dealt out to the classes once or anew during training.
+    r"""A classifier whose prototypes are fixed points, assigned to the classes once or repeatedly during training.
 
     ``assignment="dynamic"`` is [DLP] Algorithm 1. For every class the head keeps a representative, a moving average of
     its unit features, and every ``refresh_every`` training calls it assigns the points to the classes by
-    :func:`assign`. The loss is :func:`nckernels.dot_regression_loss`, with the gradient to the features only. With
+    :func:`nckernels.assignment.assign`. The loss is :func:`nckernels.dot_regression_loss`, with the gradient to the
+    features only. With
     ``assignment="static"`` class c has point c for good, and on a simplex that is ETF+DR (Yang et al. 2022)::
 
         nckernels.FixedPrototypeHead(nckernels.geometry.simplex_etf(K, d), assignment="static")
@@ -89,37 +95,37 @@ class FixedPrototypeHead(_Loss):
 
         loss = F.cross_entropy(linear(x), y) + 1e-2 * nckernels.uniformity_loss(linear.weight)
 
-    **The moving average.** For a sample with unit feature u of class c the paper has :math:`\bar z_c \leftarrow \alpha
-    \bar z_c + (1 - \alpha) u`, which over a batch depends on the order of its samples. The head takes the mean over all
-    orders: with the :math:`n_c` samples of a class and their mean :math:`m_c`,
+    **The moving average.** For a sample with unit feature u of class c the paper updates :math:`\bar z_c \leftarrow
+    \alpha \bar z_c + (1 - \alpha) u`. Over a batch the result depends on the order of the samples. The head uses the
+    mean over all orders: with the :math:`n_c` samples of a class and their mean :math:`m_c`,
 
     .. math::
         \bar z_c \leftarrow \alpha^{n_c} \bar z_c + (1 - \alpha^{n_c}) m_c .
 
-    It starts at zero and is not normalised, as in [DLP] Eq. 9. Samples that are ignored do not move it, nor do those
-    without a direction, whose features are zero, NaN or infinite.
+    It starts at zero and is not normalised, as in [DLP] Eq. 9. Ignored samples do not change it, nor do samples whose
+    features are zero, NaN or infinite.
 
-    **The refresh.** At first class c has point c; [DLP] says of its start only that there is one. As there, the call
-    that completes ``refresh_every`` calls returns the loss of the assignment before, and the new one is for the next.
-    The refresh is the one time that the host waits for the device.
+    **The refresh.** At first class c has point c; [DLP] does not specify its first assignment. Every ``refresh_every``
+    training calls the points are reassigned. As in [DLP], the call that triggers it still returns the loss of the old
+    assignment. Only in a refresh does the host wait for the device.
 
     Args:
-        prototypes: (K, d) points of any scale, for example of :func:`nckernels.geometry.uniform_prototypes`; at least
-            float32 is kept.
+        prototypes: (K, d) points of any scale, for example of :func:`nckernels.geometry.uniform_prototypes`; they are
+            kept in float32 or wider.
         assignment: ``"dynamic"`` or ``"static"``.
-        momentum: :math:`\alpha` in [0, 1]; at 0 only the batch at hand counts, at 1 nothing moves.
-        refresh_every: n >= 1, calls between two assignments; the paper's is the length of an epoch.
+        momentum: :math:`\alpha` in [0, 1]; at 0 only the current batch counts, at 1 the averages never change.
+        refresh_every: n >= 1, training calls between two assignments; one epoch in the paper.
         ignore_index, reduction: as in :func:`nckernels.dot_regression_loss`.
-        process_group: whose samples are averaged, in the loss and in the representatives, as in
+        process_group: the ranks whose samples are averaged, in the loss and in the representatives, as in
             :func:`nckernels.nonl_loss`. A training call of a dynamic head all-reduces the sums and counts of the
-            classes, K d + K numbers. At a refresh rank 0 assigns and the others get its assignment. Without a group
-            each process has representatives of its own. DistributedDataParallel then makes every rank follow rank 0
+            classes, K d + K numbers. At a refresh rank 0 computes the assignment and broadcasts it. Without a group
+            each process has its own representatives. DistributedDataParallel then makes every rank follow rank 0
             (with its default ``broadcast_buffers=True``; otherwise the ranks drift apart).
 
     Shape:
         input (M, d) or (..., d) -> cosines (M, K) or (..., K), in the order of the labels.
-        input (M, d), target (M,) -> the loss, a scalar, or (M,) for ``reduction="none"``. In training mode a dynamic
-        head also learns from them; in eval mode nothing changes.
+        input (M, d) or (..., d), target (M,) or (...) -> the loss, a scalar, or the shape of ``target`` for
+        ``reduction="none"``. In training mode a dynamic head also learns from them; in eval mode nothing changes.
 
     Raises:
         ValueError: for points that are zero, NaN or infinite; for options out of range; for features of another d and
@@ -127,17 +133,18 @@ class FixedPrototypeHead(_Loss):
         RuntimeError: by ``load_state_dict`` for another K or d, or an assignment that is no permutation.
         ImportError: for a dynamic head without scipy.
 
-    ``state_dict`` has all that training changes, the number of calls included. Points and averages are no parameters,
+    ``state_dict`` has everything that training changes, including the number of calls. Points and averages are buffers,
     and stay in float32 if the model is cast to 16 bits. Under ``torch.compile`` a training call of a dynamic head ends
-    with a graph break, where the calls are counted; everything else compiles whole. Activation checkpointing that
-    includes the head would have it learn from each batch twice.
+    with a graph break, where the calls are counted; everything else compiles to one graph. Activation checkpointing
+    must not include the head, which would then update its averages twice per batch.
 
     Example:
         >>> points = nckernels.geometry.simplex_etf(10, 64)
         >>> head = nckernels.FixedPrototypeHead(points, refresh_every=50)
         >>> x, y = torch.randn(32, 64, requires_grad=True), torch.randint(10, (32,))
         >>> head(x, y).backward()
-        >>> head(x).argmax(1)
+        >>> head(x).argmax(1).shape
+        torch.Size([32])
     """
 
     points: Tensor
@@ -145,9 +152,9 @@ class FixedPrototypeHead(_Loss):
     assignment: Tensor
     """(K,) int64, the row of ``points`` for each label."""
     representatives: Tensor
-    """(K, d) moving averages of unit features; zeros for a class without a sample, and in a static head."""
+    """(K, d) moving averages of unit features; zero for classes without samples, and in a static head."""
     calls: int
-    """Training calls so far, of a dynamic head."""
+    """Number of training calls of a dynamic head so far."""
 
     def __init__(
         self,
@@ -166,7 +173,7 @@ class FixedPrototypeHead(_Loss):
             raise ValueError(f"prototypes must have K >= 1 rows and d >= 1 columns, got {tuple(prototypes.shape)}")
         if not prototypes.is_meta:
             _check_points(prototypes.detach())
-        # Largest numbers of 1 first: squares of rows of any scale neither overflow nor vanish.
+        # Scale the largest entries to 1 first, so that squares neither overflow nor underflow.
         wide = prototypes.detach().to(accumulation_dtype(prototypes.dtype))
         points = unit(wide / wide.abs().amax(1, keepdim=True))
         _checks.choice("assignment", assignment, ASSIGNMENTS)
@@ -174,8 +181,8 @@ class FixedPrototypeHead(_Loss):
         _checks.positive_integer("refresh_every", refresh_every)
         _checks.integer("ignore_index", ignore_index)
         _checks.choice("reduction", reduction, REDUCTIONS)
-        self.dynamic, self.momentum, self.refresh_every = assignment == "dynamic", momentum, refresh_every
-        self.ignore_index, self.reduction, self.calls = ignore_index, reduction, 0
+        self.dynamic, self.momentum, self.refresh_every = assignment == "dynamic", float(momentum), int(refresh_every)
+        self.ignore_index, self.reduction, self.calls = int(ignore_index), reduction, 0
         if self.dynamic:
             _solver()
         self.register_buffer("points", points)
@@ -188,29 +195,30 @@ class FixedPrototypeHead(_Loss):
         return self.points.index_select(0, self.assignment)
 
     def forward(self, input: Tensor, target: Tensor | None = None) -> Tensor:
-        """The cosines of features (..., d), or the loss of features (M, d) with labels (M,)."""
+        """The cosines of features (..., d), or their loss with labels (...)."""
         if target is None:
-            _checks.is_tensor("input", input)
-            self._check_columns(input)
+            _checks.columns("input", input, self.points.shape[1], "the prototypes have")
             return cosines(input, self.prototypes.to(input.dtype))
+        like = target
+        input, target, _ = as_rows(input, target, None)
         _checks.matrix("input", input, "M", "d")
-        self._check_columns(input)
+        _checks.columns("input", input, self.points.shape[1], "the prototypes have")
         _checks.same_device("input", input, "the head's points", self.points)
-        _checks.target(target, input, "input")
+        target = _checks.target(target, input, "input")
         _checks.in_classes(target, len(self.points), self.ignore_index)
         ranks = self._ranks(input)
         ignored = target == self.ignore_index
-        label = target.long().masked_fill(ignored, 0)
+        label = target.masked_fill(ignored, 0)
         point = self.assignment.index_select(0, label).masked_fill(ignored, LEFT_OUT)
         loss = dot_regression(input, self.points, point, None, LEFT_OUT, self.reduction, ranks)
         if self.training and self.dynamic:
             self._learn(input.detach(), label, ignored, ranks)
-            # Counted outside of graphs. The decorator would import torch._dynamo with this module.
+            # Counted outside of the graph. A decorator would import torch._dynamo together with this module.
             (torch.compiler.disable(self._count) if torch.compiler.is_compiling() else self._count)()
-        return loss
+        return in_shape(loss, like)
 
     def loss(self, input: Tensor, target: Tensor) -> Tensor:
-        """``self(input, target)``: the training loss of features (M, d) with labels (M,)."""
+        """``self(input, target)``: the training loss of features (..., d) with labels (...)."""
         _checks.is_tensor("target", target)
         result: Tensor = self(input, target)
         return result
@@ -224,8 +232,8 @@ class FixedPrototypeHead(_Loss):
         if ranks is None:
             self.assignment.copy_(assign(self.representatives, self.points))
             return
-        # The sums are the same on all ranks, but ranks may be machines that round differently. If rank 0 fails, the
-        # others must not wait for it.
+        # The sums are the same on all ranks, but different machines may round differently. If rank 0 fails, the other
+        # ranks must not wait for it.
         chosen = torch.full_like(self.assignment, LEFT_OUT)
         try:
             if ranks.rank == 0:
@@ -238,7 +246,7 @@ class FixedPrototypeHead(_Loss):
 
     @torch.no_grad()
     def _learn(self, input: Tensor, label: Tensor, ignored: Tensor, ranks: Ranks | None) -> None:
-        """Move the representatives: the mean of the paper's recursion over all orders of the batch."""
+        """Update the representatives by the mean of the paper's recursion over all orders of the batch."""
         rows = visible_rows(input, ignored)
         length = norms(rows, input.dtype)
         left_out = ignored | ~length.isfinite() | (rows == 0.0).all(1)
@@ -266,17 +274,12 @@ class FixedPrototypeHead(_Loss):
             )  # fmt: skip
         return ranks
 
-    def _check_columns(self, input: Tensor) -> None:
-        d = self.points.shape[1]
-        if input.dim() == 0 or input.shape[-1] != d:
-            raise ValueError(f"input must have d={d} columns, as the prototypes have, got {tuple(input.shape)}")
-
     def get_extra_state(self) -> Tensor:
         """The number of calls."""
         return torch.tensor(self.calls)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take the number of calls from a state."""
+        """Restore the number of calls."""
         self.calls = int(state)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
@@ -293,7 +296,7 @@ class FixedPrototypeHead(_Loss):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
-        """Points and averages stay in float32 in a model that is cast, ``model.half()``: they are no parameters."""
+        """Keep points and averages in float32 if the model is cast, as by ``model.half()``."""
         exact = {name: self._buffers[name] for name in ("points", "representatives")}
         super()._apply(fn, recurse)
         for name, before in exact.items():
@@ -313,16 +316,16 @@ class FixedPrototypeHead(_Loss):
 
 
 def _scaled(matrix: Tensor) -> Tensor:
-    """Divided by a power of two, which changes no digit, where products of its largest number could overflow."""
+    """The matrix divided by a power of two, which is exact, so that products of its entries do not overflow."""
     if matrix.numel() == 0:
         return matrix
-    limit = 1 - math.frexp(torch.finfo(matrix.dtype).tiny)[1]  # smaller powers have no normal number
+    limit = 1 - math.frexp(torch.finfo(matrix.dtype).tiny)[1]  # a smaller power of two would not be normal
     exponent = torch.frexp(matrix.abs().amax()).exponent.clamp(0, limit)
     return matrix * torch.ldexp(matrix.new_ones(()), -exponent)
 
 
 def _check_points(prototypes: Tensor) -> None:
-    """Rows with a direction."""
+    """Check that all rows are finite and not zero."""
     bad = ~prototypes.isfinite().all(1) | (prototypes == 0.0).all(1)
     if bool(bad.any()):
         row = int(bad.nonzero()[0])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import _checks, _class_means
 from ._class_sums import class_sums, groups, height, mean_positive, some, visible_rows
-from ._common import REDUCTIONS, Reduction, inverse, logaddexp, norms, or_zero, unit
+from ._common import REDUCTIONS, Reduction, as_rows, inverse, logaddexp, norms, or_zero, unit
 from ._compact import LEFT_OUT
 from .backends import registry
 from .backends.base import Reduced, accumulation_dtype
@@ -48,11 +48,12 @@ def supcon_loss(
     Without labels every sample is a class of its own and its views are the positives: SimCLR's NT-Xent loss.
 
     Args:
-        input: (N, d), or (B, V, d) with V views of every sample; any scale; float32, bfloat16, float16, float64.
-        target: (N,) or (B,) labels, any integers. None: needs (B, V, d) with at least two views.
+        input: (N, d), or (B, V, d) with V views of every sample; any scale; float32, bfloat16, float16, float64. Or
+            (..., d) with a label for each feature: leading dimensions are flattened.
+        target: (N,), (B,) or (...) labels, any integers. None: needs (B, V, d) with at least two views.
         temperature: :math:`\tau > 0`, a number or a tensor of shape () or (1,), which may require grad.
         ignore_index: samples with this label are neither anchors nor positives nor negatives.
-        sample_weight: (N,) or (B,) weights >= 0 of the anchors.
+        sample_weight: weights >= 0 of the anchors, of the shape of ``target``, (B,) without it.
         reduction: ``"none"`` for one value per row of ``input``, ``"sum"``, or ``"mean"`` over the samples that
             have a positive, weighted by ``sample_weight``.
         decoupled: sum over the negatives only, :math:`y_j \neq y_i` (Yeh et al. 2022; what NONL is to NTCE).
@@ -63,8 +64,8 @@ def supcon_loss(
             or none; see docs/scaling.md.
 
     Returns:
-        A scalar, or (N,), (B, V) for ``reduction="none"``; float32 (float64 for float64 input). A sample without
-        a positive has loss 0 and is left out of the mean; the mean of nothing is 0, without gradient.
+        A scalar, or (N,), (B, V), (...) for ``reduction="none"``; float32 (float64 for float64 input). A sample
+        without a positive has loss 0 and is left out of the mean; the mean of nothing is 0, without gradient.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
@@ -72,7 +73,14 @@ def supcon_loss(
     Example:
         >>> views = torch.randn(32, 2, 64, requires_grad=True)  # two augmentations of 32 images
         >>> nckernels.supcon_loss(views, torch.randint(10, (32,))).backward()
-        >>> nckernels.supcon_loss(views)  # SimCLR
+        >>> simclr = nckernels.supcon_loss(views)
+
+        SimCLR's NT-Xent loss, written out:
+
+        >>> rows = F.normalize(views.transpose(0, 1).reshape(64, 64))
+        >>> logits = (rows @ rows.T / 0.1).fill_diagonal_(-torch.inf)
+        >>> positive = torch.arange(64).roll(32)  # the other view
+        >>> torch.testing.assert_close(simclr, F.cross_entropy(logits, positive))
     """
     rows, labels, weight = _samples(input, target, temperature, ignore_index, sample_weight, reduction)
     beta, shape, n = inverse(temperature), input.shape[:-1], len(rows)
@@ -146,6 +154,11 @@ def prototype_loss(
             :func:`supcon_loss`; ``target`` cannot be None.
 
     Returns, Raises: as in :func:`supcon_loss`; the mean runs over all samples that are not ignored.
+
+    Example:
+        >>> y = torch.arange(4).repeat(3)
+        >>> x = torch.eye(4, 8)[y]  # three samples of each class, all alike: both losses agree
+        >>> torch.testing.assert_close(nckernels.prototype_loss(x, y), nckernels.supcon_loss(x, y))
     """
     _checks.is_tensor("target", target)
     rows, labels, weight = _samples(input, target, temperature, ignore_index, sample_weight, reduction)
@@ -213,30 +226,43 @@ def info_nce_loss(
 
     Args:
         query: (M, d), any scale.
-        key: (K, d), same dtype; for example the batch's keys followed by a queue of older ones.
-        target: (M,) index of every query's positive in ``key``. None: the i-th key, which needs K = M.
+        key: (K, d), same dtype; for example the batch's keys followed by hard negatives or a queue of older keys.
+        target: (M,) index of every query's positive in ``key``. None: the first M keys are the positives, in the order
+            of the queries, and all further ones are negatives only.
         temperature: :math:`\tau > 0`, a number or a tensor of shape () or (1,), which may require grad.
         ignore_index: queries with this value in ``target`` are left out.
         sample_weight: (M,) weights >= 0 of the queries.
         reduction: ``"none"``, ``"sum"`` or ``"mean"``, weighted by ``sample_weight``.
         decoupled: leave the positive out of the sum.
         process_group: whose keys a query is contrasted with, and the rest as in :func:`supcon_loss`. ``target``
-            counts this rank's own keys.
+            counts this rank's own keys; where it is None, the first M of those are the positives. Further keys, of a
+            queue on each rank for example, are negatives of all ranks' queries.
 
     Returns:
         A scalar, or (M,); float32 (float64 for float64 input). The mean of nothing is 0.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
+
+    Example:
+        >>> query, key, older = torch.randn(32, 64), torch.randn(32, 64), torch.randn(480, 64)
+        >>> in_batch = nckernels.info_nce_loss(query, key)
+        >>> with_queue = nckernels.info_nce_loss(query, torch.cat([key, older]), torch.arange(32))
+        >>> bool(with_queue > in_batch)  # more negatives
+        True
     """
     _check_options(query, temperature, reduction, "query", ignore_index)
     _checks.matrix("query", query, "M", "d")
     _checks.matrix("key", key, "K", "d")
     if target is None:
-        _same_pairs("query", query, "key", key, "; give target if there are other keys than positives")
+        if len(key) < len(query):
+            raise ValueError(
+                "without target the i-th key is the positive of the i-th query: key must have at least as many rows as "
+                f"query, got {tuple(key.shape)} and {tuple(query.shape)}"
+            )
         target, ignore_index = torch.arange(len(query), device=query.device), LEFT_OUT
     else:
-        _checks.target(target, query, "query")
+        target = _checks.target(target, query, "query")
     _check_weights(sample_weight, len(query), query)
     ranks = _ranks(
         process_group, "info_nce_loss", query, {"temperature": temperature}, reduction=reduction, decoupled=decoupled
@@ -275,6 +301,13 @@ def clip_loss(
             travels between ranks: the sums over its columns are exchanged as those of classes are.
 
     Returns, Raises: as in :func:`info_nce_loss`.
+
+    Example:
+        >>> images, texts = torch.randn(32, 64, requires_grad=True), torch.randn(32, 64, requires_grad=True)
+        >>> logit_scale = torch.nn.Parameter(torch.tensor(2.6592))  # log(1 / 0.07), CLIP's start
+        >>> nckernels.clip_loss(images, texts, temperature=torch.exp(-logit_scale)).backward()
+        >>> logit_scale.grad.shape
+        torch.Size([])
     """
     _check_options(a, temperature, reduction, "a")
     _checks.matrix("a", a, "N", "d")
@@ -302,7 +335,8 @@ def uniformity_loss(input: Tensor, *, t: float = 2.0, process_group: GroupLike =
         \log \frac{1}{N (N - 1)} \sum_{i \neq j} e^{-t \lVert a_i - a_j \rVert^2}
 
     Args:
-        input: (N, d) with N >= 2, any scale. A zero row counts as orthogonal to all others.
+        input: (N, d) with N >= 2, any scale. A zero row counts as orthogonal to all others. Flatten further dimensions
+            before, if the pairs are to be those of all of them: ``input.flatten(0, -2)``.
         t: > 0, of the Gaussian potential.
         process_group: None for the pairs of this process's rows, ``"world"`` for those of all processes' rows, or a
             :class:`torch.distributed.ProcessGroup`. Every rank returns the whole value, and the average over ranks of
@@ -310,6 +344,11 @@ def uniformity_loss(input: Tensor, *, t: float = 2.0, process_group: GroupLike =
 
     Returns:
         A scalar, float32 (float64 for float64 input).
+
+    Example:
+        >>> x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])  # opposite points: |a - b|^2 = 4
+        >>> nckernels.uniformity_loss(x, t=2.0)
+        tensor(-8.)
     """
     _checks.matrix("input", input, "N", "d")
     _checks.positive_scalar("t", t, input)
@@ -335,22 +374,27 @@ def alignment_loss(
         \ell_i = \lVert a_i - b_i \rVert^\alpha
 
     Args:
-        input, other: (N, d) each, any scale; row i of one and row i of the other are a pair.
+        input, other: (N, d) or (..., d) each, any scale; feature i of one and feature i of the other are a pair.
         alpha: > 0.
         reduction: ``"none"``, ``"sum"`` or ``"mean"``; the mean of nothing is 0.
         process_group: whose pairs the mean runs over, as in :func:`supcon_loss`.
 
     Returns:
-        A scalar, or (N,); float32 (float64 for float64 input).
+        A scalar, or (N,), (...); float32 (float64 for float64 input).
+
+    Example:
+        >>> a, b = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[1.0, 0.0], [3.0, 0.0]])
+        >>> nckernels.alignment_loss(a, b, reduction="none")  # the same direction, and orthogonal: |a - b|^2
+        tensor([0., 2.])
     """
-    _checks.matrix("input", input, "N", "d")
-    _checks.matrix("other", other, "N", "d")
+    _checks.features("input", input)
+    _checks.features("other", other)
     _same_pairs("input", input, "other", other)
     _checks.same_device("input", input, "other", other)
     _checks.positive_scalar("alpha", alpha, input)
     _checks.choice("reduction", reduction, REDUCTIONS)
     ranks = _ranks(process_group, "alignment_loss", input, {"alpha": alpha}, reduction=reduction)
-    squares = (unit(input) - unit(other)).square().sum(1)
+    squares = (unit(input) - unit(other)).square().sum(-1)
     # A power below 1 has an infinite slope at 0, where the distance itself is flat: no gradient there.
     same = squares == 0.0
     loss = (squares.masked_fill(same, 1.0) ** (alpha / 2)).masked_fill(same, 0.0)
@@ -375,11 +419,11 @@ def _check_weights(weight: Tensor | None, size: int, like: Tensor) -> None:
         _checks.not_negative("sample_weight", weight)
 
 
-def _same_pairs(name: str, value: Tensor, other_name: str, other: Tensor, hint: str = "") -> None:
+def _same_pairs(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.shape != other.shape:
         raise ValueError(
             f"{name} and {other_name} must hold pairs and have the same shape, "
-            f"got {tuple(value.shape)} and {tuple(other.shape)}{hint}"
+            f"got {tuple(value.shape)} and {tuple(other.shape)}"
         )
 
 
@@ -407,8 +451,13 @@ def _samples(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Checked arguments as rows (N, d), labels (N,) and weights (N,)."""
     _check_options(input, temperature, reduction, "input", ignore_index)
+    if input.dim() != 2 and isinstance(target, Tensor) and target.dim() == input.dim() - 1:
+        input, target, sample_weight = as_rows(input, target, sample_weight)
     if input.dim() not in (2, 3):
-        raise ValueError(f"input must have shape (N, d) or (B, V, d), got {tuple(input.shape)}")
+        raise ValueError(
+            "input must have shape (N, d), (B, V, d) or, with target of shape (...), (..., d), "
+            f"got {tuple(input.shape)}"
+        )
     if input.dim() == 3 and input.shape[1] == 0:
         raise ValueError(f"input must have at least one view of every sample, got {tuple(input.shape)}")
     rows = input.flatten(0, -2)
@@ -423,8 +472,7 @@ def _samples(
             )
         labels = torch.arange(count, device=input.device)
     else:
-        _checks.target(target, input, "input")
-        labels = target.long()
+        labels = _checks.target(target, input, "input")
     _check_weights(sample_weight, count, input)
     weight = None if sample_weight is None else sample_weight.repeat_interleave(views)
     return rows, labels if views == 1 else labels.repeat_interleave(views), weight
@@ -453,4 +501,4 @@ def _reduced(
 ) -> Tensor:
     """The reduction of rows that were samples and their views; the mean of nothing is 0."""
     result = reduce(loss, counted, weight, reduction, ranks, of_nothing=0.0)
-    return result.view(shape) if reduction == "none" and len(shape) > 1 else result
+    return result.view(shape) if reduction == "none" and len(shape) != 1 else result

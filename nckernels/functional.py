@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _checks, operators
 from ._class_sums import visible_rows
-from ._common import REDUCTIONS, Reduction, inverse, logaddexp, of_samples
+from ._common import REDUCTIONS, Reduction, inverse, leading_dimensions, logaddexp, of_samples
 from ._compact import BATCH_SPARSE, LEFT_OUT, Part
 from ._unit_rows import dots_with_unit_rows
 from .backends import registry
@@ -26,6 +26,7 @@ from .distributed.groups import GroupLike, Ranks
 from .primitive import DIRECTIONS, autocast, step
 
 
+@leading_dimensions
 def nonl_loss(
     input: Tensor,
     prototypes: Tensor,
@@ -49,14 +50,16 @@ def nonl_loss(
     not fade once the data is separated, which is why it collapses faster than NTCE and NormFace.
 
     Args:
-        input: (M, d) features, any scale; float32, bfloat16, float16 or float64.
+        input: (M, d) features, any scale; float32, bfloat16, float16 or float64. Or (..., d), of which the leading
+            dimensions are flattened: all of them are one batch.
         prototypes: (K, d) class prototypes, e.g. ``head.weight``; any scale, same dtype. With ``process_group`` also
             a DTensor with placement ``Shard(0)``, of which each rank has some rows; their gradient is the whole
             batch's, not to be averaged, see docs/scaling.md.
-        target: (M,) class indices in [0, K), or ``ignore_index``.
+        target: (M,) or (...) class indices in [0, K), or ``ignore_index``.
         temperature: :math:`\tau > 0`, a number or a tensor of shape () or (1,), which may require grad.
         weight: (K,) rescaling of each class's samples, as in :func:`torch.nn.functional.cross_entropy`.
-        sample_weight: (M,) weights >= 0 of the samples as anchors; of weight 0 a sample is a negative only.
+        sample_weight: weights >= 0 of the samples as anchors, of the shape of ``target``; of weight 0 a sample is a
+            negative only.
         ignore_index: samples with this target contribute nothing, neither as anchor nor as negative.
         reduction: ``"none"`` for one value per sample, ``"sum"``, or ``"mean"``, weighted by both weights.
         direction: ``"class"`` is the paper's loss. The authors' code has two variants: ``"instance"``, whose
@@ -74,8 +77,8 @@ def nonl_loss(
             factors; see docs/scaling.md.
 
     Returns:
-        A scalar, or (M,) for ``reduction="none"`` (0 where ignored); float32 (float64 for float64 input).
-        A sample without negatives contributes its alignment term only. An empty batch, or one that is
+        A scalar, or the shape of ``target`` for ``reduction="none"`` (0 where ignored); float32 (float64 for float64
+        input). A sample without negatives contributes its alignment term only. An empty batch, or one that is
         ignored whole, gives 0 for ``"sum"`` and NaN for ``"mean"``, as F.cross_entropy does.
 
     Raises:
@@ -85,8 +88,16 @@ def nonl_loss(
         >>> x, head = torch.randn(32, 64, requires_grad=True), torch.nn.Linear(64, 10, bias=False)
         >>> y = torch.randint(10, (32,))
         >>> nckernels.nonl_loss(x, head.weight, y).backward()
+        >>> x.grad.shape, head.weight.grad.shape
+        (torch.Size([32, 64]), torch.Size([10, 64]))
+
+        At neural collapse, one sample for each of 10 classes, it is :math:`\log 9 - \frac{10}{9 \tau}`, its minimum:
+
+        >>> simplex = nckernels.geometry.simplex_etf(10, 64)
+        >>> print(f"{nckernels.nonl_loss(simplex, simplex, torch.arange(10)):.3f}")
+        -8.914
     """
-    beta = _checked(
+    target, beta = _checked(
         input, prototypes, target, weight, sample_weight, temperature, ignore_index, reduction, process_group
     )
     _checks.choice("direction", direction, DIRECTIONS)
@@ -117,6 +128,7 @@ def nonl_loss(
     return reduce(loss, ~ignored, per_sample, reduction, ranks)
 
 
+@leading_dimensions
 def ntce_loss(
     input: Tensor,
     prototypes: Tensor,
@@ -137,8 +149,14 @@ def ntce_loss(
 
     Each class prototype is contrasted with all samples of the batch. Arguments, results and errors are those
     of :func:`nonl_loss`, without ``direction``.
+
+    Example:
+        >>> simplex = nckernels.geometry.simplex_etf(10, 64)  # features and prototypes at neural collapse
+        >>> loss = nckernels.ntce_loss(simplex, simplex, torch.arange(10), temperature=0.5)
+        >>> expected = torch.tensor(1 + 9 * math.exp(-10 / 9 / 0.5)).log()
+        >>> torch.testing.assert_close(loss, expected)
     """
-    beta = _checked(
+    target, beta = _checked(
         input, prototypes, target, weight, sample_weight, temperature, ignore_index, reduction, process_group
     )
     ranks = _ranks(process_group, "ntce_loss", input, prototypes, temperature, reduction, sparse=sparse)
@@ -150,6 +168,7 @@ def ntce_loss(
     )  # fmt: skip
 
 
+@leading_dimensions
 def normface_loss(
     input: Tensor,
     prototypes: Tensor,
@@ -184,18 +203,24 @@ def normface_loss(
             that it stays decreasing in :math:`\theta`.
         cosine_margin: CosFace's additive margin, in [0, 2], subtracted from the target's cosine.
         class_fraction: r in (0, 1]. Below 1 the sum runs over a part of the classes, an approximation for millions
-        of them (PartialFC, An et al. 2022): those that occur in the batch, and others drawn uniformly without
-        replacement, anew in every call, :math:`\max(\lceil r K \rceil, \min(M, K))` in all. Only their rows of
-        ``prototypes`` get a gradient. Nothing corrects for the missing ones: sums are too small, the loss of a
-        sample is below the whole one by up to about :math:`\log(1/r)`, and the drawn classes get as much more
-        than their share of the gradient. Without ``label_smoothing``.
+            of them (PartialFC, An et al. 2022): those that occur in the batch, and others drawn uniformly without
+            replacement, anew in every call, :math:`\max(\lceil r K \rceil, \min(M, K))` in all. Only their rows of
+            ``prototypes`` get a gradient. Nothing corrects for the missing ones: sums are too small, the loss of a
+            sample is below the whole one by up to about :math:`\log(1/r)`, and the drawn classes get as much more
+            than their share of the gradient. Without ``label_smoothing``.
         generator: of the random classes, on the device of ``input``; None is PyTorch's own, which
             :func:`torch.manual_seed` sets. Its state determines the classes.
         sparse: give ``prototypes`` a sparse gradient, as in :func:`nonl_loss`; needs ``class_fraction`` below 1.
 
     Returns, Raises: as in :func:`nonl_loss`.
+
+    Example:
+        >>> x, w, y = torch.randn(32, 64), torch.randn(10, 64), torch.randint(10, (32,))
+        >>> loss = nckernels.normface_loss(x, w, y, temperature=0.1, label_smoothing=0.1)
+        >>> logits = F.normalize(x) @ F.normalize(w).T / 0.1
+        >>> torch.testing.assert_close(loss, F.cross_entropy(logits, y, label_smoothing=0.1))
     """
-    beta = _checked(
+    target, beta = _checked(
         input, prototypes, target, weight, sample_weight, temperature, ignore_index, reduction, process_group
     )
     _checks.in_range("label_smoothing", label_smoothing, 0.0, 1.0)
@@ -258,6 +283,7 @@ def normface_loss(
     return reduce_weighted(smoothed, share, reduction, ranks)
 
 
+@leading_dimensions
 def dot_regression_loss(
     input: Tensor,
     prototypes: Tensor,
@@ -297,9 +323,11 @@ def dot_regression_loss(
         >>> w = nckernels.geometry.simplex_etf(10, 64)
         >>> x, y = torch.randn(32, 64, requires_grad=True), torch.randint(10, (32,))
         >>> nckernels.dot_regression_loss(x, w, y).backward()
+        >>> nckernels.dot_regression_loss(-w[y], w, y)  # each feature opposite to its prototype: (-1 - 1)^2 / 2
+        tensor(2.)
     """
     _checks.features_and_prototypes(input, prototypes, "input")
-    _check_samples(input, prototypes, target, weight, sample_weight, ignore_index, reduction)
+    target = _check_samples(input, prototypes, target, weight, sample_weight, ignore_index, reduction)
     _checks.in_classes(target, len(prototypes), ignore_index)
     ranks = groups.resolve(process_group)
     if ranks is not None:
@@ -322,7 +350,7 @@ def dot_regression(
     ranks: Ranks | None,
 ) -> Tensor:
     """:func:`dot_regression_loss` of checked arguments, with (M,) weights of samples and prototypes of any dtype."""
-    target, dtypes = target.long(), {input.dtype, prototypes.dtype}
+    dtypes = {input.dtype, prototypes.dtype}
     backend = registry.resolve(input.device, input.dtype)
     if (
         len(input)
@@ -371,12 +399,12 @@ def _checked(
     ignore_index: int,
     reduction: str,
     process_group: GroupLike,
-) -> float | Tensor:
-    """Check what all contrastive losses share; return beta = 1 / temperature."""
+) -> tuple[Tensor, float | Tensor]:
+    """Check what all contrastive losses share; return the target as int64, and beta = 1 / temperature."""
     _checks.features_and_prototypes(input, prototypes, "input", sharded=process_group is not None)
-    _check_samples(input, prototypes, target, weight, sample_weight, ignore_index, reduction)
+    target = _check_samples(input, prototypes, target, weight, sample_weight, ignore_index, reduction)
     _checks.temperature(temperature, input)
-    return inverse(temperature)
+    return target, inverse(temperature)
 
 
 def _mean_cosine(
@@ -406,9 +434,9 @@ def _check_samples(
     sample_weight: Tensor | None,
     ignore_index: int,
     reduction: str,
-) -> None:
-    """Check labels, weights and options of features and prototypes that fit one another."""
-    _checks.target(target, input, "input")
+) -> Tensor:
+    """Check labels, weights and options of features and prototypes that fit one another; return the labels as int64."""
+    target = _checks.target(target, input, "input")
     _checks.choice("reduction", reduction, REDUCTIONS)
     _checks.integer("ignore_index", ignore_index)
     if weight is not None:
@@ -416,6 +444,7 @@ def _check_samples(
     if sample_weight is not None:
         _checks.vector("sample_weight", sample_weight, input.shape[0], input)
         _checks.not_negative("sample_weight", sample_weight)
+    return target
 
 
 def _ranks(

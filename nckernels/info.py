@@ -1,4 +1,4 @@
-"""What ``python -m nckernels info`` prints: everything a bug report needs."""
+"""``python -m nckernels info``: prints what a bug report needs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def main(argv: list[str]) -> int:
     """Print the report; return the exit status."""
     argparse.ArgumentParser(
-        prog="python -m nckernels info", description="Versions, devices and backends of this machine."
+        prog="python -m nckernels info",
+        description="Print versions, devices, settings and backends of this machine, for bug reports.",
     ).parse_args(argv)
     print(report())
     return 0
 
 
 def report() -> str:
-    """The text of the report. To know what runs is to try: what is compiled on first use is compiled for it."""
+    """The text of the report. Backends that are compiled on first use are compiled for it."""
     devices = _devices()
     rows = [line for device in devices for dtype in DTYPES for line in _row(device, dtype)]
     sections = {
@@ -34,18 +35,20 @@ def report() -> str:
             f"backend    {registry.chosen() or 'automatic'}",
             *(f"workspace  {registry.get_workspace(device) / 2**20:.0f} MiB on {device}" for device in devices),
         ],
-        "product of one step (bfloat16, temperatures that are numbers of at least 0.025)": [
+        "matrix product of a step (bfloat16; temperature a number of at least 0.025)": [
             f"{device!s:<6} {_product(device)}" for device in devices
         ],
-        "native code (the library that runs is marked *)": _libraries(),
-        "backends (the one that runs is marked *)": rows,
+        "native libraries (* marks the one in use)": _libraries(),
+        "backends (* marks the one that runs)": rows,
     }
     return "\n".join(line for title, lines in sections.items() for line in (title, *(f"  {x}" for x in lines)))
 
 
 def _product(device: torch.device) -> str:
     reason = quack.why_not(device)
-    return "quack's, with the exponentials in its epilogue" if reason is None else f"the library's: {reason}"
+    if reason is None:
+        return "by quack-kernels, with the exponentials in its epilogue"
+    return f"without quack-kernels: {reason}"
 
 
 def _libraries() -> list[str]:
@@ -74,7 +77,7 @@ def _versions() -> dict[str, str]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    versions["CUDA"] = torch.version.cuda or "torch was built without it"
+    versions["CUDA"] = torch.version.cuda or "none, torch was built without it"
     return versions
 
 

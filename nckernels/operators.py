@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import __version__
 from ._checks import no_autocast
 from .backends import reference, registry
 from .backends.base import (
@@ -36,12 +37,14 @@ def run(inputs: Inputs, spec: Spec, backend: str) -> tuple[Tensor | None, Tensor
             if not torch.compiler.is_compiling():
                 _check_values(inputs, spec)
             return reference.cosine_lse(inputs, spec)
+    if spec.symmetric:
+        inputs = inputs._replace(prototypes=one_gradient(inputs.features))
     if plain(*inputs):
         return (
             _Eager.apply(*inputs, spec, backend, False) if _needs_grad(inputs) else forward(inputs, spec, backend)[:3]
         )
     operator = torch.ops.nckernels.cosine_lse
-    return operator(*inputs, *spec, backend, _needs_grad(inputs))[:3]
+    return operator(*inputs, *spec, backend, _needs_grad(inputs), __version__)[:3]
 
 
 def run_contrast(inputs: Inputs, spec: Spec, backend: str) -> Tensor:
@@ -65,6 +68,15 @@ def contrast(class_lse: Tensor, instance_lse: Tensor, pos: Tensor, target: Tenso
 
 def _needs_grad(inputs: Inputs) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
+def one_gradient(features: Tensor) -> Tensor:
+    """The features once more, for the prototypes' place in a symmetric problem, where one gradient is that of both.
+
+    The same tensor in both places would have a gradient in each, the second one None. Compiled autograd adds the two
+    as tensors.
+    """
+    return features.detach()
 
 
 def plain(*values: object, refuse: bool = True) -> bool:
@@ -106,7 +118,9 @@ _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 torch.library.define(
     "nckernels::cosine_lse",
-    f"({_INPUT_SCHEMA}, {_SPEC_SCHEMA}, bool keep) -> ({_SAVED_SCHEMA})",
+    # Nothing reads the version. It makes the graph another one, so that what torch.compile has cached on disk for an
+    # earlier release, with other sizes of the results, is not used.
+    f"({_INPUT_SCHEMA}, {_SPEC_SCHEMA}, bool keep, str version) -> ({_SAVED_SCHEMA})",
     tags=_TAGS,
 )
 torch.library.define(
@@ -179,7 +193,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
 
 
 def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 14
+    nothing = (None,) * 15
     if all(grad is None for grad in grads[:3]):
         return nothing
     no_batches(*grads[:3])
@@ -228,16 +242,15 @@ class _Eager(torch.autograd.Function):
 class Step(torch.autograd.Function):
     """The reduced :func:`contrast`, whose gradients come with it: the backward pass has only to scale them.
 
-    Its arguments: features, prototypes, inverse temperature (a number or a tensor), target, then what makes one
-    number of the samples' losses, the spec, and the name of a backend that has a step. One tensor in both places
-    has one gradient.
+    Its arguments: features, prototypes (see :func:`one_gradient`), inverse temperature (a number or a tensor), target,
+    then what makes one number of the samples' losses, the spec, and the name of a backend that has a step.
     """
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, w: Tensor, beta: float | Tensor, target: Tensor, *options: Any) -> Tensor:
         reduced, spec, backend = options
         by_z, by_w, by_beta, *_ = ctx.needs_input_grad
-        needs = Needs(by_z, by_w and not spec.symmetric, by_beta, False, False)
+        needs = Needs(by_z, by_w, by_beta, False, False)
         inputs = Inputs(z, w, target, cast(Tensor, beta), None, None)
         chosen = registry.BACKENDS[backend]
         with no_autocast(z):
@@ -288,7 +301,7 @@ def _losses_backward(
     z, w, beta, target, weight, class_weight, *results = saved
     number, reduced, spec, backend = call
     by_z, by_w, by_beta = wanted
-    needs = Needs(by_z, by_w and not spec.symmetric, by_beta, False, False)
+    needs = Needs(by_z, by_w, by_beta, False, False)
     inputs = Inputs(z, w, target, number if beta is None else beta, None, None)
     reduced = reduced._replace(weight=weight, class_weight=class_weight)
     with no_autocast(z):

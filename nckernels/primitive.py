@@ -115,7 +115,7 @@ def cosine_lse(
     _checks.choice("direction", direction, DIRECTIONS)
     _checks.choice("exclude", exclude, EXCLUDES)
     _checks.features_and_prototypes(features, prototypes)
-    _checks.target(target, features)
+    target = _checks.target(target, features)
     _checks.positive_scalar("inv_temperature", inv_temperature, features)
     _checks.integer("ignore_index", ignore_index)
     if exclude in ("self", "same_label") and features.shape[0] != prototypes.shape[0]:
@@ -131,8 +131,8 @@ def cosine_lse(
     sample_bias, class_bias = _split_bias(logit_bias, direction, features, prototypes)
 
     symmetric = features is prototypes and direction != "both" and exclude in ("self", "same_label")
-    spec = Spec(direction, exclude, present_only, ignore_index, registry.get_workspace(features.device), symmetric)
-    features, prototypes, target = _operands(features, prototypes, target)
+    spec = Spec(direction, exclude, present_only, int(ignore_index), registry.get_workspace(features.device), symmetric)
+    features, prototypes = autocast(features), autocast(prototypes)
     dtype = accumulation_dtype(features.dtype)
     biases = (None if bias is None else bias.to(dtype) for bias in (sample_bias, class_bias))
     inputs = Inputs(features, prototypes, target, scalar(inv_temperature, features), *biases)
@@ -157,16 +157,16 @@ def contrast(
 ) -> Tensor:
     """``lse - pos`` of :func:`cosine_lse`, reduced; the lse is that of each sample's class, its own, or their mean.
 
-    Arguments are as there and checked already; ``present_only`` in the class direction. A sample is 0 where
-    ignored and ``-pos`` where its sum is empty. ``weight`` (M,) and ``reduction`` are as in F.cross_entropy;
-    ``of_nothing`` is what the mean of no samples is.
+    Arguments are as there and checked already, ``target`` is int64; ``present_only`` in the class direction. A sample
+    is 0 where ignored and ``-pos`` where its sum is empty. ``weight`` (M,) and ``reduction`` are as in
+    F.cross_entropy; ``of_nothing`` is what the mean of no samples is.
 
     The gradient of a sum or mean is known, up to a factor, when the loss is; where the backend can, both are computed
     in one step. For plain tensors the call is one node of the graph, or else two. Other losses ask for their
     :func:`step` first.
     """
-    features, prototypes, target = _operands(features, prototypes, target)
-    spec = Spec(direction, exclude, direction == "class", ignore_index, registry.get_workspace(features.device))
+    features, prototypes = autocast(features), autocast(prototypes)
+    spec = Spec(direction, exclude, direction == "class", int(ignore_index), registry.get_workspace(features.device))
     backend = registry.resolve(features.device, features.dtype)
     reduced = Reduced(weight, reduction == "mean", of_nothing)
     loss = _step(features, prototypes, target, inv_temperature, reduced, spec, backend, each=reduction == "none")
@@ -193,15 +193,16 @@ def step(
     ignore_index: int,
     each: bool = False,
 ) -> Tensor | None:
-    """A loss of checked arguments in one node of the graph: reduced, and then its gradient is computed with it, or (M,)
-    that of ``each`` sample. None where the backend has none, or something of the call needs the single pieces.
+    """A loss of checked arguments, ``target`` int64, in one node of the graph: reduced, and then its gradient is
+    computed with it, or (M,) that of ``each`` sample. None where the backend has none, or something of the call needs
+    the single pieces.
 
     One tensor in both places is compared with itself, see :meth:`nckernels.backends.base.Backend.step`.
     """
     symmetric = features is prototypes and exclude in ("self", "same_label")
-    features, other, target = _operands(features, prototypes, target)
+    features, other = autocast(features), autocast(prototypes)
     present_only = direction == "class" and not symmetric
-    spec = Spec(direction, exclude, present_only, ignore_index, registry.get_workspace(features.device), symmetric)
+    spec = Spec(direction, exclude, present_only, int(ignore_index), registry.get_workspace(features.device), symmetric)
     backend = registry.resolve(features.device, features.dtype)
     prototypes = features if symmetric else other
     return _step(features, prototypes, target, inv_temperature, reduced, spec, backend, each)
@@ -231,14 +232,10 @@ def _step(
     if each and not torch.is_grad_enabled():  # then nothing is kept for a backward pass
         features, prototypes = features.detach(), prototypes.detach()
         inv_temperature = inv_temperature.detach() if isinstance(inv_temperature, Tensor) else inv_temperature
+    if spec.symmetric:
+        prototypes = operators.one_gradient(features)
     node = operators.Losses if each else operators.Step
     return node.apply(features, prototypes, inv_temperature, target, reduced, spec, backend)
-
-
-def _operands(features: Tensor, prototypes: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """In the types that backends take: autocast's, and int64."""
-    target = target if target.dtype == torch.int64 else target.long()
-    return autocast(features), autocast(prototypes), target
 
 
 def autocast(operand: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks
-from ._common import inverse, logaddexp, of_samples, or_zero
+from ._common import as_rows, inverse, logaddexp, of_samples, or_zero
 from .backends.base import accumulation_dtype
 from .distributed import collectives, groups
 from .distributed.groups import Ranks
@@ -42,7 +42,7 @@ class FeatureQueue(nn.Module):
     Example:
         >>> queue = nckernels.FeatureQueue(4096, 64)  # MoCo: one positive each, the batch's keys and past ones
         >>> q, k = torch.randn(32, 64, requires_grad=True), torch.randn(32, 64)
-        >>> loss = nckernels.info_nce_loss(q, torch.cat([k, queue.features]), torch.arange(32))
+        >>> loss = nckernels.info_nce_loss(q, torch.cat([k, queue.features]))
         >>> queue.enqueue(k)
 
     There labels play no part, and an empty slot counts as a key that is orthogonal to all queries.
@@ -69,7 +69,7 @@ class FeatureQueue(nn.Module):
         _checks.positive_integer("size", size)
         _checks.positive_integer("dim", dim)
         _checks.integer("ignore_index", ignore_index)
-        self.ignore_index = ignore_index
+        self.ignore_index = int(ignore_index)
         self.register_buffer("features", torch.zeros(size, dim, device=device, dtype=dtype))
         self.register_buffer("labels", torch.full((size,), ignore_index, device=device))
         self.register_buffer("position", torch.zeros((), device=device, dtype=torch.int64))
@@ -85,16 +85,15 @@ class FeatureQueue(nn.Module):
         """
         size, dim = self.features.shape
         _checks.matrix("features", features, "n", "d")
-        if features.shape[1] != dim:
-            raise ValueError(f"features must have shape (n, {dim}), got {tuple(features.shape)}")
+        _checks.columns("features", features, dim, "the queue has")
         _checks.same_device("features", features, "the queue", self.features)
         if labels is None:
             labels = torch.zeros(len(features), device=features.device, dtype=torch.int64)
-        _checks.target(labels, features)
+        labels = _checks.target(labels, features, name="labels")
         features, labels = features[-size:], labels[-size:]
         slots = (self.position + torch.arange(len(features), device=features.device)) % size
         self.features.index_copy_(0, slots, features.to(self.features.dtype))
-        self.labels.index_copy_(0, slots, labels.long())
+        self.labels.index_copy_(0, slots, labels)
         self.position.add_(len(features)).remainder_(size)
 
     def extra_repr(self) -> str:
@@ -150,6 +149,8 @@ class QueueLoss(nn.Module):
             raise TypeError(
                 f"criterion must be an NONLLoss, NTCELoss, SupConLoss or PrototypeLoss, got {type(criterion).__name__}"
             )
+        if not isinstance(queue, FeatureQueue):
+            raise TypeError(f"queue must be a FeatureQueue, got {type(queue).__name__}")
         _by_class(criterion, ("class", "both"))
         if criterion.ignore_index != queue.ignore_index:
             raise ValueError(
@@ -159,8 +160,9 @@ class QueueLoss(nn.Module):
         self.criterion, self.queue = criterion, queue
 
     def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        """The loss of features (M, d), in SupCon also (B, V, d), with labels (M,), (B,)."""
+        """The loss of features (M, d) or (..., d) with labels (M,) or (...), in SupCon also of (B, V, d) with (B,)."""
         rows, labels, weight = _rows(input, target, sample_weight)
+        _checks.columns("input", rows, self.queue.features.shape[1], "the queue has")
         past, past_labels = self.queue.features.to(rows.dtype), self.queue.labels
         if isinstance(self.criterion, NONLLoss | NTCELoss) and self.criterion.process_group is None:
             past_labels = _as_one(past_labels, labels, len(self.criterion.prototypes), self.queue.ignore_index)
@@ -222,6 +224,14 @@ class RunningDenominatorLoss(nn.Module):
     (``broadcast_buffers`` of DistributedDataParallel), which does no harm.
 
     Where FSDP2 shards prototypes give this module to ``fully_shard``, not the criterion, whose forward is not called.
+
+    Example:
+        >>> head = nckernels.PrototypeClassifier(64, 10, loss="nonl")
+        >>> criterion = nckernels.RunningDenominatorLoss(head.criterion, decay=0.5)
+        >>> x, y = torch.randn(32, 64, requires_grad=True), torch.randint(10, (32,))
+        >>> loss = criterion(x, y)
+        >>> torch.testing.assert_close(loss, head(x, y))  # the first one is the criterion's own
+        >>> loss.backward()
     """
 
     lse: Tensor
@@ -240,7 +250,7 @@ class RunningDenominatorLoss(nn.Module):
         _checks.number("decay", decay)
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"decay must be at least 0 and less than 1, got {decay}")
-        self.criterion, self.decay = criterion, decay
+        self.criterion, self.decay = criterion, float(decay)
         zeros = torch.zeros(len(criterion.prototypes), device=criterion.prototypes.device)
         zeros = zeros.to(accumulation_dtype(criterion.prototypes.dtype))
         self.register_buffer("lse", zeros - torch.inf)
@@ -249,8 +259,15 @@ class RunningDenominatorLoss(nn.Module):
         self.register_buffer("count", zeros[:1].clone())
 
     def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        """The loss of features (M, d) with class indices (M,)."""
+        """The loss of features (M, d) or (..., d) with class indices (M,) or (...)."""
+        input, target, sample_weight = as_rows(input, target, sample_weight)
         criterion = self.criterion
+        prototypes = criterion.prototypes_like(input)
+        _checks.features_and_prototypes(input, prototypes, "input")
+        target = _checks.target(target, input, "input")
+        if sample_weight is not None:
+            _checks.vector("sample_weight", sample_weight, len(input), input)
+            _checks.not_negative("sample_weight", sample_weight)
         exclude: Literal["target", "none"] = "target" if isinstance(criterion, NONLLoss) else "none"
         ranks = groups.resolve(criterion.process_group)
         if ranks is not None:
@@ -260,13 +277,13 @@ class RunningDenominatorLoss(nn.Module):
                 d=columns, exclude=exclude, decay=self.decay,
             )  # fmt: skip
         lse, pos = cosine_lse(
-            input, criterion.prototypes_like(input), target, inverse(criterion.temperature), direction="class",
+            input, prototypes, target, inverse(criterion.temperature), direction="class",
             exclude=exclude, ignore_index=criterion.ignore_index,
         )  # fmt: skip
         counted = target != criterion.ignore_index
         weight = of_samples(criterion.weight, sample_weight, target)
         weight = counted.to(pos.dtype) if weight is None else weight.detach().to(pos.dtype).where(counted, 0.0)
-        anchors = torch.zeros_like(lse).index_add(0, target.long().where(counted, 0), weight)
+        anchors = torch.zeros_like(lse).index_add(0, target.where(counted, 0), weight)
         value, slope = self._uniformity(lse.detach(), anchors, counted.sum().to(lse.dtype), ranks)
         lse = or_zero(lse)
         own = (slope * (lse - lse.detach())).sum() - (weight * pos).sum() / _summed(weight.sum(), ranks)
@@ -312,16 +329,17 @@ def _by_class(criterion: nn.Module, directions: tuple[str, ...]) -> None:
 def _rows(input: Tensor, target: Tensor, sample_weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Samples and their views as rows (M, d), labels (M,) and weights (M,)."""
     _checks.is_tensor("input", input)
-    if input.dim() not in (2, 3):
-        raise ValueError(f"input must have shape (M, d) or (B, V, d), got {tuple(input.shape)}")
-    _checks.target(target, input, "input")
+    _checks.is_tensor("target", target)
+    if input.dim() != 3 or target.dim() != 1:
+        input, target, sample_weight = as_rows(input, target, sample_weight)
+    target = _checks.target(target, input, "input")
     if sample_weight is None:
         weight = torch.ones(len(target), dtype=accumulation_dtype(input.dtype), device=input.device)
     else:
         _checks.vector("sample_weight", sample_weight, len(target), input)
         weight = sample_weight
     views = 1 if input.dim() == 2 else input.shape[1]
-    return input.flatten(0, -2), target.long().repeat_interleave(views), weight.repeat_interleave(views)
+    return input.flatten(0, -2), target.repeat_interleave(views), weight.repeat_interleave(views)
 
 
 def _as_one(past: Tensor, target: Tensor, classes: int, ignore_index: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The benchmark suite: what it counts, that it checks before it times, that comparisons tell a slowdown from noise."""
+"""The benchmark suite: counts, checks before timing, and comparisons that distinguish slowdowns from noise."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def session(*chosen: variants.Variant) -> harness.Session:
 # --- what is counted ---------------------------------------------------------------------------------------
 
 
-def test_work_is_what_the_kernels_page_counts() -> None:
+def test_work_matches_the_kernels_page() -> None:
     work = Problem("nonl", 100, 50, 8).work(4, present=30)
     assert (work.flops, work.flops_again, work.exps) == (6 * 100 * 30 * 8, 8 * 100 * 30 * 8, 3000)
     assert work.bytes == 4 * 8 * (2 * 100 + 30 + 50)
@@ -189,13 +189,13 @@ def test_sweep_writes_a_report_for_each_dtype(tmp_path: Path, capsys: pytest.Cap
     ("words", "named"),
     [("--suite sweep --size 64,10,32 --brief", "--size --brief: not in"), ("--loss info_nce", "info_nce: in")],
 )
-def test_what_is_not_of_the_suite_is_refused(words: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_of_other_suites_are_refused(words: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         suite.main(words.split())
     assert named in capsys.readouterr().err
 
 
-def test_sweep_counts_as_slower_what_is_so_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweep_counts_a_problem_as_slower_only_if_slower_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {p: [1.2, 1.1] if i == 0 else [1.3, 0.9] if i == 1 else [0.5] for i, p in enumerate(sweep.problems(0))}
     count = len(values)
 
@@ -210,7 +210,7 @@ def test_sweep_counts_as_slower_what_is_so_twice(monkeypatch: pytest.MonkeyPatch
     assert not any(values.values())
 
 
-def test_sweep_does_not_time_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweep_does_not_time_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "our_loss", lambda p: lambda *a: 1.001 * rivals.naive(p)(*a))
     found = sweep.measure(Problem("ntce", 40, 7, 9), torch.float32, 0.1)
     assert found.results[0].broken
@@ -222,7 +222,7 @@ def test_sweep_does_not_time_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report of three batch sizes, taken by the command."""
+    """A report of three batch sizes, written by the command."""
     out = tmp_path_factory.mktemp("report")
     words = "--loss nonl --size 32,6,16 64,6,16 128,6,16 --only chunked naive --skip compile --budget 10"
     assert suite.main([*words.split(), "--out", str(out)]) == 0
@@ -260,7 +260,7 @@ def test_budget_that_is_spent_leaves_problems_out_and_says_so(tmp_path: Path) ->
     assert len(report.load(tmp_path / "quick-cpu-float32.json").notes) == 2
 
 
-def test_errors_tell_what_to_do(tmp_path: Path) -> None:
+def test_errors_name_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text("{}")
     with pytest.raises(SystemExit, match="take it again"):
         report.load(tmp_path / "old.json")
@@ -283,7 +283,7 @@ def test_a_training_step_is_timed_with_all_losses() -> None:
 
 
 def fake(seed: int, slowdown: float = 1.0, spread: float = 0.03, memory: int = 8 << 20) -> report.Report:
-    """Noisy samples around 1 ms for one variant of ours, of which ``slowdown`` is planted."""
+    """Noisy samples around 1 ms for one variant of ours, with a planted ``slowdown``."""
     noise = random.Random(seed)
     drift = noise.uniform(0.8, 1.2)  # of the whole machine
     gemm = [drift * 1e-3 * noise.gauss(1, spread) for _ in range(40)]
@@ -312,13 +312,13 @@ def test_compare_catches_a_planted_slowdown(tmp_path: Path) -> None:
         assert status(fake(seed), fake(seed + 100, slowdown=1.2), tmp_path) == 1
 
 
-def test_compare_lets_noise_pass(tmp_path: Path) -> None:
+def test_compare_ignores_noise(tmp_path: Path) -> None:
     for seed in range(40):
         assert status(fake(seed), fake(seed + 100), tmp_path) == 0
         assert status(fake(seed, spread=0.2), fake(seed + 100, slowdown=1.1, spread=0.2), tmp_path) == 0
 
 
-def test_compare_lets_what_became_faster_pass(tmp_path: Path) -> None:
+def test_compare_accepts_speedups(tmp_path: Path) -> None:
     assert status(fake(0, slowdown=1.5), fake(1), tmp_path) == 0
 
 
@@ -336,13 +336,13 @@ def test_compare_catches_memory_and_failures(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2}', "7"])
-def test_compare_says_what_is_no_report(text: str, tmp_path: Path) -> None:
+def test_compare_refuses_files_that_are_no_reports(text: str, tmp_path: Path) -> None:
     (tmp_path / "new.json").write_text(text)
     with pytest.raises(SystemExit, match=r"new\.json is no report"):
         report.load(tmp_path / "new.json")
 
 
-def test_compare_refuses_other_machines_and_nothing_in_common(tmp_path: Path) -> None:
+def test_compare_refuses_other_machines_and_disjoint_reports(tmp_path: Path) -> None:
     other = copy.deepcopy(fake(1))
     other.machine["threads"] = 4
     assert status(fake(0), other, tmp_path) == 2
@@ -354,7 +354,7 @@ def test_compare_refuses_other_machines_and_nothing_in_common(tmp_path: Path) ->
 # --- generated documents, tile tables ----------------------------------------------------------------------
 
 
-def test_tables_of_the_readme_are_what_the_reports_say() -> None:
+def test_readme_tables_match_the_reports() -> None:
     """If this fails: python -m benchmarks readme."""
     assert readme.main(["--check"]) == 0
 
@@ -373,8 +373,9 @@ def test_readme_table_is_written_between_its_markers(small: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("family", tune.FAMILIES)
-def test_tile_tables_are_complete_and_say_where_they_come_from(family: int, tmp_path: Path) -> None:
-    """If this fails after a rule was changed: python -m benchmarks tune --defaults, for tables nobody has measured."""
+def test_tile_tables_are_complete_and_name_their_source(family: int, tmp_path: Path) -> None:
+    """If this fails after a change of a rule: python -m benchmarks tune --defaults, for tables that are not
+    measured."""
     config = pytest.importorskip("nckernels.backends.triton.config", exc_type=ImportError)
     rules = tune.defaults(config, family)
     data = json.loads((config.TABLES / f"sm_{family}.json").read_text())
@@ -390,8 +391,8 @@ def test_tile_tables_are_complete_and_say_where_they_come_from(family: int, tmp_
 
 
 @pytest.mark.parametrize("family", tune.FAMILIES)
-def test_tile_tables_tell_apart_what_the_rules_do(family: int) -> None:
-    """No entry stands for two shapes that the rules would give different tiles."""
+def test_tile_table_keys_distinguish_shapes_as_the_rules_do(family: int) -> None:
+    """No key is shared by two shapes with different tiles by the rules."""
     config = pytest.importorskip("nckernels.backends.triton.config", exc_type=ImportError)
     if json.loads((config.TABLES / f"sm_{family}.json").read_text())["source"] != "rules":
         return
@@ -417,7 +418,7 @@ def test_a_tile_table_overrides_the_rule(monkeypatch: pytest.MonkeyPatch) -> Non
     assert config.lse_tile(replace(shape, d=256)) != other
 
 
-def test_the_search_for_tiles_finds_a_better_one_and_passes_over_failures() -> None:
+def test_tile_search_finds_improvements_and_skips_failures() -> None:
     config = pytest.importorskip("nckernels.backends.triton.config", exc_type=ImportError)
     table = tune.Recorder({"key": config.Tile(64, 64, 64, 4, 2), "none": None})
 
@@ -440,7 +441,7 @@ def test_pictures_need_three_sizes(small: Path) -> None:
 
 
 def test_many_classes(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every variant is timed and weighed; sparse gradients are lighter than dense ones of 2.4 MiB."""
+    """Times and memory of every variant are printed; sparse gradients take less than dense ones of 2.4 MiB."""
     assert many_classes.main(["--samples", "16", "--classes", "20000", "--dim", "32", "--seconds", "0.05"]) == 0
     first, head, *rows = capsys.readouterr().out.splitlines()
     assert first.startswith("M=16 K=20000 d=32")
@@ -472,7 +473,7 @@ def test_small_batches_are_trained_with_each_variant(
     assert capsys.readouterr().out == table
 
 
-def test_the_table_of_small_batches_is_what_the_outcomes_say(capsys: pytest.CaptureFixture[str]) -> None:
+def test_small_batches_table_matches_the_outcomes(capsys: pytest.CaptureFixture[str]) -> None:
     root = Path(__file__).parents[1]
     file = "benchmarks/results/2026-11-30-small-batches-32.json"
     assert small_batches.main(["--report", str(root / file)]) == 0
@@ -518,7 +519,7 @@ def test_the_table_of_assignments_has_the_rates_chosen_on_the_validation_faces()
     static, dynamic = (f"| {assignment.TITLES[row]} |" for row in ("static", "dynamic"))
     assert rows == [f"{static} 12.0 (2.8) | 24.0 | 0.1 |", f"{dynamic} 25.0 (7.1) | 50.0 | 1 |"]
     assert assignment.verdict(results) == "d = 10: assigning anew gains +13.0 points (+10.0, +16.0)."
-    results.runs.remove(trained("static", 0.1, 0.10, 0))  # not yet trained: its seed has nothing to be compared with
+    results.runs.remove(trained("static", 0.1, 0.10, 0))  # not yet trained, so its seed has no counterpart
     assert assignment.verdict(results) == "d = 10: assigning anew gains +16.0 points (+16.0)."
 
 
@@ -531,7 +532,7 @@ def test_the_table_of_assignments_goes_between_the_markers() -> None:
         assignment.written("no markers", outcomes())
 
 
-def test_assignments_go_on_where_they_were_cut_off(
+def test_assignments_resume_after_an_interruption(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[assignment.Task] = []
@@ -596,7 +597,7 @@ def test_each_row_is_a_configuration_of_the_trainer(monkeypatch: pytest.MonkeyPa
     assert {(r.schedule.epochs, r.run.batch_size) for r in recipes} == {(3, 8)}
 
 
-def test_the_page_has_the_table_of_the_latest_report() -> None:
+def test_page_has_the_table_of_the_latest_report() -> None:
     found = assignment.Results.load(
         sorted((assignment.PAGE.parents[1] / "benchmarks/results").glob("*-assignment.json"))[-1]
     )

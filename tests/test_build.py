@@ -1,4 +1,4 @@
-"""Building the native code: who builds, who waits, what is kept, and everything that can go wrong."""
+"""Building the native code: concurrent processes, the cache, and failures."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def compiled() -> Path:
     return path
 
 
-# A compiler that takes no time: it "compiles" by copying the library that is there already.
+# A fast fake compiler, which copies the existing library.
 FAKE_COMPILER = """#!/bin/sh
 for last; do :; done
 case "$*" in *--version*) echo fake 1.0; exit;; esac
@@ -50,7 +50,7 @@ cp {library} "$last"
 
 @pytest.fixture
 def fake(tmp_path: Path, compiled: Path) -> tuple[dict[str, str], Path]:
-    """An empty cache, a compiler that takes no time, and its log: one line a run."""
+    """An empty cache, a fast fake compiler, and its log with one line per run."""
     script, log = tmp_path / "cxx", tmp_path / "log"
     script.write_text(FAKE_COMPILER.format(library=compiled, log=log))
     script.chmod(0o755)
@@ -60,7 +60,7 @@ def fake(tmp_path: Path, compiled: Path) -> tuple[dict[str, str], Path]:
 RUNS = len(native.library().sources) + 1  # of the compiler: each source, and the link
 
 
-def test_a_second_process_uses_what_the_first_one_built(fake: tuple[dict[str, str], Path]) -> None:
+def test_a_second_process_uses_the_library_of_the_first(fake: tuple[dict[str, str], Path]) -> None:
     environment, log = fake
     first = run_python(USE, **environment)
     assert first.stdout.split() == ["native"], first.stderr
@@ -128,7 +128,7 @@ def test_damaged_caches_are_built_again(
 
 
 def fall_back(environment: dict[str, str], reason: str) -> None:
-    """Automatically: one warning, and the next backend. By name: an error with the reason in full."""
+    """The automatic choice warns once and takes the next backend. A choice by name is an error with the full reason."""
     result = run_python(USE + "nckernels.set_backend('native')", **environment)
     assert result.stdout.split() == ["chunked"], result.stderr
     assert result.stderr.count("falling back from backend 'native'") == 1, result.stderr
@@ -137,7 +137,7 @@ def fall_back(environment: dict[str, str], reason: str) -> None:
     assert reason in result.stderr.rpartition("ValueError: ")[2], result.stderr
 
 
-def test_a_compiler_that_fails(tmp_path: Path) -> None:
+def test_a_failing_compiler(tmp_path: Path) -> None:
     script = tmp_path / "cxx"
     script.write_text("#!/bin/sh\necho first line >&2\necho 'tiles.hpp:1: error: no such luck' >&2\nexit 1\n")
     script.chmod(0o755)
@@ -150,20 +150,20 @@ def test_no_compiler(tmp_path: Path) -> None:
     fall_back(environment, "no-such-compiler")
 
 
-def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+def test_an_unwritable_cache(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where a folder should be")
     fall_back({"TORCH_EXTENSIONS_DIR": str(tmp_path / "cache")}, "set TORCH_EXTENSIONS_DIR")
 
 
 def test_a_library_that_does_not_load(tmp_path: Path) -> None:
-    """A compiler that makes something else of it."""
+    """A compiler whose output is not a library."""
     script = tmp_path / "cxx"
     script.write_text('#!/bin/sh\nfor last; do :; done\n[ "$last" = --version ] || echo not a library > "$last"\n')
     script.chmod(0o755)
     fall_back({"CXX": str(script), "TORCH_EXTENSIONS_DIR": str(tmp_path / "cache")}, "nckernels_cpu")
 
 
-def test_changed_sources_are_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_sources_change_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = native.library().key()
     sources = tmp_path / "cpu"
     sources.mkdir()
@@ -175,7 +175,7 @@ def test_changed_sources_are_another_library(tmp_path: Path, monkeypatch: pytest
     assert native.library().key() != before
 
 
-def test_import_leaves_the_compiler_alone() -> None:
-    """torch._dynamo doubles the time of the import, for everybody."""
+def test_import_does_not_import_the_pytorch_compiler() -> None:
+    """torch._dynamo would double the time of the import."""
     found = run_python("import nckernels, sys; print('torch._dynamo' in sys.modules)")
     assert found.stdout.strip() == "False", found.stderr

@@ -1,4 +1,4 @@
-"""The campaign for a GPU, on a CPU: a wrong kernel is found and named, and no stage costs another its record."""
+"""The campaign for a GPU, on a CPU: wrong kernels are found and named, and stages do not affect each other."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SCRIPT = Path(suite.__file__).with_name("gpu_check.sh")
 # --- correctness -------------------------------------------------------------------------------------------
 
 
-def test_cases_cover_what_they_are_to_cover() -> None:
+def test_cases_cover_all_kernels_and_options() -> None:
     cases = correctness.cases(["triton", "cuda"], "cuda")
     assert len({str(case) for case in cases}) == len(cases)
     for backend in ("triton", "cuda"):
@@ -92,7 +92,7 @@ def test_a_wrong_kernel_is_found_and_named(
 
 
 @pytest.mark.parametrize("spoil", [torch.nan, torch.inf])
-def test_what_is_not_finite_is_infinitely_wrong(spoil: float) -> None:
+def test_nonfinite_results_have_infinite_error(spoil: float) -> None:
     exact = torch.tensor([1.0, -torch.inf, 2.0]).double()
     assert correctness.worst_row(exact.float(), exact) == 0
     assert correctness.worst_row(torch.tensor([1.0, -torch.inf, spoil]), exact) == float("inf")
@@ -100,7 +100,7 @@ def test_what_is_not_finite_is_infinitely_wrong(spoil: float) -> None:
     assert correctness.worst_row(torch.tensor([1.0, -torch.inf, 2.2]), exact) == pytest.approx(0.1)
 
 
-def test_cases_that_fail_say_so() -> None:
+def test_failing_cases_are_reported() -> None:
     finding = examine(replace(CASE, call="absent"), CPU)
     assert (finding.status, finding.note.split(":")[0]) == ("fails", "AttributeError")
     if not torch.cuda.is_available():
@@ -119,7 +119,7 @@ def test_workers_that_die_are_named_and_replaced() -> None:
 # --- the suites --------------------------------------------------------------------------------------------
 
 
-def test_a_lost_device_ends_the_process_and_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_device_continues_in_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = f"--loss nonl --size 32,6,16 64,6,16 --only chunked --budget 3 --brief --out {tmp_path}".split()
     monkeypatch.setattr(measure, "ceilings", lambda *_: measure.Ceilings(1e9, 1e9, None))
     monkeypatch.setattr(suite, "lost", lambda _: True)
@@ -144,7 +144,7 @@ def test_a_lost_device_ends_the_process_and_not_the_run(tmp_path: Path, monkeypa
 
 
 def rehearse(run: str, folder: Path, python: str = sys.executable, *options: str) -> tuple[int, str, dict[str, str]]:
-    """Exit code, summary, and what every stage came to."""
+    """Exit code, summary, and the result of every stage."""
     command = [str(SCRIPT), run, "--rehearse", "--python", python, "--out", str(folder), *options]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     text = (folder / "summary.txt").read_text()
@@ -164,8 +164,8 @@ FIRST = ["info", "build", "correctness", "campaign", "launch", "memcheck"]
 SECOND = ["info", "build", "again", "tune", "e2e", "compiled", "memory", "racecheck", "tests"]
 
 
-def test_a_stage_that_fails_or_hangs_costs_no_other_its_record(tmp_path: Path) -> None:
-    """With most of the stages cut short: each takes a new process and its import of torch."""
+def test_a_failing_or_hanging_stage_does_not_affect_others(tmp_path: Path) -> None:
+    """Most stages are replaced, because each would start a process and import torch."""
     python = tmp_path / "python"
     python.write_text(f"""#!/bin/bash
 case "$*" in
@@ -201,7 +201,7 @@ def test_both_runs_work(tmp_path: Path) -> None:
         assert len(list(folder.iterdir())) <= 8
 
 
-def test_bad_arguments_say_how_it_is_used() -> None:
+def test_bad_arguments_print_the_usage() -> None:
     for words in ([], ["third"], ["first", "--out"], ["first", "--wrong", "x"]):
         done = subprocess.run([str(SCRIPT), *words], capture_output=True, text=True)
         assert (done.returncode, "gpu_check.sh first|second" in done.stdout) == (2, True)

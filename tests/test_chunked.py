@@ -1,4 +1,4 @@
-"""The chunked backend's own choices: products in 16 bits, steps in one block or in parts, and when each is taken."""
+"""The chunked backend: products in 16 bits, steps in one or several parts, and which problems take which."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _forms(name: str, **options: Any) -> tuple[Loss, Loss]:
-    """The package's loss and the printed form."""
+    """The package's loss and the papers' formula."""
     naive = (
         functools.partial(oracle.loss, name) if name in ("nonl", "ntce", "normface") else oracle_contrastive.NAIVE[name]
     )
@@ -86,7 +86,7 @@ IN_ONE_STEP = ("nonl", "nonl-instance", "ntce", "normface", "info_nce", "supcon"
 
 
 def batch(m: int, k: int, d: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Features that lie around their prototypes, at various lengths."""
+    """Features around their prototypes, of various lengths."""
     g = torch.Generator().manual_seed(seed)
     w, y = torch.randn(k, d, generator=g), torch.randint(k, (m,), generator=g)
     x = (w[y] + 1.5 * torch.randn(m, d, generator=g)) * torch.rand(m, 1, generator=g).add_(0.1)
@@ -96,7 +96,7 @@ def batch(m: int, k: int, d: int, dtype: torch.dtype, seed: int = 0) -> tuple[Te
 def evaluate(
     loss: Loss, x: Tensor, w: Tensor, y: Tensor, dtype: torch.dtype, tau: float = 0.1, **options: Any
 ) -> list[Tensor]:
-    """Loss and gradients by features, prototypes (zeros where there are none) and temperature."""
+    """Loss and gradients with respect to features, prototypes (zeros if there are none) and temperature."""
     leaves = [t.detach().to(dtype).requires_grad_() for t in (x, w)]
     temperature = torch.tensor(tau, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
     value = loss(*leaves, y, temperature=temperature, **options)
@@ -107,8 +107,8 @@ def evaluate(
 @pytest.mark.usefixtures("half")
 @pytest.mark.parametrize("workspace", [128 * KIB, 8192 * KIB])
 @pytest.mark.parametrize("name", FORMS)
-def test_errors_are_no_larger_than_eagers(name: str, workspace: int) -> None:
-    """Of the loss and of each gradient, all entries and several seeds together, by their distance from float64."""
+def test_errors_are_at_most_those_of_eager_pytorch(name: str, workspace: int) -> None:
+    """The distance of the loss and of each gradient from float64, over all entries and several seeds."""
     ours, eagers = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
     package, naive = FORMS[name]
     for seed in range(4):
@@ -123,14 +123,14 @@ def test_errors_are_no_larger_than_eagers(name: str, workspace: int) -> None:
 
 def _relative(got: list[Tensor], exact: list[Tensor]) -> float:
     errors = [(a - b).norm() / b.norm().clamp_min(1e-30) for a, b in zip(got, exact, strict=True)]
-    return float(torch.stack(errors).max())  # of Python's max a NaN may go unnoticed
+    return float(torch.stack(errors).max())  # Python's max may ignore NaN
 
 
 @pytest.mark.usefixtures("wide")
 @pytest.mark.parametrize("dtype", products.HALF, ids=str)
 @pytest.mark.parametrize("exclude", ["target", "self"])
-def test_products_in_float32(dtype: torch.dtype, exclude: str) -> None:
-    """Logits are exact, whatever the temperature; no gradient is lost to the range of float16."""
+def test_float32_products_of_16_bit_rows(dtype: torch.dtype, exclude: str) -> None:
+    """Logits are exact for every temperature, and no gradient leaves the range of float16."""
     m, k = (70, 70) if exclude == "self" else (70, 43)
     with nckernels.use_workspace(64 * KIB):
         for direction in ("class", "both"):
@@ -141,7 +141,7 @@ def test_products_in_float32(dtype: torch.dtype, exclude: str) -> None:
 
 @pytest.mark.usefixtures("wide")
 def test_small_upstream_gradients_in_float16() -> None:
-    """Weights of 1e-7 make gradients of 1e-4 here, and would not be exact in float16 themselves."""
+    """Weights of 1e-7 give gradients of 1e-4 here, and would not be exact in float16."""
     p = make_problem(70, 43, 17, direction="class", exclude="target")
     upstream = {n: 1e-5 * g for n, g in p.upstream.items()}
     p = dataclasses.replace(p, features=0.005 * p.features, prototypes=0.005 * p.prototypes, upstream=upstream)
@@ -157,9 +157,9 @@ def test_small_upstream_gradients_in_float16() -> None:
 @pytest.mark.usefixtures("half")
 @pytest.mark.parametrize("workspace", [24 * KIB, 8192 * KIB])
 @pytest.mark.parametrize("name", ["ntce", "normface", "clip"])
-def test_gradients_of_what_has_been_learnt(name: str, workspace: int) -> None:
-    """Probabilities within 1e-3 of one: what is left of the gradient is right to 2 %, which takes positives
-    that are not rounded."""
+def test_gradients_of_learnt_samples(name: str, workspace: int) -> None:
+    """With probabilities within 1e-3 of 1 the gradient has an error of at most 2 %, which requires positives that are
+    not rounded."""
     g = torch.Generator().manual_seed(0)
     w = torch.linalg.qr(torch.randn(48, 48, generator=g))[0].bfloat16()
     x, y = (w + 0.01 * torch.randn(48, 48, generator=g)).bfloat16(), torch.arange(48)
@@ -173,8 +173,8 @@ def test_gradients_of_what_has_been_learnt(name: str, workspace: int) -> None:
 @pytest.mark.usefixtures("half")
 @pytest.mark.parametrize("name", ["nonl", "normface", "clip", "supcon", "uniformity", "smoothing"])
 def test_rows_of_any_length(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against float32 products of the same rows: too long for their products, tiny, subnormal, zero, longer than
-    float32 can tell (which count as zeros)."""
+    """Compared with float32 products of the same rows: rows whose products overflow, tiny, subnormal and zero rows, and
+    rows with a norm beyond float32 (which count as zeros)."""
     x, w, y = batch(180, 66, 48, torch.float32)
     for i, factor in enumerate((1e15, 1e-10, 1e-30, 1e-40, 0.0, 1e30)):
         x[i::9] *= factor
@@ -195,7 +195,7 @@ def test_rows_of_any_length(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("half")
 @pytest.mark.parametrize("workspace", [KIB, 8192 * KIB])  # two passes, one step
-def test_a_batch_that_is_ignored(workspace: int) -> None:
+def test_a_batch_of_ignored_samples(workspace: int) -> None:
     x, w, _ = batch(20, 60, 24, torch.bfloat16)
     with nckernels.use_workspace(workspace):
         got = evaluate(FORMS["ntce"][0], x, w, torch.full((20,), -100), torch.bfloat16, reduction="sum")
@@ -208,7 +208,7 @@ def test_a_batch_that_is_ignored(workspace: int) -> None:
 @pytest.mark.parametrize("tau", [0.1, 0.01])
 @pytest.mark.parametrize("name", IN_ONE_STEP)
 def test_steps_in_parts_of_any_size(name: str, tau: float) -> None:
-    """In float64 against autograd; in float32 and bfloat16 against the step in one part."""
+    """In float64 compared with autograd; in float32 and bfloat16 with the step in one part."""
     package, naive = FORMS[name]
     x, w, y = batch(240, 130, 24, torch.float64)
     exact = evaluate(naive, x, w, y, torch.float64, tau)
@@ -217,8 +217,8 @@ def test_steps_in_parts_of_any_size(name: str, tau: float) -> None:
             assert _relative(evaluate(package, x, w, y, torch.float64, tau), exact) <= 1e-12
 
 
-def test_weights_of_many_samples_add_up() -> None:
-    """A sum of 5000 shares of 1/5000, each rounded in float32, would be off by 1e-5 of a logarithm of 58."""
+def test_shares_of_many_samples_are_summed_accurately() -> None:
+    """A float32 sum of 5000 shares of 1/5000 would have a relative error of 1e-5, with a log-sum-exp of 58."""
     g = torch.Generator().manual_seed(0)
     w = torch.randn(1, 16, generator=g)
     x, y = w + 0.01 * torch.randn(5000, 16, generator=g), torch.zeros(5000, dtype=torch.int64)
@@ -227,7 +227,7 @@ def test_weights_of_many_samples_add_up() -> None:
 
 
 @pytest.mark.usefixtures("wide")
-def test_a_step_in_float16_has_products_in_float32() -> None:
+def test_a_float16_step_multiplies_in_float32() -> None:
     """Sums of exponentials, and weights in them, may leave the range of float16."""
     x, w, y = batch(240, 240, 24, torch.float16)
     x[1] = x[0]
@@ -238,7 +238,7 @@ def test_a_step_in_float16_has_products_in_float32() -> None:
 
 @pytest.mark.usefixtures("half")
 @pytest.mark.parametrize("name", IN_ONE_STEP)
-def test_parts_in_bfloat16(name: str) -> None:
+def test_bfloat16_steps_in_parts(name: str) -> None:
     x, w, y = batch(240, 130, 24, torch.bfloat16)
     whole = evaluate(FORMS[name][0], x, w, y, torch.bfloat16)
     for workspace in (96 * KIB, 160 * KIB):
@@ -258,8 +258,8 @@ def test_parts_in_bfloat16(name: str) -> None:
         ("symmetric", 4000, 4000, 1024 * KIB, 0),
     ],
 )
-def test_when_there_is_a_step(form: str, m: int, k: int, workspace: int, parts: int) -> None:
-    """And in how many parts: those that the tests above mean are there."""
+def test_which_problems_take_a_step(form: str, m: int, k: int, workspace: int, parts: int) -> None:
+    """Also the number of parts, so that the tests above cover several."""
     symmetric = form == "symmetric"
     spec = Spec("instance" if symmetric else form, "self" if symmetric else "none", False, -100, workspace, symmetric)  # type: ignore[arg-type]
     z, w = torch.empty(m, 24, dtype=torch.float64), torch.empty(k, 24, dtype=torch.float64)
@@ -274,7 +274,7 @@ def test_when_there_is_a_step(form: str, m: int, k: int, workspace: int, parts: 
 
 
 class Operands(TorchDispatchMode):
-    """Records the dtypes of what is multiplied."""
+    """Records the dtypes of the operands of matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -297,7 +297,7 @@ class Operands(TorchDispatchMode):
 )
 @pytest.mark.parametrize("direction", ["class", "instance", "both", "symmetric"])
 @pytest.mark.usefixtures("half")
-def test_what_is_multiplied(direction: str, dtype: torch.dtype, beta: float, wanted: torch.dtype) -> None:
+def test_dtype_of_products(direction: str, dtype: torch.dtype, beta: float, wanted: torch.dtype) -> None:
     z, w, y = batch(60, 60, 16, dtype)
     symmetric = direction == "symmetric"
     spec = Spec(
@@ -324,11 +324,11 @@ def test_small_problems_stay_in_float32(monkeypatch: pytest.MonkeyPatch) -> None
     sizes = {(4096, 1000, 512): True, (512, 10, 2048): False, (256, 256, 128): False}
     for (m, k, d), expected in sizes.items():
         z, w = torch.empty(m, d, dtype=torch.bfloat16), torch.empty(k, d, dtype=torch.bfloat16)
-        assert products.pay(z, w, small_logits=True) == expected
-        assert not products.pay(z, w, small_logits=False)
+        assert products.use_half(z, w, small_logits=True) == expected
+        assert not products.use_half(z, w, small_logits=False)
 
 
-def test_fast_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_with_fast_16_bit_products(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     assert products.fast(cpu, torch.bfloat16) == units
@@ -352,7 +352,7 @@ def test_fast_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("wide")
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_nothing_waits_for_the_host(symmetric: bool) -> None:
-    """Meta tensors have no values to wait for."""
+    """Tensors on the meta device have no values to wait for."""
     z, w, y = (t.to("meta") for t in batch(60, 40, 16, torch.bfloat16))
     z.requires_grad_()
     options = {"exclude": "self"} if symmetric else {}

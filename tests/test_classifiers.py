@@ -366,6 +366,167 @@ def test_bad_construction(module: Any, args: Any, options: dict[str, Any], name:
     assert re.search(came, str(info.value)), str(info.value)
 
 
+def test_sample_weights() -> None:
+    """Whole numbers repeat the sample, 0 leaves it out, a common factor changes nothing."""
+    x, y = data()
+    x = x.double()
+    weight = torch.randint(4, (200,), generator=torch.Generator().manual_seed(2))
+    weight[y == 2] = 0
+    fp = FixedPrototypes(K, D).fit(x, y, sample_weight=weight.float())
+    repeated = FixedPrototypes(K, D).fit(x.repeat_interleave(weight, 0), y.repeat_interleave(weight))
+    torch.testing.assert_close(fp.sums, repeated.sums, rtol=1e-12, atol=1e-12)
+    assert torch.equal(fp.counts, torch.bincount(y[weight > 0], minlength=K))
+    assert int(fp.counts[2]) == 0
+    assert bool((fp(x)[:, 2] == -math.inf).all())
+    torch.testing.assert_close(fp(x), repeated(x), rtol=0, atol=1e-12)
+    scaled = FixedPrototypes(K, D)
+    for part in torch.arange(200).split(33):
+        scaled.partial_fit(x[part], y[part], sample_weight=0.25 * weight[part].double())
+    torch.testing.assert_close(scaled(x), fp(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.ones(3), r"sample_weight must have shape \(4,\), got \(3,\)"),
+        (torch.ones(4, dtype=torch.int64), "sample_weight must be of a floating dtype"),
+        (torch.tensor([1.0, 1, 1, -2]), "sample_weight must not be negative, got -2"),
+        (torch.tensor([1.0, 1, 1, math.nan]), "sample_weight must be finite"),
+        ([1.0, 1, 1, 1], "sample_weight must be a torch.Tensor, got list"),
+    ],
+)
+def test_bad_sample_weights(weight: Any, message: str) -> None:
+    fp = FixedPrototypes(K, D)
+    with pytest.raises((ValueError, TypeError), match=message):
+        fp.partial_fit(torch.ones(4, D), torch.arange(4), sample_weight=weight)
+    assert not fp.sums.any()
+    with pytest.raises(TypeError, match="sample_weight must be None with an iterable"):
+        fp.fit([data()], sample_weight=weight)
+
+
+def test_float64_features_have_float64_logits() -> None:
+    """Through and through, although the prototypes are shown in float32."""
+    x, y = data()
+    x = x.double()
+    _, _, means = naive(x, y)
+    expected = 10 * F.normalize(x) @ means.T
+    torch.testing.assert_close(FixedPrototypes(K, D).fit(x, y)(x), expected, rtol=0, atol=1e-13)
+
+
+class Elsewhere(nn.Module):
+    """A network on a device of its own, which notes where its input is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones((), device="meta"))
+        self.devices: set[str] = set()
+
+    def forward(self, parts: dict[str, Tensor | list[Tensor]]) -> Tensor:
+        inside, (first, _) = parts["inside"], parts["list"]
+        self.devices |= {inside.device.type, first.device.type}
+        return torch.ones(len(first), D)
+
+
+def test_an_encoder_gets_its_input_on_its_own_device() -> None:
+    """Dicts and lists of tensors too, as Hugging Face's loaders have them; the features go to the classifier."""
+    x, y = data()
+    encoder = Elsewhere()
+    fp = FixedPrototypes(K, D).fit([({"inside": x, "list": [x, None]}, y)], encoder=encoder)
+    assert encoder.devices == {"meta"}
+    assert int(fp.counts.sum()) == 200
+    batch = {"pixels": x, "labels": y}
+    pairs = ((batch, batch.pop("labels")) for batch in [batch])
+    assert_same(FixedPrototypes(K, D).fit(pairs, encoder=lambda b: b["pixels"]), FixedPrototypes(K, D).fit(x, y))
+
+
+X4, Y4 = torch.ones(4, D), torch.arange(4)
+ODD: dict[str, tuple[tuple[Any, ...], str]] = {
+    "array": ((X4.numpy(), Y4.numpy()), "input must be a torch.Tensor, or an iterable .* got ndarray and a target"),
+    "loader and labels": (([(X4, Y4)], Y4), "input must be a torch.Tensor, or an iterable .* got list and a target"),
+    "tensor alone": ((X4,), "target must be given with a tensor of features"),
+    "list of labels": ((X4, [0, 1, 2, 3]), "target must be a torch.Tensor, got list"),
+    "dicts": (
+        ([{"pixels": X4, "labels": Y4}],),
+        r"pairs .*got a batch of type dict with the keys 'pixels', 'labels'",
+    ),
+    "triples": (([(X4, Y4, Y4)],), "got a batch of type tuple and length 3"),
+    "features alone": (([X4],), "got a batch of type Tensor"),
+    "NaN": ((X4 * math.nan, Y4), "input must be finite"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), ODD.values(), ids=ODD)
+@pytest.mark.parametrize("module", [FixedPrototypes, LinearProbe], ids=lambda m: m.__name__)
+def test_data_of_the_wrong_kind(module: Any, arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        module(K, D).fit(*arguments)
+
+
+@pytest.mark.parametrize("module", [FixedPrototypes, LinearProbe], ids=lambda m: m.__name__)
+def test_what_cannot_be_classified(module: Any) -> None:
+    """Errors that name the argument, also of what an encoder makes."""
+    classifier = module(K, D).fit(*data())
+    for call in (classifier, classifier.predict):
+        with pytest.raises(ValueError, match=rf"input must have in_features={D} columns, got \(2, 3\)"):
+            call(torch.ones(2, 3))
+        with pytest.raises(TypeError, match=r"input must be a torch\.Tensor, got ndarray"):
+            call(torch.ones(2, D).numpy())
+        with pytest.raises(TypeError, match=r"input must be of a floating dtype, got torch\.int64"):
+            call(torch.ones(2, D, dtype=torch.int64))
+    assert classifier(torch.ones(2, 3, D)).shape == (2, 3, K)
+    with pytest.raises(TypeError, match=r"the output of encoder must be a torch\.Tensor, got tuple"):
+        classifier.fit([data()], encoder=lambda x: (x, x))
+    with pytest.raises(ValueError, match=rf"the output of encoder must have in_features={D} columns, got \(200, 2\)"):
+        classifier.fit([data()], encoder=lambda x: x[:, :2])
+
+
+MODULES = {
+    "FP": lambda: FixedPrototypes(K, D),
+    "LP": lambda: LinearProbe(K, D, epochs=3),
+    "NLP": lambda: LinearProbe(K, D, epochs=3, normalize=True),
+}
+
+
+@pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
+@pytest.mark.parametrize("made", [False, True], ids=["", "module made within"])
+@pytest.mark.parametrize("given", [False, True], ids=["", "data made within"])
+@pytest.mark.parametrize("fitted", [False, True], ids=["", "fitted within"])
+def test_inference_mode(make: Any, made: bool, given: bool, fitted: bool) -> None:
+    """Wherever the module and the data come from, a fit gives the bits that it gives elsewhere, then and later."""
+    x, y = data()
+    expected = make().fit(x, y)(x)
+    with torch.inference_mode(made):
+        classifier = make()
+    with torch.inference_mode(given):
+        x, y = x * 1, y * 1
+    with torch.inference_mode(fitted):
+        classifier.fit(x, y)
+        assert torch.equal(classifier.predict(x), expected.argmax(1))
+    assert torch.equal(classifier(x.clone()), expected)
+    assert torch.equal(classifier.fit(x, y)(x.clone()), expected)
+    if isinstance(classifier, FixedPrototypes):
+        classifier.partial_fit(x, y).merge(classifier)
+        assert int(classifier.counts.sum()) == 800
+
+
+@pytest.mark.parametrize("normalize", [False, True], ids=["LP", "NLP"])
+def test_a_probe_trains_alike_in_any_mode(normalize: bool) -> None:
+    """Under no_grad and under autocast."""
+    x, y = separable()
+    expected = LinearProbe(K, D, epochs=3, normalize=normalize).fit(x, y)
+    for mode in (torch.no_grad(), torch.autocast("cpu")):
+        with mode:
+            probe = LinearProbe(K, D, epochs=3, normalize=normalize).fit(x, y)
+        assert torch.equal(probe.weight, expected.weight)
+    assert probe.weight.requires_grad
+
+
+def test_a_probe_that_diverges() -> None:
+    x, y = data()
+    with pytest.raises(FloatingPointError, match=r"training diverged with lr=1e\+30"):
+        LinearProbe(K, D, lr=1e30).fit(1e8 * x, y)
+
+
 # --------------------------------------------------------------------------------------------------
 # several processes
 
@@ -567,6 +728,24 @@ def test_encoder_features_are_for_the_probes(good: str) -> None:
     assert (accuracy["LP"] >= 0.99) == (good == "encoder")
     assert (accuracy["NLP"] >= 0.99) == (good == "encoder")
     assert min(accuracy.values()) <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_input": X4.numpy()}, "train_input must be a torch.Tensor, got ndarray"),
+        ({"test_target": [0, 1, 2, 3]}, "test_target must be a torch.Tensor, got list"),
+        ({"train_target": Y4[:2]}, r"train_target must have shape \(4,\), got \(2,\)"),
+        ({"test_input": X4[:0], "test_target": Y4[:0]}, "test_input must have one row per sample and at least one"),
+        ({"test_input": X4[:, :2]}, r"train_input and test_input must have the same number of columns.*\(4, 2\)"),
+        ({"train_encoded": X4[:3], "test_encoded": X4}, "train_encoded must have one row per sample.* got 3"),
+        ({"train_encoded": X4}, "train_encoded and test_encoded must be given together"),
+    ],
+)
+def test_compare_classifiers_names_what_does_not_fit(changes: dict[str, Any], message: str) -> None:
+    sets = {"train_input": X4, "train_target": Y4, "test_input": X4, "test_target": Y4, **changes}
+    with pytest.raises((ValueError, TypeError), match=message):
+        nckernels.compare_classifiers(**sets)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -57,7 +57,9 @@ class Refused:
 
 
 REFUSED = [
-    Refused("1d", ALL, {"FIRST": randn(N)}, "FIRST", shape_of(N), r"\bd\b|2"),
+    Refused("1d", ALL[:-1], {"FIRST": randn(N)}, "FIRST", shape_of(N), r"\bd\b|2"),
+    Refused("1d-and-2d", ("alignment",), {"input": randn(N)}, "input", shape_of(N), "same shape"),
+    Refused("0d", ("alignment",), {"input": torch.tensor(1.0), "other": torch.tensor(1.0)}, "input", r"\(\)", r"\bd\b"),
     Refused("4d", ROWS, {"input": randn(2, 3, 2, D)}, "input", shape_of(2, 3, 2, D), r"\bd\b|2|3"),
     Refused("3d", ("info_nce", "clip"), {"FIRST": randn(2, 3, D)}, "FIRST", shape_of(2, 3, D), r"\bd\b|2"),
     Refused("no-columns", ("supcon", "prototype", "uniformity"), {"FIRST": randn(N, 0)}, "FIRST", shape_of(N, 0), "1"),

@@ -1,4 +1,4 @@
-"""What the CUDA backend says where it cannot run. Its kernels are tested in tests/cuda_host."""
+"""The CUDA backend's messages where it cannot run. Its kernels are tested in tests/cuda_host."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nckernels.backends import build, cuda
 
 @pytest.fixture(autouse=True)
 def unloaded() -> Iterator[None]:
-    """The library is looked for anew, before and after."""
+    """The cached search for the library is cleared before and after."""
     cuda._load.cache_clear()
     yield
     cuda._load.cache_clear()
@@ -35,7 +35,7 @@ def test_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_built_when_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling takes minutes: the automatic choice does not start it, an explicit one does, and says what failed."""
+    """Compiling takes minutes: only an explicit choice starts it, and reports a failure."""
     asked: list[str] = []
 
     def find_or_build(library: build.Library) -> Path:
@@ -52,7 +52,7 @@ def test_built_when_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == ["cuda"]
 
 
-def test_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_library_that_does_not_load_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken = tmp_path / "_cuda.so"
     broken.write_text("not a library")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -63,7 +63,7 @@ def test_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_every_source_is_listed() -> None:
-    """What is compiled is what lies in csrc/cuda."""
+    """The build compiles all sources in csrc/cuda."""
     folder = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
     assert sorted(build.CUDA.sources) == sorted(
         path.name for path in folder.iterdir() if path.suffix in (".cu", ".cpp")

@@ -1,4 +1,4 @@
-"""Triton's launches and those of the package's own dispatch, argument by argument, for a GPU that is not there."""
+"""Triton's launches and those of the package's own dispatch, argument by argument, without a GPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 
 class Bench:
-    """One kernel, launched again and again; what has reached the driver."""
+    """Launches one kernel repeatedly and records the calls of the driver."""
 
     def __init__(self) -> None:
         from benchmarks import standin
@@ -44,7 +44,7 @@ class Bench:
         before, reached = self.general, len(self.calls)
         args = (*(tensors or self.tensors), *(numbers or self.numbers))
         self.dispatch.launch(self.kernel, grid, *args, options=options or self.options)
-        assert len(self.calls) == reached + 1  # once, whichever way
+        assert len(self.calls) == reached + 1  # once, direct or general
         return self.general == before
 
     def learn(self, *tensors: Any, **more: Any) -> None:
@@ -56,7 +56,7 @@ class Bench:
 
 
 def _flat(call: tuple[Any, ...]) -> list[Any]:
-    """What reached the driver, hooks and what is meant for them left out."""
+    """The arguments that reached the driver, without hooks and their data."""
     from triton.compiler.compiler import LazyDict
     from triton.knobs import HookChain
 
@@ -116,7 +116,7 @@ def another_kernel() -> None:
     assert bench.functions()[-1] not in seen
     assert bench.calls[-1][3] == 8  # that device's stream
     bench.driver.device = 0
-    # Arguments that the direct way does not know stay with Triton, however often.
+    # Arguments that a direct launch does not support always go through Triton.
     for numbers in ([0, 4, 1 << 40, -1], [0, 4, 100, -1.0]):
         assert not any(bench.launch(numbers=numbers) for _ in range(3))
     assert bench.launch()
@@ -131,7 +131,7 @@ def specialised_numbers() -> None:
 
     standin.install(90, standin.Recorder)
     standin.Recorder.calls.clear()
-    globals()["tl"] = triton.language  # where the kernel looks for it
+    globals()["tl"] = triton.language  # the kernel reads this global
     _store.__annotations__["B"] = "tl.constexpr"
     kernel = triton.jit(_store)
     options = dispatch.Options(B=16)
@@ -191,7 +191,7 @@ def unknown_versions() -> None:
 
 
 def unknown_launcher() -> None:
-    """A launcher that gives the driver something of its own is left to itself."""
+    """A launcher that passes additional arguments to the driver keeps Triton's launches."""
     from benchmarks import standin
 
     class Own(standin.Recorder):
@@ -225,7 +225,7 @@ SCENARIOS = (
 
 
 def test_dispatch() -> None:
-    """In a process of its own: the driver is replaced in all of it, and compiled kernels take no interpreter."""
+    """In a separate process, because the driver is replaced in the whole process, and the interpreter must be off."""
     root = str(Path(__file__).parents[1])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "TRITON_DEFAULT_FP_FUSION": "0", "PYTHONPATH": path}

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +35,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import nckernels
+from nckernels.backends import native
 
 losses = pytest.mark.parametrize("name", LOSSES)
 # The backends behind the registered operator; the reference is plain PyTorch.
@@ -261,6 +266,7 @@ def operator_arguments(
         "workspace": 2**20,
         "backend": backend,
         "keep": True,
+        "version": nckernels.__version__,
     }
     schema = torch.ops.nckernels.cosine_lse.default._schema
     unknown = {argument.name for argument in schema.arguments} - values.keys()
@@ -672,3 +678,33 @@ def test_traced_losses_compute(cpu_backend: Backend, name: str) -> None:
         warnings.simplefilter("ignore")  # of checks that become constants
         traced = torch.jit.trace(lambda a, b: function(a, b, y), (x, w))
     torch.testing.assert_close(traced(x + 1, w), function(x + 1, w, y))
+
+
+CACHED = """
+import sys, torch, nckernels
+from nckernels import operators
+from nckernels.backends import native
+version, kept = sys.argv[1:]
+operators.__version__ = version
+kept_numel = native.NativeBackend.kept_numel
+native.NativeBackend.kept_numel = lambda *arguments: kept_numel(*arguments) // int(kept)
+x = torch.randn(64, 16, requires_grad=True)
+loss = torch.compile(nckernels.nonl_loss, fullgraph=True)(x, torch.randn(10, 16), torch.arange(64) % 10)
+loss.backward()
+print(torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(native.BACKEND.missing() is not None, reason="needs the native backend")
+def test_compile_caches_of_another_version_are_not_used(tmp_path: Path) -> None:
+    """Graphs on disk hold the sizes of the results: those of a release with other sizes must not be found."""
+    caches = {"TORCHINDUCTOR_FX_GRAPH_CACHE": "1", "TORCHINDUCTOR_AUTOGRAD_CACHE": "1"}
+    environment = os.environ | caches | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "NCKERNELS_BACKEND": "native"}
+    hits = []
+    for version, kept in (("0.1.0", "1"), ("0.1.0", "1"), ("0.2.0", "2")):
+        command = [sys.executable, "-c", CACHED, version, kept]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+        hits.append(int(result.stdout))
+    assert hits == [0, 1, 0]

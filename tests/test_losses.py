@@ -373,6 +373,22 @@ def test_normface_is_cross_entropy_of_the_dense_logits(
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)  # float64 roundings
 
 
+@pytest.mark.parametrize("margin", [0.0, 0.2])
+@pytest.mark.parametrize("grad", [True, False], ids=["one-step", "two-passes"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_label_smoothing_over_a_total_weight_of_zero(
+    cpu_backend: Backend, dtype: torch.dtype, grad: bool, margin: float
+) -> None:
+    """Other classes than the batch's have weight, so that the sum is not 0. Its mean is NaN, as F.cross_entropy's."""
+    x, w = torch.randn(4, 6, dtype=dtype), torch.randn(3, 6, dtype=dtype).requires_grad_(grad)
+    y, weight = torch.tensor([0, 1, 0, 1]), torch.tensor([0.0, 0.0, 1.0], dtype=dtype)
+    options: dict[str, Any] = {"weight": weight, "label_smoothing": 0.1}
+    for reduction in ("sum", "mean"):
+        expected = F.cross_entropy(cosine(x, w) / 0.1, y, reduction=reduction, **options)
+        got = nckernels.normface_loss(x, w, y, reduction=reduction, cosine_margin=margin, **options)
+        assert bool(expected.isnan()) == bool(got.isnan()) == (reduction == "mean")
+
+
 @pytest.mark.parametrize("weight", [False, True], ids=["plain", "weight"])
 @variants
 def test_sample_weights(cpu_backend: Backend, variant: str, weight: bool) -> None:

@@ -1,7 +1,7 @@
-"""The memory contract by measurement: workspace + O(M + K) beyond inputs and gradients, whatever M x K is.
+"""Measures the memory contract: workspace + O(M + K) beyond inputs and gradients, for any M x K.
 
-The measurements run in a fresh process, which replays every allocation and release of torch's CPU allocator
-(C++ temporaries included) to a running peak. What a call leaves allocated counts for the calls after it.
+The measurements run in a fresh process, which computes the peak from all allocations and releases of torch's CPU
+allocator (C++ temporaries included). Memory that a call leaves allocated counts for the calls after it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Case:
 
 
 def naive(form: str, x: Tensor, w: Tensor, y: Tensor) -> Tensor:
-    """What a user writes: the M x K matrix and autograd."""
+    """The naive form: the M x K matrix and autograd."""
     logits = F.normalize(x) @ F.normalize(w).T / 0.1
     if form == "normface":
         return F.cross_entropy(logits, y)
@@ -77,7 +77,7 @@ FORMS: dict[str, Callable[..., Tensor]] = {
 # 16384 x 4000 floats are 250 MiB.
 NAIVE = [Case(form, 16384, 4000, 64, None) for form in ("naive-normface", "naive-nonl")]
 DEFAULT = [Case(form, 16384, 4000, 64, None) for form in ("nonl", "ntce", "normface", "nonl-both")]
-# With rows of 512 floats a copy of either input (2 or 1.5 MiB) breaks a bound of 1.4 MiB.
+# With rows of 512 floats a copy of either input (2 or 1.5 MiB) exceeds a bound of 1.4 MiB.
 SMALL = [Case(form, 1024, 768, 512, MIB) for form in ("nonl", "ntce", "normface", "nonl-both")]
 OPTIONS = [Case(form, 1024, 768, 512, MIB) for form in ("cosface", "arcface", "smoothing")]
 OPTIONS += [Case(form, 1024, 768, 512, MIB, backend="native") for form in ("arcface", "smoothing", "smoothing-each")]
@@ -101,14 +101,30 @@ STEPS = [
 ]
 # In several parts, of which a copy of either input would be an eighth.
 STEPS += [Case(form, 4096, 2000, 128, 4 * MIB, "bfloat16") for form in ("ntce", "normface")]
+# bfloat16 gradients of a step in one part, and in several parts, where one of them accumulates in float32.
+ROUNDED = [Case(form, 1024, 768, 512, 16 * MIB, "bfloat16", backend="native") for form in ("ntce", "normface")]
+PARTS = [Case(form, 4096, 2000, 128, 4 * MIB, "bfloat16", backend="native") for form in ("ntce", "normface")]
 CASES = (
-    CONTRASTIVE + STEPS + PAIRS + NAIVE + DEFAULT + SMALL + OPTIONS + PARTIAL + FLOAT64 + HALF + MANY_CLASSES + SPARSE
+    ROUNDED
+    + PARTS
+    + CONTRASTIVE
+    + STEPS
+    + PAIRS
+    + NAIVE
+    + DEFAULT
+    + SMALL
+    + OPTIONS
+    + PARTIAL
+    + FLOAT64
+    + HALF
+    + MANY_CLASSES
+    + SPARSE
 )
 LARGE = [Case(f, 32768, 8000, 64, 8 * MIB, dtype) for f in ("nonl", "normface") for dtype in ("float32", "float64")]
 
 
 def replay(call: Callable[[], object]) -> tuple[int, int]:
-    """Bytes allocated above those at the start of call: the most at any time, and those left after it."""
+    """Bytes allocated beyond those at the start of the call: the peak, and those left after it."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     assert profile.profiler is not None
@@ -178,12 +194,12 @@ def id_of(case: Case) -> str:
 
 
 @pytest.mark.parametrize("case", NAIVE, ids=id_of)
-def test_the_method_sees_the_naive_form(peaks: dict[Case, int], case: Case) -> None:
-    """The same measurement finds several M x K matrices in the naive forms: the bounds below can fail."""
+def test_measurement_finds_the_matrices_of_the_naive_form(peaks: dict[Case, int], case: Case) -> None:
+    """The measurement finds several M x K matrices in the naive forms, so the bounds below can fail."""
     assert peaks[case] > 2 * 4 * case.samples * case.classes > 4 * case.allowed()
 
 
-def test_the_method_counts_exactly() -> None:
+def test_measurement_is_exact() -> None:
     """Known allocations: the peak of two tensors alive together, and not of two in turn."""
 
     def together() -> Tensor:
@@ -213,15 +229,26 @@ def test_all_pairs_keep_to_the_workspace(peaks: dict[Case, int], case: Case) -> 
 
 
 @pytest.mark.parametrize("case", CONTRASTIVE, ids=id_of)
-def test_positives_take_a_few_copies_of_the_rows(peaks: dict[Case, int], case: Case) -> None:
-    """O(N d) beside the workspace: unit rows, the sums of the classes gathered, and their gradients."""
+def test_positives_need_a_few_copies_of_the_rows(peaks: dict[Case, int], case: Case) -> None:
+    """O(N d) beyond the workspace: unit rows, gathered class sums, and their gradients."""
     assert_within(case, peaks[case], case.allowed() + 5 * 4 * case.samples * case.dim)
 
 
 @pytest.mark.parametrize("case", HALF, ids=id_of)
 def test_half_gradients_accumulate_in_float32(peaks: dict[Case, int], case: Case) -> None:
-    """One float32 buffer per gradient more, and nothing else of that size."""
+    """One additional float32 buffer per gradient, and nothing else of that size."""
     assert_within(case, peaks[case], case.allowed() + 4 * case.dim * (case.samples + case.classes))
+
+
+@pytest.mark.parametrize("case", ROUNDED, ids=id_of)
+def test_complete_gradients_are_rounded_at_once(peaks: dict[Case, int], case: Case) -> None:
+    assert_within(case, peaks[case], case.allowed())
+
+
+@pytest.mark.parametrize("case", PARTS, ids=id_of)
+def test_one_gradient_of_parts_accumulates_in_float32(peaks: dict[Case, int], case: Case) -> None:
+    rows = case.samples if case.form == "ntce" else case.classes
+    assert_within(case, peaks[case], case.allowed() + 4 * case.dim * rows)
 
 
 @pytest.mark.parametrize("case", STEPS, ids=id_of)
@@ -231,7 +258,7 @@ def test_steps_keep_to_the_workspace(peaks: dict[Case, int], case: Case) -> None
 
 @pytest.mark.parametrize("case", MANY_CLASSES, ids=id_of)
 def test_absent_classes_cost_a_few_bytes(peaks: dict[Case, int], case: Case) -> None:
-    """The class direction touches the prototypes of present classes only: 64 bytes a class, not a row."""
+    """The class direction reads the prototypes of present classes only: 64 bytes per class, not a row."""
     assert_within(case, peaks[case], case.allowed(bytes_per_row=64))
 
 

@@ -87,6 +87,12 @@ def test_owns_its_prototypes(name: str) -> None:
     torch.manual_seed(3)
     assert torch.equal(first, MODULES[name](6, 5).prototypes)
     assert not torch.equal(first, MODULES[name](6, 5).prototypes)
+    torch.manual_seed(3)
+    meta.to_empty(device="cpu").reset_parameters()
+    assert torch.equal(first, meta.prototypes)
+    fixed = MODULES[name](prototypes=torch.eye(5, 6))
+    fixed.reset_parameters()
+    assert torch.equal(fixed.prototypes, torch.eye(5, 6))
 
 
 @names

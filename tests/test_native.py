@@ -75,8 +75,8 @@ def test_float32_gradients_are_within_3e_7(shape: tuple[int, int, int], loss: st
 
 @pytest.mark.parametrize("beta", [1.0, 29.0, 31.0, 500.0])
 @pytest.mark.parametrize("workspace", [64 * 1024, 4 * MIB])
-def test_both_ways_to_sum_keep_what_fits(beta: float, workspace: int) -> None:
-    """Without a running maximum up to beta = 30, with one above; nothing, a part or all of the tiles kept."""
+def test_kept_tiles_with_and_without_a_running_maximum(beta: float, workspace: int) -> None:
+    """Shift-free up to beta = 30, a running maximum above; none, some or all of the tiles kept."""
     for direction, exclude in (("class", "target"), ("both", "none"), ("instance", "target")):
         case = oracle.make_problem(500, 70, 20, direction=direction, exclude=exclude, beta=beta, bias=True)
         with nckernels.use_backend("native"), nckernels.use_workspace(workspace):
@@ -87,8 +87,8 @@ def test_both_ways_to_sum_keep_what_fits(beta: float, workspace: int) -> None:
 @pytest.mark.parametrize("beta", [1.0, 29.0, 31.0, 500.0])
 @pytest.mark.parametrize("workspace", [1, 64 * 1024, 512 * 1024, 8 * MIB])
 @pytest.mark.parametrize("exclude", ["self", "same_label"])
-def test_triangles_of_all_sizes(exclude: str, workspace: int, beta: float) -> None:
-    """Blocks of one panel up to one block of everything, with nothing, a part or all of the triangle kept."""
+def test_symmetric_problems_of_all_sizes(exclude: str, workspace: int, beta: float) -> None:
+    """Blocks of columns from one panel to the whole matrix; none, some or all of the tiles kept."""
     for samples in (97, 500):
         for direction in ("class", "instance"):
             case = oracle.make_problem(
@@ -101,8 +101,8 @@ def test_triangles_of_all_sizes(exclude: str, workspace: int, beta: float) -> No
 
 @pytest.mark.parametrize("d", [40, 300])
 @pytest.mark.parametrize("workspace", [MIB, 64 * MIB])
-def test_large_triangles_are_within_3e_7(workspace: int, d: int) -> None:
-    """Several blocks of columns and several steps of a tile, or one block that is kept as a whole."""
+def test_large_symmetric_problems_are_within_3e_7(workspace: int, d: int) -> None:
+    """Several blocks of columns and several parts of a tile, or one block whose tiles are all kept."""
     x, _, y = problem(3001, 3001, d)
     x64 = x.detach().double().requires_grad_()
     exact = self_step(x64, y, "reference")
@@ -112,8 +112,8 @@ def test_large_triangles_are_within_3e_7(workspace: int, d: int) -> None:
             assert error <= 3e-7, (name, error)
 
 
-def test_left_out_samples_of_a_triangle_are_not_read() -> None:
-    """NaN where the target says ignore, unless a positive is there: the same bits as with numbers there."""
+def test_symmetric_ignored_samples_are_not_read() -> None:
+    """NaN in ignored rows that are no positives gives the same bits as numbers there."""
     x, _, y = problem(700, 700, 24)
     y[::7] = -100
     with torch.no_grad():
@@ -129,12 +129,12 @@ def test_left_out_samples_of_a_triangle_are_not_read() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_16_bit_number_is_converted(dtype: torch.dtype) -> None:
-    """All finite numbers as features in rows of one: u is their sign, and the inverse norm shows the number."""
+    """All finite numbers as features of size 1: u is their sign, and the inverse norm is 1 over their value."""
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     x = x[x.isfinite()][:, None]
     y = torch.zeros(len(x), dtype=torch.int64)
     arguments = (x, torch.ones(1, 1, dtype=dtype), y, torch.tensor(1.0), None, None, "instance", "none", False, -100)
-    results = torch.ops.nckernels.cosine_lse(*arguments, MIB, False, "native", False)
+    results = torch.ops.nckernels.cosine_lse(*arguments, MIB, False, "native", False, "")
     eps = 2.0**-14 if dtype == torch.float16 else 1e-12
     # The squares of bfloat16's largest numbers leave the range of float32: their norm is inf, as in PyTorch.
     x = x[:, 0].double()
@@ -171,7 +171,7 @@ def test_threads_do_not_change_the_result(loss: str, shape: tuple[int, int, int]
 
 @pytest.mark.usefixtures("_restore_threads")
 @pytest.mark.parametrize("workspace", [256 * 1024, 32 * MIB])
-def test_threads_do_not_change_a_triangle(workspace: int) -> None:
+def test_threads_do_not_change_a_symmetric_result(workspace: int) -> None:
     x, _, y = problem(1300, 1300, 72)
     with nckernels.use_workspace(workspace):
         torch.set_num_threads(1)
@@ -190,7 +190,7 @@ def test_threads_do_not_change_a_triangle(workspace: int) -> None:
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize(("forward", "backward"), [(2, 1), (1, 8)])
 def test_threads_change_between_forward_and_backward(symmetric: bool, forward: int, backward: int) -> None:
-    """What is kept lies in tiles whose height depends on the number of threads."""
+    """The height of kept tiles depends on the number of threads."""
     x, w, y = problem(600, 300, 64)
 
     def gradient(*threads: int) -> Tensor:
@@ -220,7 +220,7 @@ def test_called_from_several_python_threads() -> None:
             failures.append(error)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    with nckernels.use_backend("native"):  # the choice is process-wide: threads that leave theirs must not end it
+    with nckernels.use_backend("native"):  # process-wide: a thread that leaves its own choice must not end this one
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -254,12 +254,12 @@ def run_python(code: str, timeout: float = 240, **environment: str) -> subproces
 
 
 def test_fork_after_use() -> None:
-    """OpenMP's threads are not there in a child: it must not wait for them."""
+    """OpenMP's threads do not exist in a child process, which must not wait for them."""
     result = run_python(FORK, timeout=60)
     assert result.returncode == 0, result.stderr
 
 
-# What the compiler makes for any CPU in place of instructions that this one may lack.
+# Models of instructions that this CPU may lack, which run on any CPU.
 PAIRS = "-O1 -DNCK_BFLOAT16"
 TILES = "-O1 -DNCK_AMX -DNCK_VECTOR_BYTES=64 -Wno-psabi"
 
@@ -273,7 +273,7 @@ TILES = "-O1 -DNCK_AMX -DNCK_VECTOR_BYTES=64 -Wno-psabi"
     ],
 )
 def test_instruction_sets(instructions: str, model: str) -> None:
-    """Every library that this CPU can run gives the oracle's results, and so do models of instructions it lacks."""
+    """Every library that this CPU can run agrees with the oracle, and so do models of other instructions."""
     if build.CPU[instructions] not in native.libraries():
         pytest.skip(f"this CPU has no {instructions}")
     code = f"""
@@ -309,7 +309,7 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
     ("capability", "bf16", "tiles", "permission", "best"),
     [
         ("AVX512", True, True, True, "amx"),
-        ("AVX512", True, True, False, "avx512_bf16"),  # the kernel knows no AMX, or a sandbox forbids to ask
+        ("AVX512", True, True, False, "avx512_bf16"),  # the kernel lacks AMX, or a sandbox forbids the request
         ("AVX512", True, False, True, "avx512_bf16"),
         ("AVX512", False, False, False, "avx512"),
         ("AVX2", True, True, True, "avx2"),  # $ATEN_CPU_CAPABILITY
@@ -317,7 +317,7 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         ("ZVECTOR", False, False, False, "default"),
     ],
 )
-def test_the_best_library(
+def test_library_choice_by_cpu_and_environment(
     monkeypatch: pytest.MonkeyPatch, capability: str, bf16: bool, tiles: bool, permission: bool, best: str
 ) -> None:
     monkeypatch.delenv("NCKERNELS_CPU_INSTRUCTIONS", raising=False)
@@ -332,8 +332,8 @@ def test_the_best_library(
     assert native.libraries() == [build.CPU[name] for name in names[names.index(best) :]]
 
 
-def test_instructions_that_the_cpu_lacks() -> None:
-    """A name that is none, or of a library that would end in SIGILL, is an error that lists the others."""
+def test_unknown_or_unsupported_instruction_set_is_an_error() -> None:
+    """An unknown name, or that of a library that would end in SIGILL, is an error that lists the valid names."""
     code = "import nckernels; nckernels.set_backend('native')"
     for name in {"sse9", *build.CPU} - {library.name.removeprefix("cpu_") for library in native.libraries()}:
         result = run_python(code, NCKERNELS_CPU_INSTRUCTIONS=name)
@@ -342,14 +342,14 @@ def test_instructions_that_the_cpu_lacks() -> None:
 
 
 @pytest.mark.parametrize("runs", [True, False])
-def test_the_report_tells_of_products_where_there_is_a_library(monkeypatch: pytest.MonkeyPatch, runs: bool) -> None:
-    """Without one another backend multiplies, in 16 bits perhaps."""
+def test_report_names_bfloat16_products_only_with_a_library(monkeypatch: pytest.MonkeyPatch, runs: bool) -> None:
+    """Without the library another backend multiplies, possibly in 16 bits."""
     monkeypatch.setattr(native, "library", lambda: build.CPU["avx2"] if runs else None)
     assert ("bfloat16 features are multiplied in float32" in info.report()) == runs
 
 
-def test_the_next_library_where_the_compiler_lacks_instructions(tmp_path: Path) -> None:
-    """An old compiler that refuses the flags of the best library makes the next one."""
+def test_compiler_without_the_instructions_builds_the_next_library(tmp_path: Path) -> None:
+    """An old compiler that rejects the flags of the best library builds the next one."""
     best, *others = native.libraries()
     if not others:
         pytest.skip("one library for this CPU")
@@ -368,8 +368,8 @@ def test_the_next_library_where_the_compiler_lacks_instructions(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("direction", ["class", "instance"])
-def test_bfloat16_logits_have_the_digits_of_float32(direction: str) -> None:
-    """Nothing is rounded to bfloat16 on the way to the sums: neither unit vectors nor cosines."""
+def test_bfloat16_logits_have_float32_accuracy(direction: str) -> None:
+    """Neither unit vectors nor cosines are rounded to bfloat16 before the sums."""
     x, w, y = problem(700, 300, 531, torch.bfloat16)
     with torch.no_grad():
         exact = nckernels.cosine_lse(x.double(), w.double(), y, 25.0, direction=direction)  # type: ignore[call-overload]
@@ -380,7 +380,7 @@ def test_bfloat16_logits_have_the_digits_of_float32(direction: str) -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_bfloat16_gradients_are_rounded_once_or_twice(loss: str) -> None:
-    """The entries of dL/dt, each to 2**-9 of itself, and the gradients at the end."""
+    """The entries of dL/dt, with a relative error of 2**-9, and then the gradients."""
     x, w, y = problem(2000, 300, 200, torch.bfloat16)
     exact = step(*(t.detach().double().requires_grad_() for t in (x, w)), y, loss, "reference")
     for got, truth in zip(step(x, w, y, loss), exact, strict=True):
@@ -388,8 +388,9 @@ def test_bfloat16_gradients_are_rounded_once_or_twice(loss: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["supcon", "smoothing"])
-def test_bfloat16_entries_that_all_but_cancel(form: str) -> None:
-    """Weights and positives of a class that has been learnt, or of nothing learnt: their difference is rounded."""
+def test_bfloat16_entries_that_nearly_cancel(form: str) -> None:
+    """The difference of weight and positive is rounded, not each of them: for learnt classes and for random
+    features."""
     x, w, y = problem(300, 100, 64, torch.bfloat16)
 
     def gradients(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
@@ -404,8 +405,8 @@ def test_bfloat16_entries_that_all_but_cancel(form: str) -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_bfloat16_rows_that_are_not_aligned(loss: str) -> None:
-    """Rows that begin at odd numbers, at an odd distance."""
+def test_bfloat16_unaligned_rows(loss: str) -> None:
+    """Rows with odd offsets and an odd stride."""
     x, w, y = problem(300, 70, 45, torch.bfloat16)
     expected = step(x, w, y, loss)
     storage = torch.randn(300 * 53 + 3).bfloat16()
@@ -431,9 +432,9 @@ def exact_step(x: Tensor, w: Tensor, y: Tensor, loss: str, **options: object) ->
 @pytest.mark.parametrize(("dtype", "threads"), [(torch.float64, 1), (torch.float32, 2), (torch.bfloat16, 1)])
 @pytest.mark.parametrize("shape", [(1500, 400, 40), (700, 900, 24), (601, 630, 300)])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_matrix_cut_into_parts(loss: str, shape: tuple[int, int, int], dtype: torch.dtype, threads: int) -> None:
-    """Workspaces of which half holds a third of the matrix, or a fifteenth: that makes whole columns or rows, or
-    too few of them, so that tiles are made twice."""
+def test_a_step_in_parts(loss: str, shape: tuple[int, int, int], dtype: torch.dtype, threads: int) -> None:
+    """Workspaces of which half holds a third of the matrix, which gives parts of columns or rows, or a fifteenth,
+    which is too little for parts, so that tiles are recomputed."""
     torch.set_num_threads(threads)
     x, w, y = problem(*shape, dtype=dtype, seed=1)
     y[::5] = -100
@@ -453,7 +454,7 @@ def test_a_matrix_cut_into_parts(loss: str, shape: tuple[int, int, int], dtype: 
 @pytest.mark.parametrize("wanted", ["features", "prototypes"])
 @pytest.mark.parametrize("workspace", [MIB, 8 * MIB])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_step_for_one_gradient_only(loss: str, workspace: int, wanted: str) -> None:
+def test_a_step_with_one_wanted_gradient(loss: str, workspace: int, wanted: str) -> None:
     x, w, y = problem(3000, 300, 24)
     leaf = x if wanted == "features" else w
     with nckernels.use_workspace(workspace):
@@ -467,9 +468,31 @@ def test_a_step_for_one_gradient_only(loss: str, workspace: int, wanted: str) ->
     assert abs(by_temperature - expected) <= 1e-5 * abs(expected)
 
 
+@pytest.mark.parametrize("workspace", [MIB, 8 * MIB])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_step_is_the_mean_of_the_samples(loss: str) -> None:
-    """One call for loss and gradients against the forward and the backward pass of the samples' losses."""
+def test_a_step_for_the_temperature_only(loss: str, workspace: int) -> None:
+    x, w, y = problem(3000, 300, 24)
+    temperature = torch.tensor(0.1, requires_grad=True)
+    with nckernels.use_workspace(workspace):
+        value = LOSSES[loss](x.detach(), w.detach(), y, temperature=temperature)
+        (by_temperature,) = torch.autograd.grad(value, temperature)
+    expected = exact_step(x, w, y, loss)[3]
+    assert abs(by_temperature - expected) <= 1e-5 * abs(expected)
+
+
+@pytest.mark.parametrize("k", [10, 300])  # few classes have a pass of their own
+def test_bfloat16_gradients_that_are_not_finite(k: int) -> None:
+    x, w, y = problem(200, k, 24)
+    x, w = x.detach().bfloat16(), w.detach().bfloat16().requires_grad_()
+    x[3, 5] = torch.nan
+    by_x, by_w = torch.autograd.grad(nckernels.normface_loss(x.requires_grad_(), w, y), (x, w))
+    assert by_x[3].isnan().all()
+    assert by_w.isnan().all()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_step_equals_the_mean_of_the_sample_losses(loss: str) -> None:
+    """Loss and gradients in one call, compared with the forward and the backward pass of the samples' losses."""
     x, w, y = problem(500, 30, 16, torch.float64)
     mean = step(x, w, y, loss)
     value = LOSSES[loss](x, w, y, reduction="none").mean()
@@ -480,12 +503,12 @@ def test_a_step_is_the_mean_of_the_samples(loss: str) -> None:
 @pytest.mark.parametrize("decoupled", [True, False])
 @pytest.mark.parametrize("workspace", [MIB, 32 * MIB])
 @pytest.mark.parametrize("shape", [(700, 20, 24), (90, 60, 200), (5, 1, 3)])
-def test_a_supervised_step_is_the_mean_of_the_samples(
+def test_a_supervised_step_equals_the_mean_of_the_sample_losses(
     shape: tuple[int, int, int], workspace: int, decoupled: bool
 ) -> None:
     x, _, y = problem(*shape, torch.float64)
     y[::9] = -100
-    y[1] = shape[1]  # alone
+    y[1] = shape[1]  # the only sample of its label
     weight = torch.rand(len(y), dtype=torch.float64)
     temperature = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
     with nckernels.use_workspace(workspace):
@@ -502,8 +525,8 @@ def test_a_supervised_step_is_the_mean_of_the_samples(
 
 
 @pytest.mark.parametrize("decoupled", [True, False])
-def test_the_temperature_of_supervised_losses_alone(decoupled: bool) -> None:
-    """Where the features are frozen, positives count in its gradient all the same."""
+def test_supervised_temperature_gradient_with_frozen_features(decoupled: bool) -> None:
+    """With frozen features the gradient of the temperature still includes the positives."""
     input, target = torch.randn(90, 20, dtype=torch.float64), torch.arange(90) % 7
     grads = []
     for frozen in (True, False):
@@ -517,7 +540,7 @@ def test_the_temperature_of_supervised_losses_alone(decoupled: bool) -> None:
 @pytest.mark.parametrize("decoupled", [True, False])
 @pytest.mark.parametrize("workspace", [MIB, 32 * MIB])
 @pytest.mark.parametrize("n", [700, 3, 1])
-def test_a_step_in_both_directions_is_the_mean_of_the_pairs(n: int, workspace: int, decoupled: bool) -> None:
+def test_a_step_in_both_directions_equals_the_mean_of_the_pair_losses(n: int, workspace: int, decoupled: bool) -> None:
     a, b, _ = problem(n, n, 24, torch.float64)
     weight = torch.rand(n, dtype=torch.float64)
     temperature = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
@@ -535,7 +558,7 @@ def test_a_step_in_both_directions_is_the_mean_of_the_pairs(n: int, workspace: i
 @pytest.mark.parametrize("loss", [*LOSSES, "nonl-instance"])
 @pytest.mark.parametrize("k", [10, 300])
 def test_every_option_is_one_node_of_the_graph(k: int, loss: str) -> None:
-    """Nothing but the native step, or the samples' losses, between the inputs and the value."""
+    """The graph has only the native step, or the samples' losses, between the inputs and the value."""
     x, w, y = problem(64, k, 8)
     function = LOSSES.get(loss, functools.partial(nckernels.nonl_loss, direction="instance"))
     weights = {"weight": torch.rand(k), "sample_weight": torch.rand(64)}
@@ -550,7 +573,7 @@ def test_every_option_is_one_node_of_the_graph(k: int, loss: str) -> None:
     assert type(function(x, w, y, sample_weight=trained).grad_fn).__name__ != "StepBackward"
 
 
-def test_losses_of_samples_keep_nothing_without_grad(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sample_losses_without_grad_keep_no_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w, y = problem(64, 10, 8)
     temperature = torch.tensor(0.1, requires_grad=True)
     keeps = []
@@ -601,8 +624,8 @@ def test_supervised_losses_agree_under_autocast() -> None:
     assert abs(float(mean.detach() - each.detach().mean())) < 2e-6
 
 
-def test_gradients_of_a_step_are_scaled_anew_each_time() -> None:
-    """With the graph retained nothing that the first pass returns is the node's own memory."""
+def test_repeated_backward_of_a_step_scales_a_copy() -> None:
+    """With the graph retained, the first pass must not return the node's own memory."""
     x, w, y = problem(64, 10, 8)
     plain = step(x, w, y)[1:]
     value = nckernels.nonl_loss(x, w, y)
@@ -614,8 +637,8 @@ def test_gradients_of_a_step_are_scaled_anew_each_time() -> None:
         assert torch.equal(got, expected)
 
 
-def test_a_step_frees_its_gradients() -> None:
-    """Leaves take the node's own memory over: no second copy."""
+def test_leaves_take_over_the_memory_of_a_step() -> None:
+    """Leaves take over the node's memory, without a copy."""
     x, w, y = problem(64, 10, 8)
     value = nckernels.nonl_loss(x, w, y)
     ours = {t.data_ptr() for t in value.grad_fn.saved_tensors if t is not None}  # type: ignore[union-attr]
@@ -637,7 +660,7 @@ def test_a_step_frees_its_gradients() -> None:
 def test_scratch_stays_within_the_workspace(
     loss: str, shape: tuple[int, int, int], in_one_step: bool, workspace: int, threads: int
 ) -> None:
-    """Scratch of the C++ code (which torch's allocator does not see) plus what is kept for a backward pass."""
+    """Scratch of the C++ code (which torch's allocator does not see) plus the tiles kept for a backward pass."""
     torch.set_num_threads(threads)
     m, k, _ = shape
     x, w, y = problem(*shape)
@@ -662,7 +685,7 @@ triangles = pytest.mark.parametrize(("m", "d"), [(300, 64), (5000, 64), (1500, 5
 @pytest.mark.parametrize("workspace", [2 * MIB, 8 * MIB])
 @pytest.mark.parametrize("wanted", ["features", "inv_temperature", "logit_bias"])
 @triangles
-def test_scratch_of_a_triangle_stays_within_the_workspace(
+def test_symmetric_scratch_stays_within_the_workspace(
     m: int, d: int, wanted: str, workspace: int, threads: int
 ) -> None:
     torch.set_num_threads(threads)
@@ -695,7 +718,7 @@ def test_scratch_of_a_supervised_step_stays_within_the_workspace(m: int, d: int,
         assert native.peak_scratch() <= workspace + 256 * 2 * m
 
 
-def test_what_is_kept_of_a_triangle_is_half_of_the_matrix() -> None:
+def test_symmetric_kept_tiles_are_half_of_the_matrix() -> None:
     for m in (1, 200, 3000):
         whole, half = (
             native.BACKEND.kept_numel(
@@ -729,3 +752,28 @@ def test_ragged_last_tile_is_kept_whole_with_several_blocks_of_columns() -> None
         expected = torch.autograd.grad(nckernels.normface_loss(*wide, y), wide)
     for a, b in zip(found, expected, strict=True):
         assert (a - b).norm() < 1e-6 * b.norm()
+
+
+WITHOUT_MEMORY = """
+import resource, torch, nckernels
+torch.set_num_threads(2)
+x, w, y = torch.randn(4000, 64).requires_grad_(), torch.randn(3000, 64).requires_grad_(), torch.arange(4000) % 3000
+nckernels.set_backend("native")
+nckernels.nonl_loss(x[:600], w[:400], y[:600] % 400)  # starts the threads
+for mebibytes in (2, 4, 8, 16):
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (mebibytes << 20), resource.RLIM_INFINITY))
+    try:
+        nckernels.nonl_loss(x, w, y)
+    except MemoryError as error:
+        print(error)
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+nckernels.nonl_loss(x, w, y).backward()
+"""
+
+
+def test_no_memory_for_scratch_is_a_memory_error() -> None:
+    """And the next call, with memory, works."""
+    result = subprocess.run([sys.executable, "-c", WITHOUT_MEMORY], capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["nckernels: no memory for the scratch buffers of the native backend"] * 4

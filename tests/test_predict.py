@@ -1,4 +1,4 @@
-"""Predictions: what is counted is what would be launched, and what a formula says."""
+"""Predictions: the counts agree with the real launches and with formulas."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def test_operations(name: str) -> None:
 
 
 def test_bytes_of_one_step() -> None:
-    """One panel: 12 bytes an entry for the products, 6 for the entries, copies and sums of both sides."""
+    """One panel: 12 bytes an entry for the products, 6 for the gradient's entries, and copies and sums of both
+    sides."""
     tally = counted(Problem("nonl", M, K, D))
     moved: Counter[str] = Counter()
     for stage in tally.stages:
@@ -85,7 +86,7 @@ def test_bytes_of_one_step() -> None:
 
 @pytest.mark.parametrize("loss", ["nonl", "normface"])
 def test_product_with_epilogue(loss: str) -> None:
-    """One exponential an entry, and 6 bytes before the gradients' products read it: written, read, written."""
+    """One exponential an entry, and 6 bytes (write, read, write) before the gradients' products read it."""
     k = 1008  # rows of 16s, as panels have them
     tally = counted(Problem(loss, M, k, D), epilogue=True)
     assert sum(s.library for s in tally.stages) == 6 * M * k * D
@@ -131,7 +132,7 @@ def test_cache() -> None:
 
 
 def test_float16_is_scaled_into_its_range() -> None:
-    """Gradients wait in float32, and one more pass makes them float16."""
+    """Gradients wait in float32, and one more pass converts them to float16."""
     tally = counted(Problem("nonl", M, K, D), dtype=torch.float16)
     scale = [stage for stage in tally.stages if stage.name == "scale"]
     assert sum(stage.moved.total() for stage in scale) == (4 + 2) * (M + K) * D
@@ -153,7 +154,7 @@ OTHERS = (
 
 
 def launched(problem: Problem, *, compiled: bool) -> list[str]:
-    """Kernels as the package launches them for tensors in memory; if compiled, as far as the driver."""
+    """The kernels that the package launches for tensors in memory; if compiled, up to the driver."""
     names: list[str] = []
     real = launch.launch
 
@@ -192,7 +193,7 @@ def test_kernels_are_those_of_the_backend(problem: Problem) -> None:
 
 
 def test_launches_are_those_of_the_backend() -> None:
-    """As they reach a driver; in a process of its own, see test_dispatch.py."""
+    """As they reach a driver, in a separate process, see test_dispatch.py."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "TRITON_DEFAULT_FP_FUSION": "0", "PYTHONPATH": path}
     environment.pop("TRITON_INTERPRET", None)

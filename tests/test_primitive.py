@@ -1,4 +1,4 @@
-"""The primitive against the dense float64 oracle, measured by eager PyTorch's error in the same dtype."""
+"""The primitive against the dense float64 oracle; tolerances are eager PyTorch's errors in the same dtype."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_features_against_themselves(
     bias: bool,
     samples: int,
 ) -> None:
-    """One tensor as both operands: its gradient is that of rows and columns together."""
+    """One tensor as both operands: its gradient is the sum of those as rows and as columns."""
     backend.require(dtype)
     problem = make_problem(
         samples, samples, 24, direction=direction, exclude=exclude, bias=bias, beta=beta, itself=True
@@ -228,7 +228,7 @@ def test_every_temperature(
 def test_collapsed_features_at_small_temperature(
     backend: Backend, dtype: torch.dtype, direction: str, exclude: str, beta: float, gap: float
 ) -> None:
-    """exp(beta S) spans e^-1000 ... e^1000 here: no overflow, no lost log-sum-exp, whatever the shift."""
+    """exp(beta S) ranges from e^-1000 to e^1000 here, without overflow or underflow of the log-sum-exp."""
     backend.require(dtype)
     check(collapsed(5, 8, beta, gap=gap, direction=direction, exclude=exclude), dtype, backend.device)
 
@@ -269,7 +269,7 @@ def test_all_ignored(backend: Backend, direction: str, exclude: str) -> None:
 @pytest.mark.parametrize("fill", [math.nan, math.inf])
 @pytest.mark.parametrize("exclude", ["none", "target"])
 def test_ignored_rows_may_hold_anything(backend: Backend, exclude: str, fill: float) -> None:
-    """They "take no part in any sum": a padded row of NaN must not reach the others, not even as 0 * NaN."""
+    """A padded row of NaN must not reach the others, not even as 0 * NaN."""
     p = make_problem(30, 6, 5, direction="both", exclude=exclude, bias=True).to(torch.float32, backend.device)
     keep = p.target != p.ignore_index
     clean = dataclasses.replace(p, features=torch.where(keep[:, None], p.features, 1.0))
@@ -302,8 +302,8 @@ def test_ignored_samples_may_hold_anything(backend: Backend, small_workspace: No
 
 
 @directions
-def test_minus_infinity_bias_leaves_the_entry_out(backend: Backend, direction: str) -> None:
-    """log n_c with n_c = 0, as the prototype loss has it."""
+def test_minus_infinity_bias_excludes_the_entry(backend: Backend, direction: str) -> None:
+    """The bias of the prototype loss is log n_c, with n_c = 0 for absent classes."""
     p = make_problem(20, 8, 5, direction=direction, bias=True)
     assert p.sample_bias is not None
     assert p.class_bias is not None
@@ -359,7 +359,7 @@ def test_integer_targets_of_every_width(backend: Backend, dtype: torch.dtype) ->
 
 
 # --------------------------------------------------------------------------------------------------
-# which gradients are asked for
+# wanted gradients
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -368,7 +368,7 @@ def test_integer_targets_of_every_width(backend: Backend, dtype: torch.dtype) ->
 def test_every_requires_grad_combination(
     backend: Backend, small_workspace: None, exclude: str, direction: str, shape: str
 ) -> None:
-    """Each gradient is right whichever others are asked for: none is gated on another's requires_grad."""
+    """Each gradient is right for every combination of wanted gradients."""
     p = make_problem(*SHAPES[shape], direction=direction, exclude=exclude, bias=True)
     names = list(p.inputs())
     for count in range(1, len(names)):
@@ -391,7 +391,7 @@ def test_no_graph_when_nothing_requires_grad(backend: Backend, direction: str) -
 
 @pytest.mark.parametrize("used", ["class", "instance", "pos"])
 def test_gradient_through_one_output_only(backend: Backend, small_workspace: None, used: str) -> None:
-    """The gradients of the unused outputs are undefined, not zeros someone must supply."""
+    """The gradients of unused outputs are undefined, not zeros."""
     p = make_problem(150, 90, 7, direction="both", exclude="target", bias=True)
     only = dataclasses.replace(p, upstream={n: g * (n == used) for n, g in p.upstream.items()}).to(
         torch.float32, backend.device
@@ -409,7 +409,7 @@ def test_gradient_through_one_output_only(backend: Backend, small_workspace: Non
 
 
 def test_expanded_and_strided_upstream(backend: Backend) -> None:
-    """sum().backward() hands over a gradient of stride 0, a slice of a larger tensor one of stride 2."""
+    """sum().backward() passes a gradient of stride 0, a slice of a larger tensor one of stride 2."""
     p = make_problem(40, 11, 5, direction="both", exclude="target").to(torch.float32, backend.device)
     wrt = ("features", "prototypes")
 
@@ -512,7 +512,7 @@ def test_expanded_inputs(backend: Backend) -> None:
 @directions
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=id_of)
 def test_huge_tiny_and_zero_rows(backend: Backend, dtype: torch.dtype, direction: str, exclude: str) -> None:
-    """Norms of 1e15 and 1e-6, below the clamp of F.normalize, and zero: all as F.normalize has it."""
+    """Norms of 1e15, 1e-6, below the clamp of F.normalize, and zero, as in F.normalize."""
     backend.require(dtype)
     p = make_problem(40, 22, 6, direction=direction, exclude=exclude, bias=True)
     unit = dataclasses.replace(p, features=F.normalize(p.features), prototypes=F.normalize(p.prototypes))
@@ -593,7 +593,7 @@ def test_the_workspace_does_not_change_the_result(backend: Backend, direction: s
                 assert float(error) < 11 * 2**-23, (name, workspace)
 
 
-def test_inputs_of_the_eps_table_are_those_of_normalize() -> None:
+def test_oracle_eps_matches_normalize() -> None:
     """Guards the oracle: its clamp is F.normalize's default wherever the dtype can represent it."""
     x = torch.tensor([[3e-13, 0.0], [0.0, 0.0], [3e-5, 4e-5]], dtype=torch.float64)
     assert torch.equal(F.normalize(x), F.normalize(x, eps=EPS[torch.float64]))
@@ -604,8 +604,10 @@ def test_inputs_of_the_eps_table_are_those_of_normalize() -> None:
 
 @dtypes
 @pytest.mark.parametrize("direction", ["instance", "both"])
-def test_columns_in_parts(backend: Backend, small_workspace: None, direction: str, dtype: torch.dtype) -> None:
-    """What the ring of keys stands on: a backward pass that divides by the sum over more columns than its own."""
+def test_backward_with_the_lse_of_more_columns(
+    backend: Backend, small_workspace: None, direction: str, dtype: torch.dtype
+) -> None:
+    """As for the ring of keys: the backward pass uses the log-sum-exp over more columns than its own."""
     if backend.name == "reference":
         pytest.skip("is differentiated by PyTorch")
     backend.require(dtype)

@@ -1,4 +1,4 @@
-"""What the product with an epilogue has to compute, by its stand-in in PyTorch; and that nothing needs quack."""
+"""The contract of the product with an epilogue, by its PyTorch form; and that quack is optional."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LOG2E = math.log2(math.e)
 def operands(
     n: int, k: int, beta: float, tagged: bool, seed: int, d: int = 40, columns: int = PlainProduct.columns
 ) -> tuple[Operand, Operand]:
-    """Rows of any scale; the first of each is left out and holds NaN."""
+    """Rows of any scale; the first row of each operand is left out and holds NaN."""
     torch.manual_seed(seed)
     width = -(-k // columns) * columns
     sides = []
@@ -57,7 +57,7 @@ def test_stand_in(n: int, k: int, tagged: bool, beta: float) -> None:
     assert (expected == 0).eq(e == 0).all()
 
 
-def test_nan_in_a_row_that_takes_part_shows() -> None:
+def test_nan_in_a_used_row_propagates() -> None:
     p, q = operands(5, 7, 10.0, True, seed=0)
     for operand in (p, q):
         operand.x[2], operand.scale[2] = torch.nan, torch.nan
@@ -67,8 +67,8 @@ def test_nan_in_a_row_that_takes_part_shows() -> None:
     assert (e[0, 3:] == 0).all()
 
 
-def test_where_it_is_not_and_why() -> None:
-    assert quack.why_not(torch.device("cpu")) == "there is none for cpu devices"
+def test_reasons_why_it_cannot_be_used() -> None:
+    assert quack.why_not(torch.device("cpu")) == "it does not support cpu devices"
     if quack.missing() is not None:
         assert "quack-kernels" in quack.missing()  # type: ignore[operator]
 
@@ -97,7 +97,7 @@ def test_importing_this_package_does_not_import_quack() -> None:
 @pytest.mark.parametrize("tagged", [False, True], ids=["all", "others"])
 @pytest.mark.parametrize(("n", "k", "d"), [(1, 1, 8), (200, 1000, 264), (1000, 2049, 2048)])
 def test_device(n: int, k: int, d: int, tagged: bool) -> None:
-    """quack's product against the contract, by tiles of the same width; ragged ends on all sides."""
+    """quack's product against the contract, with tiles of the same width and ragged sizes."""
     device = torch.device("cuda", 0)
     if quack.why_not(device) is not None:
         pytest.skip(quack.why_not(device) or "")

@@ -45,6 +45,12 @@ def make_queue(size: int, **options: Any) -> FeatureQueue:
     return FeatureQueue(size, DIM, **{"dtype": torch.float64, **options})
 
 
+def make_running(sample_weight: Tensor | None, labels: int = 6) -> Tensor:
+    """A loss of six samples."""
+    x, y = samples(6, 0)
+    return RunningDenominatorLoss(make("ntce"))(x, y[:labels], sample_weight)
+
+
 def grads(loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     """Of the loss, or of the losses of samples with random upstream gradients."""
     g = torch.Generator().manual_seed(7)
@@ -149,17 +155,22 @@ def test_moco(cpu_backend: Backend) -> None:
         (lambda: FeatureQueue(0, 2), ValueError, "size must be at least 1, got 0"),
         (lambda: FeatureQueue(2, 2.0), TypeError, "dim must be an int, got 2.0"),
         (lambda: FeatureQueue(2, 2, ignore_index=None), TypeError, "ignore_index must be an int"),
-        (lambda: make_queue(2).enqueue(torch.zeros(3, 5)), ValueError, r"shape \(n, 6\), got \(3, 5\)"),
+        (lambda: make_queue(2).enqueue(torch.zeros(3, 5)), ValueError, r"features must have d=6 .* \(3, 5\)"),
         (lambda: make_queue(2).enqueue(torch.zeros(3)), ValueError, r"features must have shape \(n, d\), got \(3,\)"),
         (lambda: make_queue(2).enqueue(torch.zeros(3, 6).long()), TypeError, "features must be of a floating dtype"),
-        (lambda: make_queue(2).enqueue(torch.zeros(3, 6), torch.zeros(2).long()), ValueError, r"target .* \(3,\)"),
+        (lambda: make_queue(2).enqueue(torch.zeros(3, 6), torch.zeros(2).long()), ValueError, r"labels .* \(3,\)"),
         (lambda: make_queue(2).enqueue(torch.zeros(3, 6), torch.zeros(3)), TypeError, "integer dtype"),
         (lambda: make_queue(2).enqueue(torch.zeros(3, 6, device="meta")), ValueError, "must be on the same device"),
         (lambda: QueueLoss(nckernels.NormFaceLoss(6, 5), make_queue(2)), TypeError, "SupConLoss.* got NormFaceLoss"),
         (lambda: QueueLoss(make("nonl", direction="instance"), make_queue(2)), ValueError, "or 'both', got 'inst"),
         (lambda: QueueLoss(make("ntce"), make_queue(2, ignore_index=-1)), ValueError, "ignore_index, got -100 and -1"),
         (lambda: QueueLoss(make("ntce"), make_queue(2))(torch.zeros(6), torch.zeros(6)), ValueError, r"got \(6,\)"),
+        (lambda: QueueLoss(make("ntce"), make_queue(2))(torch.zeros(6, 5), torch.zeros(6).long()), ValueError, "d=6"),
+        (lambda: QueueLoss(make("ntce"), 480), TypeError, "queue must be a FeatureQueue, got int"),
         (lambda: RunningDenominatorLoss(nckernels.SupConLoss()), TypeError, "NONLLoss or NTCELoss, got SupConLoss"),
+        (lambda: make_running(torch.ones(4)), ValueError, r"sample_weight must have shape \(6,\), got \(4,\)"),
+        (lambda: make_running(-torch.ones(6)), ValueError, "sample_weight must not be negative, got -1"),
+        (lambda: make_running(None, labels=4), ValueError, r"target .*\(6,\), .* row of input, got \(4,\)"),
         (lambda: RunningDenominatorLoss(make("nonl", direction="both")), ValueError, "direction 'class', got 'both'"),
         (lambda: RunningDenominatorLoss(make("ntce", sparse=True)), ValueError, "criterion must have sparse=False"),
         (lambda: RunningDenominatorLoss(make("ntce", reduction="sum")), ValueError, "reduction 'mean', got 'sum'"),

@@ -1,4 +1,4 @@
-"""The host side of the GPU backends, with kernels that do nothing: memory, and the plans of work."""
+"""The host side of the GPU backends, with kernels that do nothing: memory, launches, and the division of work."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class NoProduct(Product):
 
 
 class NoKernels(StepKernels):
-    """Remembers what would have been launched."""
+    """Records the launches."""
 
     index_dtype = torch.int64
     short = False
-    """Whether rows count as short enough for the kernel that accumulates on the chip."""
+    """Whether rows are short enough for the kernel that accumulates on the chip."""
     epilogue = False
     """Whether there is a product with an epilogue."""
 
@@ -78,7 +78,7 @@ def _nothing(name: str) -> Any:
     return launch
 
 
-# Methods of an abstract class: they must be there when the class is made.
+# The methods of an abstract class must exist when the class is created.
 NAMES = [name for name in StepKernels.__abstractmethods__ if name not in NoKernels.__dict__] + ["matmul"]
 Stub = type("Stub", (NoKernels,), {name: _nothing(name) for name in NAMES})
 
@@ -109,7 +109,7 @@ def step(
 def one_step(
     m: int, k: int, d: int, dtype: torch.dtype, spec: Spec, needs: Needs, device: str = "cpu", epilogue: bool = False
 ) -> list[str]:
-    """Loss and gradient in one go; the launches in order."""
+    """Loss and gradient in one step; the launches in order."""
     features, prototypes = (torch.empty(n, d, dtype=dtype, device=device) for n in (m, k))
     target = torch.zeros(m, dtype=torch.int64, device=device)
     inputs = Inputs(features, prototypes, target, torch.tensor(10.0, device=device), None, None)
@@ -135,14 +135,14 @@ def test_memory(m: int, k: int, d: int, dtype: torch.dtype, short: bool) -> None
         rows, itemsize = m + k, dtype.itemsize
         tensors = 2 * rows * d * itemsize + (4 * min(m, k) * d if itemsize < 4 and not short else 0)
         if itemsize == 4 and k > m and present_only and not short:
-            tensors += 4 * m * d  # compacted prototypes: their sums are not where their gradients will be
+            tensors += 4 * m * d  # compacted prototypes: their gradient cannot hold its own sums
         assert peak <= tensors + MIB + BYTES_PER_ROW * rows, (direction, present_only)
-        assert peak > tensors / 2  # the measurement measures
+        assert peak > tensors / 2  # guards against a measurement of nothing
 
 
 @pytest.mark.parametrize("wanted", range(3))
-def test_only_what_is_wanted_is_launched(wanted: int) -> None:
-    """One gradient at a time: one matrix product a panel, or the bias kernel alone."""
+def test_unwanted_gradients_are_not_computed(wanted: int) -> None:
+    """For one gradient at a time: one matrix product per panel, or only the bias kernel."""
     needs = (
         Needs(True, False, False, False, False),
         Needs(False, True, False, False, False),
@@ -157,7 +157,7 @@ def test_only_what_is_wanted_is_launched(wanted: int) -> None:
 @pytest.mark.parametrize("short", [True, False], ids=["short", "long"])
 @pytest.mark.parametrize("direction", ["class", "instance"])
 def test_features_against_themselves(direction: str, short: bool) -> None:
-    """One operand: norms once, one pass forward, one backward, and no sums for a second side."""
+    """One operand: norms once, one pass each way, and no sums for a second side."""
     spec = Spec(direction, "self", False, -100, 32 * MIB, symmetric=True)  # type: ignore[arg-type]
     needs = Needs(True, False, True, False, False)
     launched = step(20_000, 20_000, 128, torch.bfloat16, spec, needs, short)
@@ -174,7 +174,7 @@ def test_features_against_themselves(direction: str, short: bool) -> None:
 @pytest.mark.parametrize("short", [True, False], ids=["short", "long"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_memory_of_features_against_themselves(dtype: torch.dtype, short: bool) -> None:
-    """No float32 copy of the gradient: a panel's rows are finished before the next panel."""
+    """No float32 copy of the gradient, because a panel's rows are finished before the next panel."""
     m, d = 4096, 128
     spec = Spec("class", "self", False, -100, MIB, symmetric=True)
     needs = Needs(True, False, True, True, False)
@@ -185,7 +185,7 @@ def test_memory_of_features_against_themselves(dtype: torch.dtype, short: bool) 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_the_host_neither_reads_nor_mixes_devices(dtype: torch.dtype) -> None:
-    """Tensors of the meta device have nothing to read, and do not go together with those of another."""
+    """Tensors on the meta device have no values to read, and cannot be mixed with those of another device."""
     device = "meta"
     for (m, k), direction, short in itertools.product(
         ((512, 2000), (2000, 512)), ("class", "instance", "both"), (True, False)
@@ -203,8 +203,8 @@ def test_the_host_neither_reads_nor_mixes_devices(dtype: torch.dtype) -> None:
         assert step(512, 512, 512, dtype, spec, Needs(True, False, True, True, False), short, device)
 
 
-def test_few_launches() -> None:
-    """A small problem costs ten launches at most, forward and backward; eleven if it takes a matrix product."""
+def test_small_problems_take_few_launches() -> None:
+    """A small problem takes at most ten launches, forward and backward; eleven with a matrix product."""
     for direction, short in itertools.product(("class", "instance", "both"), (True, False)):
         spec = Spec(direction, "target", False, -100, 32 * MIB)  # type: ignore[arg-type]
         needs = EVERYTHING._replace(sample_bias=False, class_bias=False)
@@ -212,16 +212,17 @@ def test_few_launches() -> None:
 
 
 @pytest.mark.parametrize(("size", "short", "most"), [((512, 10, 128), True, 6), ((8192, 1000, 2048), False, 17)])
-def test_launches_do_not_grow(size: tuple[int, int, int], short: bool, most: int) -> None:
-    """NONL of two gradients: no launch more than there were when this was written, the library's products aside."""
+def test_number_of_launches_does_not_grow(size: tuple[int, int, int], short: bool, most: int) -> None:
+    """NONL with two gradients: no more launches than when this was written, library products not counted."""
     spec = Spec("class", "target", True, -100, 32 * MIB)
     needs = Needs(True, True, False, False, False)
     launched = step(*size, torch.bfloat16, spec, needs, short)
     assert len(launched) - launched.count("matmul") <= most
 
 
-def test_the_librarys_products_see_only_what_takes_part() -> None:
-    """A sum in one product is mended where need be; operands of one that goes on are copied, and what is unread."""
+def test_library_products_exclude_left_out_rows() -> None:
+    """A sum in one product is mended. Operands of sums over several products, and those with unread rows, are
+    copied."""
     needs = EVERYTHING._replace(sample_bias=False, class_bias=False)
     cases = (
         ("none", False, 100, 0, 1),
@@ -248,8 +249,8 @@ def test_the_librarys_products_see_only_what_takes_part() -> None:
     assert (launched.count("gather"), launched.count("mend")) == (0, 1)
 
 
-def test_small_workspace_takes_panels() -> None:
-    """Directions at once need partial results of every block of anchors: panel by panel if they are many."""
+def test_small_workspace_combines_partials_in_groups() -> None:
+    """Both directions at once need partial results of every block of anchors, in groups if they are many."""
     few = Spec("both", "target", False, -100, 64 << 10)
     launched = step(3000, 2000, 64, torch.float32, few, EVERYTHING, short=False)
     assert launched.count("combine") >= launched.count("log_sum_exp") > 1
@@ -294,7 +295,7 @@ def test_memory_of_one_step(m: int, k: int, d: int, engine: str, monkeypatch: py
 
 
 def test_launches_of_one_step() -> None:
-    """Of ours at most eleven besides the library's three products, where one panel holds the matrix."""
+    """If one panel holds the matrix: at most eleven launches of ours besides the library's three products."""
     needs = Needs(True, True, False, False, False)
     spec = Spec("class", "target", True, -100, 320 * MIB)
     launched = one_step(2048, 1000, 2048, torch.bfloat16, spec, needs)
@@ -312,8 +313,9 @@ def test_launches_of_one_step() -> None:
     assert len(with_epilogue) <= 3 + 13
 
 
-def test_when_one_step_pays() -> None:
-    """Wide panels of long rows; not thin panels, nor rows so short that the panel's bytes weigh more than products."""
+def test_which_problems_take_one_step() -> None:
+    """Wide panels of long rows; not thin panels, nor rows so short that the panel's traffic takes longer than
+    products."""
     default = (80 << 30) // 256
     for n_p, n_q, d in ((1000, 2048, 2048), (1000, 8192, 2048), (8192, 8192, 2048), (8192, 1000, 2048)):
         panels = plan.step_panels(n_p, n_q, d, 2, default)
@@ -362,7 +364,7 @@ def test_split(p_blocks: int, q_blocks: int, places: int, least: int, most: int)
 
 
 def test_split_fills_the_device() -> None:
-    assert plan.split_count(1, 1000, 132, 1, 10_000) > 120  # one block of anchors alone would use one place
+    assert plan.split_count(1, 1000, 132, 1, 10_000) > 120  # one block of anchors would use one thread block
     assert plan.split_count(1320, 1000, 132, 1, 10_000) == 1  # ten full rounds as it is
     assert plan.split_count(2, 1, 132, 1, 10_000) == 1  # nothing to share
 

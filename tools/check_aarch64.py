@@ -1,15 +1,15 @@
-"""Compare the CPU kernels with the definitions in float64, on this machine and, under emulation, on aarch64.
+"""Compare the CPU kernels with the formulas in float64, on this machine and, under emulation, on aarch64.
 
     python tools/check_aarch64.py [--require] [--jobs 2]
 
 tests/aarch64/check.cpp calls the library's C interface with some thousands of small problems: forward, backward and
 step, every mask and direction, float64, float32, bfloat16 and float16, ragged sizes, workspaces that are too small. It
-runs with the library of each instruction set that this CPU has, then built by a cross compiler and run by qemu's user
-mode emulation. Exits with 1 if a number is wrong.
+runs with the library of each instruction set that this CPU has. Then a cross compiler builds it for aarch64, and qemu's
+user mode emulation runs it. Exits with 1 if a number is wrong.
 
-Without cross compiler or emulator the second part is skipped, with a note, and that is no failure unless it is
-required (--require). On Debian: apt-get install g++-aarch64-linux-gnu qemu-user. What was compiled is kept in
-out/check_aarch64 until a source, a flag or the compiler changes.
+Without a cross compiler or emulator the second part is skipped with a note, which is a failure only with --require. On
+Debian: apt-get install g++-aarch64-linux-gnu qemu-user. Compiled files are cached in out/check_aarch64 until a source,
+a flag or the compiler changes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ HOW = "apt-get install g++-aarch64-linux-gnu qemu-user"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--require", action="store_true", help="fail where aarch64 cannot be run")
+    parser.add_argument("--require", action="store_true", help="fail if aarch64 cannot be emulated")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
 
@@ -55,17 +55,17 @@ def main() -> int:
         print(f"aarch64: skipped, there is no {'cross compiler' if compiler is None else 'emulator'}: {HOW}")
         return int(options.require or not right)
     sources = [PROGRAM, *(build.CSRC / BASELINE.folder / source for source in BASELINE.sources)]
-    # One program without shared libraries: where those for aarch64 lie depends on the distribution.
+    # A static program: the place of shared libraries for aarch64 depends on the distribution.
     program = linked("aarch64", compiler, sources, ("-static", *BASELINE.link), options.jobs)
     label = f"aarch64, built by {version(compiler)}, under {version(emulator)}"
     return int(not (run(label, [emulator, str(program)], options.jobs) and right))
 
 
 def check_here(library: build.Library, jobs: int) -> bool:
-    """The program with the library that Python loads."""
+    """Build and run the program with a library that Python loads; whether it passed."""
     try:
         built = build.find_or_build(library)
-    except build.BuildError as error:  # instructions that the compiler does not know: Python takes the next library
+    except build.BuildError as error:  # the compiler lacks the instructions; Python would use the next library
         print(f"{library.name}: skipped, {str(error).splitlines()[0]}")
         return True
     program = linked(library.name, build._compiler(), [PROGRAM], (str(built), *library.link), jobs)
@@ -74,7 +74,7 @@ def check_here(library: build.Library, jobs: int) -> bool:
 
 
 def linked(name: str, compiler: str, sources: list[Path], link: tuple[str, ...], jobs: int) -> Path:
-    """A program of objects that are compiled with the library's flags, unless they are kept."""
+    """A program from objects that are compiled with the library's flags, or cached."""
     begin = time.perf_counter()
     key = repr((compiler, version(compiler), BASELINE.flags, BASELINE.key(), PROGRAM.read_text()))
     folder = KEPT / hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -84,7 +84,7 @@ def linked(name: str, compiler: str, sources: list[Path], link: tuple[str, ...],
         path = folder / output
         if not path.exists():
             part = path.with_suffix(".part")
-            # The linker warns of what OpenMP could load for other devices: shown with errors only.
+            # The output is shown only on errors: the linker warns of OpenMP's plugins for other devices.
             made = subprocess.run([*compiler.split(), *words, "-o", str(part)], capture_output=True, text=True)
             if made.returncode:
                 raise SystemExit(f"{output} cannot be made: {made.stderr}")
@@ -99,10 +99,10 @@ def linked(name: str, compiler: str, sources: list[Path], link: tuple[str, ...],
 
 
 def run(label: str, command: list[str], jobs: int, bfloat16: str = "bfloat16") -> bool:
-    """Every part in a process of its own; whether all of it was right."""
+    """Run every part of the program in its own process; whether all passed."""
     parts = ("float64", "float32", bfloat16, "float16", "planted")
     begin = time.perf_counter()
-    # Threads of small problems would wait for each other in circles, on cores that others need.
+    # By default the threads of small problems would busy-wait on cores that other processes need.
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "2"}
 
     def part(name: str) -> subprocess.CompletedProcess[str]:
@@ -125,7 +125,7 @@ def first_of(names: tuple[str, ...]) -> str | None:
 
 
 def version(program: str) -> str:
-    """The first line of what a program says of itself."""
+    """The first line of a program's version output."""
     said = subprocess.run([*program.split(), "--version"], capture_output=True, text=True, check=True)
     return said.stdout.splitlines()[0]
 

@@ -1,16 +1,15 @@
-"""Compile every file of csrc/cuda for GPUs that need not be here, and judge what the compiler made of it.
+"""Compile every file of csrc/cuda without a GPU, and check the compiler's results.
 
     python tools/check_cuda.py [--quick] [--arch 80] [--only lse.cu] [--jobs 2] [--all-rows]
 
-Prints registers and spills of the kernels (the worse of two types of tags, or all) and exits with 1 if one
-spills or uses a stack, if asynchronous products are serialised, or if a file does not compile. The bindings
-are compiled against torch's headers, for which a CPU build will do. Shared memory is dynamic: static
-assertions beside the kernels bound what a launch asks for, and the emulator of tests/cuda_host checks that
+Prints registers and spills of the kernels (of the worse of two types of mask tags, or of all). Exits with 1 if a
+kernel spills or uses a stack, if asynchronous products are serialised, or if a file does not compile. The bindings
+are compiled against torch's headers; those of a CPU build are sufficient. Shared memory is dynamic: static
+assertions beside the kernels bound the size of a launch, and the emulator of tests/cuda_host checks that
 the kernel stays within it.
 
-``--quick`` compiles for sm_90a only. What the compiler said is kept in out/check_cuda and not asked again
-until a source, a header, a flag or the compiler changes. Without nvcc there is nothing to check: a note, and
-exit code 0.
+``--quick`` compiles for sm_90a only. Results are cached in out/check_cuda until a source, a header, a flag or the
+compiler changes. Without nvcc the tool prints a note and exits with 0.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ def readable(symbol: str) -> str:
 
 
 def parse(log: str, arch: str) -> list[Kernel]:
-    """The kernels that ``ptxas -v`` tells of."""
+    """The kernels in the output of ``ptxas -v``."""
     blocks = re.split(r"Compiling entry function '", log)[1:]
     symbols = [block.split("'", 1)[0] for block in blocks]
     filt = shutil.which("c++filt")
@@ -111,7 +110,7 @@ def compile_one(nvcc: str, version: str, source: str, arch: str) -> Outcome:
         command = [nvcc, *flags, "-c", str(CSRC / source), "-o", f"{folder}/object.o"]
         result = subprocess.run(command, capture_output=True, text=True)
     seconds, log = time.perf_counter() - begin, result.stdout + result.stderr
-    if result.returncode or "serialized" in log:  # products that were to overlap and do not: a note of ptxas
+    if result.returncode or "serialized" in log:  # ptxas notes products that do not overlap
         return Outcome(label, seconds, [], log)
     kernels = parse(log, arch)
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +135,7 @@ def main() -> int:
         print(f"the CUDA kernels are not checked: {error}")
         return 0
     arches = ARCHES[-1:] if options.quick else options.arch or ARCHES
-    # Longest first; the bindings are plain C++, the same for all architectures.
+    # Longest files first. The bindings are plain C++, the same for all architectures.
     sources = sorted((s for s in build.CUDA.sources if options.only in s), key=lambda s: -(CSRC / s).stat().st_size)
     jobs = [(s, a) for s in sources for a in (arches if s.endswith(".cu") else arches[:1])]
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
@@ -164,7 +163,7 @@ def main() -> int:
 
 
 def worst_of_each(kernels: list[Kernel]) -> list[Kernel]:
-    """Of the masks' two types of tags the one that is nearer to spilling."""
+    """Of the two types of mask tags, the instantiation that is nearer to spilling."""
     worst: dict[tuple[str, ...], Kernel] = {}
     for k in kernels:
         key = (re.sub(r", (int|long)\b", "", k.name), k.arch)

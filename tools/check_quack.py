@@ -1,11 +1,11 @@
-"""Compile quack's product with our epilogues for GPUs that need not be here, and judge what the compiler made of it.
+"""Compile quack's product with our epilogues without a GPU, and check the compiler's results.
 
     python tools/check_quack.py [--arch 90]
 
-One process for each architecture, since quack reads it from the environment once. Prints registers and instructions of
-each kernel, and exits with 1 if one spills or uses a stack, does not run on the architecture's tensor cores, does not
-fetch and store by TMA, or has other than one exponential an entry. Without quack-kernels there is nothing to check: a
-note, and exit code 0.
+Each architecture has its own process, because quack reads it from the environment once. Prints registers and
+instructions of each kernel. Exits with 1 if a kernel spills or uses a stack, does not run on the architecture's tensor
+cores, does not load and store by TMA, or has more or less than one exponential per entry. Without quack-kernels the
+tool prints a note and exits with 0.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ EXPONENTIAL, COMPARISON, SELECTION = "MUFU.EX2", "FSETP", "FSEL"
 
 
 def disassembler(name: str) -> str:
-    """cuobjdump or nvdisasm: the CUDA toolkit's, or those that Triton brings."""
+    """The path of cuobjdump or nvdisasm, from the CUDA toolkit or from Triton."""
     found = shutil.which(name)
     if found is None:
         import triton
@@ -67,12 +67,12 @@ def main() -> int:
 
 
 def compile_both(arch: int) -> int:
-    """In a process of its own, with quack's settings in the environment."""
+    """Compile both epilogues, in a process with quack's settings in the environment."""
     import quack.gemm_runtime.host as host
 
     from nckernels.backends.quack.call import QuackProduct
 
-    # The number of clusters that fit a device is asked of its driver, for the launch.
+    # The number of clusters that fit a device comes from its driver and is only needed for the launch.
     host.get_max_active_clusters = lambda *_, **__: 1
     product, failed = QuackProduct(arch // 10), False
     width = -(-OTHERS // product.columns) * product.columns
@@ -97,12 +97,12 @@ def compile_both(arch: int) -> int:
 
 
 def objects() -> set[Path]:
-    """What quack has kept so far."""
+    """The object files in quack's cache."""
     return set(Path(os.environ["QUACK_CACHE_DIR"]).rglob("*.o"))
 
 
 def judge(compiled: Path, arch: int, entries: int) -> tuple[str, list[str]]:
-    """A row of the table, and what is wrong."""
+    """A row of the table, and the problems found."""
     image = compiled.read_bytes()
     cubin = compiled.with_suffix(".cubin")
     cubin.write_bytes(image[image.index(ELF, 4) :])  # the device's code, inside the host's object file

@@ -1,15 +1,14 @@
-"""Compile every Triton kernel for GPUs that need not be here, and judge what the compiler made of it.
+"""Compile every Triton kernel without a GPU, and check the compiler's results.
 
     python tools/check_triton.py [--arch 90] [--only grad_kernel] [--jobs 2]
 
-The backend's own launch code runs on small CPU tensors with its one launching function replaced by a
-recorder: what is compiled is what would be launched, with the tiles that ``config.py`` chooses for the
-architecture. Exits with 1 if a kernel spills registers, needs more shared or tensor memory than the
-device has, stores a panel two bytes at a time, or has a matrix product that does not run on tensor
-cores (float32 at "highest" excepted, which must run as fused multiply-adds).
+The backend's own launch code runs on small CPU tensors, with its launch function replaced by a recorder. The tool
+compiles the recorded kernels, with the tiles that ``config.py`` chooses for the architecture. Exits with 1 if a kernel
+spills registers, needs more shared or tensor memory than the device has, stores a panel two bytes at a time, or has a
+matrix product that does not run on tensor cores (except float32 at "highest", which must run as fused multiply-adds).
 
-What was found good is kept in out/check_triton and not compiled again until the kernel's source, what it is specialised
-to, Triton or this file changes.
+The row of a kernel without findings is kept in out/check_triton. The kernel is compiled again when its source, its
+specialisation, Triton or this file changes.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ["TRITON_DEFAULT_FP_FUSION"] = "0"  # the default that Triton is moving to
+os.environ["TRITON_DEFAULT_FP_FUSION"] = "0"  # the future default of Triton
 os.environ.pop("TRITON_INTERPRET", None)  # the kernels must be compiled, not interpreted
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -67,22 +66,22 @@ class Scenario:
     present_only: bool = False
     bias: bool = False
     busy: bool = False
-    """Pretend that the device has one multiprocessor: programs then do whole rows, without partial sums."""
+    """Pretend that the device has one multiprocessor, so that programs process whole rows, without partial sums."""
     itself: bool = False
     """Features against themselves."""
     shifted: bool = False
-    """Operands begin 8 bytes behind a multiple of 16, as columns of a wider matrix may."""
+    """Operands begin 8 bytes past a multiple of 16, as slices of the columns of a wider matrix may."""
     step: bool = False
-    """Loss and gradient in one step, and the factor that comes back."""
+    """Loss and gradient in one step, and their scaling by the upstream gradient."""
     epilogue: bool = False
-    """The step has a product with an epilogue, which ``check_quack.py`` compiles."""
+    """The step uses a product with an epilogue, which ``check_quack.py`` compiles."""
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def scenarios() -> Iterator[Scenario]:
-    """Every entry of the tile tables, with the lightest and the heaviest epilogue, and the rarer branches once."""
+    """Every entry of the tile tables with the lightest and the heaviest epilogue, and each rarer branch once."""
     for d in (64, 128, 256):
         yield Scenario(BF16, d, "class", "target", busy=True)
         yield Scenario(BF16, d, "both", "same_label", m=192, busy=True)
@@ -128,7 +127,7 @@ class Job:
     tile: str
     arch: int
     tensor_cores: bool | None
-    """Whether its products must use tensor cores (True), must not (False); None: it has none."""
+    """Whether its products must use tensor cores (True) or must not (False); None if it has no products."""
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[int, Any], ...]
     divisible: tuple[int, ...]
@@ -141,7 +140,7 @@ _TYPES = {
 
 
 def job_of(kernel: Any, arch: int, scenario: Scenario, args: tuple[Any, ...], options: dict[str, Any]) -> Job:
-    """What Triton's own just-in-time compiler would make of a launch."""
+    """The specialisation that Triton's just-in-time compiler would compile for a launch."""
     values = dict(zip(kernel.arg_names, args, strict=False))
     values.update({name: options.pop(name) for name in kernel.arg_names if name in options})
     signature, constants, divisible = [], [], []
@@ -248,7 +247,7 @@ class Outcome:
 
 
 def usage(cubin: bytes, ptx: str, arch: int) -> tuple[int, int]:
-    """Registers and bytes of spills."""
+    """Number of registers, and bytes of spills."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
@@ -258,7 +257,7 @@ def usage(cubin: bytes, ptx: str, arch: int) -> tuple[int, int]:
         registers = max(int(r) for r in re.findall(r"REG:(\d+)", listing))
         if all(s == "0" for s in re.findall(r"(?:STACK|LOCAL):(\d+)", listing)):
             return registers, 0
-        # A stack frame is a spill or a function call's (the failing assertion's): the assembler tells.
+        # A stack frame is a spill or belongs to a call (of a failing assertion); the assembler reports which.
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
         command = [
@@ -305,7 +304,7 @@ def compile_(job: Job) -> Outcome:
     begin = time.perf_counter()
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=dict(job.options))
-    except Exception as error:  # any failure of the compiler is a finding, not the end of the run
+    except Exception as error:  # report any failure of the compiler and go on
         return Outcome(f"{job.label:72} sm_{job.arch}", (f"{type(error).__name__}: {error}",))
     ptx = compiled.asm["ptx"]
     registers, spills = usage(compiled.asm["cubin"], ptx, job.arch)
@@ -353,14 +352,14 @@ def main() -> int:
             for job in record(scenario, arch):
                 name = job.kernel.__name__
                 key = (name, arch, job.signature, job.constants, job.divisible, job.options)
-                # Kernels that only stream rows hardly differ between specialisations: one a block size will do.
+                # Kernels that only stream rows hardly differ between specialisations: compile one per block size.
                 streams = job.tensor_cores is None and "EXCLUDE" not in dict(job.signature)
                 if key in unique or (streams and per_kernel[name, arch, job.tile] == 1):
                     continue
                 per_kernel[name, arch, job.tile] += 1
                 unique[key] = job
     jobs = list(unique.values())
-    if options.quick:  # the last one of each group, since scenarios go from plain to rich
+    if options.quick:  # the last one of each group: scenarios are ordered from simple to complex
         jobs = list({(job.kernel.__name__, job.label.split()[1], job.arch): job for job in jobs}.values())
     JOBS.extend(job for job in jobs if options.only in job.label)
     JOBS.sort(key=lambda job: (job.label, job.arch))
@@ -369,8 +368,8 @@ def main() -> int:
     print(f"{'kernel':72} {'arch':7}warps stages regs spill  shared tmem  unit             time")
     failed = 0
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache  # nothing from earlier runs, nothing left behind
-        context = multiprocessing.get_context("fork")  # the workers find JOBS as it is
+        os.environ["TRITON_CACHE_DIR"] = cache  # an empty cache, removed afterwards
+        context = multiprocessing.get_context("fork")  # workers inherit JOBS
         with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
             for outcome in pool.map(build, range(len(JOBS))):
                 print(outcome.row, *outcome.problems, flush=True)

@@ -1,5 +1,5 @@
-"""The papers' claims on the glyphs: what is trained, how it is collected, and the page about it.
+"""Tests the papers' claims on glyphs and writes docs/results.md.
 
-``stages``: the sweeps. ``afterwards``: corrupted images and transfer, on trained networks. ``collect``: all numbers in
-one file. ``cli``: runs what is missing of it.
+``stages`` has the sweeps, ``afterwards`` the measurements on trained networks, ``collect`` puts all numbers into one
+file, ``cli`` runs what is missing, and ``page`` writes the page.
 """

@@ -1,4 +1,4 @@
-"""What is measured on trained networks: errors on corrupted test images, and transfer to classes never trained on."""
+"""Measurements on trained networks: errors on corrupted test images, and transfer to classes never trained on."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from nckernels.train.files import write_text
 
 FILE = "afterwards.json"
 OTHERS = (50, 100)
-"""The classes that the stage "half" has not seen."""
+"""The range of classes that the stage "half" has not seen."""
 
 
 def corruption_errors(folder: Path) -> dict[str, Any]:
-    """Errors by corruption, a value for each severity."""
+    """Errors by corruption, one value per severity."""
     run = _load(folder)
 
     def corrupt(name: str, severity: int) -> Any:
@@ -33,7 +33,7 @@ def corruption_errors(folder: Path) -> dict[str, Any]:
 
 
 def transfer(folder: Path) -> dict[str, Any]:
-    """Test accuracy of a linear probe on the encoder's features of the classes that it has not seen."""
+    """Test accuracy of a linear probe on the encoder's features, for the classes that the encoder has not seen."""
     run = _load(folder)
     data = open_data(run.recipe.replace(data__classes=OTHERS).data)
     (train, train_labels), (test, test_labels) = (
@@ -45,11 +45,11 @@ def transfer(folder: Path) -> dict[str, Any]:
 
 
 MEASURES: dict[str, Callable[[Path], dict[str, Any]]] = {"main": corruption_errors, "half": transfer}
-"""By stage, what comes after it."""
+"""The measurement that follows a stage."""
 
 
 def measure(stage: str, folders: Iterable[Path], jobs: int, quiet: bool) -> None:
-    """Write the file of every folder that has none."""
+    """Measure the runs of a stage that have no file of measurements, and write these files."""
     missing = [folder for folder in folders if not (folder / FILE).exists()]
     if stage not in MEASURES or not missing:
         return
@@ -62,7 +62,7 @@ def measure(stage: str, folders: Iterable[Path], jobs: int, quiet: bool) -> None
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What was measured; empty if nothing was."""
+    """The measurements of a run; empty if there are none."""
     path = folder / FILE
     return dict(json.loads(path.read_text())) if path.exists() else {}
 

@@ -1,4 +1,4 @@
-"""The claims of [NCD], each made of comparisons that the numbers decide, and the sentence that says how."""
+"""The claims of [NCD], each as comparisons that the measured numbers decide."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from .stages import STAGES
 from .verdicts import HELD, NOT_RUN, REVERSED, UNDECIDED, Claim, Part
 
 MARGIN = 1.0
-"""Points by which fixed prototypes may be worse than a linear probe and still match it."""
+"""Fixed prototypes that are worse than a linear probe by fewer points than this still match it."""
 RANKS = ("weights_erank", "intra_erank", "inter_erank")
 AT_ONCE = 0.075
-"""Share of CE's iterations in [NCD] Table 7 (II), for four of the five metrics."""
+"""[NCD] Table 7 (II): the share of CE's iterations after which NONL has CE's final value, in four of five metrics."""
 Tables = dict[int, ConvergenceTable]
 
 
 def claims(results: Results) -> list[Claim]:
-    """All of them, in the order of the table."""
+    """All claims, in the order of the table."""
     times = speeds(results)
     of_ce = "Shares of CE's iterations, medians over the seeds"
-    of_all = "% of the iterations, NONL : rival, medians over the seeds"
+    of_all = "% of the iterations for NONL : for the rival, medians over the seeds"
     return [
-        Claim("EB1", "NormFace, NTCE and NONL reach each final value of CE's metrics of collapse before CE ends",
+        Claim("EB1", "NormFace, NTCE and NONL reach CE's final value of every metric before CE's training ends",
               tuple(_matched(times, row, metric) for row in NORMALISED for metric in TABLE_7_METRICS),
               of_ce, counted=True),
         Claim("EB2", "NONL reaches 95 % of collapse, and CE's final values, before NormFace and NTCE",
@@ -53,8 +53,8 @@ def claims(results: Results) -> list[Claim]:
               (_no_worse(results),)),
         Claim("EB5", "NormFace, NTCE, NONL and SCL end nearer to collapse than CE",
               tuple(_closer(results, row, "ce", metric) for row in (*NORMALISED, "scl")
-                    for metric in TABLE_7_METRICS), "Distances from the optimum, of those that hold as shares of CE's",
-              counted=True),
+                    for metric in TABLE_7_METRICS),
+              "Distances from the optimum; in brackets, of those that hold, as shares of CE's", counted=True),
         Claim("EB6", "NTCE and NONL beat CE in transfer, under corruptions and on long tails",
               (*_transfers(results, ("ntce", "nonl")), *_corrupted(results, ("ntce", "nonl")),
                *_long_tails(results, ("ntce", "nonl")))),
@@ -74,7 +74,8 @@ def claims(results: Results) -> list[Claim]:
               "first evaluation if that is later, on 4 of 5 metrics",
               tuple(_at_once(times, metric, first_evaluation(results)) for metric in TABLE_7_METRICS),
               "% of CE's iterations, medians over the seeds", needed=4),
-        Claim("App. G.4, in spirit", "NONL contrasted over all processes classifies better than each process alone",
+        Claim("App. G.4, in spirit",
+              "NONL with the negatives of all processes classifies better than with each process's own",
               (_global_batch(results),)),
     ]  # fmt: skip
 
@@ -93,7 +94,7 @@ def _number(value: float, digits: int | None) -> str:
 
 
 def _decide(found: Difference, wanted: int) -> str:
-    """Whether a difference has the sign that is wanted."""
+    """The outcome for a difference that should have the sign ``wanted``."""
     if not found.values:
         return NOT_RUN
     return {wanted: HELD, -wanted: REVERSED, 0: UNDECIDED}[found.sign]
@@ -112,7 +113,7 @@ def _compare(
     digits: int | None = 1,
     **point: object,
 ) -> Part:
-    """Whether the first row has the larger value (``wanted`` 1) or the smaller one (-1)."""
+    """Compare two rows; the first should have the larger value (``wanted`` 1) or the smaller one (-1)."""
     values = [by_seed(results, measure, stage, row, **point) for row in (first, second)]
     found = difference(*values)
     middle, base = (mean(list(one.values())) for one in values)
@@ -164,7 +165,7 @@ def _global_batch(results: Results) -> Part:
 
 
 def _middle(times: Mapping[int, float]) -> float:
-    """The median of shares in per cent; infinite is never."""
+    """The median of shares, in per cent; infinite means never."""
     known = [value for value in times.values() if not math.isnan(value)]
     return 100 * statistics.median_high(known) if known else math.nan
 
@@ -175,7 +176,7 @@ def _percent(times: Mapping[int, float]) -> str:
 
 
 def _unanimous(times: Mapping[int, float], yes: Iterable[bool], no: Iterable[bool]) -> str:
-    """For times: what all seeds say, two at least."""
+    """The outcome of times: decided only if all seeds agree, and there are at least two."""
     if not times:
         return NOT_RUN
     if len(times) < 2:
@@ -184,7 +185,7 @@ def _unanimous(times: Mapping[int, float], yes: Iterable[bool], no: Iterable[boo
 
 
 def _matched(tables: Tables, row: str, metric: str) -> Part:
-    """Whether CE's final value is reached before CE's end; what is met before the first step says nothing."""
+    """Whether CE's final value is reached before CE ends; a value that the untrained network has is undecided."""
     times = match_times(tables, row, metric)
     values = times.values()
     outcome = _unanimous(times, (0 < value < 1 for value in values), (math.isinf(value) for value in values))
@@ -192,7 +193,7 @@ def _matched(tables: Tables, row: str, metric: str) -> Part:
 
 
 def _at_once(tables: Tables, metric: str, first: float) -> Part:
-    """Whether NONL has CE's final value within 7.5 % of its iterations, or at the first evaluation if that is later."""
+    """Whether NONL has CE's final value after 7.5 % of CE's iterations, or at the first evaluation if it is later."""
     times = match_times(tables, "nonl", metric)
     limit, values = max(AT_ONCE, first), times.values()
     outcome = _unanimous(times, (value <= limit for value in values), (value > limit for value in values))
@@ -200,7 +201,7 @@ def _at_once(tables: Tables, metric: str, first: float) -> Part:
 
 
 def _earlier(tables: Tables, rival: str, metric: str, part: int) -> Part:
-    """Whether NONL is there before a rival with every seed."""
+    """Whether NONL reaches the value before a rival with every seed."""
     of = collapse_times if part == 1 else match_times
     ours, theirs = of(tables, "nonl", metric), of(tables, rival, metric)
     group = f"{NAMES[rival]}, {'95 % of collapse' if part == 1 else 'as CE'}"

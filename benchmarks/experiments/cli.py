@@ -1,10 +1,10 @@
-"""``python -m benchmarks experiments``: the papers' claims on the glyphs, about an hour and a half on two cores.
+"""``python -m benchmarks experiments`` tests the papers' claims on glyphs, in about an hour and a half on two cores.
 
-python -m benchmarks experiments --out out/experiments          train what is missing; then the page and its pictures
-python -m benchmarks experiments --report FILE.json --write     the page from a committed file
+python -m benchmarks experiments --out out/experiments          train the missing runs, collect the numbers
+python -m benchmarks experiments --report FILE.json --write     write the page and its pictures from a committed file
 
-The same command goes on where it was cut off. The learning rates are those of the recipe; where the stage "tune" finds
-others, the command says so and stops, because everything after it depends on them.
+The same command resumes after an interruption. The learning rates are those of the recipe. If the stage "tune" finds
+others, the command says so and stops, because all later stages depend on them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .stages import STAGES
 
 
 def main(argv: list[str]) -> int:
-    """Run what is missing and write what came of it; returns the exit status."""
+    """Run the missing stages and write the results; returns the exit status."""
     args = _parse(argv)
     if args.report is not None:
         results = Results.load(args.report)
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
 
 
 def run(out: Path, stages: list[str], jobs: int, quiet: bool) -> int:
-    """The stages, one after the other. A run that diverges is a result: it is listed, and the others go on."""
+    """Run the stages one after the other. A run that diverges is a result: it is listed, and the others go on."""
     for name in stages:
         stage, folder = STAGES[name], out / name
         asked = stage.sweep()
@@ -65,24 +65,32 @@ def run(out: Path, stages: list[str], jobs: int, quiet: bool) -> int:
 
 
 def untuned(results: Results) -> list[str]:
-    """Rows of the recipe glyphs with another learning rate than the best of the grid."""
+    """Messages for the rows of the recipe glyphs whose learning rate is not the best of the grid."""
     lines = []
     for row, best in tuned(results).items():
         present = recipes.load(f"glyphs/{row}").optimizer.lr
         if present != best:
-            lines.append(f"glyphs/{row}: the best learning rate is {best:g}, and the recipe has {present:g}: change it")
+            lines.append(
+                f"glyphs/{row}: the best learning rate is {best:g}, but the recipe has {present:g}; change the recipe"
+            )
     return lines
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks experiments", description="The papers' claims on the glyphs: docs/results.md."
+        prog="python -m benchmarks experiments",
+        description="Test the papers' claims on glyphs; --write updates docs/results.md.",
     )
     add = parser.add_argument
     add("--out", type=Path, default=Path("out/experiments"), help="folder of the runs")
-    add("--stages", type=_stages, default=list(STAGES), help=f"some of {','.join(STAGES)}; all")
-    add("--jobs", type=int, default=2, help="processes at the same time: 2")
-    add("--report", type=Path, metavar="FILE", help="take the numbers from here and train nothing")
+    add(
+        "--stages",
+        type=_stages,
+        default=list(STAGES),
+        help=f"comma-separated, some of {','.join(STAGES)} (default: all)",
+    )
+    add("--jobs", type=int, default=2, help="processes at the same time (default: 2)")
+    add("--report", type=Path, metavar="FILE", help="read the numbers from this file and train nothing")
     add("--write", action="store_true", help="write docs/results.md and its pictures")
     add("--quiet", action="store_true", help="no progress bars")
     args = parser.parse_args(argv)

@@ -25,24 +25,24 @@ from .stages import STAGES
 
 @dataclass(frozen=True)
 class Run:
-    """One training and what was measured after it."""
+    """One training run and the measurements after it."""
 
     stage: str
     row: str
     seed: int
     point: dict[str, Any] = field(default_factory=dict)
-    """What the stage's grid sets, by dotted key."""
+    """The settings of the stage's grid, by dotted key."""
     lr: float = math.nan
     finished: bool = True
-    """False: it diverged, or has not been run."""
+    """False: it diverged or was not run."""
     seconds: float = math.nan
     test_accuracy: float = math.nan
     train_accuracy: float = math.nan
     steps: list[int] = field(default_factory=list)
-    """Of the evaluations, in the stage "main"."""
+    """Steps of the evaluations, in the stage "main"."""
     test_accuracies: list[float] = field(default_factory=list)
     metrics: dict[str, list[float]] = field(default_factory=dict)
-    """Neural collapse at each of them."""
+    """Neural-collapse metrics at each evaluation."""
     classifiers: dict[str, float] = field(default_factory=dict)
     """Test accuracy of FP, LP and NLP."""
     corruptions: dict[str, list[float]] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class Run:
 
 @dataclass
 class Results:
-    """All runs, and where they come from."""
+    """All runs, with the versions and commits that produced them."""
 
     runs: list[Run] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class Results:
     date: str = ""
     command: str = ""
     matplotlib: str = ""
-    """Its fonts are the glyphs."""
+    """Version of matplotlib, whose fonts the glyphs are drawn with."""
 
     def of(self, stage: str, row: str | None = None, **point: Any) -> list[Run]:
         """The finished runs of a stage, of a row, with these values of the grid (``loss__temperature=0.1``)."""
@@ -91,7 +91,7 @@ class Results:
 
 
 def collect(out: Path) -> Results:
-    """What is there of all stages."""
+    """Collect the runs of all stages from their folders."""
     results = Results(versions=_versions(), matplotlib=matplotlib.__version__)
     for name, stage in STAGES.items():
         for planned in stage.sweep().runs():
@@ -100,7 +100,7 @@ def collect(out: Path) -> Results:
 
 
 def tuned(results: Results) -> dict[str, float]:
-    """The rate with the best accuracy on the held-out training faces, by row; of equals the smaller one."""
+    """The learning rate with the best accuracy on the held-out faces, by row; the smaller one of equals."""
     best: dict[str, float] = {}
     for row in recipes.rows("glyphs"):
         runs = sorted(results.of("tune", row), key=lambda run: run.lr)
@@ -114,7 +114,7 @@ def mean(values: list[float]) -> float:
 
 
 def deviation(values: list[float]) -> float:
-    """Over seeds; NaN for fewer than two."""
+    """Standard deviation over seeds; NaN for fewer than two."""
     return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
@@ -149,7 +149,7 @@ def _versions() -> dict[str, str]:
 
 
 def folders(out: Path, stage: str) -> Iterator[Path]:
-    """Of the finished runs of a stage."""
+    """Folders of the finished runs of a stage."""
     for planned in STAGES[stage].sweep().runs():
         if grid.finished(out / stage / planned.name):
             yield out / stage / planned.name

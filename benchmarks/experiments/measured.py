@@ -1,4 +1,4 @@
-"""What the tables and the verdicts need of the numbers beyond reading them: errors relative to CE's, and speeds."""
+"""Quantities derived from the results: errors relative to CE's, and speeds of convergence."""
 
 from __future__ import annotations
 
@@ -51,17 +51,17 @@ def num_classes() -> int:
 
 @cache
 def best(metric: str) -> float:
-    """At neural collapse."""
+    """A metric's value at neural collapse."""
     return float(asdict(optimum(num_classes()))[metric])
 
 
 def distance(metric: str) -> Measure:
-    """From neural collapse, at the end."""
+    """A metric's final distance from its value at neural collapse."""
     return lambda run: abs(final(metric)(run) - best(metric))
 
 
 def mean_errors(results: Results, row: str) -> dict[str, list[float]]:
-    """By corruption the errors at each severity, means over the seeds; empty if nothing was measured."""
+    """Mean errors over the seeds, by corruption, at each severity; empty if nothing was measured."""
     runs = [run for run in results.of("main", row) if run.corruptions]
     return {name: [mean(list(v)) for v in zip(*(r.corruptions[name] for r in runs), strict=True)]
             for name in (runs[0].corruptions if runs else {})}  # fmt: skip
@@ -80,10 +80,7 @@ def relative_error(results: Results) -> Measure:
 
 
 def speeds(results: Results) -> dict[int, ConvergenceTable]:
-    """[NCD] Table 7 by seed.
-
-    Nothing is smoothed: with an evaluation an epoch the average over the past would be most of what is measured.
-    """
+    """[NCD] Table 7 by seed, without smoothing: with one evaluation per epoch it would dominate the result."""
     tables = {}
     for seed in sorted({run.seed for run in results.of("main")}):
         runs = [
@@ -102,11 +99,11 @@ def collapse_times(tables: dict[int, ConvergenceTable], row: str, metric: str) -
 
 
 def match_times(tables: dict[int, ConvergenceTable], row: str, metric: str) -> dict[int, float]:
-    """Part (II): share of CE's iterations until the metric is as near collapse as CE's in the end, by seed."""
+    """Part (II): share of CE's iterations until the metric is as close to collapse as CE's final value, by seed."""
     return {seed: t.match[row][metric] for seed, t in tables.items() if row in t.match}
 
 
 def first_evaluation(results: Results) -> float:
-    """Share of its iterations at which CE is evaluated for the first time after the start; NaN without CE."""
+    """Share of CE's iterations at its first evaluation after the start; NaN without CE."""
     steps = next((run.steps for run in results.of("main", "ce") if run.steps), [])
     return next((step / steps[-1] for step in steps if step > 0), math.nan)

@@ -1,8 +1,9 @@
-"""docs/results.md, from the numbers."""
+"""Writes docs/results.md from the results of the experiments."""
 
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 from nckernels.train import recipes
@@ -13,17 +14,17 @@ from .claims import AT_ONCE, MARGIN, claims
 from .collect import Results, Run
 from .measured import NAMES, dim, first_evaluation, num_classes
 from .paired import CONFIDENCE, accuracy, critical
-from .stages import PROCESSES, SEEDS, STAGES
+from .stages import SEEDS, STAGES
 from .verdicts import NOT_RUN, RULES
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = "results.md"
 ABSENT = "Not run."
 ALT = {
-    "rates": "Accuracy on the held-out faces over the learning rate, a line for each loss, the chosen rate circled",
-    "convergence": "Six metrics of neural collapse over the iterations, a line for each loss with a band for the seeds",
+    "rates": "Accuracy on the held-out faces by learning rate, one line per loss, the chosen learning rate circled",
+    "convergence": "Six metrics of neural collapse over the iterations, one line per loss with a band for the seeds",
     "temperatures": "Accuracy of NormFace and NONL by temperature and batch size, as heat maps",
-    "corruptions": "Error over the severity of each corruption, a line for each loss",
+    "corruptions": "Error by severity for each corruption, one line per loss",
 }
 
 
@@ -41,7 +42,7 @@ def page(results: Results) -> str:
 
 
 def wrapped(text: str) -> str:
-    """Paragraphs in lines of 120 characters; tables, code, headings and pictures as they are."""
+    """The text with its paragraphs wrapped at 120 characters; tables, code, headings and pictures are left alone."""
     blocks = text.split("\n\n")
     return "\n\n".join(
         block
@@ -55,14 +56,26 @@ def _head(results: Results) -> str:
     file = f"benchmarks/results/{results.date or '...'}-experiments.json"
     return f"""# Results on glyphs
 
-Which of the claims of [NCD], "Neural Collapse by Design", hold on {num_classes()} classes of letters and digits, for a
-small network on a CPU. These are results on glyphs, and they say nothing of CIFAR or ImageNet, on which nothing was
-trained here. All numbers are in [`{file}`](../{file}), from which a program writes this page, its verdicts too:
+This page is for everybody who wonders whether the claims of [NCD], "Neural Collapse by Design", hold outside of the
+paper. It tests them on {num_classes()} classes of letters and digits (glyphs), with a small network on a CPU, and gives
+a verdict on each.
+
+{_summary(results)}
+
+These results are about glyphs only: nothing was trained on CIFAR or ImageNet. All numbers are in
+[`{file}`](../{file}). A program writes this page from them, the verdicts included:
 
 ```
 make experiments   # trains what is missing, then writes the page
 python -m benchmarks experiments --write --report {file}
 ```"""
+
+
+def _summary(results: Results) -> str:
+    """How many claims got each verdict."""
+    verdicts = Counter(claim.verdict for claim in claims(results))
+    found = "; ".join(f"**{word}**: {verdicts[word]}" for word in (*RULES, NOT_RUN) if verdicts[word])
+    return f"Verdicts on {verdicts.total()} claims: {found}."
 
 
 def _verdicts(results: Results) -> str:
@@ -73,16 +86,19 @@ def _verdicts(results: Results) -> str:
 
 {tables.table(["in [NCD]", "claim", "here", "verdict"], rows, range(4))}
 
-**The rule.** Two losses are compared seed by seed. Printed is the mean of the differences ± their standard deviation
-over the seeds. A difference counts if the {100 * CONFIDENCE:g} % confidence interval of its mean (Student's t) leaves
-out zero: with {seeds} seeds, if the mean is larger than {critical(seeds):.1f} standard deviations. That is strict: a
-difference that does not count may still exist, {seeds} seeds do not show it. It makes no allowance for the number of
-comparisons: of twenty differences that do not exist, one is expected to count. Times until something is reached, which
-may be infinite, count if all seeds agree. EB4 is tested at the end of training, and asks whether the whole interval is
-above -{MARGIN:g} point. A claim that is made of several comparisons gets one of these words: {words}.
+**The rule.** Losses are compared seed by seed. The table shows the mean of the differences ± their standard deviation
+over the seeds. A difference counts if the {100 * CONFIDENCE:g} % confidence interval of its mean (Student's t) excludes
+zero: with {seeds} seeds, if the mean is larger than {critical(seeds):.1f} standard deviations. This rule is strict: a
+difference that does not count may still exist, but {seeds} seeds do not show it. It is not corrected for the number of
+comparisons: of twenty differences that do not exist, one is expected to count. The time until something is reached can
+be infinite, so that it has no mean; such a comparison counts if all seeds agree. EB4 is tested at the end of training,
+and holds if the whole interval is above -{MARGIN:g} point.
 
-EB1 does not count a value that the untrained network has already. For Table 7 (II) it counts, as in [NCD], and where
-the first evaluation comes later than {100 * AT_ONCE:g} % of the iterations it stands for them."""
+**The verdict** on a claim with several comparisons is one of: {words}.
+
+**Values at the start.** EB1 does not count a value that the untrained network already has. Table 7 (II) counts it, as
+[NCD] does. If the first evaluation comes later than {100 * AT_ONCE:g} % of the iterations, Table 7 (II) uses that
+evaluation instead."""
 
 
 def _method(results: Results) -> str:
@@ -107,39 +123,40 @@ def _method(results: Results) -> str:
     each = ", ".join(f"{lr:g}" for lr in grid)
     return f"""## What was done
 
-**Data.** {num_classes()} characters in {train} DejaVu faces, {images:,} images of {size} x {size} pixels; tested on
-{tested:,} images in {test} STIX faces, on which nothing was trained or tuned.
+**Data.** {num_classes()} characters in {train} DejaVu faces, {images:,} training images of {size} x {size} pixels. The
+test set has {tested:,} images in {test} STIX faces, which were used neither for training nor for tuning.
 
-**Network.** Convolutions of width {recipe.model.width} with a linear projection to {recipe.model.dim} signed features,
-{recipe.schedule.epochs} epochs of batches of {recipe.run.batch_size}, SGD with momentum {sgd.momentum:g}, weight decay
-{sgd.weight_decay:g} and a cosine schedule: `nckernels/train/recipes/glyphs.toml`.
+**Network and training.** Convolutions of width {recipe.model.width} with a linear projection to {recipe.model.dim}
+signed features; {recipe.schedule.epochs} epochs with batches of {recipe.run.batch_size}; SGD with momentum
+{sgd.momentum:g}, weight decay {sgd.weight_decay:g} and a cosine schedule. The recipe is
+`nckernels/train/recipes/glyphs.toml`.
 
-**Tuning.** One grid of {len(grid)} learning rates for every loss ({each}), with one seed. The rate is chosen on the
-serif faces, held out from the training faces. Then every loss is trained with its rate on all training faces with the
-seeds {seeds or NOT_RUN}, and tested after the last step: no early stopping, no choice of a checkpoint. All other stages
-have the same rates, `grid` and `ranks` times the batch size over {recipe.run.batch_size}.
+**Tuning.** Only the learning rate was tuned, for each loss on one grid of {len(grid)} values ({each}), with one seed
+and by the accuracy on the serif faces, held out from the training faces. Then each loss was trained with its learning
+rate on all training faces with the seeds {seeds or NOT_RUN}, and tested after the last step: no early stopping, no
+choice of a checkpoint. All other stages use the same learning rates; `grid` and `ranks` scale them by the batch size
+over {recipe.run.batch_size}.
 
-**What is not equal.** SCL sees two further random views of every image, where the others see the images as they are,
-and has an MLP as its projection. The temperature is {recipe.loss.temperature:g} for all losses that have one, which is
-the best of NONL in [NCD] Table 9 and not of the others; CE learns its own scale. Nothing but the learning rate was
-tuned for any of them.
+**Differences between the losses.** SCL sees two random views of every image and has an MLP as its projection; the
+others see the images without augmentation. The temperature is {recipe.loss.temperature:g} for all losses that have one.
+In [NCD] Table 9 this is the best value for NONL, but not for the others. CE learns its own scale.
 
-{tables.table(["stage", "runs with a result", "diverged, or not run"], stages)}
+{tables.table(["stage", "runs with a result", "diverged or not run"], stages)}
 
 Means and paired differences leave out the seeds without a result.
 
-{hours:.1f} hours of training, added over the runs. {results.date or "No date"}, commit
+The runs took {hours:.1f} hours of training in total. {results.date or "No date"}, commit
 {", ".join(results.commits) or "unknown"}; {", ".join(versions) or "versions unknown"}."""
 
 
 def _told(run: Run) -> str:
-    """Which one it is."""
+    """A run by its name, what its grid sets, and its seed."""
     point = [f"{key.rpartition('.')[2]} {value}" for key, value in run.point.items()]
     return ", ".join([tables.name(run.row), *point, f"seed {run.seed}"])
 
 
 def _sections(results: Results) -> list[str]:
-    """One for each table and figure of [NCD]."""
+    """One section for each table and figure of [NCD]."""
 
     def section(title: str, present: object, body: str) -> str:
         return f"## {title}\n\n{body if present else ABSENT}"
@@ -153,61 +170,61 @@ def _sections(results: Results) -> list[str]:
 
 {tables.contrastive(results)}
 
-The last column is a ResNet-18 on photographs, for orientation only. LP and NLP train on features that are computed
-once, without augmentation. DLP has fewer dimensions than classes, because in {dim("ce")} its points are the simplex of
-ETF+DR, whose labellings are all alike."""),
+The last column is for orientation only: it is a ResNet-18 on photographs. LP and NLP are trained on features that are
+computed once, without augmentation. DLP gets fewer dimensions than classes, because in {dim("ce")} dimensions its
+points would be the simplex of ETF+DR, for which every assignment to classes is equivalent."""),
         section("Collapse at the end: [NCD] Table 3", main, f"""{tables.collapse(results)}
 
-Of the training set, after the last step; *[NCD]* is CIFAR-100. What each metric sees and does not see, and why the
-printed optima of intra erank and MIR are not what they are taken for, is in
-[neural-collapse.md](neural-collapse.md#metrics). The last three rows measure the same things by size. Prototypes of SCL
-are its class means, those of ETF+DR and DLP are fixed, and so their weights erank says nothing about training. In
-{dim("dlp")} dimensions DLP cannot reach the optima of the ranks."""),
+Measured on the training set after the last step. *[NCD]* is CIFAR-100. [neural-collapse.md](neural-collapse.md#metrics)
+explains what each metric measures and misses, and why the optima of intra erank and MIR that [NCD] prints are wrong.
+The last three rows measure sizes instead of ranks and entropies. The prototypes of SCL are its class means, and those
+of ETF+DR and DLP are fixed, so their weights erank says nothing about training. In {dim("dlp")} dimensions DLP cannot
+reach the optima of the ranks."""),
         section("Speed: [NCD] Table 7 and Figure 2", main, f"""{tables.convergence(results, 1)}
 
 {tables.convergence(results, 2)}
 
-Medians over the seeds, smallest and largest in brackets where they differ. The first table has the share of its
-iterations after which a run is, and stays, within 5 % of the metric's range of collapse. The second has the share of
-CE's iterations after which it is, and stays, as near to collapse as CE of the same seed is in the end; in CE's own row,
-after which CE stays within 5 % of the range of its final value. An evaluation comes every
-{100 * first_evaluation(results):.1f} % of the iterations, and nothing is smoothed. 0 % means that the untrained network
-was there already.
+The numbers are medians over the seeds, with the smallest and the largest in brackets if they differ. The first table
+has the share of a run's iterations after which the metric comes within 5 % of its range of collapse, and stays there.
+The second has the share of CE's iterations after which the metric becomes as close to collapse as the final value of CE
+with the same seed, and stays so. CE's own row shows when CE comes within 5 % of the range of its final value, and
+stays. The runs are evaluated every {100 * first_evaluation(results):.1f} % of the iterations, and nothing is smoothed.
+0 % means that the untrained network already had the value.
 
 {_picture("convergence")}
 
-Mean and standard deviation over the seeds, of the training set."""),
+The curves are means over the seeds, measured on the training set; the bands are one standard deviation."""),
         section("Transfer: [NCD] Table 4", results.of("half"), f"""{tables.transfers(results)}
 
-Trained on the first half of the classes. Then a linear classifier is trained on the frozen encoder's features (before
-the projection) of the training faces of the other half, and tested on their unseen faces."""),
+The network is trained on the first half of the classes. Then a linear classifier is trained on the frozen encoder's
+features (before the projection) of the other half, on the training faces, and tested on the unseen faces."""),
         section("Corruptions: [NCD] Table 5", any(run.corruptions for run in main), f"""{tables.corruptions(results)}
 
-Means over five severities and over the seeds. The mCE is relative to CE's mean errors, 100 is as bad as CE. [NCD]
-divides by AlexNet's errors on ImageNet-C; kinds and severities here are ours, made for images of this size
-(`nckernels/train/corruptions.py`). SCL has trained on turned, shifted and zoomed images.
+The errors are means over five severities and over the seeds. The mCE is relative to CE's mean errors: 100 is as bad as
+CE. [NCD] divides by AlexNet's errors on ImageNet-C. Kinds and severities here are our own, made for images of this size
+(`nckernels/train/corruptions.py`). SCL was trained on rotated, shifted and zoomed images.
 
 {_picture("corruptions")}"""),
         section("Long tails: [NCD] Table 6", results.of("longtail"), f"""{tables.long_tails(results)}
 
-Accuracy on all classes alike, %. The imbalance is the size of the rarest class over that of the most frequent one.
-*[NCD]* is CIFAR-100-LT."""),
+The table shows the accuracy on a balanced test set, in %. The imbalance is the size of the rarest class divided by that
+of the most frequent one. *[NCD]* is CIFAR-100-LT."""),
         section("Temperature and batch size: [NCD] Figure 3", results.of("grid"), f"""{_picture("temperatures")}
 
-{_temperatures(results)} One seed: small differences mean nothing. The learning rate grows with the batch, from the one
-that was tuned at batches of {recipes.load("glyphs/nonl").run.batch_size} and temperature
-{recipes.load("glyphs/nonl").loss.temperature:g}. All have the same epochs, so that large batches take fewer steps."""),
+{_temperatures(results)} There is one seed, so small differences mean nothing. The learning rate is proportional to the
+batch size; it was tuned at batches of {recipes.load("glyphs/nonl").run.batch_size} and temperature
+{recipes.load("glyphs/nonl").loss.temperature:g}. All runs have the same number of epochs, so large batches take fewer
+steps."""),
         section("One batch on several processes", results.of("ranks"), f"""{tables.ranks(results)}
 
-NONL on {PROCESSES} processes (`loss.global_batch`), {STAGES["ranks"].title}. Both train with the same samples in the
-same order; only what they are contrasted with differs. Group norm stands in for batch norm, whose statistics would be
-each process's own. [NCD] App. G.4 asks for large batches, and its code contrasts each device's samples on their
-own."""),
+NONL with {STAGES["ranks"].title} (`loss.global_batch`). Both variants train with the same samples
+in the same order and differ only in the negatives. Group norm replaces batch norm, whose statistics would be those of
+each process. [NCD] App. G.4 asks for large batches, but its code contrasts each device's own samples only."""),
     ]  # fmt: skip
 
 
 def _temperatures(results: Results) -> str:
-    """What the heat maps show, in words."""
+    """The best cell of each heat map, and the ranges beside it, in words."""
     sentences = []
     for row in STAGES["grid"].rows or ():
         runs = results.of("grid", row)
@@ -221,7 +238,7 @@ def _temperatures(results: Results) -> str:
         warm = sorted(map(accuracy, results.of("grid", row, loss__temperature=last)))
         sentences.append(
             f"{NAMES[row]} is best at temperature {tau:g} and batch size {size} ({accuracy(top):.1f} %). Over the "
-            f"batch sizes that temperature gives {same[0]:.1f} to {same[-1]:.1f} %, "
+            f"batch sizes, this temperature gives {same[0]:.1f} to {same[-1]:.1f} %, "
             f"and {last:g} gives {warm[0]:.1f} to {warm[-1]:.1f} %."
         )
     return " ".join(sentences)

@@ -1,9 +1,8 @@
-"""Differences between two rows seed by seed, and when they count.
+"""Differences between two rows, seed by seed, and when they count.
 
-A difference counts when the 95 % confidence interval of its mean over the seeds (Student's t) leaves out zero. For
-three seeds that asks for a mean of 2.5 times the standard deviation of the differences. The rule of thumb "twice the
-standard error" would let through one in five differences that are not there, because three seeds say little about
-their own spread.
+A difference counts if the 95 % confidence interval of its mean over the seeds (Student's t) excludes zero. For three
+seeds the mean must be 2.5 times the standard deviation of the differences. The rule of thumb "twice the standard error"
+would accept one in five differences that do not exist, because three seeds estimate their own spread badly.
 """
 
 from __future__ import annotations
@@ -33,17 +32,17 @@ class Difference:
 
     @property
     def deviation(self) -> float:
-        """Over the seeds; NaN for fewer than two."""
+        """Standard deviation over the seeds; NaN for fewer than two."""
         return deviation(list(self.values))
 
     @property
     def half_width(self) -> float:
-        """Of the confidence interval of the mean; NaN for fewer than two seeds."""
+        """Half the width of the confidence interval of the mean; NaN for fewer than two seeds."""
         return critical(len(self.values)) * self.deviation
 
     @property
     def sign(self) -> int:
-        """1 or -1 for a difference that counts; 0 for one that does not, or that cannot be told."""
+        """1 or -1 for a difference that counts, 0 for one that does not or is undefined."""
         if not abs(self.mean) > self.half_width:
             return 0
         return 1 if self.mean > 0 else -1
@@ -55,27 +54,27 @@ def critical(count: int) -> float:
 
 
 def by_seed(results: Results, measure: Measure, stage: str, row: str, **point: Any) -> dict[int, float]:
-    """What a row's runs measured; runs for which it is NaN are left out."""
+    """A measure of a row's runs by seed; runs where it is NaN are left out."""
     values = {run.seed: measure(run) for run in results.of(stage, row, **point)}
     return {seed: value for seed, value in sorted(values.items()) if not math.isnan(value)}
 
 
 def difference(first: Mapping[int, float], second: Mapping[int, float]) -> Difference:
-    """Of the seeds that both have."""
+    """First minus second, for the seeds that both have."""
     return Difference(tuple(first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())))
 
 
 def order(first: Mapping[int, float], second: Mapping[int, float]) -> int:
-    """-1 if the first is the smaller one with every seed, 1 if it is the larger one, 0 where the seeds disagree.
+    """-1 if the first is smaller with every seed, 1 if it is larger with every seed, 0 if the seeds disagree.
 
-    For times until something happens, which have no mean where one is infinite. One seed does not decide.
+    It compares times until an event, which have no mean if one of them is infinite. One seed alone gives 0.
     """
     signs = {(first[seed] > second[seed]) - (first[seed] < second[seed]) for seed in first.keys() & second.keys()}
     return signs.pop() if len(signs) == 1 and len(first.keys() & second.keys()) > 1 else 0
 
 
 def accuracy(run: Run) -> float:
-    """On the test set, in per cent."""
+    """Test accuracy in per cent."""
     return 100 * run.test_accuracy
 
 

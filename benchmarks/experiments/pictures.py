@@ -1,4 +1,4 @@
-"""The pictures of the page."""
+"""The pictures of docs/results.md."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from .tables import missing, name
 COLOURS = {row: THEMES[row][0] for row in NAMES}
 CURVES = ("inter_erank", "weights_erank", "intra_erank", "weight_alignment", "instance_alignment", "within_scatter")
 WIDTH = 9.0
-"""Inches. At this dpi twice the pixels of GitHub's column, whose letters then have the size of its text."""
+"""Inches. With this dpi a picture has twice the pixels of GitHub's column; its letters are as large as the text."""
 DPI = 180
 LOGARITHMIC = ("within_scatter",)
 
 
 def rates(results: Results) -> Figure | None:
-    """Accuracy on the held-out faces over the learning rate; circles: chosen; crosses: no accuracy."""
+    """Accuracy on the held-out faces by learning rate. Circles mark the chosen rates, crosses runs without accuracy."""
     chosen = tuned(results)
     if not chosen:
         return None
@@ -49,7 +49,7 @@ def rates(results: Results) -> Figure | None:
     }
     lost = {row: values for row, values in lost.items() if values}
     for i, (row, values) in enumerate(lost.items()):
-        # Beside each other, because several losses may diverge at one rate.
+        # Side by side, because several losses may diverge at one rate.
         beside = np.array(values) * 1.06 ** (i - (len(lost) - 1) / 2)
         ax.plot(beside, np.full(len(values), 1.5), "x", ms=6, color=COLOURS[row], mew=2)
     ticks = sorted({run.lr for run in results.runs if run.stage == "tune"})
@@ -86,7 +86,7 @@ def convergence(results: Results) -> Figure | None:
 
 
 def corruptions(results: Results) -> Figure | None:
-    """Errors over the severity, a panel for each corruption, means over the seeds."""
+    """Mean errors over the seeds by severity, one panel per corruption."""
     errors = {row: found for row in NAMES if (found := mean_errors(results, row))}
     if not errors:
         return None
@@ -142,11 +142,11 @@ PICTURES: dict[str, Callable[[Results], Figure | None]] = {
     "temperatures": temperatures,
     "corruptions": corruptions,
 }
-"""By the end of the file's name."""
+"""Drawing functions by the last part of the file's name."""
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
-    """Write those that there are numbers for; returns their paths."""
+    """Draw the pictures for which there are numbers; returns their paths."""
     written = []
     for key, picture in PICTURES.items():
         figure = picture(results)
@@ -174,7 +174,7 @@ def _figure(rows: int, columns: int, height: float, **shared: Any) -> tuple[Figu
 
 
 def _band(ax: Axes, runs: Sequence[Run], values: Callable[[Run], list[float]], colour: str) -> None:
-    """Of runs with the same evaluations."""
+    """The mean of the runs with the same evaluations as the first, with a band of one standard deviation."""
     steps = runs[0].steps
     series = np.array([values(run) for run in runs if run.steps == steps])
     middle = series.mean(0)

@@ -1,4 +1,4 @@
-"""What the experiments train: sweeps of the recipe glyphs, one after the other."""
+"""The training runs of the experiments: sweeps of the recipe glyphs, one after the other."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ class Stage:
     """None: all."""
     seeds: Sequence[int] = SEEDS
     values: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    """Of the grid, by dotted key."""
+    """The grid: values by dotted key."""
     processes: int = 1
-    """Of each run."""
+    """Processes of each run."""
 
     def sweep(self) -> grid.Sweep:
         return grid.plan("glyphs", self.settings, self.rows, self.seeds, self.values)
 
     def command(self) -> tuple[str, ...]:
-        """What a run's process starts with."""
+        """The command that starts a run, without the run's arguments."""
         if self.processes == 1:
             return TRAIN
         launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}")
@@ -51,14 +51,14 @@ STAGES: dict[str, Stage] = {
         values={"optimizer.lr": RATES},
     ),
     "main": Stage("all losses on 100 classes, with neural collapse after every epoch"),
-    # As many epochs as give the rarest setting 390 steps; the whole set has 900 in the stage "main".
+    # 24 epochs give the smallest training set 390 steps; the whole set has 900 in the stage "main".
     "longtail": Stage(
         "long-tailed training sets",
         ("schedule.epochs=24", *FINAL_ONLY),
         rows=WITH_CLASSIFIER,
         values={"data.imbalance": (0.1, 0.02, 0.01)},
     ),
-    # Half the images: twice the epochs for as many steps.
+    # Half the images, so twice the epochs for the same number of steps.
     "half": Stage(
         "50 of the classes, for transfer to the other 50",
         ("data.classes=[0, 50]", "schedule.epochs=24", *FINAL_ONLY),
@@ -66,7 +66,7 @@ STAGES: dict[str, Stage] = {
     ),
     # 16 samples on each process. Group norm, because on CPUs the statistics of batch norm would be each process's own.
     "ranks": Stage(
-        f"batches of 64 on {PROCESSES} processes, contrasted as a whole or by each process on its own",
+        f"batches of 64 on {PROCESSES} processes, with the negatives of the whole batch or of each process",
         ("run.batch_size=64", 'model.norm="group"', "optimizer.lr_batch=128", *FINAL_ONLY),
         rows=("nonl",),
         values={"loss.global_batch": (True, False)},

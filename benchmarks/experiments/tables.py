@@ -1,4 +1,4 @@
-"""The tables of the page, in Markdown. What has not been run says so."""
+"""The tables of the page, in Markdown; cells of runs that are missing say "not run"."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from .stages import STAGES
 from .verdicts import NOT_RUN
 
 OURS = ("within_scatter", "cdnv", "nc2_cosines")
-"""Beside the metrics of [NCD] Table 3: the size of the scatter, and errors that grow linearly near the optimum."""
+"""Metrics beside those of [NCD] Table 3: the size of the scatter, and errors that grow linearly near the optimum."""
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], text: Sequence[int] = (0,)) -> str:
-    """The columns ``text`` to the left, the others, numbers, to the right."""
+    """A table whose columns ``text`` are aligned left and all others, which hold numbers, right."""
     lines = [head, ["---" if i in text else "---:" for i in range(len(head))], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def name(row: str) -> str:
-    """With the number of dimensions where it is another one."""
+    """The row's name, with the number of dimensions if it differs from CE's."""
     return f"{NAMES[row]}, d = {dim(row)}" if dim(row) != dim("ce") else NAMES[row]
 
 
@@ -64,21 +64,21 @@ def rates(results: Results) -> str:
         if chosen[row] in (runs[0].lr, runs[-1].lr):
             notes.append("the best is at the edge of the grid")
         elif not next(run for run in runs if run.lr > chosen[row]).finished:
-            notes.append("the best is next to it")
+            notes.append("the next larger rate has no result")
         trained = {run.lr for run in results.of("main", row)} - {chosen[row]}
-        notes += [f"the stages after it have {lr:g}" for lr in trained]
+        notes += [f"later stages use {lr:g}" for lr in trained]
         found = max(accuracy(run) for run in runs if run.finished)
         rows.append([name(row), f"{chosen[row]:g}", f"{found:.1f}", "; ".join(notes)])
     return table(["", "learning rate", "held-out faces, %", ""], rows, (0, 3))
 
 
 def missing(results: Results) -> str:
-    """Why runs of the stage "tune" have no accuracy: the stages after it begin when all of its runs have been tried."""
+    """Why runs of the stage "tune" have no accuracy; later stages begin only when all of them have been tried."""
     return "diverged" if any(run.finished and run.stage != "tune" for run in results.runs) else "diverged or not run"
 
 
 def accuracies(results: Results) -> str:
-    """[NCD] Table 1, and DLP and SCL."""
+    """[NCD] Table 1, with DLP and SCL."""
     rows = []
     for row in NAMES:
         test, train = (by_seed(results, measure, "main", row) for measure in (accuracy, train_accuracy))
@@ -104,7 +104,7 @@ def contrastive(results: Results) -> str:
 
 
 def collapse(results: Results) -> str:
-    """[NCD] Table 3 on its side, and three metrics more."""
+    """[NCD] Table 3, transposed, and three further metrics."""
     rows = []
     for i, metric in enumerate((*published.TABLE_3_METRICS, *OURS)):
         found = [by_seed(results, final(metric), "main", row) for row in NAMES]
@@ -127,7 +127,7 @@ def convergence(results: Results, part: int) -> str:
         rows.append([f"**{name(row)}**{settled}", *map(_shares, found)])
         if row in TABLE_7:
             rows.append(["[NCD]", *(_share(value) for value in TABLE_7[row][part - 1])])
-    title = "within 5 % of collapse after" if part == 1 else "as near as CE in the end after"
+    title = "within 5 % of collapse after" if part == 1 else "as close as CE's final value after"
     return table([title, *(METRICS[metric] for metric in TABLE_7_METRICS)], rows)
 
 
@@ -138,16 +138,16 @@ def transfers(results: Results) -> str:
          f"{published.TABLE_4[row]:.1f}" if row in published.TABLE_4 else ""]
         for row in STAGES["half"].rows or NAMES
     ]  # fmt: skip
-    return table(["", "the other classes, %", "the classes trained on, %", "[NCD], mean of eight sets"], rows)
+    return table(["", "other classes, %", "trained classes, %", "[NCD], mean of eight sets"], rows)
 
 
 def corruptions(results: Results) -> str:
-    """[NCD] Table 5 on its side."""
+    """[NCD] Table 5, transposed."""
     errors = {row: mean_errors(results, row) for row in NAMES}
     measure = relative_error(results)
     clean = [by_seed(results, lambda run: 100 - accuracy(run), "main", row) for row in NAMES]
     relative = [by_seed(results, measure, "main", row) for row in NAMES]
-    rows = [["not corrupted, error, %", *map(spread, clean)], ["**mCE, %**", *map(spread, relative)]]
+    rows = [["clean, error, %", *map(spread, clean)], ["**mCE, %**", *map(spread, relative)]]
     rows.append(
         ["*[NCD] mCE*", *(f"{published.TABLE_5[row]:.1f}" if row in published.TABLE_5 else "" for row in NAMES)]
     )
@@ -171,7 +171,7 @@ def long_tails(results: Results) -> str:
 
 def ranks(results: Results) -> str:
     """One batch over several processes, seed by seed."""
-    titles = {True: "contrasted with all samples of the batch", False: "each process with its own samples"}
+    titles = {True: "negatives of the whole batch", False: "negatives of each process alone"}
     both = {key: by_seed(results, accuracy, "ranks", "nonl", loss__global_batch=key) for key in titles}
     seeds = sorted(both[True].keys() | both[False].keys())
 
@@ -191,7 +191,7 @@ def _signed(value: float, spread: float) -> str:
 
 
 def _shares(times: Mapping[int, float]) -> str:
-    """The median over the seeds, and the smallest and largest where they differ."""
+    """The median over the seeds, and the smallest and largest value if they differ."""
     known = sorted(value for value in times.values() if not math.isnan(value))
     if not times:
         return NOT_RUN

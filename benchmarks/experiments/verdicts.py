@@ -1,4 +1,4 @@
-"""Claims made of comparisons, and the words for what came of them."""
+"""Claims that consist of comparisons, and the verdicts on them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ HELD, REVERSED, UNDECIDED, NOT_RUN = "holds", "reversed", "undecided", "not run"
 PARTLY, MIXED, FAILED = "holds in part", "mixed", "does not hold"
 RULES = {
     HELD: "all comparisons count, as claimed",
-    PARTLY: "some count as claimed, none the other way round",
-    MIXED: "some count as claimed, some the other way round",
-    FAILED: "some count the other way round, none as claimed",
+    PARTLY: "some count as claimed, none against the claim",
+    MIXED: "some count as claimed, some against the claim",
+    FAILED: "some count against the claim, none as claimed",
     UNDECIDED: "none counts",
 }
 
@@ -26,7 +26,7 @@ class Part:
     size: str = ""
     group: str = ""
     share: float = math.nan
-    """In per cent, of what the claim compares with; for a range over the group."""
+    """The first value in per cent of the second; a group shows the range of these."""
 
     def __str__(self) -> str:
         return f"{self.what} {self.size}".strip()
@@ -40,11 +40,11 @@ class Claim:
     statement: str
     parts: tuple[Part, ...]
     unit: str = "Points"
-    """Of the sizes."""
+    """The unit of the sizes."""
     needed: int | None = None
-    """The claim is that at least so many of the parts hold. None: all of them."""
+    """How many parts must hold for the claim to hold; None: all."""
     counted: bool = False
-    """Too many parts to be listed: those that hold are counted, by their groups."""
+    """Count the parts that hold, by group, instead of listing all parts."""
 
     def of(self, outcome: str) -> list[Part]:
         return [part for part in self.parts if part.outcome == outcome]
@@ -65,7 +65,7 @@ class Claim:
         return FAILED if against else UNDECIDED
 
     def sentence(self) -> str:
-        """What was found."""
+        """The cell of the table that says what was found."""
         if self.verdict == NOT_RUN:
             return "Not run."
         groups: dict[str, list[Part]] = {}
@@ -84,7 +84,7 @@ def _listed(group: str, parts: list[Part]) -> str:
 
 
 def _counted(group: str, parts: list[Part]) -> str:
-    """How many hold, and what becomes of the others."""
+    """How many parts of a group hold, and the outcome of the others."""
     by_outcome = {outcome: [p for p in parts if p.outcome == outcome] for outcome in (REVERSED, UNDECIDED, NOT_RUN)}
     held = [part for part in parts if part.outcome == HELD]
     shares = sorted(part.share for part in held if not math.isnan(part.share))

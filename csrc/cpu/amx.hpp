@@ -1,14 +1,14 @@
 // Pairs of bfloat16 numbers multiplied by the tiles of AMX: registers of 16 rows of 64 bytes.
 //
-// Where the compiler has no AMX, a model of the three instructions takes their place: a test of packing and
-// of the order of tiles on any CPU (NCK_AMX).
+// Where the compiler has no AMX, a model of the three instructions takes their place, so that packing and the
+// order of tiles can be tested on any CPU (NCK_AMX).
 #pragma once
 
 #include "pairs.hpp"
 
 namespace nckernels {
 namespace amx {
-// What ldtilecfg reads: palette 1, and of all eight registers the bytes of a row and the rows.
+// The operand of ldtilecfg: palette 1, and for each of eight registers the bytes of a row and the rows.
 struct alignas(64) Configuration {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -18,8 +18,8 @@ static_assert(sizeof(Configuration) == 64);
 
 #if defined(__AMX_BF16__)
 
-// Registers are configured per thread, and other libraries configure them as well: for as long as one product
-// takes.
+// Configures the registers of this thread for the duration of one product: other libraries configure them
+// too.
 struct Session {
   Session() {
     static constexpr Configuration configuration;
@@ -28,7 +28,7 @@ struct Session {
   ~Session() { asm volatile("tilerelease"); }
 };
 
-// GCC's intrinsics want the numbers of registers as literals, which templates have not.
+// GCC's intrinsics need register numbers as literals, which template parameters are not.
 template <int REGISTER>
 NCK_INLINE void zero() {
   asm volatile("tilezero %%tmm%c0" ::"i"(REGISTER));

@@ -1,18 +1,25 @@
 // The backward pass. With A = dL/dt for a tile and the packed operands U = beta u, V = unit prototypes:
 //     dL/dU = A V,   dL/dV = A^T U,   and through the normalisation dL/dx = r (g - (g . u) u).
 //
-// Row tiles go in groups. First each thread takes a tile of the group: entries A, and A V for its rows. Then
-// the threads share out the features and columns and add A^T U of all tiles of the group, in order: one
-// accumulator for all threads, no atomics, and a result that does not depend on who was quicker.
+// Row tiles are processed in groups. First each thread takes a tile of the group and computes its entries A
+// and the product A V for its rows. Then the threads divide features and columns among themselves and add A^T
+// U of all tiles of the group, in order. All threads share one accumulator without atomics, and the result
+// does not depend on the order in which threads finish.
 #pragma once
 
 #include "smoothing.hpp"
 #include "tiles.hpp"
 
 namespace nckernels {
-// Whether a pass is the first and the last of those that add to one gradient.
-struct Turn {
+// Where a pass writes one gradient. Several passes can add to it: the first one overwrites the sums, and the
+// last one completes the rows.
+template <class T>
+struct Output {
+  GradientRows<T> rows;
+  T* sums = nullptr;  // accumulator for rows that are rounded after several passes
   bool first = true, last = true;
+
+  T* sums_of(int64_t j, int64_t d) const { return rows.place(j, sums ? sums + j * d : nullptr); }
 };
 
 template <class G>
@@ -23,17 +30,21 @@ class BackwardPass {
   static constexpr int NV = G::NV, NR = G::NR, W = G::W;
 
  public:
-  BackwardPass(const Problem& p, const Columns& columns, const Gradients& g, Turn of_z = {}, Turn of_w = {},
-               RankOne<T> beside = {})
+  BackwardPass(const Problem& p, const Columns& columns, const Gradients& g)
+      : BackwardPass(p, columns, g, {{g.z, false, p.d}}, {{g.w, false, p.d}}, {}) {}
+
+  // `z` and `w` replace those of `g`.
+  BackwardPass(const Problem& p, const Columns& columns, const Gradients& g, Output<T> z, Output<T> w,
+               RankOne<T> beside)
       : p_(p),
         columns_(columns),
         g_(g),
-        of_z_(of_z),
-        of_w_(of_w),
+        z_(z),
+        w_(w),
         beside_(beside),
         in_entries_(G::RESTS && beside),
         s_(p, columns, true),
-        need_rows_(g.z || (g.beta && !g.w)),
+        need_rows_(z.rows || (g.beta && !w.rows)),
         class_scale_(s_.all_panels * NR, T(0)),
         class_shift_(s_.all_panels * NR, T(0)),
         row_scale_(p.m),
@@ -43,7 +54,7 @@ class BackwardPass {
 
   void run() {
     Room room(*this);
-    if (!columns_.count && need_rows_) std::fill(room.grad_z, room.grad_z + p_.m * p_.d, T(0));
+    for (int64_t j = 0; j < p_.m && !columns_.count; j++) z_.rows.clear(j);
     for (int64_t first = 0; first < columns_.count; first += s_.block_k) {
       const Block block(first, std::min(s_.block_k, columns_.count - first),
                         first + s_.block_k >= columns_.count);
@@ -51,12 +62,12 @@ class BackwardPass {
         s_.pack_prototypes(first, block.count, q, room.v,
                            need_rows_ ? static_cast<Operand*>(room.v_rows) : nullptr);
       });
-      if (g_.w) std::fill(static_cast<T*>(room.grad_v), room.grad_v + block.panels * NR * s_.d_pad, T(0));
+      if (w_.rows) std::fill(static_cast<T*>(room.grad_v), room.grad_v + block.panels * NR * s_.d_pad, T(0));
       for (int64_t begin = 0; begin < s_.tiles; begin += room.group) {
         make_rows(room, block, begin);
-        if (g_.w) add_columns(room, block, begin);
+        if (w_.rows) add_columns(room, block, begin);
       }
-      if (g_.w) parallel(p_.threads, block.panels, [&](int64_t q) { finish_columns(room, block, q); });
+      if (w_.rows) parallel(p_.threads, block.panels, [&](int64_t q) { finish_columns(room, block, q); });
     }
     if (!g_.beta) return;
     double total = 0;
@@ -75,15 +86,15 @@ class BackwardPass {
         : first(start), count(n), panels((n + NR - 1) / NR), is_last(last) {}
   };
 
-  // What the pass works in: a block of columns packed in two layouts, with its gradient, and what a group of
-  // row tiles passes on from their own threads to those that add up the columns.
+  // Scratch: a block of columns packed in two layouts, its gradient, and the operands that a group of row
+  // tiles hands to the threads that add up columns.
   struct Room {
     int64_t widest, group;                     // columns, tiles
     std::vector<double> energy, class_energy;  // shares of dL/dbeta per row tile, per panel
-    std::vector<double> lost;                  // and what rounding has taken from them, per row tile
-    Buffer<T> rows, grad_v, bias_shares;
+    std::vector<double> lost;                  // their rounding errors, per row tile
+    Buffer<T> sums, grad_v,
+        bias_shares;  // `sums`: accumulator of dL/dU over column blocks, if there is no other
     Buffer<Operand> v, v_rows, entries, u_rows;
-    T* grad_z;  // where dL/dU accumulates over column blocks: in the gradient itself if it is wanted
 
     explicit Room(const BackwardPass& pass) : Room(pass, pass.s_, pass.g_) {}
     Room(const BackwardPass& pass, const Tl& s, const Gradients& g)
@@ -92,28 +103,27 @@ class BackwardPass {
           energy(std::max<int64_t>(s.tiles, 1), 0.0),
           class_energy(s.all_panels, 0.0),
           lost(energy.size(), 0.0),
-          rows(pass.need_rows_ && !g.z ? s.p.m * s.p.d : 0),
-          grad_v(g.w ? widest * s.d_pad : 0),
+          sums(pass.z_.rows && !pass.z_.sums_of(0, 0) && s.block_k < pass.columns_.count ? s.p.m * s.p.d : 0),
+          grad_v(pass.w_.rows ? widest * s.d_pad : 0),
           bias_shares(g.class_bias && g.instance_lse ? group * widest : 0),
           v(s.kept_tiles < s.tiles ? widest * G::inner(s.p.d) : 0),
           v_rows(pass.need_rows_ ? widest * s.d_pad : 0),
           entries(group * s.entries_of_tile(widest)),
-          u_rows(g.w ? group * G::by_feature(s.tile_m, s.d_pad) : 0),
-          grad_z(g.z ? static_cast<T*>(g.z) : static_cast<T*>(rows)) {}
+          u_rows(pass.w_.rows ? group * G::by_feature(s.tile_m, s.d_pad) : 0) {}
 
     Operand* entries_of(int64_t i, const Tl& s) { return entries + i * s.entries_of_tile(widest); }
     Operand* u_rows_of(int64_t i, const Tl& s) { return u_rows + i * G::by_feature(s.tile_m, s.d_pad); }
     T* bias_of(int64_t i) { return bias_shares ? bias_shares + i * widest : nullptr; }
   };
 
-  // The tiles of a group, each by one thread: the entries, and A V for their rows.
+  // Entries and A V of the tiles of a group, one thread per tile.
   void make_rows(Room& room, const Block& block, int64_t begin) {
     const int64_t here = std::min(room.group, s_.tiles - begin);
     parallel(p_.threads, here, [&](int64_t i) {
       const int64_t tile = begin + i;
-      const bool is_kept = tile < s_.kept_tiles;  // then there is no product to make again
+      const bool is_kept = tile < s_.kept_tiles;  // then the product need not be recomputed
       Buffer<Operand> u(is_kept ? 0 : s_.tile_m * G::inner(p_.d));
-      Operand* by_feature = g_.w ? room.u_rows_of(i, s_) : nullptr;
+      Operand* by_feature = w_.rows ? room.u_rows_of(i, s_) : nullptr;
       if (!is_kept || by_feature) s_.pack_features(tile, u, by_feature);
       Operand* a = room.entries_of(i, s_);
       fill_entries(room, block, tile, u, a, room.bias_of(i));
@@ -125,7 +135,7 @@ class BackwardPass {
         static_cast<T*>(g_.class_bias)[columns_.class_of(block.first + c)] += room.bias_of(i)[c];
   }
 
-  // Upstream gradients and lse, those of the classes in the order of the columns.
+  // Upstream gradients and log-sum-exps; those of classes in the order of the columns.
   void prepare() {
     const T *g_class = static_cast<const T*>(g_.class_lse), *lse = static_cast<const T*>(p_.class_lse);
     for (int64_t c = 0; c < columns_.count && g_class; c++) {
@@ -138,7 +148,7 @@ class BackwardPass {
       s_.upstream(g_row[j], row_lse[j], row_scale_[j], row_shift_[j]);
   }
 
-  // A of one tile and block of columns, and its column sums for the classes' biases.
+  // A of one tile and block of columns, and its column sums, the gradients of class biases.
   void fill_entries(Room& room, const Block& block, int64_t tile, const Operand* u, Operand* a,
                     T* bias_share) {
     NCK_STAGE(entries);
@@ -166,7 +176,7 @@ class BackwardPass {
     }
   }
 
-  // The gradient of rank one, to one panel.
+  // Adds the rank-one gradient to one panel.
   void add_beside(int64_t q, const Block& block, int64_t row0, int64_t n, T* a) const {
     T factor[NR];
     for (int64_t x = 0; x < NR; x++) {
@@ -182,7 +192,7 @@ class BackwardPass {
       }
   }
 
-  // What rounding has taken from the share of dL/dbeta of the last panel; `e` is t, or exp(t).
+  // The rounding error of the last panel's share of dL/dbeta. `e` is t or exp(t).
   double lost(const EntriesOf<G>& entries, const PositivesOf<G>& positives, int64_t tile, int64_t n,
               const T* e, bool exponentials) const {
     const bool in_pairs = !need_rows_;
@@ -198,7 +208,7 @@ class BackwardPass {
   // One panel, A = exp(t) (exp(b_j) class_scale_c + row_scale_j exp(b_c)).
   void scaled(int64_t q, int64_t first, int64_t count, int64_t n, int64_t row0, const T* e, T* a,
               bool is_kept, bool by_class, bool by_row, T* bias_share) {
-    Vec<T> scale[NV], weight[NV], column[NV];  // `column`: what flows to the classes' biases
+    Vec<T> scale[NV], weight[NV], column[NV];  // `column`: gradients of class biases
     for (int v = 0; v < NV; v++) {
       scale[v] = load(class_scale_.data() + first + q * NR + v * W);
       T factor[W];
@@ -272,8 +282,8 @@ class BackwardPass {
     for (int v = 0; v < NV && bias_share; v++) store(bias_share + q * NR + v * W, column[v]);
   }
 
-  // dL/dU of a tile: A V, added up over column blocks in grad_z; after the last one through the
-  // normalisation.
+  // dL/dU of a tile: A V, summed over column blocks and passes, and after the last one taken through the
+  // normalisation. dL/dbeta is linear in A V, so that for it alone nothing needs to be summed.
   void add_rows(Room& room, const Block& block, int64_t tile, const Operand* a) {
     NCK_STAGE(rows);
     const int64_t n = s_.rows(tile), padded = s_.padded_rows(tile), d = p_.d, d_pad = s_.d_pad;
@@ -282,23 +292,29 @@ class BackwardPass {
     G::times_prototypes(padded, padded, 0, block.panels, block.panels, block.count, s_.d_panels, a,
                         room.v_rows, product, false);
     NCK_STAGE(finish);
+    const bool first = block.first == 0 && z_.first, last = block.is_last && z_.last;
     for (int64_t r = 0; r < n; r++) {
       const int64_t j = s_.first_row(tile) + r;
-      T* out = room.grad_z + j * d;
+      if (!s_.valid(j)) {
+        if (last) z_.rows.clear(j);
+        continue;
+      }
       G::gather_row(product, padded, r, d_pad, x);
-      if (block.first || !of_z_.first)
-        for (int64_t i = 0; i < d; i++) x[i] += out[i];
-      if (!in_entries_ && block.is_last && of_z_.last) beside_.add_to_row(j, d, x);
-      if (!s_.valid(j))
-        std::fill(out, out + d, T(0));
-      else if (!block.is_last || !of_z_.last)
-        std::copy_n(x, d, out);
-      else
-        room.energy[tile] += p_.beta * through_norm(p_, x, s_.z.get(j, line), s_.z_rnorm[j], s_.beta, out);
+      if (last && !in_entries_) beside_.add_to_row(j, d, x);
+      T* const sums = room.sums ? room.sums + j * d : z_.sums_of(j, d);
+      if (z_.rows && !first)
+        for (int64_t i = 0; i < d; i++) x[i] += sums[i];
+      if (z_.rows && !last) {
+        std::copy_n(x, d, sums);
+        continue;
+      }
+      T* const out = z_.rows.place(j, x);
+      room.energy[tile] += p_.beta * through_norm(p_, x, s_.z.get(j, line), s_.z_rnorm[j], s_.beta, out);
+      z_.rows.put(j, out);
     }
   }
 
-  // dL/dV of a column block: A^T U of a group of tiles, in their order.
+  // Adds A^T U of a group of tiles, in order, to dL/dV of a block of columns.
   void add_columns(Room& room, const Block& block, int64_t begin) {
     const int64_t here = std::min(room.group, s_.tiles - begin), padded = block.panels * NR;
     s_.share_out(block.panels, [&](int64_t first, int64_t last, int64_t f_first, int64_t f_last) {
@@ -320,29 +336,33 @@ class BackwardPass {
       if (c % G::COLUMNS == 0) G::gather_columns(room.grad_v, padded, c, s_.d_pad, lines);
       T* x = lines + c % G::COLUMNS * s_.d_pad;
       const int64_t id = columns_.class_of(block.first + c);
-      T* out = static_cast<T*>(g_.w) + id * d;
       if (!columns_.reads(block.first + c)) {
-        std::fill(out, out + d, T(0));
+        if (w_.last) w_.rows.clear(id);
         continue;
       }
-      if (!of_w_.first)
-        for (int64_t i = 0; i < d; i++) x[i] += out[i];
-      if (!of_w_.last) {
-        std::copy_n(x, d, out);
+      T* const sums = w_.sums_of(id, d);
+      if (!w_.first)
+        for (int64_t i = 0; i < d; i++) x[i] += sums[i];
+      if (!w_.last) {
+        std::copy_n(x, d, sums);
         continue;
       }
       if (!in_entries_) beside_.add_to_column(id, d, x);
+      T* const out = w_.rows.place(id, x);
       room.class_energy[block.first / NR + panel] +=
           through_norm(p_, x, s_.w.get(id, row_line), s_.w_rnorm[id], T(1), out);
+      w_.rows.put(id, out);
     }
   }
 
   const Problem& p_;
   const Columns& columns_;
   const Gradients& g_;
-  Turn of_z_, of_w_;
+  Output<T> z_, w_;
   RankOne<T> beside_;
-  bool in_entries_;  // entries that are rounded: what is beside them may all but cancel them
+  // Whether the rank-one gradient is added to the entries: before rounding, because it may nearly cancel
+  // them.
+  bool in_entries_;
   Tl s_;
   bool need_rows_;
   std::vector<T> class_scale_, class_shift_, row_scale_, row_shift_;

@@ -1,7 +1,7 @@
 // A training step for few classes, in one direction.
 //
-// All prototypes lie in the caches, packed, and features are read where they are: with so few products to
-// make of each, packing them would take as long as the products. Two sweeps over the samples:
+// All packed prototypes fit the caches, and features are read in place: each takes part in so few products
+// that packing would take as long as the products. There are two sweeps over the samples:
 //   1. norms, t = beta u . v, e = exp(t), which is kept whole, and the sums of e over columns or rows;
 //   2. with them A = dL/dt, dL/dU = A V and dL/dV += A^T U, tile by tile.
 #pragma once
@@ -16,15 +16,15 @@ template <class T, int NV>
 class FewClasses {
   using G = Gemm<T, NV>;
   static constexpr int W = G::W, NR = G::NR;
-  static constexpr int64_t PANELS = 2;  // of classes; more are worth packing features for
-  // The most numbers of features in a tile, which stay in the L2 cache, and rows; and the rows whose share of
-  // dL/dV is summed up before it is added to the rest.
+  static constexpr int64_t PANELS = 2;  // of classes; with more, packing features pays off
+  // The most numbers and rows of features in a tile, which fit the L2 cache; and the rows whose share of
+  // dL/dV accumulates in registers.
   static constexpr int64_t TILE = 24576, TALL = 96, SLICE = 32;
   static_assert(TALL % MR == 0);
 
  public:
-  // Whether it takes the problem: exponentials need no shift, and half of the workspace has room for all of
-  // them and the prototypes in two layouts. The other half is for the gradients of the prototypes.
+  // Whether it takes the problem: exponentials need no shift, and half of the workspace holds all of them and
+  // the prototypes in two layouts. The other half is for the gradients of the prototypes.
   static bool takes(const Problem& p, const Columns& columns) {
     const int64_t width = round_up(columns.count, NR);
     return p.by_class != p.by_instance && p.beta <= 30.0 && width > 0 && width <= PANELS * NR &&
@@ -38,6 +38,8 @@ class FewClasses {
         reduction_(p, step),
         z_(p.z, p.z_stride, p.d, p.half),
         w_(p.w, p.w_stride, p.d, p.half),
+        grad_z_(step.z, step.rounded, p.d),
+        grad_w_(step.w, step.rounded, p.d),
         count_(columns.count),
         panels_((count_ + NR - 1) / NR),
         width_(panels_ * NR),
@@ -96,23 +98,22 @@ class FewClasses {
   }
 
  private:
-  // What a thread works in.
+  // Scratch of a thread.
   struct Room {
     const T* rows[TALL];
     Buffer<T> lines, product;
     explicit Room(const FewClasses& s) : lines(s.tall_ * s.z_.line()), product(MR * s.d_pad_) {}
   };
 
-  // What a chunk of samples adds to sums over all: of dL/dbeta through the logits, and beside them; of the
-  // loss.
+  // A chunk's share of sums over all samples: dL/dbeta through the logits, dL/dbeta otherwise, and the loss.
   struct Totals {
     double energy = 0, by_beta = 0, loss = 0;
   };
 
   static int64_t half_of(const Problem& p) { return p.workspace / 2 / static_cast<int64_t>(sizeof(T)); }
 
-  // Chunks of tiles sum into places of their own, which are added up in order. Each has a million products or
-  // more, and their number does not depend on whether there are one or two threads.
+  // Each chunk of tiles has its own sums, which are added up in order. A chunk has a million products or
+  // more, and the number of chunks is the same for one and two threads.
   int64_t chunks() const {
     const int64_t most = std::min(tiles_, half_of(p_) / (width_ * d_pad_));
     const int64_t some = std::min<int64_t>(p_.m * width_ * p_.d >> 20, 4 * std::max(p_.threads, 2));
@@ -131,7 +132,7 @@ class FewClasses {
   T* tile_of(int64_t tile) { return e_ + tile * tall_ * width_; }
   T& at(T* tile, int64_t r, int64_t c) const { return tile[(c / NR * tall_ + r) * NR + c % NR]; }
 
-  // Unit prototypes for the logits and, where dL/dU is wanted, for it.
+  // Packs unit prototypes for the logits and, if it is wanted, for dL/dU.
   void pack_prototypes() {
     inverse_norms<T>(p_, w_, count_, w_rnorm_, [&](int64_t c) { return columns_.class_of(c); });
     if (smoothing_) smoothing_.average_prototypes();
@@ -140,7 +141,7 @@ class FewClasses {
     for (int64_t q = 0; q < panels_; q++) tiles.pack_prototypes(0, count_, q, v_, by_feature);
   }
 
-  // Where the features of a tile are. Samples that take no part, and those past the end, are zeros.
+  // Pointers to the features of a tile. Ignored samples and rows past the end point to zeros.
   const T* const* find_rows(int64_t tile, Room& room) const {
     const int64_t n = rows_of(tile), row0 = tile * tall_;
     for (int64_t r = 0; r < round_up(n, MR); r++)
@@ -199,8 +200,8 @@ class FewClasses {
     }
   }
 
-  // The scale of the loss and, where sums run over samples, the factors of A = scale_c e and what the sums
-  // are in the loss.
+  // The scale of the loss and, in the class direction, the factors of A = scale_c e and the log-sum-exps in
+  // the loss.
   void share_out() {
     std::vector<double> of_class(count_, 0.0);
     for (int64_t j = 0; j < p_.m; j++) {
@@ -219,7 +220,8 @@ class FewClasses {
     }
   }
 
-  // The loss of sample j but for its class's sum, and the factors of A = scale_j e and of its positive.
+  // The loss of sample j without the log-sum-exp of its class, and the factors of A = scale_j e and of its
+  // positive.
   void flow_back(int64_t j, T& row, T& positive, Totals& totals) {
     row = positive = T(0);
     if (!valid(j)) return;
@@ -248,10 +250,10 @@ class FewClasses {
       if (valid(row0 + r)) at(a, r, columns_.positive[row0 + r]) += positive[r];
   }
 
-  // dL/dU of a tile, A V, and through the normalisation.
+  // dL/dU = A V of a tile, taken through the normalisation.
   void add_rows(int64_t tile, const T* const* rows, T* product, double& energy) {
     const int64_t n = rows_of(tile), row0 = tile * tall_;
-    // A panel on its own can leave out the columns that are not there.
+    // A single panel skips the columns past the end.
     const int64_t depth = panels_ == 1 ? count_ : NR;
     for (int64_t i = 0; i < n; i += MR) {
       for (int64_t f = 0; f < d_panels_; f++)
@@ -259,18 +261,19 @@ class FewClasses {
                                        v_rows_ + f * width_ * NR, product + f * NR, d_pad_);
       for (int64_t r = i; r < std::min<int64_t>(n, i + MR); r++) {
         const int64_t j = row0 + r;
-        T *out = static_cast<T*>(step_.z) + j * p_.d, *x = product + (r - i) * d_pad_;
         if (!valid(j)) {
-          std::fill_n(out, p_.d, T(0));
+          grad_z_.clear(j);
           continue;
         }
+        T *x = product + (r - i) * d_pad_, *out = grad_z_.place(j, x);
         beside_.add_to_row(j, p_.d, x);
         energy += through_norm(p_, x, rows[r], z_rnorm_[j], T(p_.beta), out);
+        grad_z_.put(j, out);
       }
     }
   }
 
-  // dL/dV += A^T U of a tile; the factors of U = beta z / |z| go to A.
+  // dL/dV += A^T U of a tile. A takes the factors of U = beta z / |z|.
   void add_columns(int64_t tile, const T* const* rows, T* grad_v) {
     const int64_t n = rows_of(tile), row0 = tile * tall_;
     T* a = tile_of(tile);
@@ -299,7 +302,7 @@ class FewClasses {
     }
   }
 
-  // The first n columns of one panel, in groups that leave the fewest over.
+  // The first n columns of one panel, in register tiles of the height that wastes the fewest rows.
   static void add_panel(int64_t n, int64_t depth, const T* a, const T* const* rows, int64_t at, T* out) {
     constexpr int R = G::PR;
     auto groups_of = [&](auto r) {
@@ -314,7 +317,7 @@ class FewClasses {
       groups_of(std::integral_constant<int, R>{});
   }
 
-  // dL/dw, and beta dL/dbeta on the way, which this returns without beta.
+  // dL/dw. Returns dL/dbeta.
   double finish_columns() {
     Buffer<T> sum(d_pad_), line(w_.line());
     double energy = 0;
@@ -328,8 +331,9 @@ class FewClasses {
           sum[f * NR + x] = total;
         }
       beside_.add_to_column(id, p_.d, sum);
-      energy += through_norm<T>(p_, sum, w_.get(id, line), w_rnorm_[id], T(1),
-                                static_cast<T*>(step_.w) + id * p_.d);
+      T* const out = grad_w_.place(id, sum);
+      energy += through_norm<T>(p_, sum, w_.get(id, line), w_rnorm_[id], T(1), out);
+      grad_w_.put(id, out);
     }
     return energy / p_.beta;
   }
@@ -339,6 +343,7 @@ class FewClasses {
   const Step& step_;
   Reduction<T> reduction_;
   Rows<T> z_, w_;
+  GradientRows<T> grad_z_, grad_w_;
   int64_t count_, panels_, width_, d_panels_, d_pad_, tall_, tiles_, chunks_;
   Buffer<T> v_, v_rows_, e_, z_rnorm_, w_rnorm_, pos_, sums_, grad_v_, zeros_;
   Smoothing<T> smoothing_;

@@ -4,7 +4,7 @@
 #include "tiles.hpp"
 
 namespace nckernels {
-// Largest logit and sum of exponentials relative to it. Shift-free, the largest stays 0.
+// The largest logit and the sum of exponentials relative to it. Without a shift, the largest stays 0.
 template <class T>
 struct Sums {
   T *largest, *total;
@@ -17,7 +17,7 @@ struct Sums {
   }
 };
 
-// The norms, and what stands in the results where no tile writes.
+// Computes the norms, and initialises results that no tile writes.
 template <class T>
 void begin_forward(const Problem& p, const Columns& columns) {
   const Rows<T> z(p.z, p.z_stride, p.d, p.half), w(p.w, p.w_stride, p.d, p.half);
@@ -43,8 +43,8 @@ class ForwardPass {
     const Tl& s = tiles_;
     s.sign_kept();
     T* pos = static_cast<T*>(p_.pos);
-    // Chunks of row tiles sum into places of their own, which are merged in order: the result does not depend
-    // on which thread was quicker.
+    // Each chunk of row tiles has its own sums. They are merged in order, so that the result does not depend
+    // on the order in which threads finish.
     const int64_t n = s.all_panels * NR, fit = p_.workspace / 8 / std::max<int64_t>(2 * n * sizeof(T), 1);
     const int64_t chunks = std::min(s.tiles, std::clamp<int64_t>(fit, 1, 4 * std::max(p_.threads, 2)));
     const bool sums_rows = p_.by_instance;
@@ -92,7 +92,7 @@ class ForwardPass {
     }
   }
 
-  // What is kept is an output: nothing in it may be left to chance, though nobody reads the padding.
+  // The kept tiles are an output of the operator, so that their padding is initialised too.
   void clear_rest_of_kept() const {
     const Tl& s = tiles_;
     if (!s.kept) return;
@@ -103,7 +103,7 @@ class ForwardPass {
   }
 
  private:
-  // Shift-free: e = exp(t) in place (where it is kept), summed with the exponentials of the biases as
+  // Without a shift: e = exp(t), in place if the tile is kept, summed with the exponentials of the biases as
   // weights.
   void exponentials(int64_t tile, int64_t first, int64_t count, T* t, T* row_vectors, Sums<T>& by_column,
                     Sums<T>& by_row, bool keep) const {
@@ -113,7 +113,7 @@ class ForwardPass {
     if (p_.by_instance) std::fill(row_vectors, row_vectors + n * W, T(0));
     for (int64_t q = 0; q * NR < count; q++) {
       T* e = t + q * padded * NR;
-      // Columns past the end have t = 0 and must not count.
+      // Columns past the end have t = 0 and must not be counted.
       Vec<T> lane[NV], weight[NV], column[NV];
       for (int v = 0; v < NV; v++) {
         T inside[W], factor[W];
@@ -148,7 +148,7 @@ class ForwardPass {
       for (int64_t r = 0; r < n; r++) by_row.total[row0 + r] += sum<T>(load(row_vectors + r * W));
   }
 
-  // Running maximum, for temperatures and biases whose exponentials could leave the range of T.
+  // With a running maximum, for temperatures and biases whose exponentials could leave the range of T.
   void streaming(int64_t tile, int64_t first, int64_t count, const T* t, Sums<T>& by_column,
                  Sums<T>& by_row) const {
     NCK_STAGE(exponentials);

@@ -1,6 +1,6 @@
-// Dot regression: half of the squared gap 1 - cos of each sample and the prototype of its class, and the
-// gradients for given factors of the losses. With unit rows a, b, s = a . b and g = 1 - s the gradient of g^2
-// / 2 is -g (b - s a) / |z| to the features, and with a and b exchanged that to the prototype.
+// Dot regression: g^2 / 2 with the gap g = 1 - cos of each sample and the prototype of its class, and
+// gradients for given factors of the losses. With unit rows a and b and s = a . b, the gradient by the
+// features is -g (b - s a) / |z|; the gradient by the prototype has a and b exchanged.
 #pragma once
 
 #include "norms.hpp"
@@ -29,13 +29,13 @@ class Gaps {
         loss[j] = 0;
       if (ignored(j) && s_.z) std::fill_n(static_cast<T*>(s_.z) + j * p_.d, p_.d, T(0));
     }
-    // Some batches are over before other threads would have woken.
+    // Small batches finish before other threads would wake.
     parallel(double(p_.m) * double(p_.d) < 3e5 ? 1 : p_.threads, p_.k, [&](int64_t c) { class_of(c); });
     return kOk;
   }
 
  private:
-  // A unit row of x in `out`, and its norm, at least eps; whether that is not the norm itself.
+  // Writes the unit row of x to `out` and its norm, at least eps, to `norm`. Returns whether it was clamped.
   bool normalise(const T* x, T* out, T& norm) const {
     norm = std::sqrt(dot(x, x, p_.d));
     const bool clamped = norm < T(p_.eps);
@@ -44,11 +44,11 @@ class Gaps {
     return clamped;
   }
 
-  // Adds factor dg/da / norm, with g the gap of a and b, to `out` or writes it there.
+  // Writes factor dg/da / norm, where g is the gap of a and b, to `out`, or adds it.
   void gradient(const T* a, const T* b, T gap, bool near, bool clamped, T factor, bool add, T* out) const {
     const T whole = near ? T(1) : T(0), along = clamped ? T(0) : near ? -gap : T(1) - gap;
     for (int64_t i = 0; i < p_.d; i++) {
-      // Near s = 1 the difference has no rounding of its own, and the rest is small.
+      // Near s = 1 the subtraction is exact, and the second term is small.
       const T x = (whole * a[i] - b[i]) + along * a[i];
       out[i] = add ? out[i] + factor * x : factor * x;
     }
@@ -67,8 +67,8 @@ class Gaps {
     for (int64_t i = ids_[c]; i < ids_[c + 1]; i++) {
       const int64_t j = order_[i];
       const bool a_clamped = normalise(z.get(j, line), a, a_norm);
-      // Near s = 1 half of the squared chord, in which nothing cancels. Further away the roundings of the two
-      // norms would add up in it; short rows have no chord of that kind.
+      // Near s = 1 the gap is half of the squared chord, without cancellation. Further away the chord would
+      // have the rounding errors of both norms. Rows with a clamped norm have no such chord.
       const T cosine = dot(a, b, d);
       const bool near = cosine > T(0.5) && !a_clamped && !b_clamped;
       T gap = T(1) - cosine;
@@ -85,7 +85,7 @@ class Gaps {
 
   const Problem& p_;
   const Step& s_;
-  std::vector<int64_t> ids_;    // where the samples of each class begin in
+  std::vector<int64_t> ids_;    // offset of each class in `order_`
   std::vector<int64_t> order_;  // the samples that take part, by class
 };
 

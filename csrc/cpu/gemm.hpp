@@ -1,26 +1,26 @@
-// The matrix products of one tile, all three from one micro-kernel and without repacking the tile.
+// The three matrix products of a tile, by one micro-kernel and without repacking the tile.
 //
 // A tile of m rows and n columns is stored in panels of NR columns: [n / NR][m][NR]. In this layout it is
 //   written by   t  = U V^T      (U packed in blocks of MR rows, V in panels of classes),
 //   read by rows in    dU = A V  (V in panels of features), and
 //   read by columns in dV = A^T U (U in panels of features).
 //
-// `Gemm` is the engine of the passes for operands of T. gemm_bfloat16.hpp has another with the same members,
-// whose operands are bfloat16.
+// `Gemm` is the engine of the passes for operands of type T. gemm_bfloat16.hpp has another engine with the
+// same members, whose operands are bfloat16.
 #pragma once
 
 #include "problem.hpp"
 #include "simd.hpp"
 
 namespace nckernels {
-// Rows of the accumulator that fit the registers: MR x 2 vectors, two of B and a broadcast.
+// Rows of the register tile: MR x 2 accumulators, two vectors of B and a broadcast fit the registers.
 #if NCK_VECTOR_BYTES == 64 || defined(__aarch64__)
 constexpr int MR = 12;
 #else
 constexpr int MR = 6;
 #endif
 
-// A sum in registers goes to C[R x NV vectors], or is added to it.
+// Writes the accumulators to C[R x NV vectors], or adds them to it.
 template <class T, int R, int NV, bool ACCUMULATE>
 NCK_INLINE void put(const Vec<T> (&acc)[R][NV], T* c, long c_stride) {
 #pragma GCC unroll 16
@@ -34,8 +34,8 @@ NCK_INLINE void put(const Vec<T> (&acc)[R][NV], T* c, long c_stride) {
 
 // C[R x NV vectors] (+)= sum over blocks p < count and k < depth of
 //     A[p * a_block + r * RS + k * CS] * B[(p * depth + k) * NR + .]
-// The sum starts from zero and is added to C as a whole: rounding errors of a long sum grow with the length
-// of its parts, not with its own.
+// Accumulators start from zero and are added to C as a whole, so that the rounding error of a long sum grows
+// with the length of its parts only.
 template <class T, int R, int NV, int RS, int CS, bool ACCUMULATE>
 NCK_INLINE void micro(long count, long depth, const T* a, long a_block, const T* b, T* c, long c_stride) {
   constexpr int W = lanes<T>;
@@ -61,7 +61,7 @@ NCK_INLINE void micro(long count, long depth, const T* a, long a_block, const T*
   put<T, R, NV, ACCUMULATE>(acc, c, c_stride);
 }
 
-// C[R x NV vectors] (+)= sum over k < depth of rows[r][at + k] * B[k][NR]: A's rows where they lie.
+// C[R x NV vectors] (+)= sum over k < depth of rows[r][at + k] * B[k][NR], with the rows of A in place.
 template <class T, int R, int NV, bool ACCUMULATE>
 NCK_INLINE void rows_times_panel(const T* const* rows, long at, long depth, const T* b, T* c) {
   constexpr int W = lanes<T>;
@@ -85,7 +85,7 @@ NCK_INLINE void rows_times_panel(const T* const* rows, long at, long depth, cons
   put<T, R, NV, ACCUMULATE>(acc, c, NV * W);
 }
 
-// C[R x NV vectors] += sum over k < depth of A[k][NR]^T * rows[k][at + .]: B's rows where they lie.
+// C[R x NV vectors] += sum over k < depth of A[k][NR]^T * rows[k][at + .], with the rows of B in place.
 template <class T, int R, int NV>
 NCK_INLINE void panel_times_rows(long depth, const T* a, const T* const* rows, long at, T* c) {
   constexpr int W = lanes<T>;
@@ -107,8 +107,8 @@ NCK_INLINE void panel_times_rows(long depth, const T* a, const T* const* rows, l
   put<T, R, NV, true>(acc, c, NV * W);
 }
 
-// Inner dimensions go in blocks of DEPTH: DEPTH x NR numbers of B stay in the L1 cache while all rows of the
-// tile pass, and the tile's part of A, 192 x DEPTH numbers, in the L2 cache while all panels of B pass.
+// Inner dimensions are divided into blocks of DEPTH. DEPTH x NR numbers of B stay in the L1 cache for all
+// rows of the tile, and the tile's part of A, 192 x DEPTH numbers, stays in the L2 cache for all panels of B.
 constexpr long DEPTH = 128;
 
 template <class Number, int VECTORS>
@@ -119,23 +119,22 @@ struct Gemm {
   static constexpr int MR = nckernels::MR, GROUP = MR;  // rows that are multiplied, and packed, at a time
   static constexpr long DEPTH = nckernels::DEPTH;
   static_assert(DEPTH % NR == 0);
-  // Rows of dV at a time: as many as the registers hold, and a divisor of NR, so that none is of the next
-  // panel.
+  // Rows of dV in a register tile: as many as fit, and a divisor of NR, so that no tile crosses panels.
   static constexpr int FIT = MR == 6 ? 4 : 8, PR = NR < FIT ? NR : FIT;
   static_assert(NR % PR == 0);
   static constexpr long BLOCK = DEPTH < NR ? 1 : DEPTH / NR;  // panels of columns that make up DEPTH
 
-  // --- sizes: how many operands an inner dimension of n takes, a tile's U by features, and an entry ---
+  // --- sizes in operands: an inner dimension of n, a tile's U by features, an entry ---
   static int64_t inner(int64_t n) { return n; }
   static int64_t by_feature(int64_t rows, int64_t d_pad) { return rows * d_pad; }
   static constexpr int ENTRIES = 1;
 
-  // --- packing: rows are multiplied by `unit`, logits then by `rest` of row and column ---
+  // --- packing: rows are multiplied by `unit`, logits later by `rest` of their row and column ---
   static constexpr bool RESTS = false;
   static T unit(T rnorm, T beta) { return rnorm * beta; }
   static T rest(T, T) { return T(1); }
 
-  // Numbers of a row, from `first` on, converted into `line` if they are 16-bit numbers; and those of no row.
+  // A row from number `first` on, converted into `line` if it has 16-bit numbers; and a row of zeros.
   using Line = T[DEPTH];
   static const T* row(const Rows<T>& rows, int64_t j, int64_t first, int64_t n, T* line) {
     return rows.get(j, first, n, line);
@@ -168,7 +167,7 @@ struct Gemm {
         scaled(rows[r] + x, scale[r], n - x, out + ((k + x) * padded / NR + first + r) * NR);
   }
 
-  // --- entries: a panel of A is written where the products read it ---
+  // --- entries: a panel of A is computed where the products read it ---
   static T* panel_of_entries(T* entries, int64_t at, T* /*scratch*/) { return entries + at; }
   static void put_entries(const T*, int64_t, const T*, const T*, T*, T*) {}
   static T* by_columns(T* entries, int64_t /*size*/) { return entries; }
@@ -176,8 +175,8 @@ struct Gemm {
   // --- products ---
 
   // t[last - first][m][NR] = U V^T for panels [first, last) of the `panels` in V, and at least the first
-  // `rows` of m, a multiple of MR. u: [m / MR][d][MR], v: [panels][d][NR], both in blocks of DEPTH along d,
-  // one after the other, so that what is used together lies together whatever d is.
+  // `rows` of m, a multiple of MR. u: [m / MR][d][MR], v: [panels][d][NR]. Both are stored block by block of
+  // DEPTH along d, so that numbers that are used together are adjacent for any d.
   static void logits(long m, long rows, long first, long last, long panels, long d, const T* u, const T* v,
                      const T* /*of_rows*/, const T* /*of_columns*/, T* t) {
     for (long k = 0; k < d; k += DEPTH)
@@ -196,7 +195,7 @@ struct Gemm {
   }
 
   // out[d_panels][m][NR] = A V for panels [first, last) of the `panels` in V, or `added` to it; at least the
-  // first `rows` of m. Columns from number `columns` on are zeros, which a panel on its own can leave out.
+  // first `rows` of m. Columns from number `columns` on are zeros, which a single panel skips.
   // a: [last - first][m][NR], v: [d_panels][panels * NR][NR].
   static void times_prototypes(long m, long rows, long first, long last, long panels, long columns,
                                long d_panels, const T* a, const T* v, T* out, bool added) {
@@ -231,8 +230,8 @@ struct Gemm {
       }
   }
 
-  // The sums of COLUMNS columns from number `c` on, a multiple of it, as rows of d_pad, from what
-  // `times_features` wrote.
+  // Copies COLUMNS columns of the result of `times_features`, from number `c` on, a multiple of COLUMNS, to
+  // rows of d_pad.
   static constexpr int64_t COLUMNS = 1;
   static void gather_columns(const T* from, int64_t columns, int64_t c, int64_t d_pad, T* x) {
     gather_row(from, columns, c, d_pad, x);

@@ -1,19 +1,18 @@
 // The engine for bfloat16 operands: products of pairs, accumulated in float.
 //
-// Three things keep the error at that of float sums, but for the rounding of entries:
-//   - Features and prototypes are multiplied as they are, times a power of two, which changes no digit.
-//     What is left of 1 / |z| and 1 / |w|, between 1 and 2, and beta (`rest`) multiply t, and the entries
-//     before they are rounded.
+// Apart from the rounding of entries, the error is that of float sums:
+//   - Features and prototypes are multiplied by a power of two only, which is exact. The remaining factors of
+//     1 / |z| and 1 / |w|, between 1 and 2, and beta (`rest`) multiply t, and the entries before rounding.
 //   - t, exponentials and all sums are floats.
-//   - An entry is rounded when it is complete, with its positive.
+//   - An entry is rounded once, when it is complete, including its positive.
 //
-// The instruction multiplies pairs of numbers that are neighbours along the inner dimension, of a row of A by
-// those of a column of B:  C[r][x] += A[r][2k] B[2k][x] + A[r][2k + 1] B[2k + 1][x].  In all three products A
-// is stored by rows, and B in panels of pairs, [inner / 2][NR][2]:
+// The instruction multiplies pairs of numbers that are adjacent along the inner dimension:
+//     C[r][x] += A[r][2k] B[2k][x] + A[r][2k + 1] B[2k + 1][x].
+// In all three products A is stored by rows, and B in panels of pairs, [inner / 2][NR][2]:
 //   t    = U V^T      U as it is, V in panels of classes with pairs of features;
 //   dU   = A V        the entries by rows, V in panels of features with pairs of classes;
 //   dV^T = U^T A      U^T by features, the entries in panels of classes with pairs of samples.
-// So entries are written twice, rounded from different products: A_jc rest_c for dU, A_jc rest_j for dV.
+// So entries are written twice, with different factors: A_jc rest_c for dU, A_jc rest_j for dV.
 #pragma once
 
 #include "pairs.hpp"
@@ -27,7 +26,7 @@ struct GemmBfloat16 {
   static constexpr int MR = Unit::MR, GROUP = 2 * W;
   static constexpr long DEPTH = 2 * nckernels::DEPTH;
   static constexpr long BLOCK = DEPTH / NR;
-  static constexpr int PR = Unit::PR < NR ? Unit::PR : NR;  // features of dV^T at a time
+  static constexpr int PR = Unit::PR < NR ? Unit::PR : NR;  // features of dV^T in a register tile
   static_assert(MR % 2 == 0 && NR % PR == 0 && DEPTH % NR == 0 && DEPTH % Unit::INNER == 0 &&
                 (2 * W) % Unit::INNER == 0);
 
@@ -93,7 +92,7 @@ struct GemmBfloat16 {
     }
   }
 
-  // --- entries: first those by rows, behind them those in pairs of samples ---
+  // --- entries: by rows, followed by the same in pairs of samples ---
   static T* panel_of_entries(Operand*, int64_t, T* scratch) { return scratch; }
   static Operand* by_columns(Operand* entries, int64_t size) { return entries + size; }
 
@@ -110,9 +109,9 @@ struct GemmBfloat16 {
     }
   }
 
-  // The sum of (A - what rounding makes of it) t over the entries of a panel, which a sum of A t taken from
-  // the products lacks. `in_pairs`: those in pairs of samples, else those by rows. `e`: t, or exp(t). An
-  // excluded entry has no t and counts 0 here.
+  // The rounding error of the sum of A t over a panel: the sum of (A - rounded A) t. `in_pairs`: of the
+  // entries in pairs of samples, otherwise of those by rows. `e`: t or exp(t). Excluded entries have no t and
+  // add 0.
   static double lost(const T* panel, int64_t rows, const T* of_rows, const T* of_columns, bool in_pairs,
                      const T* e, bool exponentials) {
     double total = 0;
@@ -121,7 +120,7 @@ struct GemmBfloat16 {
       for (int v = 0; v < NV; v++) {
         const Vec<T> a = load(panel + r * NR + v * W), x = load(e + r * NR + v * W);
         const Vec<T> factor = in_pairs ? splat(of_rows[r]) : load(of_columns + v * W);
-        // Where rounding is without loss, t may be anything.
+        // Where rounding is exact, t may be undefined.
         const Vec<T> loss = factor == 0.0f ? Vec<T>{} : a - upper(rounded(a * factor)) / factor;
         const Vec<T> t = exponentials ? rough_logarithm(x) : x;
         sum += (exponentials ? x > 0.0f : x > minus_infinity<T>) ? loss * t : Vec<T>{};
@@ -131,7 +130,7 @@ struct GemmBfloat16 {
     return total;
   }
 
-  // The same of a single entry.
+  // The same for a single entry.
   static double lost(T a, T of_row, T of_column, bool in_pairs, T t) {
     const T factor = in_pairs ? of_row : of_column;
     Vec<T> product = splat(a * factor);

@@ -1,4 +1,4 @@
-// The passes for one type of number, behind functions that hold no templates.
+// The passes for one type of number, instantiated behind plain functions.
 #pragma once
 
 #include "backward.hpp"
@@ -12,7 +12,7 @@
 
 namespace nckernels {
 
-// Panels of two vectors, or of one where a single vector holds all classes.
+// Calls run(engine) with panels of two vectors, or of one if that holds all columns.
 template <template <int> class Engine, class F>
 void with_engine(const Columns& columns, F&& run) {
   if (columns.count <= Engine<1>::NR)
@@ -55,8 +55,7 @@ Status backward(const Problem& p, const Gradients& g) {
   return kOk;
 }
 
-// Calls run(pass) for the pass that takes the step; `in_one` says whether it is loss and gradient in one
-// call.
+// Calls run(pass) with the pass that takes the step. `in_one`: loss and gradient in one call.
 template <template <int> class Engine, class F>
 Status with_step(const Problem& p, const Step& s, bool in_one, F&& run) {
   Columns columns;

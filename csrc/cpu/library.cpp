@@ -11,7 +11,7 @@
 
 namespace nckernels {
 
-// Of float32.cpp, float64.cpp and bfloat16.cpp.
+// Defined in float32.cpp, float64.cpp and bfloat16.cpp.
 #define NCK_DECLARE(name)                                   \
   Status forward_##name(const Problem&);                    \
   Status backward_##name(const Problem&, const Gradients&); \
@@ -30,7 +30,7 @@ static std::mutex mutex;
 static std::multimap<size_t, void*> free_buffers;
 static size_t free_bytes = 0, used_bytes = 0, peak_bytes = 0;
 #if defined(__SANITIZE_ADDRESS__)
-// Nothing is used again and nothing rounded up further than must be, so that the sanitizer sees every slip.
+// No buffer is reused or rounded up further than alignment needs, so that the sanitizer sees every error.
 constexpr size_t kept_at_most = 0, alignment = 64;
 #else
 constexpr size_t kept_at_most = size_t(32) << 20, alignment = 4096;
@@ -54,7 +54,7 @@ void* acquire(size_t bytes) {
     std::lock_guard<std::mutex> lock(mutex);
     used_bytes += size;
     peak_bytes = std::max(peak_bytes, used_bytes);
-    // The smallest that is large enough, unless it is far too large.
+    // The smallest buffer that is large enough, unless it is more than a quarter too large.
     const auto found = free_buffers.lower_bound(size);
     if (found != free_buffers.end() && found->first <= size + size / 4) {
       void* p = found->second;
@@ -85,7 +85,7 @@ void release(void* p, size_t bytes) {
 
 template <class F>
 static int32_t guarded(Problem p, F&& run) {
-  // Waking threads, and waiting for them a dozen times, takes as long as some 20 million operations.
+  // Waking a thread and synchronising a dozen times takes as long as some 20 million operations.
   const double work = 6.0 * double(p.m) * double(p.k) * double(p.d);
   p.threads = std::max(1, static_cast<int>(std::min(work / 2e7, double(p.threads))));
   try {
@@ -95,9 +95,11 @@ static int32_t guarded(Problem p, F&& run) {
   }
 }
 
-// Of the gradients of features and prototypes, which nobody has touched yet.
-static void want_huge_pages(const Problem& p, void* z, void* w) {
-  const size_t row = size_t(p.d) * (p.is_double ? sizeof(double) : sizeof(float));
+// For the gradients of features and prototypes, which have not been touched yet.
+static void want_huge_pages(const Problem& p, void* z, void* w, bool rounded = false) {
+  const size_t row = size_t(p.d) * (p.is_double ? sizeof(double)
+                                    : rounded   ? sizeof(uint16_t)
+                                                : sizeof(float));
   scratch::want_huge_pages(z, size_t(p.m) * row);
   scratch::want_huge_pages(w, size_t(p.k) * row);
 }
@@ -106,7 +108,7 @@ static void want_huge_pages(const Problem& p, void* z, void* w) {
 
 #define NCK_EXPORT extern "C" __attribute__((visibility("default")))
 
-// The function for a problem's numbers. 16-bit numbers that nothing here multiplies are converted to float32.
+// The function for a problem's dtype. 16-bit numbers without an engine are converted to float32.
 #if defined(NCK_BFLOAT16)
 #define NCK_CHOOSE(function, p)                                        \
   ((p).is_double                      ? nckernels::function##_float64  \
@@ -129,7 +131,7 @@ NCK_EXPORT int32_t nckernels_backward(const nckernels::Problem* problem,
 }
 
 NCK_EXPORT int32_t nckernels_step(const nckernels::Problem* problem, const nckernels::Step* step) {
-  nckernels::want_huge_pages(*problem, step->z, step->w);
+  nckernels::want_huge_pages(*problem, step->z, step->w, step->rounded);
   return nckernels::guarded(*problem,
                             [&](const nckernels::Problem& p) { return NCK_CHOOSE(step, p)(p, *step); });
 }
@@ -139,7 +141,7 @@ NCK_EXPORT int32_t nckernels_losses(const nckernels::Problem* problem, const nck
                             [&](const nckernels::Problem& p) { return NCK_CHOOSE(losses, p)(p, *step); });
 }
 
-// The losses of dot regression, or its gradients: of a step's fields loss, or weight with z and w.
+// Dot regression: the losses if step.loss is set, the gradients if step.z or step.w is.
 NCK_EXPORT int32_t nckernels_gaps(const nckernels::Problem* problem, const nckernels::Step* step) {
   return nckernels::guarded(*problem, [&](const nckernels::Problem& p) {
     return p.is_double ? nckernels::gaps_float64(p, *step) : nckernels::gaps_float32(p, *step);
@@ -147,19 +149,19 @@ NCK_EXPORT int32_t nckernels_gaps(const nckernels::Problem* problem, const ncker
 }
 
 #if defined(NCK_STAGES)
-// Nanoseconds of all stages since the last call.
+// Nanoseconds of each stage since the last call.
 NCK_EXPORT void nckernels_stages(int64_t* out) {
   for (auto& time : nckernels::stages::nanoseconds) *out++ = time.exchange(0);
 }
 #endif
 
-// The sizes of the structures, so that Python notices if it describes others.
+// The sizes of the structures, with which Python detects a library of another version.
 NCK_EXPORT int64_t nckernels_sizes() {
   return (int64_t(sizeof(nckernels::Problem)) << 32) | (int64_t(sizeof(nckernels::Gradients)) << 16) |
          int64_t(sizeof(nckernels::Step));
 }
 
-// Highest number of scratch bytes in use since the last call.
+// The highest number of scratch bytes in use since the last call.
 NCK_EXPORT int64_t nckernels_peak_scratch() {
   std::lock_guard<std::mutex> lock(nckernels::scratch::mutex);
   const auto peak = static_cast<int64_t>(nckernels::scratch::peak_bytes);

@@ -9,7 +9,7 @@ namespace nckernels {
 template <class T>
 T dot(const T* a, const T* b, int64_t n) {
   constexpr int W = lanes<T>;
-  // Four sums, since each addition waits for the one before it.
+  // Four independent sums hide the latency of additions.
   Vec<T> total[4] = {};
   int64_t i = 0;
   for (; i + 4 * W <= n; i += 4 * W)
@@ -31,11 +31,43 @@ T inverse_norm(const Problem& p, const T* x) {
 template <class T>
 T through_norm(const Problem& p, const T* g, const T* x, T rnorm, T factor, T* out) {
   const T along = dot(g, x, p.d) * rnorm;
-  // A norm that was clamped is a constant.
+  // A clamped norm is a constant.
   const T radial = rnorm >= T(0.999999) / T(p.eps) ? T(0) : along * rnorm, scale = factor * rnorm;
   for (int64_t i = 0; i < p.d; i++) out[i] = scale * (g[i] - radial * x[i]);
   return along;
 }
+
+// The rows of a gradient: numbers of T, or bfloat16 numbers to which complete rows are rounded.
+template <class T>
+class GradientRows {
+ public:
+  GradientRows(void* data, bool rounded, int64_t d)
+      : data_(static_cast<char*>(data)), rounded_(rounded), d_(d) {}
+
+  explicit operator bool() const { return data_; }
+  GradientRows from_row(int64_t j) const { return {data_ ? at(j) : nullptr, rounded_, d_}; }
+
+  // Row j if it has numbers of T, which can be sums until it is complete; else `line`.
+  T* place(int64_t j, T* line) const { return data_ && !rounded_ ? reinterpret_cast<T*>(at(j)) : line; }
+
+  // Stores row j, which is complete, unless it was computed in place.
+  void put(int64_t j, const T* x) const {
+    if (!data_ || !rounded_) return;
+    uint16_t* to = reinterpret_cast<uint16_t*>(at(j));
+    for (int64_t i = 0; i < d_; i++) to[i] = to_bfloat16(static_cast<float>(x[i]));
+  }
+  void clear(int64_t j) const {
+    if (data_) std::memset(at(j), 0, d_ * size());
+  }
+
+ private:
+  int64_t size() const { return rounded_ ? sizeof(uint16_t) : sizeof(T); }
+  char* at(int64_t j) const { return data_ + j * d_ * size(); }
+
+  char* data_;
+  bool rounded_;
+  int64_t d_;
+};
 
 // The inverse norms of `count` rows, of which number i is row `at(i)` of `x` and goes to `out[at(i)]`.
 template <class T, class F>

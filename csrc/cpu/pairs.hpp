@@ -8,12 +8,6 @@
 #include "gemm.hpp"
 
 namespace nckernels {
-inline uint32_t to_bits(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
 typedef uint32_t Bits __attribute__((vector_size(NCK_VECTOR_BYTES)));
 typedef uint16_t Halves __attribute__((vector_size(NCK_VECTOR_BYTES / 2)));
 
@@ -40,8 +34,8 @@ NCK_INLINE Vec<float> paired(Vec<float> low, Vec<float> high) {
   return floats_of((bits_of(low) >> 16) | (bits_of(high) & 0xffff0000u));
 }
 
-// As many numbers of a row of n as a vector of V holds, from number x on; zeros beyond its end, and of no
-// row.
+// A vector of a row of n numbers, starting at number x. Numbers past the end, and those of a null row, are
+// zero.
 template <class V>
 NCK_INLINE V part_of_row(const uint16_t* row, int64_t x, int64_t n) {
   V some{};
@@ -65,7 +59,7 @@ NCK_INLINE Vec<float> numbers_of_row(const uint16_t* row, int64_t x, int64_t n, 
   return lower(__builtin_convertvector(part_of_row<Halves>(row, x, n), Bits)) * scale;
 }
 
-// The same of two rows, as pairs of both.
+// The same of two rows, interleaved as pairs.
 NCK_INLINE Vec<float> pair_of_rows(const uint16_t* const* rows, const float* scale, int64_t x, int64_t n) {
   return paired(numbers_of_row(rows[0], x, n, scale[0]), numbers_of_row(rows[1], x, n, scale[1]));
 }
@@ -92,13 +86,12 @@ NCK_INLINE Vec<float> rounded_pairs(Vec<float> low, Vec<float> high) {
   return paired(floats_of(rounded(low)), floats_of(rounded(high)));
 }
 
-// What a product is multiplied by once it is complete: factors of its rows, null for none, and of its
-// columns.
+// Factors of the rows and columns of a complete product. Null `of_rows` stand for none of both.
 struct Factors {
   const float *of_rows = nullptr, *of_columns = nullptr;
 };
 
-// A sum in registers goes to C[R][NV vectors], or is added to it.
+// Writes the accumulators to C[R][NV vectors], or adds them to it.
 template <int R, int NV, bool ACCUMULATE>
 NCK_INLINE void put_scaled(const Vec<float> (&acc)[R][NV], float* c, long c_stride, const Factors& factors) {
   if (!factors.of_rows) return put<float, R, NV, ACCUMULATE>(acc, c, c_stride);
@@ -113,11 +106,10 @@ NCK_INLINE void put_scaled(const Vec<float> (&acc)[R][NV], float* c, long c_stri
   }
 }
 
-// Pairs by instructions on vectors: vdpbf16ps (AVX512-BF16) where there is one, else what it computes, but
-// for the order of additions.
+// The vector unit: vdpbf16ps (AVX512-BF16), or a model of it that differs only in the order of additions.
 struct VectorPairs {
   static constexpr int MR = 12, PR = 8, INNER = 2;
-  struct Session {};  // what a thread prepares for some products
+  struct Session {};  // set-up of a thread for some products: none
 
   static NCK_INLINE Vec<float> add(Vec<float> c, uint32_t a, Vec<float> b) {
 #if defined(__AVX512BF16__)

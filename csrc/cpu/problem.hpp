@@ -1,4 +1,4 @@
-// What Python hands over (native.py packs these structures) and the plan made of it.
+// The arguments from Python, which native.py packs into these structures, and the columns derived from them.
 #pragma once
 
 #include <algorithm>
@@ -12,8 +12,8 @@
 
 #include "stages.hpp"
 
-// Whether bfloat16 features are multiplied as such (bfloat16.cpp), and by the tiles of AMX: where there are
-// instructions for it, or a test wants their models.
+// NCK_BFLOAT16: bfloat16 features are multiplied without conversion (bfloat16.cpp). NCK_AMX: by the tiles of
+// AMX. Both are set where the compiler has the instructions, or by tests that run models of the instructions.
 #if defined(__AMX_BF16__)
 #define NCK_AMX
 #endif
@@ -26,9 +26,9 @@ namespace nckernels {
 enum Half : int32_t { kFull = 0, kBfloat16 = 1, kFloat16 = 2 };
 enum Exclude : int32_t { kNone = 0, kTarget = 1, kSelf = 2, kSameLabel = 3 };
 
-// Plain C structure: pointers may be null where a comment says so. Matrices have rows of d contiguous numbers
-// at a distance of `*_stride`. Everything is of one type T, float or double, but targets (int64) and the
-// features and prototypes if `half` says so: T is float then.
+// A plain C structure. Pointers may be null where a comment says so. Matrices have rows of d contiguous
+// numbers at a distance of `*_stride`. Numbers have one type T, float or double, with two exceptions: targets
+// are int64, and if `half` is not kFull, features and prototypes have 16 bits and T is float.
 struct Problem {
   int64_t m, k, d, z_stride, w_stride;
   const void *z, *w;
@@ -37,58 +37,61 @@ struct Problem {
   int64_t ignore_index, workspace;       // bytes
   double beta;
   int32_t by_class, by_instance, exclude, present_only;
-  int32_t symmetric;  // features and prototypes are one matrix, and one direction is asked for
+  int32_t symmetric;  // features and prototypes are one matrix, and there is one direction
   int32_t threads, is_double;
   int32_t half;  // enum Half
   double eps;    // of the norms
-  // results of the forward pass, inputs of the backward pass
+  // Results of the forward pass, inputs of the backward pass.
   void *class_lse, *instance_lse;  // (k), (m) or null
   void *pos, *z_rnorm, *w_rnorm;   // (m), (m), (k)
-  void* kept;  // `kept_size` numbers for exp(t) of the first row tiles, and of what height these are, or null
+  void* kept;  // exp(t) of the first row tiles and then the height of a tile: `kept_size` numbers, or null
   int64_t kept_size;
 };
 
 struct Gradients {
   const void *class_lse, *instance_lse, *pos;  // upstream, (k), (m), (m) or null
-  void *z, *w;                     // (m, d), (k, d) contiguous, or null; w zeros if classes can be absent,
-                                   // and null if the problem is symmetric: z is all of it
+  void *z, *w;                     // (m, d), (k, d) contiguous, or null. w is initialised to zeros if classes
+                                   // can be absent, and null if the problem is symmetric
   void *sample_bias, *class_bias;  // (m), (k), zeros, or null
   double* beta;                    // 0, or null
 };
 
-// What a training step adds to a problem whose loss is known to be the sum or the mean of
-// weight_j (lse_j - pos_j), with the lse of sample j, of its class, or the mean of both.
-// Of one direction, that of the samples, it may have label smoothing, as F.cross_entropy has it with the
-// class weights, and margins by which the positive moves: then `exclude` is kTarget, and the moved positive
-// is added to the sum of the others. In a symmetric problem the targets are labels, pos_j is the mean logit
-// of j with the others of its label, and samples without others do not count.
+// A training step: the loss is the sum or the mean of weight_j (lse_j - pos_j), where lse_j is the
+// log-sum-exp of sample j, of its class, or the mean of both.
+// - In the instance direction the loss can have label smoothing, with class weights as in F.cross_entropy,
+// and
+//   margins that shift the positive. With a margin `exclude` is kTarget, and the shifted positive is added to
+//   the sum over the other classes.
+// - In a symmetric problem the targets are labels, pos_j is the mean logit of j with the other samples of its
+//   label, and samples without others do not count.
 //
-// The samples' losses can also stay apart: `losses` writes all of them, and the results of the forward pass
-// into the problem; a step with these results, and with what flows back as a factor of the weights, gives the
-// gradient.
+// For losses that are not reduced, `losses` writes the loss of each sample, and the results of the forward
+// pass into the problem. A step on these results computes the gradient; the upstream gradients are then
+// factors of the weights.
 struct Step {
   const void* weight;        // (m) or null for ones
-  const void* class_weight;  // (k) or null for ones: a factor of the weights of a class's samples
-  void* loss;                // 1; (m) for `losses`; null where it is known
-  void *z, *w;               // gradients as in Gradients
+  const void* class_weight;  // (k) or null for ones: factors of the weights of a class's samples
+  void* loss;                // 1 number; (m) for `losses`; null in a step that follows `losses`
+  void *z, *w;               // gradients as in Gradients; bfloat16 numbers if `rounded`
   double* beta;              // 0, or null
-  double empty;              // the mean of nothing
+  double empty;              // the mean over no samples
   double smoothing, angular_margin, cosine_margin;
   int64_t mean;  // or sum
-  // Sums are added inside the logarithm: of both directions, instead of the mean of two logarithms; in a
-  // symmetric problem those of all samples, without positives, weights and mean.
+  // The sums of both directions are added inside the logarithm; otherwise the loss has the mean of two
+  // logarithms. In a symmetric problem: the sums of all samples are added, without positives and weights.
   int64_t joined;
+  int64_t rounded;
 };
 
 enum Status : int32_t { kOk = 0, kBadTarget = 1, kNoMemory = 2 };
 
 namespace scratch {
-// Large buffers are pooled: fresh pages from the system would cost as much as the work done on them.
+// Large buffers are pooled: the page faults of fresh memory would take as long as the arithmetic on it.
 void* acquire(size_t bytes);
 void release(void* p, size_t bytes);
 
-// Asks the system to back memory that has not been touched by large pages: the first touch of a small one
-// takes about as long as the arithmetic on its numbers.
+// Asks the system for huge pages in memory that has not been touched. A page fault for each small page would
+// take as long as the arithmetic on its numbers.
 void want_huge_pages(void* p, size_t bytes);
 }  // namespace scratch
 
@@ -117,10 +120,20 @@ inline float from_bits(uint32_t bits) {
   return x;
 }
 
-// bfloat16 is the upper half of a float.
-inline float from_bfloat16(uint16_t h) { return from_bits(uint32_t(h) << 16); }
+inline uint32_t to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
 
-// float16 has a smaller exponent, whose bias is 15 instead of 127; the product sets it right for subnormals
+// bfloat16 is the upper half of a float. Rounding is to nearest, ties to even; NaN stays NaN.
+inline float from_bfloat16(uint16_t h) { return from_bits(uint32_t(h) << 16); }
+inline uint16_t to_bfloat16(float x) {
+  const uint32_t bits = to_bits(x);
+  return x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
+}
+
+// float16 has a smaller exponent, whose bias is 15 instead of 127. The product corrects it, for subnormals
 // too.
 inline float from_float16(uint16_t h) {
   const uint32_t sign = uint32_t(h & 0x8000) << 16, magnitude = uint32_t(h & 0x7fff) << 13;
@@ -136,13 +149,13 @@ class Rows {
   Rows(const void* data, int64_t stride, int64_t d, int32_t half)
       : data_(data), stride_(stride), d_(d), half_(half) {}
 
-  // Room that `get` needs for each row held at a time.
+  // The size of the buffer that `get` needs for each row in use.
   int64_t line() const { return half_ ? d_ : 0; }
 
-  // Row j where it lies, or converted into `line`.
+  // Row j in place, or converted into `line`.
   const T* get(int64_t j, T* line) const { return get(j, 0, d_, line); }
 
-  // `n` numbers of row j, from number `first` on.
+  // `n` numbers of row j, starting at number `first`.
   const T* get(int64_t j, int64_t first, int64_t n, T* line) const {
     const int64_t at = j * stride_ + first;
     if (!half_) return static_cast<const T*>(data_) + at;
@@ -154,7 +167,7 @@ class Rows {
     return line;
   }
 
-  // The 16-bit numbers of row j from number `first` on.
+  // The 16-bit numbers of row j, starting at number `first`.
   const uint16_t* raw(int64_t j, int64_t first) const {
     return static_cast<const uint16_t*>(data_) + j * stride_ + first;
   }
@@ -170,20 +183,19 @@ constexpr T minus_infinity = -std::numeric_limits<T>::infinity();
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// The columns that take part, which samples do, and which column each sample's positive is.
+// The columns and samples that take part, and the column of each sample's positive.
 struct Columns {
   int64_t count;  // columns
-  bool compact;   // whether they are the classes `ids`, rather than all in order
+  bool compact;   // whether they are the classes `ids` instead of all classes in order
   std::vector<int64_t> ids;
-  std::vector<int64_t> positive;  // per sample, -1 if it is left out
-  std::vector<char> unread;       // columns whose prototype nobody may look at; empty if there are none
+  std::vector<int64_t> positive;  // per sample, -1 if the sample is ignored
+  std::vector<char> unread;       // columns whose prototype must not be read; empty if there are none
 
   int64_t class_of(int64_t c) const { return compact ? ids[c] : c; }
   bool reads(int64_t c) const { return unread.empty() || !unread[c]; }
 };
 
-// Fills `columns`; false if a target is out of range (callers check, with better words: this is the last
-// line).
+// Fills `columns`; false if a target is out of range. Callers report the error.
 inline bool find_columns(const Problem& p, Columns& columns) {
   columns.positive.resize(p.m);
   columns.count = p.k;
@@ -200,7 +212,7 @@ inline bool find_columns(const Problem& p, Columns& columns) {
       columns.positive[j] = y;
   }
   if (p.exclude == kSelf || p.exclude == kSameLabel) {
-    // Column i is sample i: one that is left out is nobody's negative, and read only if it is a positive.
+    // Column i is sample i. An ignored sample is no negative, and read only if it is a positive.
     columns.unread.assign(p.k, 1);
     for (int64_t j = 0; j < p.m; j++)
       if (columns.positive[j] >= 0) columns.unread[j] = columns.unread[columns.positive[j]] = 0;

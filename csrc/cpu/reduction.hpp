@@ -1,12 +1,11 @@
-// How a sample's sums and its positive logit become its loss, the samples' losses one number, and what flows
-// back.
+// From log-sum-exps and positive logits to losses of samples, from these to one number, and the derivatives.
 #pragma once
 
 #include "problem.hpp"
 
 namespace nckernels {
 
-// log(e^a + e^b), and the shares of the two in it.
+// log(e^a + e^b) and its derivatives by a and b.
 struct Joined {
   double lse, of_a, of_b;
 
@@ -37,21 +36,25 @@ class Reduction {
     return step_.class_weight ? sample_weight(j) * class_weight(p_.target[j]) : sample_weight(j);
   }
 
-  // Sample j counts.
+  // Counts sample j.
   void count(int64_t j) { total_ += weight(j); }
 
-  // d result / d (weighted sum), once all are counted.
+  // d result / d (weighted sum), once all samples are counted.
   double scale() const { return !step_.mean ? 1 : nothing() ? 0 : 1 / total_; }
-  double result(double sum) const { return !step_.mean ? sum : nothing() ? 0 : sum / total_; }
+  double result(double sum) const {
+    // With label smoothing the sum need not be 0 where all weights are.
+    return !step_.mean ? sum : total_ == 0 ? step_.empty : sum / total_;
+  }
 
-  // A sample's weighted loss and its derivatives; that by beta is what stands beside those by the logits.
+  // A sample's weighted loss and its derivatives. The derivative by beta leaves out the path through the
+  // logits.
   struct Sample {
     double loss, by_lse, by_pos, by_beta;
   };
 
-  // Of sample j with this log-sum-exp and positive logit; that of nothing, -inf, leaves the positive. With
-  // margins it is that of the others, and the positive, moved, joins it here. Label smoothing's mean logit,
-  // times -eps, is not in it, see smoothing.hpp.
+  // The loss of sample j with this log-sum-exp and positive logit. Of an empty log-sum-exp, -inf, only the
+  // positive remains. With a margin the log-sum-exp is over the other classes, and the shifted positive is
+  // added here. The term of label smoothing is not included, see smoothing.hpp.
   Sample sample(int64_t j, double lse, double pos) const {
     const double all = weight(j), eps = step_.smoothing, of_pos = (1 - eps) * all;
     const double of_lse = eps == 0 ? all : of_pos + eps * sample_weight(j) * mean_class_weight_;
@@ -60,7 +63,7 @@ class Reduction {
     const double cosine = pos / p_.beta, moved_cosine = moved(cosine, slope),
                  moved_pos = p_.beta * moved_cosine;
     const Joined with(lse, moved_pos);
-    // Smoothing takes the moved logit, not `pos`, for its mean.
+    // The mean of label smoothing contains the shifted logit, not `pos`.
     const double unmoved = eps == 0 ? 0 : eps * all / static_cast<double>(p_.k);
     const double both = of_lse - of_pos - unmoved, by_moved = both - of_lse * with.of_a;
     return {of_lse * (with.lse - moved_pos) + both * moved_pos + unmoved * pos, of_lse * with.of_a,
@@ -82,7 +85,7 @@ class Reduction {
     slope = 1;
     if (m == 0) return cosine - step_.cosine_margin;
     if (!(cosine > -std::cos(m))) return cosine - m * std::sin(m) - step_.cosine_margin;
-    // The sine's derivative is infinite at +-1, where rounding can push the cosine.
+    // Rounding can push the cosine to +-1, where the derivative of the sine is infinite.
     const double square = 1 - cosine * cosine, least = std::numeric_limits<T>::epsilon();
     const double sine = std::sqrt(std::max(square, least));
     slope = std::cos(m) + (square < least ? 0 : cosine / sine * std::sin(m));

@@ -32,20 +32,20 @@ class SameLabel {
 
   bool any(int64_t j) const { return group_[j] >= 0; }
 
-  // The group of a sample, -1 if it has no others, and the derivative of the weighted sum by its cosine with
-  // one of them, beside that of the other.
+  // The group of a sample, -1 if it has no other samples, and the derivative of the weighted sum by the
+  // cosine of the sample with another one, from the sample's own term.
   int64_t group(int64_t j) const { return group_[j]; }
   T weight(int64_t j) const { return share_[j] / others_[group_[j]]; }
 
-  // The sums of the groups, once the norms are known; `share` per sample, and whether all of a group have
-  // one.
+  // Computes the sums of the groups; the norms are known. `share` is per sample, `even` if it is the same for
+  // all samples of a group.
   void add_up(const T* share, bool even) {
     share_ = share;
     add_up(sums_, [&](int64_t j) { return double(rnorm_[j]); });
     if (!even) add_up(weighted_, [&](int64_t j) { return double(rnorm_[j]) * weight(j); });
   }
 
-  // The mean cosine of a sample that has others.
+  // The mean cosine of a sample with the others of its group, which has some.
   T mean(int64_t j, T* line, T* rest) {
     const T *z = z_.get(j, line), *sum = *sums_ + group_[j] * p_.d;
     for (int64_t i = 0; i < p_.d; i++) rest[i] = sum[i] - rnorm_[j] * z[i];
@@ -88,8 +88,8 @@ class SameLabel {
   const Problem& p_;
   Rows<T> z_;
   const T *rnorm_, *share_ = nullptr;
-  std::vector<int64_t> group_;                // of each sample; -1: it has no others
-  std::vector<T> others_;                     // in each group, beside a sample of it
+  std::vector<int64_t> group_;                // per sample; -1: no others
+  std::vector<T> others_;                     // per group: its size less one
   std::optional<Buffer<T>> sums_, weighted_;  // (groups, d); the latter only where shares are not even
 };
 

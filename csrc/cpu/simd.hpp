@@ -1,15 +1,14 @@
 // Vectors of the width that this file is compiled for, and the exponential.
 //
-// GCC's and clang's vector extensions: one source for AVX-512, AVX2, SSE2 and NEON. The build makes one
-// library per instruction set (nckernels/backends/build.py), and Python loads the one for the CPU at hand.
+// One source in GCC's and clang's vector extensions serves AVX-512, AVX2, SSE2 and NEON. The build makes one
+// library per instruction set (nckernels/backends/build.py), and Python loads the best one for the CPU.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <utility>
 
-// A test sets it to 64 where there is no AVX-512: the compiler makes two halves of each vector, and every
-// other line is the same.
+// A test sets it to 64 where there is no AVX-512. The compiler then splits each vector into halves.
 #if defined(NCK_VECTOR_BYTES)
 #elif defined(__AVX512F__)
 #define NCK_VECTOR_BYTES 64
@@ -74,13 +73,14 @@ NCK_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
-// One step of a transposition, which swaps lanes S apart: the vector numbered without bit S (HIGH: with it).
+// One step of a transposition, which swaps lanes S apart: the vector whose number has bit S clear (HIGH:
+// set).
 template <class T, int S, bool HIGH, size_t... I>
 NCK_INLINE Vec<T> swapped(Vec<T> a, Vec<T> b, std::index_sequence<I...>) {
 #if defined(__clang__)
   return __builtin_shufflevector(
       a, b, int(HIGH ? (I & S ? lanes<T> + I : I + S) : (I & S ? lanes<T> + I - S : I))...);
-#else  // GCC has the above from version 12 on only
+#else  // GCC before version 12
   using Index = decltype(a > b);
   return __builtin_shuffle(
       a, b, Index{(HIGH ? (I & S ? lanes<T> + I : I + S) : (I & S ? lanes<T> + I - S : I))...});
@@ -133,8 +133,8 @@ NCK_INLINE void transpose(Vec<T>* x) {
 }
 
 // e^x to about one unit in the last place; 0 below the smallest normal number, NaN for NaN.
-// BOUNDED: for x up to 88 in float, where 2^n is a number and no two are needed. x = n ln 2 + r with |r| <=
-// ln 2 / 2; a Taylor polynomial for e^r, whose remainder is below rounding.
+// BOUNDED: for x up to 88 in float, where one factor 2^n is enough. x = n ln 2 + r with |r| <= ln 2 / 2, and
+// e^r is a Taylor polynomial with a remainder below the rounding error.
 template <class T, bool BOUNDED = false>
 NCK_INLINE Vec<T> exponential(Vec<T> x) {
   using S = Simd<T>;
@@ -164,7 +164,7 @@ NCK_INLINE Vec<T> exponential(Vec<T> x) {
   p = p * r + T(0.5);
   p = p * r + T(1.0);
   p = p * r + T(1.0);
-  // 2^n: n stands in the low bits of `shifted`; move it into the exponent. n = 128 (1024) needs two steps.
+  // 2^n: n is in the low bits of `shifted`; shift it into the exponent. n = 128 (1024) needs two factors.
   typename S::I bits;
   std::memcpy(&bits, &shifted, sizeof bits);
   typename S::Int base;

@@ -1,8 +1,8 @@
-// Label smoothing's share of a loss. The mean logit of a sample, weighted by class, is an inner product:
-//     sum_c w_c t_jc / K = beta u_j . P,   P = sum_c w_c v_c / K,
-// and its factor in the loss is known before it is. So what smoothing adds to the entries dL/dt is of rank
-// one, and no entry has to hold it: with s_j = -eps weight_j and Q = beta sum_j s_j u_j
-//     the weighted sum gets P . Q,   dL/dU_j gets s_j P,   dL/dV_c gets w_c / K Q.
+// The term of label smoothing. The mean logit of a sample, weighted by class, is an inner product:
+//     sum_c w_c t_jc / K = beta u_j . P,   P = sum_c w_c v_c / K.
+// Its factor in the loss does not depend on the logits, so the term adds a matrix of rank one to dL/dt, which
+// need not be formed. With s_j = -eps weight_j and Q = beta sum_j s_j u_j the term adds
+//     P . Q to the weighted sum,   s_j P to dL/dU_j,   and w_c / K Q to dL/dV_c.
 #pragma once
 
 #include <optional>
@@ -12,12 +12,12 @@
 
 namespace nckernels {
 
-// A gradient that dL/dU and dL/dV get beside that through the entries: factors by row and by column, of one
-// vector each; null for none.
+// A rank-one gradient: dL/dU_j gets of_rows[j] times `row`, dL/dV_c gets of_columns[c] times `column`. Null
+// pointers stand for no gradient.
 template <class T>
 struct RankOne {
   const T *of_rows, *row, *of_columns, *column;
-  T of_entries;  // times both factors: what it is as entries of dL/dt
+  T of_entries;  // dL/dt_jc gets of_entries of_rows[j] of_columns[c]
 
   explicit operator bool() const { return row; }
 
@@ -35,7 +35,7 @@ struct RankOne {
 template <class T>
 class Smoothing {
  public:
-  // Rows are added in chunks, which may run at once.
+  // Rows are added in chunks, which may run in parallel.
   Smoothing(const Problem& p, const Step& step, const Reduction<T>& reduction, int64_t chunks)
       : p_(p),
         reduction_(reduction),
@@ -50,7 +50,7 @@ class Smoothing {
 
   explicit operator bool() const { return eps_ != 0; }
 
-  // P, of prototypes whose norms are known.
+  // Computes P; the norms of prototypes are known.
   void average_prototypes() {
     const Rows<T> w(p_.w, p_.w_stride, p_.d, p_.half);
     const T* rnorm = static_cast<const T*>(p_.w_rnorm);
@@ -63,7 +63,7 @@ class Smoothing {
     add_up(*sums, 1, mean_);
   }
 
-  // All samples that take part, with known norms, to Q.
+  // Adds all samples that take part to Q; their norms are known.
   void add_rows(const Columns& columns) {
     const Rows<T> z(p_.z, p_.z_stride, p_.d, p_.half);
     const T* rnorm = static_cast<const T*>(p_.z_rnorm);
@@ -76,15 +76,15 @@ class Smoothing {
     add(z, -eps_ * reduction_.sample_weight(j) * rnorm, *sums_ + chunk * p_.d);
   }
 
-  // What the weighted loss of one sample gets.
+  // The term in the weighted loss of one sample.
   double of_row(int64_t j, const T* z, T rnorm) const {
     return -eps_ * reduction_.sample_weight(j) * p_.beta * double(dot<T>(z, mean_.data(), p_.d) * rnorm);
   }
 
-  // What the weighted sum of losses gets, once all rows are added; `scale` is what the sum is multiplied by.
+  // The term in the weighted sum of losses, once all rows are added. `scale` is the factor of that sum.
   double finish(const Columns& columns, double scale) {
     add_up(*sums_, p_.beta, total_);
-    sums_.reset();  // the backward pass has other uses for the memory
+    sums_.reset();  // frees the memory for the backward pass
     double loss = 0;
     for (int64_t i = 0; i < p_.d; i++) loss += double(mean_[i]) * double(total_[i]);
     bool any = false;
@@ -94,7 +94,7 @@ class Smoothing {
       any = any || valid;
     }
     of_entries_ = any ? static_cast<T>(1 / scale) : T(0);
-    // Of no samples Q is 0, and the scale of a mean infinite.
+    // Without samples Q is 0 and the scale of a mean is infinite.
     for (int64_t c = 0; c < p_.k; c++) of_columns_[c] = any ? static_cast<T>(of_columns_[c] * scale) : T(0);
     return loss;
   }
@@ -137,7 +137,7 @@ class Smoothing {
   int64_t chunks_;
   Buffer<T> of_rows_, of_columns_, mean_, total_;
   T of_entries_ = 0;
-  std::optional<Buffer<double>> sums_;  // of chunks of rows, until they are added up
+  std::optional<Buffer<double>> sums_;  // per chunk of rows, until they are added up
 };
 
 }  // namespace nckernels

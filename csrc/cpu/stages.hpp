@@ -1,5 +1,5 @@
-// Where the time goes: NCK_STAGE(name) at the head of a block counts the processor time that threads spend in
-// it, if the library is compiled with -DNCK_STAGES (`python -m benchmarks stages`); else it is nothing.
+// A profile by stages: NCK_STAGE(name) at the head of a block adds up the processor time that threads spend
+// in the block, if the library is compiled with -DNCK_STAGES (`python -m benchmarks stages`).
 #pragma once
 
 #if defined(NCK_STAGES)
@@ -23,7 +23,7 @@ enum Name {
 };
 inline std::atomic<int64_t> nanoseconds[COUNT];
 
-// The time of a stage within another one is its own only.
+// The time of a nested stage is not counted in the outer one.
 class Span {
  public:
   explicit Span(Name name) : name_(name), outer_(current()) {
@@ -40,7 +40,7 @@ class Span {
     static thread_local Span* span = nullptr;
     return span;
   }
-  // The time since the last call goes to `span`.
+  // Adds the time since the last call to `span`.
   static void pass_to(const Span* span) {
     static thread_local int64_t last = 0;
     timespec t;

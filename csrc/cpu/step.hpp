@@ -1,10 +1,10 @@
 // A training step in one call: the loss and its gradient, forward and backward over the same tiles.
 //
-// What flows back to a log-sum-exp is known as soon as it is: the sample's share of the sum or mean, times
-// what margins make of it. So a part of the matrix whose sums are complete can go backward at once, while its
-// exponentials still lie in the workspace, and nothing is made twice. Complete are, in the class direction,
-// whole columns; in the instance direction, whole rows. The matrix is cut into as few such parts as fit;
-// where both directions are wanted it stays whole.
+// The upstream gradient of a log-sum-exp is known as soon as the log-sum-exp is: the sample's share of the
+// sum or mean, times the derivative of a margin. So a part of the matrix can run its backward pass as soon as
+// its sums are complete, while its exponentials are still in the workspace, and no tile is computed twice.
+// Sums are complete for whole columns in the class direction and for whole rows in the instance direction.
+// The matrix is cut into as few such parts as the workspace allows. With both directions it stays whole.
 #pragma once
 
 #include "backward.hpp"
@@ -16,9 +16,10 @@ template <class G>
 class StepPass {
   using T = typename G::T;
   static constexpr int64_t NR = G::NR, MR = G::MR;
-  // Columns or rows of a part; with fewer, packing costs about as much as making tiles twice.
+  // The fewest columns or rows of a part. Narrower parts spend as much on packing as two passes on tiles.
   static constexpr int64_t NARROWEST = 96;
-  // Of rows, each of which smoothing adds up apart; whatever the number of threads, for the same bits.
+  // Chunks of rows that label smoothing sums separately. The number does not depend on the number of threads,
+  // and neither does the result.
   static constexpr int64_t CHUNKS = 16;
 
  public:
@@ -51,7 +52,7 @@ class StepPass {
     begin_forward<T>(p_, columns_);
     begin();
     if (p_.by_class && p_.by_instance)
-      both_ways(p_, columns_, 0, {}, {});
+      both_ways(p_, columns_, 0, output(step_.z), output(step_.w));
     else if (p_.by_class)
       by_columns();
     else
@@ -60,7 +61,7 @@ class StepPass {
     if (step_.beta) *step_.beta += by_beta_;
   }
 
-  // The losses of the samples, and the results of the forward pass in the problem's places for them.
+  // Writes the loss of each sample, and the results of the forward pass into the problem.
   void losses() {
     begin_forward<T>(p_, columns_);
     ForwardPass<G>(p_, columns_).run();
@@ -75,17 +76,17 @@ class StepPass {
     }
   }
 
-  // The gradient, from what `losses` has left; what flows back to them has become a factor of their weights.
+  // The gradient, from the results of `losses`. The upstream gradients are factors of the weights.
   void resume() {
     begin();
     flow_back(0, p_.m);
-    backward(p_, columns_, 0, {}, {});
+    backward(p_, columns_, 0, output(step_.z), output(step_.w));
     if (step_.beta) *step_.beta += by_beta_;
   }
 
  private:
-  // Bytes for exponentials: three quarters of the workspace, less a block of columns. All columns are one if
-  // that takes half at most: features are then packed only once.
+  // Bytes for exponentials: three quarters of the workspace, less a block of columns. The block has all
+  // columns if half of the workspace holds them, so that features are packed once.
   static int64_t may_keep(const Problem& p, const Columns& columns) {
     const int64_t quarter = p.workspace / 4, of_column = Tiles<G>::bytes_of_column(p.d);
     const int64_t all = round_up(columns.count, NR) * of_column;
@@ -97,7 +98,7 @@ class StepPass {
     return 3 * quarter - (all <= 2 * quarter ? std::max(quarter, all) : quarter);
   }
 
-  // Rows of all tiles of m: at most an eighth more, see Tiles::plan.
+  // Rows of all tiles, with padding: at most an eighth more than m, see Tiles::plan.
   static int64_t padded(int64_t m) { return m + std::min<int64_t>(m / 8 + 2 * MR, TALLEST); }
 
   bool valid(int64_t j) const { return columns_.positive[j] >= 0; }
@@ -117,22 +118,24 @@ class StepPass {
   void by_columns() {
     share_out();
     const int64_t n = columns_.count, width = part(n, kept_.size() / padded(p_.m), NR);
+    const Buffer<T> sums(step_.z && step_.rounded && width < n ? p_.m * p_.d : 0);
     for (int64_t first = 0; first == 0 || first < n; first += width) {
       const int64_t count = std::min(width, n - first);
       Columns some{count, true, {}, columns_.positive, {}};
       for (int64_t c = first; c < first + count; c++) some.ids.push_back(columns_.class_of(c));
-      // A positive in another part is beyond the columns of this one.
+      // The column of a positive in another part is out of range here.
       for (int64_t& c : some.positive)
         if (c >= 0) c = c < first ? n : c - first;
-      both_ways(p_, some, 0, {first == 0, first + count >= n}, {});
+      both_ways(p_, some, 0, {rows(step_.z), sums.data(), first == 0, first + count >= n}, output(step_.w));
     }
     for (int64_t j = 0; j < p_.m; j++)
       if (valid(j)) sum_ += reduction_.sample(j, sums_of(j).lse, pos(j)).loss;
   }
 
   void by_rows() {
-    const int64_t m = p_.m, rows = kept_.size() / std::max<int64_t>(round_up(columns_.count, NR), 1);
-    const int64_t height = part(m, std::max(rows - TALLEST, (rows - 2 * MR) * 8 / 9), MR);
+    const int64_t m = p_.m, fit = kept_.size() / std::max<int64_t>(round_up(columns_.count, NR), 1);
+    const int64_t height = part(m, std::max(fit - TALLEST, (fit - 2 * MR) * 8 / 9), MR);
+    const Buffer<T> sums(step_.w && step_.rounded && height < m ? p_.k * p_.d : 0);
     for (int64_t first = 0; first == 0 || first < m; first += height) {
       const int64_t count = std::min(height, m - first);
       Columns some = columns_;
@@ -144,12 +147,13 @@ class StepPass {
       p.instance_lse = static_cast<T*>(p_.instance_lse) + first;
       p.pos = static_cast<T*>(p_.pos) + first;
       p.z_rnorm = static_cast<T*>(p_.z_rnorm) + first;
-      both_ways(p, some, first, {}, {first == 0, first + count >= m});
+      both_ways(p, some, first, {rows(step_.z).from_row(first)},
+                {rows(step_.w), sums.data(), first == 0, first + count >= m});
     }
   }
 
-  // The size of parts of `n` columns or rows of which `fit` can be kept; all of them where even parts would
-  // be too narrow.
+  // The size of a part of `n` columns or rows, of which `fit` can be kept: even parts, or one part where they
+  // would be too narrow.
   static int64_t part(int64_t n, int64_t fit, int64_t step) {
     fit = fit / step * step;
     if (fit >= n || fit < NARROWEST) return std::max<int64_t>(n, 1);
@@ -157,24 +161,25 @@ class StepPass {
     return round_up((n + parts - 1) / parts, step);
   }
 
-  void both_ways(const Problem& p, const Columns& columns, int64_t first_row, Turn of_z, Turn of_w) {
+  GradientRows<T> rows(void* gradient) const { return {gradient, step_.rounded != 0, p_.d}; }
+  Output<T> output(void* gradient) const { return {rows(gradient)}; }
+
+  void both_ways(const Problem& p, const Columns& columns, int64_t first_row, Output<T> z, Output<T> w) {
     ForwardPass<G>(p, columns).run();
     if (p.by_instance) flow_back(first_row, p.m);
-    backward(p, columns, first_row, of_z, of_w);
+    backward(p, columns, first_row, z, w);
   }
 
-  void backward(const Problem& p, const Columns& columns, int64_t first_row, Turn of_z, Turn of_w) {
+  void backward(const Problem& p, const Columns& columns, int64_t first_row, Output<T> z, Output<T> w) {
     Gradients g{};
     if (p.by_class) g.class_lse = per_class_;
     if (p.by_instance) g.instance_lse = per_row_ + first_row;
     g.pos = per_pos_ + first_row;
-    if (step_.z) g.z = static_cast<T*>(step_.z) + first_row * p.d;
-    g.w = step_.w;
     g.beta = step_.beta;
-    BackwardPass<G>(p, columns, g, of_z, of_w, smoothing_.gradient(first_row)).run();
+    BackwardPass<G>(p, columns, g, z, w, smoothing_.gradient(first_row)).run();
   }
 
-  // dL/dlse and dL/dpos in the class direction: each sample's share of the loss, which adds up per class.
+  // dL/dlse and dL/dpos in the class direction: each sample's share of the loss, summed per class.
   void share_out() {
     const double scale = reduction_.scale();
     for (int64_t j = 0; j < p_.m; j++) {
@@ -184,7 +189,7 @@ class StepPass {
     }
   }
 
-  // A sample's log-sum-exp, and what it is by that of its row and by that of its class.
+  // The log-sum-exp of a sample and its derivatives by the log-sum-exps of its row and its class.
   struct SumsOf {
     double lse, by_row, by_class;
   };
@@ -200,8 +205,7 @@ class StepPass {
     return {both.lse, both.of_a, both.of_b};
   }
 
-  // The losses of samples whose sums are complete, and what flows back. That empty sums pass nothing on is
-  // the backward pass's business.
+  // Losses and upstream gradients of samples whose sums are complete. The backward pass handles empty sums.
   void flow_back(int64_t first, int64_t count) {
     const double scale = reduction_.scale();
     for (int64_t j = first; j < first + count; j++) {
@@ -223,8 +227,9 @@ class StepPass {
   const Step& step_;
   Reduction<T> reduction_;
   Smoothing<T> smoothing_;
-  double sum_ = 0, by_beta_ = 0;  // weighted losses; dL/dbeta beside that through the logits
-  Buffer<T> sums_, pos_, rnorm_, per_class_, per_row_, per_pos_, kept_;  // the first three unless given
+  double sum_ = 0, by_beta_ = 0;  // weighted losses; dL/dbeta other than through the logits
+  Buffer<T> sums_, pos_, rnorm_, per_class_, per_row_, per_pos_,
+      kept_;  // the first three unless the problem has them
 };
 
 }  // namespace nckernels

@@ -17,7 +17,7 @@ class SymmetricBackward {
   static constexpr int NV = G::NV, NR = G::NR, W = G::W;
 
  public:
-  // `positives`, or null: more pairs, whose gradient is known.
+  // `positives`, or null: pairs of one label, whose gradient is added.
   SymmetricBackward(const Problem& p, const Columns& columns, const Gradients& g,
                     SameLabel<T>* positives = nullptr)
       : p_(p),
@@ -41,8 +41,8 @@ class SymmetricBackward {
         grad_v_(g.z ? widest_ * s_.d_pad : 0),
         bias_shares_(grad_bias_ ? group_ * widest_ : 0) {}
 
-  // Blocks of columns from the last to the first: when one is done, later ones have added to its samples as
-  // rows, and all row tiles to its samples as columns.
+  // Runs blocks of columns from the last to the first. After a block, its samples have their sums as rows
+  // from this and later blocks, and their sums as columns from all row tiles.
   void run() {
     prepare();
     const int64_t blocks = (p_.m + s_.block_k - 1) / s_.block_k;
@@ -96,8 +96,7 @@ class SymmetricBackward {
   Operand* entries_of(int64_t i) { return entries_ + i * s_.entries_of_tile(widest_); }
   Operand* u_rows_of(int64_t i) { return u_rows_ + i * G::by_feature(s_.tile_m, s_.d_pad); }
 
-  // The tile at place `i` of a group: its entries of T, and T U for its rows, in steps that stay in the L2
-  // cache.
+  // Tile number `i` of a group: its entries of T, and T U for its rows, in steps that fit the L2 cache.
   void make_rows(const Block& block, int64_t tile, int64_t i) {
     const bool is_kept = tile < s_.kept_tiles, products = g_.z || g_.beta;
     const int64_t padded = s_.padded_rows(tile);
@@ -107,7 +106,7 @@ class SymmetricBackward {
     if (products) std::fill_n(static_cast<T*>(product), padded * s_.d_pad, T(0));
     EntriesOf<G> entries(s_, tile, widest_, entries_of(i));
     Buffer<T> own(is_kept ? 0 : entries.room());
-    // Panels from here on count from the block's first one.
+    // From here on panels are counted from the first one of the block.
     const int64_t begin = std::max<int64_t>(0, s_.first_panel(tile) - block.first_panel);
     for (int64_t q = begin; q < block.panels; q += Tri::STEP) {
       const int64_t end = std::min<int64_t>(q + Tri::STEP, block.panels), first = block.first_panel;
@@ -132,8 +131,8 @@ class SymmetricBackward {
       add_energy(tile, product);
   }
 
-  // What rounding has taken from a panel's share of dL/dbeta: of the entries for the rows, or half of that
-  // and half of those for the columns, as `finish` adds them.
+  // The rounding error of a panel's share of dL/dbeta: of the entries for rows, or half of that and half of
+  // the error of the entries for columns, as `finish` adds them.
   double lost(const EntriesOf<G>& entries, int64_t tile, int64_t panel, const T* e) const {
     const bool exponentials = tile < s_.kept_tiles && s_.shift_free;
     const int64_t n = s_.rows_above(tile, panel);
@@ -151,7 +150,7 @@ class SymmetricBackward {
     return (grad_z_ ? 0.5 * (of_form(false) + of_form(true)) : of_form(false)) / p_.beta;
   }
 
-  // Only dL/dbeta is wanted: the sum of T_ij u_i . u_j over all pairs.
+  // If only dL/dbeta is wanted: the sum of T_ij u_i . u_j over all pairs.
   void add_energy(int64_t tile, const T* product) {
     Buffer<T> sum(s_.d_pad), line(s_.z.line());
     for (int64_t r = 0; r < s_.rows(tile); r++) {
@@ -162,7 +161,7 @@ class SymmetricBackward {
     }
   }
 
-  // A panel of a tile of T, from t or what is kept of it.
+  // A panel of a tile of T, from t or the kept exponentials.
   void fill_entries(int64_t tile, int64_t panel, const T* from, T* a, T* share) {
     NCK_STAGE(entries);
     const int64_t padded = s_.padded_rows(tile), row0 = s_.first_row(tile), n = s_.rows_above(tile, panel);
@@ -178,7 +177,7 @@ class SymmetricBackward {
       s_.each_positive(tile, panel, panel + 1, a, [&](int64_t j, T& entry) { entry += g_pos[j]; });
   }
 
-  // From the entries right of the diagonal whose row and column have one label.
+  // Subtracts positives from the entries right of the diagonal whose row and column have one label.
   void subtract_positives(int64_t panel, int64_t n, int64_t row0, T* a) const {
     using Int = typename Simd<T>::Int;
     for (int v = 0; v < NV; v++) {
@@ -247,8 +246,8 @@ class SymmetricBackward {
     for (int v = 0; v < NV && share; v++) store(share + v * W, column[v]);
   }
 
-  // T U of a tile's rows is added to the gradient itself. A sample of a later block, in a tile that straddles
-  // the end of this one, has its gradient already.
+  // Adds T U of a tile's rows to the gradient. In a tile that crosses the end of the block, samples of the
+  // later block have their gradient already.
   void add_rows(const Block& block, int64_t tile, const T* product) {
     const int64_t padded = s_.padded_rows(tile), row0 = s_.first_row(tile);
     for (int64_t r = 0; r < std::min(s_.rows(tile), block.end - row0); r++)
@@ -260,13 +259,13 @@ class SymmetricBackward {
       }
   }
 
-  // T^T U for the columns of a block, from a group of tiles in their order.
+  // Adds T^T U of a group of tiles, in order, for the columns of a block.
   void add_columns(const Block& block, int64_t begin, int64_t here) {
     const int64_t padded = block.panels * NR;
     s_.share_out(block.panels, [&](int64_t first, int64_t last, int64_t f_first, int64_t f_last) {
       for (int64_t i = 0; i < here; i++) {
         const int64_t tile = begin + i, padded_rows = s_.padded_rows(tile), rows = s_.rows(tile);
-        // Panels that the diagonal crosses one by one, with the rows above it, then the others together.
+        // First the panels that the diagonal crosses, one by one with the rows above it, then the others.
         int64_t q = std::max(first, s_.first_panel(tile) - block.first_panel);
         const Operand* a = G::by_columns(entries_of(i), s_.tile_m * widest_);
         auto add = [&](int64_t end, int64_t above) {
@@ -280,7 +279,8 @@ class SymmetricBackward {
     });
   }
 
-  // One panel of a block: its samples' sums as rows and as columns, through the normalisation.
+  // Completes one panel of a block: adds the sums of its samples as rows and as columns, and takes them
+  // through the normalisation.
   void finish(const Block& block, int64_t panel) {
     const int64_t d = p_.d, padded = block.panels * NR;
     Buffer<T> lines(G::COLUMNS * s_.d_pad), line(s_.z.line());
@@ -295,7 +295,7 @@ class SymmetricBackward {
       }
       for (int64_t i = 0; i < d; i++) x[i] += out[i];
       if (positives_ && !in_entries_) positives_->subtract_gradient(j, s_.z.get(j, line), x);
-      // Every pair is met twice, in the gradients of both.
+      // Each pair is counted twice, in the gradients of both samples.
       energy_[block.first_panel + panel] +=
           0.5 * through_norm(p_, x, s_.z.get(j, line), s_.z_rnorm[j], s_.beta, out);
     }
@@ -305,9 +305,8 @@ class SymmetricBackward {
   const Columns& columns_;
   const Gradients& g_;
   SameLabel<T>* positives_;
-  // Whether positives are subtracted from their entries before these are rounded: what remains of a sample
-  // that has been learnt is the difference of two nearly equal numbers. In decoupled losses they are no
-  // others' entries.
+  // Whether positives are subtracted from entries before rounding: the entries of a sample that has been
+  // learnt are differences of nearly equal numbers. In decoupled losses positives are not among the entries.
   bool in_entries_;
   Tri s_;
   std::vector<typename Simd<T>::Int>
@@ -315,7 +314,7 @@ class SymmetricBackward {
   std::vector<T> weight_;
   T *grad_z_, *grad_bias_;
   std::vector<T> scale_, shift_;
-  std::vector<double> energy_, lost_;  // shares of dL/dbeta, and what rounding has taken from them
+  std::vector<double> energy_, lost_;  // shares of dL/dbeta, and their rounding errors
   int64_t widest_, group_;
   Buffer<Operand> v_, v_rows_, entries_,
       u_rows_;  // a block of columns in two layouts; of a group of row tiles

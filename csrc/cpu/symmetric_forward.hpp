@@ -26,7 +26,7 @@ class SymmetricForward {
     Sums<T> total{sums, sums + p_.m};
     clear(total, p_.m);
 
-    // Chunks of row tiles sum their columns into places of their own, which are merged in order.
+    // Each chunk of row tiles has its own column sums, which are merged in order.
     const int64_t widest = std::min(s_.block_k, s_.all_panels * NR);
     const int64_t fit = p_.workspace / 8 / std::max<int64_t>(2 * widest * sizeof(T), 1);
     const int64_t most = std::clamp<int64_t>(fit, 1, 4 * std::max(p_.threads, 2));
@@ -52,7 +52,7 @@ class SymmetricForward {
       lse[j] = s_.valid(j) ? total.largest[j] + std::log(total.total[j]) : minus_infinity<T>;
   }
 
-  // What is kept is an output: nothing in it may be left to chance.
+  // The kept tiles are an output of the operator, so that all of them is initialised.
   void clear_rest_of_kept() const {
     if (s_.kept) std::fill(s_.kept + s_.kept_at[s_.kept_tiles], s_.kept + s_.room_to_keep(), T(0));
   }
@@ -76,7 +76,8 @@ class SymmetricForward {
         const int64_t end = std::min(q + STEP, last), column = (q - first_panel) * NR;
         const bool keep = tile < s_.kept_tiles;
         T* t = keep ? s_.kept_panel(tile, q) : own;
-        if (keep) std::fill_n(t, (end - q) * s_.padded_rows(tile) * NR, T(0));  // what is not made, too
+        if (keep)
+          std::fill_n(t, (end - q) * s_.padded_rows(tile) * NR, T(0));  // also where nothing is computed
         s_.logits(tile, q, end, first, count, u, v, t, static_cast<T*>(p_.pos));
         Sums<T> here{by_column.largest + column, by_column.total + column};
         if (s_.shift_free)
@@ -87,7 +88,7 @@ class SymmetricForward {
     }
   }
 
-  // Shift-free: e = exp(t) in place (where it is kept), summed with the exponentials of the biases as
+  // Without a shift: e = exp(t), in place if the tile is kept, summed with the exponentials of the biases as
   // weights.
   void exponentials(int64_t tile, int64_t begin, int64_t end, T* t, T* row_vectors, Sums<T>& by_column,
                     Sums<T>& by_row, bool keep) const {
@@ -120,7 +121,7 @@ class SymmetricForward {
     for (int64_t r = 0; r < s_.rows(tile); r++) by_row.total[row0 + r] += sum<T>(load(row_vectors + r * W));
   }
 
-  // Running maximum, for temperatures and biases whose exponentials could leave the range of T.
+  // With a running maximum, for temperatures and biases whose exponentials could leave the range of T.
   void streaming(int64_t tile, int64_t begin, int64_t end, const T* t, Sums<T>& by_column,
                  Sums<T>& by_row) const {
     NCK_STAGE(exponentials);

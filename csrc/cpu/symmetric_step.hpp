@@ -1,4 +1,4 @@
-// The supervised contrastive loss and its gradient in one call, or in two as in step.hpp, see problem.hpp.
+// The supervised contrastive loss and its gradient, in one call or in two, see problem.hpp.
 #pragma once
 
 #include "reduction.hpp"
@@ -52,7 +52,8 @@ class SymmetricStep {
   void resume() { with_positives(); }
 
  private:
-  // The logarithm of the sum of all samples' sums, and their shares of it.
+  // The loss is the logarithm of the sum over all pairs; each sample's share of the sum is its upstream
+  // gradient.
   void all_in_one() {
     double top = minus_infinity<double>, total = 0;
     for (int64_t j = 0; j < p_.m; j++) top = std::max(top, double(lse(j)));
@@ -63,7 +64,7 @@ class SymmetricStep {
     go_back(nullptr);
   }
 
-  // The gradient, and the loss unless that is known.
+  // The gradient, and the loss unless `losses` has computed it.
   void with_positives() {
     SameLabel<T> positives(p_, columns_);
     Reduction<T> reduction(p_, step_);
@@ -81,13 +82,13 @@ class SymmetricStep {
     }
     go_back(&positives);
     if (step_.z || !step_.beta) return;
-    // The temperature's gradient alone does not pass where positives take part in that of the samples.
+    // Without a gradient of the features, positives have not been added to dL/dbeta yet.
     for (int64_t j = 0; j < p_.m; j++) *step_.beta -= double(share_[j]) * static_cast<const T*>(p_.pos)[j];
   }
 
   T lse(int64_t j) const { return static_cast<const T*>(p_.by_class ? p_.class_lse : p_.instance_lse)[j]; }
 
-  // The mean cosines with others of the label.
+  // The mean cosine of each sample with the others of its label.
   void find_positives(SameLabel<T>& positives) {
     constexpr int64_t block = 64;
     parallel(p_.threads, (p_.m + block - 1) / block, [&](int64_t b) {

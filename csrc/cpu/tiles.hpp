@@ -5,7 +5,7 @@
 #include "norms.hpp"
 
 namespace nckernels {
-// The most rows of a tile: with 128 numbers of each they stay in the L2 cache.
+// The most rows of a tile: 128 numbers of each fit the L2 cache.
 constexpr int64_t TALLEST = 192;
 
 // G: an engine, such as Gemm.
@@ -15,7 +15,7 @@ struct Tiles {
   using Operand = typename G::Operand;
   static constexpr int NV = G::NV, W = G::W, NR = G::NR;
   static constexpr int64_t MR = G::MR, DEPTH = G::DEPTH;
-  static constexpr int64_t STEP = G::BLOCK;  // panels of a tile that stay in the L2 cache
+  static constexpr int64_t STEP = G::BLOCK;  // panels of a tile that fit the L2 cache
   static_assert(TALLEST % MR == 0);
 
   const Problem& p;
@@ -29,7 +29,7 @@ struct Tiles {
   int64_t tile_m, tiles;  // rows of a tile (a multiple of MR), number of tiles
   int64_t block_k;        // columns of a block (a multiple of NR)
   int64_t all_panels;     // of all columns
-  // The first tiles, which are kept from forward to backward: exp(t) or, not shift_free, t.
+  // Tiles that are kept from forward to backward, the first ones: exp(t), or t if not shift_free.
   int64_t kept_tiles;
   int64_t group;  // row tiles that the backward pass has in flight
 
@@ -54,8 +54,8 @@ struct Tiles {
     if (reads_kept) check_kept();
   }
 
-  // The workspace: a quarter for row tiles (U packed and its gradient per thread, U by features and the
-  // entries per tile of a group), and what is not kept of the rest for a block of at most `widest` columns.
+  // Divides the workspace. A quarter is for row tiles: packed U and its gradient per thread, U by features
+  // and entries per tile of a group. The rest is for kept tiles and for a block of at most `widest` columns.
   void plan(int64_t threads, int64_t tiles_in_flight, int64_t widest) {
     const int64_t quarter = std::max<int64_t>(p.workspace / 4, 1);
     const int64_t for_block = std::max(quarter, p.workspace - quarter - kept_bytes());
@@ -68,7 +68,7 @@ struct Tiles {
     const int64_t per_thread = d_pad * (sizeof(Operand) + sizeof(T)) + (G::RESTS ? STEP * NR * sizeof(T) : 0);
     const int64_t per_tile_of_group = (d_pad + block_k * G::ENTRIES) * sizeof(Operand);
     const int64_t per_row = threads * per_thread + group * per_tile_of_group;
-    // Four tiles a thread, so that none waits long for the last one; eight at least.
+    // Four tiles per thread, and at least eight, so that threads finish at about the same time.
     const int64_t wanted = 4 * std::max<int64_t>(threads, 2);
     const int64_t even = round_up((p.m + wanted - 1) / wanted, MR);
     tile_m = std::clamp<int64_t>(std::min(quarter / per_row, even), MR, TALLEST) / MR * MR;
@@ -77,11 +77,11 @@ struct Tiles {
     kept_tiles = kept && per_tile ? std::min(tiles, room_to_keep() / per_tile) : 0;
   }
 
-  // Numbers of tiles, before the one that holds their height.
+  // Numbers in the kept tiles; one more holds the height of a tile.
   int64_t room_to_keep() const { return std::max<int64_t>(p.kept_size - 1, 0); }
 
-  // The height of tiles depends on the number of threads, and the backward pass can have more or fewer than
-  // the forward pass had: in a child process, for one. What is kept of other tiles it has to make again.
+  // The height of a tile depends on the number of threads, which can change between forward and backward, for
+  // example in a child process. Tiles of another height cannot be read and are computed again.
   void sign_kept() const {
     if (kept && p.kept_size) kept[p.kept_size - 1] = static_cast<T>(tile_m);
   }
@@ -91,7 +91,7 @@ struct Tiles {
 
   int64_t kept_bytes() const { return kept ? p.kept_size * static_cast<int64_t>(sizeof(T)) : 0; }
 
-  // What a column of a block takes: V in two layouts, and its gradient.
+  // Bytes per column of a block: V in two layouts, and its gradient.
   static int64_t bytes_of_column(int64_t d) {
     return round_up(d, NR) * static_cast<int64_t>(2 * sizeof(Operand) + sizeof(T));
   }
@@ -118,9 +118,9 @@ struct Tiles {
     return kept + (tile * all_panels * tile_m + first_panel * padded_rows(tile)) * NR;
   }
 
-  // Unit prototypes of the columns [first, first + count) as V for `G::logits`, in blocks of DEPTH along d,
-  // and by feature as V for `G::times_prototypes`, each unless null. Padding and columns that nobody may read
-  // are zero.
+  // Packs unit prototypes of the columns [first, first + count): as V for `G::logits`, in blocks of DEPTH
+  // along d, and by feature as V for `G::times_prototypes`, each unless null. Padding and columns that must
+  // not be read are zero.
   void pack_prototypes(int64_t first, int64_t count, int64_t panel, Operand* by_class,
                        Operand* by_feature) const {
     NCK_STAGE(pack_prototypes);
@@ -139,7 +139,7 @@ struct Tiles {
     }
   }
 
-  // Calls `use(rows, scale)` with numbers k to k + n of the prototypes of a panel.
+  // Calls `use(rows, scale)` with numbers [k, k + n) of the prototypes of a panel.
   template <class F>
   void with_prototypes(int64_t first, int64_t count, int64_t panel, int64_t k, int64_t n, F&& use) const {
     typename G::Line lines[NR];
@@ -155,10 +155,10 @@ struct Tiles {
     use(static_cast<const Operand* const*>(rows), scale);
   }
 
-  // beta times the unit features of a tile as U for `G::logits` and by feature as U for `G::times_features`,
-  // each unless null. Rows past the end and samples that are left out are zero. Of a symmetric problem, where
-  // rows and columns add to one gradient, the latter is without beta as the prototypes are, and holds what
-  // they hold.
+  // Packs beta times the unit features of a tile: as U for `G::logits` and by feature as U for
+  // `G::times_features`, each unless null. Rows past the end and ignored samples are zero. In a symmetric
+  // problem rows and columns add to one gradient, so that U by feature has the same values as V, without
+  // beta.
   void pack_features(int64_t tile, Operand* packed, Operand* by_feature) const {
     NCK_STAGE(pack_features);
     constexpr int64_t GROUP = G::GROUP;
@@ -183,11 +183,11 @@ struct Tiles {
       }
   }
 
-  // Operands of the entries of a tile and `columns` columns.
+  // The number of operands for the entries of a tile with `columns` columns.
   int64_t entries_of_tile(int64_t columns) const { return tile_m * columns * G::ENTRIES; }
 
-  // Shares the product A^T U for `panels` columns out among the threads: body(first, stop, f, f_stop) for
-  // panels [first, stop) of columns, whose entries stay in the L2 cache, and [f, f_stop) of features.
+  // Divides the product A^T U for `panels` of columns among the threads: calls body(first, stop, f, f_stop)
+  // for panels [first, stop) of columns, whose entries fit the L2 cache, and [f, f_stop) of features.
   template <class F>
   void share_out(int64_t panels, F&& body) const {
     const int64_t pieces = (panels + G::BLOCK - 1) / G::BLOCK;
@@ -199,16 +199,17 @@ struct Tiles {
     });
   }
 
-  // A log-sum-exp and its upstream gradient as entries take them, A = scale exp(t - shift), harmless where
-  // the sum is empty. Shift-free they are one factor, A = scale exp(t).
+  // Turns a log-sum-exp and its upstream gradient into the scale and shift of entries A = scale exp(t -
+  // shift). The scale is 0 where the sum is empty. Without a shift, A = scale exp(t).
   void upstream(T g, T lse, T& scale, T& shift) const {
     const bool empty = lse == minus_infinity<T>;
     shift = empty ? T(0) : lse;
     scale = empty ? T(0) : shift_free ? g * std::exp(-lse) : g;
   }
 
-  // t of panels [begin, end) of a block of columns, whose prototypes are packed in `v`; at least the first
-  // `above` rows. At most STEP panels, which stay in the L2 cache for what comes next.
+  // Logits t of panels [begin, end) of a block of columns, whose prototypes are packed in `v`, for at least
+  // the first `above` rows. There are at most STEP panels, so that the next operation finds them in the L2
+  // cache.
   void products(int64_t tile, int64_t above, int64_t first, int64_t count, int64_t begin, int64_t end,
                 const Operand* u, const Operand* v, T* t) const {
     NCK_STAGE(logits);
@@ -223,8 +224,8 @@ struct Tiles {
     }
   }
 
-  // What packing has left of the factors of a tile's rows, times `factor`, and of panels [begin, end) of a
-  // block.
+  // The factors that packing has not applied (G::rest), of a tile's rows, times `factor`, and of the columns
+  // in panels [begin, end) of a block.
   void rests_of_rows(int64_t tile, T factor, T* out) const {
     for (int64_t r = 0; r < padded_rows(tile); r++)
       out[r] = r < rows(tile) ? G::rest(z_rnorm[first_row(tile) + r], factor) : T(0);
@@ -234,12 +235,11 @@ struct Tiles {
       out[c - begin * NR] = c < count ? G::rest(w_rnorm[columns.class_of(first + c)], T(1)) : T(0);
   }
 
-  // The same with -inf where excluded; positives are picked up in `pos` unless null.
+  // Logits with -inf where excluded. Those of positives are copied to `pos` unless it is null.
   void logits(int64_t tile, int64_t first, int64_t count, int64_t begin, int64_t end, const Operand* u,
               const Operand* v, T* t, T* pos) const {
     products(tile, padded_rows(tile), first, count, begin, end, u, v, t);
     const int64_t padded = padded_rows(tile), n = rows(tile), row0 = first_row(tile);
-    // Columns of these panels.
     const int64_t c0 = first + begin * NR, here = std::min(count, end * NR) - begin * NR;
     auto at = [&](int64_t r, int64_t c) -> T& { return t[(c / NR) * padded * NR + r * NR + c % NR]; };
     for (int64_t r = 0; r < n; r++) {
@@ -262,7 +262,7 @@ struct Tiles {
   }
 };
 
-// The entries A of a tile on their way to the products, one panel after another.
+// The entries A of a tile, written panel by panel in the layouts that the products read.
 template <class G>
 class EntriesOf {
   using T = typename G::T;
@@ -270,23 +270,23 @@ class EntriesOf {
   static constexpr int64_t NR = G::NR, STEP = Tiles<G>::STEP;
 
  public:
-  // `a` has room for `columns` columns of a whole tile.
+  // `a` has space for `columns` columns of a whole tile.
   EntriesOf(const Tiles<G>& s, int64_t tile, int64_t columns, Operand* a)
       : s_(s), rows_(s.padded_rows(tile)), a_(a), by_columns_(G::by_columns(a, s.tile_m * columns)) {
     if constexpr (G::RESTS) s.rests_of_rows(tile, s.p.symmetric ? T(1) : s.beta, rests_);
   }
 
-  // Numbers that `logits` needs.
+  // The size of the buffer that `logits` needs.
   int64_t room() const { return G::RESTS ? STEP * rows_ * NR : 0; }
 
-  // Where t of panel q can be made, with those of a step, of which it is number `i` modulo STEP; and where
-  // its entries are written.
+  // Where to compute t of panel q, which is number `i` modulo STEP of its step; and where to write its
+  // entries.
   T* logits(int64_t q, int64_t i, T* room) const {
     return G::panel_of_entries(a_, q * rows_ * NR, room + i % STEP * rows_ * NR);
   }
   T* panel(int64_t q) { return G::panel_of_entries(a_, q * rows_ * NR, panel_); }
 
-  // Panel q of the columns [first, first + count) is complete.
+  // Stores panel q of the columns [first, first + count), which is complete.
   void put(int64_t q, int64_t first, int64_t count) {
     if constexpr (G::RESTS) {
       s_.rests_of_columns(first, count, q, q + 1, of_columns_);
@@ -295,14 +295,14 @@ class EntriesOf {
     }
   }
 
-  // What rounding has taken from the sum of A t over that panel, see `lost` of an engine. `e` is t or exp(t),
-  // -inf or 0 where excluded.
+  // The rounding error of the sum of A t over that panel, see `lost` of an engine. `e` is t or exp(t), -inf
+  // or 0 where excluded.
   double lost(int64_t n, bool in_pairs, const T* e, bool exponentials) const {
     if constexpr (G::RESTS) return G::lost(panel_, n, rests_, of_columns_, in_pairs, e, exponentials);
     return 0;
   }
 
-  // The same of one entry of it, whose logit is t.
+  // The same for one entry, whose logit is t.
   double lost(int64_t r, int64_t x, bool in_pairs, T t) const {
     if constexpr (G::RESTS) return G::lost(panel_[r * NR + x], rests_[r], of_columns_[x], in_pairs, t);
     return 0;
@@ -316,24 +316,24 @@ class EntriesOf {
   T rests_[G::RESTS ? TALLEST : 1], of_columns_[G::RESTS ? NR : 1];
 };
 
-// What flows back to the positives of a tile's rows, in the order of their columns.
+// The gradients of the positive logits of a tile's rows, in the order of their columns.
 template <class G>
 class PositivesOf {
   using T = typename G::T;
   static constexpr int64_t NR = G::NR;
 
  public:
-  // Those in the columns [first, first + count); `gradient` per sample, or null.
+  // Positives in the columns [first, first + count); `gradient` per sample, or null.
   PositivesOf(const Tiles<G>& s, int64_t tile, int64_t first, int64_t count, const T* gradient)
       : gradient_(gradient ? gradient + s.first_row(tile) : nullptr) {
     for (int64_t r = 0; r < s.rows(tile) && gradient; r++) {
-      const int64_t c = s.columns.positive[s.first_row(tile) + r] - first;  // negative where left out
+      const int64_t c = s.columns.positive[s.first_row(tile) + r] - first;  // negative if ignored
       if (c >= 0 && c < count) found_[size_++] = {c, r};
     }
     if (count > NR) std::sort(found_, found_ + size_);
   }
 
-  // Adds those of panel q, after those of the panels before.
+  // Adds the gradients in panel q. Panels come in ascending order.
   void add(int64_t q, T* a) {
     of_panel_ = next_;
     for (; next_ < size_ && found_[next_].first < (q + 1) * NR; next_++) {
@@ -342,7 +342,7 @@ class PositivesOf {
     }
   }
 
-  // Calls visit(row, column of the panel) for those that were added last.
+  // Calls visit(row, column of the panel) for the positives that were added last.
   template <class F>
   void of_last_panel(F&& visit) const {
     for (int64_t i = of_panel_; i < next_; i++) visit(found_[i].second, found_[i].first % NR);

@@ -1,7 +1,7 @@
 // Features against themselves: the tiles of the upper triangle of a symmetric matrix, and their masks.
 //
-// Row tile i begins at the panel of its first diagonal entry. Entries on and below the diagonal count as
-// excluded, so that each pair of samples is met once, and serves its row and its column alike.
+// Row tile i begins at the panel of its first diagonal entry. Entries on and below the diagonal are excluded,
+// so that each pair of samples is computed once, for both its row and its column.
 #pragma once
 
 #include "tiles.hpp"
@@ -20,9 +20,9 @@ struct Triangle : Tiles<G> {
 
   std::vector<T> bias, weight;  // b and, shift-free, exp(b) of every sample; -inf and 0 past the end
   std::vector<Label> label;     // same_label: the rank of every sample's label; -1 past the end
-  std::vector<char> left_out;   // panels with columns that are left out
+  std::vector<char> left_out;   // panels with ignored columns
   bool any_left_out = false;
-  std::vector<int64_t> kept_at;                    // where each tile begins in what is kept
+  std::vector<int64_t> kept_at;                    // offset of each tile in the kept tiles
   std::vector<int64_t> positives, positives_from;  // samples by the row tile of their positive entry
 
   Triangle(const Problem& problem, const Columns& cols, bool reads_kept = false) : Base(problem, cols) {
@@ -42,8 +42,8 @@ struct Triangle : Tiles<G> {
     sort_positives();
   }
 
-  // A group has one tile per thread. One thread plans for two, and gets the same bits. Wider blocks gain
-  // nothing, and their entries would take the room of rows.
+  // A group has one tile per thread. One thread plans for two, so that the result is the same. Wider blocks
+  // gain nothing, and their entries would reduce the height of tiles.
   void plan() {
     const int64_t threads = std::max(p.threads, 2);
     Base::plan(threads, threads, 1536);
@@ -55,7 +55,7 @@ struct Triangle : Tiles<G> {
       this->kept_tiles++;
   }
 
-  // Labels as numbers from 0, as wide as T: a vector of them masks a vector of logits.
+  // Labels as numbers from 0 in an integer type as wide as T, so that vectors of them mask vectors of logits.
   void rank_labels() {
     std::vector<int64_t> sorted(p.target, p.target + p.m);
     std::sort(sorted.begin(), sorted.end());
@@ -66,7 +66,7 @@ struct Triangle : Tiles<G> {
           static_cast<Label>(std::lower_bound(sorted.begin(), sorted.end(), p.target[j]) - sorted.begin());
   }
 
-  // The positive of sample j is the entry (j, c), which by symmetry stands at (min, max).
+  // The positive of sample j is the entry (j, c), which by symmetry is stored at (min, max).
   void sort_positives() {
     positives_from.assign(tiles + 1, 0);
     auto tile_of = [&](int64_t j) { return std::min(j, columns.positive[j]) / tile_m; };
@@ -83,7 +83,7 @@ struct Triangle : Tiles<G> {
   int64_t first_panel(int64_t tile) const { return first_row(tile) / NR; }
   int64_t tiles_before(int64_t end) const { return std::min(tiles, (end + tile_m - 1) / tile_m); }
 
-  // Rows of a tile with entries in a panel: those up to the diagonal. What lies below them is not made.
+  // Rows of a tile with entries in a panel: those up to the diagonal. Rows below are not computed.
   int64_t rows_above(int64_t tile, int64_t panel) const {
     return std::min(rows(tile), (panel + 1) * NR - first_row(tile));
   }
@@ -92,8 +92,8 @@ struct Triangle : Tiles<G> {
     return this->kept + kept_at[tile] + (panel - first_panel(tile)) * padded_rows(tile) * NR;
   }
 
-  // Calls `visit(j, entry)` for the samples whose positive is in the panels [begin, end) of a tile, which lie
-  // at `t`.
+  // Calls `visit(j, entry)` for the samples whose positive is in the panels [begin, end) of a tile, stored at
+  // `t`.
   template <class Number, class F>
   void each_positive(int64_t tile, int64_t begin, int64_t end, Number* t, F&& visit) const {
     const int64_t padded = padded_rows(tile);
@@ -105,8 +105,8 @@ struct Triangle : Tiles<G> {
     }
   }
 
-  // Panels [begin, end) of a tile's t, -inf where excluded, from the block of columns [first, first + count)
-  // that is packed in v; positives are picked up in `pos` unless null.
+  // Logits of the panels [begin, end) of a tile, -inf where excluded, from the block of columns
+  // [first, first + count) that is packed in `v`. Those of positives are copied to `pos` unless it is null.
   void logits(int64_t tile, int64_t begin, int64_t end, int64_t first, int64_t count, const Operand* u,
               const Operand* v, T* t, T* pos) const {
     const int64_t padded = padded_rows(tile), first_panel = first / NR;

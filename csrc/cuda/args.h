@@ -1,17 +1,17 @@
-// What the launchers take: plain structures of device pointers and sizes, and one function a kernel.
+// The arguments of the launchers: plain structures of device pointers and sizes, and one function per kernel.
 //
-// Vocabulary, the same in all files. A kernel sees two operands, matrices with one vector a row:
+// Vocabulary, the same in all files. A kernel has two operands, matrices with one vector per row:
 //
-// * P, the anchors: a block of threads owns a tile of them and produces something for each;
-// * Q, the reduced operand: the block walks over tiles of its rows and sums them up.
+// * P, the anchors: a thread block owns a tile of them and computes a result for each;
+// * Q, the reduced operand: the thread block loops over tiles of its rows and sums over them.
 //
 // In the class direction the prototypes are the anchors and the samples are reduced; the instance direction
 // is the same kernel with the operands swapped.
 //
-// An operand's tiles are made of slots. Slot and row are the same number, except for compacted prototypes
-// (`gather`), where slot s stands for row label[s]. A slot whose label is `skip` is left out of all sums.
+// An operand consists of slots. Slot s is row s, except for compacted prototypes (`gather`), where slot s is
+// row label[s]. A slot whose label is `skip` is left out of all sums.
 //
-// Nothing here waits for the device or reads from it. Vectors are contiguous, rows of matrices too.
+// The launchers do not wait for the device or read from it. Vectors and the rows of matrices are contiguous.
 #pragma once
 
 #include <cstdint>
@@ -20,33 +20,33 @@ namespace nck {
 
 using Stream = void*;  // a cudaStream_t, so that callers need no CUDA header
 
-// The type of the rows, and for float32 how products are computed: one rounding to tf32, or three products
-// of the numbers' tf32 parts, which is as exact as float32.
+// The type of the rows and, for float32, the precision of products: operands rounded to tf32, or three
+// products of the numbers' tf32 parts, which is as exact as float32.
 enum class Kind : int { kBf16, kF16, kTf32, kTf32x3 };
 
-// Which entries of the similarity matrix the sums leave out.
+// The entries of the similarity matrix that are excluded from the sums.
 enum class Exclude : int { kNone, kTarget, kSelf, kSameLabel };
 
 struct Side {
   const void* x;         // (rows, d)
-  const float* rnorm;    // (rows,) 1 / max(norm, eps); negative: takes no part, not even as a positive
-  const int64_t* label;  // (slots,) or null: samples have their targets, compacted prototypes their rows
-  const int64_t* count;  // null, or how many of the slots are in use
+  const float* rnorm;    // (rows,) 1 / max(norm, eps); negative for left-out rows that are no positives
+  const int64_t* label;  // (slots,) or null: targets of samples, rows of compacted prototypes
+  const int64_t* count;  // null, or the number of slots in use
   const float* bias;     // (rows,) or null: added to the logits of these rows where they are summed over
   const float* lse;      // (rows,) this side's log-sum-exp, with `grad`
   const float* grad;     // (rows,) or null: upstream gradient of `lse`
   const float* pos;      // (rows,) or null: upstream gradient of the positive logits, samples only
-  int64_t stride;        // numbers between two rows
+  int64_t stride;        // of rows, in numbers
   int64_t skip;
   int slots;
   bool samples;
   bool gather;
-  bool unsummed;  // left-out rows can still be someone's positive: prototypes under "self"
+  bool unsummed;  // left-out rows can still be positives: prototypes under "self"
 };
 
 struct NormArgs {
   const void* x;
-  const int64_t* label;  // null, or: rows with the label `skip` get left_out
+  const int64_t* label;  // null, or labels: rows with the label `skip` get left_out
   float* rnorm;
   int64_t stride, skip;
   int rows, d;
@@ -61,8 +61,8 @@ struct PrepareArgs {
   const float* beta;
   float* z_rnorm;  // left_out where ignored
   float* pos;      // beta cos(z, its prototype)
-  float* w_rnorm;  // null, or: the inverse norms of positives, and with `itself` of all samples that count
-  int64_t* mark;   // null, or: mark[c] = c for the classes that occur
+  float* w_rnorm;  // null, or output: norms of positives, with `itself` also of all samples not ignored
+  int64_t* mark;   // null, or output: mark[c] = c for the classes that occur
   int64_t z_stride, w_stride, skip;
   int m, k, d;
   float eps;
@@ -71,7 +71,7 @@ struct PrepareArgs {
   bool itself;      // samples and prototypes are one matrix
 };
 
-// list = the marked classes in ascending order, then -1 up to `slots`; list[slots] = how many there are.
+// list = the marked classes in ascending order, then -1 up to `slots`; list[slots] = their number.
 struct CompactArgs {
   const int64_t* mark;
   const int64_t* rank;  // inclusive prefix sum of mark >= 0
@@ -79,8 +79,8 @@ struct CompactArgs {
   int k, slots;
 };
 
-// scale[0..2]: powers of two that bring float16 tiles of the gradient to the top of their range; tiles that
-// carry the prototypes' norms, the samples', both.
+// scale[0..2]: powers of two that scale float16 tiles of the gradient to the top of their range, for tiles
+// multiplied by the prototypes' inverse norms, by the samples', and by both.
 struct HalfScaleArgs {
   const float *class_grad, *class_lse, *instance_grad, *instance_lse, *pos_grad;
   const float *z_rnorm, *w_rnorm;
@@ -89,9 +89,9 @@ struct HalfScaleArgs {
   float limit;
 };
 
-// Log-sum-exp of p's rows over q: into `out`, or as `split` partials (largest logit in base 2, sum relative
-// to it). With q_max the same tiles give the contribution of every tile of p to the log-sum-exp of q's rows
-// over p; row 0 of these partials belongs to the combination.
+// Log-sum-exps of p's rows over q: into `out`, or as `split` partials (largest logit in base 2, sum relative
+// to it). With q_max, also the contribution of every tile of p to the log-sum-exps of q's rows over p, from
+// part 1 on; part 0 is for `combine`.
 struct LseArgs {
   Side p, q;
   const float* beta;
@@ -101,7 +101,8 @@ struct LseArgs {
   Exclude exclude;
 };
 
-// out[row of slot]: the log-sum-exp of the partials [first, parts); with `keep` they become part 0 instead.
+// out[row of slot], if not null: the log-sum-exp of the partials [first, parts). With `keep` part 0 becomes
+// their combination.
 struct CombineArgs {
   float *max, *sum;
   const int64_t *label, *count;
@@ -133,7 +134,7 @@ struct EntriesArgs {
   Exclude exclude;
 };
 
-// Gradient of p's rows where they are short (16-bit types, d <= 256); with `part` float32 sums instead.
+// Gradient of p's rows if they are short (16-bit types, d <= 256); with `part`, float32 partial sums instead.
 struct GradArgs {
   Side p, q;
   const float *beta, *scale;
@@ -146,7 +147,7 @@ struct GradArgs {
   Exclude exclude;
 };
 
-// Gradients of the slots [start, stop) from the sums of a matrix product: add the parts, project, scale.
+// Gradients of the slots [start, stop) from float32 partial sums: add, project, scale.
 struct FinishArgs {
   Side p;
   const float *acc, *beta, *scale;  // acc[part, slot - start, d]
@@ -159,7 +160,7 @@ struct FinishArgs {
   bool norm_inside;  // acc holds r_p a_p
 };
 
-// out[slot - start] = x[row of slot], zeros for slots that are not in use and rows that take no part.
+// out[slot - start] = x[row of slot], with zeros for unused slots and left-out rows.
 struct GatherArgs {
   Side p;
   void* out;
@@ -167,13 +168,13 @@ struct GatherArgs {
   Kind kind;
 };
 
-// out = h q.x, if a row of q that takes no part holds NaN or infinities: the library has multiplied it by
-// zeros.
+// Recomputes out = h q.x without left-out rows, if one of these holds NaN or infinities, which the library
+// has multiplied by zeros.
 struct MendArgs {
   Side q;
   const void* h;
   float* out;
-  int64_t h_row, h_column;  // numbers between two rows of h, and between two columns
+  int64_t h_row, h_column;  // strides of h
   int rows, d, blocks;
   Kind kind;
 };

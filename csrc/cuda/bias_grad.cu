@@ -1,7 +1,7 @@
 // The gradient of the biases: part[s, p] = sum over q of g_q exp(t_pq + bias_p - lse_q).
 //
-// A pass of its own, with the loop of the forward pass: few callers learn a bias, and the gradient kernels
-// have no registers to spare for it.
+// A separate kernel, with the loop of the forward pass, because few callers learn a bias and the gradient
+// kernels have no registers left.
 
 #include "tile_loop.h"
 
@@ -72,7 +72,7 @@ bias_grad_kernel(const __grid_constant__ BiasGradArgs a) {
   block_sync();
   int slot = p_first + int(threadIdx.x);
   if (threadIdx.x >= kTile || slot >= a.p.slots) return;
-  // Chosen, not multiplied by 0: NaN anywhere in Q has reached the sums of left-out rows.
+  // Selected, not multiplied by 0: NaN in Q reaches the sums of left-out rows.
   bool summed = slot_at(a.p, slot, p_used).summed;
   a.part[int64_t(part) * a.p.slots + slot] = summed ? sums[threadIdx.x] + sums[kTile + threadIdx.x] : 0.0f;
 }

@@ -1,8 +1,8 @@
-// The kernels as PyTorch operators nckernels_cuda::*, through PyTorch's stable ABI: one binary serves many
+// The kernels as PyTorch operators nckernels_cuda::*. PyTorch's stable ABI lets one binary serve many
 // versions of torch. Every operator writes to tensors that its caller has allocated, launches on the current
-// stream of their device and returns at once. Shapes are the caller's business (nckernels/backends/cuda.py).
+// stream of their device and returns at once. The caller ensures the shapes (nckernels/backends/cuda.py).
 //
-// With NCK_HOST the same file binds the emulated kernels of the tests, for tensors on the CPU.
+// With NCK_HOST this file binds the emulated kernels of the tests, for tensors on the CPU.
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -28,7 +28,7 @@ class OnDevice {
 };
 #else
 #define NCK_DISPATCH_KEY CUDA
-// Makes a tensor's device the current one, and knows its current stream.
+// Makes a tensor's device current, and returns its current stream.
 class OnDevice {
  public:
   explicit OnDevice(const Tensor& x) : index_(x.get_device_index()), guard_(index_) {}

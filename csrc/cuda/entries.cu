@@ -1,6 +1,5 @@
-// The gradient for long rows: tiles of H = A r_p r_q (times `scale`), one a block, into a panel in memory.
-//
-// With both norms inside, one H serves both products: H Q is r_p a_p and H^T P is r_q a_q.
+// The gradient for long rows: tiles of H = A r_p r_q (times `scale`), one per thread block, in a panel in
+// memory. Because H contains both norms, it serves both products: H Q is r_p a_p and H^T P is r_q a_q.
 
 #include "gradient.h"
 #include "tile_loop.h"
@@ -8,14 +7,15 @@
 namespace nck {
 namespace {
 
-// Tiles go in groups of this many rows of tiles, column by column: neighbours share rows in the L2 cache.
+// Tiles are ordered in groups of this many rows of tiles, column by column, so that neighbours share rows in
+// the L2 cache.
 constexpr int kGroup = 8;
 constexpr int kWholePanel = 1 << 30;
 
 static_assert(kLoopBytes + kTile * sizeof(Terms<int64_t, Sums::kShared>) <= 99 << 10,
-              "what the smallest devices have");
+              "shared memory of the smallest devices");
 
-// Two neighbouring numbers of a row of H. Its rows are padded to 16 numbers: the second is always there.
+// Stores two neighbouring numbers of a row of H. Rows are padded to 16 numbers, so the second always exists.
 NCK_DEVICE void store_pair(bf16* to, float a, float b) {
   *reinterpret_cast<uint32_t*>(to) = pack(a, b, bf16{});
 }
@@ -41,7 +41,7 @@ entries_kernel(const __grid_constant__ EntriesArgs a) {
   const int q_tiles = (a.q_stop - a.q_start + kTile - 1) / kTile;
   const int group = int(blockIdx.x) / (kGroup * q_tiles), inner = int(blockIdx.x) % (kGroup * q_tiles);
   const int height = min_of(p_tiles - group * kGroup, kGroup);
-  // Counted from the panel's corner, and in slots.
+  // The tile relative to the panel's corner, and in slots.
   const int p_local = (group * kGroup + inner % height) * kTile, q_local = inner / height * kTile;
   const int p_first = a.p_start + p_local, q_first = a.q_start + q_local;
   const int p_used = min_of(used_slots(a.p), a.p_stop), q_used = min_of(used_slots(a.q), a.q_stop);
@@ -60,7 +60,7 @@ entries_kernel(const __grid_constant__ EntriesArgs a) {
     }
   };
   if (p_first >= p_used || q_first >= q_used) {
-    // Slots that are not in use have no rows, but the matrix products read their entries.
+    // Unused slots have no rows, but the matrix products read their entries.
     each_pair([&](int, int, Number<K>* to) { store_pair(to, 0.0f, 0.0f); });
     return;
   }

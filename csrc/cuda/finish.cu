@@ -1,5 +1,5 @@
-// What turns accumulated sums into gradients, for rows of any length; copies of compacted rows, and what NaN
-// has spoilt.
+// Gradients from accumulated sums, for rows of any length; copies of compacted rows; products recomputed
+// without rows that hold NaN.
 
 #include "vectors.h"
 
@@ -19,7 +19,7 @@ NCK_DEVICE void load_sum(float (&sum)[8], const FinishArgs& a, int64_t row, int 
   }
 }
 
-// Each row twice: once for the dot product x . acc, once for the result. The second time it is in the cache.
+// Reads each row twice, for the dot product x . acc and for the result. The second time it is in the cache.
 template <class T>
 NCK_KERNEL(kThreads, 3)
 finish_kernel(const __grid_constant__ FinishArgs a) {
@@ -48,7 +48,7 @@ finish_kernel(const __grid_constant__ FinishArgs a) {
 
   float rnorm = rnorm_of(a.p, s), weight = rnorm;
   if (a.norm_inside) {
-    // Already in the sums, but for the rows whose factor was left at 1.
+    // Already in the sums, except for the rows whose factor was 1.
     weight = rnorm == summand_rnorm(rnorm, a.norm_limit) ? 1.0f : rnorm;
   }
   if (a.scale) weight /= *a.scale;
@@ -84,10 +84,10 @@ gather_kernel(const __grid_constant__ GatherArgs a) {
   }
 }
 
-constexpr int kMendRows = 8;    // of a block's tile; it has a column a thread
-constexpr int kMendChunk = 64;  // terms that are added up apart, so that no long sum meets them one by one
+constexpr int kMendRows = 8;    // rows of a thread block's tile, which has one column per thread
+constexpr int kMendChunk = 64;  // terms that are summed before they are added to the rest, for accuracy
 
-// Every block looks at all inverse norms. What follows is rare: plain, not fast.
+// Every thread block searches all inverse norms. The rest is rarely needed, and simple rather than fast.
 template <class T>
 NCK_KERNEL(kThreads, 2)
 mend_kernel(const __grid_constant__ MendArgs a) {

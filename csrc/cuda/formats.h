@@ -1,7 +1,7 @@
-// The number formats of tensor-core products behind one interface.
+// One interface for the number formats of tensor-core products.
 //
-// All formats are handled in pieces of 32 bytes along the rows (16 numbers of 16 bits, or 8 of 32), for which
-// the fragments of mma.sync have the same shape in bytes: one loading code serves all.
+// All formats are processed in pieces of 32 bytes along the rows (16 numbers of 16 bits, or 8 of 32). The
+// fragments of mma.sync then have the same shape in bytes, so that all formats share the loading code.
 #pragma once
 
 #include "operands.h"
@@ -26,7 +26,7 @@ using Number = typename Format<K>::Number;
 template <Kind K>
 inline constexpr bool kHalf = sizeof(Number<K>) == 2;
 
-// N registers of an operand as the tensor core wants them. For kTf32x3 a number is the sum of two tf32
+// N registers of an operand in the format of the tensor cores. For kTf32x3 a number is the sum of two tf32
 // numbers, `main + rest`, exact to about 2^-24.
 template <Kind K, int N>
 struct Part {
@@ -88,7 +88,7 @@ void with_kind(Kind kind, F f) {
   }
 }
 
-// Calls f with a number of the type that mask tags have.
+// Calls f with a number of the type of mask tags.
 template <class F>
 void with_tag(Exclude exclude, F f) {
   if (exclude == Exclude::kSameLabel) return f(int64_t{});

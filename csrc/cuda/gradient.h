@@ -1,20 +1,20 @@
-// The entries of the gradient with respect to the logits, shared by the two ways to use them.
+// The entries of the gradient with respect to the logits, shared by the two methods below.
 //
 // With A = dL/dt for the logits t = beta S and u = r p a normalised row,
 //
 //   A_pq  = g_p exp(t_pq + bias_q - lse_p)      the anchors' own log-sum-exp runs over q
 //         + g_q exp(t_pq + bias_p - lse_q)      the other direction: q's log-sum-exp runs over p
 //         + g_pos where (p, q) is a positive pair, which is never masked
-//   a_p   = sum_q A_pq r_q q                    a matrix product on the raw rows
+//   a_p   = sum_q A_pq r_q q                    a matrix product with the unnormalised rows
 //   dL/dp = beta r_p (a_p - (u_p . a_p) u_p)    the second term is the derivative of the norm
 //   dL/dbeta = sum_p u_p . a_p                  the same dot products
 //
-// Where features are compared with themselves, S is symmetric. Their gradient, as rows and as columns, is
-// made of A + A^T: the entries above, with the one log-sum-exp that was asked for on either side,
+// Where features are compared with themselves, S is symmetric. Their gradient, as rows and as columns, comes
+// from A + A^T, whose entries have the wanted log-sum-exp on either side:
 //
 //   T_ij  = g_i exp(t_ij + bias_j - lse_i) + g_j exp(t_ij + bias_i - lse_j)  + both sides' g_pos
 //
-// and one pass over them takes the place of two. Counting pairs twice, it gives twice dL/dbeta.
+// One pass over these entries replaces two. It counts every pair twice, so it gives twice dL/dbeta.
 //
 // * short_grad.cu, for short rows: recompute a tile, multiply it with the Q rows that are on the chip anyway.
 // * entries.cu, for long rows, whose gradient does not fit on the chip: write H = A r_p r_q for a panel, let
@@ -27,8 +27,8 @@
 
 namespace nck {
 
-// Which log-sum-exps the entries come from: that of one side; of each side its own; or one that both sides
-// have, since they are the same rows.
+// The log-sum-exps in the entries: that of one side; one of each side; or one that both sides share, because
+// they are the same rows.
 enum class Sums { kOne, kEach, kShared };
 
 // Calls f with an integral_constant of the sums.
@@ -39,11 +39,11 @@ void with_sums(const Side& p, const Side& q, F f) {
   return f(std::integral_constant<Sums, Sums::kOne>{});
 }
 
-// What a row brings to its entries. In units of base-2 logits; see `entry` for how they are combined.
+// The terms of a row in its entries, in base 2; `entry` combines them.
 template <class Tag, Sums kSums>
 struct Terms {
-  float rnorm;   // for P times beta log2 e
-  float factor;  // what its entries are multiplied with for the matrix products
+  float rnorm;   // of P, times beta log2 e
+  float factor;  // of its entries in the matrix products
   float add, times;
   float bias;
   float pos;
@@ -81,8 +81,8 @@ NCK_DEVICE Terms<Tag, kSums> terms_of(const Side& side, const Slot& s, bool othe
     terms.add = -up.lse;
     terms.times = up.grad;
   } else {
-    // Summed over by the other side, if that has a gradient. 2^-inf removes rows that are left out, and all
-    // if it has none: 0 times an exponential of any size could be NaN.
+    // The log-sum-exps of the other side, if they have a gradient, sum over this row. If they have none, -inf
+    // removes all rows, as it removes left-out rows: 0 times an exponential of any size could be NaN.
     terms.add = other_has_grad ? summand_bias(side, s) : -infinity();
     terms.times = other_has_grad ? 1.0f : 0.0f;
   }
@@ -92,7 +92,7 @@ NCK_DEVICE Terms<Tag, kSums> terms_of(const Side& side, const Slot& s, bool othe
   return terms;
 }
 
-// The row of either operand, under the mask "self" from its tag; "same_label" has it in `partner`.
+// The row number: the tag under the mask "self", `partner` under "same_label".
 template <class Tag>
 NCK_DEVICE int row_of(const Terms<Tag, Sums::kShared>& terms) {
   if constexpr (sizeof(Tag) == sizeof(int)) {
@@ -102,10 +102,10 @@ NCK_DEVICE int row_of(const Terms<Tag, Sums::kShared>& terms) {
   }
 }
 
-// A_pq from the product of the two rows. With kOne one side has a log-sum-exp, and the other side's `add` is
-// a bias and its `times` is 1. kOnce (of kShared): g_p exp(t - lse_p) + g_q exp(t - lse_q) as exp(t) times
-// the sum of what is left, with one exponential; `times` is g exp(-lse) then, and `bias` whether the row is
-// summed over.
+// A_pq from the product of the two rows. With kOne one side has a log-sum-exp; the other side's `add` is a
+// bias and its `times` is 1. kOnce (with kShared) computes g_p exp(t - lse_p) + g_q exp(t - lse_q) with one
+// exponential, as exp(t) (g_p exp(-lse_p) + g_q exp(-lse_q)); then `times` is g exp(-lse), and `bias` is 1
+// for rows that are summed over, else 0.
 template <bool kOnce, class Tag, Sums kSums>
 NCK_DEVICE float entry(float product, const Terms<Tag, kSums>& p, const Terms<Tag, kSums>& q) {
   float s = product * p.rnorm, a;
@@ -117,10 +117,10 @@ NCK_DEVICE float entry(float product, const Terms<Tag, kSums>& p, const Terms<Ta
   } else {
     a = p.times * q.times * exp2_fast(fmaf(s, q.rnorm, q.add) + p.add);
   }
-  // Selected, not multiplied by 0: a masked entry can be any size, inf included.
+  // Selected, not multiplied by 0: a masked entry can have any value, inf included.
   if (p.tag == q.tag) a = 0.0f;
   if constexpr (kSums == Sums::kShared) {
-    // Either row can be the other's positive.
+    // Each row can be the positive of the other.
     if (p.partner == row_of(q)) a += p.pos;
     if (row_of(p) == q.partner) a += q.pos;
   } else {

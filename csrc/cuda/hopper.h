@@ -1,8 +1,8 @@
-// What compute capability 9.0 adds to primitives.h: barriers in shared memory that count bytes, copies of
+// The primitives of compute capability 9.0: barriers in shared memory that count bytes, copies of
 // whole boxes of a matrix (TMA), and products of four warps at once (wgmma).
 //
-// Boxes are 128 bytes wide: 64 numbers of 16 bits. In shared memory a row of a box takes 128 bytes and the
-// 16-byte piece i of row r lies where piece i ^ (r % 8) would: the "128-byte swizzle" that both units know.
+// Boxes are 128 bytes wide: 64 numbers of 16 bits. In shared memory a row of a box takes 128 bytes, and the
+// 16-byte piece i of row r is stored at position i ^ (r % 8), the "128-byte swizzle" of both units.
 // Boxes start at multiples of 1024 bytes.
 #pragma once
 
@@ -13,7 +13,7 @@
 
 #include <cuda.h>
 
-// Code for other devices is compiled from the same source; there the kernels that use this are empty.
+// The same source is compiled for other devices, where the kernels that use these primitives are empty.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
 #define NCK_HOPPER 1
 #endif
@@ -22,10 +22,10 @@ namespace nck {
 
 using TensorMap = CUtensorMap;
 
-// A matrix as the copy unit sees it, to be fetched in boxes of `box_rows` rows; zeros outside of it. Its
-// first number and its stride must be multiples of 16 bytes.
+// Describes a matrix to the copy unit, which fetches boxes of `box_rows` rows with zeros outside of the
+// matrix. The address and the row stride must be multiples of 16 bytes.
 inline TensorMap tensor_map(const void* x, Kind kind, int rows, int d, int64_t stride, int box_rows) {
-  // The driver's function, looked up at run time: the library loads on machines without a driver.
+  // The driver's function is looked up at run time, so that the library loads on machines without a driver.
   static auto* const encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found{};
@@ -47,7 +47,7 @@ inline TensorMap tensor_map(const void* x, Kind kind, int rows, int d, int64_t s
   return map;
 }
 
-// A barrier that completes a phase when `count` threads have arrived and all announced bytes have landed.
+// A barrier whose phase completes when `count` threads have arrived and all expected bytes have been copied.
 struct alignas(8) Mbarrier {
   uint64_t state;
 };
@@ -56,21 +56,21 @@ NCK_DEVICE void mbarrier_init(Mbarrier* b, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(count) : "memory");
 }
 
-// After the last mbarrier_init and before a block_sync: the copy unit sees them too.
+// Makes the barriers visible to the copy unit; called after the last mbarrier_init and before a block_sync.
 NCK_DEVICE void mbarrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 NCK_DEVICE void mbarrier_arrive(Mbarrier* b) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
 }
 
-// Arrives, and announces bytes that the phase has to wait for.
+// Arrives, and adds bytes that the phase waits for.
 NCK_DEVICE void mbarrier_expect(Mbarrier* b, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes)
                : "memory");
 }
 
-// Until the phase of this parity is complete. Phases alternate, from 0 on; the one before the first counts as
-// complete, with parity 1.
+// Waits until the phase of this parity is complete. Parities alternate, from 0 on; the phase before the
+// first, of parity 1, counts as complete.
 NCK_DEVICE void mbarrier_wait(Mbarrier* b, int parity) {
   asm volatile(
       "{\n"
@@ -83,7 +83,7 @@ NCK_DEVICE void mbarrier_wait(Mbarrier* b, int parity) {
       : "memory");
 }
 
-// Starts to copy the box at (row, column); its bytes count towards `b`.
+// Starts the copy of the box at (row, column); `b` counts its bytes.
 NCK_DEVICE void copy_box(void* shared, const TensorMap* map, int column, int row, Mbarrier* b) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
@@ -95,15 +95,15 @@ NCK_DEVICE void copy_box(void* shared, const TensorMap* map, int column, int row
 // A barrier for the first `threads` threads of a block.
 NCK_DEVICE void first_threads_sync(int threads) { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
 
-// Rows of a box as an operand of wgmma: the address in units of 16 bytes, 1024 bytes from one group of eight
-// rows to the next, the 128-byte swizzle.
+// The wgmma descriptor of the rows of a box: the address in units of 16 bytes, a stride of 1024 bytes between
+// groups of eight rows, the 128-byte swizzle.
 using BoxOperand = uint64_t;
 NCK_DEVICE BoxOperand box_operand(const void* rows) {
   return uint64_t((shared_address(rows) & 0x3ffffu) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 |
          uint64_t(1) << 62;
 }
 
-// Before the first product of a group: the registers that it adds to are in order.
+// Called before the first product of a group: orders accesses to the accumulators.
 NCK_DEVICE void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 // Products issued since the last commit form a group; wgmma_wait<N> waits for all groups but the youngest N.
@@ -114,10 +114,10 @@ NCK_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
-// Waits for all groups; `c` may be read from here on.
+// Waits for all groups; `c` may be read afterwards.
 template <int N>
 NCK_DEVICE void wgmma_wait(float (&c)[64]) {
-  static_assert(N == 0, "sums are not there while products are under way");
+  static_assert(N == 0, "accumulators cannot be read while products are in flight");
   wgmma_wait<0>();
 #pragma unroll
   for (int i = 0; i < 64; i++) asm volatile("" : "+f"(c[i])::"memory");

@@ -1,10 +1,10 @@
-// The forward pass: log-sum-exp of similarity tiles that are never stored.
+// The forward pass: log-sum-exps of similarity tiles that are never stored.
 //
-// A matrix product whose epilogue keeps, for each anchor, the largest logit so far and the sum of
-// exponentials relative to it. Sums are added in a fixed order, without atomics: the same inputs always give
-// the same bits.
+// A matrix product whose epilogue maintains, for each anchor, the largest logit so far and the sum of
+// exponentials relative to it. Sums are added in a fixed order, without atomics, so the same inputs always
+// give the same bits.
 //
-// Logits live in base 2 inside the kernels (t log2 e), since exp2 is what the hardware has.
+// Logits are in base 2 inside the kernels (t log2 e), because the hardware computes exp2.
 
 #include "pairs.h"
 #include "tile_loop.h"
@@ -21,10 +21,10 @@ template <class Tag>
 constexpr size_t lse_shared() {
   return kLoopBytes + 2 * sizeof(TileColumns<Tag>) + kPairBytes;
 }
-static_assert(lse_shared<int64_t>() <= 99 << 10, "what the smallest devices have");
+static_assert(lse_shared<int64_t>() <= 99 << 10, "shared memory of the smallest devices");
 
-// Block b has anchor tile b / split and the Q tiles b % split, + split, + 2 split, ...: blocks that run at
-// the same time read neighbouring tiles of both operands, which stay in the L2 cache.
+// Thread block b has anchor tile b / split and the Q tiles b % split, + split, + 2 split, ...: thread blocks
+// that run at the same time read neighbouring tiles of both operands, which stay in the L2 cache.
 template <Kind K, class Tag, bool kBoth>
 NCK_KERNEL(kThreads, kHalf<K> && !kBoth ? 2 : 1)
 lse_kernel(const __grid_constant__ LseArgs a) {
@@ -36,7 +36,7 @@ lse_kernel(const __grid_constant__ LseArgs a) {
   const int tile_p = int(blockIdx.x) / a.split, part = int(blockIdx.x) % a.split;
   const int p_first = (a.first_tile + tile_p) * kTile;
   const int p_used = used_slots(a.p), q_used = used_slots(a.q);
-  if (p_first >= p_used) return;  // known on the device only, if classes were compacted
+  if (p_first >= p_used) return;  // with compacted classes, only the device knows p_used
 
   float scale[4], p_bias[4];
   Tag tag[4];
@@ -44,7 +44,7 @@ lse_kernel(const __grid_constant__ LseArgs a) {
 #pragma unroll
   for (int r = 0; r < 4; r++) {
     Slot s = slot_at(a.p, p_first + me.row(r / 2, r % 2), p_used);
-    // beta and log2 e ride on the anchors' norms: they cost nothing per entry.
+    // beta and log2 e are multiplied into the anchors' norms, which costs nothing per entry.
     scale[r] = rnorm_of(a.p, s) * (*a.beta * kLog2e);
     tag[r] = mask_tag<Tag>(a.p, s, a.exclude);
     if constexpr (kBoth) p_bias[r] = summand_bias(a.p, s);
@@ -59,7 +59,7 @@ lse_kernel(const __grid_constant__ LseArgs a) {
 
   auto epilogue = [&](int tile, float (&acc)[2][8][4]) {
     const TileColumns<Tag>& column = columns[tile / a.split & 1];
-    // The products become logits in place; without the bias where both directions need one.
+    // Turn products into logits in place; the bias is added later if both directions have one.
 #pragma unroll
     for (int j = 0; j < 8; j++) {
 #pragma unroll
@@ -75,7 +75,7 @@ lse_kernel(const __grid_constant__ LseArgs a) {
         }
       }
     }
-    // Every lane keeps the sums of its own columns: lanes meet once, at the end.
+    // Every lane has sums over its own columns; lanes are combined once, at the end.
 #pragma unroll
     for (int r = 0; r < 4; r++) {
       float largest = sum[r].largest;
@@ -123,19 +123,19 @@ lse_kernel(const __grid_constant__ LseArgs a) {
       if (threadIdx.x < kTile && slot < a.q.slots) {
         Pair over = pairs[threadIdx.x];
         for (int w = 1; w < 4; w++) over = join(over, pairs[w * kTile + threadIdx.x]);
-        // Rows of Q that are left out met real anchors with a product of zero: their sum means nothing.
+        // Left-out rows of Q have products of zero with the anchors, and their sums are discarded.
         bool counts = column.bias[threadIdx.x] > -infinity() || slot_at(a.q, slot, q_used).summed;
         int64_t at = int64_t(1 + tile_p) * a.q.slots + slot;
         a.q_max[at] = counts ? over.largest : -infinity();
         a.q_sum[at] = counts ? over.total : 0.0f;
       }
-      // No barrier: the next tile's main loop has one before anybody writes to `pairs` again.
+      // No barrier is needed: the main loop of the next tile has one before `pairs` is written again.
     }
   };
 
   tile_loop<K>(a.p, p_first, p_used, a.q, 0, q_used, part, a.split, a.d, stages, me, prologue, epilogue);
 
-  block_sync();  // the last tile's readers of `pairs`
+  block_sync();  // wait for the last tile's readers of `pairs`
 #pragma unroll
   for (int r = 0; r < 4; r++) {
     Pair pair = join_lanes(join_lanes(sum[r], 1), 2);

@@ -1,25 +1,23 @@
-// The forward pass with the units that compute capability 9.0 has for it: TMA copies, wgmma products, and
-// barriers that count bytes. The same result as lse.cu in one direction, for rows of 16-bit numbers.
+// The forward pass with the units of compute capability 9.0: TMA copies, wgmma products, and
+// barriers that count bytes. The results are those of lse.cu in one direction, for rows of 16-bit numbers.
 //
-// Three things are different from the loop in tile_loop.h.
+// There are three differences to the loop in tile_loop.h.
 //
-// 1. Copies. One instruction fetches a box of 128 rows and 64 columns and tells a barrier in shared memory
-//    when it has landed. No thread computes addresses; rows and columns outside the matrix arrive as zeros.
-// 2. Products. Four warps multiply 64 rows with 128 rows straight from shared memory, and go on with
-//    something else while the tensor cores are at it.
-// 3. Roles. A ninth warp does nothing but fetch; the other eight multiply and reduce:
+// 1. Copies. One instruction fetches a box of 128 rows and 64 columns, and a barrier in shared memory counts
+//    its bytes. Threads compute no addresses; rows and columns outside the matrix arrive as zeros.
+// 2. Products. Four warps multiply 64 rows with 128 rows, read from shared memory, asynchronously.
+// 3. Roles. A ninth warp, the producer, only fetches; the other eight multiply and reduce:
 //
 //        producer                          stage s in shared memory        consumers, 2 x 4 warps
 //        wait until empty[s]        -->    box of P | box of Q      -->    wait until full[s]
 //        expect bytes on full[s]                                           products
 //        copy both boxes            <--                             <--    arrive at empty[s]
 //
-//    Each stage has two barriers: `full` completes when all bytes of its boxes have landed, `empty` when all
-//    eight warps are done reading. Nobody waits for anybody else's arithmetic: while one tile is reduced, the
-//    boxes of the next are on their way. Two such blocks share a multiprocessor, so that one reduces while
-//    the other multiplies.
+//    Each stage has two barriers: `full` completes when all bytes of its boxes have arrived, `empty` when all
+//    eight warps have read them. While one tile is reduced, the boxes of the next are in flight. Two thread
+//    blocks share a multiprocessor, so that one reduces while the other multiplies.
 //
-// Rows that are left out of the sums are fetched with the others, whatever they hold: the epilogue chooses.
+// Left-out rows are fetched with the others and may hold anything; the epilogue selects.
 
 #include "hopper.h"
 #include "pairs.h"
@@ -40,15 +38,15 @@ struct WgmmaArgs {
   LseArgs lse;
 };
 
-// For all masks the tags of the one that needs most: 64-bit labels. (It is no loss: with 32 bits the compiler
-// orders the epilogue so that it runs out of the 96 registers which two blocks of nine warps leave a thread.)
+// All masks use tags of 64 bits, which labels need. (Tags of 32 bits would not be faster: the compiler then
+// orders the epilogue so that it exceeds the 96 registers per thread of two blocks of nine warps.)
 using Tag = int64_t;
 using TileColumns = Columns<Tag, kTile>;
 
 constexpr size_t kSharedBytes = kStages * kStageBytes + 2 * sizeof(TileColumns) + 2 * 128;
 static_assert(kSharedBytes <= 113 << 10, "two blocks share the 228 KB of a multiprocessor");
 
-// Goes round the stages; `lap` is the parity of the barriers' phases.
+// Iterates over the stages; `lap` is the parity of the barriers' phases.
 struct Ring {
   int stage = 0, lap = 0;
 
@@ -60,7 +58,7 @@ struct Ring {
   }
 };
 
-// Block b has anchor tile b / split and the Q tiles b % split, + split, + 2 split, ..., as in lse.cu.
+// Thread block b has anchor tile b / split and the Q tiles b % split, + split, + 2 split, ..., as in lse.cu.
 template <class T>
 NCK_KERNEL(kThreads, 2)
 lse_wgmma_kernel(const __grid_constant__ WgmmaArgs args) {
@@ -78,8 +76,8 @@ lse_wgmma_kernel(const __grid_constant__ WgmmaArgs args) {
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; s++) {
-      mbarrier_init(full + s, 1);                 // the producer, and the bytes that it announces
-      mbarrier_init(empty + s, kConsumers / 32);  // a lane of every warp
+      mbarrier_init(full + s, 1);                 // the producer, and the bytes that it expects
+      mbarrier_init(empty + s, kConsumers / 32);  // one lane of every warp
     }
     mbarrier_init_done();
   }
@@ -90,7 +88,7 @@ lse_wgmma_kernel(const __grid_constant__ WgmmaArgs args) {
     if (lane != 0) return;
     for (int tile = part; tile < tiles; tile += a.split) {
       for (int slice = 0; slice < slices; slice++) {
-        // In the first lap nobody has used the stage: the phase before the first counts as complete.
+        // In the first lap the stage is free: the phase before the first counts as complete.
         mbarrier_wait(empty + at.stage, at.lap ^ 1);
         mbarrier_expect(full + at.stage, kStageBytes);
         unsigned char* box = stages + at.stage * kStageBytes;
@@ -102,7 +100,8 @@ lse_wgmma_kernel(const __grid_constant__ WgmmaArgs args) {
     return;
   }
 
-  // A consumer. Its four warps have 64 rows of P; a lane has two of them, and 32 columns of each tile.
+  // A consumer. Its group of four warps has 64 rows of P; a lane has two of them, and 32 columns of each
+  // tile.
   const int p_half = 64 * (warp >> 2);
   float scale[2];
   Tag tag[2];
@@ -136,7 +135,7 @@ lse_wgmma_kernel(const __grid_constant__ WgmmaArgs args) {
         wgmma(acc, box_operand(p_rows + 32 * k), box_operand(q_rows + 32 * other), T{});
       }
       wgmma_commit();
-      // This slice's products run on; those of the one before are done, and its stage is free.
+      // This slice's products are in flight; those of the previous one are done, and its stage is free.
       wgmma_wait<1>();
       if (slice > 0 && lane == 0) mbarrier_arrive(empty + previous);
       previous = at.stage;
@@ -145,8 +144,8 @@ lse_wgmma_kernel(const __grid_constant__ WgmmaArgs args) {
     wgmma_wait<0>(acc);
     if (lane == 0) mbarrier_arrive(empty + previous);
 
-    // The columns of this tile are there. Those of the next go to the other buffer: nobody writes to this one
-    // before everybody has passed the next tile's barrier.
+    // After the barrier the columns of this tile are complete. Those of the next tile go to the other buffer;
+    // this one is written again only after the next tile's barrier.
     if (!planted(Fault::kMissingBarrier)) first_threads_sync(kConsumers);
     const TileColumns& column = columns[buffer];
 #pragma unroll
@@ -176,7 +175,7 @@ lse_wgmma_kernel(const __grid_constant__ WgmmaArgs args) {
     }
   }
 
-  // Four neighbouring lanes have the columns of a row between them.
+  // Four neighbouring lanes share the columns of a row.
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     Pair pair = join_lanes(join_lanes(sum[h], 1), 2);

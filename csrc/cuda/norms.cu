@@ -1,8 +1,8 @@
 // Row norms, positives, and the list of classes that occur: everything that is O(M d) or O(K).
 //
 // The similarity of two rows is (z . w) r_z r_w with r = 1 / max(|row|, eps). Storing the two vectors r
-// instead of normalised copies of the matrices saves a write and a read of both, and the tensor cores see
-// the caller's exact numbers.
+// instead of normalised copies of the matrices saves a write and a read of both, and the tensor cores
+// multiply the caller's numbers without rounding.
 
 #include "vectors.h"
 
@@ -27,19 +27,19 @@ row_rnorm_kernel(const __grid_constant__ NormArgs a) {
       for (int i = 0; i < 8; i++) total = fmaf(x[i], x[i], total);
     }
   }
-  total = team.sum(total);  // by all lanes, the idle ones too: a shuffle wants the whole warp
+  total = team.sum(total);  // by all lanes, idle ones too: a shuffle needs the whole warp
   if (inside && team.column == 0) a.rnorm[team.row] = valid ? inverse_norm(total, a.eps) : left_out(total);
 }
 
-// The partner's norm comes from the same loads, so that nothing waits for a pass over the prototypes.
-// Whoever writes to the same place writes the same mark or norm: the order does not matter.
+// The partner's norm comes from the same loads, so that no pass over the prototypes is needed first.
+// All threads that write to one place write the same mark or norm, so their order does not matter.
 template <class T>
 NCK_KERNEL(kThreads, 3)
 prepare_samples_kernel(const __grid_constant__ PrepareArgs a) {
   RowTeam team = RowTeam::of(a.d, kThreads);
   bool inside = team.row < a.m;
   int64_t target = inside ? a.target[team.row] : a.skip;
-  // Targets out of range are reported elsewhere; here they must only not be followed.
+  // Targets out of range are reported elsewhere; here they must only not be used as an index.
   bool valid = target != a.skip && (a.same_label || (target >= 0 && target < a.k));
   int64_t partner = !valid ? 0 : a.same_label ? team.row : target;
   const T* z_row = static_cast<const T*>(a.z) + team.row * a.z_stride;
@@ -65,7 +65,7 @@ prepare_samples_kernel(const __grid_constant__ PrepareArgs a) {
   if (inside && team.column == 0) {
     float z_rnorm = inverse_norm(zz, a.eps), w_rnorm = inverse_norm(ww, a.eps);
     a.z_rnorm[team.row] = valid ? z_rnorm : left_out(zz);
-    // Each norm meets the product by itself: z_rnorm * w_rnorm can pass float32's range for tiny rows.
+    // The product is multiplied by one norm at a time: z_rnorm * w_rnorm can leave float32's range.
     a.pos[team.row] = valid ? *a.beta * (zw * z_rnorm * w_rnorm) : 0.0f;
     if (a.mark && valid) store_relaxed(a.mark + partner, partner);
     if (a.w_rnorm && valid) {
@@ -78,7 +78,7 @@ prepare_samples_kernel(const __grid_constant__ PrepareArgs a) {
 NCK_KERNEL(kThreads, 4) compact_kernel(const __grid_constant__ CompactArgs a) {
   int c = int(blockIdx.x) * kThreads + int(threadIdx.x);
   int64_t count = a.rank[a.k - 1];
-  // The two stores never meet: marked classes go to slots before `count`, the filling from there on.
+  // The two stores do not overlap: marked classes go to slots before `count`, the padding to those after.
   if (c < a.k && a.mark[c] >= 0) a.list[a.rank[c] - 1] = c;
   if (c >= count && c < a.slots) a.list[c] = -1;
   if (c == 0) a.list[a.slots] = count;
@@ -86,7 +86,7 @@ NCK_KERNEL(kThreads, 4) compact_kernel(const __grid_constant__ CompactArgs a) {
 
 constexpr int kScaleThreads = 1024;
 
-// max |x|, without what cannot matter: empty sets (lse = -inf), infinities and NaN.
+// max |x|, without empty sets (lse = -inf), infinities and NaN.
 NCK_DEVICE float largest(const float* x, const float* lse, int n) {
   float best = 0.0f;
   for (int i = int(threadIdx.x); x && i < n; i += kScaleThreads) {
@@ -96,8 +96,7 @@ NCK_DEVICE float largest(const float* x, const float* lse, int n) {
   return best;
 }
 
-// The largest factor that a row's entries get, see summand_rnorm; negative ones belong to rows that take no
-// part.
+// The largest factor of a row's entries, see summand_rnorm, without left-out rows (negative norms).
 NCK_DEVICE float largest_rnorm(const float* x, int n, float limit) {
   float best = 0.0f;
   for (int i = int(threadIdx.x); i < n; i += kScaleThreads) {
@@ -107,11 +106,11 @@ NCK_DEVICE float largest_rnorm(const float* x, int n, float limit) {
   return best;
 }
 
-// The entries A r of the gradient's tiles are of the size of the upstream gradients, usually 1 / M, and
-// smaller by the softmax: in float16 they would vanish. No entry of A exceeds the sum of the largest
-// upstream gradients, so with the largest norms these scales take every A r to at most 2^14, a quarter of
-// what float16 holds (2^15 where two samples are each other's positives). Rows shorter than eps (r >= limit)
-// count as 1. One block.
+// The entries A r of the gradient's tiles are of the size of the upstream gradients, usually 1 / M, times a
+// softmax probability, and would underflow in float16. No entry of A exceeds the sum of the largest upstream
+// gradients. With the largest inverse norms, these scales therefore bring every A r to at most 2^14, a
+// quarter of float16's range (2^15 where two samples are each other's positives). Rows shorter than eps (r >=
+// limit) count as 1. Runs as one thread block.
 NCK_KERNEL(kScaleThreads, 1) half_scale_kernel(const __grid_constant__ HalfScaleArgs a) {
   SharedArena arena;
   float* scratch = arena.take<float>(kScaleThreads / 32);
@@ -121,7 +120,7 @@ NCK_KERNEL(kScaleThreads, 1) half_scale_kernel(const __grid_constant__ HalfScale
   float z = block_max<kScaleThreads>(largest_rnorm(a.z_rnorm, a.m, a.limit), scratch);
   float w = block_max<kScaleThreads>(largest_rnorm(a.w_rnorm, a.k, a.limit), scratch);
   if (threadIdx.x == 0) {
-    // Where there is nothing, any finite scale will do. The clamp keeps the scale itself finite.
+    // For upstream gradients of zero any finite scale is correct. The clamp keeps the scale finite.
     float top = 14.0f - log2f(bound > 0 ? bound : 1.0f);
     float z_bits = log2f(z > 0 ? z : 1.0f), w_bits = log2f(w > 0 ? w : 1.0f);
     float exponent[3] = {top - w_bits, top - z_bits, top - z_bits - w_bits};

@@ -1,4 +1,4 @@
-// Device functions about the rows of an operand: which they are, whether they take part, what they carry.
+// Device functions for the rows of an operand: row numbers, left-out rows, mask tags, vectors.
 #pragma once
 
 #include "args.h"
@@ -11,19 +11,19 @@ inline constexpr float kLn2 = 0.6931471805599453f;
 
 NCK_DEVICE float infinity() { return bits_float(0x7f800000u); }
 
-// NaN survives the maximum here (fmaxf prefers the number): rows with NaN must give NaN.
+// The comparison propagates NaN, which fmaxf would not: rows with NaN must give NaN.
 NCK_DEVICE float inverse_norm(float square_sum, float eps) {
   float norm = sqrtf(square_sum);
   return 1.0f / (norm < eps ? eps : norm);
 }
 
-// log2(0) = -inf, which an empty sum relies on.
+// log2(0) = -inf; empty sums rely on it.
 NCK_DEVICE float log2_of(float x) { return log2f(x); }
 
 // The maximum to subtract: 0 for an empty set, where -inf - -inf would be NaN.
 NCK_DEVICE float shift_of(float largest) { return largest == -infinity() ? 0.0f : largest; }
 
-// In place of the inverse norm of a row that takes no part.
+// Stored instead of the inverse norm of a left-out row.
 inline constexpr float kNotFinite = -2.0f;
 NCK_DEVICE float left_out(float square_sum) { return square_sum < infinity() ? -1.0f : kNotFinite; }
 
@@ -36,25 +36,25 @@ NCK_DEVICE int used_slots(const Side& side) {
 struct Slot {
   int64_t label;
   int row;
-  bool summed;  // takes part in sums
-  bool here;    // has a row at all: summed, or perhaps someone's positive
+  bool summed;  // whether sums include the row
+  bool here;    // whether the row is used at all: summed, or possibly a positive
 };
 
 NCK_DEVICE Slot slot_at(const Side& side, int slot, int used) {
   bool inside = slot < used;
   if (planted(Fault::kMissingTailMask)) inside = true;
   Slot s;
-  // The tail reads as `skip`: one comparison answers for tail and left-out rows alike.
+  // The tail reads as `skip`, so one comparison covers the tail and left-out rows.
   s.label = !inside ? side.skip : side.label ? side.label[slot] : slot;
   s.summed = inside && (!side.label || s.label != side.skip);
-  // Not ">= 0": the inverse norm of a row with NaN is NaN, and such a row is there.
+  // Not ">= 0": a row with NaN has an inverse norm of NaN, and is not left out.
   s.here = s.summed || (inside && side.unsummed && !(side.rnorm[slot] < 0.0f));
   s.row = side.gather ? (s.summed ? int(s.label) : 0) : slot;
   return s;
 }
 
-// The number that an entry's two sides must not share: equal tags are left out of the sums. Labels for
-// "same_label" can be any 64-bit integers, all other tags are rows.
+// Entries whose two sides have equal tags are excluded from the sums. Tags are labels for "same_label", any
+// 64-bit integers, and row numbers for all other masks.
 template <class Tag>
 NCK_DEVICE Tag mask_tag(const Side& side, const Slot& s, Exclude exclude) {
   switch (exclude) {
@@ -69,12 +69,12 @@ NCK_DEVICE Tag mask_tag(const Side& side, const Slot& s, Exclude exclude) {
   }
 }
 
-// The number that a sample and its positive prototype share, and no other pair.
+// A tag that is equal for a sample and its positive prototype, and for no other pair.
 NCK_DEVICE int partner_tag(const Side& side, const Slot& s, Exclude exclude) {
   return side.samples && exclude != Exclude::kSameLabel ? int(s.label) : s.row;
 }
 
-// What is added to the logits of a row where it is summed over, in base-2 units; -inf: left out.
+// The bias of the logits of a reduced row, in base 2; -inf for left-out rows.
 NCK_DEVICE float summand_bias(const Side& side, const Slot& s) {
   if (!s.summed) return -infinity();
   return side.bias ? side.bias[s.row] * kLog2e : 0.0f;
@@ -87,8 +87,8 @@ struct Upstream {
   float grad;
 };
 
-// A row's log-sum-exp and its gradient, made harmless where there is nothing. An empty set has lse = -inf:
-// +inf in its place makes every exp(t - lse) zero, where -inf would give inf or NaN.
+// A row's log-sum-exp and its gradient, without a contribution from empty sets. Their lse of -inf is replaced
+// by +inf, so that every exp(t - lse) is zero (-inf would give inf or NaN), and their gradient by 0.
 NCK_DEVICE Upstream upstream_of(const Side& side, const Slot& s) {
   Upstream u{infinity(), 0.0f};
   if (side.grad && s.summed) {
@@ -99,14 +99,15 @@ NCK_DEVICE Upstream upstream_of(const Side& side, const Slot& s) {
 }
 
 // The factor of a row that is summed up: its inverse norm, except 1 for float16 rows shorter than eps. Their
-// 1 / eps = 16384 would push entries out of float16's range, for rows that are zero for all practical
-// purposes. `finish` puts the true factor back for the row's own gradient.
+// 1 / eps = 16384 would push entries out of float16's range, for rows that are practically zero.
+// `finish` applies the true factor to the row's own gradient.
 NCK_DEVICE float summand_rnorm(float rnorm, float norm_limit) {
   return norm_limit > 0 && rnorm >= norm_limit ? 1.0f : rnorm;
 }
 
-// The multiple of a row x to take from its sum, (u . acc) r, given along = x . acc. Nothing for rows shorter
-// than eps, which are divided by a constant; the comparison leaves room for the rounding of two reciprocals.
+// The multiple of a row x to subtract from its sum, (u . acc) r, given along = x . acc. It is 0 for rows
+// shorter than eps, which are divided by a constant; the comparison tolerates the rounding of two
+// reciprocals.
 NCK_DEVICE float radial(float rnorm, float along, float eps) {
   return rnorm >= 0.999999f / eps ? 0.0f : rnorm * rnorm * along;
 }

@@ -1,7 +1,8 @@
-// What a set of logits amounts to: the largest one, and the sum of exponentials relative to it.
+// The log-sum-exp of a set of logits as a pair: the largest logit, and the sum of exponentials relative to
+// it.
 //
-// The pair, rather than a sum relative to the constant beta >= t, is right for any temperature: with
-// beta = 1000 every term of the latter could underflow.
+// The pair works for any temperature. In a sum relative to the constant beta >= t every term could underflow,
+// for example with beta = 1000.
 #pragma once
 
 #include "operands.h"
@@ -27,7 +28,7 @@ NCK_DEVICE Pair join_lanes(Pair pair, int mask) {
 // Empty: -inf + log2(0) = -inf.
 NCK_DEVICE float log_sum(Pair pair) { return (pair.largest + log2_of(pair.total)) * kLn2; }
 
-// What the rows of a Q tile carry, one array an item.
+// The vectors of the rows of a Q tile.
 template <class Tag, int kRows>
 struct Columns {
   float rnorm[kRows];
@@ -41,10 +42,10 @@ struct Columns {
   }
 };
 
-// An anchor's result: into `out`, or as one of `split` partials.
+// Stores an anchor's result into `out`, or as one of `split` partials.
 NCK_DEVICE void store_result(const LseArgs& a, int part, int slot, int used, Pair pair) {
   Slot s = slot_at(a.p, slot, used);
-  // Rows that are left out met real ones: their sum means nothing.
+  // The sums of left-out rows are discarded.
   if (!s.summed) pair = empty_pair();
   if (a.out) {
     if (s.summed || !a.p.gather) a.out[s.row] = log_sum(pair);

@@ -1,6 +1,6 @@
-// What a kernel asks of the hardware, and nothing else: barriers, asynchronous copies, tensor-core products,
+// The hardware primitives of the kernels: barriers, asynchronous copies, tensor-core products,
 // shuffles, conversions. Everything that is not plain C++ is in this file, so that a second implementation of
-// it (tests/cuda_host/primitives_host.h, chosen where nvcc is not the compiler) runs the kernels on a CPU.
+// it (tests/cuda_host/primitives_host.h, included if the compiler is not nvcc) runs the kernels on a CPU.
 #pragma once
 
 #include <cstddef>
@@ -20,8 +20,8 @@ struct alignas(16) Vec16 {
   uint32_t word[4];
 };
 
-// Mistakes that the tests can switch on in the host build, each to be caught there. On a device they are
-// constants: nothing of them is left in the compiled kernel.
+// Mistakes that the tests enable in the host build, to show that each is caught. On a device `planted` is
+// constant false, so the compiled kernels contain none of them.
 enum class Fault { kNone, kMissingBarrier, kMissingWait, kWrongFragment, kMissingTailMask };
 
 }  // namespace nck
@@ -34,14 +34,14 @@ enum class Fault { kNone, kMissingBarrier, kMissingWait, kWrongFragment, kMissin
 #include <string>
 
 #define NCK_DEVICE __device__ __forceinline__
-// THREADS a block, BLOCKS of them on a multiprocessor: the compiler derives the register limit from it.
+// THREADS per block, BLOCKS per multiprocessor: the compiler derives the register limit from them.
 #define NCK_KERNEL(THREADS, BLOCKS) __global__ void __launch_bounds__(THREADS, BLOCKS)
 
 namespace nck {
 
 NCK_DEVICE constexpr bool planted(Fault) { return false; }
 
-// Hands out the block's dynamic shared memory in order. Every thread must ask for the same arrays.
+// Allocates the block's dynamic shared memory in order. Every thread must allocate the same arrays.
 class SharedArena {
  public:
   template <class T>
@@ -62,7 +62,7 @@ NCK_DEVICE float shfl_xor(float value, int mask) { return __shfl_xor_sync(0xffff
 
 NCK_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-// Copies 16 bytes to shared memory without waiting; only the first `bytes` are read, the rest become zero.
+// Starts a copy of 16 bytes to shared memory; only the first `bytes` are read, the rest become zero.
 NCK_DEVICE void cp_async16(void* shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                "r"(bytes)
@@ -77,8 +77,8 @@ NCK_DEVICE void cp_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// Four 8 x 16-byte matrices; lane 8 i + r names row r of matrix i. Lane l gets in reg[i] the 4 bytes at
-// column l % 4 of row l / 4.
+// Loads four matrices of 8 rows of 16 bytes; lane 8 i + r passes the address of row r of matrix i. Lane l
+// gets in reg[i] the 4 bytes at column l % 4 of row l / 4.
 NCK_DEVICE void ldmatrix(uint32_t (&reg)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(reg[0]), "=r"(reg[1]), "=r"(reg[2]), "=r"(reg[3])
@@ -109,7 +109,7 @@ NCK_MMA(mma_f16, "m16n8k16.row.col.f32.f16.f16.f32")
 NCK_MMA(mma_tf32, "m16n8k8.row.col.f32.tf32.tf32.f32")
 #undef NCK_MMA
 
-// For several threads that write the same value to one place: no order between them is needed.
+// For several threads that write the same value to one place, in any order.
 NCK_DEVICE void store_relaxed(float* to, float value) {
   asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(to), "f"(value) : "memory");
 }
@@ -126,7 +126,7 @@ NCK_DEVICE float exp2_fast(float x) {
 NCK_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 NCK_DEVICE float bits_float(uint32_t x) { return __uint_as_float(x); }
 
-// Rounded to tf32's 10 bits of mantissa; the tensor cores would cut the others off.
+// Rounds to tf32's 10 bits of mantissa; the tensor cores would truncate.
 NCK_DEVICE uint32_t to_tf32(float x) {
   uint32_t y;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
@@ -153,7 +153,7 @@ NCK_DEVICE uint32_t pack(float low, float high, f16) {
   return y;
 }
 
-// Blocks of `threads` threads on a stream. Setting the limit is no stream operation: a graph can be captured.
+// Launches a kernel. Setting the shared-memory limit is not a stream operation, so graphs can be captured.
 template <class Args>
 void launch(void (*kernel)(Args), int64_t blocks, int threads, size_t shared, void* stream,
             const Args& args) {
@@ -167,7 +167,7 @@ void launch(void (*kernel)(Args), int64_t blocks, int threads, size_t shared, vo
     error = cudaGetLastError();
   }
   if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("nckernels: a CUDA kernel did not start: ") +
+    throw std::runtime_error(std::string("nckernels: a CUDA kernel launch failed: ") +
                              cudaGetErrorString(error));
   }
 }

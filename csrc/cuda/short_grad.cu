@@ -1,8 +1,8 @@
-// The gradient for short rows of 16 bits: everything stays on the chip.
+// The gradient for short rows of 16-bit numbers, accumulated on the chip.
 //
-// A block keeps 128 rows of P, walks over tiles of 64 rows of Q, recomputes the entries A of each tile and
-// adds A Q to the sums in its registers, as the backward pass of flash attention does. Each of eight warps
-// has 16 rows of P and whole rows of sums, so that warps meet only where a tile of Q is exchanged.
+// A thread block owns 128 rows of P and loops over tiles of 64 rows of Q. It recomputes the entries A of each
+// tile and adds A Q to the sums in its registers, as the backward pass of flash attention does. Each of eight
+// warps has 16 rows of P and whole rows of sums, so that warps synchronise only to replace the tile of Q.
 
 #include "gradient.h"
 #include "vectors.h"
@@ -14,13 +14,15 @@ constexpr int kThreads = 256;
 constexpr int kRowsP = 128;
 constexpr int kRowsQ = 64;
 
-// Rows of kD numbers; the exclusive or keeps eight neighbouring rows' pieces on different banks.
+// The offset of a piece in rows of kD numbers. The exclusive or puts the pieces of eight neighbouring rows on
+// different banks.
 template <int kD>
 NCK_DEVICE int row_offset(int row, int piece) {
   return row * (2 * kD) + ((piece ^ (row & 7)) << 4);
 }
 
-// Starts copying slots [first, first + kRows) to shared memory, zeros past column d and for left-out rows.
+// Starts copying the slots [first, first + kRows) to shared memory, with zeros past column d and in left-out
+// rows.
 template <class T, int kRows, int kD>
 NCK_DEVICE void copy_rows(unsigned char* to, const Side& side, int first, int used, int d, bool aligned) {
   constexpr int kPieces = kD / 8;
@@ -39,12 +41,13 @@ constexpr size_t short_grad_shared() {
   return 2 * kD * (kRowsP + 2 * kRowsQ) + 2 * kRowsQ * sizeof(Terms<Tag, kSums>);
 }
 
-static_assert(short_grad_shared<128, int64_t, Sums::kShared>() <= 99 << 10, "what the smallest devices have");
+static_assert(short_grad_shared<128, int64_t, Sums::kShared>() <= 99 << 10,
+              "shared memory of the smallest devices");
 static_assert(short_grad_shared<256, int64_t, Sums::kShared>() <= 163 << 10,
-              "what compute capability 8.0 has");
+              "shared memory of compute capability 8.0");
 
-// `split` blocks share an anchor tile when there are too few tiles to fill the device. Each then writes its
-// float32 sum to part[s, slot] for finish.cu; alone it finishes the rows itself.
+// `split` thread blocks share an anchor tile when there are too few tiles to fill the device. Each then
+// writes its float32 sum to part[s, slot] for finish.cu. A single one finishes the rows itself.
 template <Kind K, int kD, class Tag, Sums kSums>
 NCK_KERNEL(kThreads, 1)
 short_grad_kernel(const __grid_constant__ GradArgs a) {
@@ -60,10 +63,11 @@ short_grad_kernel(const __grid_constant__ GradArgs a) {
   const bool p_aligned = rows_aligned<T>(a.p.x, a.p.stride), q_aligned = rows_aligned<T>(a.q.x, a.q.stride);
   const int tiles = (q_used + kRowsQ - 1) / kRowsQ;
   const float scale = a.scale ? *a.scale : 1.0f;
-  // Exponentials take as long as these products. Of features with themselves, the two terms of an entry can
-  // have one between them if the factors stay in range: with |t| and |lse| - log M up to 64 in base 2 they
-  // lie between 2^-64 and 2^64, times what log M and g add. Temperatures from 0.0226 on are such. With longer
-  // rows the products take longer, and a second way to make the entries more registers than there are.
+  // Exponentials take as long as these products. For features against themselves, the two terms of an entry
+  // share one exponential if the factors stay in range: with |t| and |lse| - log M up to 64 in base 2 they
+  // lie between 2^-64 and 2^64, apart from the contributions of log M and g. This holds for temperatures of
+  // at least 0.0226. With longer rows the products take longer, and the second code path has no registers
+  // left.
   constexpr bool kMayShare = kSums == Sums::kShared && kD <= 128;
   const bool once = kMayShare && !a.p.bias && *a.beta * kLog2e < 64.0f;
 
@@ -95,7 +99,7 @@ short_grad_kernel(const __grid_constant__ GradArgs a) {
       columns[buffer * kRowsQ + threadIdx.x] = terms;
     }
     if (!planted(Fault::kMissingWait)) cp_wait<0>();
-    // After the barrier this tile is there, and all are done with the other buffer.
+    // After the barrier this tile is complete, and all warps are done with the other buffer.
     if (!planted(Fault::kMissingBarrier)) block_sync();
     load_q(tile + a.split, buffer ^ 1);
     const unsigned char* q_tile = q_rows + buffer * 2 * kD * kRowsQ;
@@ -136,7 +140,7 @@ short_grad_kernel(const __grid_constant__ GradArgs a) {
     } else {
       make_entries(std::false_type{});
     }
-    // Products of two 8-column tiles lie in the registers as one 16-column left operand does.
+    // In registers, the products of two tiles of 8 columns have the layout of one left operand of 16 columns.
 #pragma unroll
     for (int k = 0; k < kRowsQ / 16; k++) {
       Part<K, 4> x;
@@ -156,7 +160,7 @@ short_grad_kernel(const __grid_constant__ GradArgs a) {
     buffer ^= 1;
   }
   cp_wait<0>();
-  block_sync();  // P may have been waited for nowhere yet, if this block had no tile
+  block_sync();  // waits for P, if this thread block had no tile
 
 #pragma unroll
   for (int h = 0; h < 2; h++) {
@@ -197,7 +201,7 @@ short_grad_kernel(const __grid_constant__ GradArgs a) {
 #pragma unroll
       for (int e = 0; e < 2; e++) {
         int column = 8 * n + 2 * t + e;
-        // Chosen, not multiplied by 0: NaN anywhere in Q has reached the sums of left-out rows.
+        // Selected, not multiplied by 0: NaN in Q reaches the sums of left-out rows.
         float grad = here ? weight * *a.beta * fmaf(-factor, number(n, e), sum[n][2 * h + e]) : 0.0f;
         if (column < a.d) to[column] = T{uint16_t(pack(grad, 0.0f, T{}))};
       }

@@ -1,10 +1,10 @@
-// The main loop of the tile kernels: products of a 128-row tile of P with one tile of Q after the other.
+// The main loop of the tile kernels: the products of a tile of 128 rows of P with tiles of Q in turn.
 //
-// Rows stream through shared memory in slices of 64 bytes, four slices in flight. The loop runs over all
-// slices of all Q tiles without a seam, so that the next tile's rows are on their way while the epilogue of
-// the last one computes exponentials. Rows that are left out, and columns past d, arrive as zeros.
+// Rows go through shared memory in slices of 64 bytes, with four stages. The pipeline continues from one Q
+// tile to the next, so that the next tile's rows are in flight while the epilogue of the last one computes
+// exponentials. Left-out rows and columns past d arrive as zeros.
 //
-// Eight warps, each with 32 rows of P and 64 of Q. A lane holds, with g = lane / 4 and t = lane % 4,
+// Each of eight warps has 32 rows of P and 64 of Q. With g = lane / 4 and t = lane % 4, a lane holds
 //   acc[i][j][2 h + e] = product of  P row 32 (warp % 4) + 16 i + 8 h + g
 //                              with  Q row 64 (warp / 4) +  8 j + 2 t + e
 // for i, h, e < 2 and j < 8: four rows and sixteen columns.
@@ -17,7 +17,7 @@ namespace nck {
 
 inline constexpr int kTile = 128;
 inline constexpr int kThreads = 256;
-inline constexpr int kSlice = 64;  // bytes of a row in a stage
+inline constexpr int kSlice = 64;  // bytes per row in a stage
 inline constexpr int kStages = 4;
 inline constexpr int kOperandBytes = kTile * kSlice;
 inline constexpr int kStageBytes = 2 * kOperandBytes;
@@ -25,8 +25,8 @@ inline constexpr int kLoopBytes = kStages * kStageBytes;
 
 inline int tiles_of(int slots) { return (slots + kTile - 1) / kTile; }
 
-// Where the 16-byte piece `piece` of row `row` is within an operand's slice. Two rows share 128 bytes, all
-// the banks there are; the exclusive or spreads the same piece of eight rows over all of them.
+// The offset of 16-byte piece `piece` of row `row` in an operand's slice. Two rows share 128 bytes, which are
+// all banks; the exclusive or spreads the same piece of eight rows over all of them.
 NCK_DEVICE int slice_offset(int row, int piece) { return row * kSlice + ((piece ^ ((row >> 1) & 3)) << 4); }
 
 struct Lane {
@@ -38,7 +38,7 @@ struct Lane {
   NCK_DEVICE int column(int j, int e) const { return q + 8 * j + 2 * t + e; }
 };
 
-// The rows of one operand that this thread copies: two, a fixed 16-byte piece of each.
+// Copies this thread's share of one operand: a fixed 16-byte piece of two rows.
 template <class T>
 class RowCopier {
  public:
@@ -58,7 +58,7 @@ class RowCopier {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       int count = here_[i] ? numbers : 0;
-      // An address is needed even where nothing is read.
+      // The copy needs a valid address even if it reads nothing.
       const T* from = row_[i] + (count ? column : 0);
       copy_piece(stage + slice_offset(local_row(i), piece()), from, count, aligned);
     }
@@ -82,14 +82,14 @@ NCK_DEVICE void multiply_slice(float (&acc)[2][8][4], const unsigned char* stage
     Part<K, 4> a[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      // Lanes 0-15 name rows 0-15 of the first 16 bytes, lanes 16-31 those of the second.
+      // Lanes 0-15 address rows 0-15 of the first 16 bytes, lanes 16-31 those of the second.
       uint32_t raw[4];
       ldmatrix(raw, p_slice + slice_offset(me.p + 16 * i + (me.lane & 15), 2 * k + (me.lane >> 4)));
       a[i] = prepare<K>(raw);
     }
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {
-      // Two column tiles at once: lanes 0-7 and 8-15 name both halves of the first, the others the second.
+      // Two column tiles at once: lanes 0-7 and 8-15 address both halves of the first, the others the second.
       int row = me.q + 8 * j + (me.lane & 7) + 8 * (me.lane >> 4);
       uint32_t raw[4];
       ldmatrix(raw, q_slice + slice_offset(row, 2 * k + ((me.lane >> 3) & 1)));
@@ -104,9 +104,9 @@ NCK_DEVICE void multiply_slice(float (&acc)[2][8][4], const unsigned char* stage
   }
 }
 
-// Runs over the Q tiles first_tile, first_tile + step, ... of the slots [q_begin, q_used). For each it calls
-// prologue(tile) before a barrier and epilogue(tile, acc) after the products; what the prologue writes to
-// shared memory for one tile must not be where it wrote for the tile before.
+// Loops over the Q tiles first_tile, first_tile + step, ... of the slots [q_begin, q_used). For each it calls
+// prologue(tile) before a barrier and epilogue(tile, acc) after the products. The prologue must write to
+// alternating places in shared memory for consecutive tiles.
 template <Kind K, class Prologue, class Epilogue>
 NCK_DEVICE void tile_loop(const Side& p, int p_first, int p_used, const Side& q, int q_begin, int q_used,
                           int first_tile, int step, int d, unsigned char* stages, const Lane& me,
@@ -132,7 +132,7 @@ NCK_DEVICE void tile_loop(const Side& p, int p_first, int p_used, const Side& q,
       }
       issue_stage = (issue_stage + 1) % kStages;
     }
-    cp_commit();  // an empty group too: waiting counts groups
+    cp_commit();  // also an empty group, because waits count groups
   };
   for (int i = 0; i < kStages - 1; i++) issue();
 
@@ -144,9 +144,10 @@ NCK_DEVICE void tile_loop(const Side& p, int p_first, int p_used, const Side& q,
       if (planted(Fault::kMissingWait)) {
         cp_wait<kStages - 1>();
       } else {
-        cp_wait<kStages - 2>();  // this thread's share of the slice has arrived ...
+        cp_wait<kStages - 2>();  // this thread's share of the slice has arrived
       }
-      // ... and everybody's, after the barrier; and all are done with the stage that is filled next.
+      // After the barrier the whole slice has arrived, and all warps are done with the stage that is filled
+      // next.
       if (!planted(Fault::kMissingBarrier)) block_sync();
       issue();
       multiply_slice<K>(acc, stages + stage * kStageBytes, me);

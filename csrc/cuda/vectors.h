@@ -1,4 +1,4 @@
-// Rows as vectors: 16 bytes a step, on their way to shared memory or to registers.
+// Vectorised access to rows: 16 bytes at a time, to shared memory or to registers.
 #pragma once
 
 #include "operands.h"
@@ -8,14 +8,14 @@ namespace nck {
 template <class T>
 inline constexpr int kPerVec = 16 / int(sizeof(T));
 
-// Whether every row starts at a multiple of 16 bytes. Else its numbers are read one by one.
+// Whether every row starts at a multiple of 16 bytes. If not, numbers are read one by one.
 template <class T>
 NCK_DEVICE bool rows_aligned(const void* x, int64_t stride) {
   return (reinterpret_cast<uintptr_t>(x) | uintptr_t(stride * int64_t(sizeof(T)))) % 16 == 0;
 }
 
-// Copies the first `count` numbers of 16 bytes to shared memory, and zeros after them: without waiting where
-// rows are aligned, at once where they are not.
+// Copies the first `count` numbers of 16 bytes to shared memory, followed by zeros: asynchronously if rows
+// are aligned, synchronously if not.
 template <class T>
 NCK_DEVICE void copy_piece(unsigned char* to, const T* from, int count, bool aligned) {
   if (aligned) return cp_async16(to, from, count * int(sizeof(T)));
@@ -85,8 +85,8 @@ NCK_DEVICE void store8(T* row, int column, int d, bool aligned, const float (&in
   }
 }
 
-// The largest x of a block's threads, for each of them. `scratch` has a place for each warp, and is free
-// again.
+// The largest x of a block's threads, returned to all of them. `scratch` has a place for each warp and may be
+// reused at once.
 template <int kThreads>
 NCK_DEVICE float block_max(float x, float* scratch) {
   for (int mask = 1; mask < 32; mask *= 2) x = fmaxf(x, shfl_xor(x, mask));
@@ -97,10 +97,10 @@ NCK_DEVICE float block_max(float x, float* scratch) {
   return x;
 }
 
-// `lanes` neighbouring lanes share a row: enough to cover it, so that short rows leave no lane idle.
+// `lanes` neighbouring lanes share a row. Short rows have fewer lanes, so that none is idle.
 struct RowTeam {
   int lanes;
-  int column;  // where this lane starts; it goes on by `step`
+  int column;  // the first column of this lane, which advances by `step`
   int step;
   int64_t row;
 
@@ -111,14 +111,14 @@ struct RowTeam {
     return {lanes, thread % lanes * 8, lanes * 8, int64_t(blockIdx.x) * (threads / lanes) + thread / lanes};
   }
 
-  // The sum over the lanes that share the row, for each of them.
+  // The sum over the lanes that share the row, returned to all of them.
   NCK_DEVICE float sum(float x) const {
     for (int mask = 1; mask < lanes; mask *= 2) x += shfl_xor(x, mask);
     return x;
   }
 };
 
-// Rows that a block of `threads` threads takes; the launchers' side of RowTeam.
+// The number of rows per block of `threads` threads, by the same rule as RowTeam::of.
 inline int rows_per_block(int d, int threads) {
   int lanes = 1;
   while (lanes < 32 && lanes * 8 < d) lanes *= 2;

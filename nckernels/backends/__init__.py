@@ -1,1 +1,1 @@
-"""Implementations of the primitive; :mod:`.base` is the contract, :mod:`.registry` picks one."""
+"""Implementations of the primitive: :mod:`.base` is their contract, :mod:`.registry` chooses one."""

@@ -1,11 +1,11 @@
 """The contract between the primitive and its backends.
 
-A backend computes :func:`nckernels.cosine_lse` and its gradient for plain tensors: no autograd, no
-argument checking, no policy. All of that lives one level up, in :mod:`nckernels.primitive`.
+A backend computes :func:`nckernels.cosine_lse` and its gradient for plain tensors. Autograd, argument checks and
+the choice of backend live one level up, in :mod:`nckernels.primitive` and :mod:`nckernels.operators`.
 
-Notation, used in every backend: ``M`` samples (rows) with features ``z`` of size ``d``, ``K`` classes
-(columns) with prototypes ``w``; ``u = z / |z|``, ``v = w / |w|``, ``S[j, c] = u_j . v_c`` and the logits
-``t = beta * S`` with ``beta`` the inverse temperature.
+Notation in every backend (docs/kernels.md has a glossary): ``M`` samples (rows) with features ``z`` of size ``d``,
+``K`` classes (columns) with prototypes ``w``, unit rows ``u = z / |z|`` and ``v = w / |w|``, cosines ``S[j, c] = u_j .
+v_c``, and logits ``t = beta * S`` with ``beta`` the inverse temperature.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Spec(NamedTuple):
     workspace: int
     """Bytes of scratch a backend may use beyond inputs, gradients and O(M + K) vectors."""
     symmetric: bool = False
-    """Whether features and prototypes are one tensor, which implies ``square`` and one direction. Then S is
-    symmetric, and the tensor's whole gradient is wanted as that of the features: with A = dL/dt, (A + A^T) U
-    takes one matrix product, where A U and A^T U take two."""
+    """Whether features and prototypes are one tensor, which implies ``square`` and one direction. S is then
+    symmetric, and the whole gradient of the tensor is returned as that of the features. With A = dL/dt it is
+    (A + A^T) U, one matrix product instead of two."""
 
     @property
     def by_class(self) -> bool:
@@ -48,7 +48,7 @@ class Spec(NamedTuple):
 
     @property
     def square(self) -> bool:
-        """Whether row i and column i are the same sample, so that K = M and ignoring drops both."""
+        """Whether row i and column i are the same sample: then K = M, and an ignored sample loses both."""
         return self.exclude in ("self", "same_label")
 
 
@@ -60,9 +60,9 @@ class Inputs(NamedTuple):
     prototypes: Tensor
     """(K, d), the dtype of ``features``."""
     target: Tensor
-    """(M,) int64; ``spec.ignore_index`` marks a sample that is left out everywhere."""
+    """(M,) int64; a sample with ``spec.ignore_index`` is left out everywhere."""
     inv_temperature: Tensor
-    """0-dimensional, accumulation dtype; for ``Backend.step`` a float will do."""
+    """0-dimensional, accumulation dtype; ``Backend.step`` also takes a float."""
     sample_bias: Tensor | None
     """(M,) in the accumulation dtype or None: added to row j of the logits in the class direction."""
     class_bias: Tensor | None
@@ -70,10 +70,9 @@ class Inputs(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """Results of the forward pass; everything that the backward needs besides the inputs.
+    """Results of the forward pass: everything that the backward pass needs besides the inputs.
 
-    A direction that was not asked for gives an empty tensor. All but ``kept`` are in the accumulation
-    dtype.
+    The log-sum-exp of an unwanted direction is an empty tensor. All are in the accumulation dtype.
     """
 
     class_lse: Tensor
@@ -83,15 +82,15 @@ class Forward(NamedTuple):
     pos: Tensor
     """(M,): beta * cos(feature_i, its positive prototype); 0 for ignored samples."""
     feature_rnorm: Tensor
-    """(M,): 1 / max(|z|, eps). Of rows that take no part, here and below, anything that the backend likes."""
+    """(M,): 1 / max(|z|, eps). For left-out rows, here and below, a value of the backend's choice."""
     prototype_rnorm: Tensor
-    """(K,): 1 / max(|w|, eps); with ``present_only`` absent classes take no part."""
+    """(K,): 1 / max(|w|, eps); with ``present_only`` absent classes are left out."""
     kept: Tensor
-    """(n,): scratch that the backend wants back in its backward, n = ``Backend.kept_numel(...)``."""
+    """(n,): scratch that the forward pass leaves for the backward pass, n = ``Backend.kept_numel(...)``."""
 
 
 class OutputGrads(NamedTuple):
-    """Upstream gradients, in the accumulation dtype; None where nothing flows back."""
+    """Upstream gradients, in the accumulation dtype; None for zero."""
 
     class_lse: Tensor | None
     instance_lse: Tensor | None
@@ -109,7 +108,7 @@ class Needs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """One gradient per differentiable input (its shape; its dtype), None where not wanted."""
+    """One gradient per differentiable input, of its shape and dtype; None where not wanted."""
 
     features: Tensor | None
     prototypes: Tensor | None
@@ -119,34 +118,35 @@ class Gradients(NamedTuple):
 
 
 class Reduced(NamedTuple):
-    """What makes one number of the ``lse - pos`` of the samples, and options of it, see ``Backend.step_options``."""
+    """How the ``lse - pos`` of the samples are reduced to one number; for the options see ``Backend.step_options``."""
 
     weight: Tensor | None
-    """(M,), of the samples; None for ones."""
+    """(M,) weights of the samples; None for ones."""
     mean: bool
-    """Divide the sum by that of the weights."""
+    """Whether to divide the weighted sum by the sum of the weights."""
     of_nothing: float
-    """The mean where the weights add up to zero: 0 or NaN."""
+    """The mean if the weights add up to zero: 0 or NaN."""
     class_weight: Tensor | None = None
-    """Option: (K,), a factor of the weights of each class's samples; None for ones."""
+    """Option: (K,) factors of the sample weights, by class; None for ones."""
     label_smoothing: float = 0.0
-    """Option, in the instance direction: as in F.cross_entropy, with ``class_weight``."""
+    """Option, instance direction only: as in F.cross_entropy, with ``class_weight``."""
     angular_margin: float = 0.0
-    """Option, in the instance direction, as is the next one: the positive moves, as in
-    :func:`nckernels.normface_loss`. The spec excludes targets, and the moved positive joins the others' sum."""
+    """Option, instance direction only: the positive logit is shifted as in :func:`nckernels.normface_loss`. The spec
+    excludes targets; the shifted positive is added to the sum of the negatives."""
     cosine_margin: float = 0.0
+    """Option: as ``angular_margin``."""
     joined: bool = False
-    """Option: sums are added inside the logarithm, those of both directions, instead of the mean of two logarithms;
-    in a symmetric problem those of all samples, without positives, weights and mean."""
+    """Option: sums are added inside the logarithm. With both directions these are the two sums of a sample, instead of
+    the mean of two logarithms; in a symmetric problem the sums of all samples, without positives, weights and mean."""
 
     @property
     def has_options(self) -> bool:
-        """Whether it is more than a sum or mean."""
+        """Whether any option is set."""
         return self.class_weight is not None or self[4:] != (0.0, 0.0, 0.0, False)
 
 
 class Step(NamedTuple):
-    """A loss in the accumulation dtype, and its gradients where wanted, in that dtype or their input's."""
+    """A loss in the accumulation dtype, and the wanted gradients, in that dtype or in the input's."""
 
     loss: Tensor
     """0-dimensional."""
@@ -160,71 +160,71 @@ class Backend(ABC):
 
     name: ClassVar[str]
     checks_values: ClassVar[bool] = False
-    """Whether ``forward`` itself notices bad targets and temperatures; else they are checked before the call."""
+    """Whether the backend itself checks targets and temperatures; if not, they are checked before the call."""
     step_options: ClassVar[bool] = False
-    """Whether ``step`` takes the options of ``Reduced``, and there are ``losses`` and ``losses_backward``."""
+    """Whether ``step`` takes the options of ``Reduced``, and ``losses`` and ``losses_backward`` are implemented."""
 
     dot_regression: ClassVar[bool] = False
-    """Whether there are ``half_squares`` and ``half_squares_backward``."""
+    """Whether ``half_squares`` and ``half_squares_backward`` are implemented."""
 
     def missing(self) -> str | None:
         """Why this backend cannot run on this machine at all, or None."""
         return None
 
     def prepare(self) -> None:
-        """Called when this backend is chosen by name: what takes minutes, such as compiling for a GPU, happens here.
+        """Do slow preparations, such as compiling for a GPU; called when this backend is chosen by name.
 
         Raises:
-            RuntimeError: if it fails, with the whole reason.
+            RuntimeError: if that fails; the message has the full reason.
         """
         return
 
     @abstractmethod
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why this backend cannot take features of this kind, or None."""
+        """Why this backend cannot take features on this device in this dtype, or None."""
 
     def kept_numel(self, device: torch.device, dtype: torch.dtype, m: int, k: int, spec: Spec) -> int:
-        """Elements (of ``dtype``'s accumulation dtype) that the forward keeps for the backward."""
+        """Number of elements, in ``dtype``'s accumulation dtype, of ``Forward.kept``."""
         return 0
 
     @abstractmethod
     def forward(self, inputs: Inputs, spec: Spec, keep: bool) -> Forward:
-        """Compute the forward pass; ``keep`` is False where no backward will follow."""
+        """Compute the forward pass; ``keep`` is False if no backward pass will follow."""
 
     @abstractmethod
     def backward(self, inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, needs: Needs) -> Gradients:
-        """Compute the wanted gradients. Neither ``inputs`` nor ``saved`` may be changed.
+        """Compute the wanted gradients, without changing ``inputs`` or ``saved``.
 
-        Where the classes are part of more, ``saved.instance_lse`` can be that over all of them: exponentials are
-        divided by it, whatever the sum of this call's would be.
+        If the prototypes are a shard of the classes, ``saved.instance_lse`` may be the log-sum-exp over all shards.
+        Exponentials are normalised by it, so it must not be recomputed from this call's classes.
         """
 
     def can_step(self, features: Tensor, prototypes: Tensor, spec: Spec) -> bool:
-        """Whether there is a ``step`` for such a problem."""
+        """Whether ``step`` takes such a problem."""
         return False
 
     def step(self, inputs: Inputs, reduced: Reduced, spec: Spec, needs: Needs) -> Step:
-        """Forward and backward in one, without biases, for the gradient of at least one matrix; see :class:`Reduced`.
+        """Loss and gradient in one call, without biases; the gradient of at least one matrix is wanted.
 
-        The loss has the log-sum-exp of each sample, of its class, or the mean of both, as the direction says.
-        In a symmetric problem targets are labels, the positive is the mean logit with the others of the label, and
-        samples without others do not count.
+        The loss of a sample is ``lse - pos``, where lse is the log-sum-exp of its class, of the sample, or the mean of
+        both, by ``spec.direction``. In a symmetric problem targets are labels, the positive is the mean logit with the
+        other samples of the label, and samples without others do not count.
         """
         raise NotImplementedError
 
     def losses(self, inputs: Inputs, reduced: Reduced, spec: Spec, keep: bool) -> tuple[Tensor, Forward]:
-        """(M,) weighted losses of the samples, M > 0, which are not reduced, and what their backward needs; ``keep`` is
-        False where none will follow."""
+        """(M,) weighted losses of the samples without a reduction, M > 0, and the state for ``losses_backward``;
+        ``keep`` is False if that will not follow."""
         raise NotImplementedError
 
     def losses_backward(
         self, inputs: Inputs, saved: Forward, upstream: Tensor, reduced: Reduced, spec: Spec, needs: Needs
     ) -> tuple[Tensor | None, ...]:
-        """The wanted gradients of :class:`Step`, given those of the losses."""
+        """The wanted gradients of :class:`Step`, from the (M,) upstream gradients of the losses."""
         raise NotImplementedError
 
     def half_squares(self, rows: Tensor, prototypes: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-        """(M,) losses of dot regression, (1 - cos)^2 / 2 of each row with the prototype of its class; 0 if ignored."""
+        """(M,) losses of dot regression: (1 - cos)^2 / 2 of each row with the prototype of its class; 0 if ignored."""
         raise NotImplementedError
 
     def half_squares_backward(
@@ -236,24 +236,24 @@ class Backend(ABC):
         upstream: Tensor,
         needs: tuple[bool, bool],
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The wanted gradients of both matrices, given those of the losses."""
+        """The wanted gradients of rows and prototypes, from the (M,) upstream gradients of the losses."""
         raise NotImplementedError
 
     def scaled(self, grad: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
-        """A step's gradient times a 0-dimensional factor, as ``dtype``, perhaps in the gradient's own memory."""
+        """A step's gradient times a 0-dimensional factor, in ``dtype``; ``in_place`` allows overwriting ``grad``."""
         value = factor.item()
         if not in_place:
             grad = grad * value
-        elif value != 1.0:  # as backward() of the loss itself has it
+        elif value != 1.0:  # the factor is 1 in loss.backward()
             grad = grad.mul_(value)
         return grad.to(dtype)
 
 
 def constant(function: Callable[[], str | None]) -> Callable[[], str | None]:
-    """Let compilers take the function's result for a constant, without looking inside.
+    """Make torch.compile treat the function's result as a constant, without tracing it.
 
-    As :func:`torch.compiler.assume_constant_result`, which imports all of the compiler for it: a second and a half of
-    everybody's ``import nckernels``.
+    The same as :func:`torch.compiler.assume_constant_result`, which would import the whole compiler and add a second
+    and a half to ``import nckernels``.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -265,7 +265,7 @@ def bad_temperature(value: float) -> ValueError:
 
 
 def bad_target(target: Tensor, k: int, ignore_index: int | None) -> ValueError:
-    """The error for targets of which at least one is neither a class nor ``ignore_index`` (None: there is none)."""
+    """The error for targets that are neither a class nor ``ignore_index`` (None if there is no such index)."""
     bad, allowed = (target < 0) | (target >= k), f"[0, {k})"
     if ignore_index is not None:
         bad, allowed = bad & (target != ignore_index), f"{allowed} or equal ignore_index={ignore_index}"
@@ -273,8 +273,8 @@ def bad_target(target: Tensor, k: int, ignore_index: int | None) -> ValueError:
 
 
 def number(scalar: float | Tensor, dtype: torch.dtype) -> float:
-    """A number, or that of a 0-dimensional tensor on the CPU, as ``dtype``'s accumulation dtype holds it: 0 or
-    infinite where float32 cannot."""
+    """The value of a number or a 0-dimensional CPU tensor, rounded to ``dtype``'s accumulation dtype: 0 or infinity
+    outside of the range of float32."""
     value = float(scalar.item() if isinstance(scalar, Tensor) else scalar)
     return value if dtype == torch.float64 else ctypes.c_float(value).value
 
@@ -285,6 +285,6 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def norm_eps(dtype: torch.dtype) -> float:
-    """The ``eps`` of :func:`torch.nn.functional.normalize`; float16's smallest normal number for float16,
-    where 1e-12 is zero and a zero vector would divide by it."""
+    """The ``eps`` of :func:`torch.nn.functional.normalize`; for float16, where 1e-12 rounds to zero, its smallest
+    normal number."""
     return 2.0**-14 if dtype == torch.float16 else 1e-12

@@ -1,13 +1,13 @@
-"""Compiles the C++ of ``csrc/``: when the package is installed (setup.py), or else on first use.
+"""Compiles the C++ of ``csrc/`` when the package is installed (setup.py), or else on first use.
 
-Only the standard library and the programs ``ninja`` and a C++ compiler (``$CXX``, else g++ or c++) are needed:
-setup.py loads this file by its path, in environments that have no torch. ``$NCKERNELS_CXXFLAGS`` adds flags.
+It needs ``ninja`` and a C++ compiler (``$CXX``, else g++ or c++), and imports only the standard library, because
+setup.py loads this file by its path in environments without torch. ``$NCKERNELS_CXXFLAGS`` adds flags.
 The CUDA library needs nvcc (of ``$CUDA_HOME``, else on the PATH) and torch, whose headers it is compiled with.
 
-A library is looked for beside the package (``nckernels/lib``, where setup.py puts it), then in torch's
-extension cache (``$TORCH_EXTENSIONS_DIR``, default ``~/.cache/torch_extensions``), and built there if need be.
-It is used only if its stamp, a file beside it, has the hash of the sources and flags that would build it now
-and the hash of the library's own bytes: whatever is stale, truncated or corrupted is built again.
+A library is searched for in the package (``nckernels/lib``, where setup.py puts it), then in torch's
+extension cache (``$TORCH_EXTENSIONS_DIR``, default ``~/.cache/torch_extensions``), and built there if necessary.
+A stamp file beside it has the hash of the sources and flags that built it, and the hash of the library's own bytes.
+A library that is stale, truncated or corrupted does not match its stamp and is built again.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ CSRC = next((p for p in (PACKAGE / "csrc", PACKAGE.parent / "csrc") if p.is_dir(
 
 
 class BuildError(RuntimeError):
-    """A library cannot be built here; the message says why, with the compiler's own words."""
+    """A library cannot be built on this machine; the message has the compiler's output."""
 
 
 @dataclass(frozen=True)
 class Library:
-    """What makes one shared library."""
+    """How one shared library is built."""
 
     name: str
     folder: str
-    """Of ``csrc``; changes to any file in it make the library stale."""
+    """Subfolder of ``csrc``; a change to any file in it makes the library stale."""
     sources: tuple[str, ...]
     flags: tuple[str, ...]
     link: tuple[str, ...]
     uses_torch: bool = False
     seconds: int = 20
-    """About how long the compiler takes, for the message."""
+    """Approximate compile time, for the message."""
 
     @property
     def is_cuda(self) -> bool:
@@ -62,7 +62,7 @@ class Library:
 
     def key(self) -> str:
         """A hash of everything that goes into the library."""
-        libraries = _torch_libraries() if self.uses_torch else []  # one linked beside a torch without CUDA is another
+        libraries = _torch_libraries() if self.uses_torch else []  # a torch without CUDA gives another library
         digest = hashlib.sha256(repr((self, platform.machine(), _extra_flags(), libraries)).encode())
         for path in sorted((CSRC / self.folder).iterdir()):
             if path.is_file():
@@ -70,7 +70,7 @@ class Library:
         return digest.hexdigest()[:16]
 
 
-# Strict IEEE arithmetic but for contraction to fused multiply-adds, and sqrt without errno.
+# Strict IEEE arithmetic, except that multiply-adds are contracted and sqrt does not set errno.
 _CPU_FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
     *("-fno-math-errno", "-ffp-contract=fast", "-Wall", "-Wextra"),
@@ -88,13 +88,13 @@ CPU = {
     name: Library(
         f"cpu_{name}",
         "cpu",
-        ("bfloat16.cpp", "float32.cpp", "float64.cpp", "library.cpp"),
+        ("bfloat16.cpp", "float32.cpp", "float64.cpp", "library.cpp", "portable.cpp"),
         (*_CPU_FLAGS, *flags),
         ("-fopenmp",),
     )
     for name, flags in _INSTRUCTIONS.items()
 }
-"""The kernels for CPUs per instruction set, the widest first: a CPU that has one has those after it."""
+"""The CPU kernels by instruction set, widest first: a CPU that has one also has those after it."""
 
 
 CUDA_ARCHITECTURES = ("80", "90a")
@@ -107,7 +107,7 @@ CUDA = Library(
         *("norms.cu", "lse.cu", "lse_wgmma.cu", "bias_grad.cu", "entries.cu", "short_grad.cu", "finish.cu"),
         "bindings.cpp",
     ),
-    # Torch's stable ABI, that of the oldest supported version: one library serves all later ones.
+    # Torch's stable ABI of the oldest supported version: the library works with all later versions.
     (
         *("-std=c++20", "-O2", "-Xcompiler", "-fPIC", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
         *(word for arch in CUDA_ARCHITECTURES for word in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")),
@@ -120,20 +120,20 @@ CUDA = Library(
 
 
 def cpu_libraries() -> list[Library]:
-    """Those that make sense on this kind of machine."""
+    """The CPU libraries for this machine's architecture."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     return list(CPU.values()) if x86 else [CPU["default"]]
 
 
 def find(library: Library) -> Path | None:
-    """The library if it is there and sound, without building it."""
+    """The path of the library if it exists and matches its stamp, else None; builds nothing."""
     key = library.key()
     folders = (INSTALLED, _cache() / f"{library.name}_{key}")
     return next((folder / library.file for folder in folders if _sound(folder / library.file, key)), None)
 
 
 def find_or_build(library: Library) -> Path:
-    """The library, built in the cache first if it is nowhere to be found.
+    """The path of the library, which is built in the cache if it is not found.
 
     Raises:
         BuildError: if it cannot be built.
@@ -145,7 +145,7 @@ def find_or_build(library: Library) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / "lock"):
-            path = find(library)  # another process may have been quicker
+            path = find(library)  # another process may have built it meanwhile
             if path is None:
                 _say(f"compiling {library.file} for this machine, once (takes some {library.seconds} seconds) ...")
                 path = build(library, folder)
@@ -163,10 +163,10 @@ def _say(text: str) -> None:
 
 
 def build(library: Library, folder: Path) -> Path:
-    """Compile ``library`` into ``folder``, unless a sound one is there.
+    """Compile ``library`` into ``folder``, unless a valid one is there.
 
     Raises:
-        BuildError: with everything that the compiler said.
+        BuildError: with the compiler's output.
         OSError: if the folder cannot be written.
     """
     key, target = library.key(), folder / library.file
@@ -180,14 +180,14 @@ def build(library: Library, folder: Path) -> Path:
         fresh = work / library.file
         stamp = work / "stamp"
         stamp.write_text(json.dumps({"key": key, "sha256": _digest(fresh), "compiler": _version(library)}))
-        # Moved at once: nobody ever sees half a library. Until the stamp is there too, it counts as stale.
+        # Atomic moves: no process sees half a library. Until its stamp has been moved too, it counts as stale.
         os.replace(fresh, target)
         os.replace(stamp, _stamp(target))
     return target
 
 
 def describe(library: Library) -> str:
-    """Where a library is and which compiler made it, or that it has not been built."""
+    """The path of a library and the compiler that built it, or "not built"."""
     path = find(library)
     if path is None:
         return "not built"
@@ -196,7 +196,7 @@ def describe(library: Library) -> str:
 
 def _run_ninja(library: Library, folder: Path) -> None:
     log = []
-    # "-k 0": all errors at once.
+    # "-k 0": go on after errors, to report all of them.
     with subprocess.Popen(
         [_ninja(), "-k", "0"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
@@ -210,7 +210,7 @@ def _run_ninja(library: Library, folder: Path) -> None:
 
 
 def _ninja_file(library: Library) -> str:
-    """The build as ninja wants it: sources compile in parallel, one by one as ``CXX="ccache g++"`` likes it."""
+    """The ninja file: one compile command per source, in parallel, which also suits ``CXX="ccache g++"``."""
     compiler = nvcc() if library.is_cuda else _compiler()
     flags, link = [*library.flags, _extra_flags()], [*library.link, _extra_flags()]
     if library.uses_torch:
@@ -236,12 +236,12 @@ def _ninja_file(library: Library) -> str:
 def _torch() -> Path:
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
-        raise BuildError("torch is not installed, whose headers are needed")
+        raise BuildError("torch is not installed; the CUDA library is compiled with its headers")
     return Path(spec.origin).parent
 
 
 def _torch_libraries() -> list[str]:
-    """Those of torch's libraries that hold its stable interface: Python loads them where only a link finds them."""
+    """The libraries of torch that export its stable ABI; the library must be linked to them to find their symbols."""
     names = ("torch_cpu", "torch_cuda", "torch", "c10", "c10_cuda")
     return [name for name in names if (_torch() / "lib" / f"lib{name}.so").exists()]
 
@@ -264,7 +264,7 @@ def nvcc() -> str:
 
 
 def _ninja() -> str:
-    """The program: of the Python package if there is one, else on the PATH."""
+    """The ninja program: from the Python package if installed, else from the PATH."""
     if importlib.util.find_spec("ninja"):
         import ninja
 
@@ -278,7 +278,7 @@ def _ninja() -> str:
 
 
 def _compiler() -> str:
-    """The C++ compiler's command, which may have several words."""
+    """The command of the C++ compiler, which may consist of several words."""
     command = os.environ.get("CXX")
     if command:
         return command
@@ -290,7 +290,7 @@ def _extra_flags() -> str:
 
 
 def _version(library: Library) -> str:
-    """What the compiler says of itself, and for which devices it compiled."""
+    """The compiler's version line and, for CUDA, the architectures that it compiled for."""
     compiler = nvcc() if library.is_cuda else _compiler()
     try:
         said = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True).stdout.splitlines()
@@ -318,7 +318,7 @@ def _digest(path: Path) -> str:
 
 
 def _sound(path: Path, key: str) -> bool:
-    """Whether the library is there, built from today's sources and flags, and whole."""
+    """Whether the library exists, matches the current sources and flags, and is not corrupted."""
     try:
         stamp = json.loads(_stamp(path).read_text())
         return bool(stamp["key"] == key and stamp["sha256"] == _digest(path))
@@ -328,10 +328,10 @@ def _sound(path: Path, key: str) -> bool:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Only one process at a time. The lock goes with the process: one that was killed leaves nobody waiting."""
+    """Hold an exclusive lock on a file. The system releases the lock of a killed process."""
     try:
         import fcntl
-    except ImportError:  # not POSIX: two processes may both build, and the later one's library stays
+    except ImportError:  # not POSIX: two processes may both build, and the later library stays
         yield
         return
     with path.open("w") as file:

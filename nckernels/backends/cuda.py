@@ -1,7 +1,7 @@
-"""The CUDA backend: the kernels of ``csrc/cuda`` behind PyTorch operators ``nckernels_cuda::*``.
+"""The CUDA backend: the kernels of ``csrc/cuda``, called as PyTorch operators ``nckernels_cuda::*``.
 
-It works where Triton does not. The decomposition is the same, and so is the host side, ``tiled``; this file
-finds the library and hands it its arguments. Sums are taken in a fixed order, without atomics: the same
+It is for machines without Triton. It shares the decomposition and the host side (``tiled``) with the Triton backend;
+this file loads the library and passes the arguments. Sums are taken in a fixed order, without atomics, so the same
 inputs always give the same bits.
 """
 
@@ -21,16 +21,16 @@ from .tiled.plan import FULL_WAVE, Blocks
 from .tiled.sides import Result, Side
 
 TILE = 128
-"""Rows of both operands' tiles; in the kernel for short rows those of Q are half as many."""
+"""Rows of a tile of either operand; the kernel for short rows takes half as many of Q."""
 
 SHORT = 256
-"""Longest rows, of 16-bit numbers, whose gradient stays on the chip."""
+"""Longest rows, of 16-bit numbers, whose gradient is accumulated on the chip."""
 
 LONG = 256
-"""Rows longer than this share every block of anchors among several thread blocks, see ``FULL_WAVE``."""
+"""For longer rows several thread blocks share each block of anchors, see ``FULL_WAVE``."""
 
 WGMMA = "NCKERNELS_CUDA_WGMMA"
-"""Set to 1, this environment variable chooses Hopper's own units for the forward pass where they apply."""
+"""Environment variable: 1 selects the forward kernel with TMA and wgmma on Hopper."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _EXCLUDE = {"none": 0, "target": 1, "self": 2, "same_label": 3}
@@ -38,10 +38,10 @@ _EXCLUDE = {"none": 0, "target": 1, "self": 2, "same_label": 3}
 
 @cache
 def _load() -> str | None:
-    """Load the operators; why that failed, or None. Looking for the library reads all of csrc/cuda: once is enough."""
+    """Load the operators. Returns why that failed, or None. Cached, because the search hashes all of csrc/cuda."""
     path = build.find(build.CUDA)
     if path is None:
-        return "its library has not been built; nckernels.set_backend('cuda') compiles it where nvcc is"
+        return "its library has not been built; nckernels.set_backend('cuda') compiles it if nvcc is installed"
     try:
         torch.ops.load_library(path)
     except OSError as error:
@@ -89,17 +89,17 @@ class CudaBackend(Backend):
 
 @cache
 def _device(device: torch.device) -> tuple[int, int, bool]:
-    """Multiprocessors, bytes of shared memory that a thread block may use, whether it is a Hopper."""
+    """Number of multiprocessors, bytes of shared memory per thread block, whether the device is a Hopper."""
     if device.type != "cuda":
         return 4, 227 << 10, True  # the emulation that the tests use
     properties = torch.cuda.get_device_properties(device)
-    # The opt-in limit has no name in older versions of torch; 99 KB is what the smallest parts offer.
+    # Older versions of torch do not have the opt-in limit; the smallest devices have 99 KB.
     shared = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
     return properties.multi_processor_count, shared, (properties.major, properties.minor) == (9, 0)
 
 
 class CudaKernels(Kernels):
-    """This backend's kernels. The operators follow their tensors' device; csrc/cuda/args.h has the contract."""
+    """This backend's kernels, which run on the device of their tensors; csrc/cuda/args.h has the contract."""
 
     index_dtype = torch.int64
 
@@ -110,12 +110,12 @@ class CudaKernels(Kernels):
         z = self.inputs.features
         self.half = z.dtype != torch.float32
         self.exact = not self.half and not tf32()
-        """float32 products as exact as float32; else rounded to tf32, as torch is set to do."""
+        """Whether products have the full precision of float32, which torch's tf32 setting turns off."""
         self.multiprocessors, self.shared, hopper = _device(z.device)
         self.hopper = hopper and os.environ.get(WGMMA) == "1"
 
     def _side(self, side: Side, positives: bool = True) -> tuple[Any, ...]:
-        """``Side`` of args.h. Without ``positives``, for sums only, slots that are left out are not read at all."""
+        """The arguments of ``Side`` in args.h. Without ``positives``, for sums only, left-out slots are not read."""
         vectors = (side.label, side.used, side.bias, side.lse, side.grad, side.pos)
         kind = (side.samples, side.gather, side.unsummed and positives)
         return side.x, side.rnorm, *vectors, side.slots, side.skip, *kind
@@ -135,7 +135,7 @@ class CudaKernels(Kernels):
     def short_blocks(self, samples: Side, classes: Side) -> Blocks | None:
         d = samples.x.shape[1]
         width = 64 if d <= 64 else 128 if d <= 128 else 256
-        shared = 2 * width * 2 * TILE + 48 * TILE  # 256 rows, and what 128 of them carry
+        shared = 2 * width * 2 * TILE + 48 * TILE  # 256 rows of 16-bit numbers, and the vectors of 128 of them
         if not self.half or d > SHORT or shared > self.shared:
             return None
         return Blocks(TILE, TILE // 2, self.multiprocessors)
@@ -198,7 +198,7 @@ class CudaKernels(Kernels):
         sides = *self._side(p, False), *self._side(q, False)
         self.ops.bias_grad(*sides, self.beta, part, split, self.exclude, self.exact)
 
-    # --- rows again
+    # --- kernels over rows
 
     def gather(self, side: Side, out: Tensor, start: int, stop: int) -> None:
         self.ops.gather(*self._side(side), out, start, stop)
@@ -217,6 +217,6 @@ class CudaKernels(Kernels):
 
 
 def _fits_boxes(side: Side) -> bool:
-    """Whether rows can be fetched in boxes: one after the other in memory, at multiples of 16 bytes."""
+    """Whether TMA can fetch boxes of rows: slots are rows, without overlap, at multiples of 16 bytes."""
     x, distance = side.x, side.x.stride(0)
     return not side.gather and x.data_ptr() % 16 == 0 and distance % 8 == 0 and distance >= x.shape[1]

@@ -1,6 +1,6 @@
-"""The primitive in C++ (csrc/cpu) on the CPU: in float64, float32, and bfloat16 where the CPU multiplies that.
+"""The CPU backend in C++ (csrc/cpu): float64, float32, and bfloat16 where the CPU multiplies it.
 
-The library has a plain C interface and is loaded with ctypes: it depends on no version of Python or torch. It
+The library has a plain C interface and is loaded with ctypes, so it does not depend on a version of Python or torch. It
 shares the OpenMP threads that torch has started.
 """
 
@@ -38,18 +38,18 @@ from .base import (
 
 _HALF = {torch.bfloat16: 1, torch.float16: 2}
 _EXCLUDE = {"none": 0, "target": 1, "self": 2, "same_label": 3}
-_KEPT_PADDING = (191, 31)  # rows and columns by which tiles can exceed the matrix, see tiles.hpp
+_KEPT_PADDING = (191, 31)  # most rows and columns by which tiles exceed the matrix, see tiles.hpp
 _BAD_TARGET, _NO_MEMORY = 1, 2
 _OWNER = os.getpid()
 
 SUPPORTED = sys.platform == "linux"
-"""Whether the compiler flags and OpenMP are what the build expects; elsewhere the choice falls on other backends."""
+"""Whether compiler flags and OpenMP are as the build expects; on other systems other backends are preferred."""
 
-# The structures of problem.hpp, as bytes: ctypes structures of as many fields take several times longer to fill,
-# which small problems would feel.
+# The structures of problem.hpp, packed as bytes: filling ctypes structures of so many fields takes several times
+# longer, which matters in small problems.
 _PROBLEM = struct.Struct("@5q 5P 2q d 8i d 6P q")
 _GRADIENTS = struct.Struct("@8P")
-_STEP = struct.Struct("@6P 4d 2q")
+_STEP = struct.Struct("@6P 4d 3q")
 _SIZES = (_PROBLEM.size << 32) | (_GRADIENTS.size << 16) | _STEP.size
 
 
@@ -57,13 +57,13 @@ _CHOICE = "NCKERNELS_CPU_INSTRUCTIONS"
 
 
 def libraries() -> list[build.Library]:
-    """The libraries whose instructions this CPU has, the best first.
+    """The libraries that this CPU can run, the fastest first.
 
-    Torch's choice of instructions, which $ATEN_CPU_CAPABILITY can lower, decides, and the matrix units that go with
-    it. $NCKERNELS_CPU_INSTRUCTIONS names the best one wanted, for example ``avx512`` to do without matrix units.
+    They follow torch's choice of instruction set, which $ATEN_CPU_CAPABILITY can lower, and the CPU's bfloat16 units.
+    $NCKERNELS_CPU_INSTRUCTIONS names the first library of the list, for example ``avx512`` to exclude bfloat16 units.
 
     Raises:
-        ValueError: if $NCKERNELS_CPU_INSTRUCTIONS is the name of no library for this CPU.
+        ValueError: if $NCKERNELS_CPU_INSTRUCTIONS does not name a library for this CPU.
     """
     best = torch.backends.cpu.get_cpu_capability().lower()
     if best == "avx512" and torch.cpu._is_avx512_bf16_supported():
@@ -77,16 +77,16 @@ def libraries() -> list[build.Library]:
 
 
 def library() -> build.Library | None:
-    """The library that runs, compiled first if need be; None if there is none."""
+    """The library in use, compiled first if necessary; None if there is none."""
     loaded = _load()
     return None if isinstance(loaded, str) else loaded[1]
 
 
 @functools.cache
 def _load() -> tuple[ctypes.CDLL, build.Library] | str:
-    """The best library that the compiler here knows how to make; or why there is none."""
+    """The first library that can be found or built; or the reason why there is none."""
     if not SUPPORTED:
-        return f"is built on Linux only, not on {sys.platform}"
+        return f"is supported on Linux only, not on {sys.platform}"
     reason = ""
     try:
         for library in libraries():
@@ -98,7 +98,7 @@ def _load() -> tuple[ctypes.CDLL, build.Library] | str:
                 continue
             loaded.nckernels_sizes.restype = loaded.nckernels_peak_scratch.restype = ctypes.c_int64
             if loaded.nckernels_sizes() != _SIZES:
-                return f"{path} is of another version of the package"
+                return f"{path} was built by another version of the package"
             return loaded, library
     except ValueError as error:
         return str(error)
@@ -118,18 +118,18 @@ def _missing() -> str | None:
 
 
 def peak_scratch() -> int:
-    """Highest number of bytes of scratch in use since the last call of this function; 0 without the library."""
+    """Peak of the scratch memory in bytes since the last call of this function; 0 without the library."""
     return 0 if _missing() else int(_library().nckernels_peak_scratch())
 
 
 def bfloat16_products(library: build.Library) -> str:
     """How a library multiplies bfloat16 features."""
-    names = {"amx": "by the tiles of AMX", "avx512_bf16": "by vdpbf16ps (AVX512-BF16)"}
+    names = {"amx": "in AMX tiles", "avx512_bf16": "by vdpbf16ps (AVX512-BF16)"}
     return names.get(library.name.removeprefix("cpu_"), "in float32")
 
 
 class NativeBackend(Backend):
-    """C++ kernels for the CPU; 16-bit features are computed with in float32 unless the CPU multiplies bfloat16."""
+    """C++ kernels for the CPU; 16-bit features are converted to float32 unless the CPU multiplies bfloat16."""
 
     name = "native"
     checks_values = True
@@ -143,10 +143,10 @@ class NativeBackend(Backend):
         return None if device.type == "cpu" else f"runs on the CPU, not on {device.type}"
 
     def kept_numel(self, device: torch.device, dtype: torch.dtype, m: int, k: int, spec: Spec) -> int:
-        """As much of the matrix as half of the workspace holds."""
+        """The tiles of the matrix that fit half of the workspace, and one number for their height."""
         columns = min(m, k) if spec.present_only else k
         padded = (m + _KEPT_PADDING[0]) * (columns + _KEPT_PADDING[1])
-        if spec.symmetric:  # the upper triangle: a tile of up to 192 rows begins at its first diagonal entry
+        if spec.symmetric:  # the upper triangle: each tile of up to 192 rows begins at its first diagonal entry
             padded = min(padded, (m + _KEPT_PADDING[0]) * (m // 2 + sum(_KEPT_PADDING)))
         return min(padded + 1, spec.workspace // 2 // accumulation_dtype(dtype).itemsize)
 
@@ -157,7 +157,7 @@ class NativeBackend(Backend):
         return result
 
     def _results(self, inputs: Inputs, spec: Spec, keep: bool) -> Forward:
-        """Room for those of the forward pass."""
+        """Uninitialised results of the forward pass."""
         z = inputs.features
         m, k, dtype = z.shape[0], inputs.prototypes.shape[0], accumulation_dtype(z.dtype)
         numel = self.kept_numel(z.device, z.dtype, m, k, spec) if keep else 0
@@ -166,7 +166,7 @@ class NativeBackend(Backend):
 
     def backward(self, inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, needs: Needs) -> Gradients:
         problem, _alive = _problem(inputs, spec, saved)
-        z, w, beta = _room(inputs, spec, needs)
+        z, w, beta = _allocate_grads(inputs, spec, needs)
         biases = (
             torch.zeros_like(bias) if need and bias is not None else None
             for bias, need in zip(inputs[4:], needs[3:], strict=True)
@@ -231,7 +231,7 @@ class NativeBackend(Backend):
         spec = Spec("instance", "none", False, ignore_index, 0)
         inputs = Inputs(rows, prototypes, target, cast(Tensor, 1.0), None, None)
         problem, _alive = _problem(inputs, spec)
-        z, w, _ = _room(inputs, spec, Needs(*needs, False, False, False))
+        z, w, _ = _allocate_grads(inputs, spec, Needs(*needs, False, False, False))
         step, _alive_too = _step(inputs, Reduced(upstream, False, math.nan), loss, (z, w, None))
         _check(_library().nckernels_gaps(problem, step), inputs, spec)
         return z, w
@@ -239,10 +239,11 @@ class NativeBackend(Backend):
     def _step(
         self, inputs: Inputs, saved: Forward | None, loss: Tensor | None, reduced: Reduced, spec: Spec, needs: Needs
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients, with the loss or from what ``losses`` has ``saved``."""
+        """The gradients: of a step, which also writes ``loss``, or from the state that ``losses`` has ``saved``."""
         problem, _alive = _problem(inputs, spec, saved)
-        z, w, beta = _room(inputs, spec, needs)
-        step, _alive_too = _step(inputs, reduced, loss, (z, w, beta))
+        rounded = _rounds_grads(inputs, spec)
+        z, w, beta = _allocate_grads(inputs, spec, needs, rounded)
+        step, _alive_too = _step(inputs, reduced, loss, (z, w, beta), rounded)
         _check(_library().nckernels_step(problem, step), inputs, spec)
         return z, w, None if beta is None else beta.to(accumulation_dtype(inputs.features.dtype))
 
@@ -251,7 +252,7 @@ BACKEND = NativeBackend()
 
 
 def _rows(x: Tensor) -> Tensor:
-    """A matrix with contiguous rows."""
+    """The same matrix with contiguous rows."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
@@ -259,10 +260,21 @@ def _pointer(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _room(inputs: Inputs, spec: Spec, needs: Needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """What the library fills with gradients: of both matrices, and in float64 of the temperature."""
-    z, w, dtype = inputs.features, inputs.prototypes, accumulation_dtype(inputs.features.dtype)
-    make = torch.zeros_like if spec.present_only else torch.empty_like  # classes that do not occur are not written
+def _rounds_grads(inputs: Inputs, spec: Spec) -> bool:
+    """Whether a step writes bfloat16 gradients.
+
+    float16 gradients stay float32 until backward has scaled them: without GradScaler's factor they could underflow.
+    """
+    return inputs.features.dtype == torch.bfloat16 and not spec.symmetric
+
+
+def _allocate_grads(
+    inputs: Inputs, spec: Spec, needs: Needs, rounded: bool = False
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Memory for the wanted gradients: of both matrices and, in float64, of the inverse temperature."""
+    z, w = inputs.features, inputs.prototypes
+    dtype = torch.bfloat16 if rounded else accumulation_dtype(z.dtype)
+    make = torch.zeros_like if spec.present_only else torch.empty_like  # the library skips classes that do not occur
     rows = torch.contiguous_format
     return (
         torch.empty_like(z, dtype=dtype, memory_format=rows) if needs.features else None,
@@ -275,7 +287,10 @@ _NOTHING = (0,) * 7
 
 
 def _problem(inputs: Inputs, spec: Spec, forward: Forward | None = None) -> tuple[bytes, list[Tensor | None]]:
-    """The C structure, and the tensors that it points into; a step has no use for those of a forward pass."""
+    """The C structure of a problem, and the tensors that it points into, which the caller must keep alive.
+
+    Without ``forward`` the library uses buffers of its own for the results of the forward pass.
+    """
     z, w, target, scalar, *biases = inputs
     dtype, beta = z.dtype, number(scalar, z.dtype)
     if not 0.0 < beta < math.inf:
@@ -300,7 +315,7 @@ def _problem(inputs: Inputs, spec: Spec, forward: Forward | None = None) -> tupl
         _EXCLUDE[spec.exclude],
         spec.present_only,
         spec.symmetric,
-        # OpenMP's threads do not survive fork(): a child runs on its own thread.
+        # OpenMP's threads do not survive fork(), so a child process uses only the calling thread.
         torch.get_num_threads() if os.getpid() == _OWNER else 1,
         dtype == torch.float64,
         _HALF.get(dtype, 0),
@@ -311,9 +326,9 @@ def _problem(inputs: Inputs, spec: Spec, forward: Forward | None = None) -> tupl
 
 
 def _step(
-    inputs: Inputs, reduced: Reduced, loss: Tensor | None, grads: tuple[Tensor | None, ...]
+    inputs: Inputs, reduced: Reduced, loss: Tensor | None, grads: tuple[Tensor | None, ...], rounded: bool = False
 ) -> tuple[bytes, list[Tensor | None]]:
-    """The C structure of a step, and the weights that it points to."""
+    """The C structure of a step, and the weights that it points to, which the caller must keep alive."""
     dtype = accumulation_dtype(inputs.features.dtype)
     weights = [None if x is None else x.to(dtype).contiguous() for x in (reduced.weight, reduced.class_weight)]
     step = _STEP.pack(
@@ -324,6 +339,7 @@ def _step(
         reduced.cosine_margin,
         reduced.mean,
         reduced.joined,
+        rounded,
     )
     return step, weights
 

@@ -1,13 +1,14 @@
-"""Prototypes spread over ranks: every rank has the rows of some classes, for the samples of all.
+"""Prototypes sharded over ranks: every rank holds the rows of some classes.
 
 The prototypes are a :class:`torch.distributed.tensor.DTensor` with placement ``Shard(0)`` on a mesh of one dimension,
-the ranks of the loss. Features and labels travel, prototypes never do: a rank computes the columns of its own classes
-for everybody's samples. A sum over the samples is then complete, as it is on the rank of the class; sums over the
-classes are put together, one number per sample; and every rank gets what belongs to its own samples.
+the ranks of the loss. Features and labels are gathered, prototypes never: a rank computes the columns of its own
+classes for the samples of all ranks. A sum over the samples is complete on the rank that holds the class. A sum over
+the classes is combined from the ranks' parts, one number per sample. Every rank then takes the results of its own
+samples.
 
-The gradient of a rank's prototypes is that of the whole loss, complete and not to be averaged. The other
-gradients follow :mod:`nckernels.distributed.contrast`: the average over ranks is the whole batch's. Both are had by
-multiplying what flows back to prototypes, from a loss that is R times the rank's share of the whole, by 1 / R.
+The gradient of a rank's prototypes is that of the whole loss, and must not be averaged. The other gradients follow
+:mod:`nckernels.distributed.contrast`: their average over the ranks is that of the whole batch. A rank's loss is R times
+its share of the whole, so the gradient that flows back to the prototypes is multiplied by 1 / R.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ class Shard(NamedTuple):
     """A rank's prototypes."""
 
     rows: Tensor
-    """(k, d); no rank need have any."""
+    """(k, d); k may be 0."""
     first: int
-    """The class of the first one."""
+    """The class of the first row."""
 
 
 class Batch(NamedTuple):
@@ -44,18 +45,18 @@ class Batch(NamedTuple):
 
     features: Tensor
     target: Tensor
-    """Counted from the first class of this rank."""
+    """Labels minus the first class of this rank."""
     ignored: Tensor
     own: Tensor
-    """Whether the sample's class is this rank's."""
+    """Whether this rank holds the sample's class."""
     counts: Sizes
 
 
 def prepared(prototypes: Tensor, ranks: Ranks | None, sparse: bool) -> Tensor:
-    """Prototypes as the losses take them: a plain tensor as it is, a DTensor that is spread over just these ranks.
+    """Check the prototypes: a plain tensor is returned unchanged, a DTensor must be sharded over exactly these ranks.
 
     Raises:
-        ValueError: if it is spread in another way.
+        ValueError: if a DTensor has another placement or other ranks, or ``sparse`` is asked for.
     """
     if not _checks.is_dtensor(prototypes):
         return prototypes
@@ -92,7 +93,7 @@ def lse_of_samples(
     part: Part | None,
     ranks: Ranks,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`nckernels.distributed.contrast.lse_of_samples` for prototypes that are spread over the ranks."""
+    """:func:`nckernels.distributed.contrast.lse_of_samples` for prototypes that are sharded over the ranks."""
     scale = _scale(reduction, ranks)
     beta = _scaled_grad(inv_temperature, scale) if isinstance(inv_temperature, Tensor) else inv_temperature
     shard = _shard(prototypes, ranks)
@@ -124,7 +125,7 @@ def sum_of_unit_rows(prototypes: Tensor, weight: Tensor, reduction: Reduction, r
 
 
 def _shard(prototypes: Any, ranks: Ranks) -> Shard:
-    """DTensor has parts as :func:`torch.chunk` makes them, and empty ones behind them."""
+    """This rank's shard. DTensor splits rows as :func:`torch.chunk` does; the last ranks may have none."""
     local, classes = prototypes.to_local(), len(prototypes)
     size = -(-classes // ranks.size)
     first = min(ranks.rank * size, classes)
@@ -139,7 +140,7 @@ def _shard(prototypes: Any, ranks: Ranks) -> Shard:
 def _everybody(features: Tensor, target: Tensor, shard: Shard, classes: int, ignore_index: int, ranks: Ranks) -> Batch:
     counts = collectives.sizes(features, ranks)
     everybody = collectives.gather(autocast(features), counts, ranks)
-    labels = collectives.gather(target.long(), counts, ranks)
+    labels = collectives.gather(target, counts, ranks)
     _checks.in_classes(labels, classes, ignore_index)  # on every rank, so that all of them raise
     ignored = labels == ignore_index
     if labels.device.type == "cuda":
@@ -153,10 +154,10 @@ def _everybody(features: Tensor, target: Tensor, shard: Shard, classes: int, ign
 def _over_samples(
     batch: Batch, shard: Shard, beta: float | Tensor, exclude: Literal["none", "target"]
 ) -> tuple[Tensor, Tensor]:
-    """(M,) log-sum-exp over the samples for each one's class, and its positive logit; 0 where it is not this rank's.
+    """(M,) log-sum-exp over the samples for the class of each, and its positive logit; 0 for classes of other ranks.
 
-    Samples of other ranks' classes are negatives here and nothing else: their class is one more prototype, which
-    nobody asks for.
+    Samples whose class another rank holds are only negatives here. They are assigned to one extra prototype, whose
+    results are not used.
     """
     k = len(shard.rows)
     if k <= len(batch.target):
@@ -174,9 +175,9 @@ def _over_samples(
 def _over_classes(
     batch: Batch, shard: Shard, beta: float | Tensor, exclude: Literal["none", "target"], part: Part | None
 ) -> tuple[Tensor, Tensor]:
-    """(M,) log-sum-exp over this rank's classes, and positive logits, 0 where the class is not this rank's."""
+    """(M,) log-sum-exp over this rank's classes, and positive logits, 0 for classes of other ranks."""
     k = len(shard.rows)
-    if k == 0:  # a prototype that nobody has, so that this rank takes part in what follows
+    if k == 0:  # a dummy prototype, so that this rank takes part in the collectives that follow
         some, slot = F.pad(shard.rows, (0, 0, 0, 1)), torch.zeros_like(batch.target)
     elif part is None:
         some, slot = shard.rows, batch.target.where(batch.own, batch.target % k)
@@ -188,7 +189,7 @@ def _over_classes(
         ignore_index=LEFT_OUT,
     )  # fmt: skip
     if exclude == "target":
-        # A sample of another rank's class has given some class as its own, any of them, which comes back to its sum.
+        # A sample of another rank's class had an arbitrary class of this rank excluded; add that term back.
         lse = lse.where(batch.own | batch.ignored, logaddexp(lse, pos))
     if k == 0:
         lse = lse.masked_fill(torch.ones_like(batch.own), -torch.inf)
@@ -196,7 +197,7 @@ def _over_classes(
 
 
 def _scale(reduction: Reduction, ranks: Ranks) -> int:
-    """By how much a rank's loss exceeds its share of the whole."""
+    """The factor between a rank's loss and its share of the whole."""
     return 1 if reduction == "none" else ranks.size
 
 

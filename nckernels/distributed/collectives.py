@@ -1,7 +1,7 @@
-"""Collectives with gradients: what one rank computes depends on tensors of the others.
+"""Collectives with gradients.
 
-The gradient of a rank's tensor is that of the sum of all ranks' results. So the backward pass of a sum over ranks sums
-the ranks' upstream gradients, and that of a gathered matrix adds up each row's gradients on the rank that owns it.
+The gradient of a rank's tensor is that of the sum of all ranks' results. So the backward pass of an all-reduce sums the
+ranks' upstream gradients, and the backward pass of an all-gather sums each row's gradients on the rank that owns it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch.autograd.function import once_differentiable
 
 from .groups import Ranks
 
-# Torch 2.13 has new names for them, and warns of the old ones. A build without distributed has neither.
+# torch 2.13 renamed these and warns about the old names. A build without distributed has neither.
 _gather_into: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 
 
 class Sizes(NamedTuple):
-    """How many rows every rank has."""
+    """The number of rows on every rank."""
 
     counts: tuple[int, ...]
     rank: int
@@ -51,10 +51,10 @@ class Sizes(NamedTuple):
 
 
 def sizes(rows: Tensor, ranks: Ranks) -> Sizes:
-    """The number of rows on every rank, which all of them have to know before they exchange the rows.
+    """The number of rows on every rank, which all ranks must know before they exchange rows.
 
-    It travels between hosts where the group can ("cpu:gloo,cuda:nccl", what ``init_process_group()`` makes by default).
-    In a group with NCCL alone it travels between GPUs, and the host waits for it.
+    The numbers are exchanged between hosts if the group has a CPU backend ("cpu:gloo,cuda:nccl", the default of
+    ``init_process_group()``). In a group with NCCL alone they are exchanged between GPUs, and the host waits for them.
     """
     if torch.compiler.is_compiling():
         torch._dynamo.graph_break("the host has to know how many rows all ranks have")  # type: ignore[no-untyped-call]
@@ -66,7 +66,7 @@ def sizes(rows: Tensor, ranks: Ranks) -> Sizes:
 
 
 def all_reduce(x: Tensor, ranks: Ranks) -> Tensor:
-    """The sum over all ranks, of the same shape everywhere."""
+    """The sum over all ranks; ``x`` has the same shape on each."""
     return _Sum.apply(x, ranks)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -86,13 +86,13 @@ def shared_logsumexp(lse: Tensor, weight: Tensor, ranks: Ranks) -> tuple[Tensor,
     .. math::
         \sum_c a_{rc} \log \sum_q e^{l_{qc}} \qquad \sum_q \sum_c a_{qc}
 
-    Every rank's share depends on the ``lse`` l of all. But the gradient of the sum of all shares needs only the sum of
-    all weights a, which comes with the exponentials: nothing is exchanged in the backward pass. For that all ranks must
-    have the same upstream gradient, as they have when each calls ``backward()`` on its loss.
+    Every rank's share depends on the ``lse`` l of all ranks. The gradient of the sum of all shares needs only the sum
+    of all weights a, which is exchanged together with the exponentials, so the backward pass exchanges nothing. This
+    requires the same upstream gradient on all ranks, as is the case when each calls ``backward()`` on its loss.
 
     Args:
-        lse: (K,), -inf where this rank has nothing to sum. Where all have -inf the log-sum-exp counts as 0.
-        weight: (K,), this rank's.
+        lse: (K,), -inf where this rank has no terms. Where all ranks have -inf, the log-sum-exp counts as 0.
+        weight: (K,), the weights of this rank.
     """
     return _SharedLogSumExp.apply(lse, weight, ranks)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -132,7 +132,7 @@ class _SharedLogSumExp(torch.autograd.Function):
     def forward(ctx: Any, lse: Tensor, weight: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
         top = _top(lse, ranks)
         terms = (lse - top).exp()
-        both = terms.new_empty(2, *terms.shape)  # not torch.stack: Inductor would sum ``terms`` itself in its place
+        both = terms.new_empty(2, *terms.shape)  # not torch.stack: Inductor would then reduce ``terms`` in place
         both[0], both[1] = terms, weight
         total, weights = _summed(both, ranks)
         whole = (total.log() + top).masked_fill(total == 0.0, 0.0)
@@ -151,7 +151,7 @@ class _SharedLogSumExp(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """Rows are padded to the longest rank's number, in which collectives take them."""
+    """Collectives need equal sizes, so rows are padded to the number of rows of the longest rank."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: Sizes, ranks: Ranks) -> Tensor:
@@ -168,7 +168,7 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         counts, ranks = ctx.counts, ctx.ranks
-        wide = (grad.float() if grad.dtype.itemsize < 4 else grad).contiguous()  # many ranks' gradients add up
+        wide = (grad.float() if grad.dtype.itemsize < 4 else grad).contiguous()  # gradients of many ranks are summed
         if not counts.equal:
             wide = torch.cat([_padded(block, counts.longest) for block in wide.split(counts.counts)])
         own = wide.new_empty(counts.longest, *grad.shape[1:])
@@ -183,14 +183,14 @@ def _summed(x: Tensor, ranks: Ranks) -> Tensor:
 
 
 def _top(lse: Tensor, ranks: Ranks) -> Tensor:
-    """The largest of all ranks, with which no exponential overflows; 0 where all of them are -inf."""
+    """The maximum over all ranks, which keeps the exponentials from overflowing; 0 where all ranks have -inf."""
     top = lse.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(top, op=dist.ReduceOp.MAX, group=ranks.group)
     return top.masked_fill(top == -torch.inf, 0.0)
 
 
 def _share(terms: Tensor, total: Tensor) -> Tensor:
-    """exp(lse - whole) of this rank's log-sum-exp and that of all, 0 where there is nothing."""
+    """exp(lse - whole), this rank's share of the sum of exponentials; 0 where the sum has no terms."""
     return (terms / total).masked_fill(total == 0.0, 0.0)
 
 

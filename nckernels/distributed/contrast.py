@@ -1,12 +1,12 @@
-"""Losses over the batches of all ranks, for the price of a few numbers per class.
+"""Losses with prototypes over the batches of all ranks; the ranks exchange a few numbers per class.
 
-In the direction of the classes each prototype is contrasted with all samples of all ranks. Their exponentials add up:
-a rank sums those of its own samples, the ranks exchange the sums, K numbers, and the rest is local again, features
-and their gradients included. In the direction of the samples each row is local and only the mean spans the ranks.
+In the class direction each prototype is contrasted with all samples of all ranks. A rank sums the exponentials of its
+own samples, and the ranks exchange the sums, K numbers. Everything else is local, the features and their gradients
+included. In the instance direction each row is local, and only the mean spans the ranks.
 
-With a group of R ranks every rank returns R times its own samples' share of the whole loss. The average over ranks,
-of losses and of gradients, is then the whole batch's, whatever the sizes of the local batches; it is what
-DistributedDataParallel and FSDP2 make of gradients.
+With a group of R ranks every rank returns R times its own samples' share of the whole loss. The average over the ranks,
+of losses and of gradients, is then that of the whole batch, whatever the sizes of the local batches.
+DistributedDataParallel and FSDP2 average gradients in this way.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from .collectives import Sizes
 from .groups import Ranks
 
 COMPACT_ABOVE = 16_384
-"""With more classes than this, and than samples on all ranks, the ranks exchange which of them occur, and compute and
-exchange sums of those alone. Fewer classes are cheaper to exchange whole, and with so few that they always are nothing
-has to be known about the other batches."""
+"""With more classes than this, and more classes than samples on all ranks, the ranks gather their labels, and compute
+and exchange sums only for the classes that occur. With fewer classes it is cheaper to exchange all sums, for which the
+ranks need not know each other's numbers of samples."""
 
 
 def contrast(
@@ -46,10 +46,10 @@ def contrast(
     part: Part | None = None,
     of_nothing: float = math.nan,
 ) -> Tensor:
-    """:func:`nckernels.primitive.contrast` of the batches of all ``ranks``; None: of this process's.
+    """:func:`nckernels.primitive.contrast` over the batches of all ``ranks``; None: over the batch of this process.
 
-    The prototypes are the same on all ranks, or spread over them. ``target`` and ``weight`` belong to this rank's
-    features. With a ``part`` of the prototypes there is one direction.
+    The prototypes are replicated on all ranks or sharded over them. ``target`` and ``weight`` belong to this rank's
+    features. A ``part`` of the prototypes allows one direction only.
     """
     if ranks is not None and _checks.is_dtensor(prototypes):
         lse, pos = class_parallel.lse_of_samples(
@@ -102,10 +102,13 @@ def reduced_contrast(
     ranks: Ranks,
     of_nothing: float,
 ) -> Tensor:
-    """The lse of each sample's class, its own, or their mean, minus ``pos``, reduced over the batches of all ranks.
+    """A log-sum-exp of each sample minus ``pos``, reduced over the batches of all ranks.
+
+    The log-sum-exp is that of the sample's class (``class_lse``), that of its row (``instance_lse``), or the mean of
+    both.
 
     Args:
-        class_lse: (K,), of this rank's samples; the others' are added here.
+        class_lse: (K,), over this rank's samples; the other ranks' are added here.
         instance_lse, pos, target: (M,), of this rank's samples.
     """
     ignored = target == ignore_index
@@ -114,12 +117,12 @@ def reduced_contrast(
     if class_lse is None:
         assert own_lse is not None
         return reduce_weighted(own * (own_lse - pos), own, reduction, ranks, of_nothing)
-    classes = target.long().masked_fill(ignored, 0)
+    classes = target.masked_fill(ignored, 0)
     if reduction == "none":
         uniformity = _common.or_zero(collectives.logsumexp(class_lse, ranks).index_select(0, classes))
         return own * ((uniformity if own_lse is None else 0.5 * (uniformity + own_lse)) - pos)
     by_class = own.new_zeros(len(class_lse)).index_add(0, classes, own)
-    # Products and sums, no inner products: autocast would take those in 16 bits.
+    # Products and sums instead of inner products, which autocast would compute in 16 bits.
     share, total = collectives.shared_logsumexp(class_lse, by_class, ranks)
     if own_lse is not None:
         share = 0.5 * (share + (own * own_lse).sum())
@@ -134,7 +137,7 @@ def reduce(
     ranks: Ranks | None,
     of_nothing: float = math.nan,
 ) -> Tensor:
-    """:func:`nckernels._common.reduce` of this rank's per-sample losses over the batches of all."""
+    """:func:`nckernels._common.reduce` of this rank's per-sample losses, over the batches of all ranks."""
     if ranks is None:
         return _common.reduce(loss, counted, weight, reduction, of_nothing)
     own = _counted_weights(counted, weight, loss)
@@ -144,12 +147,15 @@ def reduce(
 def reduce_weighted(
     weighted: Tensor, weight: Tensor, reduction: Reduction, ranks: Ranks | None, of_nothing: float = math.nan
 ) -> Tensor:
-    """The same for losses that have their weights, 0 where not counted, already."""
+    """:func:`reduce` for losses that are already multiplied by their weights, which are 0 for ignored samples."""
     if reduction == "none":
         return weighted
     if ranks is not None:
         return _of_all(weighted.sum(), weight.sum(), reduction, ranks, of_nothing)
-    return weighted.sum() if reduction == "sum" else _common.mean(weighted, weight, of_nothing)
+    if reduction == "sum":
+        return weighted.sum()
+    total = weight.sum()  # with label smoothing the losses need not be 0 where it is
+    return (weighted.sum() / total).masked_fill(total == 0, of_nothing)
 
 
 def lse_of_samples(
@@ -167,8 +173,8 @@ def lse_of_samples(
 ) -> tuple[Tensor, Tensor]:
     """(M,) log-sum-exp over the classes for each of this rank's samples, and (M,) its positive logit.
 
-    With ``direction="both"`` the sum over all ranks' samples for the sample's class is added to that over the classes.
-    ``reduction`` is what will be done with the results by :func:`reduce`.
+    With ``direction="both"`` the sum over all ranks' samples for the sample's class is added to the sum over the
+    classes. ``reduction`` is the one that :func:`reduce` will apply to the results.
     """
     if ranks is not None and _checks.is_dtensor(prototypes):
         return class_parallel.lse_of_samples(
@@ -186,22 +192,21 @@ def lse_of_samples(
     class_lse, instance_lse = lses
     if ranks is not None:
         class_lse = collectives.logsumexp(class_lse, ranks)
-    own_class = target.long().masked_fill(target == ignore_index, 0)
+    own_class = target.masked_fill(target == ignore_index, 0)
     return _common.logaddexp(class_lse.index_select(0, own_class), instance_lse), pos
 
 
 def sum_of_unit_rows(
     prototypes: Tensor, weight: Tensor, reduction: Reduction, ranks: Ranks | None
 ) -> tuple[Tensor, Tensor]:
-    """The prototypes, for what else is done with them, and the (d,) weighted sum of their unit rows, in the dtype of
-    the (K,) weights."""
+    """The prototypes, for further use, and the (d,) weighted sum of their unit rows, in the dtype of ``weight``."""
     if ranks is not None and _checks.is_dtensor(prototypes):
         return prototypes, class_parallel.sum_of_unit_rows(prototypes, weight, reduction, ranks)
     return _unit_rows.sum_of_unit_rows(prototypes, weight)
 
 
 def part_of(prototypes: Tensor, target: Tensor, ignore_index: int, part: Part) -> tuple[Tensor, Tensor]:
-    """The prototypes of some classes, and the targets as their indices, ``LEFT_OUT`` where ignored."""
+    """The prototypes of a part of the classes, and the targets as indices into them, ``LEFT_OUT`` where ignored."""
     _checks.in_classes(target, len(prototypes), ignore_index)
     ignored = target == ignore_index
     classes, slot = choose(target, ignored, len(prototypes), part)
@@ -211,27 +216,27 @@ def part_of(prototypes: Tensor, target: Tensor, ignore_index: int, part: Part) -
 def present_classes(
     prototypes: Tensor, target: Tensor, ignore_index: int, counts: Sizes, ranks: Ranks, sparse: bool
 ) -> tuple[Tensor, Tensor]:
-    """The prototypes of the classes that occur on any rank, the same everywhere, and the targets as their indices.
+    """The prototypes of the classes that occur on any rank, and the targets as indices into them.
 
-    Ignored samples have target -1. Where the host does not know how many classes occur, on a GPU, there is a row for
-    every sample of all ranks.
+    The prototypes are the same on all ranks. Ignored samples have the target ``LEFT_OUT``. On a GPU the host does not
+    know how many classes occur, and there is a row for every sample of all ranks.
     """
     _checks.in_classes(target, len(prototypes), ignore_index)
-    everybody = collectives.gather(target.long(), counts, ranks)
+    everybody = collectives.gather(target, counts, ranks)
     ignored = everybody == ignore_index
     classes, slot = present(everybody, ignored)
     return rows(prototypes, classes, sparse), slot.masked_fill(ignored, LEFT_OUT)[counts.own]
 
 
 def _counted_weights(counted: Tensor | None, weight: Tensor | None, like: Tensor) -> Tensor:
-    """(M,) weights of the samples, 0 where not counted."""
+    """(M,) weights of the samples, 0 for ignored ones."""
     if counted is None:
         return torch.ones_like(like) if weight is None else weight.to(like.dtype)
     return counted.to(like.dtype) if weight is None else weight.to(like.dtype).where(counted, 0.0)
 
 
 def _of_all(loss: Tensor, weight: Tensor, reduction: Reduction, ranks: Ranks, of_nothing: float) -> Tensor:
-    """This rank's share of the whole, from its own sum of weighted losses and of weights."""
+    """This rank's loss, from its own sum of weighted losses and its own sum of weights."""
     total = collectives.all_reduce(weight, ranks) if reduction == "mean" else weight
     return _mean_or_sum(loss, total, reduction, ranks, of_nothing)
 

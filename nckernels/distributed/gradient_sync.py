@@ -1,8 +1,8 @@
-"""When DistributedDataParallel and ``fully_shard`` reduce gradients: once a step, after many backward passes.
+"""Makes DistributedDataParallel and ``fully_shard`` reduce gradients once per step, after many backward passes.
 
-Both reduce what has accumulated in ``.grad`` at the end of a backward pass that every parameter takes part in. Here it
-is the last one, which by itself need not reach all of them: parameters of the loss may have their gradients already,
-and the last samples may use frozen parts only. A hook makes it reach them, with no gradient of its own.
+Both reduce the accumulated ``.grad`` at the end of a backward pass that reaches every parameter. Here this is the last
+pass of a step, which need not reach all parameters by itself: parameters of the loss may have their gradients already,
+and the last samples may use frozen parts only. A hook makes the pass reach them without adding a gradient.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class GradientSync:
         self._sharded: list[Any] = [x for x in wrappers if not isinstance(x, DistributedDataParallel)]
 
     def broadcast_buffers(self) -> None:
-        """Rank 0's buffers for all, now: what DistributedDataParallel does in its next forward pass."""
+        """Broadcast rank 0's buffers now, as DistributedDataParallel would in its next forward pass."""
         for wrapper in self._replicated:
             if wrapper._check_sync_bufs_pre_fwd():
                 wrapper._sync_buffers()
@@ -40,7 +40,7 @@ class GradientSync:
 
     @contextmanager
     def none(self) -> Iterator[None]:
-        """Gradients of forward and backward passes inside stay with this process."""
+        """Forward and backward passes inside do not reduce gradients."""
         with ExitStack() as stack:
             for wrapper in self._replicated:
                 stack.enter_context(wrapper.no_sync())
@@ -51,9 +51,9 @@ class GradientSync:
 
     @contextmanager
     def once(self) -> Iterator[None]:
-        """For one forward and backward pass: all gradients that have accumulated by its end are reduced.
+        """One forward and backward pass inside reduces all gradients that have accumulated by its end.
 
-        (But not by DistributedDataParallel under its user's ``no_sync``.)
+        (Except in DistributedDataParallel if the user's ``no_sync`` is active.)
         """
         reached: list[nn.Module] = []
         with ExitStack() as stack:
@@ -63,7 +63,7 @@ class GradientSync:
                 stack.enter_context(wrapper.module.register_forward_hook(hook))
             for wrapper in self._sharded:
                 wrapper.set_requires_gradient_sync(True)
-                # A gradient that arrives at its output is enough: one leaf, of nobody, lets it have one.
+                # ``fully_shard`` needs only a gradient at its output; a dummy leaf ensures that there is one.
                 hook = _reaching([torch.zeros((), requires_grad=True)], partial(reached.append, wrapper))
                 stack.enter_context(wrapper.register_forward_hook(hook, prepend=True))
             yield
@@ -83,7 +83,7 @@ def _outermost(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _reaching(parameters: list[Tensor], notify: Callable[[], None]) -> Callable[..., Any]:
-    """A forward hook: from whichever output a backward pass comes, it notifies and goes on to ``parameters``."""
+    """A forward hook: a backward pass from any output calls ``notify`` and continues to ``parameters``."""
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
         values, structure = pytree.tree_flatten(output)
@@ -97,7 +97,7 @@ def _reaching(parameters: list[Tensor], notify: Callable[[], None]) -> Callable[
 
 
 class _Reach(torch.autograd.Function):
-    """Copies of the first ``count`` tensors. The others get no gradient, but autograd goes on to them."""
+    """Copies of the first ``count`` tensors. Autograd also visits the other tensors, but gives them no gradient."""
 
     @staticmethod
     def forward(ctx: Any, notify: Callable[[], None], count: int, *tensors: Tensor) -> tuple[Tensor, ...]:

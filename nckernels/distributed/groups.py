@@ -1,4 +1,4 @@
-"""Which processes a loss spans, and whether they agree on what they compute.
+"""Resolves which processes a loss spans, and checks that they use the same options.
 
 A loss takes ``process_group``: None for this process alone, ``"world"`` for the default group, which is looked up
 when the loss is called, or a group of :func:`torch.distributed.new_group`.
@@ -34,7 +34,7 @@ class Ranks:
 
 
 def check(process_group: GroupLike) -> None:
-    """A process group, "world" or None; whether this process is in it is seen when it is used."""
+    """Check the type of ``process_group``; :func:`resolve` checks whether it contains this process."""
     if process_group is None or process_group == WORLD:
         return
     is_group = dist.is_available() and (
@@ -74,17 +74,17 @@ _agreed: weakref.WeakKeyDictionary[Any, set[Hashable]] = weakref.WeakKeyDictiona
 
 
 def agree(ranks: Ranks, loss: str, input: Tensor, values: dict[str, float | Tensor], **options: Hashable) -> None:
-    """Compare what all ranks must have in common, once for each group and configuration, in one small exchange.
+    """Compare the options on all ranks, once for each group and configuration, in one small exchange.
 
     Args:
-        values: what may change from call to call, such as a temperature. It is compared where it is a number, but a new
-            value is no new configuration.
-        options: with the name of the loss and the dtype they are the configuration.
+        values: numbers or tensors that may change from call to call, such as a temperature. Numbers are compared, but a
+            new number is not a new configuration.
+        options: the configuration, together with the name of the loss and the dtype.
 
     The environment variable ``NCKERNELS_CHECK_RANKS=0`` switches the exchange off.
 
     Raises:
-        ValueError: on every rank, naming what differs.
+        ValueError: on every rank, naming the first option that differs.
     """
     if torch.compiler.is_compiling() or input.is_meta or os.environ.get("NCKERNELS_CHECK_RANKS") == "0":
         return

@@ -1,4 +1,4 @@
-"""The gradient of a batch that is larger than memory, from micro-batches that are run twice."""
+"""The gradient of a batch that does not fit into memory, from micro-batches that run twice."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .streamed import ByClass, streamed_loss
 class MicroBatches:
     r"""Runs an encoder on micro-batches, with the loss and the gradient of the whole batch.
 
-    A contrastive loss of a batch is not the sum of the losses of its parts, so that accumulated gradients are those of
+    A contrastive loss of a batch is not the sum of the losses of its parts, so accumulated gradients are those of
     another loss. Here each micro-batch runs twice (gradient caching, Gao et al. 2021, arXiv 2101.06983). The first
-    run, without gradient, gives the features of the whole batch. Any loss of them, and its ``backward()``, give their
-    gradient. The second run, :meth:`backward`, makes the graph of one micro-batch after the other and takes that
-    gradient through it. Memory is that of one micro-batch's graph and of the features; the price is a second forward
-    pass.
+    run, without gradient, computes the features of the whole batch. Any loss of these features, and its ``backward()``,
+    give their gradient. The second run, :meth:`backward`, builds the graph of one micro-batch at a time and propagates
+    that gradient through it. Memory is that of one micro-batch's graph and of the features; the price is a second
+    forward pass.
 
     Three lines of a training loop change::
 
@@ -36,32 +36,41 @@ class MicroBatches:
         micro.backward()                             # new
         optimizer.step()
 
-    Everything else stays: gradient accumulation, clipping, GradScaler, autocast (the second
-    run has that of the first), losses with a ``process_group``. ``micro`` may be called several times before
-    ``loss.backward()``; two encoders have a ``MicroBatches`` each.
+    Everything else stays: gradient accumulation, clipping, GradScaler, autocast (the second run uses the settings of
+    the first), losses with a ``process_group``. ``micro`` may be called several times before ``loss.backward()``. Use
+    one ``MicroBatches`` for each of two encoders.
 
     Args:
-        encoder: a module that returns tensors with one row per sample. DistributedDataParallel and ``fully_shard``
-            in it, which come before this, reduce gradients once, in the last backward pass of :meth:`backward`, with
-            those of the loss's parameters if they are in there too.
+        encoder: a module that returns tensors with one row per sample. Wrap it in DistributedDataParallel or
+            ``fully_shard`` first: they then reduce gradients once, in the last backward pass of :meth:`backward`,
+            together with those of the loss's parameters if these are in the wrapped module.
         micro_batch_size: samples per micro-batch, at least 1; the last one of a batch may have fewer.
 
     Both runs compute the same:
 
-    - Dropout and the like see the same random numbers, on the CPU and on accelerators. (Generators of Python and NumPy
-      are not restored.)
-    - Buffers move once. BatchNorm normalises by the statistics of the micro-batch, in both runs, and its running
-      statistics are those of one pass over the micro-batches. This is inherent: the whole batch in one go would
-      normalise by its own. The second run starts with all buffers as they were (power iterations, moving averages),
-      for which it keeps copies of them. State that is no buffer is not covered.
+    - Dropout and similar layers see the same random numbers, on the CPU and on accelerators. (Generators of Python and
+      NumPy are not restored.)
+    - Buffers are updated once. BatchNorm normalises with the statistics of the micro-batch, in both runs, and its
+      running statistics are those of one pass over the micro-batches. One pass over the whole batch would give other
+      results, because it would normalise with the statistics of that batch. The second run starts with copies of all
+      buffers as they were (power iterations, moving averages). State that is not a buffer is not covered.
     - An encoder that changes its input in place is an error.
 
-    Ranks may have batches and numbers of micro-batches of their own, unless the forward pass communicates as well
-    (SyncBatchNorm, ``fully_shard``).
+    Ranks may have batches of different sizes and different numbers of micro-batches, unless the forward pass
+    communicates (SyncBatchNorm, ``fully_shard``).
 
     Raises:
         TypeError: if ``encoder`` is not a module, or ``micro_batch_size`` not an int.
         ValueError: if ``micro_batch_size`` is below 1, or for DistributedDataParallel with ``static_graph=True``.
+
+    Example:
+        >>> encoder, criterion = nn.Linear(8, 16), nckernels.NONLLoss(16, 10)
+        >>> micro = nckernels.MicroBatches(encoder, 32)
+        >>> x, y = torch.randn(100, 8), torch.randint(10, (100,))
+        >>> criterion(micro(x), y).backward()
+        >>> micro.backward()
+        >>> (whole,) = torch.autograd.grad(criterion(encoder(x), y), encoder.weight)
+        >>> torch.testing.assert_close(encoder.weight.grad, whole)
     """
 
     def __init__(self, encoder: nn.Module, micro_batch_size: int) -> None:
@@ -70,20 +79,20 @@ class MicroBatches:
         _checks.positive_integer("micro_batch_size", micro_batch_size)
         self.encoder, self.micro_batch_size = encoder, micro_batch_size
         self._reduction = GradientSync(encoder)
-        self._pending: dict[Call, dict[int, Tensor]] = {}  # outputs that have a gradient, by their index
+        self._pending: dict[Call, dict[int, Tensor]] = {}  # outputs that have a gradient, by index
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The first run: what ``encoder(*args, **kwargs)`` returns, for the whole batch.
 
         Args:
-            args, kwargs: of the encoder, also in tuples, lists and dictionaries. Tensors have one row per sample and
-                are split, except 0-dimensional ones, which go to every micro-batch as everything else does. They may
-                be on the CPU if the encoder moves what it gets. None may require grad.
+            args, kwargs: arguments of the encoder, also in tuples, lists and dictionaries. Tensors have one row per
+                sample and are split. 0-dimensional tensors and other values go to every micro-batch unchanged. Tensors
+                may be on the CPU if the encoder moves its inputs. None may require grad.
 
         Returns:
-            Tensors with one row per sample, in the tuple, list or dictionary that the encoder returns. Those of a
-            floating dtype are leaves and require grad, if a parameter of the encoder does. Under ``torch.no_grad()``
-            this is all; :meth:`backward` is not needed.
+            Tensors with one row per sample, in the tuple, list or dictionary that the encoder returns. Tensors of a
+            floating dtype are leaves, and require grad if a parameter of the encoder does. Under ``torch.no_grad()``
+            they do not, and :meth:`backward` is not needed.
 
         Raises:
             RuntimeError: if :meth:`backward` has not been called after an earlier ``loss.backward()``.
@@ -107,12 +116,12 @@ class MicroBatches:
         return call.unflatten(features)
 
     def backward(self, *, sync: bool = True) -> None:
-        """The second run, after ``loss.backward()``: takes the features' gradient to the encoder's parameters.
+        """The second run, after ``loss.backward()``: propagates the features' gradient to the encoder's parameters.
 
         Args:
-            sync: whether DistributedDataParallel and ``fully_shard`` reduce gradients, once, at the end. In gradient
-                accumulation False for all steps but the last. ``DistributedDataParallel.no_sync()`` around the step
-                does the same.
+            sync: whether DistributedDataParallel and ``fully_shard`` reduce gradients, once, at the end. For gradient
+                accumulation pass False in all steps but the last. ``DistributedDataParallel.no_sync()`` around the step
+                has the same effect.
 
         Raises:
             RuntimeError: if no gradient has reached the features, or if an input was changed in place since.
@@ -137,7 +146,7 @@ class MicroBatches:
                             )
 
     def discard(self) -> None:
-        """Forget what waits for :meth:`backward`, for a step that is left out after ``loss.backward()``."""
+        """Drop the gradients that wait for :meth:`backward`, to skip a step after ``loss.backward()``."""
         self._pending = {}
 
     def stream(
@@ -152,17 +161,17 @@ class MicroBatches:
     ) -> Tensor:
         """Loss and gradient of ``criterion(encoder(*args, **kwargs), target)``, keeping no features of the batch.
 
-        For losses with prototypes, which need to know less of the whole batch: a number per class (NTCE, NONL), for
-        which micro-batches run twice, or the total weight (NormFace, and NONL with ``direction="instance"``), for which
-        they run once. NTCE and NONL compare every micro-batch with all K prototypes, in each run; where the features of
-        the batch fit into memory, :meth:`__call__` and :meth:`backward` are quicker.
+        For losses with prototypes, which need only a number per class of the whole batch (NTCE and NONL: micro-batches
+        run twice) or the total weight (NormFace, and NONL with ``direction="instance"``: they run once). NTCE and NONL
+        compare every micro-batch with all K prototypes, in each run. If the features of the batch fit into memory,
+        :meth:`__call__` and :meth:`backward` are quicker.
 
         Args:
             criterion: :class:`NONLLoss`, :class:`NTCELoss`, :class:`NormFaceLoss` or :class:`PrototypeClassifier`.
-            target: (M,) labels.
-            args, kwargs: of the encoder, which returns one tensor (B, d).
-            scale: what the training loop does to the loss before its ``backward()``; linear: ``scaler.scale``, or
-                ``lambda loss: loss / steps``.
+            target: (M,) labels, or (M, ...) for an encoder that returns (B, ..., d).
+            args, kwargs: arguments of the encoder, which must return one tensor (B, d) or (B, ..., d).
+            scale: a linear function that the training loop would apply to the loss before ``backward()``:
+                ``scaler.scale``, or ``lambda loss: loss / steps``.
             sync: as in :meth:`backward`.
 
         Returns:
@@ -173,12 +182,15 @@ class MicroBatches:
             TypeError, ValueError: for other criteria, targets, inputs and outputs than these.
 
         Example:
-            >>> criterion = nckernels.NONLLoss(512, 1000)
+            >>> encoder, criterion = nn.Linear(8, 16), nckernels.NONLLoss(16, 10)
+            >>> micro = nckernels.MicroBatches(encoder, 32)
+            >>> x, y = torch.randn(100, 8), torch.randint(10, (100,))
             >>> loss = micro.stream(criterion, y, x)  # was: loss = criterion(encoder(x), y); loss.backward()
+            >>> torch.testing.assert_close(loss, criterion(encoder(x), y).detach())
         """
-        _checks.is_tensor("target", target)
+        target = _checks.class_indices(target)
         call = Call(self.encoder, args, kwargs, self.micro_batch_size)
-        if target.shape != (call.samples,):
+        if target.shape[:1] != (call.samples,):
             raise ValueError(
                 f"target must have one label for each of {call.samples} samples, got {tuple(target.shape)}"
             )
@@ -199,14 +211,14 @@ class MicroBatches:
         return loss.value()
 
     def _remember(self, call: Call, index: int, features: Tensor) -> None:
-        """An output of a call has a gradient."""
+        """Note that an output of a call has a gradient."""
         self._pending.setdefault(call, {})[index] = features
 
     def _trained(self) -> bool:
         return any(p.requires_grad for p in self.encoder.parameters())
 
     def _synced(self, sync: bool) -> AbstractContextManager[None]:
-        """For one forward and backward pass: whether it ends the step."""
+        """Context of one forward and backward pass; with ``sync`` it ends by reducing gradients."""
         return self._reduction.once() if sync else self._reduction.none()
 
 

@@ -1,8 +1,8 @@
-"""A call of a module on micro-batches that can be made twice, with the same result both times.
+"""Runs a module on micro-batches twice, with the same result both times.
 
-A forward pass takes from outside, and changes there, the state of the random number generators and the buffers of the
-module (running statistics, power iterations, moving averages); it also follows the modes of autocast. The second run
-starts from all that as the first one did, and leaves no trace: at its end they are as they were before it.
+A forward pass reads and changes the state of the random number generators and the buffers of the module (running
+statistics, power iterations, moving averages), and it depends on the settings of autocast. The second run starts from
+the same state as the first. At its end, generators and buffers are restored to the state before it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Call:
 
     @contextmanager
     def first_run(self) -> Iterator[None]:
-        """Where it fails, the buffers are put back."""
+        """Context of the first run. If it fails, the buffers are restored."""
         self._versions, self._buffers = _versions(self._values), _Buffers(self.module)
         try:
             yield
@@ -44,13 +44,13 @@ class Call:
             self._buffers.restore()
             raise
         finally:
-            # PyTorch 2.10's autocast keeps the weights that it has cast, here without gradient: nobody else must find
-            # them (PyTorch issue 158232).
+            # PyTorch 2.10's autocast caches the weights that it has cast. These have no gradient here, so later code
+            # must not find them (PyTorch issue 158232).
             torch.clear_autocast_cache()
 
     @contextmanager
     def second_run(self) -> Iterator[None]:
-        """At its end, whatever happens, buffers and random state are put back."""
+        """Context of the second run. At its end buffers and random state are restored, also after an error."""
         if _versions(self._values) != self._versions:
             raise RuntimeError(
                 "an input of the encoder was changed in place after MicroBatches got it, perhaps by the encoder "
@@ -118,7 +118,7 @@ def _samples(values: list[Any]) -> int:
 
 
 def _versions(values: list[Any]) -> list[int]:
-    """What changes where a tensor is changed in place."""
+    """Version counters of the tensors, which in-place changes increment."""
     return [x._version for x in values if isinstance(x, Tensor) and not x.is_inference()]
 
 
@@ -176,4 +176,4 @@ class _Buffers:
         with torch.no_grad():
             for owner, name, buffer, value in self._copies:
                 buffer.copy_(value)
-                setattr(owner, name, buffer)  # for modules that put another tensor in its place
+                setattr(owner, name, buffer)  # for modules that replace the tensor

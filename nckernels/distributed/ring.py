@@ -1,9 +1,9 @@
-"""Keys that travel round the ranks: all similarities of this rank's rows, without everybody's keys in one place.
+"""Keys that circulate in a ring: similarities of this rank's rows with all keys, without gathering the keys.
 
-Each rank starts with its own keys. While it compares its rows with the block that it holds, the block is already on its
-way to the neighbour on the left, and the next one comes in from the right. After R steps every rank has seen every key,
-and has held two blocks at a time. The backward pass sends the keys round once more; a second train of blocks follows
-them, in which each rank adds its gradients of a block, and which ends where the keys came from.
+Each rank starts with its own block of keys. While it compares its rows with the block that it holds, it sends the block
+to the neighbour on the left and receives the next one from the right. After R steps every rank has used every block,
+and has held two blocks at a time. In the backward pass the keys go round once more, followed by blocks of gradients:
+each rank adds its gradients of a block, and the sum arrives at the rank that owns the keys.
 
     step      rank 0      rank 1      rank 2
     0         keys 0  <-  keys 1  <-  keys 2  <- (to rank 0's left neighbour, rank 2)
@@ -31,7 +31,7 @@ from .groups import Ranks
 
 
 class Job(NamedTuple):
-    """What all steps have in common."""
+    """What is the same in all steps."""
 
     spec: Spec
     backend: str
@@ -58,16 +58,17 @@ def lse(
 
     Args:
         rows: (n, d).
-        keys: (k, d), this rank's, in the dtype of the rows.
-        target: (n,) each row's positive among this rank's keys.
-        counts: how many keys all ranks have, at least one in all.
-        key_bias: (N,) for the keys of all ranks, without gradient.
-        key_group: (N,) which of some groups a key belongs to, -1 for none; None: no sums are wanted.
-        groups: how many groups there are.
+        keys: (k, d), the keys of this rank, in the dtype of the rows.
+        target: (n,) index of each row's positive among this rank's keys.
+        counts: number of keys on every rank, at least one in all.
+        key_bias: (N,) biases of the keys of all ranks, without gradient.
+        key_group: (N,) group of each key, -1 for none; None: no sums are computed.
+        groups: number of groups.
 
     Returns:
-        (N,) class direction, this rank's part of the sums, empty for ``direction="instance"``; (n,) instance
-        direction, whole; (n,) positive logits; (groups, d) sums of the unit keys of each group.
+        (N,) log-sum-exp in the class direction over this rank's rows only, empty for ``direction="instance"``;
+        (n,) log-sum-exp in the instance direction over all keys; (n,) positive logits; (groups, d) sums of the unit
+        keys of each group.
     """
     spec = Spec(direction, exclude, False, ignore_index, registry.get_workspace(rows.device))
     job = Job(spec, registry.resolve(rows.device, rows.dtype), counts, ranks)
@@ -90,10 +91,10 @@ class _Ring(torch.autograd.Function):
         by_class = torch.cat([seen[owner].class_lse for owner in sorted(seen)])
         instance = torch.stack([result.instance_lse for result in seen.values()]).logsumexp(0)
         own = seen.get(job.ranks.rank)
-        # A copy: an output that ``ctx`` keeps would keep ``ctx``, and with it all tensors of the call.
+        # A copy: an output that is stored in ``ctx`` would keep ``ctx`` alive, and with it all tensors of the call.
         pos = rows.new_zeros(len(rows), dtype=beta.dtype) if own is None else own.pos.clone()
         ctx.save_for_backward(rows, keys, beta, target, key_bias, key_group, instance)
-        ctx.seen, ctx.job = seen, job  # of vectors, some N numbers
+        ctx.seen, ctx.job = seen, job  # vectors only, about N numbers
         return by_class, instance, pos, sums
 
     @staticmethod
@@ -110,7 +111,7 @@ class _Ring(torch.autograd.Function):
             block_grad = beta.new_zeros(block.shape)
             if len(block):
                 inputs, spec = _step(rows, block, beta, target, key_bias, owner, job)
-                # Divided by the sum over all blocks, the exponentials are the whole softmax.
+                # With the log-sum-exp over all blocks, the exponentials of this block are its part of the softmax.
                 saved = ctx.seen[owner]._replace(instance_lse=instance)
                 of_class = by_class[job.counts.of(owner)] if spec.by_class else None
                 grads = OutputGrads(of_class, by_instance, by_pos if owner == job.ranks.rank else None)
@@ -120,7 +121,7 @@ class _Ring(torch.autograd.Function):
                 ):  # fmt: skip
                     if term is not None:
                         total += term
-                del part, term  # before the next ones come
+                del part, term  # frees them before the next step
                 if key_group is not None:
                     block_grad += grad_of_unit_rows(by_sums, block, key_group[job.counts.of(owner)])
             train.add(block_grad)
@@ -132,7 +133,7 @@ class _Ring(torch.autograd.Function):
 def _step(
     rows: Tensor, block: Tensor, beta: Tensor, target: Tensor, key_bias: Tensor | None, owner: int, job: Job
 ) -> tuple[Inputs, Spec]:
-    """The problem of this rank's rows and one block. A row's positive is in its own rank's block alone."""
+    """The problem of this rank's rows and one block. Only this rank's own block contains the rows' positives."""
     spec = job.spec
     if owner != job.ranks.rank:
         target, spec = target.where(target == spec.ignore_index, 0), spec._replace(exclude="none")
@@ -141,9 +142,9 @@ def _step(
 
 
 def _round(keys: Tensor, job: Job) -> Iterator[tuple[int, Tensor]]:
-    """(owner, its keys) of every rank; the next block is under way while one is in use.
+    """Yield (owner, its keys) for every rank; the next block is received while one is in use.
 
-    Blocks arrive in two places by turns: each block is valid until the next one is asked for.
+    Blocks arrive in two buffers by turns, so a block is valid only until the next one is requested.
     """
     ranks, block = job.ranks, keys.contiguous()
     places = [keys.new_empty(max(job.counts.counts), keys.shape[1]) for _ in range(min(2, ranks.size - 1))]
@@ -161,7 +162,7 @@ def _round(keys: Tensor, job: Job) -> Iterator[tuple[int, Tensor]]:
 
 
 class _Train:
-    """Gradients of the blocks, which go round one step behind them."""
+    """Gradients of the blocks, which circulate one step behind the blocks."""
 
     def __init__(self, columns: int, like: Tensor, job: Job) -> None:
         self.columns, self.like, self.job, self.step = columns, like, job, 0
@@ -173,12 +174,12 @@ class _Train:
         if self.step:
             grad += self.arrived()
         self.step += 1
-        self.leaving = grad  # alive until it has left
+        self.leaving = grad  # keeps it alive until it has been sent
         self.arriving = self.like.new_empty(counts[(ranks.rank + self.step) % ranks.size], self.columns)
         self.under_way = _pass_on(grad, self.arriving, ranks, tag=1)
 
     def arrived(self) -> Tensor:
-        """The sums of the ranks to the right; after the last step those of all ranks for this rank's keys."""
+        """The sum that arrived from the right; after the last step it is the gradient of this rank's keys."""
         for work in self.under_way:
             work.wait()
         self.under_way = []

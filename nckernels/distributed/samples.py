@@ -1,7 +1,7 @@
-"""Samples of all ranks contrasted with one another: each rank has its own rows as anchors, and everybody's as keys.
+"""Samples of all ranks contrasted with each other: a rank's own rows are the anchors, the rows of all ranks the keys.
 
-Keys travel, (N, d) numbers of all ranks; the matrix of similarities never does, and a rank makes its own part of it
-tile by tile. The gradients of the keys go back, summed, to the ranks that own them.
+The ranks exchange the keys, (N, d) numbers in all. Each rank computes its rows of the similarity matrix tile by tile.
+The gradients of the keys are summed and sent back to the ranks that own the keys.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ def contrast_keys(
     reduction: Reduction,
     ranks: Ranks | None,
 ) -> Tensor:
-    """:func:`nckernels.primitive.contrast` of this rank's queries with the keys of all ranks; the mean of none is 0.
+    """:func:`nckernels.primitive.contrast` of this rank's queries with the keys of all ranks; a mean of nothing is 0.
 
     Args:
-        query: (M, d), this rank's.
-        key: (K, d), this rank's.
-        target: (M,) each query's positive among this rank's keys.
+        query: (M, d), the queries of this rank.
+        key: (K, d), the keys of this rank.
+        target: (M,) index of each query's positive among this rank's keys.
     """
     if ranks is None:
         return primitive.contrast(
@@ -66,9 +66,9 @@ def contrast_keys(
     query, key = autocast(query), autocast(key)
     counts = collectives.sizes(key, ranks)
     ignored = target == ignore_index
-    among_all = (target.long() + counts.own.start).masked_fill(ignored, LEFT_OUT)
+    among_all = (target + counts.own.start).masked_fill(ignored, LEFT_OUT)
     if counts.total == 0:
-        # No query can have a positive. Zeros of which everything has a gradient, of zeros.
+        # No query can have a positive. The result is zero, and all inputs get gradients of zero.
         nothing = (unit(query).sum(1) + unit(key).sum()) * inv_temperature
         nothing = nothing.masked_fill(torch.ones_like(ignored), 0.0)
         return nothing if reduction == "none" else nothing.sum()
@@ -79,7 +79,7 @@ def contrast_keys(
             weight=weight, reduction=reduction, ranks=ranks, of_nothing=0.0,
         )  # fmt: skip
     class_lse, instance_lse, pos, _ = ring.lse(
-        query, key, target.long().masked_fill(ignored, LEFT_OUT), inv_temperature, counts, ranks,
+        query, key, target.masked_fill(ignored, LEFT_OUT), inv_temperature, counts, ranks,
         direction=direction, exclude=exclude, ignore_index=LEFT_OUT,
     )  # fmt: skip
     return reduced_contrast(
@@ -98,15 +98,15 @@ def supcon_terms(
     distinct: bool,
     decoupled: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What SupCon needs of this rank's samples among those of all ranks.
+    """The terms of SupCon for this rank's samples among those of all ranks.
 
     Args:
-        rows: (n, d) of this rank, any number of them.
-        labels: (n,) labels that mean the same on all ranks, or (``distinct``) count each rank's samples from 0.
+        rows: (n, d), the rows of this rank.
+        labels: (n,) labels that mean the same on all ranks, or, if ``distinct``, number its samples from 0.
 
     Returns:
-        (n,) log-sum-exp over the other samples, or the samples of other labels (``decoupled``); (n,) mean cosine with
-        the other samples of the label; (n,) whether there are any.
+        (n,) log-sum-exp over the other samples, or with ``decoupled`` over the samples of other labels; (n,) mean
+        cosine with the other samples of the label; (n,) whether there are any.
     """
     counts = collectives.sizes(rows, ranks)
     if distinct:
@@ -133,7 +133,7 @@ def supcon_terms(
 
 
 def lse_of_pairs(rows: Tensor, inv_temperature: float, ranks: Ranks | None) -> tuple[Tensor, int]:
-    """Log-sum-exp over all pairs of samples of all ranks, -inf without any, and how many samples there are."""
+    """Log-sum-exp over all pairs of samples of all ranks, -inf without pairs, and the number of samples."""
     counts = Sizes((len(rows),), 0) if ranks is None else collectives.sizes(rows, ranks)
     if counts.total < 2:
         return rows.new_full((), -torch.inf), counts.total
@@ -163,10 +163,10 @@ def _over_others(
 ) -> tuple[Tensor, Tensor]:
     """(n,) log-sum-exp of this rank's rows over all others, and (classes, d) sums of the unit rows of each group.
 
-    The rows of all ranks are gathered or go round.
+    The rows of all ranks are gathered, or circulate in the ring.
     """
     travel = _travel(rows, counts)
-    first = 0 if travel else counts.own.start  # of this rank's rows, among those that they are compared with
+    first = 0 if travel else counts.own.start  # index of this rank's first row among the keys
     own = torch.arange(first, first + len(rows), device=rows.device)
     if ignored is not None:
         own = own.masked_fill(ignored, LEFT_OUT)
@@ -177,7 +177,7 @@ def _over_others(
         )  # fmt: skip
         return lse, sums
     keys = collectives.gather(rows, counts, ranks)
-    # Before the log-sum-exp, so that its backward comes after that one's, which frees what it keeps.
+    # Before the log-sum-exp, so that its backward pass runs after the log-sum-exp's, which frees memory first.
     sums = rows.new_zeros(0) if key_group is None else _UnitSums.apply(keys, key_group, classes, counts)  # type: ignore[no-untyped-call]
     lse, _ = cosine_lse(
         rows, keys, own, inv_temperature, direction="instance", exclude="target", logit_bias=bias,
@@ -187,9 +187,9 @@ def _over_others(
 
 
 def _travel(keys: Tensor, counts: Sizes) -> bool:
-    """Whether keys go round instead of being gathered: where those of all ranks exceed the workspace.
+    """Whether keys circulate in a ring instead of being gathered: if the keys of all ranks exceed the workspace.
 
-    The reference backend and compilers, which look into every operation, see them gathered.
+    The reference backend and compilers always gather, because they trace every operation.
     """
     if torch.compiler.is_compiling() or registry.resolve(keys.device, keys.dtype) == registry.REFERENCE:
         return False
@@ -197,7 +197,7 @@ def _travel(keys: Tensor, counts: Sizes) -> bool:
 
 
 def _groups_here(labels: Tensor, ignored: Tensor, everybody: Tensor, all_ignored: Tensor) -> tuple[Tensor, int, Tensor]:
-    """Groups of this rank's labels, their number, and the group of each label of all ranks, -1 where it is not here."""
+    """Groups of this rank's labels, their number, and the group of each label of all ranks, -1 if it is not here."""
     nothing = torch.iinfo(torch.int64).max
     if len(labels) == 0:
         return labels, 1, torch.full_like(everybody, -1)
@@ -209,7 +209,7 @@ def _groups_here(labels: Tensor, ignored: Tensor, everybody: Tensor, all_ignored
 
 
 class _UnitSums(torch.autograd.Function):
-    """(groups, d) sums of each group's unit keys, by blocks: nothing is as large as the keys but their gradient."""
+    """(groups, d) sums of each group's unit keys, block by block; only the gradient is as large as the keys."""
 
     @staticmethod
     def forward(ctx: Any, keys: Tensor, key_group: Tensor, groups: int, counts: Sizes) -> Tensor:
@@ -231,7 +231,7 @@ class _UnitSums(torch.autograd.Function):
 
 
 def _left_out(ignored: Tensor, like: Tensor) -> Tensor | None:
-    """A bias that takes ignored keys out of the sums; None where the host knows that there are none."""
+    """A bias that removes ignored keys from the sums; None if the host knows that there are none."""
     if _checks.host_knows(ignored) and not bool(ignored.any()):
         return None
     return like.new_zeros(len(ignored), dtype=accumulation_dtype(like.dtype)).masked_fill(ignored, -torch.inf)
@@ -245,9 +245,9 @@ def _lse_of_other_labels(
     ignore_index: int,
     inv_temperature: float | Tensor,
 ) -> Tensor:
-    """Log-sum-exp over the keys of other labels, by tiles of keys that the backward pass makes again.
+    """Log-sum-exp over the keys of other labels, in tiles that the backward pass recomputes.
 
-    The primitive has this mask for samples against themselves only: its rows and columns share their labels.
+    The primitive has this mask only for samples against themselves, where rows and columns share their labels.
     """
     u = unit(rows)
     counted = (labels != ignore_index)[:, None]

@@ -1,15 +1,16 @@
 r"""The losses with prototypes, for a batch whose features come in parts and are not kept.
 
-NTCE and NONL (direction "class") are coupled over the batch by one number per class. With weights :math:`w_i` of the
-samples, their sums :math:`a_c` over the classes and :math:`W` over all (1 for ``"sum"``), and parts m of the batch:
+In NTCE and NONL (direction "class") the parts of a batch depend on each other only through one number per class. With
+weights :math:`w_i` of the samples, their sums :math:`a_c` over the samples of class c and :math:`W` over all samples
+(1 for ``"sum"``), and parts m of the batch:
 
 .. math::
     L = \frac{1}{W} \Big( \sum_c a_c \mathrm{LSE}_c - \sum_i w_i \mathrm{pos}_i \Big), \qquad
     e^{\mathrm{LSE}_c} = \sum_m e^{\mathrm{lse}_c^m}
 
-A first run collects LSE. In a second one, part m has its share of the gradient, that of its :math:`\mathrm{lse}_c^m`
-weighted by the constant :math:`a_c e^{\mathrm{lse}_c^m - \mathrm{LSE}_c}`, and of its own positives. Losses that are
-sums over the rows, such as NormFace, need W only, and no first run. With a process group a, W and LSE span its ranks.
+The first run computes LSE. In the second run, part m contributes the gradient of its :math:`\mathrm{lse}_c^m`, weighted
+by the constant :math:`a_c e^{\mathrm{lse}_c^m - \mathrm{LSE}_c}`, and of its own positives. Losses that are sums over
+the rows, such as NormFace, need only W and no first run. With a process group a, W and LSE span its ranks.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import is_dtensor
-from .._common import inverse, logaddexp, or_zero
+from .._common import as_rows, inverse, logaddexp, or_zero
 from ..backends.base import Exclude, accumulation_dtype
 from ..nn import NONLLoss, NormFaceLoss, NTCELoss, PrototypeClassifier
 from ..primitive import cosine_lse
@@ -31,7 +32,7 @@ Criterion = NONLLoss | NTCELoss | NormFaceLoss
 
 
 def streamed_loss(criterion: nn.Module, target: Tensor) -> ByClass | ByRow:
-    """``criterion`` for features that come in parts, in the order of ``target`` (M,)."""
+    """``criterion`` for features (M, ..., d) that come in parts, in the order of ``target`` (M, ...)."""
     if isinstance(criterion, PrototypeClassifier):
         criterion = criterion.criterion
     if not isinstance(criterion, Criterion):
@@ -56,17 +57,17 @@ def streamed_loss(criterion: nn.Module, target: Tensor) -> ByClass | ByRow:
 
 
 class _Streamed:
-    """What is known of the batch before its features are."""
+    """The part of the loss that is known before the features: weights and their sums."""
 
     def __init__(self, criterion: Criterion, target: Tensor) -> None:
         self.criterion, self.target = criterion, target
         self.ranks = groups.resolve(criterion.process_group)
         k, d = criterion.prototypes.shape
         dtype = accumulation_dtype(criterion.prototypes.dtype)
-        index = target.long().clamp(0, k - 1)  # that a target is out of range is for the kernels to notice
+        index = target.clamp(0, k - 1)  # the kernels check the range
         weight = torch.ones(k, device=target.device) if criterion.weight is None else criterion.weight
         self.weight = weight.to(dtype)[index].masked_fill(target == criterion.ignore_index, 0.0)
-        self.class_weight = self.weight.new_zeros(k).index_add(0, index, self.weight)
+        self.class_weight = self.weight.new_zeros(k).index_add(0, index.reshape(-1), self.weight.reshape(-1))
         self.of_all_ranks, size = self.class_weight, 1
         if self.ranks is not None:
             groups.agree(
@@ -74,7 +75,7 @@ class _Streamed:
                 {"temperature": criterion.temperature}, num_classes=k, d=d, reduction=criterion.reduction,
             )  # fmt: skip
             self.of_all_ranks, size = all_reduce(self.class_weight, self.ranks), self.ranks.size
-        # As of all losses with a process group, the average over its ranks is the whole.
+        # As for all losses with a process group, the average over its ranks is the whole loss.
         self.scale: Tensor | int = size / self.of_all_ranks.sum() if criterion.reduction == "mean" else size
 
 
@@ -89,13 +90,13 @@ class ByClass(_Streamed):
 
     @torch.no_grad()
     def collect(self, features: Tensor, rows: slice) -> None:
-        """Take in the features of a part."""
+        """Add the features of a part to the log-sum-exps."""
         lse, pos = self._lse(features, rows)
         self.lse = logaddexp(self.lse, lse)
-        self.positives += (self.weight[rows] * pos).sum()  # no @, which autocast would narrow
+        self.positives += (self._weights(rows) * pos).sum()  # not @, which autocast would compute in 16 bits
 
     def collected(self) -> None:
-        """There are no more parts."""
+        """Finish the first run: combine the log-sum-exps of all ranks."""
         if self.ranks is not None:
             self.lse = logsumexp(self.lse, self.ranks)
 
@@ -104,16 +105,20 @@ class ByClass(_Streamed):
         lse, pos = self._lse(features, rows)
         empty = lse == -torch.inf
         share = self.of_all_ranks * (lse.detach() - self.lse).exp().masked_fill(empty, 0.0)
-        return self.scale * ((share * lse.masked_fill(empty, 0.0)).sum() - (self.weight[rows] * pos).sum())
+        return self.scale * ((share * lse.masked_fill(empty, 0.0)).sum() - (self._weights(rows) * pos).sum())
 
     def value(self) -> Tensor:
         """The loss of the whole batch."""
         return self.scale * ((self.class_weight * or_zero(self.lse)).sum() - self.positives)
 
+    def _weights(self, rows: slice) -> Tensor:
+        return self.weight[rows].reshape(-1)
+
     def _lse(self, features: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         c = self.criterion
+        features, target, _ = as_rows(features, self.target[rows], None)
         return cosine_lse(
-            features, c.prototypes, self.target[rows], inverse(c.temperature), direction="class",
+            features, c.prototypes, target, inverse(c.temperature), direction="class",
             exclude=self.exclude, ignore_index=c.ignore_index,
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""[DLP] Table 7 beside ours: how far apart 100 prototypes are, at random, by the paper's recipe and by ours."""
+"""[DLP] Table 7: how far apart 100 prototypes are, at random, by the paper's recipe, and by ours."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class Table7Row:
 
 
 def dlp_recipe(start: Tensor, t: float = 2.0, *, learning_rate: float = 0.1, iterations: int = 1000) -> Tensor:
-    """Prototypes as [DLP] makes them: gradient descent on Eq. 5, rows put back onto the sphere after each step.
+    """Prototypes by the recipe of [DLP]: gradient descent on Eq. 5, with rows normalised after each step.
 
-    Eq. 5 pairs each prototype with itself too, which changes the size of the gradient but not its direction. All
-    prototypes take part in each step. This makes the K x K matrix.
+    Eq. 5 also pairs each prototype with itself, which changes the length of the gradient but not its direction. All
+    prototypes take part in each step. This needs a K x K matrix.
 
     Args:
         start: (K, d) unit rows.
@@ -76,7 +76,7 @@ def dlp_table7(
 
 
 def format_table7(rows: Sequence[Table7Row]) -> str:
-    """The rows as a Markdown table. A largest cosine is better the lower it is."""
+    """The rows as a Markdown table. The lower the largest cosine, the better."""
     lines = [
         "| d | prototypes | max cosine | min cosine | closest pair, degrees | uniformity, t = 2 |",
         "|---|---|---|---|---|---|",
@@ -94,7 +94,7 @@ def format_table7(rows: Sequence[Table7Row]) -> str:
 
 
 def plot(rows: Sequence[Table7Row], path: str | os.PathLike[str]) -> None:
-    """Histograms of the angles between pairs: a column per dimension, a line per method. Needs matplotlib."""
+    """Histograms of the angles between pairs: one column per dimension, one row per method. Needs matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

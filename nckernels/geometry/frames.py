@@ -32,18 +32,16 @@ def simplex_etf(
     Args:
         num_classes: number of vectors K, at least 1. One vector is a random direction; two are antipodal.
         dim: dimension d, at least K - 1 (and at least 1).
-        generator: source of the random orientation, which is uniform over all rotations and reflections.
-            It is drawn on the generator's device, on the CPU without one: a seed then gives the same frame
-            whatever ``device`` is.
+        generator: source of the random orientation, which is uniform over all rotations and reflections. It is drawn
+            on the generator's device, or on the CPU without one. So a seed gives the same frame for every ``device``.
         dtype: floating-point dtype of the result, torch's default if None. Computed in float64.
         device: device of the result.
 
     Returns:
         Tensor of shape (num_classes, dim).
 
-    Example::
-
-        >>> w = simplex_etf(10, 64, generator=torch.Generator().manual_seed(0))
+    Example:
+        >>> w = nckernels.geometry.simplex_etf(10, 64, generator=torch.Generator().manual_seed(0))
         >>> (w @ w.T)[0, 1]  # -1/9
         tensor(-0.1111)
     """
@@ -82,6 +80,10 @@ def orthogonal_frame(
 
     Returns:
         Tensor of shape (num_classes, dim).
+
+    Example:
+        >>> w = nckernels.geometry.orthogonal_frame(10, 64)
+        >>> torch.testing.assert_close(w @ w.T, torch.eye(10))
     """
     check_sizes(num_classes, dim)
     if dim < num_classes:
@@ -123,6 +125,12 @@ def shifted_simplex_etf(
 
     Returns:
         Tensor of shape (num_classes, dim).
+
+    Example:
+        >>> w = nckernels.geometry.shifted_simplex_etf(10, 64, beta=0.5)
+        >>> centred = F.normalize(w - w.mean(0))  # a simplex, whatever beta is
+        >>> print(f"{centred[0] @ centred[1]:.4f}")
+        -0.1111
     """
     check_sizes(num_classes, dim)
     _checks.number("alpha", alpha)
@@ -155,9 +163,9 @@ def cross_polytope(
 ) -> Tensor:
     """Cross-polytope: the 2d vectors +-e_i, randomly rotated. Rows i and i + d are antipodal.
 
-    It is the only set of K = 2d unit vectors with no cosine above 0. With fewer vectors, d + 1 < K < 2d, the
-    largest cosine cannot be below 0 either (Rankin 1955), but which of the 2d vectors to leave out is no property
-    of the polytope, and what is left is less uniform than, for instance, simplices in orthogonal subspaces. So K is 2d.
+    It is the only set of K = 2d unit vectors with no cosine above 0. With fewer vectors, d + 1 < K < 2d, the largest
+    cosine cannot be below 0 either (Rankin 1955). But a part of the polytope is less uniform than other sets, for
+    instance simplices in orthogonal subspaces, so K must be 2d.
 
     Args:
         num_classes: number of vectors K, exactly 2d.
@@ -166,6 +174,11 @@ def cross_polytope(
 
     Returns:
         Tensor of shape (num_classes, dim).
+
+    Example:
+        >>> w = nckernels.geometry.cross_polytope(8, 4)
+        >>> torch.equal(w[:4], -w[4:])
+        True
     """
     check_sizes(num_classes, dim)
     if num_classes != 2 * dim:

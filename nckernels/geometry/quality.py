@@ -16,7 +16,7 @@ _TILE = 1024  # rows and columns of cosines at a time: 8 MiB
 
 @dataclass(frozen=True)
 class PrototypeQuality:
-    """Result of :func:`prototype_quality`. All but the last are without unit."""
+    """Result of :func:`prototype_quality`. All fields but the last have no unit."""
 
     max_cosine: float
     """Cosine of the closest pair; -1/(K-1) is the least possible, reached by the simplex."""
@@ -24,7 +24,7 @@ class PrototypeQuality:
     mean_cosine: float
     """Mean over the pairs; at least -1/(K-1), reached whenever the unit vectors sum to zero."""
     uniformity: float
-    """log of the mean over the pairs of exp(-t |w_i - w_j|^2), lower is more uniform."""
+    """log of the mean over the pairs of ``exp(-t |w_i - w_j|^2)``, lower is more uniform."""
     separation: float
     """Angle of the closest pair in degrees."""
 
@@ -32,21 +32,20 @@ class PrototypeQuality:
 def prototype_quality(prototypes: Tensor, t: float = 2.0) -> PrototypeQuality:
     """Pairwise cosines, uniformity and separation of the directions of the rows ([DLP] Table 7, Eqs. 3-5).
 
-    A vector is never paired with itself. The arithmetic is float64, in tiles of 1024 x 1024 cosines: beyond a float64
-    copy of the rows the memory does not depend on K.
+    A vector is never paired with itself. The arithmetic is float64, in tiles of 1024 x 1024 cosines, so memory is a
+    float64 copy of the rows and a constant.
 
     Args:
         prototypes: (K, d) of a floating dtype, rows of any length but zero.
-        t: > 0, of the Gaussian potential in ``uniformity``.
+        t: > 0, scale of the Gaussian potential in ``uniformity``.
 
     Returns:
-        PrototypeQuality of floats; all of them NaN for a single vector, which makes no pairs.
+        PrototypeQuality of floats; all NaN for a single vector, which has no pairs.
 
     Raises:
         TypeError, ValueError: naming the argument; ``prototypes`` must have rows, and each must be finite and not zero.
 
-    Example::
-
+    Example:
         >>> nckernels.geometry.prototype_quality(torch.eye(3)).separation
         90.0
     """
@@ -81,7 +80,7 @@ def prototype_quality(prototypes: Tensor, t: float = 2.0) -> PrototypeQuality:
 
 
 def check_potential(t: float) -> None:
-    """The argument ``t`` of a Gaussian potential: a number, positive and finite."""
+    """Check the argument ``t`` of a Gaussian potential: a positive, finite number."""
     _checks.number("t", t)
     if not 0.0 < t < math.inf:
         raise ValueError(f"t must be positive and finite, got {t}")
@@ -98,5 +97,5 @@ def _directions(prototypes: Tensor) -> Tensor:
 
 
 def _angle(a: Tensor, b: Tensor) -> float:
-    """Degrees between unit vectors, accurate where the cosine is flat: at 0 and 180 degrees."""
+    """Angle between unit vectors in degrees, accurate also near 0 and 180 degrees, where the cosine is flat."""
     return math.degrees(2.0 * math.atan2((a - b).norm().item(), (a + b).norm().item()))

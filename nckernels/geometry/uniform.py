@@ -1,4 +1,4 @@
-"""As many prototypes as one likes, as uniform as possible, in any dimension ([DLP] §3.2.1)."""
+"""Any number of prototypes in any dimension, as uniform as possible ([DLP] §3.2.1)."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from ..contrastive import uniformity_loss
 from .frames import check_sizes, checked_dtype, cross_polytope, placed, simplex_etf
 from .quality import check_potential, prototype_quality
 
-#: Part of the name of cached files. Raise it with every change that leads to other prototypes.
+#: Version in the names of cached files. Raise it with every change that leads to other prototypes.
 RECIPE = 1
 
 #: Problems of K^2 d up to this are optimised in float64, larger ones in float32.
 DOUBLE_UP_TO = 10**9
-#: Problems of K^2 d up to this are solved from several starts. More take minutes, and their minima differ less.
+#: Problems of K^2 d up to this are solved from several starts. Larger ones take minutes, and their minima differ less.
 RESTART_UP_TO = 2**20
 STARTS = 8
-_HISTORY = 10  # pairs of vectors that L-BFGS remembers
+_HISTORY = 10  # length of the history of L-BFGS
 
 
 def uniform_prototypes(
@@ -41,37 +41,37 @@ def uniform_prototypes(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    r"""Unit vectors that minimise the uniformity loss ([DLP] Eqs. 3-5; Wang & Isola 2020), pairs of different ones.
+    r"""Unit vectors that minimise the uniformity loss over pairs of different vectors ([DLP] Eqs. 3-5).
 
     .. math:: \log \frac{1}{K (K - 1)} \sum_{i \neq j} e^{-t \lVert w_i - w_j \rVert^2}
 
-    The minimum is known, whatever t, and returned in closed form, turned at random, for
+    (Wang & Isola 2020.) The minimum is known for every t, and is returned in closed form with a random rotation, for
 
     - K <= d + 1: the simplex, :func:`simplex_etf`;
     - K = 2d: the :func:`cross_polytope`;
-    - d = 2: the regular polygon, in order round the circle;
-    - d = 1, where there are only two unit vectors: both of them in turn. From three prototypes on some coincide.
+    - d = 2: the regular polygon, in order around the circle;
+    - d = 1, where there are only two unit vectors: both of them alternately. Of three or more prototypes some coincide.
 
-    All else is minimised by L-BFGS from a random start, in float64 where :math:`K^2 d \le 10^9` and in float32 above.
-    The loss has many local minima of nearly the same value, whose closest pairs differ more. Small problems
-    (:math:`K^2 d \le 2^{20}`: a few seconds) are therefore solved from eight starts, and the result with the widest
-    closest pair is kept. No K x K matrix is made: memory is the workspace (:func:`nckernels.set_workspace`) and some
-    thirty times the prototypes.
+    In all other cases the loss is minimised by L-BFGS from a random start, in float64 if :math:`K^2 d \le 10^9` and in
+    float32 otherwise. It has many local minima, whose values are nearly the same but whose closest pairs differ. Small
+    problems (:math:`K^2 d \le 2^{20}`: a few seconds) are therefore solved from eight starts, and the result with the
+    widest closest pair is returned. No K x K matrix is made: memory is the workspace (:func:`nckernels.set_workspace`)
+    and about thirty times the prototypes.
 
     Args:
         num_classes: number of prototypes K, at least 1. One is a random direction.
         dim: dimension d, at least 1.
-        t: > 0, of the Gaussian potential; 2 in [DLP]. A larger one weighs the closest pairs more: with 100 prototypes
-            in 10 dimensions t = 20 leaves a largest cosine of 0.36 where t = 2 leaves 0.43.
-        seed: fixes the starts, which are drawn on the CPU, and the rotation of closed forms. The same seed gives the
-            same bits on one machine with the same versions, backend, workspace and number of threads. It does not
-            elsewhere: rounding then leads to another local minimum, of about the same value.
-        steps: at most about so many evaluations of the loss and its gradient per start. Fewer are made where the loss
-            no longer falls by what its dtype resolves.
-        progress: show a bar with the loss (needs tqdm).
-        cache: folder in which optimised prototypes are kept; made if missing. A file is only ever there as a whole.
-            One that cannot be read or holds something else is replaced, with a warning. It serves every ``dtype``
-            and ``device``. Closed forms are not kept.
+        t: > 0, scale of the Gaussian potential; 2 in [DLP]. A larger t puts more weight on the closest pairs: 100
+            prototypes in 10 dimensions have a largest cosine of 0.36 with t = 20 and 0.43 with t = 2.
+        seed: determines the starts, which are drawn on the CPU, and the rotation of closed forms. The same seed gives
+            the same bits on one machine with the same versions, backend, workspace and number of threads. Otherwise
+            rounding leads to another local minimum, of about the same value.
+        steps: largest number, approximately, of evaluations of the loss and its gradient per start. The search ends
+            earlier if the loss no longer falls within the precision of its dtype.
+        progress: whether to show a bar with the loss (needs tqdm).
+        cache: folder in which optimised prototypes are kept; created if missing. Files are written atomically. A file
+            that cannot be read or does not fit is replaced, with a warning. A file serves every ``dtype`` and
+            ``device``. Closed forms are not kept.
         dtype: floating-point dtype of the result, torch's default if None.
         device: device of the optimisation and the result.
 
@@ -82,10 +82,9 @@ def uniform_prototypes(
         TypeError, ValueError: naming the argument, what came and what was expected.
         ImportError: ``progress`` without tqdm.
 
-    Example::
-
-        >>> w = uniform_prototypes(100, 10)
-        >>> prototype_quality(w).max_cosine < 0.45  # 0.88 at random
+    Example:
+        >>> w = nckernels.geometry.uniform_prototypes(20, 4)
+        >>> nckernels.geometry.prototype_quality(w).max_cosine < 0.6  # 0.9 and more at random
         True
     """
     check_sizes(num_classes, dim)
@@ -120,7 +119,7 @@ def uniform_prototypes(
         "recipe": RECIPE,
     }
     folder = Path(cache)
-    folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is noticed now, not after the work
+    folder.mkdir(parents=True, exist_ok=True)  # fails now, not after the optimisation
     path = folder / f"uniform-K{num_classes}-d{dim}-t{float(t)!r}-seed{seed}-steps{steps}-v{RECIPE}.pt"
     kept = _read(path, request)
     if kept is None:
@@ -163,9 +162,9 @@ def minimise_uniformity(
 
 
 def _descend(rows: Tensor, t: float, steps: int, bar: _Bar) -> Tensor:
-    """The unit rows of the local minimum below."""
-    # The loss does not depend on the lengths of the rows. L-BFGS makes a first step of 1-norm 1, which would move unit
-    # rows by next to nothing; short ones turn by about a tenth of a right angle.
+    """The unit rows of the local minimum that L-BFGS reaches from ``rows``."""
+    # The loss does not depend on the lengths of the rows. The first step of L-BFGS has a 1-norm of 1, which would
+    # hardly rotate unit rows; shorter rows rotate by about a tenth of a right angle.
     w = (rows * (10.0 / rows.numel() * math.sqrt(rows.shape[1]))).requires_grad_()
     finest = 1e-13 if w.dtype == torch.float64 else 0.0
     optimiser = torch.optim.LBFGS(
@@ -190,20 +189,20 @@ def _unit(rows: Tensor) -> Tensor:
 
 
 def _poles(num_classes: int, generator: torch.Generator) -> Tensor:
-    """+1 and -1 in turn, which has the fewest pairs that coincide; which comes first is random."""
+    """+1 and -1 alternately, which has the fewest coinciding pairs; the first sign is random."""
     first = torch.randn(1, generator=generator, dtype=torch.float64, device="cpu").sign()
     return (first * (-1.0) ** torch.arange(num_classes, device="cpu"))[:, None]
 
 
 def _polygon(num_classes: int, generator: torch.Generator) -> Tensor:
-    """The corners of a regular polygon, the first one anywhere on the circle."""
+    """The corners of a regular polygon, rotated at random."""
     turn = torch.rand(1, generator=generator, dtype=torch.float64, device="cpu")
     angle = 2.0 * math.pi * (turn + torch.arange(num_classes, dtype=torch.float64, device="cpu") / num_classes)
     return torch.stack([angle.cos(), angle.sin()], 1)
 
 
 class _Bar:
-    """A bar of evaluations with the loss, or (``total`` 0) nothing."""
+    """A progress bar of evaluations with the loss; nothing if ``total`` is 0."""
 
     def __init__(self, total: int) -> None:
         self._bar: Any = None
@@ -228,7 +227,7 @@ class _Bar:
 
 
 def _read(path: Path, request: dict[str, object]) -> Tensor | None:
-    """The prototypes of a request, or None, with a warning if there is a file that does not hold them."""
+    """The cached prototypes of a request, or None, with a warning if the file does not hold them."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -241,24 +240,24 @@ def _read(path: Path, request: dict[str, object]) -> Tensor | None:
         fault = _fault(found, request)
         if fault is None:
             return found["prototypes"]
-    warnings.warn(f"nckernels: {path} is computed anew: {fault}", stacklevel=3)
+    warnings.warn(f"nckernels: {path} is recomputed: {fault}", stacklevel=3)
     return None
 
 
 def _fault(found: object, request: dict[str, object]) -> str | None:
-    """Why the content of a file does not answer the request."""
+    """Why the content of a file does not fit the request; None if it does."""
     if not isinstance(found, dict) or found.get("request") != request:
         return "it was made for another request"
     rows = found.get("prototypes")
     if not isinstance(rows, Tensor) or rows.shape != (request["num_classes"], request["dim"]):
         return "it holds no prototypes of this shape"
     if not bool(((rows.double().norm(dim=1) - 1.0).abs() < 1e-5).all()):
-        return "its rows are no unit vectors"
+        return "its rows are not unit vectors"
     return None
 
 
 def _write(path: Path, content: dict[str, object]) -> None:
-    """Under a name of its own first: who reads, or stops this process, finds the whole file or none."""
+    """Write atomically: first to a unique name, then rename."""
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with part.open("wb") as file:
@@ -267,6 +266,6 @@ def _write(path: Path, content: dict[str, object]) -> None:
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:  # a full disk must not cost the result
-        warnings.warn(f"nckernels: the prototypes could not be kept in {path}: {error}", stacklevel=3)
+        warnings.warn(f"nckernels: the prototypes could not be cached in {path}: {error}", stacklevel=3)
     finally:
         part.unlink(missing_ok=True)

@@ -1,5 +1,5 @@
 """The neural-collapse lab: each claim of the papers as an experiment that measures it beside its closed form.
 
-``python -m nckernels lab NAME`` prints a table and writes a picture, see :mod:`nckernels.lab.cli`. A file is an
-experiment: its docstring is the claim, its ``run`` measures, and what ``run`` returns can be drawn.
+``python -m nckernels lab NAME`` prints a table and writes a picture, see ``nckernels/lab/cli.py``. Each module is one
+experiment: its docstring states the claim, its ``run`` measures, and the result of ``run`` can be drawn.
 """

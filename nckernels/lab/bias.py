@@ -61,7 +61,7 @@ def shifted_simplex(gram: Tensor) -> tuple[float, float]:
     Its Gram matrix is alpha^2 (I - J/K) + alpha^2 (1 - beta)^2 J/K.
     """
     k = len(gram)
-    along = float(gram.mean() * k)  # the eigenvalue of the ones vector
+    along = float(gram.mean() * k)  # eigenvalue of the ones vector
     alpha = math.sqrt(float(gram.trace() - along) / (k - 1))
     return alpha, 1 - math.sqrt(max(along, 0.0)) / alpha
 
@@ -78,7 +78,7 @@ def expected_bias(lambda_b: float, c: float, k: int) -> float:
 
 
 def draw(sweep: Sequence[float], found: Sequence[MSESolution], c: float, k: int, path: Path) -> None:
-    """Means in space at three penalties, and shift and bias over the whole sweep."""
+    """The class means in space at three penalties; shift and bias over the whole sweep."""
     figure = style.canvas(
         14, 8.4, "Penalising the classifier's bias turns the simplex into an orthogonal frame",
         "The bias can take the labels' common part off the features. As it gets more expensive it shrinks, and the "
@@ -113,9 +113,9 @@ def draw(sweep: Sequence[float], found: Sequence[MSESolution], c: float, k: int,
 
 
 def _means_in_space(figure: Figure, place: int, means: Tensor, multiple: float) -> None:
-    """Three arrows, turned so that their sum points up."""
+    """Three arrows, rotated so that their sum points up."""
     left, values, _ = torch.linalg.svd(means)
-    rows = (left * values) @ left.T  # the symmetric root of the Gram matrix: the means after a rotation
+    rows = (left * values) @ left.T  # the symmetric root of the Gram matrix: the means, rotated
     unit = rows / rows.norm(dim=1, keepdim=True)
     cosine = float((unit @ unit.T)[0, 1])
     kind = ("simplex", "in between", "nearly orthogonal")[place]

@@ -1,4 +1,4 @@
-"""``python -m nckernels lab``: the papers' claims, each measured beside its closed form, with one picture each."""
+"""``python -m nckernels lab``: tests the papers' claims against their closed forms, with one picture each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from . import bias, collapse, encodings, errata, prototypes, relu, supcon
 from .report import Result, table
 
-#: Name: what measures it. Every function takes ``seed`` and ``progress``.
+#: The experiments by name. Every function takes ``seed`` and ``progress``.
 EXPERIMENTS: dict[str, Callable[..., Result]] = {
     "collapse": collapse.run,
     "bias": bias.run,
@@ -37,16 +37,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(names) > 1:
         print(
             f"{len(names) - len(wrong)} of {len(names)} experiments agree"
-            + (f"; {', '.join(wrong)}: no" if wrong else "")
+            + (f"; not {', '.join(wrong)}" if wrong else "")
         )
     return 1 if wrong else 0
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command's options."""
-    parser = argparse.ArgumentParser(prog="python -m nckernels lab", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m nckernels lab",
+        description="Test the papers' claims: each experiment prints measured values beside their closed forms and "
+        "draws a picture. The exit status is 1 if anything disagrees.",
+    )
     parser.add_argument("name", choices=[*EXPERIMENTS, "all"], help="the experiment")
-    parser.add_argument("--out", type=Path, default=Path("out/lab"), help="folder of the pictures (out/lab)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random starts (0)")
+    parser.add_argument("--out", type=Path, default=Path("out/lab"), help="folder of the pictures (default: out/lab)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random starts (default: 0)")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser

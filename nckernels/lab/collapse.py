@@ -35,7 +35,7 @@ def run(
     ]
     for loss in LOSSES:
         worst = max(_distance_from_collapse(s) for (of, _, _), s in found.items() if of == loss)
-        checks.append(Check(f"{style.LOSS_NAMES[loss]}: the metric that is furthest from collapse", worst, 0.0, 1e-5))
+        checks.append(Check(f"{style.LOSS_NAMES[loss]}: the metric furthest from collapse", worst, 0.0, 1e-5))
     return Result(
         "Every loss on unit vectors has the same minimisers: samples at their class mean, means and prototypes on a "
         "simplex.",
@@ -51,7 +51,7 @@ def _distance_from_collapse(solution: Solution) -> float:
 
 
 def draw(found: dict[Case, Solution], path: Path, seed: int) -> None:
-    """Above, three classes on the circle under each loss; below, the distance of each value from its minimum."""
+    """Top: three classes on the circle under each loss. Bottom: the distance of each value from its minimum."""
     figure = style.canvas(
         15, 8.2, "Five losses, one geometry: free features collapse to a simplex from random starts",
         "Nothing but the loss moves the points. Samples of a class end on one spot, the spots as far apart as can "

@@ -1,4 +1,4 @@
-"""Labels other than one-hot: which parts of neural collapse survive ([ENC] Theorems III.4, IV.1, IV.4, Prop. IV.3)."""
+"""Labels other than one-hot: which parts of neural collapse hold ([ENC] Theorems III.4, IV.1, IV.4, Prop. IV.3)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .report import Check, Result, bar
 
 
 def encodings(num_classes: int, seed: int) -> dict[str, Tensor]:
-    """Five K x K label matrices, column k the label of class k."""
+    """Five K x K label matrices; column k is the label of class k."""
     generator = torch.Generator().manual_seed(seed)
     gaussian = torch.randn(num_classes, num_classes, generator=generator, dtype=torch.float64)
     rotation = torch.linalg.qr(torch.randn(num_classes, num_classes, generator=generator, dtype=torch.float64)).Q
@@ -40,7 +40,7 @@ def run(
     lambda_h: float = 2e-3,
     lambda_b: float = 0.05,
 ) -> Result:
-    """Minimise squared error with each encoding, once with classes of different sizes and once with a free bias."""
+    """Minimise squared error with each encoding; also with classes of different sizes, and with a free bias."""
     k, n, labels = num_classes, samples_per_class, encodings(num_classes, seed)
 
     def solved(encoding: Tensor, sizes: int | list[int], penalty: float = lambda_b) -> MSESolution:
@@ -74,20 +74,20 @@ def run(
               float((free.bias - mean_label).abs().max()), 0.0, 1e-7),
     ]  # fmt: skip
     return Result(
-        "Samples of a class coincide whatever the labels. Weights equal to the means need one-hot-like labels; weights "
-        "equal to them up to a rotation need nothing.",
+        "For any labels the samples of a class coincide, and the weights equal the class means up to a rotation; "
+        "without the rotation only for labels like one-hot.",
         checks,
         lambda path: draw(labels, found, path),
     )
 
 
 def self_duality(weight: Tensor, means: Tensor) -> float:
-    """NC3 of [ENC]: |W/|W| - H/|H||^2 with the uncentred class means as rows, 0 where W = kappa H."""
+    """NC3 of [ENC]: |W/|W| - H/|H||^2 with the uncentred class means as rows; 0 if W = kappa H."""
     return float((weight / weight.norm() - means / means.norm()).square().sum())
 
 
 def draw(labels: dict[str, Tensor], found: dict[str, MSESolution], path: Path) -> None:
-    """A column per encoding: labels, cosines of the means, cosines of weights and means without and with a rotation."""
+    """One column per encoding: labels, cosines of the means, of weights and means before and after a rotation."""
     figure = style.canvas(
         14, 12.2, "Whatever the labels, the weights are the class means up to a rotation",
         "Columns: label encodings; squared error, free features. Where the third row has 1 on its diagonal, "
@@ -104,7 +104,7 @@ def draw(labels: dict[str, Tensor], found: dict[str, MSESolution], path: Path) -
     for column, (name, s) in enumerate(found.items()):
         means, weight = s.means, s.weight
         left, _, right = torch.linalg.svd(means @ weight.T)
-        rotated = (left @ right) @ weight  # of the rows of W: [ENC] Eq. 12's Q mixes classes
+        rotated = (left @ right) @ weight  # rotates the rows of W: Q in [ENC] Eq. 12 mixes classes
         nc3, nc3_rotated = self_duality(weight, means), rotated_self_duality(weight, means)
         duality = f"{nc3:.2f}" if nc3 > 1e-9 else "0"
         turned = f"{nc3_rotated:.2f}" if nc3_rotated > 1e-9 else "0"

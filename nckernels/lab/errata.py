@@ -1,4 +1,4 @@
-"""Where the three papers are wrong or say less than they seem to, each with a number that shows it."""
+"""Errors in the three papers, each with a measured number that shows it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .report import Check, Result, bar
 
 @dataclass(frozen=True)
 class Erratum:
-    """What a paper says, what is the case, and the checks that show it."""
+    """The printed statement, the measured one, and the checks that compare them."""
 
     where: str
     says: str
@@ -34,7 +34,7 @@ class Erratum:
 
 
 def run(*, seed: int = 0, progress: bool = False, num_classes: int = 10) -> Result:
-    """Measure every one; a check agrees where the correction does."""
+    """Measure every erratum; a check agrees if the correction is right."""
     experiments: Sequence[Callable[[], Erratum]] = (
         lambda: gradient_of_dot_regression(seed),
         lambda: learning_rate_of_prototypes(seed),
@@ -48,14 +48,14 @@ def run(*, seed: int = 0, progress: bool = False, num_classes: int = 10) -> Resu
     )
     errata = [experiment() for experiment in bar(experiments, "errata", progress)]
     return Result(
-        "Errors in the papers: what is printed, what is measured, what is right.",
+        "Errors in the papers: printed, measured and correct values.",
         [check for erratum in errata for check in erratum.checks],
         lambda path: draw(errata, path),
     )
 
 
 def gradient_of_dot_regression(seed: int) -> Erratum:
-    """The gradient of (z.w - 1)^2/2 in x, z = x/|x| and s = z.w, is -(1 - s)(w - s z)/|x|: not 0 where s = 0."""
+    """The gradient of (z.w - 1)^2/2 in x, z = x/|x| and s = z.w, is -(1 - s)(w - s z)/|x|, which is not 0 at s = 0."""
     generator = torch.Generator().manual_seed(seed)
     x, w = torch.randn(2, 1, 8, generator=generator, dtype=torch.float64)
     w = F.normalize(w)
@@ -77,7 +77,7 @@ def gradient_of_dot_regression(seed: int) -> Erratum:
 
 
 def learning_rate_of_prototypes(seed: int) -> Erratum:
-    """100 prototypes in 100 dimensions at rate 0.1, as published, and at rate 10."""
+    """100 prototypes in 100 dimensions with learning rate 0.1, as published, and with 10."""
     generator = torch.Generator().manual_seed(seed)
     start = F.normalize(torch.randn(100, 100, generator=generator, dtype=torch.float64))
     slow = prototype_quality(dlp_recipe(start)).max_cosine
@@ -94,7 +94,7 @@ def learning_rate_of_prototypes(seed: int) -> Erratum:
 
 
 def rank_of_vanishing_scatter(seed: int, num_classes: int) -> Erratum:
-    """The effective rank of a covariance ignores its size: a simplex whose samples are 1e-6 from their means."""
+    """The effective rank of a covariance ignores its size, as a simplex with samples 1e-6 from their means shows."""
     generator = torch.Generator().manual_seed(seed)
     target = torch.arange(num_classes).repeat_interleave(20)
     points = simplex_etf(num_classes, max(16, num_classes), generator=generator, dtype=torch.float64)[target]
@@ -110,7 +110,7 @@ def rank_of_vanishing_scatter(seed: int, num_classes: int) -> Erratum:
 
 
 def rank_of_an_orthogonal_frame(seed: int, num_classes: int) -> Erratum:
-    """An orthogonal frame has the inter-class rank of the simplex."""
+    """An orthogonal frame has the same inter-class rank as the simplex."""
     generator = torch.Generator().manual_seed(seed)
     frame = orthogonal_frame(num_classes, num_classes, generator=generator, dtype=torch.float64)
     at = neural_collapse(frame, torch.arange(num_classes))
@@ -127,7 +127,7 @@ def rank_of_an_orthogonal_frame(seed: int, num_classes: int) -> Erratum:
 
 
 def mir_of_a_simplex(seed: int, num_classes: int) -> Erratum:
-    """MIR at exact collapse is 1 only in the limit of many classes."""
+    """At exact collapse MIR is 1 only in the limit of many classes."""
     points = _simplex(seed, num_classes)
     at = neural_collapse(points, torch.arange(num_classes), points)
     return Erratum(
@@ -142,7 +142,7 @@ def mir_of_a_simplex(seed: int, num_classes: int) -> Erratum:
 
 
 def direction_of_no_mean(seed: int, num_classes: int) -> Erratum:
-    """Centring by the direction of the global mean is noise where that mean is 0: a simplex that is off by 1e-9."""
+    """The direction of the global mean is noise if that mean is 0, as a simplex that is off by 1e-9 shows."""
     points = _simplex(seed, num_classes)
     generator = torch.Generator().manual_seed(seed + 1)
     off = points + 1e-9 * torch.randn(points.shape, generator=generator, dtype=torch.float64)
@@ -178,7 +178,7 @@ def sign_of_label_smoothing() -> Erratum:
 
 
 def scale_without_bias_penalty(seed: int) -> Erratum:
-    """The scale of the means on both sides of the transition at lambda_b = c/(1 - c) = 0.22."""
+    """The scale of the means below and above the transition at lambda_b = c/(1 - c) = 0.22."""
     k, n, weight_decay = 3, 4, 0.03
     c = k * math.sqrt(n) * weight_decay
     scales = []
@@ -199,7 +199,7 @@ def scale_without_bias_penalty(seed: int) -> Erratum:
 
 
 def simplices_of_other_labels(seed: int) -> Erratum:
-    """With a free bias any common shift of the labels is the bias's: one-hot labels plus (1, 0, ..., 0)."""
+    """A free bias absorbs any common shift of the labels, such as that of one-hot labels plus (1, 0, ..., 0)."""
     k = 4
     labels = one_hot(k)
     labels[0] += 1.0
@@ -235,7 +235,7 @@ def _number(value: float) -> str:
 
 
 def draw(errata: Sequence[Erratum], path: Path) -> None:
-    """A line per erratum: place, what it says, what is measured."""
+    """One line per erratum: place, printed statement, measured value."""
     widths = (62, 66)
     cells = [
         (e.where, textwrap.fill(e.says, widths[0]), textwrap.fill(e.found, widths[1])) for e in errata

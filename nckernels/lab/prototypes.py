@@ -1,4 +1,4 @@
-"""How far apart 100 fixed prototypes can be, and how far apart the recipe of [DLP] leaves them (Table 7)."""
+"""The largest cosine of 100 fixed prototypes: the best possible, and that of the recipe of [DLP] (Table 7)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from nckernels.geometry.quality import prototype_quality
 
 from .report import Check, Result, bar
 
-# Largest cosine that 100 prototypes need not exceed where there is no closed form, by dimension.
+# By dimension, an upper bound of the largest cosine of 100 prototypes where there is no closed form.
 BEST_KNOWN = {10: 0.45}
 
 
 def run(
     *, seed: int = 0, progress: bool = False, dims: Sequence[int] = (100, 50, 10), num_classes: int = 100
 ) -> Result:
-    """Random directions, the published recipe from there, and :func:`nckernels.geometry.uniform_prototypes`."""
+    """Compare random directions, the published recipe started there, and :func:`uniform_prototypes`."""
     rows: list[Table7Row] = []
     for d in bar(dims, "prototypes", progress):
         rows += dlp_table7((d,), num_classes=num_classes, seed=seed)

@@ -1,7 +1,7 @@
-"""Features without negative entries cannot form the simplex; they stop at an orthonormal frame.
+"""Features without negative entries cannot form the simplex; their optimum is an orthonormal frame.
 
-The networks of [NCD] end in ReLU and average pooling. The closed form of what such features can reach explains the
-residue in the paper's Table 3, which more training does not remove.
+The networks of [NCD] end in ReLU and average pooling. The closed-form optimum of such features explains the distance
+from collapse in the paper's Table 3, which more training does not reduce.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nckernels.ufm import Solution, solve
 from . import style
 from .report import Check, Result, bar
 
-# [NCD] Table 3, K: weight alignment, HDR as published, of NONL, NTCE, NormFace.
+# [NCD] Table 3 by K: weight alignment and published HDR, each of NONL, NTCE, NormFace.
 TABLE_3 = {10: ((0.11, 0.08, 0.12), (0.05, 0.05, 0.04)), 100: ((0.01, 0.01, 0.01), (0.30, 0.30, 0.30))}
 Kind = Literal["signed", "relu"]
 KINDS: tuple[Kind, ...] = ("signed", "relu")
@@ -51,8 +51,8 @@ def run(
         if kind == "relu":
             checks.append(Check(f"{label}: HDR, as published", s.collapse.hdr, best.hdr, 1e-4))
     return Result(
-        "Non-negative features end in an orthonormal frame and leave the prototypes at a distance, "
-        "2 - 2 sqrt((K-1)/K); signed ones collapse.",
+        "Signed features collapse. Non-negative features end in an orthonormal frame, at a squared distance of "
+        "2 - 2 sqrt((K-1)/K) from their prototypes.",
         checks,
         lambda path: draw(found, classes, losses[0], path),
     )
@@ -100,7 +100,7 @@ def draw(found: dict[tuple[str, int, Kind], Solution], classes: Sequence[int], l
 
 
 def _space(figure: Figure, place: int, kind: str) -> None:
-    """Where three classes end: features as arrows, prototypes as stars."""
+    """The optimum of three classes: features as arrows, prototypes as stars."""
     frame = np.eye(3)
     simplex = frame - 1 / 3
     simplex /= np.linalg.norm(simplex, axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""What an experiment returns, and how it is printed."""
+"""The result of an experiment, and its table."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Check:
-    """One number beside what it should be."""
+    """A measured number and its expected value."""
 
     what: str
     measured: float
     expected: float
     tolerance: float = 0.0
-    """Largest difference, absolute, at which the two agree."""
+    """Largest absolute difference at which the two agree."""
     relation: Literal["=", "<", ">"] = "="
-    """``"<"`` and ``">"``: ``expected`` is a bound from above or from below."""
+    """``"<"``: ``expected`` is an upper bound; ``">"``: a lower bound."""
     printed: str = ""
-    """What the paper says, where it says something else."""
+    """The value that the paper prints, if it differs."""
 
     @property
     def agrees(self) -> bool:
@@ -45,12 +45,12 @@ class Result:
 
     @property
     def agrees(self) -> bool:
-        """Whether every check does."""
+        """Whether every check agrees."""
         return all(check.agrees for check in self.checks)
 
 
 def table(result: Result) -> str:
-    """The checks as text, with the verdict below."""
+    """The checks as a text table, followed by the verdict."""
     printed = any(check.printed for check in result.checks)
     head = ["", *(["printed"] if printed else []), "measured", "closed form", "difference", "allowed", ""]
     rows = [head]
@@ -69,7 +69,7 @@ def table(result: Result) -> str:
             ]
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    texts = 2 if printed else 1  # columns of words, on the left
+    texts = 2 if printed else 1  # number of text columns, aligned left
     lines = [
         "  ".join(c.ljust(w) if i < texts else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
         for row in rows

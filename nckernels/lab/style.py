@@ -1,4 +1,4 @@
-"""How the lab's pictures look."""
+"""The style of the lab's pictures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LOSS_NAMES = {
 
 
 def canvas(width: float, height: float, title: str, subtitle: str) -> Figure:
-    """A figure that begins with what it shows; the axes belong below 84 % of its height."""
+    """A figure with a title and a subtitle; place the axes below 84 % of its height."""
     figure = Figure(figsize=(width, height), facecolor="white")
     FigureCanvasAgg(figure)
     figure.text(0.03, 1 - 0.2 / height, title, fontsize=15, color=INK, weight="bold", va="top")
@@ -38,7 +38,7 @@ def canvas(width: float, height: float, title: str, subtitle: str) -> Figure:
 
 
 def tidy(ax: Axes, title: str = "", grid: bool = True) -> None:
-    """Quiet axes."""
+    """Axes with a title, light lines and an optional grid."""
     ax.set_title(title, fontsize=11.5, color=INK, loc="left", pad=8)
     if grid:
         ax.grid(color=GRID, lw=0.8)
@@ -51,7 +51,7 @@ def tidy(ax: Axes, title: str = "", grid: bool = True) -> None:
 
 
 def space(figure: Figure, where: tuple[float, float, float, float], title: str, note: str) -> Axes:
-    """Axes for arrows of three classes in space, seen a little from above: see :func:`project`.
+    """Axes for the arrows of three classes in space, seen slightly from above (:func:`project`).
 
     (1, 1, 1) points up. A simplex lies flat in the grey disc, an orthogonal frame opens upwards.
     """
@@ -70,7 +70,7 @@ def space(figure: Figure, where: tuple[float, float, float, float], title: str, 
 
 
 def upright(points: Array) -> Array:
-    """Rows of (n, 3), turned so that (1, 1, 1) is the third axis."""
+    """Rows of (n, 3), rotated so that (1, 1, 1) is the third axis."""
     across, up = np.array([2.0, -1.0, -1.0]) / np.sqrt(6), np.ones(3) / np.sqrt(3)
     turned: Array = points @ np.stack([across, np.cross(up, across), up], axis=1)
     return turned
@@ -99,7 +99,7 @@ def arrows(ax: Axes, points: Array) -> None:
 
 
 def heat(ax: Axes, matrix: Array, title: str, limit: float = 1.0) -> Any:
-    """A small square matrix in red and blue, its numbers inside."""
+    """A small square matrix in red and blue, with its numbers."""
     image = ax.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit)
     ax.set_title(title, fontsize=10.5, color=INK, pad=6)
     ax.set(xticks=[], yticks=[])

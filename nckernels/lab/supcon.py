@@ -28,7 +28,7 @@ def run(
     samples_per_class: int = 4,
     temperature: float = 0.3,
 ) -> Result:
-    """Minimise each of the two and evaluate the other there."""
+    """Minimise each of the two losses and evaluate the other one at the minimiser."""
     found = {
         (loss, k, d): solve(loss, k, d, samples_per_class, temperature, seed=seed)
         for loss, k, d in bar([(loss, *size) for size in sizes for loss in LOSSES], "supcon", progress)
@@ -50,7 +50,7 @@ def run(
         )  # fmt: skip
     first = {loss: found[(loss, *sizes[-1])] for loss in LOSSES}
     return Result(
-        "The minimisers of SupCon are those of the prototype loss: class means may stand for the samples.",
+        "SupCon and the prototype loss have the same minimisers: class means can replace the samples.",
         checks,
         lambda path: draw(first, temperature, path),
     )
@@ -63,7 +63,7 @@ def evaluate(loss: str, features: Tensor, target: Tensor, temperature: float) ->
 
 
 def draw(found: dict[str, Solution], temperature: float, path: Path) -> None:
-    """Both losses above their minimum, on the way from random features to the minimiser of either."""
+    """Both losses, minus their minimum, on the path from random features to the minimiser of each."""
     figure = style.canvas(
         13, 6.2, "What minimises SupCon minimises the prototype loss, and the other way round",
         "Left: features go straight (on the sphere) from random ones to a minimiser of SupCon, right: to one of the "

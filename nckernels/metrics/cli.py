@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m nckernels convergence",
-        description="When training runs come near neural collapse, and when they match another run: [NCD] Table 7.",
+        description="Tabulate after how many iterations training runs come close to neural collapse and match a "
+        "baseline run ([NCD] Table 7).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -58,7 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--baseline",
         type=Path,
         metavar="RUN",
-        help="the run to match; None: the run with the loss ce, if it is one",
+        help="the run to match; by default the run with the loss ce, if there is exactly one",
     )
     add(
         "--reference",

@@ -37,6 +37,11 @@ def convergence_iteration(
         tolerance: for "95 % NC" 0.05 times the metric's entry in :func:`ranges`.
         smoothing: weight of the past in the exponentially weighted average a_t = s a_{t-1} + (1 - s) x_t over
             the evaluations, in [0, 1); 0 takes the values as they are.
+
+    Example:
+        >>> steps, values = [0, 100, 200, 300], [0.0, 0.5, 0.97, 0.99]
+        >>> nckernels.metrics.convergence_iteration(steps, values, optimum=1.0, tolerance=0.05, smoothing=0)
+        200
     """
     if len(steps) != len(values):
         raise ValueError(f"values: expected one per step ({len(steps)}), got {len(values)}")
@@ -58,6 +63,11 @@ def first_reach(
 
     With ``level`` the final value of another run, divided by that run's iterations, this is part (II) of
     [NCD] Table 7: the share of its iterations needed to match it. None if it is not matched at the end.
+
+    Example:
+        >>> steps, values = [0, 100, 200, 300], [0.0, 0.5, 0.97, 0.99]
+        >>> nckernels.metrics.first_reach(steps, values, level=0.4, optimum=1.0, smoothing=0)
+        100
     """
     if math.isnan(level):
         raise ValueError("level: expected a number, got nan")
@@ -68,7 +78,15 @@ def first_reach(
 
 @dataclass(frozen=True)
 class RunHistory:
-    """What a training run measured, as far as its convergence is concerned."""
+    """What a training run measured, as far as its convergence is concerned.
+
+    Example:
+        >>> run = nckernels.metrics.RunHistory(
+        ...     "nonl", loss="nonl", num_classes=10, dim=64, steps=[0, 100], metrics={"inter_erank": [1.0, 8.9]}
+        ... )
+        >>> run.metrics["inter_erank"][-1]
+        8.9
+    """
 
     name: str
     loss: str
@@ -197,6 +215,16 @@ def convergence_table(
     Raises:
         ValueError: for runs that do not fit together, metrics that do not exist or that a run lacks, a tolerance
             outside (0, 1], or a smoothing outside [0, 1).
+
+    Example:
+        >>> metrics = {"ce": [2.0, 4.0, 6.0], "nonl": [2.0, 7.0, 8.9]}
+        >>> runs = [
+        ...     nckernels.metrics.RunHistory(name, name, 10, 64, [0, 100, 200], {"inter_erank": values})
+        ...     for name, values in metrics.items()
+        ... ]
+        >>> table = nckernels.metrics.convergence_table(runs, smoothing=0, metrics=["inter_erank"])
+        >>> table.match["nonl"]["inter_erank"]  # of cross-entropy's iterations, until its final value is reached
+        0.5
     """
     if not runs:
         raise ValueError("runs: expected at least one")

@@ -24,7 +24,14 @@ _CHUNK = 2**22  # entries of a block of samples or classes against classes: 32 M
 
 
 def class_means(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Plain means per class, (K, d) in float64, zero where a class is absent, and the class counts (K,)."""
+    """Plain means per class, (K, d) in float64, zero where a class is absent, and the class counts (K,).
+
+    Example:
+        >>> x = torch.tensor([[1.0], [3.0], [5.0]])
+        >>> means, counts = nckernels.metrics.class_means(x, torch.tensor([0, 0, 2]), 3)
+        >>> means.flatten().tolist(), counts.tolist()
+        ([2.0, 0.0, 5.0], [2, 0, 1])
+    """
     check_features(features, target)
     check_positive("num_classes", num_classes)
     check_labels(target, num_classes)
@@ -32,7 +39,12 @@ def class_means(features: Tensor, target: Tensor, num_classes: int) -> tuple[Ten
 
 
 def effective_rank(matrix: Tensor) -> float:
-    """exp of the entropy of the singular values scaled to sum 1 (Roy & Vetterli 2007), 0 for zero."""
+    """exp of the entropy of the singular values scaled to sum 1 (Roy & Vetterli 2007), 0 for zero.
+
+    Example:
+        >>> nckernels.metrics.effective_rank(torch.diag(torch.tensor([2.0, 2.0, 0.0])))
+        2.0
+    """
     check_matrix("matrix", matrix)
     return _spectrum_rank(torch.linalg.svdvals(double(matrix)))
 
@@ -45,6 +57,11 @@ def covariance_rank(points: Tensor, *, noise: float | None = None) -> float:
 
     The authors' code adds 1e-7 to each of the d shares before the entropy, which raises the result by less
     than 0.1 % at d = 512; it is left out here so that a simplex gives K - 1 exactly.
+
+    Example:
+        >>> points = nckernels.geometry.simplex_etf(4, 8, dtype=torch.float64)
+        >>> print(f"{nckernels.metrics.covariance_rank(points):.6f}")  # K - 1
+        3.000000
     """
     check_matrix("points", points)
     if len(points) < 2:
@@ -60,7 +77,15 @@ def covariance_rank(points: Tensor, *, noise: float | None = None) -> float:
 
 
 def intra_class_rank(features: Tensor, target: Tensor, *, noise: float | None = None) -> float:
-    """Mean over the classes of :func:`covariance_rank`; classes with one sample are left out."""
+    """Mean over the classes of :func:`covariance_rank`; classes with one sample are left out.
+
+    Example:
+        >>> y = torch.arange(4).repeat(50)
+        >>> x = torch.eye(4, dtype=torch.float64)[y] + 0.1 * torch.randn(200, 4, dtype=torch.float64)
+
+        >>> print(f"{nckernels.metrics.intra_class_rank(x, y):.0f}")  # noise in all four directions
+        4
+    """
     check_features(features, target)
     target = _index(target, features)
     by_class = double(features)[target.argsort()].split(target.unique(return_counts=True)[1].tolist())
@@ -70,7 +95,14 @@ def intra_class_rank(features: Tensor, target: Tensor, *, noise: float | None = 
 
 
 def weight_alignment(prototypes: Tensor, means: Tensor) -> float:
-    """Mean over c of |v_c - m_c/|m_c||^2 with v_c the unit prototype: NC3, from 0 to 4."""
+    """Mean over c of ``|v_c - m_c/|m_c||^2`` with v_c the unit prototype: NC3, from 0 to 4.
+
+    Example:
+        >>> nckernels.metrics.weight_alignment(torch.eye(3), 0.5 * torch.eye(3))  # the same directions
+        0.0
+        >>> nckernels.metrics.weight_alignment(torch.eye(3), -torch.eye(3))  # opposite ones
+        4.0
+    """
     check_matrix("prototypes", prototypes)
     check_matrix("means", means)
     _check_shape("means", means, tuple(prototypes.shape))
@@ -78,7 +110,15 @@ def weight_alignment(prototypes: Tensor, means: Tensor) -> float:
 
 
 def instance_alignment(features: Tensor, prototypes: Tensor, target: Tensor) -> float:
-    """Mean over i of |u_i - v_{y_i}|^2, u and v unit vectors: NC1 and NC3 together, from 0 to 4."""
+    """Mean over i of ``|u_i - v_{y_i}|^2``, u and v unit vectors: NC1 and NC3 together, from 0 to 4.
+
+    Example:
+        >>> y = torch.arange(4).repeat(5)
+        >>> x = torch.eye(4)[y]  # an orthogonal frame, collapsed
+
+        >>> nckernels.metrics.instance_alignment(x, torch.eye(4), y)
+        0.0
+    """
     check_features(features, target)
     check_matrix("prototypes", prototypes)
     _check_shape("prototypes", prototypes, (len(prototypes), features.shape[1]))
@@ -88,16 +128,26 @@ def instance_alignment(features: Tensor, prototypes: Tensor, target: Tensor) -> 
 
 
 def matrix_entropy(gram: Tensor) -> float:
-    """-sum l ln l over the eigenvalues l of G/K, G = Gram matrix of K unit vectors: from 0 to ln K."""
+    """-sum l ln l over the eigenvalues l of G/K, G = Gram matrix of K unit vectors: from 0 to ln K.
+
+    Example:
+        >>> print(f"{nckernels.metrics.matrix_entropy(torch.eye(4)):.4f} = ln 4")
+        1.3863 = ln 4
+    """
     _check_square("gram", gram)
     eigenvalues = torch.linalg.eigvalsh(double(gram) / len(gram)).clamp(min=0)
     return -torch.xlogy(eigenvalues, eigenvalues).sum().item()
 
 
 def mutual_information_ratio(gram_w: Tensor, gram_m: Tensor) -> float:
-    """MIR = (H(G_W) + H(G_M) - H(G_W * G_M)) / min(H(G_W), H(G_M)), * the entrywise product [NCD §5.2].
+    """MIR, ``(H(G_W) + H(G_M) - H(G_W * G_M)) / min(H(G_W), H(G_M))``, * the entrywise product [NCD §5.2].
 
     NaN where an entropy is 0: one vector, or two that are parallel.
+
+    Example:
+        >>> w = nckernels.geometry.simplex_etf(10, 64, dtype=torch.float64)
+        >>> print(f"{nckernels.metrics.mutual_information_ratio(w @ w.T, w @ w.T):.3f}")  # the optimum for K = 10
+        0.952
     """
     _check_square("gram_w", gram_w)
     _check_square("gram_m", gram_m, len(gram_w))
@@ -105,7 +155,13 @@ def mutual_information_ratio(gram_w: Tensor, gram_m: Tensor) -> float:
 
 
 def entropy_difference_ratio(gram_w: Tensor, gram_m: Tensor) -> float:
-    """HDR = |H(G_W) - H(G_M)| / max(H(G_W), H(G_M)) [NCD §5.2]; NaN where both are 0."""
+    """HDR, ``|H(G_W) - H(G_M)| / max(H(G_W), H(G_M))`` [NCD §5.2]; NaN where both are 0.
+
+    Example:
+        >>> w = nckernels.geometry.simplex_etf(10, 64, dtype=torch.float64)
+        >>> print(f"{nckernels.metrics.entropy_difference_ratio(w @ w.T, torch.eye(10)):.3f}")  # a simplex and a frame
+        0.046
+    """
     _check_square("gram_w", gram_w)
     _check_square("gram_m", gram_m, len(gram_w))
     return _entropy_difference_ratio(matrix_entropy(gram_w), matrix_entropy(gram_m))
@@ -119,7 +175,15 @@ def entropy_ratios(h_w: float, gram_w: Tensor, gram_m: Tensor) -> tuple[float, f
 
 
 def within_class_scatter(features: Tensor, target: Tensor) -> float:
-    """Mean over i of |z_i - m_{y_i}|^2 = tr S_W, the plain size of the within-class scatter."""
+    """Mean over i of ``|z_i - m_{y_i}|^2``, tr S_W, the plain size of the within-class scatter.
+
+    Example:
+        >>> y = torch.arange(4).repeat(5)
+        >>> x = torch.eye(4)[y]  # an orthogonal frame, collapsed
+
+        >>> nckernels.metrics.within_class_scatter(x, y)
+        0.0
+    """
     return class_statistics(features, target).within
 
 
@@ -132,6 +196,13 @@ def variability_collapse(features: Tensor, target: Tensor, *, noise: float | Non
     :func:`between_class_rank` counts the others. NaN if the means coincide: nothing is then separated, though
     the formula would give 0. The value is large without any harm where the means spread little along one of
     the directions; :mod:`nckernels.metrics` explains it.
+
+    Example:
+        >>> y = torch.arange(4).repeat(50)
+        >>> x = torch.eye(4, dtype=torch.float64)[y] + 0.1 * torch.randn(200, 4, dtype=torch.float64)
+
+        >>> print(f"{nckernels.metrics.variability_collapse(x, y):.2f}")
+        0.03
     """
     statistics = class_statistics(features, target, noise=noise)
     return whitened_scatter(features, statistics, between_class_axes(statistics))
@@ -141,6 +212,13 @@ def between_class_rank(features: Tensor, target: Tensor, *, noise: float | None 
     """The number of directions that S_B^+ has in :func:`variability_collapse`.
 
     At most min(K - 1, d), and 0 if the means coincide.
+
+    Example:
+        >>> y = torch.arange(4).repeat(5)
+        >>> x = torch.eye(4)[y]  # an orthogonal frame, collapsed
+
+        >>> nckernels.metrics.between_class_rank(x, y)  # K - 1
+        3
     """
     return between_class_axes(class_statistics(features, target, noise=noise)).shape[1]
 
@@ -150,6 +228,13 @@ def scatter_ratio(features: Tensor, target: Tensor, *, noise: float | None = Non
 
     Every direction counts with its size, so that no direction in which the means hardly differ can dominate.
     NaN if the means coincide up to the rounding error (``noise``, by default of the dtype).
+
+    Example:
+        >>> y = torch.arange(4).repeat(50)
+        >>> x = torch.eye(4, dtype=torch.float64)[y] + 0.1 * torch.randn(200, 4, dtype=torch.float64)
+
+        >>> print(f"{nckernels.metrics.scatter_ratio(x, y):.2f}")
+        0.05
     """
     return scatter_ratio_of(class_statistics(features, target, noise=noise))
 
@@ -157,9 +242,16 @@ def scatter_ratio(features: Tensor, target: Tensor, *, noise: float | None = Non
 def class_distance_variance(features: Tensor, target: Tensor, *, noise: float | None = None) -> float:
     """Class-distance normalised variance (Galanti et al. 2022): 0 at collapse, unbounded.
 
-    The mean over the pairs of classes of (v_c + v_c') / (2 |m_c - m_c'|^2) with v_c the mean of |z_i - m_c|^2
+    The mean over the pairs of classes of ``(v_c + v_c') / (2 |m_c - m_c'|^2)`` with v_c the mean of ``|z_i - m_c|^2``
     in class c. It takes O(K^2 d) time and no K x K matrix. NaN for one class, and as soon as the means of any two
     classes coincide up to the rounding error (``noise``, by default of the dtype).
+
+    Example:
+        >>> y = torch.arange(4).repeat(50)
+        >>> x = torch.eye(4, dtype=torch.float64)[y] + 0.1 * torch.randn(200, 4, dtype=torch.float64)
+
+        >>> print(f"{nckernels.metrics.class_distance_variance(x, y):.2f}")
+        0.02
     """
     return class_distance_variance_of(class_statistics(features, target, noise=noise))
 
@@ -168,7 +260,7 @@ class ClassStatistics(NamedTuple):
     """What the sizes of scatter are made of, for the classes that occur, in the order of their labels."""
 
     means: Tensor
-    """(K, d) m_c, plain means."""
+    """(K, d) m_c, plain means; zero where |m_c| is at most ``rounding``."""
     variances: Tensor
     """(K,) v_c, mean over the class of |z_i - m_c|^2."""
     counts: Tensor
@@ -199,7 +291,13 @@ def class_statistics(features: Tensor, target: Tensor, *, noise: float | None = 
     means, counts = _class_means(features, labels, len(present))
     deviations = (features - means[labels]).square().sum(1)
     variances = torch.zeros_like(means[:, 0]).index_add_(0, labels, deviations) / counts
-    return ClassStatistics(means, variances, counts, labels, noise * _rms(features))
+    rounding = noise * _rms(features)
+    return ClassStatistics(without_rounding(means, rounding), variances, counts, labels, rounding)
+
+
+def without_rounding(means: Tensor, rounding: float) -> Tensor:
+    """The means with zeros for those that are rounding errors, whose direction says nothing."""
+    return means.masked_fill((means.norm(dim=1) <= rounding).unsqueeze(1), 0.0)
 
 
 def between_class_axes(statistics: ClassStatistics) -> Tensor:
@@ -248,11 +346,17 @@ def class_distance_variance_of(statistics: ClassStatistics) -> float:
 def rotated_self_duality(prototypes: Tensor, means: Tensor) -> float:
     """NC3' ([ENC] Eq. 12): how far the prototypes are from a rotation of the means, up to a scale.
 
-    min over orthogonal (K, K) matrices Q of |V^T/|V| - B^T Q/|B||_F^2 = 2 - 2 |V B^T|_* / (|V| |B|) with V the
-    (K, d) prototypes and B the (K, d) means as they are given, neither centred nor normalised, and |.|_* the
+    min over orthogonal (K, K) matrices Q of ``|V^T/|V| - B^T Q/|B||_F^2 = 2 - 2 |V B^T|_* / (|V| |B|)`` with V the
+    (K, d) prototypes and B the (K, d) means as they are given, neither centred nor normalised, and ``|.|_*`` the
     nuclear norm (orthogonal Procrustes problem). Q mixes classes. From 0, where the directions and relative
-    sizes of the scatter are the same, V^T V / |V|^2 = B^T B / |B|^2, to 2, where the two spans are orthogonal.
+    sizes of the scatter are the same, ``V^T V / |V|^2 = B^T B / |B|^2``, to 2, where the two spans are orthogonal.
     NaN where either is zero.
+
+    Example:
+        >>> w = torch.randn(5, 8, dtype=torch.float64)
+        >>> q, _ = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64))
+        >>> print(f"{nckernels.metrics.rotated_self_duality(2 * q @ w, w):.6f}")
+        0.000000
     """
     check_matrix("prototypes", prototypes)
     check_matrix("means", means)
@@ -272,6 +376,13 @@ def nearest_mean_agreement(features: Tensor, prototypes: Tensor, means: Tensor, 
     Features (N, d), prototypes and means (K, d) and bias (K,) are taken as they are: with unit features and
     unit prototypes and no bias the classifier compares cosines. Ties go to the lower class, and so do all samples
     where all prototypes are zero. The (N, K) matrices exist in blocks only.
+
+    Example:
+        >>> y = torch.arange(4).repeat(5)
+        >>> x = torch.eye(4)[y]  # an orthogonal frame, collapsed
+
+        >>> nckernels.metrics.nearest_mean_agreement(x, torch.eye(4), torch.eye(4))
+        1.0
     """
     check_features(features)
     check_matrix("prototypes", prototypes, empty=False)
@@ -304,10 +415,15 @@ class SimplexDeviation(NamedTuple):
 def simplex_deviation(means: Tensor) -> SimplexDeviation:
     """Distance of K class means (K, d) from a centred simplex: true NC2. NaN for fewer than two means.
 
-    With b_c = m_c - mean(m): ``norms`` is std |b_c| / mean |b_c|; ``cosines`` and ``cosines_max`` are the
+    With b_c = m_c - mean(m): ``norms`` is ``std |b_c| / mean |b_c|``; ``cosines`` and ``cosines_max`` are the
     root mean square and the largest deviation of cos(b_c, b_c') from -1/(K-1) over the pairs; ``offset`` is
-    |mean(m)| / rms |m_c|, which is the only one of them that an orthogonal frame does not bring to 0. The first three
-    are NaN if the means coincide up to the rounding error of their dtype.
+    ``|mean(m)| / rms |m_c|``, which is the only one of them that an orthogonal frame does not bring to 0. The first
+    three are NaN if the means coincide up to the rounding error of their dtype.
+
+    Example:
+        >>> deviation = nckernels.metrics.simplex_deviation(torch.eye(4))  # a simplex, but not centred at the origin
+        >>> deviation.cosines_max < 1e-15, deviation.offset
+        (True, 0.5)
     """
     check_matrix("means", means)
     k = len(means)
@@ -430,9 +546,11 @@ def _check_finite(name: str, value: Tensor) -> None:
 
 def _class_means(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """:func:`class_means` of float64 features and int64 labels that have been checked."""
-    sums = features.new_zeros(num_classes, features.shape[1]).index_add_(0, target, features)
     counts = torch.bincount(target, minlength=num_classes)
-    return sums / counts.clamp(min=1).unsqueeze(1), counts
+    divisor = counts.clamp(min=1).unsqueeze(1)
+    means = features.new_zeros(num_classes, features.shape[1]).index_add_(0, target, features) / divisor
+    # The rounding errors of long sums grow with the number of samples; those of the deviations' sums do not.
+    return means.add_(torch.zeros_like(means).index_add_(0, target, features - means[target]) / divisor), counts
 
 
 def _index(target: Tensor, features: Tensor) -> Tensor:

@@ -57,9 +57,9 @@ class NeuralCollapse:
     weights_erank: float
     """Effective rank of the covariance of the prototypes; optimum K - 1."""
     weight_alignment: float
-    """Mean over the classes of |v_c - m_c/|m_c||^2; optimum 0."""
+    """Mean over the classes of ``|v_c - m_c/|m_c||^2``; optimum 0."""
     instance_alignment: float
-    """Mean over the samples of |u_i - v_{y_i}|^2; optimum 0."""
+    """Mean over the samples of ``|u_i - v_{y_i}|^2``; optimum 0."""
     mir: float
     """Mutual information ratio of prototypes and class means, centred as published; optimum: see above."""
     hdr: float
@@ -67,7 +67,7 @@ class NeuralCollapse:
     nc1: float
     """tr(S_W S_B^+) / K: within-class scatter relative to the scatter of the means; optimum 0."""
     within_scatter: float
-    """Mean over the samples of |u_i - m_{y_i}|^2, from 0 (collapsed) to 1."""
+    """Mean over the samples of ``|u_i - m_{y_i}|^2``, from 0 (collapsed) to 1."""
     nc2_norms: float
     """Standard deviation over mean of the norms of the centred class means; optimum 0."""
     nc2_cosines: float
@@ -75,7 +75,7 @@ class NeuralCollapse:
     nc2_cosines_max: float
     """The largest such deviation; optimum 0."""
     offset: float
-    """|mean of the m_c| / rms |m_c|: 0 for a centred simplex, 1/sqrt(K) for an orthogonal frame."""
+    """``|mean of the m_c| / rms |m_c|``: 0 for a centred simplex, 1/sqrt(K) for an orthogonal frame."""
     mir_centred: float
     """MIR with the class means centred before they are normalised; optimum as for ``mir``."""
     hdr_centred: float
@@ -85,7 +85,7 @@ class NeuralCollapse:
     scatter_ratio: float
     """tr(S_W) / tr(S_B): within-class scatter relative to that of the means, all directions alike; optimum 0."""
     cdnv: float
-    """Mean over the pairs of (v_c + v_c') / (2 |m_c - m_c'|^2), v_c the mean of |u_i - m_c|^2; optimum 0."""
+    """Mean over the pairs of ``(v_c + v_c') / (2 |m_c - m_c'|^2)``, v_c the mean of ``|u_i - m_c|^2``; optimum 0."""
     nc3_rotated: float
     """NC3' of [ENC] Eq. 12: v_c against the centred means up to rotation and scale, from 0 to 2; optimum 0."""
     nc4: float
@@ -120,7 +120,9 @@ def neural_collapse(
     one sample have no covariance and are left out of ``intra_erank``; in ``cdnv`` their variance is 0. With a
     single class every between-class metric is NaN and ``nc1_rank`` is 0. If the means coincide, up to the
     rounding error of the features' dtype, ``nc1``, ``scatter_ratio``, ``cdnv``, ``mir``, ``hdr``, their centred
-    forms, the ``nc2_*``, ``nc3_rotated`` and ``nc4`` are NaN; for ``cdnv`` two means that coincide suffice.
+    forms, the ``nc2_*``, ``nc3_rotated`` and ``nc4`` are NaN, and ``inter_erank`` and ``nc1_rank`` are 0; for ``cdnv``
+    two means that coincide suffice. A mean of at most the rounding error counts as zero, at a squared distance of 1
+    from every unit vector in ``weight_alignment``; ``offset`` is NaN if all means are zero.
     Prototypes that are all zero have rank 0, squared distance 1 from every unit vector and entropy 0 (``hdr`` 1,
     ``mir`` NaN), no rotation (``nc3_rotated`` NaN), and the decision is always the first class.
 
@@ -129,6 +131,14 @@ def neural_collapse(
 
     Raises:
         ValueError: where a shape, a dtype, a label or a value that is not finite does not fit the above.
+
+    Example:
+        >>> y = torch.arange(4).repeat(5)
+        >>> x = torch.eye(4)[y]  # an orthogonal frame, collapsed
+
+        >>> result = nckernels.metrics.neural_collapse(x, y, prototypes=torch.eye(4))
+        >>> result.within_scatter, result.nc4, result.offset  # collapsed, but off centre by 1 / sqrt(K)
+        (0.0, 1.0, 0.5)
     """
     num_classes = _check(features, target, prototypes, bias, num_classes)
     noise = rounding_noise(features.dtype)
@@ -214,7 +224,7 @@ def report_of(
         mir_centred, hdr_centred = entropy_ratios(entropy, gram, centred @ centred.T)
     return NeuralCollapse(
         intra_erank=intra_erank,
-        inter_erank=covariance_rank(means, noise=noise),
+        inter_erank=0.0 if coincide and len(means) > 1 else covariance_rank(means, noise=noise),
         weights_erank=weights_erank,
         weight_alignment=against(lambda v: weight_alignment(v, means)),
         instance_alignment=against(instances),
@@ -248,9 +258,16 @@ def optimum(num_classes: int, *, features: Features = "signed") -> NeuralCollaps
             sqrt((K-1)/K)). Alignments, ``mir``, ``hdr`` and ``offset`` differ, nothing else does.
 
     With h(r) the entropy of K unit vectors that have pairwise cosines r, and s = -1/(K-1) those of the simplex,
-    MIR = (h(s) + h(r) - h(r s)) / min(h(s), h(r)) and HDR = |h(s) - h(r)| / max(h(s), h(r)). Signed r is s, hence
+    MIR = (h(s) + h(r) - h(r s)) / min(h(s), h(r)) and HDR = ``|h(s) - h(r)| / max(h(s), h(r))``. Signed r is s, hence
     MIR = 1/(K-1) + ((K-2)/(K-1)) ln(K-2)/ln(K-1) and HDR = 0. For an orthonormal frame the published centring makes
     r = (1 - 2/sqrt(K)) / (2 - 2/sqrt(K)).
+
+    Example:
+        >>> best = nckernels.metrics.optimum(10)
+        >>> best.inter_erank, best.nc1, round(best.mir, 3)
+        (9.0, 0.0, 0.952)
+        >>> round(nckernels.metrics.optimum(10, features="relu").offset, 3)
+        0.316
     """
     k = num_classes
     check_positive("num_classes", k, least=2)
@@ -282,6 +299,10 @@ def ranges(num_classes: int, dim: int) -> dict[str, float]:
     Args:
         num_classes: K, at least 2.
         dim: d, at least 1.
+
+    Example:
+        >>> nckernels.metrics.ranges(10, 64)["inter_erank"]
+        9.0
     """
     check_positive("num_classes", num_classes, least=2)
     check_positive("dim", dim)
@@ -307,7 +328,7 @@ def ranges(num_classes: int, dim: int) -> dict[str, float]:
 
 
 def shares(result: NeuralCollapse, num_classes: int, dim: int, *, features: Features = "signed") -> dict[str, float]:
-    """How much of the way to the optimum each metric of :func:`ranges` has gone: 1 - |value - optimum| / range.
+    """How much of the way to the optimum each metric of :func:`ranges` has gone: ``1 - |value - optimum| / range``.
 
     Clipped to [0, 1]; NaN where the value or the optimum is. "95 % NC" is a share of at least 0.95.
 
@@ -316,6 +337,14 @@ def shares(result: NeuralCollapse, num_classes: int, dim: int, *, features: Feat
         num_classes: K, the number of classes that occur, which is what all but ``weights_erank`` are measured against.
         dim: number of features d.
         features: which :func:`optimum` counts.
+
+    Example:
+        >>> y = torch.arange(4).repeat(5)
+        >>> points = nckernels.geometry.simplex_etf(4, 8, dtype=torch.float64)
+        >>> result = nckernels.metrics.neural_collapse(points[y], y, points)
+        >>> share = nckernels.metrics.shares(result, num_classes=4, dim=8)
+        >>> share["nc2_cosines"] > 0.95, share["weight_alignment"] > 0.95  # "95 % NC"
+        (True, True)
     """
     values, best = asdict(result), asdict(optimum(num_classes, features=features))
 

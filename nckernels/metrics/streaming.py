@@ -43,6 +43,7 @@ from .measures import (
     is_matrix,
     nearest_mean_agreement,
     rounding_noise,
+    without_rounding,
 )
 from .report import NeuralCollapse, report_of
 
@@ -129,13 +130,16 @@ class CollapseMetric(Metric):
         bias: (K,), see :meth:`set_classifier`.
         kwargs: those of ``torchmetrics.Metric``, such as ``process_group``.
 
-    Example::
-
-        >>> metric = CollapseMetric(num_classes=10, dim=512).to(device)
+    Example:
+        >>> from nckernels.metrics.streaming import CollapseMetric
+        >>> loader = [(torch.randn(32, 8), torch.randint(10, (32,))) for _ in range(4)]
+        >>> encoder, classifier = nn.Linear(8, 16), nn.Linear(16, 10)
+        >>> metric = CollapseMetric(num_classes=10, dim=16)
         >>> for images, target in loader:
         ...     metric.update(encoder(images), target)
         >>> metric.set_classifier(classifier.weight, classifier.bias)
-        >>> metric.report().within_scatter
+        >>> bool(metric.report().within_scatter > 0)
+        True
     """
 
     is_differentiable = False
@@ -249,7 +253,8 @@ def _statistics(state: Tensor, noise: Tensor) -> tuple[ClassStatistics, Tensor]:
     counts, means, scatters = moments.counts[present], moments.means[present], moments.scatters[present]
     squares = (scatters.sum() + (counts * means.square().sum(1)).sum()) / counts.sum()  # mean of |u_i|^2
     no_labels = torch.empty(0, dtype=torch.int64, device=state.device)
-    return ClassStatistics(means, scatters / counts, counts, no_labels, (noise * squares.sqrt()).item()), present
+    rounding = (noise * squares.sqrt()).item()
+    return ClassStatistics(without_rounding(means, rounding), scatters / counts, counts, no_labels, rounding), present
 
 
 def _report(state: Tensor, noise: Tensor, prototypes: Tensor | None, bias: Tensor | None) -> NeuralCollapse:
@@ -319,6 +324,13 @@ def measure(
         TypeError: if ``batches`` can be read only once.
         ValueError: if an argument does not fit the above, if there are no samples, if a pass has other samples than the
             first, or if ``memory`` has no room for a single class; and as :meth:`CollapseMetric.update`.
+
+    Example:
+        >>> from nckernels.metrics.streaming import measure
+        >>> x, y = torch.randn(128, 16), torch.randint(10, (128,))
+        >>> in_parts = measure(list(zip(x.split(32), y.split(32))), num_classes=10)
+        >>> math.isclose(in_parts.nc1, nckernels.metrics.neural_collapse(x, y).nc1)
+        True
     """
     if isinstance(batches, Iterator):
         raise TypeError(
@@ -336,8 +348,10 @@ def measure(
 
     def read(number: int, of: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in _with_progress(batches, f"pass {number}" + (f" of {of}" if of else ""), progress):
-            if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+            if not isinstance(batch, tuple | list) or len(batch) != 2:
                 raise ValueError(f"batches: expected pairs of an input and a tensor of labels, got {described(batch)}")
+            if not isinstance(batch[1], Tensor):
+                raise ValueError(f"batches: expected tensors of labels, got {described(batch[1])}")
             features = batch[0] if encoder is None else encoder(batch[0])
             if not isinstance(features, Tensor) or features.ndim != 2:
                 raise ValueError(f"features: expected a tensor (B, d), got {described(features)}")

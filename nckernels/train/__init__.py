@@ -1,7 +1,7 @@
 """A thin trainer around the losses: ``python -m nckernels train``, ``evaluate``, ``recipes``, ``sweep``, ``report``.
 
-A :class:`Recipe` has all settings of a run, :func:`fit` is the only training loop. Needs ``pip install
-"nckernels[train]"`` besides torch.
+A :class:`Recipe` has all settings of a run, and :func:`fit` is the only training loop. ``pip install
+"nckernels[train]"`` installs what is needed besides torch.
 """
 
 from .engine import Run, fit

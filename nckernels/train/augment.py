@@ -1,12 +1,12 @@
 """Random views of images in memory: batched, on their device, each a function of a few random numbers.
 
 The operations and their parameters are those of torchvision's RandomResizedCrop, RandomHorizontalFlip, ColorJitter and
-RandomGrayscale, in this order. Rotation, zoom and shift come between crop and flip, blur comes last. What differs:
+RandomGrayscale, in this order. Rotation, zoom and shift come between crop and flip, blur comes last. Differences:
 
 - Crop, rotation, zoom and shift are one bilinear resampling. A crop is not rounded to whole pixels, and its edge is
-  interpolated with what lies outside of it. What lies outside of the image repeats the border.
-- Nothing is drawn here. A view is a function of its image and of :data:`NUMBERS` numbers, so that the caller,
-  who draws them, decides what repeats.
+  interpolated with the pixels outside of it. Outside of the image the border is repeated.
+- This module draws no random numbers. A view is a function of its image and of :data:`NUMBERS` numbers, which the
+  caller draws, so that the caller controls reproducibility.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch import Tensor
 
 from .recipe import Augment
 
-_TRIES = 10  # to find a crop that lies within the image, as torchvision does
+_TRIES = 10  # attempts to find a crop that lies within the image, as in torchvision
 ASPECT = (3 / 4, 4 / 3)
-BLUR_SD = (0.1, 2.0)  # of the blur, in pixels
-BLUR_RADIUS = 6  # of its kernel: three times the largest standard deviation
+BLUR_SD = (0.1, 2.0)  # standard deviations of the blur, in pixels
+BLUR_RADIUS = 6  # radius of the blur's kernel: three times the largest standard deviation
 _LUMA = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
 _ORDERS = torch.tensor(list(itertools.permutations(range(4))))  # of brightness, contrast, saturation and hue
 
-# Columns of the numbers. The first 2 x _TRIES are area and aspect ratio of the tries.
+# Columns of the random numbers. The first 2 x _TRIES are area and aspect ratio of the attempts.
 _X, _Y, _FLIP, _ROTATE, _ZOOM, _SHIFT_X, _SHIFT_Y = range(2 * _TRIES, 2 * _TRIES + 7)
 _JITTER, _ORDER, _FACTORS, _GREY, _BLUR, _BLUR_WIDTH = (2 * _TRIES + n for n in (7, 8, 9, 13, 14, 15))
 
@@ -37,12 +37,12 @@ NUMBERS = _BLUR_WIDTH + 1
 
 
 def numbers(generator: torch.Generator, count: int) -> Tensor:
-    """(count, NUMBERS) in [0, 1), for so many views; on the CPU, so that a seed gives the same on every device."""
+    """(count, NUMBERS) in [0, 1) for ``count`` views; on the CPU, so that a seed gives the same numbers everywhere."""
     return torch.rand(count, NUMBERS, generator=generator)
 
 
 def is_identity(augment: Augment) -> bool:
-    """Whether :func:`views` would give every image once, as it is."""
+    """Whether :func:`views` would return every image once and unchanged."""
     colour = (any(augment.jitter) and augment.jitter_probability > 0) or augment.grayscale > 0 or augment.blur > 0
     return augment.views == 1 and not (_moves(augment) or augment.flip > 0 or colour)
 
@@ -51,14 +51,14 @@ def views(images: Tensor, augment: Augment, u: Tensor) -> Tensor:
     """Random views of every image; the same arguments give the same views.
 
     Args:
-        images: (b, C, H, W), floating. Colours (jitter, grey) need values in [0, 1] and C = 1 or 3, and clamp what
-            they change to [0, 1]; everything else takes any values. A grey image (C = 1) is its own grey: saturation,
-            hue and grey leave it as it is.
-        augment: what to do.
-        u: (b * V, NUMBERS) in [0, 1), of :func:`numbers`; row ``i * V + v`` makes view v of image i.
+        images: (b, C, H, W), floating. Colour operations (jitter, grey) need values in [0, 1] and C = 1 or 3, and clamp
+            their results to [0, 1]; the other operations take any values. Saturation, hue and grey do not change grey
+            images (C = 1).
+        augment: the operations.
+        u: (b * V, NUMBERS) in [0, 1), from :func:`numbers`; row ``i * V + v`` makes view v of image i.
 
     Returns:
-        (b, V, C, H, W) with V = ``augment.views``: new memory.
+        (b, V, C, H, W) with V = ``augment.views``, in new memory.
 
     Raises:
         ValueError: for another shape or dtype, and for colours of images that are neither grey nor RGB.
@@ -78,7 +78,7 @@ def views(images: Tensor, augment: Augment, u: Tensor) -> Tensor:
         theta = affine(augment, u, *images.shape[2:]).to(images)
         grid = F.affine_grid(theta, list(out.shape), align_corners=False)
         out = F.grid_sample(out, grid, padding_mode="border", align_corners=False)
-    if augment.flip > 0:  # apart from the rest, so that flips alone move pixels exactly
+    if augment.flip > 0:  # not part of the resampling, so that a flip alone is exact
         out = torch.where(_where(u[:, _FLIP] < augment.flip, out), out.flip(-1), out)
     if coloured:
         out = _jitter(out, augment, u)
@@ -98,8 +98,8 @@ def affine(augment: Augment, u: Tensor, height: int, width: int) -> Tensor:
     shift_x, shift_y = (_signed(u[:, column]) * augment.shift for column in (_SHIFT_X, _SHIFT_Y))
     sine, cosine = scale * angle.sin(), scale * angle.cos()
     w, h = _crop(augment, u, height, width)
-    left, top = (2.0 * u[:, _X] - 1.0) * (1.0 - w), (2.0 * u[:, _Y] - 1.0) * (1.0 - h)  # of the centre
-    # Coordinates run from -1 to 1 along both sides, and angles are those between pixels.
+    left, top = (2.0 * u[:, _X] - 1.0) * (1.0 - w), (2.0 * u[:, _Y] - 1.0) * (1.0 - h)  # centre of the crop
+    # Coordinates run from -1 to 1 along both sides; angles are in pixel space.
     across, down = height / width, width / height
     return torch.stack(
         [
@@ -111,7 +111,7 @@ def affine(augment: Augment, u: Tensor, height: int, width: int) -> Tensor:
 
 
 def _crop(augment: Augment, u: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Width and height of the crops as shares of the image's: the first try that fits, else as much as fits."""
+    """Width and height of the crops as shares of the image: the first attempt that fits, else the largest that fits."""
     low, high = augment.crop
     if low == 1.0:
         return torch.ones(len(u)).to(u), torch.ones(len(u)).to(u)
@@ -121,7 +121,7 @@ def _crop(augment: Augment, u: Tensor, height: int, width: int) -> tuple[Tensor,
     w, h = (area * aspect * (height / width)).sqrt(), (area / aspect * (width / height)).sqrt()
     fits = (w <= 1.0) & (h <= 1.0)
     first = fits.int().argmax(1, keepdim=True)
-    # Where none fits: the whole image, less what its own aspect ratio has beyond the limits.
+    # If none fits: the whole image, cut so that the aspect ratio is within the limits.
     most = min(max(width / height, ASPECT[0]), ASPECT[1]) * height / width
     found = fits.any(1)
     w = w.gather(1, first)[:, 0].where(found, min(1.0, most))
@@ -135,7 +135,7 @@ def _log_uniform(u: Tensor) -> Tensor:
 
 
 def _jitter(images: Tensor, augment: Augment, u: Tensor) -> Tensor:
-    """ColorJitter, in place: each image has an order of its own."""
+    """ColorJitter, in place; each image has its own order of operations."""
     chosen = u[:, _JITTER] < augment.jitter_probability
     order = _ORDERS.to(u.device)[(u[:, _ORDER] * len(_ORDERS)).long()]
     for place in range(4):
@@ -150,7 +150,7 @@ def _jitter(images: Tensor, augment: Augment, u: Tensor) -> Tensor:
 
 
 def _factor(operation: int, strength: float, u: Tensor) -> Tensor:
-    """Hue: in [-strength, strength]. The others: around 1, and not below 0."""
+    """A shift in [-strength, strength] for the hue; for the other operations a factor around 1 that is not below 0."""
     if operation == 3:
         return _signed(u) * strength
     low = max(0.0, 1.0 - strength)
@@ -158,7 +158,7 @@ def _factor(operation: int, strength: float, u: Tensor) -> Tensor:
 
 
 def grey(images: Tensor) -> Tensor:
-    """(n, 1, H, W): the luminance of RGB; grey images as they are."""
+    """(n, 1, H, W): the luminance of RGB images; grey images are returned."""
     if images.shape[1] == 1:
         return images
     weights = torch.tensor(_LUMA, dtype=images.dtype, device=images.device)
@@ -166,22 +166,22 @@ def grey(images: Tensor) -> Tensor:
 
 
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
-    """Times the factor."""
+    """Multiply by the factor."""
     return (images * factor).clamp(0.0, 1.0)
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """The factor of the distance from the mean luminance of the image."""
+    """Multiply the distance from the image's mean luminance by the factor."""
     return _blend(images, grey(images).mean((1, 2, 3), keepdim=True), factor)
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
-    """The factor of the distance from grey."""
+    """Multiply the distance from grey by the factor."""
     return images if images.shape[1] == 1 else _blend(images, grey(images), factor)
 
 
 def adjust_hue(images: Tensor, turns: Tensor) -> Tensor:
-    """The hue of HSV turned by a share of the circle."""
+    """Rotate the hue of HSV by a share of the circle."""
     if images.shape[1] == 1:
         return images
     red, green, blue = images.unbind(1)
@@ -205,11 +205,11 @@ _ADJUST: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
 
 
 def blur(images: Tensor, sd: Tensor) -> Tensor:
-    """A Gaussian of standard deviation ``sd`` (n,) pixels, the images continued by reflection; 0 leaves them."""
+    """Gaussian blur with standard deviations ``sd`` (n,) in pixels; borders are reflected; 0 changes nothing."""
     for dim in (2, 3):
         radius = min(BLUR_RADIUS, images.shape[dim] - 1)
         offset = torch.arange(-radius, radius + 1, dtype=sd.dtype, device=sd.device)
-        # Beside a deviation near zero all other weights vanish.
+        # With a deviation near zero all weights but the central one vanish.
         weights = (-0.5 * (offset / sd.clamp_min(1e-3)[:, None]).square()).softmax(1).to(images)
         padding = (radius, radius, 0, 0) if dim == 3 else (0, 0, radius, radius)
         padded, size = F.pad(images, padding, mode="reflect"), images.shape[dim]

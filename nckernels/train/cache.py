@@ -1,4 +1,4 @@
-"""Where files are kept that can be made again."""
+"""The cache folder, for files that can be recomputed."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def cache_folder() -> Path:
 
 
 def write(path: Path, content: Callable[[IO[bytes]], object]) -> None:
-    """The whole file or none; a folder that cannot be written to costs the cache and nothing else."""
+    """Write a file atomically; if the folder cannot be written to, nothing is cached."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Several processes may write it at a time.
+        # Several processes may write it at the same time.
         write_atomically(path, content, path.with_name(f"{path.name}.{os.getpid()}.part"))

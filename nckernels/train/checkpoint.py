@@ -1,4 +1,4 @@
-"""All that a run needs to go on as if nothing had happened: ``checkpoint.pt``."""
+"""``checkpoint.pt``: everything that a run needs to resume exactly."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .files import write_atomically
 from .recipe import Recipe, differences, from_dict
 
 VERSION = 1
-"""Of the format."""
+"""Version of the format."""
 
 FREE = (
     "run.device",
@@ -25,8 +25,8 @@ FREE = (
     "data.root",
     "data.workers",
 )
-"""The keys that may change when a run is resumed, for they do not change what is computed (its last digits aside, where
-the device or the number of threads is another)."""
+"""The keys that may change when a run is resumed. They do not change the computation, except for rounding if the device
+or the number of threads changes."""
 
 _PARTS = ("step", "recipe", "network", "head", "optimizer", "history", "ranks")
 
@@ -35,13 +35,13 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
     """Write a checkpoint atomically.
 
     Raises:
-        OSError: naming the folder; the checkpoint before is still there.
+        OSError: naming the folder; the previous checkpoint stays.
     """
 
     def content(file: Any) -> None:
         try:
             torch.save({"version": VERSION, **state}, file)
-        except RuntimeError as error:  # torch hides the error of the file behind its own
+        except RuntimeError as error:  # torch wraps the error of the file in its own
             cause = error.__context__ or error.__cause__
             raise cause if isinstance(cause, OSError) else OSError(f"{error}") from error
 
@@ -49,46 +49,46 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint, with all tensors on the CPU. Nothing in it can run code.
+    """Read a checkpoint, with all tensors on the CPU. Loading cannot run code.
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: naming the file, if it is damaged or something else.
+        ValueError: naming the file, if it is damaged or no checkpoint.
     """
     try:
-        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums
+        with zipfile.ZipFile(path) as archive:  # torch does not verify the checksums
             broken = archive.testzip()
         if broken is not None:
-            raise ValueError(f"the checksum of {broken} is another one")
+            raise ValueError(f"the checksum of {broken} does not match")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         reason = str(error).split("\n", 1)[0]
-        raise ValueError(f"{path}: damaged, or no checkpoint: {reason}") from error
+        raise ValueError(f"{path}: damaged, or not a checkpoint: {reason}") from error
     if not isinstance(state, dict) or state.get("version") != VERSION or any(part not in state for part in _PARTS):
         raise ValueError(f"{path}: expected a checkpoint of version {VERSION}")
     return state
 
 
 def check_recipe(path: Path, stored: Mapping[str, Any], recipe: Recipe) -> None:
-    """Raises ValueError for a file of another recipe, listing the keys that differ; those in :data:`FREE` may."""
+    """Raises ValueError if the recipe of a file differs in keys that are not in :data:`FREE`, listing them."""
     try:
         other = from_dict(stored)
     except ValueError as error:
-        raise ValueError(f"{path}: a recipe that this version does not know: {error}") from None
+        raise ValueError(f"{path}: the recipe does not fit this version: {error}") from None
     keys = [key for key in differences(other, recipe) if key not in FREE]
     if keys:
         before, now = other.flat(), recipe.flat()
-        listed = ", ".join(f"{key} = {before.get(key)!r}, not {now.get(key)!r}" for key in keys)
+        listed = ", ".join(f"{key} = {before.get(key)!r} there, {now.get(key)!r} here" for key in keys)
         raise ValueError(f"{path} is of another recipe: {listed}")
 
 
 def start_from(network: Any, source: str) -> None:
-    """Load the encoder of a run, and its projection if all of that fits (``model.init``).
+    """Load the encoder of a run, and its projection if all of its shapes fit (``model.init``).
 
     Raises:
-        ValueError: if there is no such run, it is damaged, or its encoder has other parameters.
+        ValueError: if there is no such run, if it is damaged, or if its encoder has other parameters.
     """
     path = Path(source)
     path = path / "checkpoint.pt" if path.is_dir() else path
@@ -103,9 +103,7 @@ def start_from(network: Any, source: str) -> None:
     unlike = sorted(key for key in encoder if _shape(stored.get(key)) != _shape(own.get(key)))
     if unlike:
         shown = ", ".join(f"{key} {_shape(stored.get(key))} there, {_shape(own.get(key))} here" for key in unlike[:3])
-        raise ValueError(
-            f"model.init: the encoder of {path} is another one: {shown}{', ...' if len(unlike) > 3 else ''}"
-        )
+        raise ValueError(f"model.init: the encoder of {path} differs: {shown}{', ...' if len(unlike) > 3 else ''}")
     projection = {key for key in {**stored, **own} if key.startswith("projection.")}
     fits = all(_shape(stored.get(key)) == _shape(own.get(key)) for key in projection)
     network.load_state_dict(stored if fits else {key: stored[key] for key in encoder}, strict=fits)

@@ -24,13 +24,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, train, print the final metrics.
 
     Returns:
-        0 for a run that is finished, or saved after a signal; 1 for a training that failed: diverged, data unreadable,
-        folder not writable. Bad arguments end with 2.
+        0 for a run that is finished, or saved after a signal; 1 for a training that failed (diverged, data unreadable,
+        folder not writable). Bad arguments exit with 2.
     """
     parser = make_parser()
     arguments = parser.parse_args(argv)
+    if arguments.device is not None:
+        arguments.set.append(f"run.device={arguments.device}")
     if arguments.resume and arguments.out is None:
-        parser.error("--resume: expected --out, the folder of the run")
+        parser.error("--resume needs --out, the folder of the run")
     first = os.environ.get("RANK", "0") == "0"
     try:
         recipe = load(arguments.recipe, arguments.set)
@@ -53,10 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not first:
         return 0
     if not run.history.finished:
-        print(f"saved; to go on: {resume_line(arguments)}")
+        print(f"saved; to resume: {resume_line(arguments)}")
         return 0
     if before:
-        print(f"{arguments.out}: this run was finished already")
+        print(f"{arguments.out}: this run was already finished")
     print(summary(run.history))
     if arguments.out is not None:
         print(f"written: {arguments.out / 'history.json'}, {arguments.out / 'checkpoint.pt'}")
@@ -66,30 +68,38 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m nckernels train",
-        description="Train a network as a recipe says and measure neural collapse on the way. "
+        description="Train a network by a recipe and measure neural collapse during training. "
         "`python -m nckernels recipes` lists the recipes; `torchrun --nproc-per-node=N -m nckernels train ...` "
-        "trains on N devices.",
+        "trains on N devices. Example: python -m nckernels train digits/nonl --out runs/nonl",
     )
     add = parser.add_argument
-    add("recipe", metavar="RECIPE", help="name, name/row, or a TOML file, file.toml:row")
+    add("recipe", metavar="RECIPE", help="NAME or NAME/ROW of the package, FILE.toml, or FILE.toml:ROW")
     add(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help='change a setting, for instance --set loss.name="ntce" --set schedule.epochs=10; may be repeated',
+        help="change a setting, such as --set loss.name=ntce --set schedule.epochs=10; may be repeated",
     )
-    add("--out", type=Path, metavar="FOLDER", help="folder for checkpoints, history and logs; none: no files")
-    add("--resume", choices=("auto",), help="auto: go on from the folder's checkpoint, if there is one")
     add(
-        "--dry-run", action="store_true", help="print the settings, the model and the memory of the loss; train nothing"
+        "--device",
+        help="cpu, cuda, cuda:1, ...; auto: an accelerator if there is one; short for --set run.device=DEVICE",
     )
-    add("--quiet", action="store_true", help="no progress bar, nor a line for every evaluation")
+    add("--out", type=Path, metavar="FOLDER", help="folder for checkpoints, history and logs (default: write no files)")
+    add(
+        "--resume",
+        nargs="?",
+        const="auto",
+        choices=("auto",),
+        help="continue from the checkpoint in --out, or start a new run if there is none",
+    )
+    add("--dry-run", action="store_true", help="print the settings, the model and the memory of the loss, then exit")
+    add("--quiet", action="store_true", help="no progress bar, and no line for each evaluation")
     return parser
 
 
 def resume_line(arguments: argparse.Namespace) -> str:
-    """The command that goes on with a run."""
+    """The command that resumes a run."""
     processes = os.environ.get("LOCAL_WORLD_SIZE")
     program = f"torchrun --nproc-per-node={processes}" if processes else "python"
     settings = [word for setting in arguments.set for word in ("--set", setting)]
@@ -98,7 +108,7 @@ def resume_line(arguments: argparse.Namespace) -> str:
 
 
 def summary(history: History) -> str:
-    """The final accuracy and metrics, one per line, with the value at neural collapse, or as close as ReLU gets."""
+    """The final accuracy and metrics, one per line, with the optimum of signed or of ReLU features."""
     recipe = history.recipe
     reach: Literal["relu", "signed"] = "relu" if recipe.model.projection == "none" or recipe.model.freeze else "signed"
     best = asdict(optimum(history.num_classes, features=reach))
@@ -118,7 +128,7 @@ CLASSIFIERS = {"FP": "fixed prototypes (FP)", "LP": "linear probe (LP)", "NLP": 
 
 
 def classifier_table(results: Sequence[ClassifierResult]) -> str:
-    """Accuracies on one network after its training, and what each classifier's own training took."""
+    """Accuracies of the classifiers on a trained network, and the seconds that fitting each of them took."""
     lines = [f"{'classifier':<22} {'test %':>7} {'s':>7}"]
     lines += [f"{CLASSIFIERS[r.name]:<22} {100 * r.accuracy:7.1f} {r.seconds:7.3f}" for r in results]
     return "\n".join(lines)

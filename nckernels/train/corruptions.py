@@ -1,12 +1,12 @@
-"""Corruptions of small test images in memory, at five severities, after the example of ImageNet-C.
+"""Corruptions of small test images in memory, at five severities, modelled on ImageNet-C.
 
-The kinds of corruption and the error are those of Hendrycks & Dietterich (2019): five severities each, and
+As in Hendrycks & Dietterich (2019) each corruption has five severities, and the mean corruption error is
 
     mCE = mean over the corruptions of (sum over the severities of the error) / (the same sum of the baseline)
 
-with one of our runs, for instance cross-entropy's, as the baseline in AlexNet's place. Kinds, constants and code are
-ours, made for letters and digits of some 20 x 20 pixels: the numbers cannot be compared with ImageNet-C's.
-Lengths are shares of the image's width. :mod:`.data.imagenet_c` reads ImageNet-C itself.
+where the baseline is one of our runs, for instance cross-entropy's, instead of AlexNet. Kinds, constants and code are
+ours, made for letters and digits of about 20 x 20 pixels, so the numbers cannot be compared with ImageNet-C's. Lengths
+are shares of the image's width. :mod:`.data.imagenet_c` reads ImageNet-C itself.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Function = Callable[[Tensor, float, torch.Generator], Tensor]
 class Corruption:
     """A function of images (N, C, H, W), a level and a generator on the CPU, and its five levels.
 
-    0 is black and 1 white. Results are clamped to [0, 1], or to the range of the images where it is larger, as that of
+    0 is black and 1 white. Results are clamped to [0, 1], or to the range of the images if that is larger, as for
     glyphs with noise.
     """
 
@@ -49,19 +49,19 @@ class Corruption:
 
 
 def gaussian_noise(images: Tensor, level: float, random: torch.Generator) -> Tensor:
-    """Added to every value, with this standard deviation."""
+    """Add Gaussian noise with this standard deviation."""
     return images + level * torch.randn(images.shape, generator=random)
 
 
 def impulse_noise(images: Tensor, level: float, random: torch.Generator) -> Tensor:
-    """This share of the pixels is black or white."""
+    """Make this share of the pixels black or white."""
     n, _, h, w = images.shape
     u = torch.rand(n, 1, h, w, generator=random)
     return torch.where(u < level, (u < level / 2).float(), images)
 
 
 def blur(images: Tensor, level: float, random: torch.Generator) -> Tensor:
-    """Gaussian, of this standard deviation."""
+    """Gaussian blur with this standard deviation."""
     deviation = level * images.shape[-1]
     radius = max(1, math.ceil(3 * deviation))
     weights = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / deviation) ** 2)
@@ -74,39 +74,39 @@ def blur(images: Tensor, level: float, random: torch.Generator) -> Tensor:
 
 
 def resolution(images: Tensor, level: float, random: torch.Generator) -> Tensor:
-    """Scaled to this share of the width and height, and back."""
+    """Scale down to this share of width and height, and back."""
     size = [max(1, round(level * side)) for side in images.shape[-2:]]
     small = F.interpolate(images, size, mode="bilinear", antialias=True)
     return F.interpolate(small, images.shape[-2:], mode="bilinear")
 
 
 def contrast(images: Tensor, level: float, random: torch.Generator) -> Tensor:
-    """This share of the contrast is left, about the mean of the image."""
+    """Reduce the contrast to this share, about the mean of the image."""
     mean = images.mean(dim=(1, 2, 3), keepdim=True)
     return mean + level * (images - mean)
 
 
 def brightness(images: Tensor, level: float, random: torch.Generator) -> Tensor:
-    """Added to every value."""
+    """Add this value to every pixel."""
     return images + level
 
 
 def shift(images: Tensor, level: float, random: torch.Generator) -> Tensor:
-    """By this distance in a random direction."""
+    """Shift by this distance in a random direction."""
     angle = 2 * math.pi * torch.rand(len(images), generator=random)
     zero, one = torch.zeros_like(angle), torch.ones_like(angle)
     return _moved(images, [[one, zero, 2 * level * angle.cos()], [zero, one, 2 * level * angle.sin()]])
 
 
 def rotate(images: Tensor, level: float, random: torch.Generator) -> Tensor:
-    """By this many degrees, to the left or to the right."""
+    """Rotate by this angle in degrees, to the left or to the right."""
     angle = math.radians(level) * (2 * torch.randint(2, (len(images),), generator=random) - 1)
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     return _moved(images, [[cos, -sin, zero], [sin, cos, zero]])
 
 
 def occlusion(images: Tensor, level: float, random: torch.Generator) -> Tensor:
-    """A grey square of this side at a random place."""
+    """Cover a random square of this side with grey."""
     n, _, h, w = images.shape
     side = max(1, round(level * w))
     top, left = (torch.randint(length - side + 1, (n, 1, 1, 1), generator=random) for length in (h, w))
@@ -116,7 +116,7 @@ def occlusion(images: Tensor, level: float, random: torch.Generator) -> Tensor:
 
 
 def _moved(images: Tensor, rows: list[list[Tensor]]) -> Tensor:
-    """Under an affine map for each image, in units of half the width; what comes in from outside repeats the border."""
+    """Images under one affine map each, in units of half the width; outside of the image the border is repeated."""
     matrices = torch.stack([torch.stack(row, 1) for row in rows], 1).to(images)
     grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
@@ -133,17 +133,17 @@ CORRUPTIONS: dict[str, Corruption] = {
     "rotate": Corruption(rotate, (8.0, 16.0, 24.0, 32.0, 40.0)),
     "occlusion": Corruption(occlusion, (0.15, 0.25, 0.35, 0.45, 0.55)),
 }
-"""By name, with the levels of severities 1 to 5."""
+"""The corruptions by name, with the levels of severities 1 to 5."""
 
 
 def corrupted(split: Any, name: str, severity: int, *, seed: int = 0) -> datasets.Memory:
-    """A set in memory with one corruption. Its random numbers depend on the seed, the name and the severity only.
+    """A set in memory under one corruption. The random numbers depend only on seed, name and severity.
 
     Raises:
         ValueError: for files.
     """
     if not isinstance(split, datasets.Memory):
-        raise ValueError("corruptions: expected images in memory; ImageNet-C has those of files")
+        raise ValueError("corruptions: expected a data set in memory; for image files there is ImageNet-C")
     images = split.images.cpu()
     images = images / 255 if images.dtype == torch.uint8 else images
     return replace(split, images=CORRUPTIONS[name](images, severity, generator(seed, name, severity)))
@@ -159,9 +159,9 @@ def corruption_errors(
     """The errors, between 0 and 1, at severities 1 to 5 of each corruption.
 
     Args:
-        accuracy: of a test set.
-        corrupt: makes the test set of a corruption and a severity.
-        progress: show a bar; None: in a terminal.
+        accuracy: function that measures the accuracy on a test set.
+        corrupt: function that makes the test set for a corruption and a severity.
+        progress: whether to show a bar; None: only in a terminal.
     """
     grid = [(name, severity) for name in names for severity in range(1, SEVERITIES + 1)]
     errors: dict[str, tuple[float, ...]] = {}
@@ -174,11 +174,11 @@ def mean_corruption_error(errors: Mapping[str, Sequence[float]], baseline: Mappi
     """mCE: 1 for the baseline itself.
 
     Raises:
-        ValueError: where the two have other corruptions, or the baseline makes no errors under one of them.
+        ValueError: if the two have different corruptions, or if the baseline has no errors under one of them.
     """
     if errors.keys() != baseline.keys():
         raise ValueError(f"baseline: expected the corruptions {', '.join(errors)}, got {', '.join(baseline)}")
     for name, values in baseline.items():
         if sum(values) == 0:
-            raise ValueError(f"baseline: no errors under {name}, so that nothing can be divided by them")
+            raise ValueError(f"baseline: it has no errors under {name}, so the mCE is undefined")
     return sum(sum(errors[name]) / sum(baseline[name]) for name in errors) / len(errors)

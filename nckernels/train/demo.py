@@ -1,8 +1,8 @@
 """``python -m nckernels demo``: five losses side by side, two tables and one picture.
 
-Every loss trains the same network from the same initialisation on the same batches with the same optimiser,
-learning rate and schedule. SupCon (SCL) sees two random views of every sample instead of the sample itself; its
-classifier are the class means.
+Every loss trains the same network from the same initialisation on the same batches with the same optimiser, learning
+rate and schedule. SupCon (SCL) sees two random views of every sample instead of the sample itself; the class means are
+its classifier.
 """
 
 from __future__ import annotations
@@ -44,12 +44,11 @@ DIRECT = (
 )
 WIDTH = 8
 NOTES = """\
-optimum: the value at exact neural collapse. like CE after: the share of CE's iterations until the (smoothed)
-metric is as close to the optimum as CE's final value and stays there. intra counts directions of scatter and
-ignores its size: NC1 and CDNV measure that, and CDNV is the more robust one. offset: distance of the centre of the
-means from the origin, 1/sqrt(K) for the orthogonal frame of ReLU features. HDR subtracts the direction of the global
-mean, which is noise near collapse; HDRctr subtracts the mean itself. SCL, FP: SupCon of two views, class means as
-prototypes.
+optimum: the value at exact neural collapse. like CE after: the share of CE's iterations until the smoothed metric is
+as close to the optimum as CE's final value, and stays so. intra: counts directions of scatter and ignores its size;
+NC1 and CDNV measure the size, and CDNV is more robust. offset: distance of the centre of the means from the origin,
+1/sqrt(K) for the orthogonal frame of ReLU features. HDR: subtracts the direction of the global mean, which is noise
+near collapse; HDRctr subtracts the mean itself. SCL, FP: SupCon with two views, class means as prototypes.
 """
 
 
@@ -59,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     runs = {}
     try:
-        arguments.out.mkdir(parents=True, exist_ok=True)  # before the training, not after it
+        arguments.out.mkdir(parents=True, exist_ok=True)  # an unwritable folder is an error before the training
         settings = {row: recipes.load(f"{RECIPE}/{row}", [*arguments.set, "run.metrics=true"]) for row in NAMES}
         for row, recipe in settings.items():
             runs[row] = fit(recipe, progress=False if arguments.quiet else None)
@@ -72,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(NOTES)
     for row, run in runs.items():
         if run.history.classifiers:
-            print(f"Classifiers on the network that {row} has trained ([NCD] Table 2):")
+            print(f"Classifiers on the network trained with {row} ([NCD] Table 2):")
             print(classifier_table(run.history.classifiers), end="\n\n")
     for row, run in runs.items():
         run.history.save(arguments.out / f"{row}.json")
@@ -102,10 +101,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def table(histories: Mapping[str, History]) -> str:
-    """Final values of every loss, the optimum, and how soon the others match the first one, cross-entropy.
+    """Final values of every loss, the optimum, and how soon the other losses match the first one, cross-entropy.
 
-    Under each of the other losses stands the share of the iterations of cross-entropy after which its
-    smoothed metric is and stays at least as close to the optimum as that of cross-entropy at the end.
+    Below each of the other losses is the share of cross-entropy's iterations after which its smoothed metric is at
+    least as close to the optimum as cross-entropy's final value, and stays so.
     """
     baseline = next(iter(histories.values()))
     best = asdict(optimum(baseline.num_classes))

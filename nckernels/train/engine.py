@@ -35,7 +35,7 @@ LossOf = Callable[[Any], Callable[[Tensor, Tensor], Tensor]]
 
 @dataclass
 class Run:
-    """What :func:`fit` made; ``history.finished`` says whether it came to the end or was told to stop."""
+    """The result of :func:`fit`; ``history.finished`` is False if it was stopped before the end."""
 
     network: Network
     head: Head
@@ -45,7 +45,7 @@ class Run:
 
 
 class TrainingError(RuntimeError):
-    """A training that cannot go on for a reason outside of it, such as files that cannot be read."""
+    """A training that cannot continue for an external reason, such as files that cannot be read."""
 
 
 def fit(
@@ -56,28 +56,36 @@ def fit(
     progress: bool | None = None,
     loss_of: LossOf | None = None,
 ) -> Run:
-    """Train as a recipe says, and measure on the way.
+    """Train by a recipe, and measure neural collapse during the training.
 
     Under torchrun (``RANK`` in the environment), or with a default process group, the processes share every batch.
 
     Args:
         folder: for checkpoints, history and logs; None: nothing is written. With a folder, SIGTERM and SIGINT end the
-            training after the present step (the next line of the log, with several processes) and a checkpoint.
-        resume: go on from the folder's checkpoint, if there is one. On a CPU, with the same number of processes, the
-            result has the bits of a run that was never interrupted. The recipe is that of the checkpoint, but for the
-            keys in :data:`.checkpoint.FREE`.
-        progress: a bar (True) or nothing (False); None: a bar on a terminal, elsewhere a line for every evaluation.
-        loss_of: makes another training loss for the head, of features and labels; a module's state is kept too.
+            training with a checkpoint after the current step (with several processes: at the next line of the log).
+        resume: continue from the folder's checkpoint, if there is one. On a CPU, with the same number of processes, the
+            result has the bits of an uninterrupted run. The recipe must be that of the checkpoint, except for the keys
+            in ``checkpoint.FREE``.
+        progress: a bar (True) or nothing (False); None: a bar on a terminal, elsewhere a line for each evaluation.
+        loss_of: a function of the head that returns another training loss, of features and labels. If that is a
+            module, its state is kept too.
 
-    The seed fixes initialisation and batches, so that runs of different losses see the same of both. The global random
-    state is left as it was. Random numbers of the training, such as dropout's, are functions of seed, step and rank.
+    The seed determines initialisation and batches, which are the same for runs of different losses. The global random
+    state is restored. Random numbers of the training, such as dropout's, are functions of seed, step and rank.
 
     Raises:
-        ValueError: naming the key, where a setting does not fit the machine or the data set; naming the folder, where
-            it has a run already, of another recipe, or is in use; naming the file, where a checkpoint is damaged.
-        FloatingPointError: when loss or gradient are no longer finite.
-        TrainingError: when data cannot be read on the way.
-        OSError: when the folder cannot be written to. The last checkpoint stays.
+        ValueError: naming the key, if a setting does not fit the machine or the data set; naming the folder, if it
+            already has a run, has a run of another recipe, or is in use; naming the file, if a checkpoint is damaged.
+        FloatingPointError: if the loss or the gradient is not finite.
+        TrainingError: if data cannot be read during the training.
+        OSError: if the folder cannot be written to. The last checkpoint stays.
+
+    Example:
+        >>> from nckernels.train import fit, load_recipe
+        >>> recipe = load_recipe("digits/nonl", ["schedule.epochs=1"])
+        >>> run = fit(recipe, progress=False)
+        >>> run.history.finished, run.history.epochs
+        (True, [0.0, 1.0])
     """
     with ExitStack() as stack:
         place = world(recipe.run.device)
@@ -95,7 +103,7 @@ def fit(
 
 
 class _Training:
-    """A run between two steps."""
+    """The state of a run between two steps."""
 
     def __init__(
         self,
@@ -117,9 +125,9 @@ class _Training:
         self.optimisation = Optimisation(self.step, recipe, place, self.per_epoch)
         warn_of_batchnorm(self.network, place)
         self.done = 0
-        self.recorded: list[Tensor] = []  # of the steps since the last look: loss, gradient norm, feature norm
+        self.recorded: list[Tensor] = []  # loss, gradient norm, feature norm of the steps since the last `_look`
         self.means, self.loss = Window("loss", "grad_norm", "feature_norm"), Window("loss")
-        """Since the last line of the log, and since the last evaluation."""
+        """Means since the last line of the log, and since the last evaluation."""
         self.history = new_history(recipe, data, self.step, place.device)
         parts = {
             "network": self.network,
@@ -144,7 +152,7 @@ class _Training:
         self.terminal.close()
 
     def run(self, stop: Stop) -> None:
-        """To the end, or to the step after which the processes were told to stop."""
+        """Train to the end, or to the step after which the processes were told to stop."""
         if self.history.finished:
             return
         if not self.history.steps:
@@ -170,18 +178,18 @@ class _Training:
         self.keeper.write(self.history)
 
     def _batches(self, step: int) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """From a step to the end of its epoch."""
+        """The batches from a step to the end of its epoch."""
         with self._reading():
             yield from self.batches.epoch(*divmod(step, self.per_epoch))
 
     def _between_steps(self, stop: Stop) -> bool:
-        """Look at the losses, write and evaluate where that is due; returns whether to stop."""
+        """Check the losses, write and evaluate if that is due; returns whether to stop."""
         run, step = self.recipe.run, self.done
         last = step == self.total
         line = step % run.log_every == 0
         evaluation = last or step % (run.eval_every or self.per_epoch) == 0
         save = last or (step % run.save_every == 0 if run.save_every else evaluation)
-        # Alone one may stop at once; several have to agree, which they do when they look at the losses.
+        # A single process may stop at once; several agree on it when they exchange the losses.
         if not (line or evaluation or save or (self.world.size == 1 and stop.requested)):
             return False
         stopping = self._look(stop.requested)
@@ -199,14 +207,14 @@ class _Training:
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
-        """For what reads data, whose errors say where the training was."""
+        """Context for code that reads data: its errors become a TrainingError that names the step."""
         try:
             yield
         except (DataError, OSError) as error:
             raise TrainingError(f"after step {self.done}: {error}; {self.keeper.last()}") from error
 
     def _look(self, stopping: bool) -> bool:
-        """Take what was recorded from the device; returns whether any rank is to stop.
+        """Copy the recorded values from the device and check them; returns whether any rank is to stop.
 
         Raises:
             FloatingPointError: for the first step whose loss or gradient is not finite.
@@ -220,7 +228,7 @@ class _Training:
         now = time.perf_counter()
         self.history.seconds += now - self.started
         self.started = now
-        scaled = self.optimisation.scaler.is_enabled()  # and leaves out steps whose gradients are not finite
+        scaled = self.optimisation.scaler.is_enabled()  # it skips steps whose gradients are not finite
         for i, (loss, gradient, feature) in enumerate(rows):
             if not math.isfinite(loss) or not (scaled or math.isfinite(gradient)):
                 step = self.done - len(rows) + i
@@ -232,7 +240,7 @@ class _Training:
         return wish > 0
 
     def _diverged(self, step: int, what: str) -> str:
-        """Batches are functions of their step, so the bad one can be made again."""
+        """The message of a diverged run. The bad batch is made again, because batches are functions of their step."""
         with contextlib.closing(self._batches(step)) as batches:
             images, labels = next(batches)
         where = f"training diverged in step {step + 1} (epoch {step // self.per_epoch + 1})"
@@ -240,7 +248,7 @@ class _Training:
 
     def _evaluate(self, loss: float) -> None:
         last = self.done == self.total
-        if self.world.size > 1:  # BatchNorm's statistics, which are each rank's own on CPUs
+        if self.world.size > 1:  # on CPUs each rank has its own statistics of BatchNorm
             for buffer in self.network.buffers():
                 dist.broadcast(buffer, src=0)
         try:
@@ -282,7 +290,7 @@ def _open(stack: ExitStack, folder: Path, recipe: Recipe, resume: bool) -> dict[
 
 @contextlib.contextmanager
 def _settings(recipe: Recipe, device: torch.device) -> Iterator[None]:
-    """Of torch and nckernels, while the run lasts."""
+    """Apply the recipe's settings of torch and nckernels, and restore them afterwards."""
     before, threads, backend = torch.get_num_threads(), recipe.run.threads, recipe.run.backend
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))

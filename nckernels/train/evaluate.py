@@ -1,6 +1,6 @@
-"""Accuracies of a trained network and the neural collapse of its training set.
+"""Accuracies of a trained network and neural collapse of its training set.
 
-Every rank processes its share of the samples (:func:`~nckernels.train.data.passes`) and gets the result of all.
+Every rank processes its share of the samples (:func:`~nckernels.train.data.passes`), and gets the result of all ranks.
 """
 
 from __future__ import annotations
@@ -24,22 +24,23 @@ from . import data as datasets
 from .recipe import Recipe
 
 MOST_COSINES = 200
-"""Classes up to which the matrices of cosines are kept: 40,000 numbers each."""
+"""Largest number of classes for which the matrices of cosines are kept: 40,000 numbers each."""
 _CHUNK = 8192  # rows of logits at a time
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Of a network and its classifier. With several labels a sample an accuracy is the mean average precision."""
+    """The result of an evaluation. With several labels per sample the accuracies are mean average precisions."""
 
     train_accuracy: float
     test_accuracy: float
     metrics: dict[str, float]
-    """:class:`nckernels.metrics.NeuralCollapse` of the training set, field by field. Of files ``intra_erank`` and
-    ``nc4`` are NaN, which need the samples a second time. Empty where they are not wanted, or labels are several."""
+    """:class:`nckernels.metrics.NeuralCollapse` of the training set, field by field. For image files ``intra_erank``
+    and ``nc4`` are NaN, because they need a second pass over the samples. Empty if ``run.metrics`` is false, or if
+    samples have several labels."""
     prototype_cosines: list[list[float]] | None = None
     mean_cosines: list[list[float]] | None = None
-    """Of the mean unit features of the training set's classes."""
+    """Cosines of the mean unit features of the training set's classes."""
 
 
 @torch.no_grad()
@@ -56,12 +57,12 @@ def evaluate(
 ) -> Evaluation:
     """Measure on all samples of both sets, in eval mode, in float32; the result is the same on every rank.
 
-    A classifier of class means is fitted to the training set first. Training sets in memory have their features all at
-    once, sets of files batch by batch.
+    A classifier of class means is fitted to the training set first. The features of a training set in memory are
+    computed at once, those of a set of files batch by batch.
 
     Args:
-        rank, world_size: of the default process group, which all ranks call this in.
-        cosines: give the matrices of cosines too, of at most 200 classes.
+        rank, world_size: of the default process group, all of whose ranks must call this.
+        cosines: whether to return the matrices of cosines, for at most 200 classes.
 
     Raises:
         FloatingPointError: if a feature is not finite.
@@ -137,7 +138,7 @@ def features(
     """Features and labels of all samples of a set in its order, on every rank.
 
     Args:
-        function: what makes features of images, for example ``network.encode``; None: the network.
+        function: computes the features of images, for example ``network.encode``; None: the network.
     """
     with measuring(network, None, device):
         return _gathered(_outputs(function or network, dataset, split, recipe, device, rank, world_size), world_size)
@@ -152,7 +153,7 @@ def _outputs(
     rank: int,
     world_size: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """What a function makes of this rank's share of a set, batch by batch, with the labels."""
+    """A function's outputs for this rank's share of a set, batch by batch, with the labels."""
     for images, labels in datasets.passes(dataset, split, recipe, device, rank=rank, world_size=world_size):
         yield function(images), labels
 
@@ -197,7 +198,7 @@ def _score(
             continue
         right += (head(z).argmax(1) == y).sum()
         total += len(y)
-        if streamed is not None and finite:  # the metric's own error would leave the other ranks waiting
+        if streamed is not None and finite:  # an error in the metric would leave the other ranks waiting
             streamed.add(z, y)
     _check_finite(finite, world_size)
     if several:
@@ -210,7 +211,7 @@ def _score(
 
 
 def _mean_average_precision(logits: Tensor, labels: Tensor) -> float:
-    """The mean over the classes of the area under the curve of precision over recall, at all thresholds."""
+    """The mean over the classes of the area under the precision-recall curve, at all thresholds."""
     from torchmetrics.functional.classification import multilabel_average_precision
 
     value = multilabel_average_precision(logits, labels.long(), num_labels=labels.shape[1], average="macro")
@@ -229,7 +230,7 @@ def _cosines(points: Tensor) -> list[list[float]]:
 
 
 def _gathered(batches: Iterable[tuple[Tensor, Tensor]], world_size: int) -> tuple[Tensor, Tensor]:
-    """The rows of all ranks, which are contiguous shares of a set, and so come in the set's order."""
+    """The rows of all ranks. Shares are contiguous, so the rows are in the order of the set."""
     pairs = [(z.float(), y) for z, y in batches]
     z, y = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     ranks = groups.resolve("world") if world_size > 1 else None
@@ -240,7 +241,7 @@ def _gathered(batches: Iterable[tuple[Tensor, Tensor]], world_size: int) -> tupl
 
 
 def of_the_first_rank(value: Any, rank: int, world_size: int) -> Any:
-    """Sums in another order may round otherwise, and times differ: all ranks take the numbers of one."""
+    """Broadcast the value of rank 0: the ranks' own values may differ by rounding and in times."""
     if world_size == 1:
         return value
     box = [value if rank == 0 else None]
@@ -258,7 +259,7 @@ def _check_finite(finite: Tensor, world_size: int) -> None:
 
 @contextmanager
 def measuring(network: nn.Module, head: Any, device: torch.device) -> Iterator[None]:
-    """Eval mode for the time being, without autocast."""
+    """Context in eval mode and without autocast."""
     modules = nn.ModuleList([module for module in (network, head) if isinstance(module, nn.Module)])
     with _evaluating(modules), torch.autocast(device.type, enabled=False):
         yield

@@ -1,4 +1,4 @@
-"""``python -m nckernels evaluate``: a run's last checkpoint on its test set, on corrupted images or on ImageNet-C."""
+"""``python -m nckernels evaluate``: measures a run's last checkpoint, on its own sets, corruptions or ImageNet-C."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Errors = dict[str, tuple[float, ...]]
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run's folder holds, on a device."""
+    """A trained run, loaded from its folder onto a device."""
 
     recipe: Recipe
     network: Network
@@ -46,16 +46,16 @@ def load(folder: Path, device: torch.device, *, root: str = "") -> Trained:
     """Network and classifier of a run's last checkpoint, and the data of its recipe.
 
     Args:
-        root: another ``data.root`` than the run had.
+        root: replaces the ``data.root`` of the run.
 
     Raises:
-        ValueError: naming the file that is missing or damaged, or what is wrong with the data.
+        ValueError: naming the file that is missing or damaged, or the problem with the data.
     """
     file = folder / "recipe.json"
     try:
         content, state = file.read_bytes(), checkpoint.load(folder / "checkpoint.pt")
     except OSError as error:
-        raise ValueError(f"{folder}: no run with a checkpoint: {error}") from None
+        raise ValueError(f"{folder}: no run with a checkpoint in this folder: {error}") from None
     try:
         recipe = from_dict(json.loads(content))
     except ValueError as error:
@@ -75,9 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     arguments = parser.parse_args(argv)
     if arguments.on == "imagenet-c" and not arguments.root:
-        parser.error("--on imagenet-c: expected --root, the folder with its corruptions")
+        parser.error("--on imagenet-c needs --root, the folder of ImageNet-C")
     if arguments.baseline and arguments.on != "corruptions":
-        parser.error("--baseline: only with --on corruptions; ImageNet-C's errors are divided by AlexNet's")
+        parser.error("--baseline needs --on corruptions; the errors on ImageNet-C are divided by AlexNet's")
     try:
         results, text = _measure(arguments)
         print(text)
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m nckernels evaluate",
-        description="Measure a run's last checkpoint.",
+        description="Measure a run's last checkpoint: accuracies, neural collapse, errors under corruptions.",
     )
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="a run's folder")
@@ -101,20 +101,30 @@ def make_parser() -> argparse.ArgumentParser:
         "--on",
         choices=("test", "corruptions", "imagenet-c"),
         default="test",
-        help="test (the default): both sets of the run, with the metrics of neural collapse; corruptions: nine "
-        "corruptions of a test set in memory at five severities; imagenet-c: ImageNet-C on disk",
+        help="test (default): training and test set of the run, with the metrics of neural collapse; corruptions: "
+        "nine corruptions of a test set in memory, at five severities; imagenet-c: ImageNet-C on disk",
     )
-    add("--root", default="", metavar="DIR", help="imagenet-c: where it is; else: another data.root than the run had")
-    add("--baseline", type=Path, metavar="RUN", help="corruptions: divide the errors by those of this run, for mCE")
-    add("--probes", action="store_true", help="class means and linear probes on the run's features: FP, LP, NLP")
-    add("--json", type=Path, metavar="FILE", help="write the numbers")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto (the default): an accelerator if there is one")
+    add(
+        "--root",
+        default="",
+        metavar="DIR",
+        help="with --on imagenet-c: the folder of ImageNet-C; otherwise: replaces the data.root of the run",
+    )
+    add(
+        "--baseline",
+        type=Path,
+        metavar="RUN",
+        help="with --on corruptions: divide the errors by those of this run, for the mCE",
+    )
+    add("--probes", action="store_true", help="also fit class means and linear probes to the features: FP, LP, NLP")
+    add("--json", type=Path, metavar="FILE", help="write the numbers to this file")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto (default): an accelerator if there is one")
     return parser
 
 
 def _measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The numbers, and a table of them."""
-    on, device = arguments.on, world(arguments.device).device
+    on, device = arguments.on, world(arguments.device, "--device").device
     run = load(arguments.run, device, root="" if on == "imagenet-c" else arguments.root)
     results: dict[str, Any] = {"run": str(arguments.run), "name": run.recipe.name, "on": on}
     if on == "test":
@@ -143,7 +153,7 @@ def _measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _errors(run: Trained, imagenet_root: str | None = None) -> Errors:
-    """On corruptions of the test set, or on ImageNet-C."""
+    """Errors on corruptions of the test set, or on ImageNet-C."""
     if imagenet_root is None:
         return corruptions.corruption_errors(run.accuracy, lambda n, s: corruptions.corrupted(run.data.test, n, s))
     names = run.data.class_names
@@ -168,7 +178,7 @@ def _test_table(run: Trained, found: evaluate.Evaluation) -> str:
 def _error_table(
     clean: float, errors: Errors, baseline: Mapping[str, Sequence[float]] | None, mce: float | None
 ) -> str:
-    """Errors in percent at severities 1 to 5, their mean, and that divided by the baseline's."""
+    """Errors in percent at severities 1 to 5, their mean, and the mean divided by the baseline's."""
     width = max(map(len, errors))
     head = f"{'error, %':<{width}}" + "".join(f"{s:>7}" for s in range(1, corruptions.SEVERITIES + 1)) + f"{'mean':>8}"
     lines = [head + (f"{'CE, %':>8}" if baseline else ""), f"{'clean':<{width}}{'':{7 * corruptions.SEVERITIES}}"]

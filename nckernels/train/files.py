@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all, and files that one process holds at a time."""
+"""Files that are written atomically, and lock files."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import IO, Any
 
 
 def write_atomically(path: Path, content: Callable[[IO[bytes]], Any], part: Path | None = None) -> None:
-    """Replace ``path`` by what ``content`` writes into a file; whatever happens on the way leaves the old one.
+    """Replace ``path`` by a file that ``content`` writes. If anything fails, the old file stays.
 
     A crash may leave ``part`` behind, an error does not.
 
     Args:
-        part: the new file until it is on the disk; None: ``path`` with ``.part``, for a path that one process writes.
+        part: temporary name of the new file; None: ``path`` with ``.part``, for a path that only one process writes.
 
     Raises:
         OSError: naming the folder, for instance when the disk is full.
@@ -34,7 +34,7 @@ def write_atomically(path: Path, content: Callable[[IO[bytes]], Any], part: Path
             part.unlink(missing_ok=True)
             raise
     except OSError as error:
-        kept = "; the one before is kept" if path.exists() else ""
+        kept = "; the previous one is kept" if path.exists() else ""
         raise OSError(
             error.errno, f"{path.parent}: {path.name} could not be written ({error.strerror or error}){kept}"
         ) from error
@@ -49,10 +49,10 @@ _held: weakref.WeakSet[IO[str]] = weakref.WeakSet()
 
 
 def hold(path: Path) -> IO[str]:
-    """Lock a file, which gets the number of this process, until it is closed or the process ends.
+    """Lock a file until it is closed or the process ends, and write the process id into it.
 
     Raises:
-        BlockingIOError: if another process holds it, with the number of that one as its text.
+        BlockingIOError: if another process holds the lock; the text is the id of that process.
     """
     file = open(path, "a+")  # noqa: SIM115 - the caller closes it
     try:
@@ -70,7 +70,7 @@ def hold(path: Path) -> IO[str]:
 
 
 def _leave_to_parent() -> None:
-    """A lock lasts until the last copy of its file is closed; a worker's would outlive a parent that is killed."""
+    """Close the locks in a forked worker: a lock lasts while any copy of its file is open, even if the parent ends."""
     for file in _held:
         file.close()
 
@@ -79,7 +79,7 @@ os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def _sync_folder(folder: Path) -> None:
-    """A renamed file is there after a power failure only if its folder is on the disk."""
+    """Flush a folder to disk, without which a renamed file may be lost in a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""The folder of a run: one process group at a time, one recipe, and whether there is something to go on with."""
+"""The folder of a run, which belongs to one recipe and is locked while a run trains in it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .recipe import Recipe
 
 
 class Folder:
-    """A run's folder, held by a lock until :meth:`close` or the end of the process.
+    """A run's folder, locked until :meth:`close` or the end of the process.
 
     Raises:
         ValueError: if another process trains in it.
@@ -26,33 +26,36 @@ class Folder:
         try:
             self._lock = hold(path / "lock")
         except BlockingIOError as owner:
-            raise ValueError(f"{path}: process {owner} trains in this folder") from None
-        for part in path.glob("*.part"):  # of a process that was killed while it wrote
+            raise ValueError(f"{path}: process {owner} is already training in this folder") from None
+        for part in path.glob("*.part"):  # left by a process that was killed while writing
             part.unlink()
 
     def open(self, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
-        """The checkpoint to go on from, or None for a new run, whose recipe is written.
+        """The checkpoint to resume from, or None for a new run, whose recipe is written.
 
         Raises:
-            ValueError: if there is a run and ``resume`` is False, or a run of another recipe, or a damaged checkpoint.
+            ValueError: if there is a run and ``resume`` is False, if it has another recipe, or if its checkpoint is
+                damaged.
         """
         file, history = self.path / "recipe.json", self.path / "history.json"
-        if self.checkpoint.exists() or history.exists():  # a recipe alone is of a run that never began
+        if self.checkpoint.exists() or history.exists():  # a recipe alone is from a run that never began
             if not resume:
-                raise ValueError(f"{self.path} has a run; --resume auto goes on with it")
+                raise ValueError(
+                    f"{self.path} already has a run; --resume auto continues it, another --out starts a new one"
+                )
             if file.exists():
                 checkpoint.check_recipe(file, _read(file), recipe)
         saved = checkpoint.load(self.checkpoint) if self.checkpoint.exists() else None
         if saved is not None:
             checkpoint.check_recipe(self.checkpoint, saved["recipe"], recipe)
             done = _read(history) if history.exists() else {}
-            if done.get("finished"):  # then it has more than the checkpoint: what came after the last step
+            if done.get("finished"):  # then it also has what was measured after the last step
                 saved["history"] = done
         write_text(file, json.dumps(recipe.to_dict(), indent=1) + "\n")
         return saved
 
     def close(self) -> None:
-        """Let others train here."""
+        """Release the lock."""
         self._lock.close()
 
 

@@ -1,7 +1,7 @@
-"""Many runs of one recipe: rows x grid x seeds, each a process of its own.
+"""Many runs of one recipe: rows x grid x seeds, each in its own process.
 
-A folder holds one sweep. ``sweep.json`` says what was asked for, a subfolder is a run with what it printed in
-``output.txt``. The same command again goes on where the last one ended.
+A folder holds one sweep. ``sweep.json`` has its definition. Each run has a subfolder, with its output in
+``output.txt``. The same command resumes an unfinished sweep.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ class Run:
     """One run of a sweep."""
 
     name: str
-    """Of its folder: the row, what the grid sets and the seed, of the last two what there is more than one of."""
+    """Name of its folder: the row, the grid's settings with several values, and the seed if there are several."""
     recipe: str
     settings: tuple[str, ...]
     row: str
     point: tuple[tuple[str, Any], ...]
-    """Keys of the grid with their values here."""
+    """The keys of the grid with their values in this run."""
     seed: int
 
     def arguments(self) -> list[str]:
-        """Of ``python -m nckernels train``, but for the folder."""
+        """Arguments of ``python -m nckernels train``, without the folder."""
         return [self.recipe, *(argument for setting in self.settings for argument in ("--set", setting))]
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What was asked for; :func:`plan` makes one."""
+    """The definition of a sweep; :func:`plan` makes one."""
 
     recipe: str
     settings: tuple[str, ...]
@@ -51,7 +51,7 @@ class Sweep:
     seeds: tuple[int, ...]
 
     def row_recipe(self, row: str) -> str:
-        """The name that ``train`` takes."""
+        """The name of a row as ``train`` takes it."""
         if not row:
             return self.recipe
         return f"{self.recipe}{':' if self.recipe.endswith('.toml') else '/'}{row}"
@@ -60,7 +60,7 @@ class Sweep:
         return recipes.load(self.row_recipe(row), self.settings)
 
     def runs(self) -> list[Run]:
-        """Grid point by grid point of every row, its seeds one after the other."""
+        """All runs, ordered by row, grid point and seed."""
         return [
             self._run(row, tuple(zip(self.grid, values, strict=True)), seed)
             for row, *values in itertools.product(self.rows, *self.grid.values())
@@ -77,7 +77,7 @@ class Sweep:
         return Run("_".join(parts), self.row_recipe(row), settings, row, point, seed)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, with what the rows come to, so that a changed recipe file is another sweep."""
+        """Plain values, including the resolved settings of the rows, so that a changed recipe file is another sweep."""
         free = {*self.grid, "run.seed"}
         asked = {
             "recipe": self.recipe,
@@ -100,17 +100,17 @@ def plan(
     seeds: Sequence[int] | None = None,
     grid: Mapping[str, Sequence[Any]] | None = None,
 ) -> Sweep:
-    """A sweep over a recipe, each run of which can work.
+    """A sweep over a recipe, all of whose runs have valid settings.
 
     Args:
         name: a recipe, or a row of one.
         settings: ``"key=value"``, for all runs.
-        rows: of the recipe; None: those of its ``[sweep]``, else all.
-        seeds: None: those of its ``[sweep]``, else the recipe's.
-        grid: values by dotted key, instead of those that ``[sweep]`` has for the key.
+        rows: rows of the recipe; None: those of its ``[sweep]``, or all rows.
+        seeds: None: those of its ``[sweep]``, or the recipe's seed.
+        grid: values by dotted key; they replace those of ``[sweep]``.
 
     Raises:
-        ValueError: naming the row, key or run that is wrong.
+        ValueError: naming the wrong row, key or run.
     """
     base, row = recipes.split(name)
     content = recipes.read(name)[0]
@@ -121,7 +121,7 @@ def plan(
         if key not in ("rows", "seeds", "grid"):
             raise ValueError(f"recipe {base}: unknown key sweep.{key}{typed.nearest(key, ('rows', 'seeds', 'grid'))}")
     if row and rows is not None:
-        raise ValueError(f"--rows: {name} is a row already")
+        raise ValueError(f"--rows: {name} already names a row")
     settings = tuple(settings)
     if rows is None:
         rows = (row,) if row else asked.get("rows", recipes.rows(name)) or ("",)
@@ -133,10 +133,10 @@ def plan(
     taken = {setting.partition("=")[0].strip() for setting in settings}
     for key, values in grid.items():
         if key in taken:
-            raise ValueError(f"{key}: both set and in the grid; --grid {key}=VALUE has the one value instead")
+            raise ValueError(f"{key}: it is in --set and in the grid; use --grid {key}=VALUE for a single value")
         _check_distinct(f"grid {key}", values)
     if "run.seed" in {*taken, *grid}:
-        raise ValueError("run.seed: expected in --seeds, not set or in the grid")
+        raise ValueError("run.seed: use --seeds instead of --set or --grid")
     _check_distinct("rows", rows)
     _check_distinct("seeds", seeds)
     sweep = Sweep(base, settings, tuple(rows), grid, tuple(seeds))
@@ -152,25 +152,25 @@ def plan(
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Only one process runs a folder's sweep at a time. The folder is made.
+    """Make the folder, and lock it against other processes while the context lasts.
 
     Raises:
-        ValueError: if another one does.
+        ValueError: if another process has locked it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock = hold(folder / "lock")
     except BlockingIOError:
-        raise ValueError(f"{folder}: another process runs this sweep") from None
+        raise ValueError(f"{folder}: another process is running this sweep") from None
     with lock:
         yield
 
 
 def claim(folder: Path, sweep: Sweep) -> None:
-    """Make the folder, which this process has locked, this sweep's.
+    """Write the definition of the sweep into its folder, which this process has locked.
 
     Raises:
-        ValueError: if it is another one's; it names what differs.
+        ValueError: if the folder holds another sweep, naming the differences.
     """
     path, new = folder / "sweep.json", sweep.to_dict()
     if path.exists():
@@ -181,14 +181,14 @@ def claim(folder: Path, sweep: Sweep) -> None:
             raise ValueError(f"{path} cannot be read: {error}") from None
         if differing:
             raise ValueError(
-                f"{folder} holds another sweep, which differs in {'; '.join(differing)}. Choose another folder"
+                f"{folder} holds another sweep, which differs in {'; '.join(differing)}; choose another --out"
             )
         return
     write_text(path, json.dumps(new, indent=1) + "\n")
 
 
 def history(folder: Path) -> dict[str, Any] | None:
-    """What a run has written so far; None without a file that can be read."""
+    """The history that a run has written so far; None if there is no readable file."""
     try:
         content = json.loads((folder / "history.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -201,7 +201,7 @@ def finished(folder: Path) -> bool:
 
 
 def table(folder: Path, sweep: Sweep) -> str:
-    """The last test accuracy, mean and standard deviation over the seeds, by row and grid point."""
+    """Mean and standard deviation over the seeds of the final test accuracy, by row and grid point."""
     groups: dict[tuple[str, tuple[Any, ...]], list[float]] = {}
     for run in sweep.runs():
         values = groups.setdefault((run.row, tuple(_readable(value) for _, value in run.point)), [])
@@ -239,13 +239,13 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _last(key: str, keys: Iterable[str]) -> str:
-    """The last part of a dotted key, if no other key has it too."""
+    """The last part of a dotted key, or the whole key if another key has the same last part."""
     last = key.rpartition(".")[2]
     return last if [k.rpartition(".")[2] for k in keys].count(last) == 1 else key
 
 
 def _readable(value: Any) -> str:
-    """For a folder's name: without blanks, slashes and what shells take for their own."""
+    """A value as part of a folder's name, without blanks, slashes and special characters of shells."""
     text = value if isinstance(value, str) else toml_value(value)
     return re.sub(r"[^\w.+-]+", "-", text).strip("-") or "none"
 
@@ -255,4 +255,4 @@ def _check_distinct(what: str, values: Any) -> None:
         raise ValueError(f"{what}: expected a list of at least one, got {values!r}")
     for value in values:
         if list(values).count(value) > 1:
-            raise ValueError(f"{what}: {value!r} is there twice")
+            raise ValueError(f"{what}: {value!r} occurs twice")

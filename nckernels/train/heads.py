@@ -1,4 +1,4 @@
-"""Classifiers by the name of their loss: what a network's features are trained and tested with."""
+"""Heads, by the name of their loss: each has a loss of the network's features and classifies them."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "etf-dr": (),
     "dlp": ("momentum", "t"),
 }
-"""What ``loss.options`` may hold, by ``loss.name``."""
+"""The valid keys of ``loss.options``, by ``loss.name``."""
 
 
 class Head(Protocol):
-    """What the trainer asks of a classifier. It is a module whose state dict has all that training changes."""
+    """The interface of a head: a module whose state dict has everything that training changes."""
 
     @property
     def prototypes(self) -> Tensor:
-        """(K, d), a row for each class."""
+        """(K, d), one row per class."""
 
     def __call__(self, features: Tensor) -> Tensor:
         """Features (N, d) -> logits (N, K)."""
@@ -53,8 +53,8 @@ class Head(Protocol):
     def loss(self, features: Tensor, target: Tensor) -> Tensor:
         """The scalar training loss of features (b, d), of contrastive heads (b, V, d), with labels (b,).
 
-        With a process group it is the number of ranks times this rank's share of the global batch's loss, so that the
-        average over the ranks, of losses and of gradients, is the global batch's.
+        With a process group it is the number of ranks times this rank's share of the loss of the global batch. The
+        average over the ranks, of losses and of gradients, is then that of the global batch.
         """
 
 
@@ -70,12 +70,12 @@ class LinearHead(nn.Linear):
         return self.weight
 
     def _wide(self, features: Tensor) -> Tensor:
-        """Logits in float32 at least, under autocast too."""
+        """Logits in float32 or wider, also under autocast."""
         logits: Tensor = self(features)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _mean(self, losses: Tensor) -> Tensor:
-        """Over the samples of all ranks, of (b,) losses."""
+        """The mean of (b,) losses over the samples of all ranks."""
         ranks = groups.resolve(self.process_group)
         if ranks is None:
             return losses.mean()
@@ -85,10 +85,10 @@ class LinearHead(nn.Linear):
 
 
 class CrossEntropyHead(LinearHead):
-    """The baseline: cross-entropy of a linear layer, plus ``uniformity`` times that of the rows' directions.
+    """The baseline: cross-entropy of a linear layer, plus ``uniformity`` times the uniformity loss of its unit rows.
 
-    With a uniformity of 1e-2 it is PSC* ([DLP] section 4.4.4), whose rows have any length. The uniformity leaves out
-    the pairs of a prototype with itself, which [DLP] Eq. 5 has.
+    With a factor of 1e-2 it is PSC* ([DLP] section 4.4.4), whose rows have any length. Unlike [DLP] Eq. 5, the
+    uniformity loss leaves out the pairs of a prototype with itself.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class CrossEntropyHead(LinearHead):
 
 
 class BinaryHead(LinearHead):
-    """Any number of labels a sample: the mean binary cross-entropy of the classes."""
+    """Any number of labels per sample: the mean binary cross-entropy over the classes."""
 
     def loss(self, features: Tensor, target: Tensor) -> Tensor:
         """``target``: (b, K) of zeros and ones."""
@@ -121,8 +121,8 @@ class BinaryHead(LinearHead):
 
 
 class CosineHead(nn.Module):
-    """Learnt prototypes and cosine logits, trained by ``objective``: NormFace, NTCE or NONL, or one of them with past
-    features or running denominators. Its state dict has these."""
+    """Learnt prototypes and cosine logits, trained by ``objective``: NormFace, NTCE or NONL, optionally with a queue or
+    running denominators, which are part of the state dict."""
 
     def __init__(self, objective: nn.Module) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class CosineHead(nn.Module):
 
     @property
     def criterion(self) -> Any:
-        """The loss without a past, which has the prototypes."""
+        """The loss without queue or running denominators; it has the prototypes."""
         return getattr(self.objective, "criterion", self.objective)
 
     @property
@@ -146,14 +146,14 @@ class CosineHead(nn.Module):
 
 
 class ContrastiveHead(nckernels.FixedPrototypes):
-    """Nothing to learn: a loss of the features, and the class means of the last ``fit`` as the classifier."""
+    """A head without parameters: a loss of the features, and the class means of the last ``fit`` as classifier."""
 
     def __init__(self, num_classes: int, dim: int, objective: nn.Module, *, temperature: float) -> None:
         super().__init__(num_classes, dim, temperature=temperature)
         self.objective = objective
 
     def loss(self, features: Tensor, target: Tensor) -> Tensor:
-        """Of all views of the batch: features (b, V, d)."""
+        """The loss of all views of the batch, features (b, V, d)."""
         return cast(Tensor, self.objective(features, target))
 
 
@@ -173,19 +173,19 @@ def make_head(
 
     Args:
         dim: size d of the features.
-        steps_per_epoch: of training, after which dlp assigns its points anew.
-        process_group: whose samples the loss sees. The ranks share the rows of a queue.
+        steps_per_epoch: training steps after which dlp reassigns its points.
+        process_group: the ranks whose samples the loss sees. They share the rows of a queue.
 
-    Fixed points are those of rank 0: all ranks of a distributed run make their heads together.
+    Fixed points are those of rank 0, so all ranks of a distributed run must call this together.
 
     Raises:
-        ValueError: naming the key, for options that the loss does not have, values that they cannot have, a queue or
-            decay of a loss without one, and etf-dr with fewer than K - 1 dimensions, where there is no simplex.
+        ValueError: naming the key, for unknown options, values out of range, a queue or decay of a loss without one,
+            and etf-dr with fewer than K - 1 dimensions, where there is no simplex.
     """
     for name in loss.options:
         if name not in OPTIONS[loss.name]:
             raise ValueError(
-                f"loss.options.{name}: {loss.name} has {', '.join(OPTIONS[loss.name]) or 'no options'}"
+                f"loss.options.{name}: the options of {loss.name} are {', '.join(OPTIONS[loss.name]) or 'none'}"
                 f"{nearest(name, OPTIONS[loss.name])}"
             )
     try:
@@ -239,7 +239,7 @@ def _make(
 
 
 def _with_past(criterion: Any, loss: Loss, dim: int) -> nn.Module:
-    """The criterion, or one that sees past features or running denominators too."""
+    """The criterion, wrapped with a queue or running denominators if the recipe has them."""
     try:
         if loss.decay:
             return nckernels.RunningDenominatorLoss(criterion, loss.decay)
@@ -253,11 +253,11 @@ def _with_past(criterion: Any, loss: Loss, dim: int) -> nn.Module:
 
 
 def _uniform(num_classes: int, dim: int, t: float, device: torch.device | str | None) -> Tensor:
-    """Points of [DLP], from the cache if they are there: with thousands of classes they take minutes."""
+    """Points of [DLP], cached, because with thousands of classes they take minutes."""
     folder: Path | None = cache_folder()
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
-    except OSError:  # costs the cache and nothing else
+    except OSError:  # then nothing is cached
         folder = None
     progress = num_classes > 1000 and sys.stderr.isatty()
     points = geometry.uniform_prototypes(num_classes, dim, t, cache=folder, device=device, progress=progress)
@@ -265,7 +265,7 @@ def _uniform(num_classes: int, dim: int, t: float, device: torch.device | str | 
 
 
 def _of_rank_0(points: Tensor, device: torch.device | str | None) -> Tensor:
-    """The same points on all ranks, which may be machines that round differently."""
+    """Broadcast the points of rank 0: other machines may round differently."""
     points = points.to(device)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast(points, src=0)

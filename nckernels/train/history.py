@@ -1,4 +1,4 @@
-"""What a run measured: ``history.json``."""
+"""``history.json``: the measurements of a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .files import write_text
 from .recipe import Recipe, from_dict
 
 VERSION = 2
-"""Of the format of ``history.json``."""
+"""Version of the format of ``history.json``."""
 
 
 @dataclass
@@ -32,13 +32,13 @@ class History:
     dim: int = 0
     """Size d of the features."""
     encoded_dim: int = 0
-    """Size of what lies below the projection."""
+    """Size of the encoder's output, below the projection."""
     parameters: int = 0
-    """Of network and classifier together."""
+    """Number of parameters of network and classifier together."""
     train_samples: int = 0
     test_samples: int = 0
     steps: list[int] = field(default_factory=list)
-    """Steps done at the time of the evaluation."""
+    """Steps done before the evaluation."""
     epochs: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
     """Mean training loss since the previous evaluation; NaN at the first."""
@@ -50,14 +50,14 @@ class History:
     seconds: float = 0.0
     """Time spent on training steps, without evaluations and checkpoints."""
     classifiers: list[ClassifierResult] = field(default_factory=list)
-    """``run.probes`` of the trained network."""
+    """Results of ``run.probes`` on the trained network."""
     prototype_cosines: list[list[float]] | None = None
     mean_cosines: list[list[float]] | None = None
-    """At the end, of the class means of the training set."""
+    """Cosines of the class means of the training set at the end."""
     finished: bool = False
     versions: dict[str, str] = field(default_factory=dict)
     note: str = ""
-    """Of the data set."""
+    """Remark of the data set."""
 
     def add(self, step: int, epoch: float, loss: float, evaluation: Any) -> None:
         """Append an :class:`~.evaluate.Evaluation`."""
@@ -78,10 +78,10 @@ class History:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> History:
-        """The opposite of :meth:`to_dict`.
+        """The inverse of :meth:`to_dict`.
 
         Raises:
-            ValueError: if it is something else.
+            ValueError: if the content is not a history.
         """
         if not isinstance(content, Mapping) or content.get("version") != VERSION:
             raise ValueError(f"expected a history of version {VERSION}")
@@ -102,25 +102,25 @@ class History:
 
     @classmethod
     def load(cls, path: str | Path) -> History:
-        """Read ``history.json``, or that of a run's folder.
+        """Read a ``history.json``, given as the file or as the run's folder.
 
         Raises:
             OSError: if there is none.
-            ValueError: naming the file, if it is damaged or something else.
+            ValueError: naming the file, if it is damaged or not a history.
         """
         path = Path(path)
         path = path / "history.json" if path.is_dir() else path
         try:
             return cls.from_dict(json.loads(path.read_bytes()))
-        except ValueError as error:  # what is no JSON, too
+        except ValueError as error:  # also raised for invalid JSON
             raise ValueError(f"{path}: {error}") from None
 
 
 def new_history(recipe: Recipe, data: Any, step: Any, device: torch.device) -> History:
-    """Of a run that begins: what is known before the first step.
+    """The history of a new run: what is known before the first step.
 
     Args:
-        step: with the network and the head.
+        step: a module with the network and the head.
     """
     return History(
         recipe,
@@ -137,7 +137,7 @@ def new_history(recipe: Recipe, data: Any, step: Any, device: torch.device) -> H
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """What a run's numbers may depend on."""
+    """Versions and device, on which a run's numbers may depend."""
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     return {
         "nckernels": nckernels.__version__,
@@ -148,7 +148,7 @@ def versions(device: torch.device) -> dict[str, str]:
 
 
 def finite_or_none(value: Any) -> Any:
-    """With None, which JSON has, for numbers that are not finite."""
+    """The value with None, which becomes null in JSON, in place of numbers that are not finite."""
     if isinstance(value, Mapping):
         return {key: finite_or_none(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -157,7 +157,7 @@ def finite_or_none(value: Any) -> Any:
 
 
 def none_to_nan(value: Any) -> Any:
-    """The opposite of :func:`finite_or_none`, as far as it goes."""
+    """The value with NaN in place of None; the inverse of :func:`finite_or_none` except for infinities."""
     if isinstance(value, Mapping):
         return {key: none_to_nan(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Keeps a run: writes its checkpoints and its history, and goes on from them, with any number of processes."""
+"""Writes and restores the checkpoints and the history of a run, with any number of processes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .recipe import Recipe
 
 
 class Keeper:
-    """Rank 0 writes; the others give it what is their own, wait, and raise what it raises.
+    """Rank 0 writes. The other ranks send their own state, wait, and raise the errors that rank 0 raises.
 
     Args:
-        folder: of the run; None: nothing is written.
-        parts: what has a state, by its name in the checkpoint; what has none is left out.
+        folder: folder of the run; None: nothing is written.
+        parts: objects by their name in the checkpoint; those without a ``state_dict`` are left out.
     """
 
     def __init__(self, folder: Path | None, recipe: Recipe, world: World, parts: Mapping[str, Any]) -> None:
@@ -31,11 +31,11 @@ class Keeper:
         self._step = 0
 
     def save(self, step: int, history: History) -> None:
-        """Write a checkpoint, after the losses up to ``step`` have been looked at.
+        """Write a checkpoint, after the losses up to ``step`` have been checked.
 
         Raises:
-            FloatingPointError: if a parameter is not finite: a broken network is never written.
-            OSError: naming the folder; the checkpoint before is still there.
+            FloatingPointError: if a parameter is not finite; such a network is never written.
+            OSError: naming the folder; the previous checkpoint stays.
         """
         folder = self._folder
         if folder is None:
@@ -45,7 +45,7 @@ class Keeper:
             raise FloatingPointError(f"after step {step}: the parameters are not finite; {self.last()}")
         ranks = self._world.gathered(_own_state(self._head))
         if all(_same(ranks[0], other) for other in ranks[1:]):
-            ranks = []  # a state for all, which is the head's
+            ranks = []  # the same on all ranks: the head's state is enough
 
         def write() -> None:
             state = {
@@ -67,22 +67,22 @@ class Keeper:
             self._world.agreed(lambda: history.save(folder / "history.json"))
 
     def last(self) -> str:
-        """Where the last checkpoint is, for an error."""
+        """The place of the last checkpoint, for error messages."""
         if not self._step or self._folder is None:
             return "there is no checkpoint"
         return f"the last good checkpoint is {self._folder / 'checkpoint.pt'}, of step {self._step}"
 
     def restore(self, saved: Mapping[str, Any], versions: dict[str, str]) -> tuple[int, History]:
-        """Everything as it was in a checkpoint; returns its step and its history.
+        """Restore everything from a checkpoint; returns its step and its history.
 
         Raises:
-            ValueError: if its content does not fit, or it has states of another number of processes.
+            ValueError: if its content does not fit, or if it holds the states of another number of processes.
         """
         ranks = saved["ranks"]
         if ranks and len(ranks) != self._world.size:
             raise ValueError(
-                f"{self._folder}: the checkpoint is of {len(ranks)} processes, whose classifiers have a state of their "
-                f"own, such as a queue; it cannot go on with {self._world.size}"
+                f"{self._folder}: the checkpoint is of {len(ranks)} processes, each with its own state of the "
+                f"classifier, such as a queue; it cannot be resumed with {self._world.size}"
             )
         try:
             for name, part in self._parts.items():
@@ -97,7 +97,7 @@ class Keeper:
 
 
 def _own_state(module: nn.Module) -> dict[str, Any]:
-    """What ranks may have of their own, such as a queue: all of the state but the parameters, which are the same."""
+    """The state that may differ between ranks, such as a queue: everything but the parameters."""
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     state = module.state_dict()
     return {

@@ -1,4 +1,4 @@
-"""What a run says of itself while it trains: ``log.jsonl``, TensorBoard, a bar or lines on the terminal."""
+"""Output of a run while it trains: ``log.jsonl``, TensorBoard, and a bar or lines on the terminal."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .files import write_text
 
 
 class Window:
-    """Means over steps. The sums are plain numbers in the order of the steps, so that it does not matter when they
-    came from the device, and a resumed run has the digits of an uninterrupted one."""
+    """Means over steps. The values are added in the order of the steps, so the result does not depend on when they were
+    copied from the device, and a resumed run has the digits of an uninterrupted one."""
 
     def __init__(self, *names: str) -> None:
         self.count = 0
@@ -30,7 +30,7 @@ class Window:
             self.sums[name] += value
 
     def take(self) -> dict[str, float]:
-        """The means, NaN of nothing; the next window begins."""
+        """The means, NaN without values; starts the next window."""
         means = {name: value / self.count if self.count else math.nan for name, value in self.sums.items()}
         self.count, self.sums = 0, dict.fromkeys(self.sums, 0.0)
         return means
@@ -43,11 +43,12 @@ class Window:
 
 
 class Log:
-    """``log.jsonl``, a JSON object a line, and TensorBoard's events where it is installed.
+    """``log.jsonl``, one JSON object per line, and TensorBoard's events if it is installed.
 
     Args:
-        folder: of the run; None: nothing is written.
-        step: from where the run goes on; later lines, of a process that was killed after its last checkpoint, go.
+        folder: folder of the run; None: nothing is written.
+        step: the step from which the run continues. Later lines, from a process that was killed after its last
+            checkpoint, are removed.
     """
 
     def __init__(self, folder: Path | None, step: int) -> None:
@@ -66,7 +67,7 @@ class Log:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def line(self, step: int, values: dict[str, float]) -> None:
-        """A line of the log; numbers that are not finite are null."""
+        """Write a line of the log; numbers that are not finite become null."""
         if self._file is not None:
             known = {name: value if math.isfinite(value) else None for name, value in values.items()}
             self._file.write(json.dumps({"step": step, **known}) + "\n")
@@ -74,13 +75,13 @@ class Log:
         self.scalars(step, "train", values)
 
     def scalars(self, step: int, group: str, values: dict[str, float]) -> None:
-        """For TensorBoard alone."""
+        """Write scalars to TensorBoard only."""
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(f"{group}/{name}", value, step)
 
     def sync(self) -> None:
-        """To the disk: before a checkpoint, which vouches for the lines up to its step."""
+        """Flush to disk. Called before a checkpoint, so that the log has all lines up to its step."""
         if self._file is not None:
             os.fsync(self._file.fileno())
         if self._board is not None:
@@ -93,10 +94,10 @@ class Log:
 
 
 class Terminal:
-    """A bar where there is a terminal, else a line for every evaluation, on standard error.
+    """Progress on standard error: a bar on a terminal, otherwise a line for each evaluation.
 
     Args:
-        progress: True: the bar, False: nothing, None: as said above.
+        progress: True: always the bar; False: nothing; None: as above.
     """
 
     def __init__(self, name: str, total: int, step: int, progress: bool | None) -> None:
@@ -109,7 +110,7 @@ class Terminal:
         self._bar.update()
 
     def evaluation(self, step: int, text: str) -> None:
-        """What an evaluation gave."""
+        """Show the result of an evaluation."""
         self._bar.set_postfix_str(text)
         if self._lines:
             print(f"step {step}/{self._total}: {text}", file=sys.stderr, flush=True)
@@ -119,7 +120,7 @@ class Terminal:
 
 
 def describe(images: Tensor, labels: Tensor) -> str:
-    """A batch in numbers, for whoever looks for what is wrong with it."""
+    """Statistics of a batch, for the message of a diverged run."""
     x = images.detach().double()
     text = f"images: min {x.min():.4g}, max {x.max():.4g}, mean {x.mean():.4g}, std {x.std(correction=0):.4g}"
     counts = torch.bincount(labels.cpu()) if labels.dim() == 1 else labels.cpu().sum(0).long()
@@ -131,7 +132,7 @@ def describe(images: Tensor, labels: Tensor) -> str:
 
 
 def _up_to(text: str, step: int) -> list[str]:
-    """The lines until ``step``; the last one may have been cut off by a crash."""
+    """The lines up to ``step``; a crash may have cut off the last one."""
     lines = []
     for line in text.splitlines(keepends=True):
         try:

@@ -1,4 +1,4 @@
-"""Networks: an encoder of images and what lies between it and the loss."""
+"""Networks: an image encoder, and a projection between it and the loss."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def convnet(in_channels: int, width: int, pooled: int, norm: Norm = "batch") -> 
     Args:
         in_channels: channels of the images.
         width: channels of the first block; the second has twice as many.
-        pooled: channels of the third block, of which the averages are the output: never negative, and neither are their
-            cosines.
+        pooled: channels of the third block, whose averages are the output. They are never negative, and neither are
+            their cosines.
         norm: normalisation after every convolution.
     """
     return nn.Sequential(
@@ -70,7 +70,7 @@ class Network(nn.Module):
             )
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (N, C, H, W) -> what lies below the projection: pooled activations (N, D)."""
+        """Images (N, C, H, W) -> pooled activations (N, D), the input of the projection."""
         encoded: Tensor = self.encoder(images)
         return encoded
 
@@ -87,11 +87,11 @@ class Network(nn.Module):
 def make_network(model: Model, channels: int, image_size: int) -> Network:
     """The network of a recipe, initialised from torch's global random state; on the CPU.
 
-    What is frozen has no projection: its features are what lies below.
+    A frozen network has no projection: its features are the encoder's output.
 
     Raises:
-        ValueError: for a name that is not known, with the nearest one; where weights are not to be had; for a network
-            that cannot take such images.
+        ValueError: for an unknown name, with the nearest known one; for pretrained weights that are not in the cache;
+            for a network that cannot take such images.
         ImportError: without the library of the network.
     """
     library, colon, name = model.name.partition(":")
@@ -117,7 +117,7 @@ def _own(model: Model, channels: int) -> tuple[nn.Module, int]:
 
 
 def _from_library(library: str, name: str, model: Model, channels: int, image_size: int) -> tuple[nn.Module, int]:
-    """An encoder and the size of its output, which is seen on an image of zeros."""
+    """An encoder and the size of its output, found by running it on an image of zeros."""
     if model.norm != "batch":
         raise ValueError(f"model.norm: {model.name} has its own normalisation, expected 'batch', got {model.norm!r}")
     module = _import(library)
@@ -126,13 +126,13 @@ def _from_library(library: str, name: str, model: Model, channels: int, image_si
         encoder = make(module, name, model, channels, image_size).eval()
         with torch.no_grad():
             encoded = encoder(torch.zeros(1, channels, image_size, image_size))
-    except (AssertionError, RuntimeError) as error:  # somewhere in the network, mostly of shapes
+    except (AssertionError, RuntimeError) as error:  # raised inside the network, mostly because of shapes
         raise ValueError(
-            f"model.name: {model.name} cannot be made for images of {channels} x {image_size} x {image_size}: {error}"
+            f"model.name: {model.name} cannot be built for images of {channels} x {image_size} x {image_size}: {error}"
         ) from error
     encoder.train()
     if not isinstance(encoded, Tensor) or encoded.dim() != 2:
-        raise ValueError(f"model.name: {model.name} gives no vector for an image")
+        raise ValueError(f"model.name: expected a network with one vector per image; {model.name} has another output")
     return encoder, encoded.shape[1]
 
 
@@ -141,7 +141,7 @@ def _of_timm(timm: Any, name: str, model: Model, channels: int, image_size: int)
         _unknown(f"timm:{name}", (f"timm:{known}" for known in timm.list_models()))
     try:
         config = timm.get_pretrained_cfg(name)
-    except RuntimeError:  # a tag, behind a dot, that the network does not have
+    except RuntimeError:  # the tag behind the dot is unknown
         _unknown(f"timm:{name}", (f"timm:{known}" for known in timm.list_models(pretrained=True)))
     if model.pretrained and not _has_weights_of_timm(config):
         raise _no_weights(model, f"timm.create_model({name!r}, pretrained=True) downloads them")
@@ -164,7 +164,7 @@ def _has_weights_of_timm(config: Any) -> bool:
 
 
 def _checkpoint(url: str) -> Path:
-    """Where torch.hub keeps what it downloads."""
+    """The path of a weight file in torch.hub's cache."""
     return Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
 
 
@@ -184,7 +184,7 @@ def _of_torchvision(torchvision: Any, name: str, model: Model, channels: int, im
         raise _no_weights(model, f"put {weights.url} at {_checkpoint(weights.url)}")
     options: dict[str, Any] = {"image_size": image_size} if name.startswith("vit_") else {}
     encoder: nn.Module = models.get_model(name, weights=weights, **options)
-    for auxiliary in ("AuxLogits", "aux1", "aux2"):  # classifiers half-way, in training mode
+    for auxiliary in ("AuxLogits", "aux1", "aux2"):  # auxiliary classifiers, active in training mode only
         if hasattr(encoder, auxiliary):
             setattr(encoder, auxiliary, None)
     if hasattr(encoder, "aux_logits"):
@@ -194,7 +194,7 @@ def _of_torchvision(torchvision: Any, name: str, model: Model, channels: int, im
 
 
 def _remove_classifier(encoder: nn.Module, name: str) -> None:
-    """Put an identity in place of the last layer that has the classes as its outputs."""
+    """Replace the last layer, whose outputs are the classes, by an identity."""
     for attribute in ("fc", "classifier", "head", "heads"):
         part = getattr(encoder, attribute, None)
         if isinstance(part, nn.Linear):
@@ -205,7 +205,7 @@ def _remove_classifier(encoder: nn.Module, name: str) -> None:
             if isinstance(layer, nn.Linear | nn.Conv2d):
                 setattr(part, key, nn.Identity())
                 return
-    raise ValueError(f"model.name: torchvision:{name} has no classifier that could be taken off")
+    raise ValueError(f"model.name: torchvision:{name} has no classifier that could be removed")
 
 
 def _import(library: str) -> Any:

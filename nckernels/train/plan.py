@@ -15,6 +15,7 @@ from nckernels.backends.registry import DEFAULT_WORKSPACE, get_workspace
 from . import models
 from .data.glyphs import DEJAVU, MONO, SANS
 from .data.longtail import class_counts
+from .processes import parse_device
 from .recipe import CONTRASTIVE, Recipe
 
 
@@ -190,7 +191,7 @@ def _memory_lines(recipe: Recipe, size: Size | None, dim: int) -> list[str]:
     formula = f"{NAIVE_BYTES[loss.name]} bytes x {shape}, with what autograd keeps"
     if loss.name in ("ce", "psc-star", "bce"):
         return [*lines, f"  logits, PyTorch's own cross-entropy: {amount(plain)} ({formula})"]
-    workspace, extra = _workspace(recipe.run.device), ours(recipe, rows, classes, dim)
+    workspace, extra = _workspace(parse_device(recipe.run.device)), ours(recipe, rows, classes, dim)
     parts = f"{amount(workspace)} workspace + {ROW_BYTES} bytes x rows"
     if loss.name in CONTRASTIVE:
         parts += " + five copies of the features for the positives"
@@ -228,12 +229,8 @@ def amount(size: int) -> str:
     return f"{size} bytes"
 
 
-def _workspace(name: str) -> int:
-    """The bound on the run's device, or on the kind that can be asked here."""
-    if name == "auto":
-        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    else:
-        device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
+def _workspace(device: torch.device) -> int:
+    """The bound on the run's device; the default for a GPU that cannot be asked here."""
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         return DEFAULT_WORKSPACE
     return get_workspace(device)

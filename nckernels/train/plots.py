@@ -1,4 +1,4 @@
-"""The picture of the demo: how the metrics evolve, and what the class means look like in the end."""
+"""The picture of the demo: the metrics during training, and the geometry of the class means at the end."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ CURVES = (
 
 
 def demo_figure(runs: Mapping[str, Run], names: Mapping[str, str], path: Path) -> None:
-    """Curves of all runs, by their losses, on the left; the geometry under CE and NONL on the right."""
+    """Left: the curves of all runs, by loss. Right: the final geometry under CE and NONL."""
     figure = Figure(figsize=(19, 10.2), facecolor="white")
     FigureCanvasAgg(figure)
     halves = figure.subfigures(1, 2, width_ratios=(1.28, 1), wspace=0.0, squeeze=False)[0]
@@ -99,7 +99,7 @@ def _curves(area: SubFigure, histories: Mapping[str, History], names: Mapping[st
                 fontsize=10.5, columnspacing=1.1, handlelength=1.5, handletextpad=0.5, labelcolor=INK)  # fmt: skip
 
 
-# Right half: per run the cosines of its class means, and a projection that shows a simplex as a polygon.
+# Right half: for each run the cosines of its class means, and a projection that shows a simplex as a polygon.
 
 
 def _geometry(area: SubFigure, runs: Mapping[str, Run], names: Mapping[str, str]) -> None:
@@ -134,8 +134,8 @@ class _View:
     """Unit features, class means and unit prototypes of a run, and their projection onto a plane.
 
     A simplex of K points has planes onto which it projects orthogonally as a regular K-gon of radius
-    sqrt(2/(K-1)). For means of any form, the polar factor below is the plane whose inner product of projected
-    means and polygon is the largest: every loss is shown from its best side.
+    sqrt(2/(K-1)). For other means, the polar factor below is the plane with the largest inner product of projected
+    means and polygon, so every loss is shown in its most favourable view.
     """
 
     labels: Array
@@ -159,7 +159,7 @@ class _View:
         return cls(labels.numpy(), means, polygon.numpy(), *flat)
 
     def extent(self) -> float:
-        """Half the side of a square that shows everything but a few samples."""
+        """Half the side of a square that shows everything except a few samples."""
         points = np.concatenate([self.means_2d, self.prototypes_2d, 1.2 * self.polygon])
         return float(max(np.quantile(np.abs(self.samples_2d), 0.995), np.abs(points).max()))
 

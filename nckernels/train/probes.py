@@ -27,13 +27,13 @@ def probe(
     """The classifiers of ``run.probes`` ([NCD] Table 2), without augmentation.
 
     Fixed prototypes (FP) take one pass over the training set and keep sums only. Linear probes (LP, NLP) train on the
-    encoder's output, below the projection. They hold it in memory for the whole training set, on every rank.
+    encoder's output, below the projection, and hold it in memory for the whole training set, on every rank.
 
     Raises:
-        ValueError: for several labels a sample.
+        ValueError: if samples have several labels.
     """
     if dataset.train.labels.ndim > 1:
-        raise ValueError("run.probes: expected none where a sample has several labels")
+        raise ValueError("run.probes: expected none, because a sample of the data set has several labels")
     results = []
     if "FP" in recipe.run.probes:
         results.append(_fixed_prototypes(network, dataset, recipe, device, rank, world_size))
@@ -55,7 +55,7 @@ def probe(
 def _fixed_prototypes(
     network: Any, dataset: datasets.Dataset, recipe: Recipe, device: torch.device, rank: int, world_size: int
 ) -> ClassifierResult:
-    """FP, batch by batch. The seconds count the sums, and not the network."""
+    """FP, batch by batch. The seconds do not include the network."""
     classifier = FixedPrototypes(dataset.num_classes, network.dim, device=device)
     share, seconds = {"rank": rank, "world_size": world_size}, 0.0
     with measuring(network, None, device):

@@ -1,4 +1,4 @@
-"""A process among others: the ranks of a run, and signals to stop."""
+"""The ranks of a run, and signals that stop it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class World:
 
     @property
     def share(self) -> dict[str, int]:
-        """As arguments of what divides the samples among the ranks."""
+        """Keyword arguments of the functions that divide the samples among the ranks."""
         return {"rank": self.rank, "world_size": self.size}
 
     def agreed(self, function: Callable[[], T]) -> T:
-        """What ``function`` returns on rank 0, on all ranks; what it raises there is raised on all."""
+        """Run ``function`` on rank 0 and return its result on all ranks; its exception is raised on all ranks."""
         if self.size == 1:
             return function()
         box: list[Any] = [None, None]
@@ -54,15 +54,15 @@ class World:
         return values
 
 
-def world(device: str) -> World:
+def world(device: str, option: str = "run.device") -> World:
     """The ranks of the default process group, which is made under torchrun if there is none; else one process.
 
     A group that is made here stays to the end of the process: what torchrun's store says of it would confuse another.
 
     Raises:
-        ValueError: for a device that this machine does not have.
+        ValueError: naming the option, for a device that this machine does not have.
     """
-    place = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    place = _device(device, int(os.environ.get("LOCAL_RANK", "0")), option)
     if "RANK" in os.environ and not dist.is_initialized():
         # Without a name there is a CPU backend beside that of the accelerator, through which objects travel.
         dist.init_process_group("gloo" if place.type == "cpu" else None)
@@ -76,9 +76,9 @@ def _leave() -> None:
 
 
 class Stop:
-    """SIGTERM and SIGINT as a wish to stop, while the context lasts; a SIGINT after it is a KeyboardInterrupt.
+    """Context that turns SIGTERM and SIGINT into a request to stop; a second SIGINT raises KeyboardInterrupt.
 
-    Handlers belong to the main thread: in another one, or where they are not wanted, signals stay what they were.
+    Only the main thread can install handlers. In another thread, or with ``wanted=False``, signals are not handled.
     """
 
     def __init__(self, wanted: bool = True) -> None:
@@ -102,17 +102,41 @@ class Stop:
         self.requested = True
 
 
-def _device(name: str, local_rank: int) -> torch.device:
-    """With the index of the local rank, if the name has none."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
+def parse_device(name: str, option: str = "run.device") -> torch.device:
+    """The device of that name, whether or not this machine has it; auto: the accelerator if there is one, else the CPU.
+
+    Raises:
+        ValueError: naming the option, for what is no device that can compute.
+    """
     if name == "auto":
-        name = accelerator.type if accelerator is not None else "cpu"
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"{option}: {name!r} cannot be used here; expected auto, cpu, cuda or cuda:1") from None
+    if device.type == "meta":
+        raise ValueError(
+            f"{option}: {name!r} cannot be used here: its tensors have no values to compute with; expected auto, cpu, "
+            "cuda or cuda:1. `train --dry-run` prints what a run would be"
+        )
+    return device
+
+
+def _device(name: str, local_rank: int, option: str) -> torch.device:
+    """With the index of the local rank, if the name has none."""
+    device = parse_device(name, option)
+    try:
         if device.type == "cuda":
             device = torch.device("cuda", local_rank if device.index is None else device.index)
             torch.cuda.set_device(device)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # as various as the backends
-        raise ValueError(f"run.device: {name!r} cannot be used here: {error}") from error
+    except (RuntimeError, AssertionError, AttributeError, NotImplementedError) as error:  # as various as the backends
+        raise ValueError(f"{option}: {name!r} cannot be used here; PyTorch finds {_found()}") from error
     return device
+
+
+def _found() -> str:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return "cpu only"
+    return ", ".join(["cpu", *(f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count()))])

@@ -1,6 +1,6 @@
 """The settings of a training run by section, with their defaults and meanings.
 
-:mod:`.recipes` reads them from TOML files, of the package or one's own.
+:mod:`.recipes` reads them from TOML files, those of the package or the user's own.
 """
 
 from __future__ import annotations
@@ -18,81 +18,82 @@ Precision = Literal["float32", "bfloat16", "float16"]
 
 LOSSES: tuple[str, ...] = get_args(LossName)
 CONTRASTIVE = ("scl", "prototype")
-"""Losses without prototypes: they contrast views, and the class means are the classifier."""
+"""Losses without prototypes: they contrast views of samples, and the class means are the classifier."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """``[data]``: what to train and to test on."""
+    """``[data]``: the training set and the test set."""
 
     name: str = "digits"
-    """digits, glyphs, cifar10, cifar100, folder, or a data set of torchvision's such as food101."""
+    """digits, glyphs, cifar10, cifar100, folder, or one of torchvision's data sets such as food101."""
     root: str = "data"
     """Folder with the files; nothing is downloaded into it."""
     validation: bool = False
-    """Hold out a part of the training set and test on that: to choose settings without the test set."""
+    """Hold out a part of the training set and test on it, to choose settings without the test set."""
     classes: tuple[int, int] = (0, 0)
-    """Classes [from, to) only, labelled from 0; (0, 0): all."""
+    """Keep only the classes [from, to), labelled from 0; (0, 0): all."""
     image_size: int = 0
-    """Height and width of the network's input in pixels; 0: as the data set has them (224 for files)."""
+    """Height and width of the network's input in pixels; 0: those of the data set (224 for files)."""
     imbalance: float = 1.0
-    """Smallest class / largest class of a long-tailed training set, exponential in between; 1: as it is."""
+    """Smallest / largest class size of a long-tailed training set, exponential in between; 1: unchanged."""
     balanced: bool = False
-    """Draw classes uniformly, then a sample of the class: batches without a long tail."""
+    """Draw a class uniformly, then a sample of the class, so that batches have no long tail."""
     workers: int = 4
     """Processes that read files, on each rank; data sets in memory need none."""
     skip_unreadable: bool = False
-    """Leave out images that cannot be read, with a warning that counts them; otherwise the first one is an error."""
+    """Leave out images that cannot be read, with a warning that counts them; otherwise they are an error."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the data set, for instance ``num_classes`` and ``train_views`` of glyphs."""
 
 
 @dataclass(frozen=True)
 class Augment:
-    """``[augment]``: random views of the training images; the default is the images as they are."""
+    """``[augment]``: random views of the training images; by default the images themselves."""
 
     views: int = 1
     """Views of each sample in a batch; at least 2 for losses without prototypes."""
     crop: tuple[float, float] = (1.0, 1.0)
-    """Area of a random crop, resized to the whole; aspect ratios 3/4 to 4/3. (1, 1): none."""
+    """Smallest and largest area of a random crop, as shares of the image; aspect ratios 3/4 to 4/3. (1, 1): none."""
     flip: float = 0.0
     """Probability of a horizontal flip."""
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     """Brightness, contrast, saturation, hue of ColorJitter."""
     jitter_probability: float = 0.8
+    """Probability of the jitter."""
     grayscale: float = 0.0
-    """Probability of grey."""
+    """Probability of a conversion to grey."""
     blur: float = 0.0
     """Probability of a Gaussian blur, of standard deviation 0.1 to 2 pixels."""
     rotate: float = 0.0
     """Largest rotation in degrees."""
     zoom: float = 0.0
-    """Largest change of the size, as a share of it."""
+    """Largest relative change of the size."""
     shift: float = 0.0
     """Largest shift, as a share of half the width."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """``[model]``: an encoder and what lies between it and the loss."""
+    """``[model]``: an encoder, and a projection between it and the loss."""
 
     name: str = "convnet"
     """convnet, resnet18 or resnet32 (for small images), ``timm:NAME`` or ``torchvision:NAME``."""
     width: int = 16
     """Channels of the first block of convnet."""
     norm: Literal["batch", "group"] = "batch"
-    """Normalisation of convnet and of our ResNets; group norm needs no statistics of other samples."""
+    """Normalisation of convnet, resnet18 and resnet32; group norm uses no statistics of other samples."""
     projection: Projection = "linear"
-    """none: the pooled activations themselves, which are never negative after a ReLU; linear: signed features of size
-    ``dim``; mlp: the same with a hidden layer as wide as its input."""
+    """none: the features are the pooled activations, which are never negative after a ReLU; linear: signed features of
+    size ``dim``; mlp: the same with one hidden layer, as wide as its input."""
     dim: int = 64
-    """Size d of the features; without a projection it is the encoder's, and only convnet can be told another."""
+    """Size d of the features. Without a projection it is the encoder's own, except for convnet, which uses ``dim``."""
     pretrained: bool = False
-    """timm and torchvision: their weights, which must be in their cache."""
+    """timm and torchvision: start from pretrained weights, which must be in the library's cache."""
     init: str = ""
-    """A run's folder or checkpoint: start from its encoder (and its projection where shapes fit)."""
+    """A run's folder or checkpoint: start from its encoder, and from its projection if the shapes fit."""
     freeze: bool = False
-    """Train the classifier only, on the encoder in eval mode: linear probing."""
+    """Train only the classifier, on the encoder in eval mode (linear probing)."""
 
 
 @dataclass(frozen=True)
@@ -100,18 +101,19 @@ class Loss:
     """``[loss]``: the loss and its classifier."""
 
     name: LossName = "nonl"
-    """ce, normface, ntce, nonl: with a classifier; scl, prototype: without; etf-dr, dlp: with fixed prototypes;
-    psc-star: ce + 0.01 uniformity; bce: several labels a sample."""
+    """ce, normface, ntce, nonl: with a learnt classifier; scl, prototype: without one; etf-dr, dlp: with fixed
+    prototypes; psc-star: ce + 0.01 uniformity; bce: several labels per sample."""
     temperature: float = 0.1
-    """Of the losses with cosine logits."""
+    """Temperature of the losses with cosine logits."""
     global_batch: bool = True
     """Contrast with the samples of all ranks (``process_group="world"``)."""
     assignment: Literal["dynamic", "static"] = "dynamic"
-    """How dlp assigns its points to the classes: optimised after every epoch, or at random once."""
+    """How dlp assigns its points to the classes: dynamic: by the Hungarian method after every epoch; static: once at
+    random."""
     queue: int = 0
-    """Past features that nonl, ntce and scl contrast with besides the batch."""
+    """Number of past features that nonl, ntce, scl and prototype contrast with in addition to the batch; 0: none."""
     decay: float = 0.0
-    """Decay of running denominators, for nonl and ntce; 0: none."""
+    """Decay of running denominators, for nonl and ntce; 0: no running denominators."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the loss function, for instance ``label_smoothing`` of normface and ce."""
 
@@ -122,74 +124,80 @@ class Optimizer:
 
     name: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.05
-    """The highest learning rate, for batches of ``lr_batch`` samples."""
+    """The highest learning rate; with ``lr_batch``, that of batches of ``lr_batch`` samples."""
     lr_batch: int = 0
-    """The learning rate is lr x batch size / lr_batch; 0: it is lr."""
+    """If not 0, the learning rate is scaled to lr x batch size / lr_batch."""
     momentum: float = 0.9
-    """Of sgd; beta_1 of adamw, whose beta_2 is 0.999."""
+    """Momentum of sgd; beta_1 of adamw, whose beta_2 is 0.999."""
     nesterov: bool = False
     weight_decay: float = 1e-4
     clip: float = 0.0
-    """Largest norm of the gradient; 0: no limit."""
+    """Largest norm of the gradient, to which it is clipped; 0: no clipping."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """``[schedule]``: how long, and the learning rate on the way."""
+    """``[schedule]``: the number of epochs and the course of the learning rate."""
 
     name: Literal["cosine", "step", "constant"] = "cosine"
     epochs: int = 60
     final: float = 1e-3
-    """cosine: the last learning rate as a share of the highest."""
+    """cosine: the final learning rate as a share of the highest."""
     milestones: tuple[int, ...] = ()
     """step: epochs after which the learning rate is multiplied by ``gamma``."""
     gamma: float = 0.2
     warmup_epochs: int = 0
-    """Linear, from ``warmup_lr`` to the highest; the schedule runs over the rest."""
+    """Epochs of linear warm-up from ``warmup_lr`` to the highest learning rate; the schedule covers the rest."""
     warmup_lr: float = 0.01
-    """Absolute, and not scaled with the batch."""
+    """First learning rate of the warm-up; not scaled with the batch size."""
     every: Literal["step", "epoch"] = "step"
-    """Whether the learning rate moves within an epoch."""
+    """Whether the learning rate changes after every step or after every epoch."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """``[run]``: batches, precision and what is written when."""
+    """``[run]``: batches, precision, evaluations and files."""
 
     batch_size: int = 256
-    """Samples per step, of all ranks together."""
+    """Samples per step, over all ranks."""
     micro_batch_size: int = 0
-    """Run a rank's batch in pieces of this size, with the gradient of the whole; 0: in one piece."""
+    """Run a rank's batch in micro-batches of this size, with the gradient of the whole batch; 0: in one piece."""
     seed: int = 42
     device: str = "auto"
     """auto: the accelerator if there is one, else the CPU."""
     threads: int = 1
-    """CPU threads; 0: as many as torch likes. With one the result does not depend on the number of cores."""
+    """CPU threads; 0: torch's default. With one thread the result does not depend on the number of cores."""
     precision: Precision = "float32"
-    """Of the network in training, by autocast; float16 with a gradient scaler."""
+    """Precision of the network in training, by autocast; float16 uses a gradient scaler."""
     channels_last: bool = False
     compile: bool = False
     sync_batchnorm: bool = True
-    """BatchNorm over all ranks, on accelerators."""
+    """Compute the statistics of BatchNorm over all ranks, on accelerators."""
     eval_every: int = 0
-    """Steps between evaluations; 0: at the end of every epoch. There is one before the first step and one after the
-    last."""
+    """Steps between evaluations; 0: evaluate after every epoch. There is also one before the first and one after the
+    last step."""
     metrics: bool = True
-    """Measure neural collapse of the training set at every evaluation."""
+    """Measure neural collapse on the training set in every evaluation."""
     probes: tuple[Literal["FP", "LP", "NLP"], ...] = ()
     """Classifiers fitted after the training ([NCD] Table 2): class means (FP), a linear probe (LP), a normalised
     one (NLP). The probes hold the encoder's features of the training set in memory."""
     save_every: int = 0
-    """Steps between checkpoints; 0: at every evaluation."""
+    """Steps between checkpoints; 0: save at every evaluation."""
     log_every: int = 10
-    """Steps between lines of the log. The host waits for the device, and the loss is checked, that often."""
+    """Steps between lines of the log. At each line the host waits for the device and checks the losses."""
     backend: str = ""
-    """Backend of nckernels; empty: chosen by nckernels."""
+    """Backend of nckernels; empty: the automatic choice."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that determines a run. Its sections are frozen; :meth:`replace` makes another one."""
+    """Everything that determines a run. It is immutable; :meth:`replace` makes another recipe.
+
+    Example:
+        >>> from nckernels.train import Recipe
+        >>> Recipe().replace(loss__temperature=0.2).flat()["loss.temperature"]
+        0.2
+    """
 
     name: str = ""
     title: str = ""
@@ -207,12 +215,12 @@ class Recipe:
         _check(self)
 
     def replace(self, **settings: Any) -> Recipe:
-        """Another recipe, with dotted keys as ``loss__temperature=0.2`` or ``**{"loss.temperature": 0.2}``."""
+        """A changed recipe; keys are ``loss__temperature=0.2`` or ``**{"loss.temperature": 0.2}``."""
         changes = typed.nested({key.replace("__", "."): value for key, value in settings.items()})
         return from_dict(typed.merge(self.to_dict(), changes))
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested dictionaries of plain values, which :func:`from_dict` takes."""
+        """Nested dictionaries of plain values, which ``from_dict`` takes."""
         return asdict(self)
 
     def flat(self) -> dict[str, Any]:
@@ -221,7 +229,7 @@ class Recipe:
 
 
 def from_dict(content: Mapping[str, Any]) -> Recipe:
-    """A recipe of nested dictionaries. Unknown keys and values of the wrong type are errors that name them."""
+    """A recipe from nested dictionaries. Unknown keys and values of the wrong type are errors that name the key."""
     return cast(Recipe, typed.build(Recipe, content))
 
 
@@ -232,7 +240,7 @@ def differences(one: Recipe, other: Recipe) -> list[str]:
 
 
 def _check(recipe: Recipe) -> None:
-    """Ranges, and combinations that cannot work."""
+    """Check ranges, and settings that do not go together."""
     values = recipe.flat()
     for key, low, high in _RANGES:
         if not low <= values[key] <= high:
@@ -253,13 +261,13 @@ def _check(recipe: Recipe) -> None:
     if loss.name not in CONTRASTIVE and recipe.augment.views > 1:
         raise ValueError(f"augment.views: expected 1 for loss.name = {loss.name!r}, got {recipe.augment.views}")
     if loss.queue and loss.decay:
-        raise ValueError("loss.queue, loss.decay: expected one of them")
+        raise ValueError("loss.queue, loss.decay: expected at most one of them")
     if loss.assignment == "static" and loss.name != "dlp":
         raise ValueError(f"loss.assignment: expected 'dynamic' for every loss but dlp, got {loss.assignment!r}")
     if recipe.model.freeze and loss.name in CONTRASTIVE:
         raise ValueError(f"model.freeze: loss.name = {loss.name!r} has no classifier to train")
     if recipe.model.freeze and not (recipe.model.init or recipe.model.pretrained):
-        raise ValueError("model.freeze: expected model.init or model.pretrained; a random encoder would stay as it is")
+        raise ValueError("model.freeze: a random encoder would stay random; set model.init or model.pretrained")
     if warmup >= epochs > 0:
         raise ValueError(f"schedule.warmup_epochs: expected less than schedule.epochs, {epochs}, got {warmup}")
     milestones = recipe.schedule.milestones

@@ -1,4 +1,4 @@
-"""``python -m nckernels recipes``: the list of recipes, and their settings."""
+"""``python -m nckernels recipes``: lists the recipes and prints their settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="List the recipes of the package with their rows, or print the file of one.",
     )
     parser.add_argument(
-        "name", nargs="?", help="a recipe, to print its file; NAME/ROW or a file of your own, to print all settings"
+        "name",
+        nargs="?",
+        metavar="RECIPE",
+        help="NAME: print its file; NAME/ROW or a file of your own: print all settings (default: list the recipes)",
     )
     arguments = parser.parse_args(argv)
     try:
@@ -27,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def listing() -> str:
-    """Name and title of every recipe, and its rows below."""
+    """Name and title of every recipe, each followed by its rows."""
     lines = []
     for name in recipes.names():
         lines.append(f"{name:<24} {recipes.read(name)[0].get('title', '')}")

@@ -14,7 +14,7 @@ _GROUPS = 8
 
 
 def normalisation(kind: Norm, channels: int) -> nn.Module:
-    """Batch norm, or group norm of 8 groups, fewer where 8 do not divide the channels."""
+    """Batch norm, or group norm with 8 groups, or fewer if 8 does not divide the channels."""
     return nn.BatchNorm2d(channels) if kind == "batch" else nn.GroupNorm(math.gcd(_GROUPS, channels), channels)
 
 
@@ -24,10 +24,10 @@ def resnet(in_channels: int, widths: tuple[int, ...], blocks: int, norm: Norm, *
     Args:
         in_channels: channels of the images.
         widths: channels of the stages.
-        blocks: of every stage.
+        blocks: blocks per stage.
         norm: normalisation after every convolution.
-        padded: where a block changes the shape, its shortcut takes every other position and fills up the channels with
-            zeros; otherwise it is a 1x1 convolution.
+        padded: whether shortcuts of blocks that change the shape take every other position and pad the channels with
+            zeros; otherwise they are 1x1 convolutions.
     """
     layers: list[nn.Module] = [_conv(in_channels, widths[0], 3), normalisation(norm, widths[0]), nn.ReLU()]
     last = widths[0]
@@ -75,7 +75,7 @@ class PaddedShortcut(nn.Module):
         self.more, self.stride = more, stride
 
     def forward(self, images: Tensor) -> Tensor:
-        """Every ``stride``-th position, with as many zero channels before as behind."""
+        """Every ``stride``-th position, padded with zero channels on both sides."""
         before = self.more // 2
         return F.pad(images[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.more - before))
 

@@ -8,15 +8,15 @@ from .recipe import Optimizer, Schedule
 
 
 def learning_rate(schedule: Schedule, optimizer: Optimizer, step: int, steps_per_epoch: int, batch_size: int) -> float:
-    r"""The learning rate after ``step`` steps: a function of its arguments, so that resuming needs no state of it.
+    r"""The learning rate after ``step`` steps. It is a function of its arguments, so resuming needs no saved state.
 
-    The highest is :math:`\eta_0` = lr, times batch size / lr_batch if there is an ``lr_batch``. Warm-up is linear from
-    ``warmup_lr`` to :math:`\eta_0`. With t of T steps done since, the cosine is that of [NCD] App. E.3,
+    The highest learning rate is :math:`\eta_0` = lr, times batch size / lr_batch if ``lr_batch`` is set. Warm-up is
+    linear from ``warmup_lr`` to :math:`\eta_0`. After t of the T steps that follow, the cosine is ([NCD] App. E.3)
 
     .. math::
         \eta_{min} + (\eta_0 - \eta_{min}) (1 + \cos(\pi t / T)) / 2, \qquad \eta_{min} = \text{final} \; \eta_0.
 
-    With ``every`` = "epoch", step is the first one of its epoch. Milestones count epochs from the start of the run.
+    With ``every`` = "epoch", the first step of the epoch is used. Milestones count epochs from the start of the run.
     """
     high = optimizer.lr * (batch_size / optimizer.lr_batch if optimizer.lr_batch else 1.0)
     epoch = step // steps_per_epoch

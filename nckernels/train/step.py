@@ -1,4 +1,4 @@
-"""One training step: the network and its classifier as a module, and what optimises them."""
+"""One training step: the network and its classifier as a module, and their optimiser."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def build(recipe: Recipe, data: Any, world: World, *, steps_per_epoch: int = 1, start: bool = True) -> tuple[Any, Any]:
-    """Network and head of a recipe on the device, initialised from its seed; the caller keeps the global random state.
+    """Network and head of a recipe on the device, initialised from its seed.
 
-    The network comes first, so that the losses of one seed start from the same one.
+    The network is made first, so that all losses with one seed start from the same network. The global random state
+    changes; the caller restores it.
 
     Args:
-        start: load ``model.init``; False if other weights will be loaded anyway.
+        start: whether to load ``model.init``; False if other weights will be loaded anyway.
     """
     torch.manual_seed(recipe.run.seed)
     network = make_network(recipe.model, data.channels, data.image_size)
@@ -54,7 +55,7 @@ def build(recipe: Recipe, data: Any, world: World, *, steps_per_epoch: int = 1, 
 
 
 def check_labels(recipe: Recipe, data: Any) -> None:
-    """Raises ValueError for a loss of several labels a sample and a data set with one, or the other way round."""
+    """Raises ValueError if the loss takes several labels per sample and the data set has one, or vice versa."""
     loss, several = recipe.loss.name, data.train.labels.dim() > 1
     if (loss == "bce") != several:
         labels, wanted = ("several labels", "'bce'") if several else ("one label", "any other than 'bce'")
@@ -62,9 +63,9 @@ def check_labels(recipe: Recipe, data: Any) -> None:
 
 
 def seed(device: torch.device, *parts: int | str) -> None:
-    """The global random state of the CPU and of the device as a function of ``parts``, without waiting for either.
+    """Seed the global generators of the CPU and of the device by a function of ``parts``, without synchronising.
 
-    (``torch.manual_seed`` takes hundreds of times as long where CUDA is not in use.)
+    (``torch.manual_seed`` takes hundreds of times as long if CUDA is not in use.)
     """
     number = mix(*parts)
     torch.default_generator.manual_seed(number)
@@ -73,22 +74,22 @@ def seed(device: torch.device, *parts: int | str) -> None:
 
 
 def warn_of_batchnorm(network: nn.Module, world: World) -> None:
-    """On CPUs there is no SyncBatchNorm: each rank normalises by the statistics of its own part of the batch."""
+    """Warn that there is no SyncBatchNorm on CPUs: each rank normalises with the statistics of its own samples."""
     local = world.device.type == "cpu" and any(
         isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules()
     )
     if world.size > 1 and world.rank == 0 and local:
         warnings.warn(
-            'on CPUs BatchNorm sees the samples of its own rank only; with model.norm = "group" ranks do not matter',
+            'on CPUs BatchNorm normalises with the samples of its own rank only; model.norm = "group" avoids this',
             stacklevel=2,
         )
 
 
 class TrainStep(nn.Module):
-    """Images and labels -> the loss; images alone -> features.
+    """A module of images and labels that returns the loss; of images alone it returns their features.
 
     Args:
-        criterion: of features and labels.
+        criterion: the loss, a function of features and labels.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class TrainStep(nn.Module):
         self.frozen, self.channels_last = recipe.model.freeze, recipe.run.channels_last
         if self.channels_last:
             network.to(memory_format=torch.channels_last)
-        # The function, not the module: evaluations with their other shapes and modes stay uncompiled.
+        # Compile the function, not the module: evaluations have other shapes and modes and stay uncompiled.
         self.encode: Callable[[Tensor], Tensor] = (
             torch.compile(network.forward, dynamic=False) if recipe.run.compile else network.__call__
         )
@@ -132,7 +133,7 @@ class TrainStep(nn.Module):
 
 
 class Optimisation:
-    """Runs training steps. Nothing in them waits for the device.
+    """Runs training steps. The host never waits for the device in them.
 
     Raises:
         ValueError: for settings that do not go together on this machine.
@@ -151,7 +152,7 @@ class Optimisation:
             raise ValueError(f"model.freeze: loss.name = {recipe.loss.name!r} has no parameters to train")
         shared: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
         if half:
-            shared["fused"] = True  # else the gradient scaler waits for the device in every step
+            shared["fused"] = True  # otherwise the gradient scaler waits for the device in every step
         self.optimizer: torch.optim.Optimizer = (
             torch.optim.SGD(self._parameters, momentum=settings.momentum, nesterov=settings.nesterov, **shared)
             if settings.name == "sgd"
@@ -170,7 +171,7 @@ class Optimisation:
         return learning_rate(recipe.schedule, recipe.optimizer, step, self._per_epoch, recipe.run.batch_size)
 
     def step(self, step: int, images: Tensor, labels: Tensor) -> Tensor:
-        """Train on a batch, after ``step`` steps; returns loss, gradient norm and feature norm, on the device."""
+        """Train on a batch after ``step`` steps; returns loss, gradient norm and feature norm, on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         self.optimizer.zero_grad()
@@ -187,10 +188,10 @@ class Optimisation:
         return torch.stack([x.detach().float() for x in (loss, norm, self._step.feature_norm)])
 
     def close(self) -> None:
-        """Let go of DistributedDataParallel, so that it does not hold the last reference to its process group.
+        """Release DistributedDataParallel, so that it does not hold the last reference to its process group.
 
-        Its reducer keeps the GIL while it is freed. A group that is freed with it waits for gloo's threads, and one of
-        these may wait for the GIL: the process would never end.
+        Its reducer holds the GIL while it is freed. If the group were freed with it, the group would wait for gloo's
+        threads, one of which may wait for the GIL: a deadlock.
         """
         self._module, self._micro = self._step, None
 
@@ -206,8 +207,8 @@ class Optimisation:
 
 
 def _distributed(step: TrainStep, device: torch.device) -> DistributedDataParallel:
-    """Averages gradients. Buffers are those of each rank: a queue is, and the statistics of BatchNorm become the same
-    before they are used."""
+    """Wrap the step so that gradients are averaged. Buffers are not synchronised: queues belong to their rank, and the
+    statistics of BatchNorm are broadcast before an evaluation."""
     indices = [device.index] if device.type == "cuda" else None
     known = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.13

@@ -1,4 +1,4 @@
-"""``python -m nckernels sweep``: runs the runs of a sweep, some at a time."""
+"""``python -m nckernels sweep``: trains the runs of a sweep, several at a time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, run what is missing, print the table and the failures; returns the exit status."""
+    """Parse, train the missing runs, print the table and the failures; returns the exit status."""
     parser = make_parser()
     arguments = parser.parse_args(argv)
     try:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(listing(sweep))
             return 0
         if arguments.out is None:
-            raise ValueError("--out: expected a folder")
+            raise ValueError("--out is missing: the folder of the sweep")
         with locked(arguments.out):
             claim(arguments.out, sweep)
             return execute(sweep, arguments.out, jobs=arguments.jobs, quiet=arguments.quiet)
@@ -51,17 +51,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m nckernels sweep",
-        description="Run a recipe for several rows, settings and seeds. The same command goes on where it ended.",
+        description="Train a recipe for several rows, settings and seeds. The same command resumes the sweep.",
     )
     add = parser.add_argument
-    add("recipe", help="a recipe of the package or a file; its [sweep] has the defaults")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of all runs")
-    add("--rows", type=lambda text: text.split(","), help="rows, as a,b")
-    add("--seeds", type=_integers, help="seeds, as 0,1,2")
-    add("--grid", action="append", default=[], metavar="KEY=V1,V2", help="a setting with several values")
-    add("--jobs", type=int, default=1, help="runs at the same time: 1")
-    add("--out", type=Path, help="folder of the sweep, a subfolder for each run")
-    add("--dry-run", action="store_true", help="list the runs")
+    add("recipe", metavar="RECIPE", help="a recipe of the package or a file; its [sweep] has the defaults")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of all runs; may be repeated")
+    add("--rows", type=lambda text: text.split(","), metavar="A,B", help="rows of the recipe")
+    add("--seeds", type=_integers, metavar="0,1,2", help="seeds")
+    add(
+        "--grid",
+        action="append",
+        default=[],
+        metavar="KEY=V1,V2",
+        help="try several values of a setting; may be repeated",
+    )
+    add("--jobs", type=int, default=1, help="runs at the same time (default: 1)")
+    add("--out", type=Path, metavar="FOLDER", help="folder of the sweep, with a subfolder for each run")
+    add("--dry-run", action="store_true", help="list the runs, train nothing")
     add("--quiet", action="store_true", help="no progress bar")
     return parser
 
@@ -69,15 +75,16 @@ def make_parser() -> argparse.ArgumentParser:
 def listing(sweep: Sweep) -> str:
     """The runs as commands."""
     runs = sweep.runs()
-    lines = [f"{len(runs)} runs of {sweep.recipe}"]
+    lines = [f"{len(runs)} {'run' if len(runs) == 1 else 'runs'} of {sweep.recipe}"]
     lines += [f"{run.name}: python -m nckernels train {shlex.join(run.arguments())}" for run in runs]
     return "\n".join(lines)
 
 
 def execute(sweep: Sweep, folder: Path, *, jobs: int = 1, command: Sequence[str] = TRAIN, quiet: bool = False) -> int:
-    """Run what is not finished, ``jobs`` processes at a time; returns the exit status.
+    """Train the unfinished runs, ``jobs`` processes at a time; returns the exit status.
 
-    SIGINT, SIGTERM and SIGHUP go on to the processes as SIGTERM, which save; a second one kills them.
+    SIGINT, SIGTERM and SIGHUP are passed on to the processes as SIGTERM, and the processes save; a second signal kills
+    them.
     """
     runs = sweep.runs()
     waiting = deque(run for run in runs if not finished(folder / run.name))
@@ -105,7 +112,7 @@ def execute(sweep: Sweep, folder: Path, *, jobs: int = 1, command: Sequence[str]
                         bar.set_postfix(failed=len(failures), refresh=False)
                 time.sleep(0.05)
         finally:
-            for process in active.values():  # only if something went wrong here
+            for process in active.values():  # only after an error in this loop
                 process.stop()
     done = sum(finished(folder / run.name) for run in runs)
     print(table(folder, sweep))
@@ -113,7 +120,7 @@ def execute(sweep: Sweep, folder: Path, *, jobs: int = 1, command: Sequence[str]
     for name, reason in failures.items():
         print(f"\n{folder / name}: {reason}")
     if caught and done < len(runs):
-        print("stopped; the same command goes on")
+        print("stopped; the same command resumes")
     return 1 if failures else 0
 
 
@@ -135,7 +142,7 @@ class _Process:
             stdout=self.output,
             stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
+            start_new_session=True,  # Ctrl-C reaches only this process, which passes it on once
         )
 
     def stop(self, kill: bool = False) -> None:
@@ -149,11 +156,11 @@ class _Process:
         return True
 
     def failure(self, stopped: bool) -> str:
-        """Why the run is not finished, with the last lines of its output; empty if it is, or was stopped from here."""
+        """Why the run is not finished, with the last lines of its output; empty if it is, or was stopped by us."""
         status = self.process.returncode
         if (status == 0 and finished(self.folder)) or (stopped and status in (0, -signal.SIGTERM, -signal.SIGKILL)):
             return ""
-        what = f"exit status {status}" if status else "ended before it was finished"
+        what = f"exit status {status}" if status else "exited before the training was finished"
         if status < 0:
             what = f"killed by {signal.Signals(-status).name}"
         with (self.folder / "output.txt").open("rb") as file:
@@ -164,7 +171,7 @@ class _Process:
 
 @contextmanager
 def _signals() -> Iterator[list[Any]]:
-    """Signals that arrive meanwhile, in a list; only the main thread can take them."""
+    """A list of the signals that arrive inside the context; only the main thread can handle signals."""
     caught: list[Any] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught
@@ -178,4 +185,7 @@ def _signals() -> Iterator[list[Any]]:
 
 
 def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers separated by commas, got {text!r}") from None

@@ -1,4 +1,4 @@
-"""Nested dataclasses from nested dictionaries, with errors that name the key, and back."""
+"""Builds nested dataclasses from nested dictionaries, with errors that name the key."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def flat(content: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, An
 
 
 def nested(settings: Iterable[tuple[str, Any]] | Mapping[str, Any]) -> dict[str, Any]:
-    """The opposite of :func:`flat`."""
+    """The inverse of :func:`flat`."""
     result: dict[str, Any] = {}
     for key, value in settings.items() if isinstance(settings, Mapping) else settings:
         *path, last = key.split(".")
@@ -74,13 +74,13 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean ...?)``, or nothing."""
+    """`` (did you mean ...?)`` with the nearest known word, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _nearest_key(key: str, known: Iterable[str]) -> str:
-    """Also where only the section is missing or wrong."""
+    """The known key with the same last part, or else the nearest one."""
     last = key.rpartition(".")[2]
     same = [k for k in known if k.rpartition(".")[2] == last]
     return f" (did you mean {same[0]!r}?)" if same else nearest(key, known)

@@ -14,14 +14,14 @@ from .recipe import Augment
 Transform = Callable[[Any], Tensor]
 """A PIL image in RGB -> (3, size, size) in float32, normalised."""
 
-_RESIZED = 256 / 224  # shorter side of what a centre crop is taken from, as a multiple of the crop
+_RESIZED = 256 / 224  # shorter side of the resized image, as a multiple of the centre crop
 
 
 def train_transform(augment: Augment, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Transform:
-    """One random view; random numbers are torch's, so that ``torch.manual_seed`` fixes it.
+    """One random view. The random numbers are torch's, so ``torch.manual_seed`` makes it reproducible.
 
-    Without a random crop it is the centre crop of :func:`eval_transform`. What rotation, zoom and shift bring in
-    from outside the image is black.
+    Without a random crop it starts with the centre crop of :func:`eval_transform`. Rotation, zoom and shift fill with
+    black from outside of the image.
 
     Raises:
         ImportError: without torchvision.
@@ -53,10 +53,10 @@ def train_transform(augment: Augment, size: int, mean: tuple[float, ...], std: t
 
 
 def eval_transform(size: int, mean: tuple[float, ...], std: tuple[float, ...], *, cropped: bool = False) -> Transform:
-    """The centre of the image: its shorter side resized to 256/224 of the size, and cropped.
+    """The centre crop: the shorter side is resized to 256/224 of the size, and the centre is cropped.
 
     Args:
-        cropped: the image is such a crop already: its shorter side is resized to the size, if it has another one.
+        cropped: whether the image is already such a crop; then its shorter side is only resized to the size.
 
     Raises:
         ImportError: without torchvision.

@@ -1,9 +1,9 @@
 """Unconstrained features models: a loss minimised over free features and prototypes, with no network in between.
 
-What the losses do to the geometry when the network can realise any features. :func:`minimum` and :func:`solve` are the
-losses on unit vectors ([NCD] Theorem A.1, Theorem 4.2), :func:`mse_optimum` and :func:`solve_mse` squared error with a
-bias and any label encoding ([ENC]). Each solver starts from random numbers, knows nothing of the closed form, and
-returns it next to what it found.
+They show the geometry that a loss favours if the network can realise any features. :func:`minimum` and :func:`solve`
+are for the losses on unit vectors ([NCD] Theorem A.1, Theorem 4.2), :func:`mse_optimum` and :func:`solve_mse` for
+squared error with a bias and any label encoding ([ENC]). Each solver starts from random numbers, does not use the
+closed form, and returns it for comparison with the minimum that it found.
 """
 
 from .cosine import LOSSES, Solution, minimum, solve

@@ -1,4 +1,4 @@
-"""Full-batch minimisation to the last digits."""
+"""Full-batch minimisation to the precision of float64."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 _ROUNDING = 1e-15
-NEWTON_SIZE = 2000  # numbers of which a Hessian is worth its memory and time
-_FLAT = 1e-9  # eigenvalues of a Hessian, relative to the largest, that count as 0: rotations leave the value as it is
+NEWTON_SIZE = 2000  # largest number of variables for which a Hessian is worth its memory and time
+_FLAT = 1e-9  # relative size of a Hessian's eigenvalue that counts as 0, as along rotations, which keep the value
 
 
 def minimise(objective: Callable[[], Tensor], parameters: Sequence[Tensor], *, steps: int, tolerance: float) -> float:
     """Change the parameters in place until no entry of the gradient exceeds ``tolerance``; return the last value.
 
-    L-BFGS with a strong-Wolfe line search (:class:`torch.optim.LBFGS`), started again without its memory until the
-    value stands still. That may be before the gradient is as small: a line search sees the digits of the value only.
+    It uses L-BFGS with a strong-Wolfe line search (:class:`torch.optim.LBFGS`), restarted without its history until the
+    value no longer falls. This may happen before the gradient is small enough, because a line search compares values
+    only.
     """
     value = float("inf")
     for _ in range(5):
@@ -42,8 +43,8 @@ def minimise(objective: Callable[[], Tensor], parameters: Sequence[Tensor], *, s
 def polish(objective: Callable[[Tensor], Tensor], at: Tensor, *, tolerance: float) -> Tensor:
     """Newton's method from a vector close to a minimum, as long as the gradient becomes smaller.
 
-    It finds the digits that no line search sees. The Hessian is singular along rotations, hence the pseudo-inverse.
-    Nothing happens to vectors of more than 2000 numbers.
+    It is more precise than a line search, which compares values only. The Hessian is singular along rotations, so its
+    pseudo-inverse is used. Vectors of more than 2000 numbers are returned unchanged.
     """
     if at.numel() > NEWTON_SIZE:
         return at

@@ -30,8 +30,8 @@ WITH_PROTOTYPES: dict[str, Callable[..., Tensor]] = {
 WITHOUT_PROTOTYPES: dict[str, Callable[..., Tensor]] = {"supcon": supcon_loss, "prototype": prototype_loss}
 LOSSES = (*WITH_PROTOTYPES, *WITHOUT_PROTOTYPES)
 
-# From a random start at a low temperature NormFace and NTCE are flat before they have collapsed: their gradient fades
-# like exp(-a). The minimisers are the same at every temperature, so the search starts where they are easy to find.
+# At a low temperature the gradient of NormFace and NTCE vanishes like exp(-a) before the features have collapsed. The
+# minimisers are the same at every temperature, so the search starts at a temperature where they are easy to find.
 _EASY_TEMPERATURE = 0.5
 
 _REACHED = 1e-9  # the closed form is a lower bound: a start that comes this close ends the search
@@ -50,17 +50,17 @@ class Solution:
     value: float
     """The loss at the features and prototypes."""
     minimum: float
-    """What the closed form says, see :func:`minimum`."""
+    """The closed form, see :func:`minimum`."""
     collapse: NeuralCollapse
-    """Every metric of neural collapse of the features and prototypes."""
+    """All metrics of neural collapse of the features and prototypes."""
     start: Tensor
-    """(n K, d) unit rows, the random features from which the search went to ``features``."""
+    """(n K, d) unit rows, the random features from which the search started."""
     start_value: float
-    """The loss at the random start, where it has prototypes at random ones too."""
+    """The loss at the random start; prototypes, if the loss has them, are also random there."""
 
     @property
     def gap(self) -> float:
-        """``value - minimum``: 0 at a global minimiser, never below it but for rounding."""
+        """``value - minimum``: 0 at a global minimiser; negative only by rounding."""
         return self.value - self.minimum
 
 
@@ -97,6 +97,11 @@ def minimum(
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
+
+    Example:
+        >>> from nckernels import ufm
+        >>> print(f"{ufm.minimum('nonl', num_classes=10, samples_per_class=5, temperature=0.1):.4f}")
+        -7.3044
     """
     _check(loss, num_classes, samples_per_class, temperature, features)
     k, n = num_classes, samples_per_class
@@ -128,25 +133,33 @@ def solve(
     steps: int = 1000,
     tolerance: float = 1e-11,
 ) -> Solution:
-    """Minimise a loss over free unit features, and free unit prototypes where it has them, from random starts.
+    """Minimise a loss over free unit features, and free unit prototypes if it has them, from random starts.
 
-    The loss is the package's own public function in float64; nothing here knows the minimiser. Temperatures below 0.5
-    are reached from 0.5 by halving, each minimum the start of the next search: a random start at a low temperature is
-    flat. Signed features have no other local minima, as far as was seen. Non-negative ones have: of 10 classes in 10
-    dimensions 2 to 4 of 10 starts end where two classes share a direction and one has two. So the best of several
-    starts is returned, and the search is over when one reaches the closed form, which is a lower bound.
+    The loss is the package's public function in float64, and the search does not use the known minimiser. Temperatures
+    below 0.5 are reached from 0.5 by halving, and each minimum is the start of the next search, because at a low
+    temperature a random start has almost no gradient.
+
+    No other local minima were observed for signed features. Non-negative features have some: of 10 classes in 10
+    dimensions, 2 to 4 of 10 starts end where two classes share a direction and one class has two. So the best of
+    several starts is returned. The search ends when a start reaches the closed form, which is a lower bound.
 
     Args:
         loss, num_classes, samples_per_class, temperature, features: as in :func:`minimum`.
         dim: d, at least K - 1 for signed features and K for non-negative ones; in fewer dimensions the closed form is
             a bound that is not reached.
-        seed: of the Gaussian starts.
-        starts: random starts at most.
-        steps: iterations of a run of L-BFGS at most.
-        tolerance: largest entry of the gradient at which a run is over.
+        seed: seed of the Gaussian starts.
+        starts: largest number of random starts.
+        steps: largest number of iterations of a run of L-BFGS.
+        tolerance: a run ends when no entry of the gradient is larger than this.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
+
+    Example:
+        >>> from nckernels import ufm
+        >>> found = ufm.solve("nonl", num_classes=4, dim=3, samples_per_class=2, temperature=0.5)
+        >>> found.gap < 1e-9, found.collapse.within_scatter < 1e-9
+        (True, True)
     """
     lowest = minimum(loss, num_classes, samples_per_class, temperature, features=features)
     least = num_classes - 1 if features == "signed" else num_classes
@@ -183,7 +196,7 @@ def _search(
     steps: int,
     tolerance: float,
 ) -> Solution:
-    """One random start."""
+    """Minimise from one random start."""
     target = torch.arange(num_classes).repeat_interleave(samples_per_class)
     free = torch.randn(len(target), dim, generator=generator, dtype=torch.float64).requires_grad_()
     weight = torch.randn(num_classes, dim, generator=generator, dtype=torch.float64).requires_grad_()
@@ -212,7 +225,7 @@ def _search(
 
 
 def _cooling(temperature: float) -> list[float]:
-    """Temperatures from an easy one down to the one that is asked for."""
+    """Temperatures from an easy one down to ``temperature``, each half of the one before or more."""
     stages = [temperature]
     while stages[-1] < _EASY_TEMPERATURE:
         stages.append(min(2 * stages[-1], _EASY_TEMPERATURE))

@@ -14,18 +14,18 @@ with weights W (K x d), features H (d x N) and labels :math:`Y = \bar Y C` (K x 
 .. math:: \min_{Z, b} \frac{1}{2N} \|Z + b v^\top - \tilde Y\|^2 + \sqrt{\lambda_W \lambda_H} \|Z\|_*
     + \frac{\lambda_b}{2} \|b\|^2 .
 
-Given b, Z has the singular vectors of :math:`\tilde Y - b v^\top` and its singular values less
-:math:`t = N \sqrt{\lambda_W \lambda_H}`, or 0. What is left is smooth and convex in the K numbers of b. Where v is a
-right singular vector of :math:`\tilde Y`, of value :math:`\sigma` and with u on the left, the problem falls apart.
-Then b lies along u, in closed form:
+Given b, Z has the singular vectors of :math:`\tilde Y - b v^\top`, and its singular values minus
+:math:`t = N \sqrt{\lambda_W \lambda_H}`, or 0 if that is negative. The remaining problem is smooth and convex in the K
+numbers of b. If v is a right singular vector of :math:`\tilde Y`, with the singular value :math:`\sigma` and the left
+singular vector u, the problem separates, and b is a multiple of u in closed form:
 
 .. math:: b = \frac{\min(\sigma \lambda_b / (1 + \lambda_b),\, t)}{\lambda_b \sqrt N} u, \qquad
     z = \max(0,\, \sigma - t - t / \lambda_b),
 
-z being Z's singular value for u and v. Balanced shifted simplices are such encodings, one-hot and smoothed labels among
-them: :math:`t = \sqrt n c` there, and [ENC] Theorem III.1 follows, its transition at :math:`\lambda_b = c / (1 - c)`
-included. So is every centred one (:math:`\sigma = 0`), and with :math:`\lambda_b = 0` every encoding behaves as if it
-were centred (Theorem III.4).
+where z is the singular value of Z for u and v. Balanced shifted simplices are such encodings, for instance one-hot and
+smoothed labels. For them :math:`t = \sqrt n c`, and [ENC] Theorem III.1 follows with its transition at
+:math:`\lambda_b = c / (1 - c)`. Centred encodings are also of this kind (:math:`\sigma = 0`). With
+:math:`\lambda_b = 0` every encoding behaves as if it were centred (Theorem III.4).
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from nckernels import _checks
 from ._minimise import NEWTON_SIZE, minimise, polish
 from .encodings import check
 
-_ALIGNED = 1e-12  # relative error at which v counts as a singular vector
-_NEAR = 1e-8  # largest entry of the gradient from which Newton's method takes over
+_ALIGNED = 1e-12  # largest relative error at which v counts as a singular vector
+_NEAR = 1e-8  # largest entry of the gradient at which Newton's method takes over
 
 
 @dataclass(frozen=True)
 class MSEOptimum:
-    """The global optimum, unique up to a rotation of the feature space, which no field depends on. All float64."""
+    """The global optimum, in float64. It is unique up to a rotation of the feature space, which changes no field."""
 
     gram: Tensor
     """(K, K) inner products of the class means."""
@@ -57,18 +57,18 @@ class MSEOptimum:
     loss: float
     """The least value of the regularised loss."""
     kappa: float
-    """Scale of the weights against the class means, sqrt(n lambda_H / lambda_W); NaN if classes differ in size."""
+    """Scale of the weights relative to the class means, sqrt(n lambda_H / lambda_W); NaN if classes differ in size."""
     logits: Tensor
     """(K, K) W times the class means, without the bias; column k belongs to class k."""
     weight_gram: Tensor
     """(K, K) inner products of the rows of W."""
     closed_form: bool
-    """Whether a formula gave the bias; otherwise an iteration did, to about 1e-13."""
+    """Whether the bias comes from a formula; otherwise it comes from an iteration, with an error of about 1e-13."""
 
 
 @dataclass(frozen=True)
 class MSESolution:
-    """A local minimum that :func:`solve_mse` has found. All float64."""
+    """A local minimum found by :func:`solve_mse`, in float64."""
 
     weight: Tensor
     """(K, d) W."""
@@ -102,8 +102,8 @@ def mse_optimum(
     r"""The global optimum for any encoding and d >= K, exactly.
 
     With :math:`c = K \sqrt{n \lambda_W \lambda_H} \ge 1` one-hot labels have the optimum W = H = 0,
-    :math:`b = \frac{1}{(1 + \lambda_b) K} 1`; in general features vanish where no singular
-    value of the labels less the bias exceeds c.
+    :math:`b = \frac{1}{(1 + \lambda_b) K} 1`. In general the features vanish if no singular value of the labels minus
+    the bias exceeds c.
 
     Args:
         encoding: (K, K) floating-point, column k the label vector of class k.
@@ -113,7 +113,13 @@ def mse_optimum(
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
-        RuntimeError: if the iteration for an encoding without closed form ends short of the optimum.
+        RuntimeError: if the iteration for an encoding without closed form does not converge.
+
+    Example:
+        >>> from nckernels import ufm
+        >>> best = ufm.mse_optimum(ufm.one_hot(4), 10, lambda_w=1e-3, lambda_h=1e-3, lambda_b=0.0)
+        >>> best.bias  # the mean label: class means form a simplex
+        tensor([0.2500, 0.2500, 0.2500, 0.2500], dtype=torch.float64)
     """
     labels, counts = check(encoding), _counts(samples_per_class, len(encoding))
     _check_lambdas(lambda_w, lambda_h, lambda_b)
@@ -169,6 +175,12 @@ def solve_mse(
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
+
+    Example:
+        >>> from nckernels import ufm
+        >>> found = ufm.solve_mse(ufm.one_hot(3), 4, dim=3, lambda_w=0.01, lambda_h=0.01, lambda_b=0.01)
+        >>> math.isclose(found.loss, found.optimum.loss, abs_tol=1e-9)
+        True
     """
     best = mse_optimum(encoding, samples_per_class, lambda_w=lambda_w, lambda_h=lambda_h, lambda_b=lambda_b)
     labels, counts = check(encoding), _counts(samples_per_class, len(encoding))
@@ -188,7 +200,11 @@ def solve_mse(
 
     def parts(of: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         w, h, b = of.split(sizes)
-        return w.view(k, dim), h.view(-1, dim), b / math.sqrt(1 + lambda_b)  # all of them about equally steep
+        return (
+            w.view(k, dim),
+            h.view(-1, dim),
+            b / math.sqrt(1 + lambda_b),
+        )  # scaled so that all parameters have similar curvature
 
     def loss(of: Tensor) -> Tensor:
         w, h, b = parts(of)
@@ -204,7 +220,7 @@ def solve_mse(
 
 
 def _bias_in_closed_form(weighted: Tensor, root: Tensor, threshold: float, lambda_b: float) -> Tensor | None:
-    """The formulas of the module's docstring, where they hold."""
+    """The bias by the formula of the module's docstring, or None if v is not a singular vector."""
     norm = root.norm()  # sqrt(N)
     v = root / norm
     along = weighted @ v  # sigma u
@@ -223,11 +239,11 @@ def _bias(weighted: Tensor, root: Tensor, threshold: float, lambda_b: float) -> 
     r"""The bias that minimises the convex problem after Z, by Newton's method.
 
     With the SVD :math:`U s Q^\top` of Y~ - b v^T and :math:`f = \min(s, t)`, the gradient is
-    :math:`\lambda_b b - U f Q^\top v / N`, which is Lipschitz with constant 1 + lambda_b: a step of that length always
-    helps, where Newton's does not. The Hessian is that of a function of singular values: with :math:`q = Q^\top v`,
-    :math:`A_{ij} = (f_i - f_j)/(s_i - s_j)` (f' where equal) and :math:`B_{ij} = (f_i + f_j)/(s_i + s_j)` it is
-    :math:`\lambda_b I + U M U^\top / N`, :math:`M_{ij} = \frac12 [i = j] \sum_l (A + B)_{il} q_l^2 +
-    \frac12 q_i (A - B)_{ij} q_j`.
+    :math:`\lambda_b b - U f Q^\top v / N`, which is Lipschitz with constant 1 + lambda_b. So a gradient step of length
+    1 / (1 + lambda_b) always helps, even if Newton's step does not. The Hessian is that of a function of singular
+    values: with :math:`q = Q^\top v`, :math:`A_{ij} = (f_i - f_j)/(s_i - s_j)` (f' where equal) and
+    :math:`B_{ij} = (f_i + f_j)/(s_i + s_j)` it is :math:`\lambda_b I + U M U^\top / N`,
+    :math:`M_{ij} = \frac12 [i = j] \sum_l (A + B)_{il} q_l^2 + \frac12 q_i (A - B)_{ij} q_j`.
     """
     total = float(root.square().sum())
 

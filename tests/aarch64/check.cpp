@@ -532,6 +532,20 @@ class Comparison {
       for (double one : weight) size += one;
     worst_.see("loss", double(loss[0]), wanted, rounding() * size);
     gradients(z, w, beta);
+    if (p_.half == nckernels::kBfloat16 && !c_.symmetric) rounded(s, z, w);
+  }
+
+  // Gradients that the step rounds are those that it does not round, rounded here.
+  void rounded(Step s, const std::vector<T>& z, const std::vector<T>& w) {
+    std::vector<uint16_t> z_bits(z.size()), w_bits(w.size());
+    s.z = z_bits.data(), s.w = w_bits.data(), s.rounded = 1;
+    done(nckernels_step(&p_, &s));
+    for (size_t i = 0; i < z.size(); i++) same_bits(z_bits[i], z[i]);
+    for (size_t i = 0; i < w.size(); i++) same_bits(w_bits[i], w[i]);
+  }
+
+  void same_bits(uint16_t found, T wanted) {
+    if (found != nckernels::to_bfloat16(static_cast<float>(wanted))) worst_.see("rounded", found, wanted, 0);
   }
 
   // Classes that do not occur are not written.

@@ -1,4 +1,4 @@
-// How a test sets the emulator's options.
+// Lets a test set the emulator's options.
 
 #include "emulator.h"
 

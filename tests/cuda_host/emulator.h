@@ -1,9 +1,9 @@
 // Runs CUDA kernels on the CPU, one block at a time, every CUDA thread as a fiber.
 //
-// What it is strict about: a block's threads run in an order that a schedule chooses at random (the order of
-// blocks too), shared memory and destinations of unfinished copies hold NaN, the lanes of a warp must meet at
-// the same warp-wide instruction, barriers must be reached by all threads. What it does not know: bank
-// conflicts, the tensor cores' rounding, the memory model below barriers, and limits of a launch.
+// It checks: threads of a block, and blocks, run in an order that a schedule draws at random; shared memory
+// and destinations of unfinished copies hold NaN; all lanes of a warp must reach the same warp-wide
+// instruction; all threads must reach a barrier. It does not model bank conflicts, the tensor cores'
+// rounding, the memory model below barriers, or launch limits.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,8 @@
 namespace emu {
 
 // kRoundRobin: warps in order; kUniform: any thread that can run; kRunAhead: warps have priorities, so that
-// one gets as far as the barriers let it before another starts. The last finds reuse of a buffer too early.
+// one runs as far as the barriers allow before another starts, which reveals buffers that are reused too
+// early.
 enum Schedule { kRoundRobin, kUniform, kRunAhead };
 
 struct Settings {
@@ -31,8 +32,8 @@ struct Settings {
 };
 inline Settings settings;
 
-// What other asynchronous units have to say (hopper_host.h). `deliver` does one thing that is under way, if
-// anything is; `leftovers` tells what is still under way when a block ends, and forgets it.
+// The interface of other asynchronous units (hopper_host.h). `deliver` completes one pending operation, if
+// there is one; `leftovers` describes and clears the operations that are still pending when a block ends.
 struct Hooks {
   bool (*deliver)() = nullptr;
   const char* (*leftovers)() = nullptr;
@@ -55,7 +56,7 @@ struct Thread {
   // Asynchronous copies: those since the last commit, and the committed groups, oldest first.
   std::vector<Copy> open;
   std::vector<std::vector<Copy>> groups;
-  // What a lane brings to a warp-wide instruction.
+  // A lane's arguments of a warp-wide instruction.
   void* slot[3] = {};
   uint32_t word = 0;
   unsigned char row[16] = {};
@@ -73,8 +74,8 @@ struct SharedArray {
   size_t size;
 };
 
-// The threads of a block. Two of them take turns, so that for the thread sanitizer neighbouring blocks are
-// different threads, with nothing between them that would order their accesses to global memory.
+// The threads of a block. Two sets of threads alternate, so that the thread sanitizer sees neighbouring
+// blocks as different threads, without an order between their accesses to global memory.
 struct Block {
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<Warp> warps;
@@ -112,7 +113,7 @@ EMU_UNCHECKED inline uint32_t draw(size_t below) {
   return uint32_t(((state.random >> 32) * below) >> 32);
 }
 
-// Ends the launch: from a thread of the kernel by handing over to the scheduler for good.
+// Ends the launch; a thread of the kernel does so by switching to the scheduler for good.
 EMU_UNCHECKED inline void fail(const std::string& what) {
   if (state.failure.empty()) {
     state.failure = what + " (block " + std::to_string(blockIdx.x) + ", thread " +
@@ -226,7 +227,7 @@ EMU_UNCHECKED inline void run_block(Block& b, int threads, size_t shared_limit) 
   if (settings.schedule == kRunAhead) {
     for (size_t i = b.priority.size() - 1; i > 0; i--) std::swap(b.priority[i], b.priority[draw(i + 1)]);
   }
-  reset(b);  // the kernel allocates, and so poisons, its arrays anew
+  reset(b);  // the kernel allocates its arrays again, which poisons them
   b.live = threads;
   b.at_barrier = 0;
   for (;;) {
@@ -263,7 +264,7 @@ EMU_UNCHECKED inline void run_block(Block& b, int threads, size_t shared_limit) 
   if (total > shared_limit) fail("the kernel uses more shared memory than its launch asks for");
 }
 
-// Throws std::runtime_error if the kernel does what a device would not forgive.
+// Throws std::runtime_error if the kernel does something that is an error on a device.
 template <class Body>
 void launch(int64_t blocks, int threads, size_t shared_limit, Body body) {
   release(&state.start_clock);

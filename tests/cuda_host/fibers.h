@@ -1,5 +1,5 @@
-// Fibers: functions with a stack of their own that take turns in one thread. Each CUDA thread becomes one.
-// The address and thread sanitizers are told of every switch, so that they see fibers as what they stand for.
+// Fibers: functions with stacks of their own that alternate in one OS thread. Each CUDA thread is a fiber.
+// The address and thread sanitizers are informed of every switch, so that they treat fibers as threads.
 #pragma once
 
 #include <sys/mman.h>
@@ -29,7 +29,7 @@ void AnnotateIgnoreReadsEnd(const char*, int);
 void AnnotateIgnoreWritesBegin(const char*, int);
 void AnnotateIgnoreWritesEnd(const char*, int);
 }
-// The emulator's own book-keeping is not what is being tested.
+// Excludes the emulator's own book-keeping from the sanitizers.
 #define EMU_UNCHECKED __attribute__((no_sanitize("thread"), noinline))
 #define EMU_UNCHECKED_LAMBDA __attribute__((no_sanitize("thread")))
 #else
@@ -53,7 +53,7 @@ extern "C" void emu_switch_stack(void** save, void* to);
 
 namespace emu {
 
-// While one of these lives, the thread sanitizer looks away.
+// While an object of this class exists, the thread sanitizer ignores accesses.
 class Unwatched {
  public:
 #if defined(EMU_TSAN)
@@ -71,7 +71,7 @@ class Unwatched {
   Unwatched(const Unwatched&) = delete;
 };
 
-// What one side of a synchronisation did happens before what the other side does next.
+// Tells the thread sanitizer that a synchronisation orders the accesses of its two sides.
 inline void release(void* at) {
 #if defined(EMU_TSAN)
   __tsan_release(at);

@@ -1,8 +1,8 @@
-// The host form of csrc/cuda/hopper.h; see there for what each function means.
+// The host form of csrc/cuda/hopper.h, where the functions are documented.
 //
-// Everything asynchronous happens as late as allowed, or at a random moment before: a box holds NaN until it
-// lands, and products read their operands when they are waited for. What is not modelled are the fences
-// between the two ways to reach shared memory.
+// Asynchronous operations complete as late as allowed, or at a random earlier moment: a box holds NaN until
+// it arrives, and products read their operands when they are waited for. The fences between the two proxies
+// of shared memory are not modelled.
 #pragma once
 
 #include "emulator.h"
@@ -58,7 +58,7 @@ struct Product {
   float (*number)(const unsigned char*);
 };
 
-// Of the one block that runs.
+// The state of the running block.
 struct Hopper {
   std::vector<Box> boxes;
   std::vector<Waiter> waiters;
@@ -90,7 +90,7 @@ EMU_UNCHECKED inline void complete_if_done(nck::Mbarrier* b) {
   }
 }
 
-// One box lands, in no particular order.
+// Completes the copy of one box, in any order.
 EMU_UNCHECKED inline bool deliver_box() {
   auto& boxes = hopper.boxes;
   if (boxes.empty()) return false;
@@ -124,7 +124,7 @@ EMU_UNCHECKED inline const char* hopper_leftovers() {
   return what;
 }
 
-// The emulator knows of all this through two functions only.
+// The interface to the emulator.
 inline const bool registered = [] {
   hooks.deliver = deliver_box;
   hooks.leftovers = hopper_leftovers;
@@ -214,7 +214,7 @@ inline BoxOperand box_operand(const void* rows) { return {static_cast<const unsi
 
 inline void wgmma_begin() {}
 
-// Warp by warp, though four make a product: the hardware lets them drift apart, and so must this.
+// Per warp, although four warps make a product: the hardware lets them drift apart, and so does this.
 template <class T>
 EMU_UNCHECKED void wgmma(float (&c)[64], BoxOperand a, BoxOperand b, T, EMU_LINE) {
   auto& t = *emu::state.thread;

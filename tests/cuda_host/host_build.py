@@ -1,6 +1,6 @@
-"""Builds csrc/cuda for the CPU, on top of the emulator: a library for the tests, programs for the sanitizers.
+"""Builds csrc/cuda for the CPU with the emulator: a library for the tests, programs for the sanitizers.
 
-Objects are kept under out/cuda_host by a hash of everything that goes into them, and built two at a time.
+Objects are cached in out/cuda_host by a hash of their inputs, and built two at a time.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def library() -> Path:
 
 
 def program(sanitizer: str) -> Path:
-    """Every kernel once, without Python, under a sanitizer."""
+    """A program that runs every kernel once under a sanitizer, without Python."""
     flags = SANITIZERS[sanitizer]
     return _build(f"sanitize_{sanitizer}", [*KERNELS, HERE / "sanitize_main.cpp"], flags, flags)
 
@@ -62,7 +62,7 @@ def program(sanitizer: str) -> Path:
 def _build(name: str, units: list[Path], flags: tuple[str, ...], link: tuple[str, ...]) -> Path:
     KEPT.mkdir(parents=True, exist_ok=True)
     with (KEPT / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # other test processes wait, then find everything built
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other test processes wait, then find the cached objects
         with ThreadPoolExecutor(2) as pool:
             objects = list(pool.map(lambda unit: _compile(unit, flags), units))
         target = KEPT / f"{_hash([str(o) for o in objects] + list(link))}_{name}"
@@ -86,7 +86,7 @@ def _hash(parts: list[str]) -> str:
 
 
 def _run(command: list[str], target: Path) -> None:
-    """Runs a command that writes its last argument; half a file is never left under the final name."""
+    """Run a command that writes its last argument. The final name never has an incomplete file."""
     partial = target.with_suffix(".partial")
     result = subprocess.run([*command[:-1], str(partial)], capture_output=True, text=True)
     if result.returncode:

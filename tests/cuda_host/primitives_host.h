@@ -1,4 +1,4 @@
-// The host form of csrc/cuda/primitives.h; see there for what each function means.
+// The host form of csrc/cuda/primitives.h, where the functions are documented.
 #pragma once
 
 #include <cmath>
@@ -179,7 +179,7 @@ inline void ldmatrix_transposed(uint32_t (&reg)[4], const void* row, EMU_LINE) {
   exchange_rows(reg, true, line);
 }
 
-// One register's worth of an operand: two 16-bit numbers, or one of which the tensor core reads 19 bits.
+// One register of an operand: two 16-bit numbers, or one number of which the tensor core reads 19 bits.
 template <class T>
 struct Unpack {
   static constexpr int kNumbers = 2;

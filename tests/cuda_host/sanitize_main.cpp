@@ -1,5 +1,5 @@
 // Runs every kernel for the sanitizers, without Python: arrays of exactly the needed size, ragged shapes.
-// What the numbers are is tested elsewhere; here only that two schedules give the same ones.
+// It only checks that two schedules give the same numbers; other tests check the numbers.
 //
 //     sanitize_thread 0      the argument is the number of a planted fault
 
@@ -195,7 +195,7 @@ int main(int argc, char** argv) {
   for (const Problem& problem : problems) {
     uint64_t first = 0;
 #if defined(EMU_TSAN)
-    const int first_schedule = emu::kRunAhead;  // what is ordered and what is not is the same in all of them
+    const int first_schedule = emu::kRunAhead;  // all schedules have the same synchronisation
 #else
     const int first_schedule = emu::kRoundRobin;
 #endif

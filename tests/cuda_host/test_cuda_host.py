@@ -1,7 +1,7 @@
-"""The CUDA backend, kernels and all, on the CPU: csrc/cuda on top of an emulator of the GPU's primitives.
+"""The CUDA backend with its kernels on the CPU: csrc/cuda with an emulator of the GPU's primitives.
 
 Every CUDA thread runs as a fiber, in an order drawn at random. Shared memory, destinations of unfinished
-copies and all of the backend's uninitialised tensors hold NaN: what is read too early or never written shows.
+copies and all of the backend's uninitialised tensors hold NaN, which reveals early reads and missing writes.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ pytestmark = [
 
 ROUND_ROBIN, UNIFORM, RUN_AHEAD = SCHEDULES = range(3)
 NAN, LARGE = 0xFFFFFFFF, 0x7E007E00
-"""Poisons: NaN in every format; and large but finite, since a maximum swallows NaN."""
+"""Poisons: NaN in every format, and a large finite number, because a maximum ignores NaN."""
 FAULTS = {"missing barrier": 1, "missing wait": 2, "wrong fragment": 3, "missing tail mask": 4}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TWO = (torch.bfloat16, torch.float32)
-"""Where float16, which differs from bfloat16 in its scaling only, is not worth its time."""
+"""For tests that skip float16 to save time; it differs from bfloat16 only in its scaling."""
 SLOW_FLOAT16 = pytest.param(torch.float16, marks=pytest.mark.slow)
 
 
@@ -67,7 +67,7 @@ def loaded() -> Emulator:
 
 @pytest.fixture
 def emulator(loaded: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
-    """The backend "cuda" is the emulated one, and the tensors that it allocates hold NaN."""
+    """Makes the emulated backend the backend "cuda", and fills the tensors that it allocates with NaN."""
     monkeypatch.setitem(registry.BACKENDS, "cuda", HostBackend())
     loaded.configure()
     before = torch.are_deterministic_algorithms_enabled()
@@ -95,7 +95,7 @@ def test_masks_and_directions(emulator: Emulator, dtype: torch.dtype, direction:
 @pytest.mark.parametrize("exclude", oracle.EXCLUDES)
 @pytest.mark.parametrize("dtype", TWO, ids=str)
 def test_long_rows(emulator: Emulator, dtype: torch.dtype, exclude: str) -> None:
-    """Rows too long for the chip: several panels, aligned rows and others."""
+    """Rows too long for the chip: several panels, aligned and unaligned rows."""
     with nckernels.use_workspace(64 << 10):
         for d, direction in ((264, "class"), (301, "both")):
             emulator.configure(RUN_AHEAD, seed=d)
@@ -107,7 +107,7 @@ def test_long_rows(emulator: Emulator, dtype: torch.dtype, exclude: str) -> None
 @pytest.mark.parametrize("direction", ["class", "instance"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_features_against_themselves(emulator: Emulator, dtype: torch.dtype, direction: str, exclude: str) -> None:
-    """One pass for the gradient as rows and as columns: with one exponential an entry, and with two."""
+    """One pass for the gradient as rows and as columns, with one or two exponentials per entry."""
     cases = ((40, 10.0, False), (40, 61.0, False), (77, 10.0, True), (200, 10.0, False), (264, 61.0, True))
     for schedule, (d, beta, bias) in zip(itertools.cycle(SCHEDULES), cases, strict=False):
         emulator.configure(schedule, seed=d, poison=LARGE if d == 77 else NAN)
@@ -121,7 +121,7 @@ def test_features_against_themselves(emulator: Emulator, dtype: torch.dtype, dir
 def test_splits_of_features_against_themselves(
     emulator: Emulator, places: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Shared among thread blocks or not, in panels or not, with one row or several tiles."""
+    """With and without splits and panels, with one row and with several tiles."""
     monkeypatch.setattr(cuda, "_device", lambda device: (places, 227 << 10, True))
     for samples, d, dtype in ((1, 40, torch.float16), (260, 40, torch.bfloat16), (140, 264, torch.bfloat16)):
         with nckernels.use_workspace(64 << 10):
@@ -148,7 +148,7 @@ def test_shapes(emulator: Emulator, m: int, k: int, d: int, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("d", [40, 264])
 def test_float16_small_gradients(emulator: Emulator, d: int) -> None:
-    """Upstream gradients of a mean: entries that float16 does not hold unless they are scaled."""
+    """Upstream gradients of a mean: entries underflow in float16 unless they are scaled."""
     problem = oracle.make_problem(150, 135, d, direction="both", exclude="target")
     for upstream in problem.upstream.values():
         upstream *= 0.01
@@ -157,7 +157,7 @@ def test_float16_small_gradients(emulator: Emulator, d: int) -> None:
 
 @pytest.mark.parametrize("schedule", [UNIFORM, RUN_AHEAD])
 def test_half_scale(emulator: Emulator, schedule: int) -> None:
-    """Powers of two that take the largest possible entry to 2^13 .. 2^14, whatever the order of the threads."""
+    """Powers of two that bring the largest possible entry to 2^13 .. 2^14, for any order of the threads."""
     g, h, r_z, r_w = (factor * torch.rand(n) for factor, n in ((3.0, 50), (0.01, 1300), (5.0, 1300), (0.2, 50)))
     scale = torch.empty(3)
     bound = float(g.max() + h.max())
@@ -171,8 +171,8 @@ def test_half_scale(emulator: Emulator, schedule: int) -> None:
 
 
 @pytest.mark.parametrize("d", [48, 264])
-def test_few_classes_present(emulator: Emulator, d: int) -> None:
-    """Many slots for prototypes and few in use: thread blocks that find nothing to do."""
+def test_few_present_classes(emulator: Emulator, d: int) -> None:
+    """Many slots for prototypes, few in use: some thread blocks have no work."""
     problem = oracle.make_problem(200, 300, d, exclude="target", present_only=True)
     problem.target[problem.target != problem.ignore_index] %= 5
     oracle.check(problem, torch.bfloat16)
@@ -194,7 +194,7 @@ def test_present_only(emulator: Emulator, m: int, k: int, dtype: torch.dtype) ->
 @pytest.mark.parametrize("places", [1, 132])
 @pytest.mark.parametrize("dtype", TWO, ids=str)
 def test_splits(emulator: Emulator, dtype: torch.dtype, places: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One thread block for all tiles of Q, and one for each."""
+    """One thread block for all tiles of Q, and one for each tile."""
     monkeypatch.setattr(cuda, "_device", lambda device: (places, 227 << 10, True))
     for d, direction in ((64, "class"), (130, "both")):
         oracle.check(oracle.make_problem(260, 150, d, direction=direction, exclude="target", bias=True), dtype)
@@ -221,7 +221,7 @@ def test_single_gradients(emulator: Emulator, wanted: str) -> None:
 
 
 @pytest.mark.parametrize("d", [40, 264])
-def test_columns_in_parts(emulator: Emulator, d: int) -> None:
+def test_backward_with_the_lse_of_more_columns(emulator: Emulator, d: int) -> None:
     parts.check_in_parts("both", torch.bfloat16, d)
     parts.check_in_parts("instance", torch.float32, d, beta=61.0)
 
@@ -253,7 +253,7 @@ def test_float16_zero_row_among_others(emulator: Emulator, length: float, d: int
 @pytest.mark.parametrize("d", [40, 264])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_of_the_positives_alone_at_low_temperatures(emulator: Emulator, dtype: torch.dtype, d: int) -> None:
-    """exp(beta cos) is infinite, and nobody has asked for it."""
+    """exp(beta cos) is infinite, but is not wanted."""
     w, y = torch.randn(6, d), torch.randint(6, (20,))
     z = (w[y] + 0.01 * torch.randn(20, d)).to(dtype).requires_grad_()
     w = w.to(dtype).requires_grad_()
@@ -264,7 +264,7 @@ def test_gradients_of_the_positives_alone_at_low_temperatures(emulator: Emulator
 
 
 def test_tf32(emulator: Emulator) -> None:
-    """Products of float32 rounded to tf32, as torch is told to allow: as exact as tf32 is."""
+    """Float32 products with operands rounded to tf32, by torch's setting, have the accuracy of tf32."""
     problem = oracle.make_problem(150, 140, 72, direction="both", exclude="target", ignored=0).to(torch.float32)
     exact = oracle.run(oracle.dense, problem.to(torch.float64))
     before = torch.get_float32_matmul_precision()
@@ -285,7 +285,7 @@ def test_tf32(emulator: Emulator) -> None:
 
 @pytest.fixture
 def wgmma(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The opt-in forward kernel is on; collects the row length of every launch of it."""
+    """Enables the opt-in forward kernel and collects the row length of every launch."""
     monkeypatch.setenv(cuda.WGMMA, "1")
     launches: list[int] = []
     operator = torch.ops.nckernels_cuda.log_sum_exp_wgmma
@@ -302,7 +302,7 @@ def wgmma(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("direction", ["class", "instance"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, SLOW_FLOAT16], ids=str)
 def test_wgmma(emulator: Emulator, wgmma: list[int], dtype: torch.dtype, direction: str, exclude: str) -> None:
-    """One slice of columns, several, more than there are stages; ragged tails on all sides."""
+    """One slice of columns, several, more than the stages; ragged sizes."""
     for schedule, poison, d in ((UNIFORM, LARGE, 40), (RUN_AHEAD, NAN, 136), (ROUND_ROBIN, NAN, 328)):
         emulator.configure(schedule, seed=d, poison=poison)
         problem = oracle.make_problem(300, 140, d, direction=direction, exclude=exclude, bias=d == 136, seed=d)
@@ -319,7 +319,7 @@ def test_wgmma_splits(emulator: Emulator, wgmma: list[int], places: int, monkeyp
 
 
 def test_wgmma_only_where_it_applies(emulator: Emulator, wgmma: list[int]) -> None:
-    """Not for rows off multiples of 16 bytes, compacted prototypes, both directions, float32, one row repeated."""
+    """Not for unaligned rows, compacted prototypes, both directions, float32, or one repeated row."""
     for problem, dtype in (
         (oracle.make_problem(40, 30, 41), torch.bfloat16),
         (oracle.make_problem(40, 90, 48, present_only=True), torch.bfloat16),
@@ -334,8 +334,8 @@ def test_wgmma_only_where_it_applies(emulator: Emulator, wgmma: list[int]) -> No
     assert wgmma
 
 
-def test_wgmma_does_not_look_at_ignored_rows(emulator: Emulator, wgmma: list[int]) -> None:
-    """They are fetched with the others; whatever they hold, the same bits come out."""
+def test_wgmma_ignores_the_values_of_ignored_rows(emulator: Emulator, wgmma: list[int]) -> None:
+    """They are fetched with the others, and their values do not change the result's bits."""
     for direction in ("class", "instance"):
         problem = oracle.make_problem(150, 140, 72, direction=direction, exclude="target")
         clean, _ = oracle.run(oracle.package, problem.to(torch.bfloat16), ())
@@ -348,7 +348,8 @@ def test_wgmma_does_not_look_at_ignored_rows(emulator: Emulator, wgmma: list[int
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_wgmma_faults_are_caught(emulator: Emulator, wgmma: list[int], fault: str) -> None:
-    """Each of them under some order of the warps: these wait for each other so rarely that not every one shows."""
+    """Each is caught under some order of the warps. Few barriers order the warps, so not every order shows the
+    fault."""
     problem = oracle.make_problem(300, 280, 72, exclude="target", ignored=0).to(torch.bfloat16)
     problem = dataclasses.replace(problem, target=_with_room(problem.target))
     leaves = {name: _with_room(x) if x.dim() else x for name, x in problem.inputs().items()}
@@ -367,11 +368,11 @@ def test_planted_wgmma_faults_are_caught(emulator: Emulator, wgmma: list[int], f
     assert len(wgmma) == 5
 
 
-# --- reads and writes that must not be --------------------------------------------------------------------
+# --- forbidden reads and writes -----------------------------------------------------------------------------
 
 
 def _in_nan(x: Tensor, columns: int) -> Tensor:
-    """The same matrix inside a larger one of NaN."""
+    """The same matrix inside a larger matrix of NaN."""
     big = torch.full((x.shape[0] + 2, x.shape[1] + columns), torch.nan, dtype=x.dtype)
     big[1:-1, : x.shape[1]] = x
     return big[1:-1, : x.shape[1]]
@@ -380,7 +381,7 @@ def _in_nan(x: Tensor, columns: int) -> Tensor:
 @pytest.mark.parametrize("columns", [8, 7])
 @pytest.mark.parametrize("d", [64, 41, 280])
 def test_nothing_is_read_past_the_rows(emulator: Emulator, d: int, columns: int) -> None:
-    """Rows in a sea of NaN, aligned and not: the same bits come out."""
+    """Rows surrounded by NaN, aligned and unaligned, give the same bits."""
     for dtype in TWO:
         problem = oracle.make_problem(140, 130, d, direction="both", exclude="target").to(dtype)
         leaves = {name: t.clone().requires_grad_() for name, t in problem.inputs().items()}
@@ -406,14 +407,14 @@ def test_nothing_is_read_past_the_rows(emulator: Emulator, d: int, columns: int)
 )
 @pytest.mark.parametrize(
     ("dtype", "workspace"),
-    [*((dtype, 128 << 10) for dtype in DTYPES), (torch.float32, 8 << 20)],  # in the last one there is one panel
+    [*((dtype, 128 << 10) for dtype in DTYPES), (torch.float32, 8 << 20)],  # bytes; the last gives one panel
     ids=str,
 )
 @pytest.mark.parametrize("d", [48, 264])
-def test_what_takes_no_part_reaches_nothing(
+def test_left_out_rows_do_not_affect_results(
     emulator: Emulator, d: int, dtype: torch.dtype, workspace: int, exclude: str, itself: bool
 ) -> None:
-    """Not even as 0 * NaN, in no kernel and no product of the library: one panel or several."""
+    """Not even as 0 * NaN, in our kernels and in library products, with one panel and with several."""
     classes = 150 if exclude in ("self", "same_label") else 140
     direction = "class" if itself else "both"
     problem = oracle.make_problem(150, classes, d, direction=direction, exclude=exclude, ignored=0.3, itself=itself)
@@ -423,14 +424,14 @@ def test_what_takes_no_part_reaches_nothing(
 
 
 @pytest.mark.parametrize(("m", "k"), [(150, 60), (40, 150)], ids=["masked", "compacted"])
-def test_absent_classes_reach_nothing(emulator: Emulator, m: int, k: int) -> None:
+def test_absent_classes_do_not_affect_results(emulator: Emulator, m: int, k: int) -> None:
     for d, dtype in itertools.product((48, 264), TWO):
         problem = oracle.make_problem(m, k, d, exclude="target", present_only=True).to(dtype)
         oracle.check_spoilt(problem, (d, dtype))
 
 
-def test_a_positive_of_nan_shows(emulator: Emulator) -> None:
-    """An ignored row that is someone's positive is read, whatever it holds."""
+def test_a_nan_positive_propagates(emulator: Emulator) -> None:
+    """An ignored row that is a positive is read, and its NaN propagates."""
     for d, dtype in itertools.product((48, 264), TWO):
         problem = oracle.make_problem(150, 150, d, exclude="self", ignored=0.3).to(dtype)
         row = (problem.target == problem.ignore_index).nonzero()[0, 0]
@@ -445,7 +446,7 @@ def test_a_positive_of_nan_shows(emulator: Emulator) -> None:
 
 
 def test_sums_do_not_touch_ignored_rows(emulator: Emulator) -> None:
-    """Under the mask "self" such a row can be another's positive, and then only there it counts."""
+    """Under the mask "self" an ignored row can be a positive, and counts only as that."""
     for direction, itself in itertools.product(("class", "instance"), (False, True)):
         problem = oracle.make_problem(150, 150, 48, direction=direction, exclude="self", bias=True, itself=itself)
         clean, _ = oracle.run(oracle.package, problem.to(torch.bfloat16), ())
@@ -455,8 +456,8 @@ def test_sums_do_not_touch_ignored_rows(emulator: Emulator) -> None:
 
 
 @pytest.mark.parametrize("d", [48, 264])
-def test_ignored_samples_get_no_gradient_beside_nan(emulator: Emulator, d: int) -> None:
-    """A prototype of NaN reaches all sums over the prototypes, but not what is zero by definition."""
+def test_ignored_samples_have_zero_gradient_beside_nan(emulator: Emulator, d: int) -> None:
+    """A prototype of NaN reaches all sums over the prototypes, but not gradients that are zero by definition."""
     problem = oracle.make_problem(150, 140, d, direction="both", exclude="target", bias=True)
     problem.prototypes[3] = torch.nan
     ignored = problem.target == problem.ignore_index
@@ -471,7 +472,7 @@ def test_ignored_samples_get_no_gradient_beside_nan(emulator: Emulator, d: int) 
 
 @pytest.mark.parametrize("d", [64, 264])
 def test_order_of_threads_does_not_matter(emulator: Emulator, d: int) -> None:
-    """Bit for bit the same under every schedule: nothing depends on who comes first."""
+    """Every schedule gives the same bits."""
     problem = oracle.make_problem(150, 140, d, direction="both", exclude="target", bias=True).to(torch.bfloat16)
     results = []
     for schedule, seed in ((UNIFORM, 1), (UNIFORM, 2), (ROUND_ROBIN, 1), (RUN_AHEAD, 1)):
@@ -483,18 +484,18 @@ def test_order_of_threads_does_not_matter(emulator: Emulator, d: int) -> None:
             assert torch.equal(value, other[name]), name
 
 
-# --- does it notice? --------------------------------------------------------------------------------------
+# --- planted faults ---------------------------------------------------------------------------------------
 
 
 def _with_room(x: Tensor) -> Tensor:
-    """The same tensor with a tile of readable memory behind it, for kernels that overrun on purpose."""
+    """The same tensor followed by a tile of readable memory, for kernels that overrun on purpose."""
     room = torch.full((x.shape[0] + 128, *x.shape[1:]), torch.nan if x.is_floating_point() else 0, dtype=x.dtype)
     room[: x.shape[0]] = x
     return room[: x.shape[0]]
 
 
 def _differ(one: Iterable[Tensor], other: Iterable[Tensor]) -> bool:
-    """By more than rounding. Anything not finite differs."""
+    """Whether they differ by more than rounding; values that are not finite differ."""
     return not all((a - b).norm() <= 0.01 * b.norm() for a, b in zip(one, other, strict=True))
 
 
@@ -503,7 +504,7 @@ def _differ(one: Iterable[Tensor], other: Iterable[Tensor]) -> bool:
 )
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_caught(emulator: Emulator, fault: str, d: int, schedule: int) -> None:
-    """In the forward pass, and in the gradients of short rows and of long ones."""
+    """In the forward pass, and in the gradients of short and long rows."""
     problem = oracle.make_problem(150, 140, d, direction="class", exclude="target", ignored=0)
     emulator.configure(schedule)
     oracle.check(problem, torch.bfloat16)
@@ -525,11 +526,11 @@ def test_planted_faults_are_caught(emulator: Emulator, fault: str, d: int, sched
     for step, right in ((forward, clean), (backward, gradients)):
         assert not _differ(step(), right)
         if step is backward and d == 304 and fault == "missing tail mask":
-            continue  # entries of the tail are computed and dropped: the address sanitizer's to see
+            continue  # entries of the tail are computed and dropped: only the address sanitizer detects that
         emulator.configure(schedule, fault=FAULTS[fault])
         try:
             assert _differ(step(), right), step.__name__
-        except RuntimeError as error:  # the emulator noticed by itself
+        except RuntimeError as error:  # the emulator detected the fault
             if "emulator" not in str(error):
                 raise
         emulator.configure(schedule)
@@ -538,7 +539,7 @@ def test_planted_faults_are_caught(emulator: Emulator, fault: str, d: int, sched
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", host_build.SANITIZERS)
 def test_sanitizers(sanitizer: str) -> None:
-    """No data race and no access out of bounds; and those that are planted are reported."""
+    """No data race and no access out of bounds; planted ones are reported."""
     program = host_build.program(sanitizer)
     environment = {
         **os.environ,

@@ -1,4 +1,4 @@
-"""Whole batches, how they are dealt out to ranks, and whether what the ranks return adds up to the whole's loss.
+"""Whole batches, their split over ranks, and checks that the ranks' results add up to the loss of the whole batch.
 
 The truth is the float64 oracle of the whole batch. What one process of the package returns for the whole batch is the
 error that the ranks are allowed, plus roundings that are stated below.
@@ -57,6 +57,7 @@ CONTRASTIVE_VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "prototype-views": ("prototype", {}, {"views": 2}),
     "prototype-classes": ("prototype", {"num_classes": CLASSES}, {}),
     "info_nce": ("info_nce", {}, {"labelled": False}),
+    "info_nce-more-keys": ("info_nce", {}, {"labelled": False, "more_keys": True}),
     "info_nce-target": ("info_nce", {}, {}),
     "info_nce-decoupled": ("info_nce", {"decoupled": True}, {}),
     "clip": ("clip", {}, {}),
@@ -77,7 +78,7 @@ class Batch:
 
 
 def batches(world_size: int) -> dict[str, Batch]:
-    """What can go wrong between ranks, by name."""
+    """Splits of a batch that are difficult for ranks, by name."""
     g = torch.Generator().manual_seed(world_size)
 
     def batch(*sizes: int, ignored: float = 0.0) -> Batch:
@@ -107,7 +108,7 @@ def batches(world_size: int) -> dict[str, Batch]:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A whole batch. Rows, targets, sample weights and per-sample upstream are dealt out, the rest is on every rank."""
+    """A whole batch. Rows, targets, sample weights and upstream gradients are split, the rest is on every rank."""
 
     loss: str
     rows: tuple[Tensor, ...]  # features; queries and keys; both members of pairs
@@ -143,13 +144,13 @@ class Problem:
 
     @property
     def leaves(self) -> dict[str, Tensor]:
-        """What has a gradient, by name."""
+        """The tensors that have a gradient, by name."""
         named = {f"input {i}": x for i, x in enumerate(self.rows)}
         shared = {"prototypes": self.prototypes, "temperature": self.temperature}
         return {**named, **{name: x for name, x in shared.items() if x is not None}}
 
     def part(self, rank: int) -> Problem:
-        """What a rank has of it."""
+        """The part of a rank."""
 
         def mine(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.split(self.sizes[0])[rank]
@@ -165,15 +166,16 @@ class Problem:
         )
 
     def whole(self) -> Problem:
-        """For one process: targets that count the keys of a rank count all keys."""
-        if self.loss != "info_nce" or self.target is None:
+        """The problem for one process: targets, by default a rank's first keys, count the keys of all ranks."""
+        queries, keys = self.sizes[0], self.sizes[-1]
+        if self.loss != "info_nce" or (self.target is None and queries == keys):
             return self
-        sizes = torch.tensor([0, *self.sizes[1][:-1]])
-        offsets = sizes.cumsum(0).repeat_interleave(torch.tensor(self.sizes[0]))
-        return dataclasses.replace(self, target=torch.where(self.target < 0, self.target, self.target + offsets))
+        target = torch.cat([torch.arange(m) for m in queries]) if self.target is None else self.target
+        offsets = torch.tensor([0, *keys[:-1]]).cumsum(0).repeat_interleave(torch.tensor(queries))
+        return dataclasses.replace(self, target=torch.where(target < 0, target, target + offsets))
 
     def call(self, function: Callable[..., Tensor], leaves: dict[str, Tensor], **more: Any) -> Tensor:
-        """The loss of these leaves in place of the problem's own."""
+        """The loss with these leaves in place of the problem's own."""
         positional = [leaves.get(name) for name in ("input 0", "input 1", "prototypes")]
         named = {"weight": self.weight, "sample_weight": self.sample_weight, "temperature": leaves.get("temperature")}
         named = {name: x for name, x in named.items() if x is not None}
@@ -190,6 +192,7 @@ def make(
     weight: bool = False,
     views: int = 1,
     labelled: bool = True,
+    more_keys: bool = False,
     classes: int = CLASSES,
     dim: int = DIM,
     temperature: float = 0.2,
@@ -212,8 +215,9 @@ def make(
         inputs, dealt = [rows(n), rows(n)], [sizes, sizes]
     elif loss == "info_nce":
         keys = sizes
-        if labelled:  # all ranks that have queries have keys, and the first has keys in any case
+        if labelled or more_keys:  # all ranks that have queries have keys, and the first has keys in any case
             keys = tuple((rank == 0) + size + size % 3 for rank, size in enumerate(sizes))
+        if labelled:
             own = torch.tensor(keys).repeat_interleave(torch.tensor(sizes))
             target = (torch.rand(n, generator=g) * own).long()
         inputs, dealt = [rows(n), rows(sum(keys))], [sizes, keys]
@@ -280,7 +284,7 @@ def value_and_grads(p: Problem, function: Callable[..., Tensor], strict: bool = 
 
 @contextlib.contextmanager
 def setting(backend: str | None = None, workspace: int | None = None, autocast: bool = False) -> Iterator[None]:
-    """How the package is to compute, in the ranks and in one process."""
+    """Backend, dtype and workspace of the computation, in the ranks and in one process."""
     with contextlib.ExitStack() as stack:
         if backend is not None:
             stack.enter_context(nckernels.use_backend(backend))
@@ -316,7 +320,7 @@ def on_two_pairs(rank: int, world_size: int, problems: dict[str, tuple[Problem, 
 
 
 def whole_of(parts: list[dict[str, Tensor]], p: Problem) -> dict[str, Tensor]:
-    """What the contract says of the whole batch from what the ranks return: see the head of the tests."""
+    """The whole batch's loss and gradients, from the ranks' results by the contract at the top of the tests."""
     world_size = len(parts)
     scale = 1 if p.reduction == "none" else world_size
     whole = {}
@@ -332,7 +336,7 @@ def whole_of(parts: list[dict[str, Tensor]], p: Problem) -> dict[str, Tensor]:
 
 
 def losses_of_ranks(p: Problem, function: Callable[..., Tensor], whole: Tensor) -> list[Tensor]:
-    """What every rank is to return, from the samples' losses and the loss of the whole batch."""
+    """The expected result of every rank, from the samples' losses and the loss of the whole batch."""
     world_size = len(p.sizes[0])
     if p.loss == "uniformity":
         return [whole] * world_size
@@ -346,7 +350,7 @@ def losses_of_ranks(p: Problem, function: Callable[..., Tensor], whole: Tensor) 
 
 
 def faults(p: Problem, parts: list[dict[str, Tensor]], **how: Any) -> list[str]:
-    """What is wrong with what the ranks returned."""
+    """Messages about the ranks' results that are wrong."""
     dtype = p.rows[0].dtype
     exact, out = p.to(torch.float64), torch.float64 if dtype == torch.float64 else torch.float32
     form = dense(p.loss, EPS[dtype])
@@ -410,7 +414,7 @@ def check(ranks: Ranks, problems: dict[str, Problem], dtype: torch.dtype = torch
 
 
 def otherwise(p: Problem) -> Problem:
-    """The same batch in other clothes: narrow integers, rows that are not contiguous, another index to ignore."""
+    """The same batch with narrow integers, non-contiguous rows and another ignore_index."""
     if p.target is not None:
         wide = p.loss == "supcon" or (p.loss == "prototype" and "num_classes" not in p.options)  # any labels
         target = p.target.masked_fill(p.target == IGNORED, -5)
@@ -437,7 +441,7 @@ def some_gradients(rank: int, world_size: int, problems: dict[str, Problem], how
 
 
 def check_some_gradients(ranks: Ranks, problems: dict[str, Problem], **how: Any) -> None:
-    """What is computed without the gradients of other leaves adds up as well, and a graph can be used twice."""
+    """Single gradients add up as well, and a graph can be used twice."""
     results, lines = ranks.run(some_gradients, problems, how), []
     for name, p in problems.items():
         names = [*p.leaves, "loss"]
@@ -453,7 +457,7 @@ def check_some_gradients(ranks: Ranks, problems: dict[str, Problem], **how: Any)
 
 
 def check_two_pairs(ranks4: Ranks, problems: dict[str, tuple[Problem, Problem]]) -> None:
-    """The same for two groups of two at the same time, each with problems of its own."""
+    """The same for two groups of two ranks at the same time, each with its own problems."""
     results = ranks4.run(on_two_pairs, problems)
     assert_none(
         f"{name} of ranks {members}: {fault}"

@@ -33,11 +33,11 @@ def problems(ranks: Ranks, *names: str) -> dict[str, Problem]:
     }
 
 
-def test_the_loss_adds_up_to_that_of_the_whole_batch(ranks2: Ranks) -> None:
+def test_loss_adds_up_to_that_of_the_whole_batch(ranks2: Ranks) -> None:
     check(ranks2, problems(ranks2))
 
 
-def test_the_loss_in_other_dtypes_and_clothes(ranks2: Ranks) -> None:
+def test_loss_in_other_dtypes_layouts_and_under_autocast(ranks2: Ranks) -> None:
     some = problems(ranks2, "unequal", "empty-shard")
     for dtype in DTYPES:
         check(ranks2, some, dtype)
@@ -79,7 +79,7 @@ def of_rank(rank: int, world_size: int) -> list[tuple[Tensor, dict[str, Tensor]]
 
 
 def test_ranks_learn_what_one_process_learns_from_all_samples(ranks2: Ranks) -> None:
-    """After every call; both ranks to the bit the same."""
+    """After every call; both ranks have the same bits."""
     one = head()
     for call, both in enumerate(zip(*ranks2.run(of_rank), strict=True)):
         loss = one(*batch(call))
@@ -103,8 +103,8 @@ def exchanged(rank: int, world_size: int) -> list[Calls]:
     return found
 
 
-def test_what_travels(ranks2: Ranks) -> None:
-    """Sums and counts of the classes beside the mean's weight; a static head has the mean alone."""
+def test_numbers_exchanged_per_call(ranks2: Ranks) -> None:
+    """The sums and counts of the classes and the weight of the mean; a static head exchanges the weight only."""
     mean = ("all-reduce", torch.float32, 1, False)
     for dynamic, static in ranks2.run(exchanged):
         assert dynamic == Calls([mean, ("all-reduce", torch.float32, K * D + K, False)])
@@ -131,7 +131,7 @@ def failing(rank: int, world_size: int) -> str:
     return str(error.value)
 
 
-def test_nobody_waits_for_a_rank_0_that_failed(ranks2: Ranks) -> None:
+def test_a_failed_assignment_on_rank_0_raises_on_all_ranks(ranks2: Ranks) -> None:
     first, second = ranks2.run(failing)
     assert "representatives must be finite" in first
     assert "rank 0 of process_group could not assign" in second
@@ -168,8 +168,8 @@ def in_ddp(rank: int, world_size: int, group: str | None) -> list[dict[str, Tens
     return found
 
 
-def test_in_ddp(ranks2: Ranks) -> None:
-    """As one process that trains with all samples."""
+def test_training_under_ddp_equals_one_process(ranks2: Ranks) -> None:
+    """Equal to one process that trains with all samples."""
     network = Network()
     optimiser, truth = torch.optim.SGD(network.parameters(), lr=0.5), []
     for call in range(CALLS):
@@ -181,8 +181,8 @@ def test_in_ddp(ranks2: Ranks) -> None:
         torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-5)
 
 
-def test_in_ddp_without_a_group_all_follow_rank_0(ranks2: Ranks) -> None:
-    """Its representatives are of its own samples, and reach the others with the next call."""
+def test_ddp_without_a_group_follows_rank_0(ranks2: Ranks) -> None:
+    """Representatives are those of rank 0's own samples, and reach the other ranks with the next call."""
     first, second = ranks2.run(in_ddp, None)
     torch.testing.assert_close([s["encoder.weight"] for s in first], [s["encoder.weight"] for s in second])
     u = Network()

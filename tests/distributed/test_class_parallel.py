@@ -1,4 +1,4 @@
-"""Prototypes spread over ranks: losses and gradients are those of one process with everything.
+"""Prototypes sharded over ranks: losses and gradients equal those of one process with all classes and samples.
 
 Problems and what is compared are those of global negatives. What differs is that the gradient of a rank's prototypes is
 complete on its rank.
@@ -47,7 +47,7 @@ from .global_cases import (
 
 
 def rows_of(rank: int, world_size: int, classes: int) -> slice:
-    """DTensor's: as torch.chunk has them, and nothing for ranks behind the last chunk."""
+    """The shards of a DTensor: those of torch.chunk; ranks after the last chunk have none."""
     size = -(-classes // world_size)
     return slice(min(rank * size, classes), min((rank + 1) * size, classes))
 
@@ -99,7 +99,7 @@ def problems(
     return found
 
 
-def test_one_process_with_everything(ranks: Ranks) -> None:
+def test_equals_one_process_in_float64(ranks: Ranks) -> None:
     """11 classes: 6 and 5 rows, or 3, 3, 3 and 2."""
     dealt = batches(ranks.world_size)
     check(ranks, problems({name: dealt[name] for name in ("unequal", "ignored-rank")}), torch.float64)
@@ -107,7 +107,7 @@ def test_one_process_with_everything(ranks: Ranks) -> None:
     check(ranks, problems(dealt, few, ("mean",)), torch.float64)
 
 
-def test_float32(ranks: Ranks) -> None:
+def test_equals_one_process_in_float32(ranks: Ranks) -> None:
     check(ranks, problems({"unequal": batches(ranks.world_size)["unequal"]}, reductions=("mean",)), torch.float32)
 
 
@@ -120,7 +120,7 @@ def test_a_rank_without_classes(ranks4: Ranks) -> None:
 
 
 def test_more_classes_than_samples(ranks: Ranks) -> None:
-    """Only those that occur are computed with; on the last rank there is none of them."""
+    """Only classes that occur take part; the last rank has none of them."""
     unequal = batches(ranks.world_size)["unequal"]
     dealt = {"unequal": Batch(unequal.sizes, (unequal.classes * 17).clamp_min(-1))}
     check(ranks, problems(dealt, ("nonl", "nonl-both", "ntce"), classes=260), torch.float64)
@@ -138,7 +138,7 @@ CRITERIA: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 
 
 class Encoder(nn.Module):
-    """Features and temperature: what DistributedDataParallel keeps the same everywhere."""
+    """Features and temperature, which DistributedDataParallel keeps the same on all ranks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -188,8 +188,8 @@ def train_on_rank(rank: int, world_size: int) -> dict[str, Any]:
     return results
 
 
-def test_steps_of_sgd(ranks: Ranks) -> None:
-    """An encoder under DistributedDataParallel and spread prototypes are trained as in one process."""
+def test_steps_of_sgd_equal_one_process(ranks: Ranks) -> None:
+    """An encoder under DistributedDataParallel and sharded prototypes train as in one process."""
     results = ranks.run(train_on_rank)
     x, w, y = data()
     for name, (make_criterion, options) in CRITERIA.items():
@@ -295,7 +295,7 @@ def load_on_rank(rank: int, world_size: int, folder: str) -> tuple[Tensor, Tenso
     return head.prototypes.full_tensor().detach(), momentum, tuple(head.prototypes.to_local().shape)
 
 
-def test_checkpoints(ranks2: Ranks, ranks4: Ranks, tmp_path: Path) -> None:
+def test_checkpoints_load_on_another_number_of_ranks(ranks2: Ranks, ranks4: Ranks, tmp_path: Path) -> None:
     """Written by two ranks; read by one process, two ranks and four."""
     folder = str(tmp_path / "checkpoint")
     saved = ranks2.run(module_on_rank, folder)
@@ -319,7 +319,7 @@ def test_checkpoints(ranks2: Ranks, ranks4: Ranks, tmp_path: Path) -> None:
 
 
 def groups_of_two(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
-    """Two groups with prototypes of their own, in a mesh of two dimensions; then each rank alone in a third one."""
+    """Two groups with their own prototypes, in a mesh of two dimensions; then each rank alone in a third group."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "classes"))
     x, w, y = data()
     group = mesh["classes"]
@@ -334,7 +334,7 @@ def groups_of_two(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
     return loss, single.detach()
 
 
-def test_groups(ranks4: Ranks) -> None:
+def test_subgroups_are_independent(ranks4: Ranks) -> None:
     x, w, y = data()
     for rank, (loss, single) in enumerate(ranks4.run(groups_of_two)):
         expected = nckernels.normface_loss(x[:, :DIM], w + rank // 2, y)
@@ -372,7 +372,7 @@ def sampled(rank: int, world_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def test_sampled_classes(ranks: Ranks) -> None:
-    """Every rank draws some of its own; the sum is that over all that were drawn."""
+    """Every rank draws from its own classes; the sum runs over all drawn classes."""
     losses, x_grads, w_grads, classes = zip(*ranks.run(sampled), strict=True)
     x, _, y = data()
     y = torch.where(y == 3, -100, y * 40)
@@ -404,7 +404,7 @@ def sparse_on_rank(rank: int, world_size: int, problems: dict[str, Problem]) -> 
 
 
 def test_sparse_gradients(ranks: Ranks) -> None:
-    """On every rank the rows of all ranks' classes."""
+    """The gradient of every rank has the rows of the classes of all ranks."""
     cases = problems(batches(ranks.world_size), ("nonl", "ntce"), ("mean", "none"))
     results = ranks.run(sparse_on_rank, cases)
     assert_none(f"{n}: {f}" for n, p in cases.items() for f in faults(p, [r[n] for r in results]))
@@ -436,7 +436,7 @@ def sparse_under_ddp(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
 
 
 def test_sparse_gradients_under_ddp(ranks2: Ranks) -> None:
-    """Which averages them if they are those of an nn.Embedding."""
+    """DistributedDataParallel averages sparse gradients of an nn.Embedding."""
     x, _, y = data()
     net = SparseNet(None)
     net(x, y * 4).backward()
@@ -449,7 +449,7 @@ def test_sparse_gradients_under_ddp(ranks2: Ranks) -> None:
 
 
 def traffic(rank: int, world_size: int) -> tuple[int, int]:
-    """Bytes that a rank hands to collectives in a step, and the most that is allocated at a time."""
+    """Bytes that a rank passes to collectives in a step, and the peak of the allocated memory."""
     mesh, sent = init_device_mesh("cpu", (world_size,)), 0
     classes, dim, samples = 20_000, 32, 64
     prototypes = nn.Parameter(dtensor.empty(classes, dim, device_mesh=mesh, placements=[Shard(0)]))
@@ -482,7 +482,7 @@ def traffic(rank: int, world_size: int) -> tuple[int, int]:
     return sent, peak - prototypes.to_local().nbytes
 
 
-def test_features_travel_and_prototypes_do_not(ranks4: Ranks) -> None:
+def test_exchanges_features_and_no_prototypes(ranks4: Ranks) -> None:
     """For each loss features to all and gradients back, and a few numbers per sample. Beyond a rank's prototypes and
     their gradient the workspace, and copies of the features and of as many prototypes: not of a rank's prototypes."""
     rows, prototypes = 64 * 4, 20_000 // 4 * 32 * 4
@@ -521,7 +521,7 @@ def bad_calls(rank: int, world_size: int) -> list[str]:
     ]
 
 
-def test_errors(ranks4: Ranks) -> None:
+def test_bad_shards_and_options_are_errors(ranks4: Ranks) -> None:
     expected = (
         "DTensor",
         "DTensor",

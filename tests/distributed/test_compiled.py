@@ -56,15 +56,15 @@ QUICK = ("nonl", "normface")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in ONE_GRAPH])
-def test_one_graph(ranks2: Ranks, name: str) -> None:
+def test_compiles_to_one_graph(ranks2: Ranks, name: str) -> None:
     for found in ranks2.run(compiled_and_eager, name, {"fullgraph": True, "dynamic": True}):
         assert_equal(found)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", GRAPHS)
-def test_graphs(ranks2: Ranks, name: str) -> None:
-    """The host asks for the sizes of the batches, and the graph breaks there."""
+def test_results_with_a_graph_break_equal_eager(ranks2: Ranks, name: str) -> None:
+    """The graph breaks where the host asks for the sizes of the batches."""
     for found in ranks2.run(compiled_and_eager, name, {}):
         assert_equal(found)
 
@@ -73,7 +73,7 @@ def as_one_graph(rank: int, world_size: int) -> None:
     compiled_and_eager(rank, world_size, "supcon", {"fullgraph": True})
 
 
-def test_what_breaks_the_graph_is_said(ranks2: Ranks) -> None:
+def test_fullgraph_error_names_the_graph_break(ranks2: Ranks) -> None:
     for error in ranks2.errors(as_one_graph):
         assert "the host has to know how many rows all ranks have" in str(error)
 
@@ -95,7 +95,7 @@ def by_inductor(rank: int, world_size: int) -> list[tuple[Tensor, ...]]:
     return found
 
 
-def test_inductor_does_not_sum_in_place(ranks2: Ranks) -> None:
-    """What is summed over ranks is needed as it was before: this rank's share of it."""
+def test_inductor_does_not_all_reduce_in_place(ranks2: Ranks) -> None:
+    """The rank's own terms are needed after the all-reduce, so it must not overwrite them."""
     for found in ranks2.run(by_inductor):
         assert_equal(found)

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 class InBatches:
-    """Images that are no set in memory as far as an evaluation is concerned."""
+    """Images that an evaluation treats as files, not as a set in memory."""
 
     def __init__(self, split: Memory) -> None:
         self.images, self.labels = split.images, split.labels
@@ -52,7 +52,7 @@ def measured(
 
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("row", ["ce", "scl"])
-def test_two_ranks_measure_what_one_does(row: str, streamed: bool, ranks2: Ranks) -> None:
+def test_two_ranks_measure_the_same_as_one(row: str, streamed: bool, ranks2: Ranks) -> None:
     alone, z, labels = measured(0, 1, row, streamed)
     results: list[Any] = ranks2.run(measured, row, streamed)
     for found, rows, classes in results:
@@ -65,7 +65,7 @@ def test_two_ranks_measure_what_one_does(row: str, streamed: bool, ranks2: Ranks
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_all_ranks_hear_of_features_that_are_not_finite(streamed: bool, ranks2: Ranks) -> None:
+def test_non_finite_features_raise_on_all_ranks(streamed: bool, ranks2: Ranks) -> None:
     for outcome in ranks2.outcomes(measured, "ce", streamed, True):
         assert isinstance(outcome, Failure)
         assert isinstance(outcome.error, FloatingPointError)

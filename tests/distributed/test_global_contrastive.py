@@ -68,7 +68,7 @@ def test_all_batches_empty(ranks2: Ranks, loss: str) -> None:
 
 
 @losses
-def test_keys_that_travel(ranks: Ranks, loss: str) -> None:
+def test_keys_in_the_ring_add_up_to_the_whole_batch(ranks: Ranks, loss: str) -> None:
     """With a workspace that the keys of all ranks exceed."""
     check(ranks, problems(ranks, loss, seed=3), workspace=512)
 
@@ -81,7 +81,7 @@ def test_dtypes(ranks2: Ranks, dtype: torch.dtype, workspace: int | None) -> Non
 
 
 @pytest.mark.parametrize("workspace", [None, 512], ids=["gathered", "travelling"])
-def test_bfloat16_sums_of_four(ranks4: Ranks, workspace: int | None) -> None:
+def test_bfloat16_gradients_of_four_ranks_add_up_in_float32(ranks4: Ranks, workspace: int | None) -> None:
     for loss in NAMES:
         check(ranks4, problems(ranks4, loss, "unequal", seed=1), torch.bfloat16, workspace=workspace)
 
@@ -113,7 +113,7 @@ def test_integers_strides_and_ignore_index(ranks2: Ranks, workspace: int | None)
 
 
 @losses
-def test_many_more_samples_than_a_tile(ranks2: Ranks, loss: str) -> None:
+def test_more_samples_than_a_tile(ranks2: Ranks, loss: str) -> None:
     g = torch.Generator().manual_seed(5)
     batch = Batch((301, 420), torch.randint(11, (721,), generator=g))
     for dtype in (torch.float64, torch.float32):

@@ -1,4 +1,4 @@
-"""What ranks send each other, what they find wrong with each other, and what they do when one is missing."""
+"""What ranks exchange, how they report differing options, and what happens if a rank fails."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def traffic(rank: int, world_size: int, shapes: list[tuple[int, int, int]]) -> d
 
 
 def test_bytes_do_not_depend_on_samples_or_dimension(ranks2: Ranks) -> None:
-    """A few numbers per class, at most 100 bytes of sent and received tensors, and a few more."""
+    """At most 100 bytes per class of sent and received tensors, and a constant."""
     shapes = [(20, 100, 8), (200, 100, 8), (20, 100, 64), (20, 200, 8), (20, 1100, 8), (20, 16_384, 8)]
     for result in ranks2.run(traffic, shapes):
         for variant, reduction in itertools.product(VARIANTS, ("none", "mean", "sum")):
@@ -156,8 +156,8 @@ def disagreements(rank: int, world_size: int) -> dict[str, str]:
     return found
 
 
-def test_ranks_that_disagree_are_told_what_differs(ranks: Ranks) -> None:
-    """On all ranks, and the ranks are in step afterwards."""
+def test_ranks_that_disagree_get_an_error_that_names_the_option(ranks: Ranks) -> None:
+    """The error is raised on all ranks, and the ranks are in step afterwards."""
     for rank, found in enumerate(ranks.run(disagreements)):
         for name, (_, _, expected) in DIFFERENT.items():
             assert found[name].startswith("ValueError: "), (rank, name, found[name])
@@ -189,7 +189,7 @@ def test_ranks_compare_once_per_configuration(ranks2: Ranks) -> None:
 
 
 def of_other_ranks(rank: int, world_size: int) -> list[str]:
-    """Errors on ranks that a group does not have; the others use it."""
+    """Errors on ranks outside of a group, while the others use it."""
     group, found = dist.new_group([0]), []
     names = ("nonl", "ntce", "normface", "supcon", "prototype", "info_nce", "clip", "alignment", "uniformity")
     for name in names:
@@ -202,12 +202,12 @@ def of_other_ranks(rank: int, world_size: int) -> list[str]:
     return found
 
 
-def test_a_group_without_this_rank(ranks2: Ranks) -> None:
+def test_a_group_without_this_rank_is_an_error(ranks2: Ranks) -> None:
     member, other = ranks2.run(of_other_ranks)
     assert (len(member), len(other)) == (0, 9)
 
 
-def test_world_without_processes() -> None:
+def test_world_without_a_process_group_is_an_error() -> None:
     """Without init_process_group there is no default group to look up, and the message says so."""
     assert not dist.is_initialized()
     with pytest.raises((ValueError, RuntimeError), match=r"init_process_group|process group"):
@@ -215,7 +215,7 @@ def test_world_without_processes() -> None:
 
 
 @pytest.mark.parametrize("group", ["all", 3, True])
-def test_no_group(group: object) -> None:
+def test_invalid_groups_are_errors(group: object) -> None:
     with pytest.raises((TypeError, ValueError), match="process_group"):
         call(process_group=group)
 
@@ -229,7 +229,7 @@ def noisy(rank: int, world_size: int) -> list[str]:
     return [str(w.message) for w in caught]
 
 
-def test_no_warnings(ranks2: Ranks) -> None:
+def test_losses_with_a_group_do_not_warn(ranks2: Ranks) -> None:
     assert ranks2.run(noisy) == [[], []]
 
 
@@ -256,8 +256,8 @@ def bad_labels(rank: int, world_size: int) -> dict[str, Exception | None]:
     return found
 
 
-def test_a_label_out_of_range_on_one_rank(ranks4: Ranks) -> None:
-    """A ValueError there that says so, and elsewhere an error."""
+def test_a_label_out_of_range_on_one_rank_is_an_error(ranks4: Ranks) -> None:
+    """That rank raises a ValueError that names the label, the others raise any error."""
     results = ranks4.run(bad_labels)
     for other, here in (results[:2], results[2:]):
         for name in other:
@@ -267,7 +267,7 @@ def test_a_label_out_of_range_on_one_rank(ranks4: Ranks) -> None:
 
 
 def with_a_death(rank: int, world_size: int) -> dict[str, str]:
-    """Rank 1 dies between a forward and its backward; what the others make of that and of all that follows."""
+    """Rank 1 dies between a forward and its backward pass; returns the errors of the others then and later."""
     values = {reduction: call("ntce", reduction=reduction) for reduction in ("none", "mean")}
     call("supcon")
     if rank == 1:
@@ -288,7 +288,7 @@ def with_a_death(rank: int, world_size: int) -> dict[str, str]:
     return outcomes
 
 
-def test_a_killed_rank_is_an_error_of_the_others() -> None:
+def test_a_killed_rank_is_an_error_on_the_others() -> None:
     with Ranks(3, timeout=3.0) as ranks:
         first, dead, last = ranks.outcomes(with_a_death, deadline=40.0)
     assert dead == Dead(-signal.SIGKILL)

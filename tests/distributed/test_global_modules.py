@@ -1,4 +1,4 @@
-"""Modules with a process group: the functions' numbers, and ordinary nn.Module citizens otherwise."""
+"""Modules with a process group: the numbers of the functions, and the usual behaviour of nn.Module."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def build_head(**options: Any) -> nckernels.PrototypeClassifier:
 
 
 def test_modules_equal_the_functions(ranks2: Ranks) -> None:
-    """Bit for bit, copies too; and the group makes a difference."""
+    """Bit for bit, copies too; and the result differs from that without a group."""
     for found in ranks2.run(values):
         assert len(found) == len(MODULES) + 1
         for name, (first, *same, without) in found.items():
@@ -111,19 +111,19 @@ def test_state_and_logits_do_not_depend_on_the_group(ranks2: Ranks) -> None:
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_shown(name: str) -> None:
-    """Only where there is a group."""
+def test_repr_shows_the_group(name: str) -> None:
+    """The repr has the group only if there is one."""
     assert "process_group='world'" in repr(build(name, process_group="world"))
     assert "process_group" not in repr(build(name))
     assert build(name).process_group is None
 
 
-def test_shown_of_the_classifier() -> None:
+def test_repr_of_the_classifier_shows_the_group() -> None:
     assert "process_group='world'" in repr(build_head(process_group="world"))
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_no_processes_are_needed_to_build_copy_and_store(name: str) -> None:
+def test_modules_are_built_copied_and_stored_without_processes(name: str) -> None:
     """The default group is looked up when the module is called."""
     assert not dist.is_initialized()
     module = build(name, process_group="world")

@@ -14,6 +14,8 @@ from oracle import LOSSES
 from ranks import Ranks
 from torch import Tensor, nn
 
+import nckernels
+
 from .global_cases import (
     CLASSES,
     DTYPES,
@@ -54,6 +56,35 @@ def test_ranks_add_up_to_the_whole_batch(ranks: Ranks, loss: str) -> None:
     check(ranks, problems(ranks, loss, reductions=MOST if ranks.world_size == 2 else SOME))
 
 
+def sequences(rank: int, world_size: int, x: Tensor, w: Tensor, y: Tensor, reduction: Any) -> Tensor:
+    """The first rank has one of them, the others the rest."""
+    mine = slice(0, 1) if rank == 0 else slice(1, None)
+    return nckernels.nonl_loss(x[mine], w, y[mine], reduction=reduction, process_group="world")
+
+
+def test_leading_dimensions(ranks2: Ranks) -> None:
+    """Every rank flattens its own."""
+    x, w = torch.randn(4, 3, 6, dtype=torch.float64), torch.randn(CLASSES, 6, dtype=torch.float64)
+    y = torch.randint(CLASSES, (4, 3))
+    found = ranks2.run(sequences, x, w, y, "none")
+    torch.testing.assert_close(torch.cat(found), nckernels.nonl_loss(x, w, y, reduction="none"), rtol=1e-12, atol=1e-12)
+    found = ranks2.run(sequences, x, w, y, "mean")
+    torch.testing.assert_close(sum(found) / 2, nckernels.nonl_loss(x, w, y), rtol=1e-12, atol=1e-12)
+
+
+def smoothed_over_nothing(rank: int, world_size: int) -> Tensor:
+    weight = torch.tensor([0.0, 0.0, 1.0])
+    return nckernels.normface_loss(
+        torch.randn(4, 6), torch.ones(3, 6), torch.tensor([0, 1, 0, 1]), weight=weight, label_smoothing=0.1,
+        process_group="world",
+    )  # fmt: skip
+
+
+def test_label_smoothing_over_a_total_weight_of_zero(ranks2: Ranks) -> None:
+    """NaN, as in F.cross_entropy."""
+    assert all(bool(loss.isnan()) for loss in ranks2.run(smoothed_over_nothing))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes(ranks: Ranks, dtype: torch.dtype) -> None:
     for loss in LOSSES:
@@ -72,8 +103,8 @@ def test_backends(ranks2: Ranks, backend: str) -> None:
 
 
 @losses
-def test_many_classes_of_which_few_occur(ranks: Ranks, loss: str) -> None:
-    """Beyond 16,384 classes; on the ranks the same and other ones."""
+def test_exchange_of_the_classes_that_occur(ranks: Ranks, loss: str) -> None:
+    """More than 16,384 classes; some occur on several ranks, some on one."""
     classes = 20_000
     g = torch.Generator().manual_seed(3)
     few = torch.randint(classes, (8,), generator=g)
@@ -95,7 +126,7 @@ def test_many_classes_of_which_few_occur(ranks: Ranks, loss: str) -> None:
 
 
 @losses
-def test_many_more_samples_than_a_tile(ranks2: Ranks, loss: str) -> None:
+def test_more_samples_than_a_tile(ranks2: Ranks, loss: str) -> None:
     """Several hundred samples and classes, a cold temperature."""
     g = torch.Generator().manual_seed(5)
     batch = Batch((301, 420), torch.randint(150, (721,), generator=g))
@@ -128,7 +159,7 @@ def temperatures(rank: int, world_size: int, p: Problem) -> dict[str, Any]:
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_kinds_of_temperature(ranks2: Ranks, reduction: str) -> None:
-    """A number, a tensor, a parameter: one loss, and a gradient for whoever wants one."""
+    """A number, a tensor, a parameter give the same loss, and a gradient if they require one."""
     for loss in LOSSES:
         p = make(loss, batches(2)["unequal"], {}, reduction=reduction)
         results = ranks2.run(temperatures, p)
@@ -168,7 +199,7 @@ def one_rank(rank: int, world_size: int, p: Problem) -> list[Tensor]:
     return [got[n] - alone[n] for n in got]
 
 
-def test_group_of_one(ranks2: Ranks) -> None:
+def test_a_group_of_one_rank_equals_no_group(ranks2: Ranks) -> None:
     """The loss of one process, to a few roundings."""
     for loss in LOSSES:
         p = make(loss, Batch((20,), torch.arange(20) % CLASSES), {}, weight=True)

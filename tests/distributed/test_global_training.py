@@ -101,8 +101,8 @@ def local_steps(rank: int, world_size: int) -> dict[str, Tensor]:
     return a_step(DistributedDataParallel(Net("nonl", None)), x, y)
 
 
-def test_local_negatives_are_another_loss(ranks2: Ranks) -> None:
-    """Without a group the same step is visibly different: what the test above would find."""
+def test_local_negatives_give_another_gradient(ranks2: Ranks) -> None:
+    """Without a group the same step differs clearly, so the test above can fail."""
     torch.manual_seed(1)
     expected = a_step(Net("nonl", None), *batch())
     for got in ranks2.run(local_steps):
@@ -112,8 +112,8 @@ def test_local_negatives_are_another_loss(ranks2: Ranks) -> None:
 
 
 @pytest.mark.parametrize("name", ["nonl", "supcon"])
-def test_ten_steps(ranks2: Ranks, name: str) -> None:
-    """Errors do not build up, and the ranks' parameters stay one."""
+def test_ten_steps_equal_one_process(ranks2: Ranks, name: str) -> None:
+    """Errors do not accumulate, and the parameters of the ranks stay equal."""
     results = ranks2.run(ten_steps, name)
     torch.manual_seed(1)
     expected = train(Net(name, None), *batch())

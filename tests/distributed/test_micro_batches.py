@@ -150,7 +150,7 @@ def train(rank: int, world_size: int, way: str, group: Any, options: dict[str, A
     ],
     ids=["plain", "group", "bucket_view", "find_unused"],
 )
-def test_one_reduction_a_step(
+def test_gradients_are_reduced_once_per_step(
     ranks2: Ranks, way: str, group: Any, options: dict[str, Any], kind: dict[str, bool]
 ) -> None:
     """Three micro-batches on one rank and four on the other; parameters of the loss are in the wrapper too."""
@@ -171,8 +171,10 @@ def frozen_last(rank: int, world_size: int, way: str, options: dict[str, Any]) -
 
 @pytest.mark.parametrize("way", ["cached", "streamed"])
 @pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}], ids=["plain", "find_unused"])
-def test_frozen_last_micro_batch(ranks2: Ranks, way: str, options: dict[str, Any]) -> None:
-    """On one rank the last micro-batch has nothing to learn."""
+def test_a_last_micro_batch_without_trained_parameters_still_reduces(
+    ranks2: Ranks, way: str, options: dict[str, Any]
+) -> None:
+    """On one rank no trained parameter takes part in the last micro-batch."""
     ranks2.run(frozen_last, way, options)
 
 
@@ -222,7 +224,7 @@ def samples(rank: int, world_size: int, loss: str) -> None:
 
 @pytest.mark.parametrize("loss", ["supcon", "clip"])
 def test_negatives_of_all_ranks(ranks2: Ranks, loss: str) -> None:
-    """Losses that compare samples with samples; two calls make a step, and parameters without a loss get zeros."""
+    """Losses of samples against samples; a step has two calls, and parameters without a loss get zeros."""
     ranks2.run(samples, loss)
 
 
@@ -259,8 +261,8 @@ def fail(rank: int, world_size: int, way: str, calls: int) -> None:
 
 @pytest.mark.parametrize("calls", [1, 5], ids=["first_run", "second_run"])
 @pytest.mark.parametrize("way", ["cached", "streamed"])
-def test_failures(ranks2: Ranks, way: str, calls: int) -> None:
-    """What fails on all ranks leaves nothing behind."""
+def test_failures_leave_no_state_behind(ranks2: Ranks, way: str, calls: int) -> None:
+    """After an error on all ranks the next step works."""
     ranks2.run(fail, way, calls)
 
 
@@ -330,7 +332,7 @@ def test_errors(ranks2: Ranks) -> None:
 
 
 def plain_backward(rank: int, world_size: int) -> None:
-    """What ``sync`` says is for one call."""
+    """``sync`` applies to one call only."""
     net = Net()
     del net.criterion
     fully_shard(net)
@@ -392,5 +394,5 @@ def shards(rank: int, world_size: int, way: str, accumulated: bool, frozen: bool
 @pytest.mark.parametrize(("accumulated", "frozen"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("way", ["cached", "streamed"])
 def test_fully_shard(ranks2: Ranks, way: str, accumulated: bool, frozen: bool) -> None:
-    """One reduction a step, also after accumulation and where the last micro-batch has nothing to learn."""
+    """One reduction per step, also after accumulation and if the last micro-batch trains nothing."""
     ranks2.run(shards, way, accumulated, frozen)

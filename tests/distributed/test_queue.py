@@ -1,4 +1,4 @@
-"""Queues and running denominators of several ranks: their own, and the whole of them with a process group."""
+"""Queues and running denominators on several ranks: each has its own; with a process group the loss uses all."""
 
 from __future__ import annotations
 
@@ -123,8 +123,8 @@ def without_reduction(rank: int, world_size: int) -> list[Tensor]:
         return [criterion(*batch(rank, step)) for step in range(STEPS)]
 
 
-def test_losses_of_samples(ranks2: Ranks) -> None:
-    """Every rank has those of its own."""
+def test_unreduced_losses_are_those_of_the_own_samples(ranks2: Ranks) -> None:
+    """Every rank returns the losses of its own samples."""
     got = ranks2.run(without_reduction)
     plain, past = make("nonl", reduction="none"), [full(rank) for rank in range(2)]
     for step in range(STEPS):
@@ -137,7 +137,7 @@ def test_losses_of_samples(ranks2: Ranks) -> None:
 
 
 class Net(nn.Module):
-    """The loss inside of what DistributedDataParallel wraps."""
+    """A module for DistributedDataParallel with the loss inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ def data_parallel(rank: int, world_size: int) -> tuple[list[int], list[Tensor]]:
     return net.criterion.queue.labels.tolist(), [p.detach() for p in net.parameters()]
 
 
-def test_data_parallel_leaves_each_rank_its_queue(ranks2: Ranks) -> None:
+def test_ddp_keeps_the_queue_of_each_rank(ranks2: Ranks) -> None:
     """Without broadcast buffers; the parameters are the same everywhere."""
     (labels, parameters), (other_labels, other_parameters) = ranks2.run(data_parallel)
     assert (set(labels), set(other_labels)) == ({0}, {1})
@@ -172,7 +172,7 @@ def other_decay(rank: int, world_size: int) -> None:
     RunningDenominatorLoss(make("ntce", process_group="world"), 0.5 + 0.1 * rank)(*batch(0, 0))
 
 
-def test_ranks_that_disagree(ranks2: Ranks) -> None:
+def test_ranks_that_disagree_are_errors(ranks2: Ranks) -> None:
     for error in ranks2.errors(other_decay):
         assert isinstance(error, ValueError)
         assert "agree on decay, got 0.5 on rank 0 and 0.6 on rank 1" in str(error)

@@ -41,12 +41,12 @@ def assert_clean(ranks: Ranks) -> list[int]:
     return [pid for pid, _, _ in results]
 
 
-def test_processes_stay(ranks2: Ranks) -> None:
+def test_processes_are_reused(ranks2: Ranks) -> None:
     assert assert_clean(ranks2) == assert_clean(ranks2)
 
 
-def test_errors_are_results(ranks2: Ranks) -> None:
-    """The processes stay where all have answered; their group is a new one."""
+def test_errors_are_returned_as_results(ranks2: Ranks) -> None:
+    """The processes are reused if all have answered; their group is a new one."""
     pids = assert_clean(ranks2)
     errors = ranks2.errors(all_raise)
     assert [(type(e), str(e)) for e in errors] == [(ValueError, "rank 0 of 2"), (ValueError, "rank 1 of 2")]
@@ -56,8 +56,8 @@ def test_errors_are_results(ranks2: Ranks) -> None:
         ranks2.errors(total, torch.ones(3))
 
 
-def test_one_failure_is_soon_known(ranks2: Ranks) -> None:
-    """Nobody waits for the time-out of a rank that waits for the failed one; the next run has new processes."""
+def test_one_failing_rank_ends_the_run_at_once(ranks2: Ranks) -> None:
+    """The run ends before the time-out of the rank that waits for the failed one; the next run has new processes."""
     pids = assert_clean(ranks2)
     start = time.monotonic()
     with pytest.raises(RanksError) as error:

@@ -1,4 +1,4 @@
-"""What a call with keys that go round needs, and what it leaves behind: nothing."""
+"""Memory of a call with keys in a ring, during the call and after it."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def left_behind(rank: int, world_size: int, name: str, backward: bool) -> bool:
 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("name", LOSSES)
-def test_nothing_outlives_the_loss(ranks2: Ranks, name: str, backward: bool) -> None:
+def test_no_tensor_outlives_the_loss(ranks2: Ranks, name: str, backward: bool) -> None:
     assert ranks2.run(left_behind, name, backward) == [False, False]
 
 
 def peak(rank: int, world_size: int, backward: bool) -> float:
-    """The most that a call allocates at a time, in rows of a rank."""
+    """The peak of the memory that a call allocates, in rows of a rank."""
     rows, columns = 1024, 128
     x = torch.randn(rows, columns, requires_grad=backward)
 

@@ -1,4 +1,4 @@
-"""What benchmarks/scaling.py says that ranks send and hold, against what they do; docs/scaling.md has its tables."""
+"""The model of traffic and memory in benchmarks/scaling.py against measurements; docs/scaling.md has its tables."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def call(loss: str, step: Step, x: Tensor, w: Tensor, y: Tensor) -> Tensor:
 
 
 def steps(rank: int, world_size: int) -> Iterator[tuple[str, Step]]:
-    """Every loss, reduction and way; unequal batches; few classes, many, and more than there are samples."""
+    """Every loss and reduction, gathered and ring; unequal batches; few classes, many, and more than samples."""
     for sizes, loss in itertools.product(SIZES[world_size], scaling.LOSSES):
         counts = tuple(n * VIEWS for n in sizes) if loss == "simclr" else sizes
         classes = (5, 9, 40) if loss in PROTOTYPES else (0, 5) if loss == "prototype" else (0,)
@@ -104,7 +104,7 @@ def labels_of(rank: int, counts: tuple[int, ...]) -> Tensor:
 
 
 def differences(rank: int, world_size: int) -> tuple[int, list[str]]:
-    """How many steps were compared, and what was wrong."""
+    """The number of compared steps, and the differences."""
     found, compared = [], 0
     mesh = init_device_mesh("cpu", (world_size,))
     with pytest.MonkeyPatch.context() as patch:
@@ -131,7 +131,7 @@ def differences(rank: int, world_size: int) -> tuple[int, list[str]]:
     return compared, found
 
 
-def test_every_collective_is_in_the_model(ranks: Ranks) -> None:
+def test_the_model_predicts_every_collective(ranks: Ranks) -> None:
     for compared, found in ranks.run(differences):
         assert compared > 150
         assert not found, "\n".join(found)
@@ -145,7 +145,7 @@ WIDE, ROWS = 256, 512
 
 
 def peaks(rank: int, world_size: int) -> list[tuple[str, int, int, int]]:
-    """For each case the bytes that the model has at the peak, the most that it allows, and what was measured."""
+    """For each case the peak in bytes by the model, the largest allowed value, and the measured one."""
     found = []
     for case, dtype, ring in itertools.product(HELD, (torch.float32, torch.bfloat16), (False, True)):
         loss = case.split()[0]
@@ -175,7 +175,7 @@ def peaks(rank: int, world_size: int) -> list[tuple[str, int, int, int]]:
     return found
 
 
-def test_memory(ranks: Ranks) -> None:
+def test_the_model_predicts_the_peak_memory(ranks: Ranks) -> None:
     for found in ranks.run(peaks):
         for case, least, most, measured in found:
             assert least <= measured <= most, f"{case}: {measured} bytes, not {least} to {most}"
@@ -185,13 +185,13 @@ def test_memory(ranks: Ranks) -> None:
 # the page
 
 
-def test_wire() -> None:
-    """In a ring of four a rank sends three parts of four, once to sum up and once more for all to have the sum."""
+def test_bytes_on_the_wire() -> None:
+    """In a ring of four a rank sends three quarters of the tensor twice: for the reduce-scatter and the all-gather."""
     for kind, factor in (("all-reduce", 1.5), ("all-gather", 3), ("reduce-scatter", 0.75), ("send", 1)):
         assert Exchange(kind, "", torch.float32, 10).wire(4) == factor * 40
 
 
-def test_page(ranks2: Ranks) -> None:
+def test_the_page_has_the_current_tables(ranks2: Ranks) -> None:
     page = scaling.PAGE.read_text()
     worked = two_ranks.table(*ranks2.run(two_ranks.of_rank))
     assert scaling.written(page, worked) == page, "run python -m benchmarks scaling --write"

@@ -33,8 +33,8 @@ def differently(rank: int, world_size: int, name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_settings_that_differ(ranks2: Ranks, name: str) -> None:
-    """A ValueError on all ranks that names what to call, before one waits for what the other does not send."""
+def test_environment_settings_that_differ_are_errors(ranks2: Ranks, name: str) -> None:
+    """A ValueError on all ranks that names the setting, instead of a rank that waits for a message."""
     for messages in ranks2.run(differently, name):
         for message in messages:
             assert re.search(rf"agree on {name}, got .* on rank 0 and .* on rank 1$", message), message

@@ -1,4 +1,4 @@
-"""Streaming metrics across ranks: unequal shares, one of them empty, equal to the one-shot form of all samples."""
+"""Streaming metrics across ranks: unequal and empty shares give the result of all samples at once."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def assert_equal(got: dict[str, float], want: dict[str, float], skip: tuple[str,
 @pytest.mark.filterwarnings("ignore:The ``compute``")
 @pytest.mark.parametrize("memory", MEMORY.values(), ids=MEMORY)
 @pytest.mark.parametrize(("at", "offset"), [(0, 0.0), (N, 0.0), (50, 0.0), (50, 1e4)])
-def test_equal_to_one_shot(ranks2: Ranks, at: int, offset: float, memory: int) -> None:
+def test_ranks_measure_the_same_as_one_process(ranks2: Ranks, at: int, offset: float, memory: int) -> None:
     features, target, prototypes, bias = problem(offset)
     shares = [share(rank, at, features, target) for rank in range(2)]
     start = [torch.cat(parts) for parts in zip(*(batches[0] for batches in shares if batches), strict=True)]
@@ -86,8 +86,8 @@ def disagree(rank: int, world_size: int, what: str) -> float:
         ("empty", "at least one sample"),
     ],
 )
-def test_ranks_that_disagree(ranks2: Ranks, what: str, match: str) -> None:
-    """A ValueError on all ranks, before one waits for the other."""
+def test_ranks_that_disagree_are_errors(ranks2: Ranks, what: str, match: str) -> None:
+    """A ValueError on all ranks, instead of one that waits for the other."""
     for error in ranks2.errors(disagree, what):
         assert isinstance(error, ValueError)
         assert re.search(match, str(error)), error

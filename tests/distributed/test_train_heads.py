@@ -38,7 +38,9 @@ def on_a_rank(rank: int, world_size: int, name: str, options: dict[str, float]) 
 @pytest.mark.parametrize(
     ("name", "options"), [("ce", {"label_smoothing": 0.1}), ("psc-star", {"uniformity": 0.5}), ("bce", {})]
 )
-def test_ranks_average_to_the_whole_batch(ranks: Ranks, name: str, options: dict[str, float]) -> None:
+def test_average_over_the_ranks_is_the_loss_of_the_whole_batch(
+    ranks: Ranks, name: str, options: dict[str, float]
+) -> None:
     """Loss and gradients, with batches of unequal sizes."""
     whole = step(name, options, None, slice(None))
     parts = ranks.run(on_a_rank, name, options)
@@ -58,7 +60,7 @@ def test_fixed_points_are_those_of_rank_0(ranks2: Ranks, name: str) -> None:
 
 
 def losses_with_a_queue(group: str | None, name: str, share: int, of: int) -> list[float]:
-    """Of five steps of eight samples, of which a rank has its share."""
+    """The losses of five steps of eight samples, each rank with its share."""
     torch.manual_seed(0)
     head = make_head(Loss(name=name, queue=16), D, K, process_group=group)
     losses = []

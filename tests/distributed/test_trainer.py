@@ -1,4 +1,4 @@
-"""The trainer on two ranks: it trains like one process, and what happens to one rank happens to both."""
+"""The trainer on two ranks: it trains like one process, and signals and errors of one rank end both."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def train(rank: int, world_size: int, changes: dict[str, Any], folder: Path | No
 
 
 def train_killed(rank: int, world_size: int, changes: dict[str, Any], folder: Path, steps: int) -> None:
-    """Neither rank comes back from a step."""
+    """Both ranks exit within a step."""
     original, calls = engine.Optimisation.step, itertools.count(1)
 
     def step(self: Any, *arguments: Any) -> Any:
@@ -119,16 +119,16 @@ def test_two_ranks_train_like_one(case: str, ranks2: Ranks) -> None:
     assert {**first.to_dict(), "seconds": 0} == {**second.to_dict(), "seconds": 0}
 
 
-def test_a_loss_of_each_rank_alone_differs(ranks2: Ranks) -> None:
-    """So that the comparison above can fail."""
+def test_a_loss_per_rank_differs_from_the_global_one(ranks2: Ranks) -> None:
+    """Shows that the comparison above can fail."""
     changes = {**GROUP, "schedule.epochs": 1, "run.log_every": 1}
     one = fit(recipe(**changes), progress=False).history
     assert abs(ranks2.run(train, {**changes, "loss.global_batch": False}, None)[0].loss[1] - one.loss[1]) > 1e-2
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.slow)])
-def test_torchrun(times: int, tmp_path: Path) -> None:
-    """Both processes end (they did not always, once), without a warning, and the folder is that of one run."""
+def test_training_under_torchrun(times: int, tmp_path: Path) -> None:
+    """Both processes end (once they did not always), without a warning, and the folder is that of one run."""
     wanted = {**GROUP, "schedule.epochs": 1, "run.metrics": False}
     one = fit(recipe(**wanted), progress=False).history
     for attempt in range(times):
@@ -142,7 +142,7 @@ def test_torchrun(times: int, tmp_path: Path) -> None:
         assert History.load(folder).loss[1:] == pytest.approx(one.loss[1:], rel=1e-5)
 
 
-def test_killed_and_resumed(ranks2: Ranks, tmp_path: Path) -> None:
+def test_killed_and_resumed_runs_keep_the_queue_of_each_rank(ranks2: Ranks, tmp_path: Path) -> None:
     """Each rank has a queue of its own, and all of it goes on."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     ranks2.run(train, QUEUE, whole)
@@ -153,10 +153,10 @@ def test_killed_and_resumed(ranks2: Ranks, tmp_path: Path) -> None:
     assert outcome(parts) == outcome(whole)
 
 
-def test_another_number_of_ranks(ranks2: Ranks, tmp_path: Path) -> None:
+def test_resuming_with_another_number_of_ranks(ranks2: Ranks, tmp_path: Path) -> None:
     for name, changes in (("queue", QUEUE), ("none", {})):
         ranks2.run(train_killed, changes, tmp_path / name, 10)
-    with pytest.raises(ValueError, match=r"queue: the checkpoint is of 2 processes, .*; it cannot go on with 1"):
+    with pytest.raises(ValueError, match=r"queue: the checkpoint is of 2 processes, .*; it cannot be resumed with 1"):
         fit(recipe(**QUEUE), tmp_path / "queue", resume=True, progress=False)
     assert checkpoint.load(tmp_path / "none" / "checkpoint.pt")["ranks"] == []
     assert fit(recipe(), tmp_path / "none", resume=True, progress=False).history.finished
@@ -171,17 +171,17 @@ def test_a_signal_to_one_rank_stops_both(ranks2: Ranks, tmp_path: Path) -> None:
     assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
 
 
-def test_what_one_rank_finds_all_raise(ranks2: Ranks, tmp_path: Path) -> None:
+def test_errors_on_one_rank_raise_on_all(ranks2: Ranks, tmp_path: Path) -> None:
     fit(recipe(), tmp_path / "run", progress=False)
     for error in ranks2.errors(train, {}, tmp_path / "run"):
-        assert "has a run; --resume auto goes on with it" in str(error)
+        assert "already has a run; --resume auto continues it" in str(error)
     for error in ranks2.errors(diverge, tmp_path / "bad"):
         assert isinstance(error, FloatingPointError)
         assert str(error).startswith("training diverged in step 5 (epoch 1): the loss is nan")
 
 
-def test_local_batch_norm_is_said_once(ranks2: Ranks) -> None:
+def test_local_batch_norm_warns_once(ranks2: Ranks) -> None:
     first, second = ranks2.run(warned)
     assert len(first) == 1
-    assert "BatchNorm sees the samples of its own rank only" in first[0]
+    assert "BatchNorm normalises with the samples of its own rank only" in first[0]
     assert second == []

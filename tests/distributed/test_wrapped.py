@@ -250,7 +250,7 @@ def train(rank: int, world_size: int, net: str, wrap: str) -> None:
         ),
     ],
 )
-def test_wrapped(ranks2: Ranks, net: str, wrap: str) -> None:
+def test_wrapped_modules_equal_the_plain_ones(ranks2: Ranks, net: str, wrap: str) -> None:
     ranks2.run(train, net, wrap)
 
 
@@ -281,7 +281,7 @@ def out_of_reach(rank: int, world_size: int) -> dict[str, str]:
     return messages
 
 
-def test_parameters_out_of_reach(ranks2: Ranks) -> None:
+def test_errors_for_dtensor_parameters_say_what_to_call(ranks2: Ranks) -> None:
     """The errors say what to call instead. The last one is PyTorch's: shape (1,) is what it asks for."""
     for messages in ranks2.run(out_of_reach):
         scalar = messages.pop("0-dimensional")
@@ -311,5 +311,5 @@ def by_hand(rank: int, world_size: int) -> None:
         torch.testing.assert_close(whole(spread.grad), torch.stack(grads).mean(0), rtol=0, atol=1e-6)
 
 
-def test_gathered_by_hand(ranks2: Ranks) -> None:
+def test_full_tensor_with_averaged_gradients(ranks2: Ranks) -> None:
     ranks2.run(by_hand)

@@ -17,7 +17,7 @@ if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Blocks of 16: several of them, and a ragged tail, in problems that the interpreter finishes quickly."""
+    """Blocks of 16, so that small problems, which the interpreter runs quickly, have several and a ragged tail."""
     from nckernels.backends.triton import config
 
     def shrunk(choose: Callable, whole_rows: bool) -> Callable:

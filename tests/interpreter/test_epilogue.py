@@ -1,4 +1,5 @@
-"""One step whose first product has an epilogue, by its stand-in, in the interpreter; against float64 and the other."""
+"""One step whose first product has an epilogue, in the interpreter with its PyTorch form; against float64 and the
+library's product."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ BF16 = torch.bfloat16
 
 
 class Counted(PlainProduct):
-    """The stand-in, and how many anchors each of its panels had."""
+    """The PyTorch form of the product, which records the anchors of each panel."""
 
     def __init__(self) -> None:
         self.panels: list[int] = []
@@ -37,13 +38,13 @@ class Counted(PlainProduct):
 
 
 def agree(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], temperature: float = 0.1, note: str = "") -> None:
-    """Exponents that are all shifted by beta have a few more roundings of its size."""
+    """Shifting all exponents by beta adds a few roundings of its size."""
     assert_close(found, expected, BF16, temperature / 4, note)
 
 
 @pytest.fixture(autouse=True)
 def rounded_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter cuts off what bfloat16 does not hold; devices, and the stand-in, round."""
+    """The interpreter truncates to bfloat16; devices, and the PyTorch form, round."""
     cut_off = interpreter._convert_float
 
     def convert(x: np.ndarray, source: tl.dtype, target: tl.dtype, mode: object) -> np.ndarray:
@@ -79,7 +80,7 @@ def test_one_panel(loss: str, reduction: str, m: int, k: int, product: Counted) 
 @pytest.mark.usefixtures("narrow_panels")
 @pytest.mark.parametrize("part", range(3))
 def test_random_problems(part: int, product: Counted) -> None:
-    """Several panels, blocks of columns, ragged ends; rows of ignored samples hold NaN."""
+    """Several panels, blocks of columns, ragged sizes; rows of ignored samples hold NaN."""
     several = 0
     for seed in range(part, 12, 3):
         r = random.Random(seed)
@@ -101,7 +102,7 @@ def test_random_problems(part: int, product: Counted) -> None:
 
 @pytest.mark.parametrize("spread", [0.0, 2.0], ids=["gaussian", "clustered"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_errors_are_no_larger_than_the_librarys(
+def test_errors_are_at_most_those_of_the_library_product(
     loss: str, spread: float, product: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, w, y = problem(150, 30, 3, ignored=0.0)
@@ -129,8 +130,8 @@ def test_one_gradient_only(product: Counted) -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_nothing_to_learn_from(loss: str, product: Counted) -> None:
-    """All samples ignored, or one class, which has no negatives; a class whose samples weigh nothing."""
+def test_batches_without_gradient(loss: str, product: Counted) -> None:
+    """All samples ignored; one class, which has no negatives; a class whose samples have weight 0."""
     x, w, _ = problem(20, 5, 5)
     value, by_x, by_w, by_tau = run(loss, x, w, torch.full((20,), -100), BF16, reduction="sum")
     assert value == 0
@@ -148,7 +149,7 @@ def test_nothing_to_learn_from(loss: str, product: Counted) -> None:
 
 
 def test_collapsed_features_at_the_lowest_temperature(product: Counted) -> None:
-    """A class's own samples have e^40 times the exponential of others: taken off its sum, they would leave nothing."""
+    """A class's own samples have e^40 times the exponentials of others: subtracting them would cancel all digits."""
     torch.manual_seed(0)
     w = torch.eye(6, D)
     y = torch.arange(6).repeat(5)
@@ -160,7 +161,7 @@ def test_collapsed_features_at_the_lowest_temperature(product: Counted) -> None:
     assert len(product.panels) == 1
 
 
-def test_nan_shows_and_zero_vectors_do_not(product: Counted) -> None:
+def test_nan_propagates_and_zero_vectors_stay_finite(product: Counted) -> None:
     x, w, y = problem(20, 5, 6, ignored=0.0)
     x[3] = 0
     assert all(t.isfinite().all() for t in run("nonl", x, w, y, BF16))
@@ -169,8 +170,8 @@ def test_nan_shows_and_zero_vectors_do_not(product: Counted) -> None:
     assert len(product.panels) == 2
 
 
-def test_when_the_library_is_taken(product: Counted) -> None:
-    """Types other than bfloat16, low temperatures and those on the device, rows that TMA cannot read."""
+def test_which_problems_use_the_library_product(product: Counted) -> None:
+    """Other dtypes than bfloat16, low temperatures, temperatures on the device, rows that TMA cannot read."""
     x, w, y = problem(20, 5, 9)
     run("nonl", x, w, y, torch.float32)
     run("nonl", x, w, y, torch.float16)

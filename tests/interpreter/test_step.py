@@ -21,7 +21,7 @@ D = 264
 
 
 class Panels(list[tuple[int, int]]):
-    """First and last slot of every panel that was launched."""
+    """The slots of every launched panel."""
 
     @property
     def steps(self) -> int:
@@ -30,7 +30,7 @@ class Panels(list[tuple[int, int]]):
 
 @pytest.fixture
 def panels(monkeypatch: pytest.MonkeyPatch) -> Panels:
-    """The panels of the steps that a test takes."""
+    """The panels of a test's steps."""
     taken = Panels()
     launched = TritonStep.panel_entries
 
@@ -44,7 +44,7 @@ def panels(monkeypatch: pytest.MonkeyPatch) -> Panels:
 
 @pytest.fixture
 def narrow_panels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Panels of a few anchors and blocks of a few others, in problems that the interpreter finishes quickly."""
+    """Panels and blocks of a few rows, for small problems, which the interpreter runs quickly."""
     monkeypatch.setattr(plan, "MIN_PANEL", 4)
     monkeypatch.setattr(plan, "two_passes_cost", lambda *_: float("inf"))
     plan.step_panels.cache_clear()
@@ -81,11 +81,11 @@ def assert_close(
     temperature: float = 0.1,
     note: str = "",
 ) -> None:
-    """A few roundings of the gradients' dtype, and those of float32 logits, which are as large as 1 / temperature.
+    """Tolerances are a few roundings of the gradients' dtype and of float32 logits of size 1 / temperature.
 
-    Where samples are told apart, 1 is taken from a probability near 1: eager float32 has 1e-6 there as well.
+    For separated samples 1 is subtracted from a probability near 1: eager float32 has errors of 1e-6 there as well.
 
-    The interpreter cuts off bits of bfloat16 rather than rounding.
+    The interpreter truncates to bfloat16 instead of rounding.
     """
     bounds = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 8e-4}
     logit = 2**-24 / temperature
@@ -103,7 +103,7 @@ def test_one_panel(loss: str, m: int, k: int, dtype: torch.dtype, panels: Panels
     options = {"weight": torch.rand(k), "reduction": "sum" if dtype == torch.bfloat16 else "mean"}
     expected = exact(loss, x, w, y, dtype, **options)
     assert_close(run(loss, x, w, y, dtype, **options), expected, dtype)
-    x[y < 0] = torch.nan  # the library's products meet it, and are mended
+    x[y < 0] = torch.nan  # the library's products read it, and are mended
     assert_close(run(loss, x, w, y, dtype, **options), expected, dtype)
     assert panels.steps == 2
 
@@ -111,7 +111,7 @@ def test_one_panel(loss: str, m: int, k: int, dtype: torch.dtype, panels: Panels
 @pytest.mark.usefixtures("narrow_panels")
 @pytest.mark.parametrize("part", range(3))
 def test_random_problems(part: int, panels: Panels) -> None:
-    """Several panels, blocks of columns, ragged ends; rows of ignored samples hold NaN."""
+    """Several panels, blocks of columns, ragged sizes; rows of ignored samples hold NaN."""
     several = 0
     for seed in range(part, 12, 3):
         r = random.Random(seed)
@@ -128,14 +128,14 @@ def test_random_problems(part: int, panels: Panels) -> None:
         with nckernels.use_workspace(round(2 ** r.uniform(14.5, 18))):
             found = run(loss, x, w, y, dtype, temperature, **options)
         note = f"{seed=} {loss} {m=} {k=} {dtype} {temperature=} {options} {panels}"
-        if dtype == torch.float32 or temperature >= 0.1:  # else 16 bits of a gradient that all but vanishes
+        if dtype == torch.float32 or temperature >= 0.1:  # otherwise a gradient that nearly vanishes, in 16 bits
             assert_close(found, expected, dtype, temperature, note)
         several += len(panels) > 1
     assert several > 0
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_errors_are_no_larger_than_those_of_two_passes(loss: str, panels: Panels) -> None:
+def test_errors_are_at_most_those_of_two_passes(loss: str, panels: Panels) -> None:
     x, w, y = problem(60, 12, 3)
     expected = exact(loss, x, w, y, torch.float16)
     one = run(loss, x, w, y, torch.float16)
@@ -165,7 +165,7 @@ def test_one_gradient_only(loss: str, wanted: tuple[bool, bool], panels: Panels)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_nothing_to_learn_from(loss: str, panels: Panels) -> None:
+def test_batches_without_gradient(loss: str, panels: Panels) -> None:
     """All samples ignored, or one class, which has no negatives."""
     x, w, _ = problem(20, 5, 5)
     for reduction in ("mean", "sum"):
@@ -197,8 +197,8 @@ def test_collapsed_features_at_low_temperature(panels: Panels) -> None:
     assert panels.steps == 3
 
 
-def test_what_comes_back_scales_the_gradients(panels: Panels) -> None:
-    """In place where nobody asks again; a copy, and the same numbers, under retain_graph."""
+def test_upstream_gradient_scales_the_gradients(panels: Panels) -> None:
+    """In place without retain_graph; with it a copy of the same numbers."""
     x, w, y = (t.requires_grad_() if t.is_floating_point() else t for t in problem(20, 5, 7))
     once = torch.autograd.grad(nckernels.nonl_loss(x, w, y), (x, w))
     value = nckernels.nonl_loss(x, w, y)
@@ -213,7 +213,7 @@ def test_what_comes_back_scales_the_gradients(panels: Panels) -> None:
     assert panels.steps == 3
 
 
-def test_deterministic_and_inputs_are_left_alone(panels: Panels) -> None:
+def test_deterministic_and_inputs_are_unchanged(panels: Panels) -> None:
     x, w, y = problem(37, 21, 8)
     before = x.clone(), w.clone()
     weight = torch.rand(21)
@@ -223,8 +223,8 @@ def test_deterministic_and_inputs_are_left_alone(panels: Panels) -> None:
     assert panels.steps == 2
 
 
-def test_when_two_passes_are_taken(panels: Panels) -> None:
-    """No gradient wanted, losses one by one, both directions, short rows."""
+def test_which_problems_take_two_passes(panels: Panels) -> None:
+    """No gradient wanted, reduction="none", both directions, short rows."""
     x, w, y = problem(20, 5, 9)
     with torch.no_grad():
         nckernels.nonl_loss(x, w, y)

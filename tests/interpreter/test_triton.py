@@ -64,9 +64,9 @@ def test_half_types(dtype: torch.dtype, d: int) -> None:
 def test_features_against_themselves(
     beta: float, bias: bool, dtype: torch.dtype, direction: str, exclude: str, d: int
 ) -> None:
-    """One pass for the gradient as rows and as columns: with one exponential an entry, and with two.
+    """One pass for the gradient as rows and as columns, with one or two exponentials per entry.
 
-    A positive may be an ignored row, or a pair each other's positives.
+    A positive may be an ignored row, and two rows may be each other's positives.
     """
     problem = make_problem(
         37, 37, d, direction=direction, exclude=exclude, bias=bias, beta=beta, ignored=0.3, itself=True
@@ -77,13 +77,13 @@ def test_features_against_themselves(
 @pytest.mark.parametrize("d", [SHORT, LONG])
 @pytest.mark.parametrize("wrt", ["features", "inv_temperature", "sample_bias"])
 def test_single_gradients_of_features_against_themselves(wrt: str, d: int) -> None:
-    with nckernels.use_workspace(4096):  # shared among few programs, panel by panel
+    with nckernels.use_workspace(4096):  # few splits, several panels
         problem = make_problem(50, 50, d, exclude="self", bias=wrt == "sample_bias", itself=True)
         check(problem, torch.float32, wrt=(wrt,))
 
 
 @pytest.mark.parametrize("d", [SHORT, LONG])
-def test_columns_in_parts(d: int) -> None:
+def test_backward_with_the_lse_of_more_columns(d: int) -> None:
     check_in_parts("both", torch.bfloat16, d)
     check_in_parts("instance", torch.float32, d, beta=61.0)
 
@@ -119,7 +119,7 @@ def test_small_workspace(d: int) -> None:
 
 @pytest.mark.parametrize("loss", ["nonl_loss", "ntce_loss", "normface_loss"])
 def test_collapsed_features(loss: str) -> None:
-    """The simplex at temperature 0.01, where sums relative to beta would all underflow."""
+    """The simplex at temperature 0.01, where all sums relative to beta would underflow."""
     w = simplex(6, 12)
     y = torch.arange(6).repeat(5)
     value = getattr(nckernels, loss)(w[y].float(), w.float(), y, temperature=0.01)
@@ -148,8 +148,8 @@ def test_float16_zero_row_among_others(length: float, d: int) -> None:
 
 
 @pytest.mark.parametrize("setting", ["high", "medium", "highest", "tf32", "ieee"])
-def test_either_way_to_allow_tf32(setting: str) -> None:
-    """torch has an older and a newer setting, and its older getter fails after the newer one was used."""
+def test_old_and_new_tf32_settings(setting: str) -> None:
+    """torch has an old and a new setting, and the old getter fails after the new one has been used."""
     x = torch.randn(20, SHORT)
     before = torch.get_float32_matmul_precision()
     try:
@@ -165,7 +165,7 @@ def test_either_way_to_allow_tf32(setting: str) -> None:
         torch.set_float32_matmul_precision(before)
 
 
-def test_rows_that_begin_between_16_bytes_get_smaller_tiles() -> None:
+def test_unaligned_rows_get_smaller_tiles() -> None:
     wide = torch.randn(20, 72).bfloat16()
     spec = Spec("class", "target", False, -100, 2**20)
     for first, aligned in ((0, True), (4, False), (8, True)):
@@ -185,10 +185,10 @@ def test_rows_that_begin_between_16_bytes_get_smaller_tiles() -> None:
     ids=["class", "instance"],
 )
 @pytest.mark.parametrize("workspace", [16384, 1 << 20])
-def test_what_takes_no_part_may_hold_anything(
+def test_left_out_rows_may_hold_anything(
     direction: str, dtype: torch.dtype, fill: float, exclude: str, itself: bool, d: int, workspace: int
 ) -> None:
-    """Not even 0 * NaN reaches the others, in no kernel and no product of the library."""
+    """NaN does not reach other rows, not even as 0 * NaN, in our kernels and in library products."""
     problem = make_problem(37, classes_of(exclude), d, direction=direction, exclude=exclude, itself=itself)
     with nckernels.use_workspace(workspace):
         check_spoilt(problem.to(dtype), None, fill)
@@ -201,8 +201,8 @@ def test_absent_classes_may_hold_anything(samples: int, classes: int, d: int) ->
     check_spoilt(problem, None)
 
 
-def test_a_positive_of_nan_shows() -> None:
-    """An ignored row that is someone's positive is read, whatever it holds."""
+def test_a_nan_positive_propagates() -> None:
+    """An ignored row that is a positive is read, and its NaN propagates."""
     for d in (SHORT, LONG):
         problem = make_problem(37, 37, d, exclude="self", ignored=0.3).to(torch.float32)
         ignored = problem.target == problem.ignore_index
@@ -221,7 +221,7 @@ def test_target_out_of_range_is_caught() -> None:
         nckernels.nonl_loss(z, w, torch.full((20,), 5))
 
 
-def test_nothing_is_modified_and_backward_repeats() -> None:
+def test_inputs_are_unchanged_and_backward_repeats() -> None:
     z = torch.randn(37, SHORT, requires_grad=True)
     w = torch.randn(21, SHORT, requires_grad=True)
     y = torch.randint(21, (37,))

@@ -1,4 +1,4 @@
-"""Which tiles are tuned. The search itself is tested in tests/test_benchmarks.py."""
+"""Which tiles are tuned. The search is tested in tests/test_benchmarks.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nckernels.backends.tiled import plan
 from nckernels.backends.triton import config
 
 
-def test_tiles_of_long_rows_are_tuned_where_one_step_does_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_of_long_rows_are_tuned_with_two_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     problem, cpu, found = Problem("nonl", 32, 16, 264), torch.device("cpu"), []
 
     def search(_: object, entries: list[tuple[str, str]], *__: object) -> float:

@@ -1,4 +1,4 @@
-"""The assignment is optimal, the head's recursion is the paper's, and its state survives what models go through."""
+"""The assignment is optimal, the head follows the paper's recursion, and its state survives copies, casts and files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def batch(seed: int = 0, size: int = 20) -> tuple[Tensor, Tensor]:
 
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(0, 2**31), st.sets(st.integers(0, 5)), st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_optimal(classes: int, dim: int, seed: int, unseen: set[int], ties: bool) -> None:
+def test_assignment_has_the_largest_sum_of_cosines(
+    classes: int, dim: int, seed: int, unseen: set[int], ties: bool
+) -> None:
     """No permutation has a larger sum, with classes that have not been seen and with ties."""
     z, p = points(classes, dim, seed), points(classes, dim, seed + 1)
     if ties:
@@ -58,7 +60,7 @@ def test_optimal(classes: int, dim: int, seed: int, unseen: set[int], ties: bool
     assert torch.equal(found, assign(z, p))
 
 
-def test_nothing_seen_is_any_assignment_and_autocast_does_not_blur_it() -> None:
+def test_zero_representatives_and_autocast() -> None:
     assert assign(torch.zeros(K, D), points()).sort().values.tolist() == list(range(K))
     p = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 1e-3]]), dim=1)  # one point in bfloat16
     with torch.autocast("cpu", torch.bfloat16):
@@ -102,7 +104,7 @@ def test_scipy_is_not_imported_before_it_is_needed() -> None:
 # --- what the head computes --------------------------------------------------------------------------------
 
 
-def test_static_is_dot_regression_and_never_changes() -> None:
+def test_a_static_head_is_dot_regression_and_never_reassigns() -> None:
     """ETF+DR."""
     w = nckernels.geometry.simplex_etf(K, K, generator=torch.Generator().manual_seed(0))
     static = nckernels.FixedPrototypeHead(5 * w, assignment="static", refresh_every=1)
@@ -119,7 +121,7 @@ def test_static_is_dot_regression_and_never_changes() -> None:
 
 
 def test_one_refresh_finds_the_permutation_of_clusters() -> None:
-    """Features at points in another order: the third call already has the least loss, 0, and predictions are right."""
+    """Features at permuted points: the third call already has the least loss, 0, and correct predictions."""
     dynamic, order = head(refresh_every=2, momentum=0.5), torch.tensor([3, 0, 5, 1, 2, 4])
     y = torch.arange(K).repeat(3)
     x = 7 * points()[order][y]
@@ -135,7 +137,7 @@ def test_one_refresh_finds_the_permutation_of_clusters() -> None:
 
 @pytest.mark.parametrize("momentum", [0.0, 0.7, 1.0])
 def test_the_mean_of_the_recursion_over_all_orders(momentum: float) -> None:
-    """Of two batches with one to four samples of a class, against the paper's line, sample by sample."""
+    """Two batches with one to four samples of a class, against the paper's update, sample by sample."""
     dynamic = head(momentum=momentum, refresh_every=10)
     expected = torch.zeros(K, D, dtype=torch.float64)
     for seed, labels in enumerate(([0, 0, 0, 0, 1, 2, 2, 5], [0, 0, 2, 5, 5, 5])):
@@ -155,7 +157,7 @@ def test_the_mean_of_the_recursion_over_all_orders(momentum: float) -> None:
 
 
 def test_refreshes_every_n_calls_in_training_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls are counted in training; eval, prediction and a refresh by hand are no calls."""
+    """Only training calls count, not evaluation, prediction or a manual refresh."""
     dynamic = head(refresh_every=3)
     refreshed: list[int] = []
     monkeypatch.setattr(dynamic, "refresh", lambda: refreshed.append(dynamic.calls))
@@ -170,7 +172,7 @@ def test_refreshes_every_n_calls_in_training_only(monkeypatch: pytest.MonkeyPatc
     assert dynamic.calls == 7
 
 
-def test_what_moves_no_representative() -> None:
+def test_ignored_and_non_finite_samples_move_no_representative() -> None:
     """Ignored samples, whatever they hold, and samples whose features are zero, NaN or infinite; empty batches."""
     x, y = batch()
     dynamic, clean = (head(ignore_index=1) for _ in range(2))
@@ -213,7 +215,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(v, theirs[n]) for n, v in ours.items())
 
 
-def test_training_goes_on_from_a_state_as_if_it_had_not_stopped() -> None:
+def test_training_resumes_from_a_state_dict() -> None:
     """After the third of refreshes every two calls; through a file."""
     first = nn.ModuleDict({"head": trained()})
     assert not torch.equal(first["head"].assignment, torch.arange(K))
@@ -238,7 +240,7 @@ def test_training_goes_on_from_a_state_as_if_it_had_not_stopped() -> None:
         ("representatives", torch.zeros(5, 4), "size mismatch for head.representatives"),
     ],
 )
-def test_states_that_do_not_fit(name: str, value: Tensor, message: str) -> None:
+def test_state_dicts_that_do_not_fit_are_errors(name: str, value: Tensor, message: str) -> None:
     model = nn.ModuleDict({"head": head()})
     with pytest.raises(RuntimeError, match=message):
         model.load_state_dict({**nn.ModuleDict({"head": trained()}).state_dict(), f"head.{name}": value})
@@ -255,7 +257,7 @@ def test_copies_are_independent_and_alike() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_casts_leave_points_and_averages_in_float32_at_least(dtype: torch.dtype) -> None:
+def test_casts_keep_points_and_averages_in_float32_or_wider(dtype: torch.dtype) -> None:
     dynamic = trained().to(dtype).eval()
     wide = torch.promote_types(dtype, torch.float32)
     assert dynamic.points.dtype == dynamic.representatives.dtype == wide
@@ -281,7 +283,7 @@ def test_points_of_any_scale_become_unit_rows() -> None:
     assert not nckernels.FixedPrototypeHead(learnt).points.requires_grad
 
 
-def test_compiled() -> None:
+def test_compiled_head_equals_eager() -> None:
     """One graph for cosines, in eval mode and for a static head; in training the same state, refreshes included."""
     torch._dynamo.reset()
     x, y = batch()
@@ -299,7 +301,7 @@ def test_compiled() -> None:
 
 
 def test_two_calls_before_one_backward() -> None:
-    """What the first call saved is not what the second changes, a refresh included."""
+    """The second call, which refreshes, does not change tensors that the first one saved for its backward pass."""
     dynamic, (x, y) = head(refresh_every=1), batch()
     x.requires_grad_()
     (dynamic(x, y) + dynamic(x).sum() + dynamic(x, y)).backward()
@@ -340,7 +342,7 @@ def test_bad_options(prototypes: Any, options: dict[str, Any], error: type[Excep
     [
         ((torch.ones(2, D + 1), torch.zeros(2, dtype=torch.int64)), ValueError, r"d=4 columns.*\(2, 5\)"),
         ((torch.ones(2, D + 1),), ValueError, r"d=4 columns"),
-        ((torch.ones(2, 1, D), torch.zeros(2, dtype=torch.int64)), ValueError, r"\(M, d\)"),
+        ((torch.ones(2, 1, D), torch.zeros(2, dtype=torch.int64)), ValueError, r"target must have shape \(2, 1\)"),
         ((torch.ones(2, D), torch.tensor([0, K])), (ValueError, IndexError), "target"),
         ((torch.ones(2, D), torch.tensor([0, -1])), (ValueError, IndexError), "target"),
         ((torch.ones(2, D), torch.zeros(2)), TypeError, "integer dtype"),

@@ -47,8 +47,8 @@ def test_shares_by_hand() -> None:
     }
 
 
-def test_shares_are_of_whose_iterations() -> None:
-    """(I) of the run's own, (II) of the baseline's, which may be more than all of them."""
+def test_part_one_divides_by_own_and_part_two_by_baseline_iterations() -> None:
+    """Shares in part (II) may exceed 1, because they are of the baseline's iterations."""
     long = replace(NONL, steps=[0, 50, 100, 150, 200])
     table = convergence_table([long], baseline=CE, metrics=METRICS, smoothing=0)
     assert table.collapse == {"nonl": {"inter_erank": 0.5, "weight_alignment": 0.75}}
@@ -56,8 +56,8 @@ def test_shares_are_of_whose_iterations() -> None:
     assert list(table.match) == ["nonl", "ce"]
 
 
-def test_reference() -> None:
-    """ReLU features end at another alignment, which counts as collapse if one says so."""
+def test_reference_of_relu_features() -> None:
+    """ReLU features have another optimal alignment, which counts as collapse with features="relu"."""
     aim = optimum(10, features="relu").weight_alignment
     relu = run("nonl", [9] * 5, [1, 0.5, aim + 0.09, aim + 0.02, aim])
     for features, share in (("relu", 0.5), ("signed", math.inf)):
@@ -65,7 +65,7 @@ def test_reference() -> None:
         assert table.collapse["nonl"]["weight_alignment"] == share
 
 
-def test_what_is_undefined() -> None:
+def test_undefined_values_are_nan() -> None:
     nan = math.nan
     series = {"nc1": [9.0, 5, 2, 1, 0.5], "mir": [nan] * 5, "offset": [0.5, 0.2, 0.04, nan, 0.01]}
     one = RunHistory("a", "ntce", 10, 64, STEPS, series)
@@ -78,14 +78,14 @@ def test_what_is_undefined() -> None:
     assert math.isnan(table.match["a"]["offset"])  # the baseline ends undefined
 
 
-def test_which_baseline() -> None:
+def test_choice_of_the_baseline() -> None:
     assert convergence_table([NONL], metrics=METRICS).baseline is None
     assert convergence_table([NONL], metrics=METRICS).match == {}
     assert convergence_table([CE, replace(CE, name="other"), NONL], metrics=METRICS).baseline is None
     assert convergence_table([CE, NONL], baseline=NONL, metrics=METRICS).baseline == "nonl"
 
 
-def test_text() -> None:
+def test_table_as_text() -> None:
     table = convergence_table([CE, NONL], metrics=METRICS, smoothing=0)
     assert (
         table.text()
@@ -105,8 +105,8 @@ def test_text() -> None:
     assert "(II)" not in convergence_table([NONL], metrics=METRICS).text()
 
 
-def test_published_part_two_is_no_share_of_all_iterations() -> None:
-    """What the docstring derives from Table 7: a weaker aim cannot be reached later than a stronger one."""
+def test_published_part_two_is_not_a_share_of_all_iterations() -> None:
+    """As the docstring derives from Table 7: a weaker goal cannot be reached later than a stronger one."""
     column = TABLE_7_METRICS.index("weights_erank")
     bounds = {loss: first[column] / second[column] for loss, (first, second) in TABLE_7.items()}
     assert min(bounds.values()) == bounds["ntce"] == pytest.approx(0.763, abs=1e-3)
@@ -144,7 +144,7 @@ def write(path: Path, loss: str, final: float, **changes: Any) -> Path:
     return path
 
 
-def test_load(tmp_path: Path) -> None:
+def test_loading_a_history(tmp_path: Path) -> None:
     path = write(tmp_path / "run" / "history.json", "ntce", 0.5)
     loaded = RunHistory.load(path)
     assert (loaded.name, loaded.loss, loaded.num_classes, loaded.dim) == (str(path), "ntce", 10, 64)
@@ -154,7 +154,7 @@ def test_load(tmp_path: Path) -> None:
     assert RunHistory.load(tmp_path / "run").name == str(tmp_path / "run")
 
 
-def test_load_what_the_trainer_writes(tmp_path: Path) -> None:
+def test_loading_a_history_of_the_trainer(tmp_path: Path) -> None:
     pytest.importorskip("tqdm")
     from nckernels.train import History, Recipe
 
@@ -184,12 +184,12 @@ def test_load_what_the_trainer_writes(tmp_path: Path) -> None:
         ({"num_classes": "10"}, "num_classes: expected a positive whole number, got '10'"),
     ],
 )
-def test_other_files(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_incomplete_histories_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=rf"bad\.json: {message}"):
         RunHistory.load(write(tmp_path / "bad.json", "ce", 0.5, **changes))
 
 
-def test_what_is_no_history(tmp_path: Path) -> None:
+def test_files_that_are_no_history_are_errors(tmp_path: Path) -> None:
     path = tmp_path / "bad.json"
     for content, message in ((b"{", "not a JSON file"), (b"\xff\xfe\xff", "not a JSON file"), (b"[]", "the history")):
         path.write_bytes(content)

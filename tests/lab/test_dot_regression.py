@@ -49,8 +49,8 @@ def printed(*args: Tensor, **options: Any) -> Tensor:
 
 
 @dtypes
-def test_no_worse_than_the_printed_form(cpu_backend: Backend, dtype: torch.dtype) -> None:
-    """Loss and gradients; every reduction, with and without weights; beside features that all but agree with w."""
+def test_errors_are_at_most_those_of_the_printed_form(cpu_backend: Backend, dtype: torch.dtype) -> None:
+    """Loss and gradients; every reduction, with and without weights; also features that nearly agree with w."""
     x, w, y = problem(dtype)
     near = w[y.clamp_min(0)] * (1 + 0.01 * torch.randn(M, D, generator=torch.Generator().manual_seed(2)).to(dtype))
     class_weight = torch.rand(K, generator=torch.Generator().manual_seed(3))
@@ -99,7 +99,7 @@ def test_first_and_second_derivatives() -> None:
 
 
 @pytest.mark.parametrize("nearness", [-3.0, -0.3, 0.0, 0.3, 1.0, 3.0, 1000.0])
-def test_exact_from_one_end_to_the_other(nearness: float) -> None:
+def test_accuracy_at_every_angle(nearness: float) -> None:
     """The root mean square error in float32 is at most the printed form's, from opposite features to those that agree.
 
     At the last, an angle of 1e-3, the printed form has no digit left, and 1 - s as half of the squared chord most.
@@ -122,7 +122,7 @@ CUDA = pytest.param(
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_gradient_of_a_large_class_adds_up_in_float32(dtype: torch.dtype, device: str) -> None:
-    """4096 samples of one class: a GPU's sums in 16 bits would stop growing."""
+    """4096 samples of one class: sums in 16 bits would stop growing."""
     g = torch.Generator().manual_seed(0)
     x, w = torch.randn(4096, D, generator=g).add(1.0).to(dtype), torch.randn(2, D, generator=g).to(dtype)
     y = torch.zeros(4096, dtype=torch.int64)
@@ -168,7 +168,7 @@ def test_ignored_index_may_be_a_class_and_weights_divide_the_mean() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Numbers of the largest tensor that is made."""
+    """Number of elements of the largest tensor that is created."""
 
     numel = 0
 
@@ -196,8 +196,8 @@ def test_compiles_to_one_graph() -> None:
     torch.testing.assert_close(value_and_grads(compiled, x, w, y), value_and_grads(dot_regression_loss, x, w, y))
 
 
-def test_transforms_see_the_single_steps() -> None:
-    """torch.func, forward mode and batches of gradients, as of PyTorch's own losses; of a transposed matrix."""
+def test_function_transforms_and_forward_mode() -> None:
+    """torch.func, forward mode and batched gradients, as for PyTorch's own losses; also for a transposed matrix."""
     x, w, y = problem()
     x, v = x.nan_to_num(1.0).T.contiguous().T, torch.randn(M, D, dtype=torch.float64)
 
@@ -214,7 +214,7 @@ def test_transforms_see_the_single_steps() -> None:
     torch.testing.assert_close(batched[0], jacobian)
 
 
-def test_autocast_leaves_it_alone_and_mixes_dtypes() -> None:
+def test_autocast_and_mixed_dtypes() -> None:
     x, w, y = problem(torch.float32)
     half = x.bfloat16()
     expected = dot_regression_loss(x, w, y), dot_regression_loss(half.float(), w, y)

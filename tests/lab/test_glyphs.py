@@ -1,4 +1,4 @@
-"""The glyphs: what is drawn, on which side of the split, and what the cache does to it."""
+"""The glyphs: images, split and cache."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_shapes_labels_and_scale() -> None:
 
 
 def test_an_image_is_of_the_character_of_its_label() -> None:
-    """The mean image of a class mostly looks like its own picture; by chance one of thirty would."""
+    """The mean image of most classes is closest to the class's own picture; by chance one of thirty would be."""
     made = glyphs.glyphs(30, train_views=20, test_views=20)
     pictures = torch.stack([glyphs._picture(c, "DejaVuSans", 40).float() for c in glyphs.classes(30)])
     pictures = F.avg_pool2d(pictures[:, None], 4).flatten(1)
@@ -76,7 +76,7 @@ def test_no_test_face_is_trained_on() -> None:
 
 
 def test_views_and_noise_of_the_two_sets_are_different() -> None:
-    """The same face on one side and on the other: not the same images up to scale."""
+    """The same face in training and test set gives different images."""
     options = {**TINY, "test_views": 2}
     test = glyphs.glyphs(**options, train_faces=glyphs.MONO, test_faces=glyphs.SANS).test.images
     train = glyphs.glyphs(**options, train_faces=glyphs.SANS, test_faces=glyphs.MONO).train.images
@@ -100,7 +100,7 @@ def test_a_smaller_set_has_the_first_classes_of_a_larger_one() -> None:
     assert glyphs.classes(10, seed=1) != glyphs.classes(10)
 
 
-def test_the_same_bytes_from_another_process_without_a_cache(place: Path) -> None:
+def test_another_process_without_a_cache_draws_the_same_bytes(place: Path) -> None:
     made = glyphs.glyphs(**TINY)
     script = (
         "import sys, numpy as np; from nckernels.train.data import glyphs; "
@@ -117,7 +117,7 @@ def test_the_same_bytes_from_another_process_without_a_cache(place: Path) -> Non
     assert not same(made, glyphs.glyphs(**{**TINY, "seed": 4}))
 
 
-def test_the_second_time_nothing_is_drawn(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_call_reads_the_cache(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = glyphs.glyphs(**TINY)
     (file,) = place.iterdir()
     assert file.name.startswith(f"glyphs-7-matplotlib-{matplotlib.__version__}-")
@@ -146,7 +146,7 @@ def test_a_damaged_file_is_made_again(damage: str, place: Path) -> None:
     assert list(place.iterdir()) == [file]  # nothing unfinished lies about
 
 
-def test_a_folder_that_cannot_be_written_to_costs_only_the_cache(place: Path) -> None:
+def test_an_unwritable_cache_folder_is_no_error(place: Path) -> None:
     place.write_text("a file where the folder would be")
     assert glyphs.glyphs(**TINY).num_classes == 7
 
@@ -158,7 +158,7 @@ def test_the_cache_follows_the_usual_variables(monkeypatch: pytest.MonkeyPatch, 
     assert len(list((tmp_path / "xdg" / "nckernels").iterdir())) == 1
 
 
-def test_another_matplotlib_is_told(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
+def test_another_matplotlib_warns(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
     monkeypatch.setattr(matplotlib, "__version__", "3.99.0")
     with pytest.warns(UserWarning, match=r"drawn by matplotlib 3\.99\.0; the documentation's figures .* 3\.11\.2"):
         glyphs.glyphs(**TINY)

@@ -27,7 +27,7 @@ SMALL = {
 }
 
 
-def test_every_experiment_has_a_small_setting():
+def test_every_experiment_has_small_settings_here():
     assert list(SMALL) == list(cli.EXPERIMENTS)
 
 
@@ -48,7 +48,7 @@ def wrong_minimum(*args, **kwargs):
 
 
 def test_a_wrong_closed_form_differs(monkeypatch, tmp_path, capsys):
-    """Each experiment whose closed form or measurement is off says so."""
+    """An experiment with a wrong closed form or measurement reports a difference."""
 
     def solve(*args, **kwargs):
         return dataclasses.replace(ufm.solve(*args, **kwargs), minimum=wrong_minimum(*args[:2], *args[3:5]))
@@ -100,11 +100,11 @@ def test_all_runs_all_and_names_what_differs(monkeypatch, tmp_path, capsys):
     for index, name in enumerate(cli.EXPERIMENTS):
         monkeypatch.setitem(cli.EXPERIMENTS, name, experiment(1.5 if index == 1 else 1.0))
     assert command(["lab", "all", "--quiet", "--out", str(tmp_path)]) == 1
-    assert capsys.readouterr().out.splitlines()[-1] == "6 of 7 experiments agree; bias: no"
+    assert capsys.readouterr().out.splitlines()[-1] == "6 of 7 experiments agree; not bias"
     assert len(list(tmp_path.iterdir())) == 7
 
 
-def test_checks():
+def test_check_compares_measured_with_closed_form():
     assert Check("", 1.0, 1.1, 0.2).agrees
     assert not Check("", 1.0, 1.1, 0.05).agrees
     assert not Check("", math.nan, 1.0, math.inf).agrees

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -62,7 +63,7 @@ def isotropic(means: Tensor, size: float) -> tuple[Tensor, Tensor]:
 # Within-class scatter
 
 
-def test_one_weak_direction_blows_up_nc1_alone() -> None:
+def test_one_weak_direction_makes_only_nc1_large() -> None:
     """The case of the module's docstring: perfectly separated classes, means that hardly span one direction."""
     k = 10
     simplex = math.sqrt(k / (k - 1)) * (torch.eye(k, dtype=torch.float64) - 1 / k)
@@ -82,7 +83,7 @@ def test_one_weak_direction_blows_up_nc1_alone() -> None:
 
 
 def test_chance_alone_makes_nc1_grow_with_the_samples() -> None:
-    """Means that agree in 14 of 19 directions: each adds n/K or more, and the other two measures stay."""
+    """The true means agree in 14 of 19 directions: each adds n/K or more to nc1, and the other two metrics stay."""
     k, d, rank = 20, 30, 5
     true = torch.cat([normal(k, rank), torch.zeros(k, d - rank, dtype=torch.float64)], 1)
     values = {}
@@ -106,7 +107,7 @@ def test_the_three_sizes_agree_at_a_simplex(k: int, d: int) -> None:
 
 
 def test_sizes_of_classes_of_several_sizes() -> None:
-    """S_W weighs the samples alike, S_B and the pairs the classes: by hand."""
+    """S_W weights samples equally, S_B and the pairs weight classes equally; compared with a manual computation."""
     x = torch.tensor([[0.0], [2.0], [11.0], [20.0], [20.0], [26.0]])
     y = torch.tensor([4, 4, 0, 7, 7, 7])  # absent classes are no classes; means 1, 11, 22; variances 1, 0, 8
     between = (1 + 121 + 484) / 3 - (34 / 3) ** 2
@@ -117,8 +118,8 @@ def test_sizes_of_classes_of_several_sizes() -> None:
     assert between_class_rank(x, y) == 1
 
 
-def test_close_means_lose_no_digits() -> None:
-    """A Gram matrix would: two means 2^-20 apart, all of them 10^4 from the origin."""
+def test_distances_of_close_means_are_exact() -> None:
+    """Two means 2^-20 apart, all of them 10^4 from the origin: distances by a Gram matrix would lose all digits."""
     steps = torch.tensor([-(2.0**-10), 2.0**-10], dtype=torch.float64)
     x = 2.0**13 + torch.cat([steps, 2.0**-20 + steps, 64 + steps]).unsqueeze(1).repeat(1, 4)
     y = torch.arange(3).repeat_interleave(2)
@@ -154,7 +155,7 @@ def test_one_class_and_classes_of_one_sample() -> None:
 
 
 def test_rank_counts_what_is_above_rounding() -> None:
-    """The same five means, off their plane by less and by more than float32 can tell."""
+    """Five means, off their plane by less and by more than the precision of float32."""
     means = torch.cat([normal(5, 2), torch.zeros(5, 2, dtype=torch.float64)], 1)
     for off, rank in ((1e-9, 2), (1e-5, 3)):
         means[:, 2] = off * torch.tensor([1.0, -1, 1, -1, 0])
@@ -195,7 +196,7 @@ def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("k", "d"), [(3, 3), (4, 10), (10, 4)])
 def test_rotated_self_duality(k: int, d: int) -> None:
-    """[ENC] Eq. 12, W^T = kappa H Q^T, of raw weights and means; and of no other weights."""
+    """[ENC] Eq. 12, W^T = kappa H Q^T, holds for raw weights and means, and for no other weights."""
     means, turn = 3 + normal(k, d), torch.linalg.qr(normal(k, k, seed=1)).Q
     assert rotated_self_duality(0.37 * turn @ means, means) == pytest.approx(0, abs=1e-12)
     other = normal(k, d, seed=2)
@@ -256,7 +257,7 @@ def test_bias_makes_the_classifier_linear() -> None:
 
 
 def test_absent_classes_and_bias() -> None:
-    """A class without samples decides nothing, whatever its prototype and bias; its bias counts in the spread."""
+    """Prototype and bias of a class without samples change no decision, but its bias counts in the spread."""
     w = simplex_etf(4, 5)
     x, y = w[:3].repeat(2, 1), torch.arange(3).repeat(2)
     b = torch.tensor([0.0, 0.0, 0.0, 100.0])
@@ -303,7 +304,7 @@ def test_relu_optimum_is_where_the_paper_arrives() -> None:
         optimum(1, features="relu")
 
 
-def test_shares() -> None:
+def test_shares_of_the_way_to_the_optimum() -> None:
     best = optimum(10)
     assert set(shares(best, 10, 64).values()) == {1.0}
     result = replace(best, inter_erank=7.2, intra_erank=16.0, weight_alignment=3.0, mir=math.nan, mir_centred=1.0)
@@ -323,7 +324,7 @@ def test_shares() -> None:
 
 
 @pytest.mark.parametrize("measure", OF_LABELS)
-def test_measures_name_the_argument(measure: Callable[[Tensor, Tensor], float]) -> None:
+def test_errors_name_the_argument(measure: Callable[[Tensor, Tensor], float]) -> None:
     x, y = normal(6, 4), torch.arange(6) % 2
     with pytest.raises(ValueError, match=r"target: expected 6 integer labels, got torch.float32"):
         measure(x, y.float())
@@ -335,7 +336,7 @@ def test_measures_name_the_argument(measure: Callable[[Tensor, Tensor], float]) 
         measure(x[:0], y[:0])
 
 
-def test_matrices_of_another_size() -> None:
+def test_matrices_of_the_wrong_shape_are_errors() -> None:
     x, y, w = normal(6, 4), torch.arange(6) % 3, normal(3, 4)
     with pytest.raises(ValueError, match=r"means: expected shape \(3, 4\), got \(2, 4\)"):
         rotated_self_duality(w, w[:2])
@@ -375,7 +376,7 @@ def test_zero_prototypes() -> None:
 
 
 def test_labels_of_every_integer_dtype() -> None:
-    """PyTorch takes uint8 for a mask and int16 for no index at all."""
+    """As an index PyTorch treats uint8 as a mask, and rejects int16."""
     x, y, w = normal(12, 4), torch.arange(12) % 3, normal(3, 4, seed=1)
     for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
         assert instance_alignment(x, w, y.to(dtype)) == instance_alignment(x, w, y)
@@ -383,8 +384,8 @@ def test_labels_of_every_integer_dtype() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1e-165, 1e200])
-def test_length_does_not_matter(scale: float) -> None:
-    """The squares of such rows leave float64's range: unit vectors of length 1e108, or 0, came of it."""
+def test_very_long_and_very_short_rows(scale: float) -> None:
+    """The squares of such rows overflow or underflow float64; they once gave unit vectors of length 1e108 or 0."""
     x, y, w = normal(12, 4), torch.arange(12) % 3, normal(3, 4, seed=1)
     result, expected = asdict(neural_collapse(scale * x, y, scale * w)), asdict(neural_collapse(x, y, w))
     assert result == pytest.approx(expected, rel=1e-9, nan_ok=True)
@@ -392,14 +393,22 @@ def test_length_does_not_matter(scale: float) -> None:
     assert simplex_deviation(short).cosines_max < 1e-12
 
 
-def test_means_that_coincide_are_no_simplex() -> None:
+def test_coinciding_means_are_not_a_simplex() -> None:
     """Cosines of 0 are only 1 / (K - 1) away from those of a simplex."""
     for means in (torch.ones(1000, 5), torch.zeros(3, 2), 0.3 + 1e-9 * normal(50, 4).float()):
         deviation = simplex_deviation(means)
         assert all(map(math.isnan, deviation[:3]))
 
 
-def test_blocks_of_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounding_errors_of_means_do_not_grow_with_the_samples() -> None:
+    """Two classes of the same 200,000 float64 rows in opposite order: means of plain sums differ by 50 eps and more."""
+    rows = F.normalize(normal(200_000, 2) + 3)
+    features = torch.cat([rows, rows.flip(0)])
+    means, _ = class_means(features, torch.arange(2).repeat_interleave(len(rows)), 2)
+    assert (means[0] - means[1]).abs().max() <= torch.finfo(torch.float64).eps
+
+
+def test_distances_in_blocks_of_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     """No matrix of all pairs of classes without prototypes, and the same values."""
     k, d = 60, 5
     x, y = normal(3 * k, d), torch.arange(3 * k) % k

@@ -1,4 +1,4 @@
-"""Streaming metrics: equal to the one-shot form however the samples come, and in bounded memory."""
+"""Streaming metrics: equal to the one-pass form in any order of the samples, in bounded memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Batches = list[tuple[Tensor, Tensor]]
 def problem(
     samples: int = 120, offset: float = 0.0, dtype: torch.dtype = torch.float64, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features of K classes of which the last has no sample and the one before it has one; prototypes and bias."""
+    """Features of K classes, of which the last has no sample and the second last has one; prototypes and bias."""
     g = torch.Generator().manual_seed(seed)
     prototypes = torch.randn(K, D, generator=g, dtype=torch.float64)
     target = torch.cat([torch.tensor([K - 2]), torch.randint(K - 2, (samples - 1,), generator=g)])
@@ -65,7 +65,7 @@ MEMORY = {"one pass": 2**30, "rows": 30 * D * 8, "matrices": 12 * D * D}
 @pytest.mark.parametrize("memory", MEMORY.values(), ids=MEMORY)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("offset", [0.0, 1e4])
-def test_equal_to_one_shot(offset: float, dtype: torch.dtype, memory: int) -> None:
+def test_equals_the_one_pass_form(offset: float, dtype: torch.dtype, memory: int) -> None:
     """Without prototypes, with them and with a bias; with an absent class and a singleton; far from the origin."""
     if dtype == torch.bfloat16:
         offset /= 1e4  # bfloat16 cannot hold 1e4 + 1
@@ -128,6 +128,46 @@ def test_degenerate_sets() -> None:
             close(got, want)
 
 
+OF_DIFFERENCES = ("nc1", "scatter_ratio", "cdnv", "mir", "hdr", "mir_centred", "hdr_centred", "nc3_rotated", "nc4")
+OF_DIFFERENCES += ("nc2_norms", "nc2_cosines", "nc2_cosines_max")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("means", ["one row", "one set", "small", "zero"])
+def test_means_that_coincide(means: str, dtype: torch.dtype) -> None:
+    """Each class the same samples in another order: no value is made of rounding errors, whichever way it is computed.
+
+    Small means, of lengths that the dtype rounds, differ by less than the rounding of the features but by more than
+    that of means of their size. Zero means, each sample with its opposite, have no direction and no offset.
+    """
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(60, D, generator=g, dtype=torch.float64).to(dtype)
+    sets = {
+        "one row": rows[:1].expand(60, D),
+        "one set": rows,
+        "small": torch.cat([rows, -3 * rows, rows[:1]]),
+        "zero": torch.cat([rows, -rows]),
+    }
+    rows = sets[means]
+    lengths = 1 + 0.1 * torch.arange(K) * (means == "small")
+    features = torch.cat([(c * rows[torch.randperm(len(rows), generator=g)]).to(dtype) for c in lengths])
+    target = torch.arange(K).repeat_interleave(len(rows))
+    prototypes = torch.randn(K, D, generator=g, dtype=torch.float64)
+    for order in (torch.arange(len(target)), torch.randperm(len(target), generator=g)):
+        x, y = features[order], target[order]
+        want = neural_collapse(x, y, prototypes)
+        assert all(math.isnan(getattr(want, name)) for name in OF_DIFFERENCES)
+        assert (want.inter_erank, want.nc1_rank) == (0, 0)
+        if means == "zero":
+            assert math.isnan(want.offset)
+            assert want.weight_alignment == pytest.approx(1, rel=1e-12)
+        elif means != "small":
+            assert want.offset == pytest.approx(1, rel=1e-6)
+        close(measure(split(x, y, 7), prototypes=prototypes), want)
+        close(streamed(split(x, y, 50), prototypes).report(), want, one_pass=True)
+
+
 def test_merging_forward_and_reset() -> None:
     features, target, prototypes, bias = problem()
     want = neural_collapse(features, target, prototypes, bias=bias)
@@ -155,7 +195,7 @@ def test_merging_forward_and_reset() -> None:
     close(metric.report(), a.report(), one_pass=True)
 
 
-def test_values_are_ready_to_be_logged() -> None:
+def test_values_are_scalars_in_a_metric_collection() -> None:
     features, target, prototypes, _ = problem()
     collection = MetricCollection({"nc": CollapseMetric(K, D, prototypes=prototypes)}, prefix="val_")
     collection.update(features, target)
@@ -182,7 +222,7 @@ def test_nothing_is_nan_and_the_classifier_may_change() -> None:
 
 
 def test_pickling_and_checkpoints() -> None:
-    """The state goes on where it stopped; a checkpoint stays as it is; another K or d is an error."""
+    """A restored state can be updated; a checkpoint does not change; another K or d is an error."""
     features, target, prototypes, _ = problem()
     want = neural_collapse(features, target, prototypes)
     half = streamed(split(features[:60], target[:60], 20), prototypes)
@@ -224,7 +264,7 @@ def test_stays_float64_and_goes_through_inference_mode() -> None:
 
 @pytest.mark.parametrize("matrices", [False, True])
 def test_memory(matrices: bool) -> None:
-    """The classes of a pass, the state twice, some (K, d) matrices, and (d, d) ones or a batch; not the samples."""
+    """Memory is that of a pass's classes, twice the state, and a few matrices; it does not grow with the samples."""
     classes, dim, batch, samples = 40, 64, 100, 40 * (600 if matrices else 150)
     g = torch.Generator().manual_seed(0)
     features, target = torch.randn(samples, dim, generator=g), torch.arange(samples) % classes
@@ -254,8 +294,8 @@ class Counted:
         return iter(self.batches[1:] if self.change and self.passes > 1 else self.batches)
 
 
-def test_passes() -> None:
-    """As few as the docstring says: one, and one for the classes that fit into memory; nc4 goes along with them."""
+def test_number_of_passes_over_the_loader() -> None:
+    """As in the docstring: one, and one for each group of classes that fits into memory; nc4 needs no further one."""
     features, target, prototypes, _ = problem(400)
     batches = split(features, target, 50)
     matrix = 12 * D * D  # K - 2 = 5 classes have a covariance, and more than d samples each

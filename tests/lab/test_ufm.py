@@ -46,7 +46,7 @@ def test_features_without_negative_entries_end_in_an_orthonormal_frame(loss, k):
 @pytest.mark.parametrize("features", ["signed", "relu"])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(("k", "n"), [(2, 2), (3, 4), (10, 2)])
-def test_the_minimum_is_attained_at_its_configuration_and_nowhere_undercut(loss, features, k, n):
+def test_no_features_are_below_the_minimum(loss, features, k, n):
     """At the exact configuration the loss is the closed form; around it and at random points it is larger."""
     generator = torch.Generator().manual_seed(0)
     make = simplex_etf if features == "signed" else orthogonal_frame
@@ -119,7 +119,7 @@ def theorem_iii_1(k, n, lambda_w, lambda_h, lambda_b, delta=0.0):
 @pytest.mark.parametrize("delta", [0.0, 0.3])
 @pytest.mark.parametrize("lambda_b", [0.0, 1e-3, 0.02, 0.03, 0.5, 100.0])
 @pytest.mark.parametrize("k", [2, 3, 10])
-def test_theorem_iii_1_exactly(k, lambda_b, delta):
+def test_theorem_iii_1(k, lambda_b, delta):
     n = 4
     found = mse_optimum(label_smoothing(k, delta), n, lambda_b=lambda_b, **LAMBDAS)
     gram, bias = theorem_iii_1(k, n, lambda_b=lambda_b, delta=delta, **LAMBDAS)
@@ -133,7 +133,7 @@ def test_theorem_iii_1_exactly(k, lambda_b, delta):
 @pytest.mark.parametrize("name", ["one-hot", "centred", "random", "rank one"])
 @pytest.mark.parametrize("counts", [4, [6, 1, 3, 2]])
 def test_free_weights_features_and_bias_find_the_convex_optimum(name, lambda_b, counts):
-    """Theorems III.1, III.4, IV.1 and IV.4, and what of them holds for classes of different sizes."""
+    """Theorems III.1, III.4, IV.1 and IV.4; and the parts of them that hold for classes of different sizes."""
     k = 4
     encoding = {
         "one-hot": one_hot(k),
@@ -168,8 +168,8 @@ def test_free_weights_features_and_bias_find_the_convex_optimum(name, lambda_b, 
 
 @pytest.mark.parametrize("counts", [3, [7, 1, 2, 2, 1]])
 @pytest.mark.parametrize("lambda_b", [1e-7, 1e-3, 0.3])
-def test_the_iteration_gives_what_the_formula_gives(monkeypatch, counts, lambda_b):
-    """Where there is a closed form, the general way must come to it; where there is none, to a stationary bias."""
+def test_iteration_and_formula_agree(monkeypatch, counts, lambda_b):
+    """The iteration reaches the closed form if there is one, and a stationary bias otherwise."""
     import nckernels.ufm.mse as mse
 
     for encoding in (label_smoothing(5, 0.3), gaussian(5)):
@@ -189,8 +189,8 @@ def test_the_iteration_gives_what_the_formula_gives(monkeypatch, counts, lambda_
 
 @pytest.mark.parametrize("counts", [3, [7, 1, 2, 2, 1]])
 @pytest.mark.parametrize("lambda_b", [1e-6, 0.3])
-def test_newtons_method_is_newtons(monkeypatch, counts, lambda_b):
-    """A wrong Hessian would still come to the optimum, by hundreds of short steps."""
+def test_newtons_method_takes_few_steps(monkeypatch, counts, lambda_b):
+    """With a wrong Hessian the optimum would still be reached, but in hundreds of short steps."""
     import nckernels.ufm.mse as mse
 
     steps, step = [], mse._newton_step
@@ -209,7 +209,7 @@ def test_orthogonal_labels_rotate_weights_and_bias_and_nothing_else():
 
 
 @pytest.mark.parametrize("lambda_b", [0.0, 0.7])
-def test_strong_weight_decay_leaves_nothing(lambda_b):
+def test_strong_weight_decay_gives_zero(lambda_b):
     k, n = 4, 9
     strength = 1.001 / (k * 3)  # c = K sqrt(n) lambda
     found = solve_mse(one_hot(k), n, k, lambda_w=strength, lambda_h=strength, lambda_b=lambda_b)
@@ -221,7 +221,7 @@ def test_strong_weight_decay_leaves_nothing(lambda_b):
         assert torch.allclose(bias, expected, atol=1e-8)
 
 
-def test_no_labels_no_features():
+def test_zero_labels_give_zero_features():
     found = mse_optimum(torch.zeros(3, 3), 2, lambda_b=0.1, **LAMBDAS)
     assert found.loss == 0
     assert found.gram.abs().max() == found.bias.abs().max() == 0
@@ -257,7 +257,7 @@ def test_bad_arguments_of_solve_mse(change, message):
         solve_mse(**{**good, **change})
 
 
-def test_types():
+def test_wrong_types_are_errors():
     with pytest.raises(TypeError, match="encoding"):
         mse_optimum(torch.eye(3, dtype=torch.int64), 2, lambda_b=0.1, **LAMBDAS)
     for bad, good in itertools.permutations(("3", 3)):

@@ -1,4 +1,4 @@
-"""Uniform prototypes: closed forms, the optimiser where the truth is known, the cache, memory, quality, Table 7."""
+"""Uniform prototypes: closed forms, the optimiser against known optima, cache, memory, quality, Table 7."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DOUBLE = torch.float64
 
 
 def cosines(w: Tensor) -> Tensor:
-    """All pairs i < j, the literal way."""
+    """The literal form over all pairs i < j."""
     u = w.double() / w.double().norm(dim=1, keepdim=True)
     first, second = torch.triu_indices(len(w), len(w), offset=1)
     return (u @ u.T)[first, second]
@@ -64,7 +64,7 @@ def test_in_one_dimension_both_directions_in_turn() -> None:
 
 
 @pytest.mark.parametrize(("num_classes", "dim"), [(2, 5), (6, 3), (7, 2), (5, 1), (9, 3)])
-def test_a_seed_turns_them_and_fixes_every_bit(num_classes: int, dim: int) -> None:
+def test_the_seed_fixes_every_bit(num_classes: int, dim: int) -> None:
     def draw(seed: int) -> Tensor:
         return uniform_prototypes(num_classes, dim, seed=seed, steps=20)
 
@@ -89,14 +89,14 @@ def test_optimiser_reaches_the_cross_polytope(num_classes: int, dim: int) -> Non
 
 
 def test_optimiser_reaches_the_icosahedron_and_the_polygon() -> None:
-    """Neither is known to the package in three dimensions; cosines of +-1/sqrt(5) and -1."""
+    """The package has no closed form for either; cosines of +-1/sqrt(5) and -1."""
     c = cosines(uniform_prototypes(12, 3, dtype=DOUBLE))
     assert c.max().item() == pytest.approx(1 / math.sqrt(5), abs=1e-5)
     assert c.min().item() == pytest.approx(-1.0, abs=1e-5)
     assert cosines(optimised(7, 2)).max().item() == pytest.approx(math.cos(2 * math.pi / 7), abs=1e-5)
 
 
-def test_hundred_in_ten_dimensions() -> None:
+def test_a_hundred_prototypes_in_ten_dimensions() -> None:
     torch.manual_seed(7)
     before = torch.get_rng_state()
     with torch.inference_mode():  # which would forbid gradients
@@ -173,7 +173,7 @@ def kept(folder: Path) -> Path:
     return path
 
 
-def test_cache_spares_the_work_and_serves_every_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_serves_every_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "not" / "there"
     first = uniform_prototypes(20, 4, steps=20, cache=folder, dtype=DOUBLE)
     assert kept(folder).name == f"uniform-K20-d4-t2.0-seed0-steps20-v{uniform.RECIPE}.pt"
@@ -189,7 +189,7 @@ def test_cache_spares_the_work_and_serves_every_dtype(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("damage", ["half", "empty", "text", "request", "rows", "shape"])
-def test_a_bad_file_is_computed_anew(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_cache_file_is_replaced(tmp_path: Path, damage: str) -> None:
     first = uniform_prototypes(20, 4, steps=20, cache=tmp_path)
     path = kept(tmp_path)
     whole = path.read_bytes()
@@ -202,7 +202,7 @@ def test_a_bad_file_is_computed_anew(tmp_path: Path, damage: str) -> None:
         torch.save({**found, "prototypes": found["prototypes"] * math.nan}, path)
     else:
         torch.save({**found, "prototypes": found["prototypes"][:-1]}, path)
-    with pytest.warns(UserWarning, match="computed anew"):
+    with pytest.warns(UserWarning, match="is recomputed"):
         again = uniform_prototypes(20, 4, steps=20, cache=tmp_path)
     assert torch.equal(again, first)
     with warnings.catch_warnings():
@@ -231,12 +231,12 @@ def test_a_process_that_dies_leaves_no_half_file(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("uniform-*.pt"))) == 1
 
 
-def test_a_full_disk_does_not_cost_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_loses_only_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.warns(UserWarning, match="could not be kept.*No space left"):
+    with pytest.warns(UserWarning, match="could not be cached.*No space left"):
         w = uniform_prototypes(20, 4, steps=5, cache=tmp_path)
     assert w.shape == (20, 4)
     assert list(tmp_path.iterdir()) == []
@@ -276,8 +276,8 @@ def test_progress_shows_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: p
 
 
 @pytest.mark.parametrize("num_classes", [2, 5, 33, 32, 97])
-def test_quality_is_the_literal_one(num_classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of 32: one, a full one, ragged ones, and one with a single row, which has no pair of its own."""
+def test_quality_equals_the_literal_form(num_classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 32: a single one, full ones, ragged ones, and one with a single row, which has no pairs."""
     from nckernels.geometry import quality
 
     monkeypatch.setattr(quality, "_TILE", 32)

@@ -1,1 +1,1 @@
-"""The three papers as tests: in float64, by formulas of their own, in loops where that is plainer."""
+"""The three papers as tests: in float64, by formulas written from the papers, in loops where that is simpler."""

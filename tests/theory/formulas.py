@@ -1,4 +1,4 @@
-"""What the papers print, as literally as Python allows, and the random problems that it is compared on."""
+"""The formulas of the papers, as literally as Python allows, and random problems."""
 
 from __future__ import annotations
 

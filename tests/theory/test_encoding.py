@@ -140,7 +140,7 @@ def test_label_smoothing_is_a_shifted_simplex_of_negative_shift() -> None:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("c", "lambda_b"), [(0.2, 0.0), (0.4, 0.3), (0.6, 5.0)])
 def test_optimum_of_any_encoding(seed: int, c: float, lambda_b: float) -> None:
-    """Encodings in which 1 is no singular vector, by the convex program; Prop. IV.3: Q Y has Q b and the same Gram."""
+    """1 is no singular vector of these encodings: by the convex program; Prop. IV.3: Q Y has Q b and the same Gram."""
     from nckernels.ufm import mse_optimum
 
     p, y = lambdas(c), randn(K, K, seed=seed)
@@ -201,7 +201,7 @@ def test_descent_ends_where_the_theorems_say(name: str, c: float, lambda_b: floa
         assert float((w - kappa(p) * means).norm()) > 0.1  # IV.3: not so for turned labels
 
 
-def test_nothing_is_learnt_above_c_1() -> None:
+def test_the_optimum_is_zero_for_c_above_1() -> None:
     """For c >= 1 weights and features vanish and the bias takes 1/(1+lambda_b) of the mean label."""
     from nckernels.ufm import solve_mse
 
@@ -212,7 +212,7 @@ def test_nothing_is_learnt_above_c_1() -> None:
 
 
 def test_unequal_classes() -> None:
-    """NC1 and lambda_W W^T W = lambda_H H H^T hold without balance, Theorem III.4 too; the optimum is the program's."""
+    """NC1, lambda_W W^T W = lambda_H H H^T and Theorem III.4 hold without balance; the optimum is the program's."""
     from nckernels.ufm import mse_optimum, solve_mse
 
     counts = [1, 2, 7, 4]

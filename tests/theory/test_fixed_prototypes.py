@@ -1,4 +1,4 @@
-"""[DLP]: the dot-regression loss and its right gradient, Eq. 9's assignment, and Algorithm 1 as a recursion."""
+"""[DLP]: the dot-regression loss and its correct gradient, the assignment of Eq. 9, and Algorithm 1 as a recursion."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_gradcheck(reduction: str) -> None:
 @given(seed=seeds)
 @prop
 def test_weights_and_ignored_samples(seed: int) -> None:
-    """The mean is weighted by both weights and leaves ignored samples out, whatever these hold."""
+    """The mean uses both weights and leaves ignored samples out, even if they are NaN."""
     x, w, y = batch(seed)
     g = torch.Generator().manual_seed(seed)
     weight, each = torch.rand(5, generator=g).double(), torch.rand(12, generator=g).double()
@@ -115,7 +115,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
 
 
 def test_float32_near_the_optimum() -> None:
-    """At an angle t the loss is t^4/8, which 1 - s in float32 does not see: half of the squared chord does."""
+    """At an angle t the loss is t^4/8. In float32 1 - s loses it; half of the squared chord does not."""
     w = torch.eye(8)
     for angle in (1e-1, 1e-2, 1e-3):
         x = torch.cos(torch.tensor(angle)) * w + torch.sin(torch.tensor(angle)) * w.roll(1, 0)
@@ -170,7 +170,7 @@ def reached(representatives: Tensor, points: Tensor, assignment: Tensor) -> floa
 @given(seed=seeds, k=st.integers(1, 6), dim=st.integers(1, 4))
 @prop
 def test_assignment_is_the_best_bijection(seed: int, k: int, dim: int) -> None:
-    """Of inner products, as Eq. 9 prints them: a longer representative has more say."""
+    """Inner products, as in Eq. 9: a longer representative has more weight."""
     from nckernels.assignment import assign
 
     z = randn(k, dim, seed=seed) * 10 ** randn(k, 1, seed=seed + 2).clamp(-1, 1)
@@ -182,7 +182,7 @@ def test_assignment_is_the_best_bijection(seed: int, k: int, dim: int) -> None:
 
 
 def test_assignment_undoes_a_permutation() -> None:
-    """Label c is at row assignment[c]: not the inverse."""
+    """Label c has the point in row assignment[c], not the inverse."""
     from nckernels.assignment import assign
 
     points = F.normalize(randn(40, 10, seed=0))
@@ -190,7 +190,7 @@ def test_assignment_undoes_a_permutation() -> None:
     assert torch.equal(assign(2 * points[order] + 0.01 * randn(40, 10, seed=1), points), order)
 
 
-def test_assignment_of_what_is_no_square_is_named() -> None:
+def test_non_square_problems_are_errors() -> None:
     from nckernels.assignment import assign
 
     for z, p, argument in (
@@ -215,7 +215,7 @@ def direction(x: Tensor) -> Tensor:
     return F.normalize(x.double(), dim=-1)
 
 
-def test_cosines_and_loss_in_label_order() -> None:
+def test_cosines_and_loss_follow_the_order_of_the_labels() -> None:
     h = head(refresh_every=10**6)
     x, _, y = batch(0)
     with torch.no_grad():
@@ -229,7 +229,7 @@ def test_cosines_and_loss_in_label_order() -> None:
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
-def test_representatives_are_algorithm_1(momentum: float) -> None:
+def test_representatives_follow_algorithm_1(momentum: float) -> None:
     """zbar_y <- alpha zbar_y + (1 - alpha) z on unit features; classes that are not in the batch stay.
 
     One sample of a class in each batch, and directions only: how Q starts and whether it is made unit again is open.
@@ -250,8 +250,8 @@ def test_representatives_are_algorithm_1(momentum: float) -> None:
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.7, 1.0])
-def test_many_samples_of_a_class_are_the_mean_over_their_orders(momentum: float) -> None:
-    """Algorithm 1 takes samples one by one; the head, a batch: as its docstring says, the mean over all orders."""
+def test_several_samples_of_a_class_give_the_mean_over_their_orders(momentum: float) -> None:
+    """Algorithm 1 takes single samples. For a batch the head uses the mean over all orders, as its docstring says."""
     h = head(momentum=momentum, refresh_every=10**6)
     h(randn(5, 4, seed=20), torch.arange(5))
     before, x = h.representatives.clone(), randn(5, 4, seed=1)
@@ -294,7 +294,7 @@ def test_refresh_is_optimal_for_the_representatives(seed: int, k: int) -> None:
 
 
 def test_refresh_every_n_calls_and_never_when_static() -> None:
-    """Features at the points in another order: the assignment follows at call n, after the loss of that call."""
+    """Features at permuted points: the assignment changes at call n, after the loss of that call."""
     order = torch.tensor([1, 2, 3, 4, 0])
     h = head(refresh_every=3)
     start = h.assignment.clone()
@@ -316,7 +316,7 @@ def test_refresh_every_n_calls_and_never_when_static() -> None:
 
 
 def test_state_dict_round_trip() -> None:
-    """A restored head goes on as the first one would have: the same losses and the same refresh."""
+    """A restored head continues like the original one: the same losses and the same refresh."""
     first = head(refresh_every=4).double()
     data = [(randn(10, 4, seed=s), torch.arange(10) * (s % 2 + 1) % 5) for s in range(14)]
     for x, y in data[:6]:
@@ -339,7 +339,7 @@ def test_another_number_of_classes_is_an_error() -> None:
         h.load_state_dict(broken)
 
 
-def test_bad_heads_are_named() -> None:
+def test_bad_head_arguments_are_named() -> None:
     for options, argument in (
         ({"assignment": "random"}, "assignment"),
         ({"momentum": 1.5}, "momentum"),

@@ -53,7 +53,7 @@ def test_defaults_are_a_simplex_of_rows_shorter_than_one() -> None:
 
 @pytest.mark.parametrize(("k", "dim"), [(2, 1), (6, 3), (100, 50)])
 def test_cross_polytope(k: int, dim: int) -> None:
-    """Plus and minus of an orthonormal basis: each row has one opposite and is orthogonal to all others."""
+    """An orthonormal basis and its negative: each row has one opposite and is orthogonal to all others."""
     from nckernels.geometry import cross_polytope
 
     w = cross_polytope(k, dim, generator=generator(), dtype=F64)
@@ -129,7 +129,7 @@ def test_heptagon() -> None:
 
 @pytest.mark.parametrize(("k", "dim", "t"), [(4, 3, 2.0), (9, 3, 2.0), (9, 3, 6.0), (12, 3, 2.0)])
 def test_uniform_prototypes_are_a_minimum(k: int, dim: int, t: float) -> None:
-    """No step along the sphere gains anything, and random points are far above; twelve are an icosahedron."""
+    """No step along the sphere lowers the loss, and random points are far above; twelve points form an icosahedron."""
     from nckernels.geometry import uniform_prototypes
 
     w = uniform_prototypes(k, dim, t, dtype=F64).requires_grad_()

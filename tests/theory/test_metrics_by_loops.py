@@ -1,4 +1,4 @@
-"""The metrics of neural collapse that issue 14 adds, against loops over samples, classes and pairs in plain Python."""
+"""Metrics of neural collapse against loops over samples, classes and pairs in plain Python."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def compare(got: Any, want: dict[str, float], rel: float = 1e-10) -> None:
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(("k", "dim"), [(2, 3), (5, 6), (7, 3)])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_new_fields_are_their_definitions(seed: int, k: int, dim: int, with_bias: bool) -> None:
+def test_fields_equal_their_definitions(seed: int, k: int, dim: int, with_bias: bool) -> None:
     x, y, w, bias = problem(seed, k, dim)
     b = bias if with_bias else None
     compare(neural_collapse(x, y, w, bias=b), literal(x, y, w, b))
@@ -125,7 +125,7 @@ def test_new_fields_are_their_definitions(seed: int, k: int, dim: int, with_bias
 
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_absent_classes_and_single_samples(with_bias: bool) -> None:
-    """Absent classes are left out, as decisions too; a class of one sample has no scatter and counts as a class."""
+    """Absent classes are left out, also as predictions; a class of one sample has no scatter but counts as a class."""
     x, y, w, bias = problem(3, k=6, absent=(1, 4), single=2)
     assert (y == 2).sum() == 1
     b = torch.full_like(bias, 0.25) if with_bias else None  # its spread is 0 over whatever classes
@@ -141,7 +141,7 @@ def test_low_precision_is_measured_in_float64(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_measures_under_a_large_offset(dtype: torch.dtype) -> None:
-    """Features a unit apart at 10^4 from the origin: what float64 knows of them is measured, not of their squares.
+    """Features a unit apart, 10^4 from the origin: the precision is that of the features, not of their squares.
 
     The definitions here are taken after subtracting the offset, which is exact for these numbers.
     """
@@ -175,7 +175,7 @@ def test_rotated_self_duality_of_matrices_as_given() -> None:
 @given(seed=seeds)
 @prop
 def test_invariances_of_the_new_fields(seed: int) -> None:
-    """A rotation of the space, a factor for every row and other names of the classes change nothing.
+    """A rotation of the space, a factor for every row and a permutation of the classes change nothing.
 
     With a bias the classifier is linear: a common factor of the features, and one of weights and bias, then.
     """
@@ -202,7 +202,7 @@ def test_invariances_of_the_new_fields(seed: int) -> None:
 @given(seed=seeds)
 @prop
 def test_rotated_encoding_of_a_collapsed_model(seed: int) -> None:
-    """[ENC] Prop. IV.3: prototypes Q V of a turned encoding are not along the means, yet self-dual up to a rotation."""
+    """[ENC] Prop. IV.3: prototypes Q V of a rotated encoding differ from the means, but only by a rotation."""
     k, dim = 5, 8
     means = simplex_rows(k, dim, seed)
     turn = orthogonal(k, seed)
@@ -249,7 +249,7 @@ def test_optimum_field_by_field(k: int, dim: int, features: str) -> None:
         assert best.mir == pytest.approx(1 / (k - 1) + (k - 2) / (k - 1) * math.log(k - 2) / math.log(k - 1), rel=1e-12)
 
 
-def test_relu_optimum_is_in_table_3() -> None:
+def test_relu_optimum_agrees_with_table_3() -> None:
     """[NCD] Table 3 prints the non-negative optimum: alignment 0.11 and 0.01, MIR 0.95 and 1.00, HDR 0.05 and 0.30."""
     for k, alignment, mir, hdr in ((10, 0.11, 0.95, 0.05), (100, 0.01, 1.00, 0.30)):
         best = optimum(k, features="relu")
@@ -279,8 +279,8 @@ def test_shares_are_distances_to_the_optimum_in_ranges(features: str) -> None:
 # when the pseudo-inverse form misleads, and bad input
 
 
-def test_robust_measures_where_the_pseudo_inverse_form_explodes() -> None:
-    """Means that barely differ in a direction: nc1 grows like 1/e^2, the ratio of traces and the distances do not."""
+def test_robust_metrics_stay_small_where_nc1_is_large() -> None:
+    """Means that hardly differ in one direction: nc1 grows like 1/e^2, scatter_ratio and cdnv do not."""
     from nckernels.metrics import class_distance_variance, variability_collapse
     from nckernels.metrics import scatter_ratio as package_ratio
 
@@ -317,8 +317,8 @@ def test_degenerate_but_valid_input() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_mir_of_means_that_coincide_is_no_large_number(seed: int) -> None:
-    """One feature for all classes, as of a network that has died: MIR is at most 1, H(A * B) >= max(H(A), H(B))."""
+def test_mir_of_coinciding_means_is_bounded(seed: int) -> None:
+    """The same feature for all classes, as after dead units: MIR is at most 1, H(A * B) >= max(H(A), H(B))."""
     x, w = randn(1, 5, seed=seed).expand(30, 5), randn(6, 5, seed=seed + 1)
     result = neural_collapse(x, torch.arange(30) % 6, w)
     for name in ("mir", "mir_centred"):
@@ -357,7 +357,7 @@ def test_bad_input_is_named(name: str) -> None:
         call(*problem(8))
 
 
-def test_matrices_that_do_not_fit_are_named() -> None:
+def test_matrices_of_the_wrong_shape_are_named() -> None:
     from nckernels.metrics import rotated_self_duality
 
     with pytest.raises(ValueError, match=r"prototypes|means"):

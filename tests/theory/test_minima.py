@@ -72,7 +72,7 @@ def test_minimum_at_the_optimum(name: str, features: str) -> None:
 
 @pytest.mark.parametrize("features", ["signed", "relu"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_solver_knows_the_minimum(name: str, features: str) -> None:
+def test_minimum_equals_the_literal_form(name: str, features: str) -> None:
     from nckernels.ufm import minimum
 
     for k, n, temperature in itertools.product((2, 3, 4, 10, 1000), (2, 5), (0.002, 0.05, 1.0)):
@@ -86,7 +86,7 @@ def test_the_solver_knows_the_minimum(name: str, features: str) -> None:
 def test_nothing_non_negative_is_below_the_relu_minimum(
     name: str, seed: int, k: int, n: int, extra: int, size: float
 ) -> None:
-    """Random features in the positive orthant, and those around its optimum, with prototypes as good as we can find.
+    """Random features in the positive orthant, and features near its optimum, with optimised prototypes.
 
     The best prototype of NONL at a small temperature points along m_c minus the other means.
     """
@@ -102,7 +102,7 @@ def test_nothing_non_negative_is_below_the_relu_minimum(
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_descent_in_the_positive_orthant_ends_at_the_relu_minimum(name: str) -> None:
-    """It is the least value, not merely a bound: squares of free numbers as features, L-BFGS from a random start."""
+    """The minimum is attained: squares of free numbers as features, L-BFGS from a random start."""
     k, n, temperature = 4, 2, 0.5
     y = torch.arange(k).repeat(n)
     roots, w = randn(k * n, k, seed=5).requires_grad_(), randn(k, k, seed=7).requires_grad_()
@@ -148,7 +148,7 @@ def test_lower_bound_of_scl_and_of_the_prototype_loss(
 
 @pytest.mark.parametrize("name", ["ntce", "nonl"])
 def test_lemmas_are_tight_with_constant_logits_only(name: str) -> None:
-    """Lemmas A.3 and A.4, "if and only if": scatter across the prototypes' span costs nothing, along it it does.
+    """Lemmas A.3 and A.4, "if and only if": scatter orthogonal to the prototypes is free, scatter along them is not.
 
     Features m_c + s_i e with s_i = +-1 and e orthogonal to all prototypes, and then e along the first prototype.
     """

@@ -1,4 +1,4 @@
-"""Streaming metrics are the one-shot ones, in whatever batches the set comes and however far from the origin."""
+"""Streaming metrics equal the one-pass ones, for any batches and at any distance from the origin."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def split(x: Tensor, y: Tensor, cuts: list[int]) -> list[tuple[Tensor, Tensor]]:
     cuts=st.lists(st.integers(0, 10**6), max_size=6),
 )
 @settings(max_examples=12, deadline=None)
-def test_measure_is_the_one_shot_form(with_bias: bool, seed: int, k: int, dim: int, n: int, cuts: list[int]) -> None:
+def test_measure_equals_the_one_pass_form(
+    with_bias: bool, seed: int, k: int, dim: int, n: int, cuts: list[int]
+) -> None:
     from nckernels.metrics.streaming import measure
 
     x, y, w, b = draw(seed, k, dim, n, 0.0)
@@ -63,7 +65,7 @@ def test_measure_is_the_one_shot_form(with_bias: bool, seed: int, k: int, dim: i
     cuts=st.lists(st.integers(0, 10**6), max_size=6),
 )
 @settings(max_examples=12, deadline=None)
-def test_metric_is_the_one_shot_form(seed: int, k: int, dim: int, n: int, cuts: list[int]) -> None:
+def test_metric_equals_the_one_pass_form(seed: int, k: int, dim: int, n: int, cuts: list[int]) -> None:
     from nckernels.metrics.streaming import CollapseMetric
 
     x, y, w, b = draw(seed, k, dim, n, 0.0)
@@ -76,7 +78,7 @@ def test_metric_is_the_one_shot_form(seed: int, k: int, dim: int, n: int, cuts: 
 
 
 @pytest.mark.parametrize("order", ["shuffled", "by class"])
-def test_offset_of_ten_thousand_scatters(order: str) -> None:
+def test_accuracy_at_an_offset_of_ten_thousand_scatters(order: str) -> None:
     """Class by class is the hardest order: the running mean of the first class is far from that of the last."""
     from nckernels.metrics.streaming import measure
 

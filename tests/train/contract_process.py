@@ -159,7 +159,7 @@ def log(folder: Path, *, timed: bool = False) -> list[dict[str, Any]]:
 
 
 def untimed(content: Any) -> Any:
-    """Without what a clock has measured."""
+    """The content without times."""
     if isinstance(content, Mapping):
         return {key: untimed(value) for key, value in content.items() if "second" not in str(key)}
     return [untimed(value) for value in content] if isinstance(content, (list, tuple)) else content
@@ -186,7 +186,7 @@ def unequal(one: Any, other: Any, path: str = "") -> list[str]:
 
 
 def refused(process: Process, *words: str) -> None:
-    """It failed with a message of these words, and no traceback."""
+    """Assert that it failed with a message that has these words, and without a traceback."""
     assert process.returncode in (1, 2), f"{process}\n{process.stdout}\n{process.stderr}"
     assert "Traceback" not in process.stderr, process.stderr
     assert len(process.stderr.strip()) < 4000
@@ -195,7 +195,7 @@ def refused(process: Process, *words: str) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The files, the lock aside."""
+    """The files of a folder, without the lock."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))

@@ -1,4 +1,4 @@
-"""Histories of runs that never were, for tests of what reads them."""
+"""Made-up histories, for tests of code that reads them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nckernels.metrics import NeuralCollapse, optimum
 from nckernels.train.recipe import Recipe
 
 SKILL = {"ce": 0.3, "normface": 0.8, "ntce": 0.9, "nonl": 1.0, "scl": 0.7}
-"""How much of the way to collapse a loss goes in the end."""
+"""The share of the way to collapse that each loss reaches at the end."""
 
 
 def history(

@@ -45,7 +45,7 @@ def environment() -> dict[str, str]:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """All that a run leaves, without what the clock says."""
+    """Everything that a run leaves, without times."""
     history = json.loads((folder / "history.json").read_text())
     history["seconds"] = 0
     history["classifiers"] = [{**result, "seconds": 0} for result in history["classifiers"]]

@@ -32,14 +32,14 @@ def drawn(count: int, seed: int = 0) -> Tensor:
 
 
 def only(x: Tensor, settings: Augment, **columns: float) -> Tensor:
-    """Views where every number is 1/2, which changes least, but the named ones."""
+    """Views with all random numbers 1/2, which changes least, except for the named ones."""
     u = torch.full((len(x) * settings.views, NUMBERS), 0.5)
     for name, value in columns.items():
         u[:, getattr(augment, name)] = value
     return views(x, settings, u)[:, 0]
 
 
-def test_numbers_are_those_of_the_seed() -> None:
+def test_random_numbers_depend_on_the_seed() -> None:
     u = drawn(7)
     assert u.shape == (7, NUMBERS)
     assert u.min() >= 0
@@ -48,7 +48,7 @@ def test_numbers_are_those_of_the_seed() -> None:
     assert not torch.equal(u, drawn(7, seed=1))
 
 
-def test_nothing_asked_is_the_image_itself() -> None:
+def test_default_settings_return_the_image() -> None:
     x = torch.randn(3, 5, 8, 6)  # of any values and channels
     out = views(x, Augment(views=2), drawn(6))
     assert torch.equal(out, torch.stack([x, x], 1))
@@ -72,7 +72,7 @@ def test_nothing_asked_is_the_image_itself() -> None:
         ({"shift": 0.1}, False),
     ],
 )
-def test_whether_anything_is_asked(changes: dict[str, object], expected: bool) -> None:
+def test_is_identity(changes: dict[str, object], expected: bool) -> None:
     settings = Augment(**changes)
     assert is_identity(settings) == expected
     changed = not torch.equal(views(images(), settings, drawn(6 * settings.views))[:, 0], images())
@@ -80,7 +80,7 @@ def test_whether_anything_is_asked(changes: dict[str, object], expected: bool) -
 
 
 def test_views_depend_on_their_own_image_and_numbers_only() -> None:
-    """So ranks and micro-batches that draw for the whole batch see slices of the same views."""
+    """So ranks and micro-batches, which draw numbers for the whole batch, see slices of the same views."""
     x, u = images(8), drawn(16)
     whole = views(x, ALL, u)
     before = (x.clone(), u.clone())
@@ -114,7 +114,7 @@ def test_flips_are_exact() -> None:
 
 @pytest.mark.parametrize("shape", [(9, 9), (6, 10), (4, 12)])
 def test_crops_are_the_first_that_fit(shape: tuple[int, int]) -> None:
-    """In pixels: area, aspect ratio and place, and what is left to do where ten tries fail."""
+    """Area, aspect ratio and place in pixels, and the fallback if ten attempts fail."""
     height, width = shape
     low, high = crop = (0.4, 1.0)
     u = drawn(500)
@@ -136,7 +136,7 @@ def test_crops_are_the_first_that_fit(shape: tuple[int, int]) -> None:
 
 
 def test_a_crop_shows_its_part_of_the_image() -> None:
-    """The left upper quarter, between the pixels of the image, of a plane that bilinear interpolation keeps."""
+    """The upper left quarter of a linear image, which bilinear interpolation reproduces exactly."""
     plane = (torch.arange(8.0)[:, None] * 10 + torch.arange(8.0)).expand(1, 1, 8, 8)
     u = torch.zeros(1, NUMBERS)
     u[:, 1:20:2] = 0.5  # aspect ratio 1
@@ -176,7 +176,7 @@ def test_zoom_changes_the_size_by_its_share() -> None:
     assert scale == pytest.approx([1 / 1.5, 1 / 0.5])
 
 
-def test_parts_compose_as_crop_then_the_rest() -> None:
+def test_crop_comes_before_the_other_moves() -> None:
     settings = Augment(crop=(0.3, 0.8), rotate=30.0, zoom=0.2, shift=0.3)
     u = drawn(50)
     crop = augment.affine(Augment(crop=(0.3, 0.8)), u, 6, 9).double()
@@ -228,7 +228,7 @@ def test_factors_of_colours() -> None:
     torch.testing.assert_close(augment._factor(3, 0.1, u), torch.tensor([-0.1, 0.0, 0.1]))
 
 
-def test_jitter_takes_every_order() -> None:
+def test_jitter_uses_every_order() -> None:
     x, strengths = images(24), (0.6, 0.5, 0.9, 0.3)
     u = drawn(24)
     u[:, augment._ORDER] = (torch.arange(24) + 0.5) / 24

@@ -1,4 +1,4 @@
-"""Batches as functions of seed, epoch and step: whatever the number of ranks and workers, and wherever one starts."""
+"""Batches are functions of seed, epoch and step, for any number of ranks and workers and any first step."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def same(a: list[tuple[Tensor, ...]], b: list[tuple[Tensor, ...]]) -> bool:
 
 
 def rows_of(batch: Tensor, dataset: Dataset) -> list[int]:
-    """Which training images these are, from pixels that were only normalised."""
+    """The indices of training images, found by their pixels, which were only normalised."""
     assert isinstance(dataset.train, Memory)
     mean, std = (torch.tensor(values)[:, None, None] for values in (dataset.mean, dataset.std))
     pixels = ((batch * std + mean) * 255).round().to(torch.uint8)
@@ -93,7 +93,7 @@ def test_ranks_share_the_batches_of_one_process(settings: dict[str, Any], ranks:
 
 
 @pytest.mark.parametrize("settings", [{}, AUGMENT, VIEWS, {"data.balanced": True}])
-def test_an_epoch_resumes_anywhere(settings: dict[str, Any]) -> None:
+def test_an_epoch_resumes_at_any_step(settings: dict[str, Any]) -> None:
     dataset = in_memory()
     whole = drawn(dataset, recipe(**settings), epoch=1)
     for start in range(5):
@@ -135,7 +135,7 @@ def test_balanced_batches_have_no_long_tail() -> None:
     assert set(range(180, 200)) <= set(rows.tolist())
 
 
-def test_images_are_resized_to_what_the_network_sees() -> None:
+def test_images_are_resized_to_the_input_size_of_the_network() -> None:
     dataset = dataclasses.replace(in_memory(), image_size=12)
     (images, _), *_ = drawn(dataset, recipe(**VIEWS))
     assert images.shape == (10, 2, 3, 12, 12)
@@ -204,7 +204,7 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
 
 
 def gray_images(folder: Path) -> Dataset:
-    """Each of one grey that says which it is."""
+    """Images of one grey each, which identifies the image."""
     image = pytest.importorskip("PIL.Image")
     paths = [folder / f"{i}.png" for i in range(40)]
     for i, path in enumerate(paths):
@@ -214,7 +214,9 @@ def gray_images(folder: Path) -> Dataset:
 
 
 @pytest.mark.parametrize("settings", [{}, VIEWS])
-def test_files_do_not_depend_on_workers_ranks_or_where_one_starts(settings: dict[str, Any], pictures: Dataset) -> None:
+def test_file_batches_do_not_depend_on_workers_ranks_or_the_first_step(
+    settings: dict[str, Any], pictures: Dataset
+) -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
     alone = [drawn(pictures, recipe(**settings), epoch=epoch) for epoch in (0, 1)]
@@ -279,7 +281,7 @@ def test_an_unreadable_image_is_named(workers: int, pictures: Dataset) -> None:
     "error",
     [RuntimeError("DataLoader worker (pid 1) exited unexpectedly"), EOFError(), ConnectionResetError("reset by peer")],
 )
-def test_a_worker_that_dies_is_told(error: Exception, pictures: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_dies_is_an_error(error: Exception, pictures: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(_: object) -> Iterator[Tensor]:
         yield torch.zeros(10, 4, 4, 3)
         raise error
@@ -290,7 +292,7 @@ def test_a_worker_that_dies_is_told(error: Exception, pictures: Dataset, monkeyp
 
 
 @pytest.mark.slow
-def test_a_real_worker_that_dies(pictures: Dataset) -> None:
+def test_a_worker_that_is_killed_is_an_error(pictures: Dataset) -> None:
     # In a process of its own: PyTorch's signal handler may raise its error wherever the main thread happens to be.
     assert isinstance(pictures.train, Files)
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r}); from train import test_batches as t; "

@@ -1,4 +1,4 @@
-"""Killed at any moment and resumed, a run has the bits of one that was not; nothing that goes wrong loses anything."""
+"""A run that is killed and resumed has the bits of an uninterrupted one; no failure loses a checkpoint."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def interrupted(folder: Path, changes: dict[str, Any], *after: int) -> None:
     ],
     ids=["queue", "decay", "dlp", "scl", "random", "micro"],
 )
-def test_resumed_is_as_if_never_interrupted(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(changes: dict[str, Any], tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     fit(recipe(**changes), whole, progress=False)
     interrupted(parts, changes, 2, 9, 4)  # before the first checkpoint, in the first epoch, in the second
@@ -81,7 +81,7 @@ def test_adamw_and_bfloat16_resume_too(tmp_path: Path) -> None:
         assert all(torch.equal(value, other["optimizer"]["state"][key][name]) for name, value in state.items())
 
 
-def test_an_interrupt_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
+def test_an_interrupt_saves_and_prints_the_command_that_resumes(tmp_path: Path) -> None:
     toml = str(file(tmp_path, **{"schedule.epochs": 2000, "run.metrics": False}))
     words = ["train", toml, "--out", "run", "--set", "optimizer.lr=0.05", "--quiet"]
     process = contract_process.start(*words, folder=tmp_path)
@@ -89,7 +89,7 @@ def test_an_interrupt_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     process.signal(signal.SIGINT)
     assert process.wait().returncode == 0, process.stderr
     line = f"python -m nckernels train {toml} --out run --resume auto --set optimizer.lr=0.05"
-    assert process.stdout == f"saved; to go on: {line}\n"
+    assert process.stdout == f"saved; to resume: {line}\n"
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     assert not history["finished"]
     stored = checkpoint.load(tmp_path / "run" / "checkpoint.pt")
@@ -115,7 +115,7 @@ def test_stopped_within_an_epoch_and_resumed(tmp_path: Path, monkeypatch: pytest
     assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
 
 
-def test_a_second_interrupt_is_one() -> None:
+def test_a_second_interrupt_raises_keyboard_interrupt() -> None:
     before = signal.getsignal(signal.SIGINT)  # a shell's background jobs ignore it
     with Stop() as stop:
         os.kill(os.getpid(), signal.SIGINT)
@@ -126,22 +126,22 @@ def test_a_second_interrupt_is_one() -> None:
         assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_finished_run_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_is_not_trained_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     toml, out = file(tmp_path, **{"schedule.epochs": 1, "run.probes": ["FP"]}), tmp_path / "run"
     words = [str(toml), "--out", str(out), "--quiet"]
     assert cli.main(words) == 0
     before = outcome(out), (out / "history.json").read_bytes()
     capsys.readouterr()
     assert cli.main([*words, "--resume", "auto"]) == 0
-    assert "this run was finished already" in capsys.readouterr().out
+    assert "this run was already finished" in capsys.readouterr().out
     assert (outcome(out), (out / "history.json").read_bytes()) == before
     with pytest.raises(SystemExit) as stop:
         cli.main(words)
     assert stop.value.code == 2
-    assert f"{out} has a run; --resume auto goes on with it" in capsys.readouterr().err
+    assert f"{out} already has a run; --resume auto continues it" in capsys.readouterr().err
 
 
-def test_killed_in_what_comes_after_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_after_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {"schedule.epochs": 1, "run.probes": ("FP",)}
     fit(recipe(**changes), tmp_path / "whole", progress=False)
 
@@ -159,13 +159,13 @@ def test_killed_in_what_comes_after_the_last_step(tmp_path: Path, monkeypatch: p
 # What is refused
 
 
-def test_another_recipe(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_recipe_is_an_error(tmp_path: Path) -> None:
     fit(recipe(schedule__epochs=1), tmp_path, progress=False)
-    message = r"recipe\.json is of another recipe: loss\.temperature = 0\.1, not 0\.2, optimizer\.lr = 0\.1, not 0\.05$"
+    message = r"another recipe: loss\.temperature = 0\.1 there, 0\.2 here, optimizer\.lr = 0\.1 there, 0\.05 here$"
     with pytest.raises(ValueError, match=message):
         fit(recipe(schedule__epochs=1, loss__temperature=0.2, optimizer__lr=0.05), tmp_path, resume=True)
     (tmp_path / "recipe.json").unlink()
-    with pytest.raises(ValueError, match=r"checkpoint\.pt is of another recipe: run\.seed = 42, not 1"):
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is of another recipe: run\.seed = 42 there, 1 here"):
         fit(recipe(schedule__epochs=1, run__seed=1), tmp_path, resume=True)
     free = {"run.log_every": 7, "run.save_every": 2, "data.root": "elsewhere", "data.workers": 0, "run.threads": 2}
     assert fit(recipe(schedule__epochs=1, **free), tmp_path, resume=True, progress=False).history.finished
@@ -173,7 +173,7 @@ def test_another_recipe(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flipped", "tensor"])
-def test_a_damaged_checkpoint(damage: str, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_named(damage: str, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     fit(recipe(schedule__epochs=1), tmp_path, progress=False)
     content = bytearray(path.read_bytes())
@@ -182,14 +182,14 @@ def test_a_damaged_checkpoint(damage: str, tmp_path: Path) -> None:
     else:
         content[len(content) // 2] ^= 0xFF
         path.write_bytes(content)
-    message = r"checkpoint\.pt: (damaged, or no checkpoint: |expected a checkpoint of version 1)"
+    message = r"checkpoint\.pt: (damaged, or not a checkpoint: |expected a checkpoint of version 1)"
     with pytest.raises(ValueError, match=message):
         fit(recipe(schedule__epochs=1), tmp_path, resume=True, progress=False)
 
 
-def test_two_runs_in_one_folder(tmp_path: Path) -> None:
+def test_two_processes_in_one_folder_are_an_error(tmp_path: Path) -> None:
     held = Folder(tmp_path)
-    with pytest.raises(ValueError, match=rf"{tmp_path}: process {os.getpid()} trains in this folder"):
+    with pytest.raises(ValueError, match=rf"{tmp_path}: process {os.getpid()} is already training in this folder"):
         fit(recipe(), tmp_path, progress=False)
     held.close()
     here, there = os.pipe()
@@ -206,7 +206,7 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
         child = int(pipe.readline())
     os.close(there)
     try:
-        with pytest.raises(ValueError, match=f"process {other} trains in this folder"):
+        with pytest.raises(ValueError, match=f"process {other} is already training in this folder"):
             Folder(tmp_path)
         os.kill(other, signal.SIGKILL)
         os.waitpid(other, 0)
@@ -226,7 +226,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(OSError, match=r"a could not be written \(Input/output error\); the one before is kept"):
+    with pytest.raises(OSError, match=r"a could not be written \(Input/output error\); the previous one is kept"):
         write_atomically(path, lambda out: out.write(b"new"))
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a"]

@@ -82,7 +82,7 @@ def opened(root: Path, name: str) -> Dataset:
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_what_was_written_is_read(name: str, packed: bool, tmp_path: Path, trusted: Any) -> None:
+def test_archives_and_folders_are_read(name: str, packed: bool, tmp_path: Path, trusted: Any) -> None:
     content = files(name)
     path = write(tmp_path, name, content, packed=packed)
     if packed:
@@ -166,7 +166,7 @@ def test_text_in_other_encodings_is_refused() -> None:
         cifar.unpickle(pickle.dumps({b"a": Attack(codecs.encode, "text", "rot13")}, protocol=2), "here")
 
 
-def test_a_wrong_checksum_is_told(tmp_path: Path) -> None:
+def test_a_wrong_checksum_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path, "cifar10", files("cifar10"))
     found = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
     with pytest.raises(DataError) as caught:
@@ -176,7 +176,7 @@ def test_a_wrong_checksum_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 1000, -1000])
-def test_a_truncated_archive_is_told(keep: int, tmp_path: Path, trusted: Any) -> None:
+def test_a_truncated_archive_is_an_error(keep: int, tmp_path: Path, trusted: Any) -> None:
     path = trusted(write(tmp_path, "cifar100", files("cifar100")))
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(DataError, match=r"cifar-100-python.tar.gz: expected the MD5 checksum \w+, found \w+ of \d+"):

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
@@ -42,7 +43,7 @@ def test_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in printed.out for name in history.metrics)
 
 
-def test_features_that_are_never_negative_are_compared_with_their_own_optimum(
+def test_non_negative_features_are_compared_with_the_relu_optimum(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main([str(file(tmp_path)), "--set", "model.projection=none", "--quiet"]) == 0
@@ -51,7 +52,7 @@ def test_features_that_are_never_negative_are_compared_with_their_own_optimum(
 
 
 def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Says what would be done, and does none of it."""
+    """Prints the plan of the run and trains nothing."""
     plan = SimpleNamespace(describe=lambda wanted: f"{wanted.loss.name} for {wanted.schedule.epochs} epochs")
     monkeypatch.setitem(sys.modules, "nckernels.train.plan", plan)
     monkeypatch.setattr(nckernels.train, "plan", plan, raising=False)
@@ -68,9 +69,13 @@ def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
         (["--set", "schedule.epoch=1"], "unknown key schedule.epoch (did you mean 'schedule.epochs'?)"),
         (["--set", "schedule.epochs=0"], "schedule.epochs: expected at least 1"),
         (["--set", "run.batch_size=5000"], "run.batch_size: expected at most 576"),
-        (["--set", "epochs"], "--set: expected key=value, got 'epochs'"),
-        (["--set", "run.device=quantum"], "run.device: 'quantum' cannot be used here"),
-        (["--resume", "auto"], "--resume: expected --out"),
+        (["--set", "epochs"], "--set: expected KEY=VALUE, got 'epochs'"),
+        (["--set", "run.device=quantum"], "run.device: 'quantum' cannot be used here; expected auto, cpu, cuda or"),
+        (["--device", "quantum"], "run.device: 'quantum' cannot be used here; expected auto, cpu, cuda or cuda:1"),
+        (["--device", "meta"], "run.device: 'meta' cannot be used here: its tensors have no values"),
+        (["--device", "meta", "--dry-run"], "run.device: 'meta' cannot be used here: its tensors have no values"),
+        (["--device", "xpu:9"], "run.device: 'xpu:9' cannot be used here; PyTorch finds cpu"),
+        (["--resume", "auto"], "--resume needs --out"),
         (["--resume", "sometimes"], "argument --resume: invalid choice: 'sometimes'"),
     ],
 )
@@ -81,7 +86,19 @@ def test_bad_arguments(words: list[str], message: str, tmp_path: Path, capsys: p
     assert message in capsys.readouterr().err
 
 
-def test_a_training_that_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Training says what there is in one line; a dry run describes a run elsewhere."""
+    words = [str(file(tmp_path)), "--device", "cuda:1"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith("run.device: 'cuda:1' cannot be used here; PyTorch finds cpu only\n")
+    assert cli.main([*words, "--dry-run"]) == 0
+    assert 'device = "cuda:1"' in capsys.readouterr().out
+
+
+def test_a_failed_training_ends_with_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     toml = str(file(tmp_path))
     with pytest.raises(SystemExit) as stop:
         cli.main([toml, "--set", "loss.name=ce", "--set", "optimizer.lr=1e30", "--quiet"])
@@ -94,7 +111,7 @@ def test_a_training_that_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert f"{tmp_path / 'taken'}: File exists" in capsys.readouterr().err
 
 
-def test_the_line_that_resumes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_that_resumes(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["cifar100/nonl", "--out", "my runs/1", "--set", "loss.temperature=0.2", "--set", 'loss.name="ce"']
     arguments = cli.make_parser().parse_args(words)
     settings = "--set loss.temperature=0.2 --set 'loss.name=\"ce\"'"

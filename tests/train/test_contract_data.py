@@ -1,4 +1,4 @@
-"""Sets, batches and passes over them, as the other parts of the trainer rely on them.
+"""Data sets, batches and passes: the contract that the other parts of the trainer rely on.
 
 Written from the description of the trainer, not from its code.
 """
@@ -134,7 +134,7 @@ def test_ranks_share_the_global_batch(digits: Dataset, changes: dict[str, Any], 
 
 
 def test_augmentation(digits: Dataset) -> None:
-    """It is no part of the order, is another one for each view and epoch, and a certain flip is a mirror."""
+    """Augmentation does not change the order, differs between views and epochs, and a flip of probability 1 mirrors."""
     plain, mirrored = (next(iter(batches(digits, augment__flip=flip).epoch(0))) for flip in (0.0, 1.0))
     assert torch.equal(plain[1], mirrored[1])
     assert torch.allclose(plain[0].flip(-1), mirrored[0], atol=1e-4)
@@ -223,7 +223,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("imbalance", [0.1, 0.02, 0.005])
 def test_long_tail(folder: Path, imbalance: float) -> None:
-    """n_k = n imbalance^(k / (K - 1)), a whole number next to it; the test set as it is; fixed by the seed."""
+    """n_k = n imbalance^(k / (K - 1)), rounded; the test set is unchanged; the seed determines the samples."""
     settings = Data(name="folder", root=str(folder), imbalance=imbalance)
     made = open_data(settings)
     counts = made.train.labels.bincount(minlength=6).tolist()
@@ -243,7 +243,7 @@ def test_long_tail(folder: Path, imbalance: float) -> None:
 
 
 def test_balanced_batches() -> None:
-    """Uniform over the classes of a long tail; without, as the tail has it."""
+    """Uniform over the classes of a long tail with ``balanced``, in proportion to their sizes without."""
     changes = {"data__imbalance": 0.02, "run__batch_size": 32}
     made = open_data(recipe(**changes).data)
     tail = made.train.labels.bincount(minlength=10)

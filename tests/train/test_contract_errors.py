@@ -50,7 +50,7 @@ def refused(arguments: list[str], word: str, capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_settings(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A message on stderr, and nothing that would be in the way of the next attempt."""
+    """A message on stderr, and no files that would hinder the next attempt."""
     changes, word = BAD[case]
     arguments = ["digits/nonl", *cli.options(**changes), "--out", str(tmp_path / "r")]
     assert refused(arguments, word, capsys) in (1, 2)
@@ -63,7 +63,7 @@ def test_bad_settings(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["digts/nonl"], "digits"),
         (["digits/nonll"], "nonl"),
         (["none.toml"], "none.toml"),
-        (["digits/nonl", "--set", "run.seed"], "key=value"),
+        (["digits/nonl", "--set", "run.seed"], "KEY=VALUE"),
         (["digits/nonl", "--sett", "run.seed=1"], "--sett"),
         ([], "RECIPE"),
     ],

@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, cut off or out of disk space, and resumed: nothing is lost, and nothing differs.
+"""Runs that are killed, stopped, truncated or out of disk space, and resumed: nothing is lost, and nothing differs.
 
 Written from the description of the trainer, not from its code.
 """
@@ -117,7 +117,7 @@ def resume(folder: Path, **options: Any) -> cli.Process:
 
 
 def test_leftovers_do_no_harm(stopped: Path, whole: Any) -> None:
-    """Of files that were being written, lines beyond the checkpoint, and a part of one."""
+    """Leftovers: partly written files, log lines after the checkpoint, and a part of a line."""
     (stopped / "checkpoint.pt.part").write_bytes((stopped / "checkpoint.pt").read_bytes()[:1000])
     (stopped / "history.json.part").write_bytes(b"{")
     with open(stopped / "log.jsonl", "a") as file:
@@ -164,7 +164,7 @@ def test_broken_checkpoints_are_named(stopped: Path, tmp_path: Path) -> None:
 
 
 def test_full_disk(stopped: Path, whole: Any) -> None:
-    """Files that may not grow stand for the disk: the next checkpoint does not fit, and the old one stays."""
+    """A limit on the size of files simulates a full disk: the next checkpoint does not fit, and the old one stays."""
     old = torch.load(stopped / "checkpoint.pt", weights_only=True)
     size = (stopped / "checkpoint.pt").stat().st_size
     limit = size - 2000

@@ -1,4 +1,4 @@
-"""What a run leaves behind and how it fails, seen from outside: the command line and ``nckernels.train.fit``.
+"""The files of a run and its failures, through the command line and ``nckernels.train.fit``.
 
 Written from the description of the trainer, not from its code.
 """
@@ -159,7 +159,7 @@ def test_a_finished_run_resumed_stays_as_it_is(run: tuple[cli.Process, Path]) ->
 
 
 def test_folder_with_a_run(run: tuple[cli.Process, Path]) -> None:
-    """Without --resume nobody's run is overwritten."""
+    """Without --resume an existing run is not overwritten."""
     before = cli.contents(run[1])
     process = cli.run("train", "digits/ce", *cli.options(), "--out", "r", folder=run[1].parent)
     cli.refused(process, "r")

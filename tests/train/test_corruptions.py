@@ -1,4 +1,4 @@
-"""Corruptions: each does what it says, the more the higher the severity, and the same again for the same seed."""
+"""Corruptions: each has its effect, which grows with the severity and depends on the seed only."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def apply(name: str, severity: int, images: Tensor, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_every_severity_is_further_from_the_image(name: str) -> None:
+def test_severity_increases_the_distance_from_the_image(name: str) -> None:
     images = pictures()
     before = images.clone()
     distances = [(apply(name, severity, images) - images).square().mean().item() for severity in range(1, 6)]
@@ -51,7 +51,7 @@ def test_images_keep_their_shape_and_range_and_depend_on_the_seed_alone(name: st
     assert torch.equal(one, other) != random
 
 
-def test_what_each_corruption_does() -> None:
+def test_effect_of_each_corruption() -> None:
     grey, images = torch.full((200, 1, 20, 20), 0.5), pictures()
     noisy = corruptions.gaussian_noise(grey, 0.1, torch.Generator().manual_seed(0))
     assert noisy.std().item() == pytest.approx(0.1, rel=0.02)
@@ -90,7 +90,7 @@ def test_shifts_and_rotations_are_of_their_size() -> None:
     assert (angles < 0).any()
 
 
-def test_a_set_of_bytes_and_one_beyond_black_and_white() -> None:
+def test_byte_images_and_images_beyond_zero_and_one() -> None:
     labels = torch.zeros(40, dtype=torch.int64)
     images = pictures()
     as_bytes, as_floats = (
@@ -102,7 +102,7 @@ def test_a_set_of_bytes_and_one_beyond_black_and_white() -> None:
     assert wide.max() == 1.75
     other = corrupted(Memory(images, labels), "gaussian_noise", 2, seed=4).images
     assert not torch.equal(as_floats, other)
-    with pytest.raises(ValueError, match="expected images in memory"):
+    with pytest.raises(ValueError, match="expected a data set in memory"):
         corrupted(Files(("a.png",), labels[:1]), "blur", 1)
     with pytest.raises(ValueError, match="severity: expected 1 to 5, got 6"):
         corrupted(Memory(images, labels), "blur", 6)
@@ -120,12 +120,12 @@ def test_errors_are_those_of_each_corruption_and_severity() -> None:
 
 
 def test_mean_corruption_error() -> None:
-    """Sums over the severities are divided, and only then averaged."""
+    """Sums over the severities are divided by the baseline's, and then averaged over the corruptions."""
     baseline = {"blur": [0.1, 0.1, 0.1, 0.1, 0.6], "shift": [0.2] * 5}
     errors = {"blur": [0.2, 0.2, 0.2, 0.2, 0.2], "shift": [0.1] * 5}
     assert mean_corruption_error(errors, baseline) == pytest.approx((1.0 + 0.5) / 2)
     assert mean_corruption_error(baseline, baseline) == pytest.approx(1)
     with pytest.raises(ValueError, match="baseline: expected the corruptions blur, shift, got blur"):
         mean_corruption_error(errors, {"blur": [0.1] * 5})
-    with pytest.raises(ValueError, match="baseline: no errors under shift"):
+    with pytest.raises(ValueError, match="baseline: it has no errors under shift"):
         mean_corruption_error(errors, {**baseline, "shift": [0.0] * 5})

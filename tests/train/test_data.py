@@ -1,4 +1,4 @@
-"""Data sets by name: what is in them, and what the settings of ``[data]`` do to them."""
+"""Data sets by name, and the effect of the settings of ``[data]``."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_long_tailed_set_is_a_part_that_the_seed_decides() -> None:
     assert min(counts(both.test.labels)) > 25
 
 
-def test_settings_without_meaning_for_several_labels() -> None:
+def test_settings_that_need_single_labels_are_errors() -> None:
     with pytest.raises(ValueError, match=r"data.imbalance: .* several labels"):
         longtail.long_tailed(several(), 0.1, 0)
     with pytest.raises(ValueError, match=r"data.classes: .* several labels"):
@@ -134,7 +134,7 @@ def test_settings_without_meaning_for_several_labels() -> None:
     assert (len(part.train), len(part.test)) == (32, 8)
 
 
-def test_files_are_taken_like_images() -> None:
+def test_files_can_be_split_into_subsets() -> None:
     files = Files(tuple(f"{i}.png" for i in range(10)), torch.arange(10) % 2)
     taken = files.take(torch.tensor([7, 2]), torch.tensor([0, 1]))
     assert taken.paths == ("7.png", "2.png")

@@ -74,7 +74,7 @@ def test_bad_arguments(arguments: list[str], message: str, tmp_path: Path, capsy
     assert message in capsys.readouterr().err
 
 
-def test_divergence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_divergence_ends_with_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         demo.main(["--set", "optimizer.lr=1e30", "--set", "run.device=cpu", "--quiet", "--out", str(tmp_path)])
     assert stop.value.code == 1

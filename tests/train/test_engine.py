@@ -1,4 +1,4 @@
-"""The training loop: what a run records, what determines it, and what it says when it cannot go on."""
+"""The training loop: the records of a run, reproducibility, and errors."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_history_of_a_run(loss: str) -> None:
     assert history.finished
 
 
-def test_what_is_in_the_folder(tmp_path: Path) -> None:
+def test_files_in_the_folder_of_a_run(tmp_path: Path) -> None:
     run = fit(recipe(), tmp_path / "new" / "run", progress=False)
     folder = tmp_path / "new" / "run"
     assert sorted(path.name for path in folder.iterdir() if path.name != "tensorboard") == [
@@ -96,7 +96,7 @@ def test_damaged_histories_are_named(tmp_path: Path) -> None:
 # What determines a run
 
 
-def test_losses_start_alike_and_leave_the_global_state_alone() -> None:
+def test_losses_share_initialisation_and_keep_the_global_state() -> None:
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
@@ -105,7 +105,7 @@ def test_losses_start_alike_and_leave_the_global_state_alone() -> None:
     assert ce.metrics["inter_erank"][0] == nonl.metrics["inter_erank"][0]
 
 
-def test_threads_are_those_of_the_recipe_while_it_runs() -> None:
+def test_the_recipe_sets_the_threads_while_it_runs() -> None:
     before, seen = torch.get_num_threads(), []
 
     def loss_of(head: Any) -> Any:
@@ -122,11 +122,11 @@ def test_threads_are_those_of_the_recipe_while_it_runs() -> None:
         torch.set_num_threads(before)
 
 
-def test_log_and_save_steps_change_nothing() -> None:
+def test_logging_and_saving_do_not_change_the_result() -> None:
     assert untimed(trained(run__log_every=1)) == untimed(trained(run__log_every=100))
 
 
-def test_evaluations_where_they_are_wanted() -> None:
+def test_eval_every_sets_the_evaluations() -> None:
     assert trained(run__eval_every=7, run__metrics=False).steps == [0, 7, 14, 18]
     assert trained(run__eval_every=1000, run__metrics=False).metrics == {}
 
@@ -157,7 +157,7 @@ def test_a_step_is_plain_sgd() -> None:
 
 
 @pytest.mark.parametrize(("loss", "more"), [("nonl", {"loss.queue": 50}), ("ntce", {"loss.decay": 0.9}), ("scl", {})])
-def test_micro_batches_are_exact(loss: str, more: dict[str, Any]) -> None:
+def test_micro_batches_give_the_gradient_of_the_batch(loss: str, more: dict[str, Any]) -> None:
     settings = {"loss.name": loss, "model.norm": "group", "optimizer.lr": 0.02, **NEEDS.get(loss, {}), **more}
     whole, parts = trained(**settings), trained(run__micro_batch_size=24, **settings)
     assert parts.loss[1:] == pytest.approx(whole.loss[1:], rel=1e-3)
@@ -173,7 +173,7 @@ def test_precision_layout_and_backend() -> None:
 
 
 @pytest.mark.slow
-def test_compiled() -> None:
+def test_compiled_network_trains_alike() -> None:
     assert trained(run__compile=True).loss[1:] == pytest.approx(trained().loss[1:], rel=1e-3)
 
 
@@ -214,16 +214,14 @@ def test_start_from_another_run(tmp_path: Path) -> None:
     fresh, _ = build(recipe(model__projection="mlp", model__dim=5), data, place)
     for key, value in other.state_dict().items():
         assert torch.equal(value, first[key] if key.startswith("encoder.") else fresh.state_dict()[key])
-    with pytest.raises(
-        ValueError, match=r"model\.init: the encoder of .* is another one: encoder\.0\.0\.weight \(4, 1,"
-    ):
+    with pytest.raises(ValueError, match=r"model\.init: the encoder of .* differs: encoder\.0\.0\.weight \(4, 1,"):
         build(recipe(model__init=str(tmp_path / "first"), model__width=5), data, place)
     with pytest.raises(ValueError, match=r"model\.init: there is no checkpoint .*nowhere"):
         build(recipe(model__init=str(tmp_path / "nowhere")), data, place)
 
 
 def test_a_frozen_encoder(tmp_path: Path) -> None:
-    """Linear probing: the classifier learns on what lies below the projection; the encoder stays, statistics too."""
+    """Linear probing: the classifier trains on the encoder's output; the encoder and its statistics do not change."""
     fit(recipe(), tmp_path / "first", progress=False)
     first = checkpoint.load(tmp_path / "first" / "checkpoint.pt")["network"]
     probing = {"model.init": str(tmp_path / "first"), "model.freeze": True, "loss.name": "ce"}
@@ -245,8 +243,8 @@ def test_a_frozen_encoder(tmp_path: Path) -> None:
 # Trouble
 
 
-def test_a_run_that_diverges_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the 13th step; the log looks at steps 12 and 15."""
+def test_a_run_that_diverges_names_step_and_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run diverges in step 13; losses are checked after steps 12 and 15."""
     original = engine.Optimisation.step
 
     def step(self: Any, done: int, images: Tensor, labels: Tensor) -> Tensor:
@@ -273,7 +271,7 @@ def test_no_checkpoint_of_a_broken_network(changes: dict[str, Any], tmp_path: Pa
         assert all(torch.isfinite(value).all() for value in saved["network"].values())
 
 
-def test_bad_settings_found_later_are_named() -> None:
+def test_settings_that_do_not_fit_the_data_are_named() -> None:
     for message, changes in (
         ("run.batch_size: expected at most 576", {"run.batch_size": 577}),
         ("run.device: 'quantum' cannot be used here", {"run.device": "quantum"}),
@@ -302,7 +300,7 @@ def test_data_that_cannot_be_read(error: Exception, monkeypatch: pytest.MonkeyPa
         trained()
 
 
-def test_a_line_for_every_evaluation_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_terminal_each_evaluation_prints_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     fit(recipe(), progress=None)
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(":")[0] for line in lines] == ["step 0/18", "step 9/18", "step 18/18"]
@@ -312,7 +310,7 @@ def test_a_line_for_every_evaluation_without_a_terminal(capsys: pytest.CaptureFi
     assert "18/18" in capsys.readouterr().err
 
 
-def test_tensorboard_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_events_if_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[tuple[Any, ...]] = []
 
     class SummaryWriter:
@@ -336,8 +334,8 @@ def test_tensorboard_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.M
     assert written[-1] == ("close",)
 
 
-def test_outcome_sees_what_differs(tmp_path: Path) -> None:
-    """The tests of resuming compare by it."""
+def test_outcome_tells_different_runs_apart(tmp_path: Path) -> None:
+    """The tests of resuming use ``outcome`` for their comparison."""
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         fit(recipe(run__seed=seed), tmp_path / name, progress=False)
     a, b, c = (outcome(tmp_path / name) for name in ("a", "b", "c"))

@@ -1,4 +1,4 @@
-"""What an evaluation says of a network that a few steps have trained, from a set in memory and in batches."""
+"""Evaluations of a briefly trained network, on sets in memory and batch by batch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SMALL = ["model.width=8", "model.dim=16", "run.batch_size=128", "data.workers=0"
 
 
 class InBatches:
-    """Images that are no set in memory as far as an evaluation is concerned."""
+    """Images that an evaluation treats as files, not as a set in memory."""
 
     def __init__(self, split: Memory) -> None:
         self.images, self.labels = split.images, split.labels
@@ -101,8 +101,8 @@ def test_accuracies_metrics_and_cosines(run: Trained) -> None:
         torch.testing.assert_close(torch.tensor(cosines), unit @ unit.T, atol=1e-5, rtol=0)
 
 
-def test_it_leaves_no_trace(run: Trained) -> None:
-    """Neither in the modes of the modules, some of which may be frozen, nor in the statistics or random numbers."""
+def test_evaluation_restores_modes_and_random_state(run: Trained) -> None:
+    """The modes of the modules, some of which may be frozen, BatchNorm statistics and random state are unchanged."""
     run.network.train()
     run.network.encoder[1].eval()
     before = {key: value.clone() for key, value in run.network.state_dict().items()}
@@ -128,7 +128,7 @@ def test_files_are_measured_batch_by_batch_with_the_same_result(row: str) -> Non
 
 
 @pytest.mark.parametrize("row", ["ce", "nonl"])
-def test_a_bias_is_measured_where_there_is_one(row: str) -> None:
+def test_bias_spread_needs_a_bias(row: str) -> None:
     spread = trained(row, steps=1).evaluate().metrics["bias_spread"]
     assert spread > 0 if row == "ce" else math.isnan(spread)
 
@@ -170,7 +170,7 @@ def test_features_come_in_the_order_of_the_set(run: Trained) -> None:
     assert not encoded.requires_grad
 
 
-def test_what_is_not_wanted_is_not_measured(run: Trained) -> None:
+def test_metrics_and_cosines_are_optional(run: Trained) -> None:
     bare = dataclasses.replace(run, recipe=run.recipe.replace(run__metrics=False)).evaluate()
     assert (bare.metrics, bare.prototype_cosines, bare.mean_cosines) == ({}, None, None)
 

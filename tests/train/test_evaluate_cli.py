@@ -124,10 +124,10 @@ def test_probes(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["ce", "--on", "imagenet-c"], "--on imagenet-c: expected --root"),
-        (["ce", "--baseline", "scl"], "--baseline: only with --on corruptions"),
+        (["ce", "--on", "imagenet-c"], "--on imagenet-c needs --root"),
+        (["ce", "--baseline", "scl"], "--baseline needs --on corruptions"),
         (["nothing"], "no run with a checkpoint"),
-        (["ce", "--device", "quantum"], "'quantum' cannot be used here"),
+        (["ce", "--device", "quantum"], "--device: 'quantum' cannot be used here"),
         (["damaged"], "checkpoint.pt: damaged"),
     ],
 )

@@ -71,7 +71,7 @@ def test_other_names_of_the_test_set(name: str, tmp_path: Path) -> None:
     assert len(opened(tmp_path).test) == 6
 
 
-def test_a_file_chooses_classes(tmp_path: Path) -> None:
+def test_classes_file_selects_classes(tmp_path: Path) -> None:
     tree(tmp_path)
     chosen = tmp_path / "chosen.txt"
     chosen.write_text("n03 a fish\n\nn01\n")
@@ -101,7 +101,7 @@ def test_missing_folders_have_a_source_and_a_layout(tmp_path: Path) -> None:
         opened(tmp_path)
 
 
-def test_a_flat_validation_set_is_explained(tmp_path: Path) -> None:
+def test_a_flat_validation_folder_is_an_error_that_explains_the_layout(tmp_path: Path) -> None:
     tree(tmp_path, val=0)
     for i in range(3):
         picture(tmp_path / "val" / f"ILSVRC2012_val_0000000{i}.JPEG")

@@ -1,4 +1,4 @@
-"""What a sweep runs: rows, grid and seeds, and the names of the folders."""
+"""The runs of a sweep: rows, grid and seeds, and the names of their folders."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_rows_times_grid_times_seeds() -> None:
         assert recipe.loss.temperature == dict(run.point)["loss.temperature"]
 
 
-def test_names_have_what_there_is_more_than_one_of() -> None:
+def test_run_names_show_only_settings_with_several_values() -> None:
     assert [run.name for run in plan("digits", rows=["nonl"], grid={"model.dim": [32]}).runs()] == ["nonl"]
     assert [run.name for run in plan("digits/nonl").runs()] == ["nonl"]
     grid = {"model.name": ["timm:a/b", "convnet"], "data.name": ["digits"], "loss.temperature": [0.1]}
@@ -34,7 +34,7 @@ def test_names_have_what_there_is_more_than_one_of() -> None:
     assert [run.name for run in plan("digits/ce", grid=crops).runs()] == ["ce_crop=0.2-1.0", "ce_crop=1.0-1.0"]
 
 
-def test_a_file_says_what_its_sweep_is(tmp_path: Path) -> None:
+def test_sweep_section_sets_the_defaults(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(
         '[rows.a.loss]\nname = "nonl"\n[rows.b.loss]\nname = "ntce"\n[rows.c.loss]\nname = "ce"\n[sweep]\n'

@@ -1,4 +1,4 @@
-"""What short trainings with the losses come to: what is learnt, and how near neural collapse it is."""
+"""Short trainings with the losses: accuracy and neural collapse."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def test_features_without_a_projection_are_never_negative() -> None:
     assert z.shape == (360, 16)
 
 
-def test_labels_are_assigned_anew_after_every_epoch() -> None:
-    """The points stay; which class has which changes in a dynamic head only, after whole epochs."""
+def test_labels_are_reassigned_after_every_epoch() -> None:
+    """The points do not change; their assignment changes in a dynamic head only, after whole epochs."""
     dlp = ("loss.name=dlp", "model.dim=4", "schedule.epochs=3", "run.batch_size=400", "optimizer.lr=0.4")
     static, dynamic = (
         trained("ce", *dlp, f"loss.assignment={a}", "run.eval_every=1", "run.metrics=false")

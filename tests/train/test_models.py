@@ -80,7 +80,7 @@ def test_a_padded_shortcut_has_zeros_around() -> None:
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_group_norm_keeps_samples_apart(name: str) -> None:
+def test_group_norm_does_not_mix_samples(name: str) -> None:
     torch.manual_seed(0)
     network = make_network(Model(name=name, norm="group"), 3, 16).train()
     x = torch.randn(4, 3, 16, 16)

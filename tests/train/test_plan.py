@@ -1,4 +1,4 @@
-"""What ``--dry-run`` says: sizes against arithmetic, memory against measurements."""
+"""The output of ``--dry-run``: sizes against arithmetic, memory against measurements."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def facts(name: str, *settings: str) -> str:
 
 
 @pytest.mark.parametrize("name", ["digits", "cifar100/nonl", "dlp-cifar100/psc-star", "glyphs/scl"])
-def test_the_whole_is_a_recipe_file_again(name: str, tmp_path: Path) -> None:
+def test_the_output_is_a_valid_recipe_file(name: str, tmp_path: Path) -> None:
     recipe = recipes.load(name, ['data.root="a \\"b\\" \\\\ ü"', "optimizer.lr=1e-7"])
     path = tmp_path / "again.toml"
     path.write_text(plan.describe(recipe), encoding="utf-8")
@@ -48,7 +48,7 @@ def test_parameters_of_resnet18() -> None:
     assert f"model: resnet18, {count:,} parameters; 512 (encoder) -> 512" in facts("cifar100/nonl")
 
 
-def test_a_network_of_a_missing_library_is_said_to_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: object) -> None:
         raise ImportError("torchvision:... needs torchvision: pip install torchvision")
 
@@ -167,7 +167,7 @@ def peak(form: str, case: Case) -> int:
 
 
 @pytest.mark.parametrize("loss", NAIVE)
-def test_naive_forms_take_what_is_said(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_naive_forms_take_the_stated_memory(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FORMS, "form", NAIVE[loss])
     case = Case("form", 2048, 1500, 32, None, grads="x" if loss in ("scl", "prototype") else "xw")
     augment = {"augment.views": 2} if loss in ("scl", "prototype") else {}
@@ -176,7 +176,7 @@ def test_naive_forms_take_what_is_said(loss: str, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("loss", ["normface", "nonl", "ntce", "scl", "prototype"])
-def test_our_forms_keep_to_what_is_said(loss: str) -> None:
+def test_fused_losses_stay_within_the_stated_memory(loss: str) -> None:
     """Twice the workspace would not."""
     contrastive = loss in ("scl", "prototype")
     form = {"scl": "supcon"}.get(loss, loss)

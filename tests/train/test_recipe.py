@@ -1,4 +1,4 @@
-"""Settings of a run: what is taken, what is refused and how the error reads."""
+"""Settings of a run: valid and invalid ones, and the messages of errors."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_replace_takes_dots_and_underscores_and_leaves_the_old_one() -> None:
     assert differences(old, new) == ["loss.temperature", "run.batch_size"]
 
 
-def test_names_and_titles_are_no_difference() -> None:
+def test_names_and_titles_do_not_count_as_differences() -> None:
     assert differences(Recipe(name="a", title="b", source="c"), Recipe()) == []
 
 
@@ -164,7 +164,7 @@ def test_an_option_on_one_side_is_a_difference() -> None:
 
 
 @pytest.mark.parametrize("separator", [":", "/"])
-def test_rows_of_a_file_change_what_they_say(own: Path, separator: str) -> None:
+def test_rows_override_the_settings_of_their_file(own: Path, separator: str) -> None:
     base, warm = recipes.load(str(own)), recipes.load(f"{own}{separator}warm")
     assert differences(base, warm) == ["loss.temperature"]
     assert warm.name == f"{own}/warm"
@@ -174,7 +174,7 @@ def test_rows_of_a_file_change_what_they_say(own: Path, separator: str) -> None:
     assert queue.options == {"label_smoothing": 0.1, "direction": "both"}
 
 
-def test_settings_come_after_the_row(own: Path) -> None:
+def test_set_overrides_the_row(own: Path) -> None:
     recipe = recipes.load(f"{own}:warm", ["loss.temperature=0.7", "loss.temperature=0.8", "run.seed = 3"])
     assert (recipe.loss.temperature, recipe.run.seed) == (0.8, 3)
 
@@ -201,16 +201,16 @@ def test_settings_are_toml_or_text(setting: str, key: str, value: object) -> Non
     ("name", "settings", "message"),
     [
         ("digts", [], "there is no 'digts' (did you mean 'digits'?)"),
-        ("digits/nolm", [], "recipe digits: no row 'nolm' (did you mean 'nonl'?); it has ce, normface"),
+        ("digits/nolm", [], "recipe digits: no row 'nolm' (did you mean 'nonl'?); its rows are ce, normface"),
         ("nowhere/mine.toml", [], "there is no file nowhere/mine.toml"),
-        ("digits", ["loss.temperature"], "--set: expected key=value, got 'loss.temperature'"),
-        ("digits", ["=3"], "--set: expected key=value"),
+        ("digits", ["loss.temperature"], "--set: expected KEY=VALUE, got 'loss.temperature'"),
+        ("digits", ["=3"], "--set: expected KEY=VALUE"),
         ("digits", ["loss.temperatur=3"], "did you mean 'loss.temperature'?"),
         ("digits", ["loss=3"], "loss: expected a section"),
         ("digits", ["loss.temperature.x=3"], "loss.temperature: expected a number"),
     ],
 )
-def test_what_cannot_be_loaded_is_named(name: str, settings: list[str], message: str) -> None:
+def test_missing_recipes_rows_and_keys_are_named(name: str, settings: list[str], message: str) -> None:
     with pytest.raises(ValueError) as error:
         recipes.load(name, settings)
     assert message in str(error.value)
@@ -224,7 +224,7 @@ def test_what_cannot_be_loaded_is_named(name: str, settings: list[str], message:
         (b"[rows.a.los]\nx = 1\n", "unknown key los"),
         (b"[rows]\na = 1\n", r"rows\.a: expected a section, got 1"),
         (b"rows = 1\n", "rows: expected a section, got 1"),
-        (b"[row.a.loss]\nqueue = 1\n", "no row 'a'; it has none"),
+        (b"[row.a.loss]\nqueue = 1\n", "no row 'a'; its rows are none"),
     ],
 )
 def test_broken_files_are_named(tmp_path: Path, content: bytes, message: str) -> None:

@@ -1,4 +1,4 @@
-"""The recipes of the package, against figures that are spelled out here from the papers and not from the files."""
+"""The recipes of the package, against settings copied here from the papers."""
 
 from __future__ import annotations
 

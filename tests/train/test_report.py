@@ -1,4 +1,4 @@
-"""The page that reports training runs, on runs that were made up."""
+"""The report of training runs, for made-up runs."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_unfinished_runs_are_marked_and_do_not_count_beside_finished_ones(tmp_pa
     assert "The best test accuracy is 90.08 % with NONL" in page.text
 
 
-def test_the_curve_of_a_row_is_the_mean_of_what_there_is(tmp_path: Path) -> None:
+def test_the_curve_of_a_row_is_the_mean_of_its_runs(tmp_path: Path) -> None:
     one, two = history("nonl", evaluations=3), history("nonl", seed=1, evaluations=2)
     one["loss"], two["loss"] = [1.0, None, 3.0], [2.0, None]
     (row,) = rows_of(tmp_path, one, two)
@@ -145,7 +145,7 @@ def test_convergence_compares_with_cross_entropy_over_the_mean_of_the_seeds(tmp_
     first = shown["(I) Within 5% of collapse after, % of iterations, digits"]
     assert [line[0] for line in first] == ["Row", "CE", "NONL"]
     assert first[1][1:] == ["never"] * 5
-    second = shown["(II) As close as CE in the end after, % of its iterations, digits"]
+    second = shown["(II) As close as the final CE after, % of its iterations, digits"]
     assert [line[0] for line in second] == ["Row", "CE, settled", "NONL"]
     assert 0 < float(second[2][1]) < 50
     assert list(Page(tables.convergence(alone)).tables) == ["(I) Within 5% of collapse after, % of iterations, digits"]

@@ -1,4 +1,4 @@
-"""The report's page and its input: files of any kind, many of them, and a browser as narrow as a phone."""
+"""The report with unusual input: broken files, many files, and a browser as narrow as a phone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .report_page import Page, report, rows_of
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
 
-def test_what_files_say_is_escaped(tmp_path: Path) -> None:
+def test_text_of_files_is_escaped(tmp_path: Path) -> None:
     evil = '<script>alert("&")</script>'
     run = history("nonl", name=f"made/{evil}", note=evil, class_names=[f"{evil}{c} $x$" for c in range(10)])
     run["recipe"]["title"] = run["recipe"]["source"] = run["recipe"]["data"]["root"] = evil
@@ -68,11 +68,11 @@ def test_a_broken_file_is_named_and_the_others_are_shown(tmp_path: Path, capsys:
         line = f"{tmp_path / name / 'history.json'}: {reason}"
         assert line in errors
         assert line in page.text
-    assert f"Begun, without an evaluation yet: {tmp_path / 'begun'}." in page.text
+    assert f"Started, but not evaluated yet: {tmp_path / 'begun'}." in page.text
     assert list(page.column("Results on digits", "Test, %")) == ["NONL"]
 
 
-def test_many_classes_and_runs_make_no_large_page_and_take_no_minute(tmp_path: Path) -> None:
+def test_many_classes_and_runs_give_a_small_page_quickly(tmp_path: Path) -> None:
     for i in range(200):
         loss = ("ce", "normface", "ntce", "nonl", "etf-dr")[i % 5]
         made = history(loss, evaluations=20, loss__temperature=0.1 + 0.01 * (i // 5), data__name="glyphs")
@@ -115,7 +115,7 @@ def test_old_and_new_recipes_are_read(tmp_path: Path) -> None:
     assert row.settings["loss.margin"] == 0.3
 
 
-def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
+def test_the_page_refers_to_no_other_file(tmp_path: Path) -> None:
     write(tmp_path, history("nonl", class_names=[chr(0x4E00 + c) for c in range(10)]))
     text = make_page(load_all(find([tmp_path]).histories)[0])
     assert not re.search(r"""(src|href)=["'](?!#|data:)|@import|url\((?!#)""", text)
@@ -131,7 +131,7 @@ def test_means_that_are_the_prototypes_are_drawn_once(tmp_path: Path) -> None:
         assert titles == maps
 
 
-def test_axes_are_logarithmic_where_that_helps(tmp_path: Path) -> None:
+def test_axes_that_span_decades_are_logarithmic(tmp_path: Path) -> None:
     steps, flat = np.arange(3.0), np.zeros(3)
     for values, expected in (([1, 30, 0], True), ([1, 5, math.nan], False), ([-1, 30, 2], False), ([0, 0, 0], False)):
         assert charts.spans_decades([charts.Line("nonl", steps, np.array(values, float), flat)]) is expected

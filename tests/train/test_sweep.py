@@ -1,4 +1,4 @@
-"""Sweeps: what is run, in which folder, what happens to runs that fail, and to a sweep that is stopped.
+"""Sweeps: runs and folders, failing runs, and stopped sweeps.
 
 Runs are a stand-in that takes the trainer's command line, notes that it was called, and does what its seed says.
 """
@@ -62,22 +62,22 @@ def calls(folder: Path) -> list[list[str]]:
     ("arguments", "message"),
     [
         (["digits", "--rows", "nonl,nolm"], "no row 'nolm' (did you mean 'nonl'?)"),
-        (["digits", "--rows", "nonl,nonl"], "rows: 'nonl' is there twice"),
-        (["digits/nonl", "--rows", "ce"], "--rows: digits/nonl is a row already"),
-        (["digits", "--seeds", "1,1"], "seeds: 1 is there twice"),
-        (["digits", "--seeds", "one"], "--seeds: invalid"),
-        (["digits", "--grid", "loss.temperature"], "--grid: expected key=value"),
+        (["digits", "--rows", "nonl,nonl"], "rows: 'nonl' occurs twice"),
+        (["digits/nonl", "--rows", "ce"], "--rows: digits/nonl already names a row"),
+        (["digits", "--seeds", "1,1"], "seeds: 1 occurs twice"),
+        (["digits", "--seeds", "one"], "--seeds: expected whole numbers"),
+        (["digits", "--grid", "loss.temperature"], "--grid: expected KEY=V1,V2"),
         (["digits", "--grid", "loss.temprature=1,2"], "did you mean 'loss.temperature'?"),
         (["digits", "--grid", "loss.temperature=0.1,-1"], "loss.temperature: expected a positive number"),
-        (["digits", "--grid", "model.dim=2,2"], "grid model.dim: 2 is there twice"),
-        (["digits", "--grid", "model.dim=2,4", "--set", "model.dim=8"], "model.dim: both set and in the grid"),
-        (["digits", "--grid", "run.seed=2,4"], "run.seed: expected in --seeds"),
-        (["digits", "--set", "run.seed=2"], "run.seed: expected in --seeds"),
+        (["digits", "--grid", "model.dim=2,2"], "grid model.dim: 2 occurs twice"),
+        (["digits", "--grid", "model.dim=2,4", "--set", "model.dim=8"], "model.dim: it is in --set and in the grid"),
+        (["digits", "--grid", "run.seed=2,4"], "run.seed: use --seeds"),
+        (["digits", "--set", "run.seed=2"], "run.seed: use --seeds"),
         (["digits", "--jobs", "0"], "--jobs: expected at least 1"),
-        (["digits"], "--out: expected a folder"),
+        (["digits"], "--out is missing"),
     ],
 )
-def test_what_cannot_be_swept_is_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert exit_.value.code == 2
@@ -150,7 +150,7 @@ def test_runs_that_fail_are_listed_and_the_others_go_on(
 def test_a_run_that_ends_too_early_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = plan("digits", rows=["nonl"])
     assert execute(sweep, tmp_path, command=(sys.executable, "-S", "-c", "print('saved')"), quiet=True) == 1
-    assert "nonl: ended before it was finished\n    saved" in capsys.readouterr().out
+    assert "nonl: exited before the training was finished\n    saved" in capsys.readouterr().out
 
 
 def test_runs_go_on_at_the_same_time(tmp_path: Path) -> None:
@@ -169,11 +169,11 @@ def test_runs_go_on_at_the_same_time(tmp_path: Path) -> None:
     assert execute(sweep, tmp_path, command=(sys.executable, "-S", "-c", waits), jobs=2, quiet=True) == 0
 
 
-def test_one_process_runs_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_process_in_the_folder_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with locked(tmp_path), pytest.raises(SystemExit) as exit_:
         main(["digits", "--out", str(tmp_path)])
     assert exit_.value.code == 2
-    assert f"{tmp_path}: another process runs this sweep" in capsys.readouterr().err
+    assert f"{tmp_path}: another process is running this sweep" in capsys.readouterr().err
     assert not (tmp_path / "sweep.json").exists()
 
 
@@ -215,9 +215,9 @@ def wait_for(path: Path) -> None:
 
 
 def check_stopped(folder: Path, printed: str, child: tuple[str, ...]) -> None:
-    """Seed 9 has saved, seed 1 was not begun, and the same sweep goes on."""
+    """Seed 9 has saved, seed 1 was not started, and the same command resumes the sweep."""
     assert "0 of 2 runs finished, 0 failed" in printed
-    assert "stopped; the same command goes on" in printed
+    assert "stopped; the same command resumes" in printed
     assert (folder / "nonl_seed=9" / "output.txt").read_text().endswith("saved\n")
     assert not (folder / "nonl_seed=1").exists()
     assert execute(plan("digits", rows=["nonl"], seeds=[9, 1]), folder, command=child, quiet=True) == 0

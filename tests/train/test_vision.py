@@ -1,4 +1,4 @@
-"""What torchvision and timm do here: their operations beside ours, their transforms of files, their networks."""
+"""torchvision and timm: their operations compared with ours, transforms of files, networks."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_blur_is_torchvisions(sd: float) -> None:
 
 @pytest.mark.parametrize(("top", "left", "height", "width"), [(0, 0, 16, 16), (2, 3, 8, 8), (1, 4, 9, 12)])
 def test_crops_are_torchvisions(top: int, left: int, height: int, width: int) -> None:
-    """Inside: torchvision repeats the edge of the crop, we look beyond it."""
+    """Interior pixels only: torchvision repeats the edge of the crop, we interpolate beyond it."""
     x = images()
     w, h = width / 16, height / 16
     theta = torch.tensor([[w, 0, 2 * left / 16 + w - 1], [0, h, 2 * top / 16 + h - 1]]).expand(6, 2, 3)
@@ -169,8 +169,8 @@ def test_networks_by_name(name: str, channels: int, size: int, width: int) -> No
         ("torchvision:resnet19", 3, 64, r"there is no 'torchvision:resnet19' \(did you mean 'torchvision:resnet"),
         ("torchvision:fasterrcnn_resnet50_fpn", 3, 64, "there is no 'torchvision:fasterrcnn_resnet50_fpn'"),
         ("torchvision:resnet18", 1, 64, "torchvision:resnet18 takes images of 3 channels, these have 1"),
-        ("torchvision:alexnet", 3, 8, "torchvision:alexnet cannot be made for images of 3 x 8 x 8"),
-        ("torchvision:vit_b_16", 3, 50, "torchvision:vit_b_16 cannot be made for images of 3 x 50 x 50"),
+        ("torchvision:alexnet", 3, 8, "torchvision:alexnet cannot be built for images of 3 x 8 x 8"),
+        ("torchvision:vit_b_16", 3, 50, "torchvision:vit_b_16 cannot be built for images of 3 x 50 x 50"),
     ],
 )
 def test_bad_networks_are_named(name: str, channels: int, size: int, message: str) -> None:
@@ -179,15 +179,15 @@ def test_bad_networks_are_named(name: str, channels: int, size: int, message: st
 
 
 @pytest.mark.parametrize("name", ["timm:resnet18", "torchvision:resnet18"])
-def test_weights_that_are_not_there(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is downloaded: the message says what would."""
+def test_missing_pretrained_weights_are_an_error(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is downloaded; the message says how to download the weights."""
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ValueError, match=f"model.pretrained: the weights of {name} are not in the cache: .*resnet18"):
         make_network(Model(name=name, pretrained=True), 3, 64)
 
 
-def test_weights_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pretrained_weights_are_loaded_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     saved = torchvision.models.resnet18()
     folder = tmp_path / "checkpoints"

@@ -1,18 +1,19 @@
 """The primitive over tiles, in plain PyTorch: any device, bounded memory, no compiler.
 
-One tile of logits ``t = (beta u) v^T`` at a time: produced by a GEMM, reduced, thrown away; produced again
-in the backward, unless the whole matrix fits half of the workspace and was kept.
+A GEMM computes one tile of logits ``t = (beta u) v^T`` at a time, which is reduced and dropped. The backward pass
+recomputes the tiles, unless the whole matrix fits half of the workspace and was kept.
 
-Two regimes share the code:
+Two modes share the code:
 
-*shift-free* (CPU, where beta can be read, and beta plus the biases at most 30): ``exp(t)`` cannot overflow
-and no sum of it can underflow, so tiles need no shift. The entries ``E = exp(t)`` then serve every purpose by
-scaling rows and columns, for the weight of an entry in the class direction is
-``g_c exp(t + b_j - lse_c) = exp(b_j) * E * (g_c exp(-lse_c))``. The backward has no elementwise pass at all.
+*shift-free* (on a CPU, where beta can be read, if beta plus the biases is at most 30): ``exp(t)`` cannot overflow
+and its sums cannot underflow, so tiles need no shift. All weights are the exponentials ``E = exp(t)`` with scaled rows
+and columns; in the class direction ``g_c exp(t + b_j - lse_c) = exp(b_j) * E * (g_c exp(-lse_c))``. In one direction
+the backward pass therefore has no elementwise pass.
 
-*running maximum* (everything else): streaming log-sum-exp forward, ``exp(t + b - lse)`` backward.
+*running maximum* (all other cases): a streaming log-sum-exp in the forward pass, ``exp(t + b - lse)`` in the backward
+pass.
 
-Matrices are multiplied in float32 (float64), or in the features' 16 bits where the device is good at it (products.py).
+Matrices are multiplied in float32 (float64), or in the features' 16 bits where the device does that fast (products.py).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class ChunkedBackend(Backend):
-    """Plain PyTorch over tiles, see the module's text."""
+    """Tiles in plain PyTorch, see the module's docstring."""
 
     name = "chunked"
 
@@ -49,11 +50,11 @@ class ChunkedBackend(Backend):
         return None if dtype in _DTYPES else f"no support for {dtype}"
 
     def kept_numel(self, device: torch.device, dtype: torch.dtype, m: int, k: int, spec: Spec) -> int:
-        """The whole matrix of logits, if it fits half of the workspace (decided on sizes alone)."""
+        """The whole matrix of logits, if it fits half of the workspace; depends on sizes alone."""
         numel = m * (min(m, k) if spec.present_only else k)
         fits = numel * accumulation_dtype(dtype).itemsize <= spec.workspace // 2
-        able = device.type == "cpu" and spec.direction != "both" and not spec.symmetric
-        return numel if able and fits else 0
+        supported = device.type == "cpu" and spec.direction != "both" and not spec.symmetric
+        return numel if supported and fits else 0
 
     def can_step(self, features: Tensor, prototypes: Tensor, spec: Spec) -> bool:
         return step.fits(features, prototypes, spec)
@@ -83,7 +84,7 @@ class ChunkedBackend(Backend):
                 if by_instance is not None:
                     by_instance.update(t, 1, rows, cols)
 
-        kept[tiles.m * tiles.k :] = 0.0  # where there was room for classes that do not occur
+        kept[tiles.m * tiles.k :] = 0.0  # space for classes that do not occur
         return Forward(
             z.new_empty(0, dtype=acc) if by_class is None else tiles.all_classes(by_class.result(), -torch.inf),
             z.new_empty(0, dtype=acc) if by_instance is None else by_instance.result(),
@@ -102,8 +103,8 @@ class ChunkedBackend(Backend):
             return halves.backward(tiles, weights, grads, needs)
         z, w, beta = inputs.features, inputs.prototypes, inputs.inv_temperature
         g_pos = None if grads.pos is None else tiles.only_valid(grads.pos)
-        grad_z, grad_w = weights.room(needs)
-        # sum of A * t = sum_j u_j . dL/du_j = sum_c v_c . dL/dv_c: the gradient of beta times beta
+        grad_z, grad_w = weights.allocate(needs)
+        # beta dL/dbeta = sum of A * t = sum_j u_j . dL/du_j = sum_c v_c . dL/dv_c
         energy = beta.new_zeros(())
 
         for cols in tiles.column_tiles():
@@ -124,7 +125,7 @@ class ChunkedBackend(Backend):
                         part.addcmul_(v.index_select(0, local), g)
                     grad_z[rows].add_(part) if tiles.several_columns else grad_z[rows].copy_(part)
                 if grad_v is not None:
-                    u = tiles.u(rows)  # carries the factor beta
+                    u = tiles.u(rows)  # includes the factor beta
                     if positives is not None and g is not None:
                         positives.index_add_(0, local, u * g)
                     grad_v.addmm_(a.T, u if row_scale is None else u * row_scale)

@@ -1,6 +1,7 @@
-"""The backward pass with 16-bit products: features and prototypes as they are, weights of the logits rounded.
+"""The backward pass with 16-bit products: features and prototypes are not rounded, the weights of the logits are.
 
-Weights and the gradients of positives are added up in float32 before they are rounded, and products of tiles after.
+A weight and the gradient of a positive are added in float32 before they are rounded. The products of tiles are summed
+in float32.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ def backward(tiles: Tiles, weights: Weights, grads: OutputGrads, needs: Needs) -
     samples, classes = tiles.halves
     z, beta = tiles.inputs.features, tiles.inputs.inv_temperature
     g_pos = None if grads.pos is None else tiles.only_valid(grads.pos)
-    grad_z, grad_w = weights.room(needs)
+    grad_z, grad_w = weights.allocate(needs)
     divisor = _divisor(tiles, grads)
-    energy = beta.new_zeros(())  # sum of dL/dt * t, the gradient of beta times beta
+    energy = beta.new_zeros(())  # sum of dL/dt * t = beta dL/dbeta
 
     for cols in tiles.column_tiles():
         grad_v = z.new_zeros(cols.stop - cols.start, z.shape[1], dtype=tiles.acc) if grad_w is not None else None
@@ -47,7 +48,7 @@ def backward(tiles: Tiles, weights: Weights, grads: OutputGrads, needs: Needs) -
 
 
 def _divisor(tiles: Tiles, grads: OutputGrads) -> Tensor:
-    """What weights are divided by: one, or in float16, where small ones would vanish, their largest."""
+    """The divisor of the weights: 1, or in float16, where small weights would underflow, a bound of the largest."""
     beta = tiles.inputs.inv_temperature
     if tiles.inputs.features.dtype != torch.float16:
         return torch.ones_like(beta)
@@ -59,7 +60,7 @@ def _divisor(tiles: Tiles, grads: OutputGrads) -> Tensor:
 def _operand_weights(
     tiles: Tiles, weights: Weights, rows: slice, cols: slice, g_pos: Tensor | None, factor: Tensor
 ) -> Tensor:
-    """A tile of ``factor`` dL/dt times the scales of both sides, in 16 bits."""
+    """A tile of dL/dt times ``factor`` and the scales of both sides, in 16 bits."""
     a, by_row = weights.tile(rows, cols)
     r, c = tiles.scales(rows, cols)
     r = r * factor

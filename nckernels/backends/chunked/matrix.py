@@ -1,4 +1,4 @@
-"""The matrix of a step: its entries become logits, exponentials and weights in place, see step.py."""
+"""The matrix of a step, see step.py: products become logits, exponentials and weights in place."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _LOG2_E = 1.0 / math.log(2.0)
 
 
 def rows_of_a_part(rows: int, columns: int, d: int, itemsize: int, spec: Spec) -> int:
-    """How many rows there are in a block: half of the workspace is for its entries of ``itemsize`` bytes, a quarter for
-    vectors and gradients of its rows, 16 bytes a number."""
+    """The number of rows in a part. Its entries, of ``itemsize`` bytes, take half of the workspace; the vectors and
+    gradients of its rows, 16 bytes a number, take a quarter."""
     return min(rows, spec.workspace // 2 // (itemsize * max(columns, 1)), spec.workspace // 4 // (16 * d))
 
 
 class Matrix:
-    """Logits of rows with columns.
+    """The matrix of the logits of rows and columns.
 
-    Without shift they are computed in base 2, for PyTorch's exp2 takes a third of the time of its exp.
+    Without a shift logits are in base 2, because PyTorch's exp2 takes a third of the time of its exp.
 
     Args:
-        pairs: the positives that are entries of the matrix; None if they are not.
-        labels: of the rows, which are the columns too: entries of the same label are left out.
+        pairs: the positives that are entries of the matrix; None if they are handled elsewhere.
+        labels: labels of the rows, which are also the columns: entries with equal labels are excluded.
     """
 
     def __init__(
@@ -46,18 +46,18 @@ class Matrix:
         room = spec.workspace // self.acc.itemsize
         self.tile_of_columns = max(room // 16 // rows.dim, 16)
         self.vectors = max(min(_TILE, room // 16) // rows.dim, 16)
-        """How many vectors of either side stay in cache."""
+        """Number of vectors of either side that fit the cache."""
         self.tile_of_rows = max(min(_TILE, room // 16) // max(cols.size, 1), 1)
-        rows.meet(cols.size)
+        rows.choose_operands(cols.size)
         if cols is not rows:
-            cols.meet(self.width)
+            cols.choose_operands(self.width)
         self.one_part = self.width >= rows.size
-        rows.make_room(at_once=cols is not rows)
+        rows.allocate_grad(at_once=cols is not rows)
         if cols is not rows:
-            cols.make_room(at_once=self.one_part)
+            cols.allocate_grad(at_once=self.one_part)
         self.shifted = beta > SHIFT_FREE_LIMIT
         self.nat = 1.0 if self.shifted else _LOG2_E
-        """What a logit of one is here: log2(e) in base 2."""
+        """Unit of the logits: log2(e) in base 2, else 1."""
         if pairs is not None and min(self.width, self.tile_of_rows) < rows.size:
             pairs.sort()
         if pairs is not None and self.half:
@@ -67,7 +67,7 @@ class Matrix:
         return logits.exp_() if self.shifted else logits.exp2_()
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Parts of the rows, and their products with all columns."""
+        """Parts of the rows, each with the block of their products with all columns."""
         memory = self.rows.x.new_empty(self.width * self.cols.size, dtype=self.dtype)
         alpha = self.beta * self.nat if self.rows.scale is None else 1.0
         for part in self.rows.parts(self.width):
@@ -79,11 +79,11 @@ class Matrix:
             yield part, block
 
     def _columns(self) -> Iterator[slice]:
-        """Columns that are multiplied at once: all of them, or as many as there is memory for copies."""
-        return self.cols.parts(self.cols.size if self.cols.at_hand else self.tile_of_columns)
+        """Ranges of columns to multiply at once: all of them, or as many as the workspace has room to copy."""
+        return self.cols.parts(self.cols.size if self.cols.direct else self.tile_of_columns)
 
     def tiles(self, part: slice, block: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Tiles of rows: which, where they are stored, and where to compute."""
+        """Tiles of rows of a block: the rows, the view of the block, and the tensor to compute in (float32)."""
         buffer = block.new_empty(self.tile_of_rows, self.cols.size, dtype=self.acc) if self.half else None
         for start in range(0, block.shape[0], self.tile_of_rows):
             stored = block[start : start + self.tile_of_rows]
@@ -92,7 +92,7 @@ class Matrix:
             yield tile, stored, stored if buffer is None else buffer[:n].copy_(stored)
 
     def to_logits(self, tile: slice, t: Tensor) -> None:
-        """Products to logits, -inf where excluded."""
+        """Turn products into logits, in place; -inf where excluded."""
         if self.rows.scale is not None:
             t.mul_((self.rows.scale[tile] * (self.beta * self.nat))[:, None])
         if self.cols.scale is not None:
@@ -116,7 +116,7 @@ class Matrix:
             t.add_(self.rows.mask[tile, None])
 
     def store(self, tile: slice, weights: Tensor, stored: Tensor) -> None:
-        """Subtract the positives' shares and store beta times the weights of logits, with the scales of columns."""
+        """Subtract the positives' shares from beta times the weights, multiply by the columns' scales, and store."""
         if self.pairs is not None:
             here, at = self.pairs.within(tile)
             by_pair = self.pairs.share[here] * -self.beta
@@ -129,12 +129,12 @@ class Matrix:
             stored.copy_(weights)
 
     def add_to_rows(self, grad: Tensor, block: Tensor) -> None:
-        """Add the gradient of the rows of a block of weights, times their scale."""
+        """Add the gradient of a block's rows, times their scale, to ``grad``."""
         for some in self._columns():
             self._add_product(grad, block[:, some], self.cols.operands(some))
 
     def add_to_columns(self, part: slice, block: Tensor) -> None:
-        """Add a block's share of the gradient of the columns, times their scale."""
+        """Add a block's share of the gradient of the columns, times their scale, to that gradient."""
         assert self.cols.grad is not None
         a = self.rows.operands(part)
         for some in self.cols.parts(self.tile_of_columns if self.half else self.cols.size):
@@ -147,10 +147,10 @@ class Matrix:
             grad.addmm_(a, b)
 
     def finish_rows(self, part: slice, block: Tensor) -> Tensor:
-        """The gradient of the rows of a block; returns the sum over their entries of dL/dt t."""
+        """Compute the gradient of a block's rows. Returns the sum of dL/dt t over the block."""
         rows = self.rows
         assert rows.grad is not None
-        if self.cols.at_hand:
+        if self.cols.direct:
             out = rows.grad[part] if rows.ids is None else block.new_empty(block.shape[0], rows.dim)
             grad = torch.mm(block, self.cols.x, out=out)
         else:
@@ -159,7 +159,8 @@ class Matrix:
         return rows.finish_and_store(grad, part, self.vectors)
 
     def finish_columns(self, block: Tensor | None) -> Tensor:
-        """The gradient of the columns, of the only block or after the last one; returns the sum of dL/dt t."""
+        """Compute the gradient of the columns from the only block, or finish their sums over all blocks if None.
+        Returns the sum of dL/dt t over the matrix."""
         energies = []
         assert self.cols.grad is not None
         for some in self.cols.parts(self.tile_of_columns):
@@ -171,7 +172,7 @@ class Matrix:
 
 
 def one_way(matrix: Matrix, part: slice, block: Tensor, weight: Tensor) -> Tensor:
-    """Products of a part to weights of the logits, of rows that have a weight each. Returns the loss but for pairs."""
+    """Turn a part's products into weights, in place, given each row's share. Returns the loss without positives."""
     losses = []
     for tile, stored, t in matrix.tiles(part, block):
         matrix.to_logits(tile, t)
@@ -193,10 +194,12 @@ def one_way(matrix: Matrix, part: slice, block: Tensor, weight: Tensor) -> Tenso
 
 
 def both_ways(matrix: Matrix, block: Tensor, by_row: Tensor, by_col: Tensor | None) -> Tensor:
-    """Products of the whole matrix to weights, of rows and of columns. Returns the loss but for pairs.
+    """Turn the products of the whole matrix into weights, in place. Returns the loss without positives.
 
     Args:
-        by_col: None where columns are the rows: then an entry has the weights of both, and the loss those of rows only.
+        by_row: shares of the rows' log-sum-exps in the loss.
+        by_col: shares of the columns'. None if columns are the rows: then an entry gets the weights of its row and of
+            its column, and the loss only the rows' log-sum-exps.
     """
     everything, pairs = slice(0, matrix.rows.size), matrix.pairs
     lse = StreamingLSE if matrix.shifted else PlainLSE
@@ -220,7 +223,7 @@ def both_ways(matrix: Matrix, block: Tensor, by_row: Tensor, by_col: Tensor | No
     r, c = (
         g * matrix.beta if matrix.shifted else over_sum(g * matrix.beta, lse) for g, lse in ((r, row_lse), (c, col_lse))
     )
-    of_pairs = None  # rounded in the block, if that is in 16 bits
+    of_pairs = None  # exact exponentials of positives, which a 16-bit block has rounded
     if pairs is not None and pairs.exact and matrix.exclude != "target":
         of_pairs = pairs.logit.exp2()
     for tile, stored, t in matrix.tiles(everything, block):
@@ -239,6 +242,6 @@ def both_ways(matrix: Matrix, block: Tensor, by_row: Tensor, by_col: Tensor | No
 
 
 def _finite(lse: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Zeros for empty sums, and for their weights."""
+    """Log-sum-exps and weights with zeros for empty sums."""
     empty = lse == -torch.inf
     return lse.masked_fill_(empty, 0.0), weight.masked_fill(empty, 0.0)

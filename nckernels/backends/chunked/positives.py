@@ -1,4 +1,4 @@
-"""The positives of a step: one entry of the matrix per sample, or the other samples of its label."""
+"""The positives of a step: one entry of the matrix per sample, or all other samples of its label."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .sides import Side
 
 
 class Pairs:
-    """Entries of the matrix that are positives, and each one's share in the loss."""
+    """The entries (row, col) of the matrix that are positives, and their shares in the loss."""
 
     def __init__(self, row: Tensor, col: Tensor, share: Tensor, rows: Side, cols: Side) -> None:
         self.row, self.col, self.share, self.rows, self.cols = row, col, share, rows, cols
@@ -19,18 +19,19 @@ class Pairs:
         """Whether the i-th pair is in row i."""
         self.place: Tensor | None = None
         self.logit = torch.empty_like(share)
-        """Of each pair; known when ``exact`` or the matrix has been seen."""
+        """The logit of each pair, from ``compute_logits`` or gathered from the tiles."""
         self.exact = False
+        """Whether ``compute_logits`` has computed the logits."""
 
     def sort(self) -> None:
-        """By rows, of which some can be asked for then."""
+        """Sort the pairs by row, as ``within`` requires for a range of rows."""
         self.in_order = self.row.shape[0] == self.rows.size and _is_range(self.row)
         if not self.in_order:
             self.row, order = self.row.sort(stable=True)
             self.col, self.share = self.col[order], self.share[order]
 
     def compute_logits(self, factor: float, at_once: int) -> None:
-        """The logits in the dtype of the shares, ``at_once`` pairs at a time."""
+        """Compute the logits in the dtype of the shares, ``at_once`` pairs at a time."""
         self.exact = True
         for start in range(0, self.row.shape[0], at_once):
             some = slice(start, start + at_once)
@@ -45,7 +46,7 @@ class Pairs:
             torch.mul(dot, factor, out=self.logit[some])
 
     def within(self, rows: slice) -> tuple[slice, Tensor]:
-        """Which pairs are in some rows, and where among these rows' entries."""
+        """The range of the pairs in some rows, and their positions in the flattened entries of these rows."""
         if self.in_order:
             here = rows
         elif rows.stop - rows.start == self.rows.size:
@@ -61,9 +62,9 @@ class Pairs:
 class SameLabel:
     """The mean cosine of each sample with the others of its label, and its gradient.
 
-    With unit rows u, n samples of a label and their sum m it is ``u_j . (m - u_j) / (n - 1)``: O(M d) for all pairs.
-    With shares s and ``a_j = s_j / (n - 1)`` the gradient of ``sum_j s_j pos_j`` by u_j is
-    ``a_j (m - u_j) + sum_others a_l u_l``.
+    With unit rows u, n samples of a label and their sum m, the mean is ``u_j . (m - u_j) / (n - 1)``, which costs O(M
+    d) for all pairs. With shares s and ``a_j = s_j / (n - 1)`` the gradient of ``sum_j s_j pos_j`` by u_j is ``a_j (m -
+    u_j) + sum_others a_l u_l``.
     """
 
     def __init__(self, rows: Side, label: Tensor) -> None:
@@ -72,17 +73,17 @@ class SameLabel:
         _, group, count = (label if sample is None else label[sample]).unique(return_inverse=True, return_counts=True)
         several = count > 1
         self.groups = int(several.sum())
-        place = (several.cumsum(0) - 1).masked_fill_(~several, self.groups)  # the last one takes those that are alone
+        place = (several.cumsum(0) - 1).masked_fill_(~several, self.groups)  # the last one: samples without others
         self.group, others = place[group], (count - 1)[group]
         if sample is not None:
             self.group = self.group.new_full(label.shape, self.groups).index_copy_(0, sample, self.group)
             others = others.new_zeros(label.shape).index_copy_(0, sample, others)
         self.any = others > 0
-        """Whether a sample has others."""
+        """(M,) bool: whether the label of a sample has other samples."""
         self.others = others.clamp_min_(1).to(rows.acc)
 
-    def add_up(self, share: Tensor, even: bool, tiles: Iterable[slice]) -> None:
-        """The sums of the labels, given the samples' shares, and whether all that have others have the same."""
+    def compute_sums(self, share: Tensor, even: bool, tiles: Iterable[slice]) -> None:
+        """Compute the sums of the labels from the samples' shares; ``even``: all non-zero shares are equal."""
         self.weight = share / self.others
         self.sums = share.new_zeros(self.groups + 1, self.rows.dim)
         self.weighted = None if even else torch.zeros_like(self.sums)
@@ -93,8 +94,8 @@ class SameLabel:
                 self.weighted.index_add_(0, self.group[tile], unit * self.weight[tile, None])
 
     def subtract(self, grad: Tensor, some: slice, beta: float) -> Tensor:
-        """Subtract beta times the gradient of ``sum_j s_j pos_j`` by some of the unit rows, times the rows' scale, from
-        ``grad``. Returns these samples' part of the sum."""
+        """Subtract beta times the gradient of ``sum_j s_j pos_j`` by some unit rows, times their scale, from ``grad``.
+        Returns the part of the sum that belongs to these samples."""
         group, weight = self.group[some], self.weight[some, None]
         unit = self.rows.unit(some)
         rest = self.sums.index_select(0, group).sub_(unit)

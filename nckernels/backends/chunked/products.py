@@ -1,7 +1,7 @@
-"""Where 16-bit matrices multiply faster than float32 ones, and products of them.
+"""Products of 16-bit matrices, and where they are faster than float32.
 
-Rows of a 16-bit tensor are exact in 16 bits; their unit vectors are not. So rows are multiplied as they are, or times
-powers of two, and norms are applied to the product.
+Rows of a 16-bit tensor are exact in 16 bits, their unit vectors are not. So the rows are multiplied without
+normalisation, or times powers of two, and the norms are applied to the product.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)
-_FEWEST = 48  # rows and columns from which products in 16 bits save more than the exact logits of positives cost
-_LEAST = 2**24  # multiplications of a product from which that is more than the time of the calls
+_FEWEST = 48  # least rows and columns for which 16-bit products save more than the exact positive logits cost
+_LEAST = 2**24  # least multiplications of a product for which the savings exceed the overhead of the calls
 
 
-def pay(z: Tensor, w: Tensor, small_logits: bool) -> bool:
+def use_half(z: Tensor, w: Tensor, small_logits: bool) -> bool:
     """Whether to multiply features and prototypes in 16 bits.
 
-    Where products come back rounded, by 2^-9 of a logit, ``small_logits`` says whether that does not matter.
+    Where PyTorch rounds the products, to a relative error of 2^-9, they are used only with ``small_logits``.
     """
     if not fast(z.device, z.dtype):
         return False
@@ -30,9 +30,9 @@ def pay(z: Tensor, w: Tensor, small_logits: bool) -> bool:
 
 
 def fast(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the device multiplies matrices of a 16-bit type at twice the rate of float32 or more, and usably.
+    """Whether the device multiplies matrices of a 16-bit dtype at twice the rate of float32 or more.
 
-    Float16 has too few exponents for sums that come back in it: its products must come in float32.
+    Float16 has too small a range for results, so its products must be available in float32.
     """
     if dtype not in HALF or (dtype == torch.float16 and not has_wide_product(device.type)):
         return False
@@ -44,27 +44,29 @@ def fast(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _mkldnn_enabled() -> bool:
-    """Whether oneDNN may multiply; without it ATen's own loops do, which are slower in 16 bits than in 32."""
+    """Whether torch uses oneDNN. Without it ATen's own loops run, which are slower in 16 bits than in float32."""
     return torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()
 
 
 @functools.cache
 def _has_bfloat16_units() -> bool:
-    """AMX or AVX512-BF16, by torch's reading of cpuid, as oneDNN looks for them. On other CPUs operands are converted
-    on the way. (Float16 without such a unit is 50 times slower than float32: torch 2.13 on Zen 4.)"""
+    """Whether torch finds AMX or AVX512-BF16, which oneDNN uses. On other CPUs oneDNN converts the operands.
+
+    (Float16 without such a unit is 50 times slower than float32: torch 2.13 on Zen 4.)
+    """
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 @functools.cache
 def _has_tensor_cores(dtype: torch.dtype, index: int | None) -> bool:
-    """Of float16 since sm_70, of bfloat16 since sm_80 (CUDA's programming guide); AMD's matrix cores take both."""
+    """NVIDIA: float16 since sm_70, bfloat16 since sm_80 (CUDA programming guide). AMD's matrix cores take both."""
     if torch.version.hip is not None:
         return True
     return torch.cuda.get_device_capability(index) >= ((8, 0) if dtype == torch.bfloat16 else (7, 0))
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """The product in float32 where PyTorch offers that, as on CUDA, or else rounded to the operands' type."""
+    """The product in float32 where PyTorch supports that (CUDA), else rounded to the operands' dtype."""
     if has_wide_product(a.device.type):
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a, b)
@@ -72,7 +74,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 @functools.cache
 def has_wide_product(device: str) -> bool:
-    """Whether there is a product of 16-bit matrices with a float32 result, by trying once."""
+    """Whether torch.mm of 16-bit matrices can return float32 on this device type, found by trying once."""
     one = torch.ones(8, 8, dtype=torch.bfloat16, device=device)
     try:
         torch.mm(one, one, out_dtype=torch.float32)

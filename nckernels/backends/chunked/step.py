@@ -1,13 +1,13 @@
-"""Loss and gradient in one go: what flows back is known, up to a factor, as soon as the sums are.
+"""Loss and gradient in one step: the gradient of a sum or mean is known, up to a factor, once the sums are.
 
-In one direction each *anchor*, a class or a sample, is contrasted with *others*: the rows of a matrix with its columns.
-A part of the rows with all columns, as many as half of the workspace holds, is a block whose sums are complete: its
-exponentials go on to be weights before the next part is begun, and no product is made twice. In both directions, and
-for samples with themselves where that saves a product, the block is the whole matrix.
+The rows of the matrix are the *anchors*, classes or samples, and its columns the vectors that they are contrasted with.
+In one direction the matrix is processed in parts of rows, as many as half of the workspace holds. The sums of a part
+are complete, so its exponentials become weights before the next part begins, and no product is computed twice. In both
+directions, and for samples with themselves where that saves a product, the whole matrix is one part.
 
-The entries of a block are worked on in tiles of rows that stay in cache. Where bfloat16 multiplies fast the block is
-bfloat16 and a tile float32: logits are rounded once, weights once, all in between is float32. The logits of positives
-are exact, for the gradient of what has been learnt is the difference between two nearly equal numbers.
+A part's block of entries is processed in tiles of rows that stay in cache. Where bfloat16 multiplies fast, the block is
+bfloat16 and a tile float32: logits are rounded once and weights are rounded once. The logits of positives are exact,
+because the gradient of a sample that has been learnt is the difference of two nearly equal numbers.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from .positives import Pairs, SameLabel
 from .sides import Side
 from .tiles import SHIFT_FREE_LIMIT, rnorm_of
 
-_NARROWEST = 64  # rows of a part; with fewer, thin products cost more than making some of them twice
+_NARROWEST = 64  # rows of a part; with fewer, thin products cost more than computing some of them twice
 
 
 def fits(features: Tensor, prototypes: Tensor, spec: Spec) -> bool:
-    """Whether a step takes the problem: a CPU, and a matrix that is one block, or parts of it that are wide enough."""
+    """Whether a step takes the problem: on a CPU, if the matrix is one part or its parts have enough rows."""
     if features.device.type != "cpu" or (spec.square and not spec.symmetric):
         return False
     rows, cols = (prototypes, features) if spec.direction == "class" else (features, prototypes)
@@ -41,9 +41,9 @@ def step(inputs: Inputs, reduced: Reduced, spec: Spec, needs: Needs) -> Step:
     z, w, target = inputs[:3]
     acc, beta = accumulation_dtype(z.dtype), number(inputs.inv_temperature, z.dtype)
     small = beta <= SHIFT_FREE_LIMIT
-    half = small and z.dtype == torch.bfloat16 and products.pay(z, w, small)  # float16 has no room for small weights
-    takes_part = target != spec.ignore_index
-    valid = None if bool(takes_part.all()) else takes_part
+    half = small and z.dtype == torch.bfloat16 and products.use_half(z, w, small)  # small weights underflow in float16
+    counted = target != spec.ignore_index
+    valid = None if bool(counted.all()) else counted
     samples = Side(z, rnorm_of(z, acc, valid), needs.features, valid, None, half)
     if spec.symmetric:
         others = SameLabel(samples, target)
@@ -51,7 +51,7 @@ def step(inputs: Inputs, reduced: Reduced, spec: Spec, needs: Needs) -> Step:
         by_w = None
         loss, energy = _with_itself(samples, target, others, share, reduced.weight is None, beta, spec)
     else:
-        share, total = _shares(reduced, takes_part, acc)
+        share, total = _shares(reduced, counted, acc)
         loss, energy, by_w = _with_classes(samples, w, needs.prototypes, target, share, beta, spec)
     if reduced.mean:
         loss = loss.masked_fill(total == 0.0, reduced.of_nothing)
@@ -59,7 +59,7 @@ def step(inputs: Inputs, reduced: Reduced, spec: Spec, needs: Needs) -> Step:
 
 
 def _shares(reduced: Reduced, counted: Tensor, acc: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The samples' shares in the loss, and what the sum of their weights is."""
+    """The samples' shares in the loss, and the sum of their weights."""
     weight = counted.to(acc) if reduced.weight is None else reduced.weight.to(acc).where(counted, 0.0)
     total = weight.sum()
     if reduced.of_nothing == 0.0:
@@ -70,7 +70,7 @@ def _shares(reduced: Reduced, counted: Tensor, acc: torch.dtype) -> tuple[Tensor
 def _with_classes(
     samples: Side, w: Tensor, wanted: bool, target: Tensor, share: Tensor, beta: float, spec: Spec
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The loss, the sum of dL/dt t, which is beta dL/dbeta, and the prototypes' gradient if wanted."""
+    """The loss, beta dL/dbeta (the sum of dL/dt t), and the prototypes' gradient if wanted."""
     sample = torch.arange(target.shape[0], device=target.device)
     if samples.valid is not None:
         sample = samples.valid.nonzero().squeeze(1)
@@ -105,12 +105,12 @@ def _with_classes(
 
 
 def _sums(share: Tensor, group: Tensor, groups: int) -> Tensor:
-    """The sum of the shares of each group, in float64: thousands of equal ones would be rounded to the same side."""
+    """The sum of the shares of each group. In float64, because the rounding errors of equal terms do not cancel."""
     return share.new_zeros(groups, dtype=torch.float64).index_add_(0, group, share.double()).to(share.dtype)
 
 
 def _present(label: Tensor, classes: int) -> tuple[Tensor | None, Tensor]:
-    """The classes that occur, None for all, and each label's place among them."""
+    """The classes that occur (None for all), and each label's position among them."""
     there = torch.zeros(classes, dtype=torch.bool, device=label.device).index_fill_(0, label, True)
     if bool(there.all()):
         return None, label
@@ -120,9 +120,11 @@ def _present(label: Tensor, classes: int) -> tuple[Tensor | None, Tensor]:
 def _with_itself(
     rows: Side, target: Tensor, others: SameLabel, share: Tensor, even: bool, beta: float, spec: Spec
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and the sum of dL/dt t. In the whole matrix an entry has the weights of its row and of its column,
-    which saves the product of one of them; of a part of the rows these are complete, those of columns come part by
-    part."""
+    """The loss and the sum of dL/dt t.
+
+    If the whole matrix is one part, an entry gets the weights of its row and of its column, and one product is saved.
+    Otherwise a part's weights are those of its rows, and the gradient of the columns is added up part by part.
+    """
     matrix = Matrix(rows, rows, beta, spec, None, target if spec.exclude == "same_label" else None)
     assert rows.grad is not None
     loss = share.new_zeros(())
@@ -135,9 +137,9 @@ def _with_itself(
         matrix.add_to_rows(rows.grad[part], block)
     del block
     tiles = list(rows.parts(matrix.tile_of_columns))
-    others.add_up(share, even, tiles)
+    others.compute_sums(share, even, tiles)
     energy = share.new_zeros(())
     for some in tiles:
         loss -= beta * others.subtract(rows.grad[some], some, beta)
         energy += rows.finish(rows.grad[some], some)
-    return loss, energy / 2  # every pair is in it twice
+    return loss, energy / 2  # every pair is counted twice

@@ -1,4 +1,4 @@
-"""Log-sum-exps that grow tile by tile."""
+"""Log-sum-exps that are accumulated tile by tile."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class PlainLSE:
-    """log sum exp(b) E over tiles of E = exp(t)."""
+    """log sum exp(b) E, from tiles of E = exp(t)."""
 
     def __init__(self, size: int, bias: Tensor | None, like: Tensor, acc: torch.dtype) -> None:
         self.total = like.new_zeros(size, dtype=acc)
@@ -24,7 +24,7 @@ class PlainLSE:
 
 
 class StreamingLSE:
-    """log sum exp(t + b) over tiles of t with a running maximum."""
+    """log sum exp(t + b), from tiles of t, with a running maximum."""
 
     def __init__(self, size: int, bias: Tensor | None, like: Tensor, acc: torch.dtype) -> None:
         self.maximum = like.new_full((size,), -torch.inf, dtype=acc)

@@ -1,8 +1,8 @@
-"""Samples against themselves: the upper triangle of tiles, each serving its rows and its columns.
+"""Samples against themselves: the upper triangle of tiles, each used for its rows and its columns.
 
 With ``E = exp(t)`` (masked, symmetric), one bias b along the summed axis and the upstream gradient g, the weight of
-an entry in the sum of its column's sample is ``A_ij = g_j E_ij exp(b_i - lse_j)``, and every sample meets every
-other twice, as a row and as a column: the gradient of the unit features is ``(A + A^T) U``.
+an entry in the sum of its column's sample is ``A_ij = g_j E_ij exp(b_i - lse_j)``. Each sample occurs as a row and as a
+column, so the gradient of the unit features is ``(A + A^T) U``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .weights import finite, over_sum
 
 
 def forward(inputs: Inputs, spec: Spec) -> Forward:
-    """The forward pass; nothing is kept for the backward."""
+    """The forward pass, which keeps no tiles."""
     tiles, bias = Tiles(inputs, spec, 0), _bias(inputs, spec)
     z, acc = inputs.features, tiles.acc
     sums = (PlainLSE if tiles.shift_free else StreamingLSE)(tiles.m, bias, z, acc)
@@ -38,13 +38,13 @@ def forward(inputs: Inputs, spec: Spec) -> Forward:
 
 
 def backward(inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, needs: Needs) -> Gradients:
-    """The gradient of the one tensor, as that of the features."""
+    """The whole gradient of the tensor, returned as that of the features."""
     tiles, bias = Tiles(inputs, spec, 0, saved), _bias(inputs, spec)
     z, beta = inputs.features, inputs.inv_temperature
     lse, g = (saved.class_lse, grads.class_lse) if spec.by_class else (saved.instance_lse, grads.instance_lse)
     grad_u = z.new_zeros(z.shape, dtype=tiles.acc) if needs.features or needs.inv_temperature else None
     grad_bias = torch.zeros_like(bias) if bias is not None and (needs.sample_bias or needs.class_bias) else None
-    scale = None if tiles.halves is None else tiles.halves[0].scale  # that gradients carry, see Side.finish
+    scale = None if tiles.halves is None else tiles.halves[0].scale  # of the gradients, see Side.finish
     if g is not None:
         entries = _Entries(tiles, bias, lse, g, grad_bias)
         for rows, columns in _triangle(tiles):
@@ -80,7 +80,7 @@ def backward(inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, nee
     return Gradients(
         grad_u.to(z.dtype) if grad_u is not None and needs.features else None,
         None,
-        energy / 2 if needs.inv_temperature else None,  # every pair is in it twice
+        energy / 2 if needs.inv_temperature else None,  # every pair is counted twice
         grad_bias if needs.sample_bias else None,
         grad_bias if needs.class_bias else None,
     )
@@ -98,7 +98,7 @@ def _bias(inputs: Inputs, spec: Spec) -> Tensor | None:
 
 
 def _triangle(tiles: Tiles) -> Iterator[tuple[slice, list[slice]]]:
-    """Tiles of rows, each with the tiles of columns from the diagonal on."""
+    """The row tiles, each with its column tiles from the diagonal on."""
     every = list(tiles.row_tiles())
     return ((rows, every[i:]) for i, rows in enumerate(every))
 
@@ -108,7 +108,7 @@ def _shape(rows: slice, cols: slice) -> tuple[int, int]:
 
 
 class _Entries:
-    """Tiles of ``A + A^T``, and the gradient of the bias on the way."""
+    """Computes tiles of ``A + A^T`` and, from them, the gradient of the bias."""
 
     def __init__(self, tiles: Tiles, bias: Tensor | None, lse: Tensor, g: Tensor, grad_bias: Tensor | None) -> None:
         self.tiles, self.bias, self.lse, self.grad_bias = tiles, bias, lse, grad_bias
@@ -118,7 +118,7 @@ class _Entries:
             self.by_sum = over_sum(self.g, lse)
 
     def both_ways(self, rows: slice, cols: slice) -> Tensor:
-        """One tile; of the diagonal ones the gradient of the bias takes one half."""
+        """One tile of ``A + A^T``. A diagonal tile adds only one of its two terms to the gradient of the bias."""
         t = self.tiles.logits(rows, cols, self.lse.new_empty(_shape(rows, cols)))
         if self.tiles.shift_free:
             return self._scaled(t.exp_(), rows, cols)
@@ -139,7 +139,7 @@ class _Entries:
         return e.mul_(scale.addr_(self.by_sum[rows], self.factor[cols]))
 
     def _shifted(self, t: Tensor, rows: slice, cols: slice) -> Tensor:
-        """A of the anchors in the columns."""
+        """A tile of A, whose anchors are the columns."""
         a = t - finite(self.lse[cols])
         if self.bias is not None:
             a += self.bias[rows, None]

@@ -1,4 +1,4 @@
-"""The logits of one call, cut into tiles; norms, masks, and the way back through the normalisation."""
+"""The logits of one call in tiles: norms, masks, tile sizes, and the gradient of the normalisation."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..base import Forward, Inputs, Spec, accumulation_dtype, norm_eps
 from . import products
 from .sides import Side
 
-_ROWS = 2**17  # numbers that are converted at once
+_CONVERTED = 2**17  # numbers that are converted to float32 at once
 SHIFT_FREE_LIMIT = 30.0  # exp(30) sums over 1e12 entries and exp(-30) / 1e12 are normal float32 numbers
 
 
 class Tiles:
-    """The logits of one call, cut into tiles; masks, norms and the columns that take part."""
+    """The logits of one call in tiles, with masks, norms and the columns that occur."""
 
     def __init__(self, inputs: Inputs, spec: Spec, kept: int, saved: Forward | None = None) -> None:
         self.inputs, self.spec = inputs, spec
@@ -27,7 +27,7 @@ class Tiles:
         self.m, self.num_classes = z.shape[0], w.shape[0]
         self.shift_free = self.on_cpu and self._small_logits()
 
-        #: which samples take part; None for all (a CPU can tell)
+        #: which samples are not ignored; None for all, which is detected on a CPU only
         self.valid: Tensor | None = target != spec.ignore_index
         if self.on_cpu and bool(self.valid.all()):
             self.valid = None
@@ -38,51 +38,51 @@ class Tiles:
         row = torch.arange(self.m, device=z.device)
         self.positive = row if spec.exclude == "same_label" else column
         self.excluded = {"target": column, "self": row}.get(spec.exclude)
-        #: columns that may be looked at: samples that take part, and positives of such; None for all
+        #: columns that may be read: samples that are not ignored, and their positives; None for all
         self.readable: Tensor | None = None
         if spec.square and self.valid is not None:
-            counts = self.valid.long()  # added up rather than indexed with a mask, for which a GPU's host must wait
+            counts = self.valid.long()  # index_add: indexing with a mask would make the host wait for a GPU
             self.readable = counts.index_add(0, self.positive, counts) > 0
         self.w_rnorm = saved.prototype_rnorm if saved is not None else rnorm_of(w, self.acc, self.readable)
 
-        #: features and prototypes as they are multiplied in 16 bits; None for unit vectors in ``acc``
+        #: features and prototypes as operands in 16 bits; None where unit vectors in ``acc`` are multiplied
         self.halves: tuple[Side, Side] | None = None
-        if products.pay(z, w, self.shift_free):
+        if products.use_half(z, w, self.shift_free):
             classes = Side(w, self.w_rnorm, False, self.readable, None, half=True)
             self.halves = (
                 classes if spec.symmetric else Side(z, self.z_rnorm, False, self.valid, None, half=True),
                 classes,
             )
 
-        # What the kept matrix leaves of the workspace is for four buffers the size of a column tile of
-        # prototypes (2 shares each), four the size of a row tile of features and three tiles of logits (1 share
-        # each). Tiles of logits of a few MiB, which stay in cache between GEMM, exp and GEMM, are the fastest.
+        # The workspace beyond the kept matrix is divided into 16 shares: four buffers of the size of a column tile of
+        # prototypes (2 shares each), four of the size of a row tile of features and three tiles of logits (1 share
+        # each). Tiles of logits of a few MiB are the fastest: they stay in cache between GEMM, exp and GEMM.
         scratch = spec.workspace // self.acc.itemsize - kept
         share = max(scratch // 16, 1)
         tile_k = max(2 * share // z.shape[1], 16)
         self.tile_k = -(-self.k // max(-(-self.k // tile_k), 1)) or 1  # equal parts
         self.tile_m = max(min(share // z.shape[1], share // self.tile_k, self.m), 16)
-        if spec.symmetric:  # square tiles; two of unit features and two products beside three of logits
+        if spec.symmetric:  # square tiles: two of unit features, two products and three of logits
             self.tile_m = self.tile_k = max(min(share // z.shape[1], math.isqrt(share), self.m), 16)
         self.several_columns = self.tile_k < self.k
         self._u: tuple[slice, Tensor] | None = None
         self._v: tuple[slice, Tensor] | None = None
-        #: what positive logits are set to, where products are rounded
+        #: the exact positive logits, which replace those in the tiles where products are rounded
         self.exact: Tensor | None = None
         if self.halves is not None and not spec.symmetric and not products.has_wide_product(z.device.type):
             self.exact = self.positive_logits() if saved is None else saved.pos
 
     def _small_logits(self) -> bool:
         biases = [b for b in (self.inputs.sample_bias, self.inputs.class_bias) if b is not None and b.numel()]
-        # a bias of -inf removes an entry, which is no reason for a shift
+        # a bias of -inf removes an entry and needs no shift
         finite = [b.masked_fill(b == -torch.inf, 0.0).abs().max() for b in biases]
         return bool(torch.stack([self.inputs.inv_temperature, *finite]).sum() <= SHIFT_FREE_LIMIT)
 
     def _compact(self, label: Tensor) -> tuple[Tensor | None, Tensor]:
-        """The classes that occur, and each sample's position among them.
+        """The classes that occur (None for all), and the position of each sample's class among them.
 
-        On a CPU exactly these; elsewhere their number is unknown to the host, so the list has its largest
-        possible length min(M, K), filled up with K, and is left out where it would not be shorter than K.
+        On other devices than the CPU the host does not know their number. The list then has its largest possible
+        length min(M, K) and is padded with K; it is None where that is not shorter than K.
         """
         k = self.num_classes
         if not self.on_cpu and k <= self.m:
@@ -106,7 +106,7 @@ class Tiles:
         return (slice(i, min(i + self.tile_k, self.k)) for i in range(0, self.k, self.tile_k))
 
     def storage(self, rows: slice, cols: slice, kept: Tensor) -> Tensor:
-        """Memory for one tile: its place in the kept matrix, where each tile is contiguous, or fresh."""
+        """Memory for one tile: a contiguous part of the kept matrix, or new memory if nothing is kept."""
         shape = (rows.stop - rows.start, cols.stop - cols.start)
         if not kept.numel():
             return kept.new_empty(shape)
@@ -118,7 +118,7 @@ class Tiles:
         return where(self.valid, values)
 
     def u(self, rows: slice) -> Tensor:
-        """beta times the unit features of some rows, or 16-bit operands; the last ones asked for are remembered."""
+        """beta times the unit features of some rows, or their 16-bit operands. The last result is cached."""
         if self.halves is not None:
             return self.halves[0].operands(rows)
         if self._u is None or self._u[0] != rows:
@@ -131,14 +131,14 @@ class Tiles:
         return self._u[1]
 
     def class_ids(self, cols: slice) -> Tensor | slice:
-        """Which prototypes the columns are."""
+        """The class numbers of the columns."""
         return cols if self.classes is None else self.classes[cols].clamp_max(self.num_classes - 1)
 
     def w_rnorm_of(self, cols: slice) -> Tensor:
         return self.w_rnorm[self.class_ids(cols)]
 
     def v(self, cols: slice) -> Tensor:
-        """The unit prototypes of some columns, or 16-bit operands; the last ones asked for are remembered."""
+        """The unit prototypes of some columns, or their 16-bit operands. The last result is cached."""
         if self._v is None or self._v[0] != cols:
             self._v = None  # free the old tile before the new one is made
             ids = self.class_ids(cols)
@@ -146,13 +146,13 @@ class Tiles:
         return self._v[1]
 
     def unit(self, ids: Tensor | slice) -> Tensor:
-        """Unit prototypes; zeros where nobody may look."""
+        """Unit prototypes; zeros in rows that must not be read."""
         v = self.inputs.prototypes[ids] * self.w_rnorm[ids, None]
         return v if self.readable is None else v.masked_fill_(~self.readable[ids, None], 0.0)
 
     def within(self, index: Tensor, rows: slice, cols: slice) -> tuple[Tensor | None, Tensor]:
-        """For one column index per row: whether it lies in the tile (and the row takes part; None for all
-        rows), and where in the tile."""
+        """For one column index per row: whether it lies in the tile and the row is not ignored (None for yes), and its
+        position in the tile."""
         valid = None if self.valid is None else self.valid[rows]
         if not self.several_columns:
             return valid, index[rows]
@@ -161,7 +161,7 @@ class Tiles:
         return inside if valid is None else inside & valid, local.clamp_(0, cols.stop - cols.start - 1)
 
     def logits(self, rows: slice, cols: slice, out: Tensor, pos: Tensor | None = None) -> Tensor:
-        """One tile of t, -inf where excluded; on the way the positive logits are picked up into ``pos``."""
+        """One tile of t, -inf where excluded. The positive logits in it are copied to ``pos``."""
         t = self._products(rows, cols, out)
         if pos is not None or self.exact is not None:
             inside, local = self.within(self.positive, rows, cols)
@@ -196,7 +196,7 @@ class Tiles:
         return out.mul_((by_row * self.inputs.inv_temperature)[:, None]).mul_(by_col)
 
     def scales(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
-        """By which products of 16-bit operands are multiplied to be cosines."""
+        """The factors of rows and columns that turn products of 16-bit operands into cosines."""
         assert self.halves is not None
         z, w = self.halves
         assert z.scale is not None
@@ -204,7 +204,7 @@ class Tiles:
         return z.scale[rows], w.scale[self.class_ids(cols)]
 
     def operand_weights(self, weights: Tensor, rows: slice, cols: slice) -> Tensor:
-        """Weights times the scales of both sides, in 16 bits: with operands they make gradients times one scale."""
+        """Weights times the scales of both sides, in 16 bits; times operands, they give gradients times one scale."""
         by_row, by_col = self.scales(rows, cols)
         return (weights * by_row[:, None]).mul_(by_col).to(self.inputs.features.dtype)
 
@@ -239,7 +239,7 @@ class Tiles:
         return values
 
     def columns_of(self, values: Tensor, absent: float) -> Tensor:
-        """Pick one value per column out of one per class; ``absent`` in columns that only fill up."""
+        """The value of each column's class; ``absent`` in columns of padding."""
         if self.classes is None:
             return values
         return values[self.classes.clamp_max(self.num_classes - 1)].masked_fill(
@@ -247,19 +247,19 @@ class Tiles:
         )
 
     def put_classes(self, full: Tensor, values: Tensor, cols: slice) -> None:
-        """Write the rows of some columns into their places among all K classes."""
+        """Write one row per column into the rows of their classes."""
         if self.classes is None:
             full[cols] = values.to(full.dtype)
         elif self.on_cpu:
             full[self.classes[cols]] = values.to(full.dtype)
-        else:  # columns that only fill up carry zeros and add them to the last class
+        else:  # columns of padding hold zeros, which are added to the last class
             full.index_add_(0, self.classes[cols].clamp_max(self.num_classes - 1), values.to(full.dtype))
 
 
 def rnorm_of(x: Tensor, acc: torch.dtype, valid: Tensor | None = None) -> Tensor:
     """1 / max(|x|, eps) of each row; 1 where ``valid`` is False."""
-    if x.dtype in products.HALF and x.device.type == "cpu" and x.numel() > _ROWS:  # whose copy would be a large one
-        rows = x.split(max(_ROWS // x.shape[1], 1))
+    if x.dtype in products.HALF and x.device.type == "cpu" and x.numel() > _CONVERTED:  # bounds the float32 copy
+        rows = x.split(max(_CONVERTED // x.shape[1], 1))
         norm = torch.cat([torch.linalg.vector_norm(some, dim=1, dtype=acc) for some in rows])
     else:
         norm = torch.linalg.vector_norm(x, dim=1, dtype=acc)
@@ -270,7 +270,7 @@ def rnorm_of(x: Tensor, acc: torch.dtype, valid: Tensor | None = None) -> Tensor
 def through_normalisation(grad: Tensor, unit: Tensor, rnorm: Tensor, x: Tensor, beta: Tensor | None = None) -> Tensor:
     """Turn dL/du into dL/dx for u = x / |x|, in place: (dL/du - (dL/du . u) u) / |x|. Returns dL/du . u.
 
-    ``unit`` and ``grad`` are u and dL/du, or with ``beta`` both are beta u and dL/d(beta u). Where |x| was
+    ``unit`` and ``grad`` are u and dL/du, or with ``beta`` they are beta u and dL/d(beta u). Where |x| was
     clamped to eps (rnorm at its largest), u is linear in x and nothing is projected out.
     """
     dot = torch.linalg.vecdot(grad, unit)

@@ -10,7 +10,7 @@ from .tiles import Tiles
 
 
 class Weights:
-    """dL/dt without the positives, as row_scale * tile * col_scale; gradients of the biases on the way."""
+    """dL/dt without the positives, as row_scale * tile * col_scale, and the gradients of the biases from it."""
 
     def __init__(self, tiles: Tiles, saved: Forward, grads: OutputGrads, spec: Spec, needs: Needs) -> None:
         self.tiles, self.saved = tiles, saved
@@ -30,8 +30,8 @@ class Weights:
         if tiles.shift_free:
             self._scale()
 
-    def room(self, needs: Needs) -> tuple[Tensor | None, Tensor | None]:
-        """Zeros for the gradients of features, where dL/dbeta comes from it too, and prototypes."""
+    def allocate(self, needs: Needs) -> tuple[Tensor | None, Tensor | None]:
+        """Zeros for the gradients of features and prototypes. dL/dbeta needs one of the two."""
         z, w = self.tiles.inputs.features, self.tiles.inputs.prototypes
         by_z = needs.features or (needs.inv_temperature and not needs.prototypes)
         return (
@@ -40,7 +40,7 @@ class Weights:
         )
 
     def gradients(self, needs: Needs, grad_z: Tensor | None, grad_w: Tensor | None, energy: Tensor) -> Gradients:
-        """All of them, given the sum of dL/dt t, which is beta dL/dbeta."""
+        """All wanted gradients, given ``energy``, the sum of dL/dt t, which is beta dL/dbeta."""
         z, beta = self.tiles.inputs.features, self.tiles.inputs.inv_temperature
         return Gradients(
             grad_z.to(z.dtype) if grad_z is not None and needs.features else None,
@@ -51,7 +51,7 @@ class Weights:
         )
 
     def _scale(self) -> None:
-        """Shift-free: the weights of both directions as outer products that multiply E = exp(t)."""
+        """Shift-free mode: the weights of each direction are an outer product times E = exp(t)."""
         self.class_outer: tuple[Tensor | None, Tensor] | None = None
         self.instance_outer: tuple[Tensor, Tensor | None] | None = None
         if self.g_class is not None:
@@ -64,7 +64,7 @@ class Weights:
             self.row_scale, self.col_scale = self.class_outer or self.instance_outer or (None, None)
 
     def tile(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor | None]:
-        """The tile and the scale of its rows, (m, 1), None for ones; ``col_scale`` holds for all tiles."""
+        """A tile, and the (m, 1) scale of its rows or None for ones. ``col_scale`` has the scales of all columns."""
         if self.g_class is None and self.g_instance is None:
             return self.saved.pos.new_zeros(rows.stop - rows.start, cols.stop - cols.start), None
         if self.tiles.shift_free:

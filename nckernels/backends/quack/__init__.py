@@ -1,8 +1,8 @@
-"""The first product of a panel on Hopper and Blackwell: quack's, with our exponentials as its epilogue.
+"""The first product of a panel on Hopper and Blackwell: quack's GEMM with our exponentials as its epilogue.
 
 It is an engine of ``tiled/step.py``, not a backend. Reading order: ``epilogue`` (the kernel, a few lines of Python),
-``contract`` (what it computes, in PyTorch), ``call`` (its tiles and arguments). quack is imported where a device is
-there that it is for, and nothing fails without it: ``pip install "nckernels[hopper]"`` brings it.
+``contract`` (its definition in PyTorch), ``call`` (its tiles and arguments). quack is optional and is imported only if
+there is a device for it; ``pip install "nckernels[hopper]"`` installs it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from .contract import MOST_BETA, MOST_TAGS, Operand, PlainProduct, Product
 __all__ = ["MAJORS", "Operand", "PlainProduct", "Product", "missing", "product", "takes", "why_not"]
 
 MAJORS = (9, 10, 12)
-"""Compute capabilities: Hopper, Blackwell for data centres and for desks."""
+"""Major compute capabilities: Hopper, data-centre Blackwell, consumer Blackwell."""
 
 SWITCH = "NCKERNELS_QUACK"
-"""Set to 0, this environment variable leaves quack alone."""
+"""Environment variable: 0 disables quack."""
 
 
 @lru_cache(maxsize=1)
@@ -38,23 +38,23 @@ def missing() -> str | None:
         return 'quack-kernels is not installed (pip install "nckernels[hopper]")'
     try:
         importlib.import_module(f"{__name__}.call")
-    except Exception as error:  # its interface, or that of what it stands on, may have moved on
+    except Exception as error:  # its interface, or that of a dependency, may have changed
         return f"quack-kernels cannot be imported: {type(error).__name__}: {error}"
     return None
 
 
 @lru_cache(maxsize=64)
 def why_not(device: torch.device) -> str | None:
-    """Why the device has no such product, or None."""
+    """Why quack's product cannot be used on the device, or None."""
     if device.type != "cuda" or torch.version.hip is not None:
-        return f"there is none for {device.type if device.type != 'cuda' else 'ROCm'} devices"
+        return f"it does not support {device.type if device.type != 'cuda' else 'ROCm'} devices"
     if torch.cuda.get_device_capability(device)[0] not in MAJORS:
         return "it needs compute capability 9, 10 or 12"
     return missing()
 
 
 def takes(features: Tensor, prototypes: Tensor, beta: float) -> bool:
-    """Whether a device's product takes such matrices, whose rows begin at multiples of 16 bytes, and such a beta."""
+    """Whether the product takes these matrices (bfloat16, rows at multiples of 16 bytes) and this beta."""
     return (
         features.dtype == torch.bfloat16
         and 0.0 < beta <= MOST_BETA
@@ -65,9 +65,9 @@ def takes(features: Tensor, prototypes: Tensor, beta: float) -> bool:
 
 @lru_cache(maxsize=64)
 def product(device: torch.device, tagged: bool) -> Product | None:
-    """The device's, compiled for operands with tags or without, where ``why_not`` has no objection.
+    """The product of a device for which ``why_not`` is None, compiled for operands with or without tags.
 
-    None, with a warning, where it does not compile: then the vendor's library has to do.
+    None, with a warning, if it does not compile: the vendor's library is used instead.
     """
     from .call import product_for
 
@@ -80,8 +80,8 @@ def product(device: torch.device, tagged: bool) -> Product | None:
         of_p, of_q = torch.empty(n, device=device), torch.empty(width, device=device)
         p, q = (Operand(rows, x, x if tagged else None) for x in (of_p, of_q))
         found.compile(p, q, 1.0, e, torch.empty(n, width // found.columns, device=device))
-    except Exception as error:  # a compiler is a large thing, and there is another way
-        message = f"quack's product does not compile for {device}, the library's takes its place: {error}"
+    except Exception as error:  # any failure of the compiler: the library's product is used instead
+        message = f"quack's product does not compile for {device}; using the library's product instead: {error}"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
         return None
     return found

@@ -1,4 +1,4 @@
-"""The product with an epilogue, by quack."""
+"""The call of quack's product with our epilogue."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .epilogue import exponentials, exponentials_of_others
 
 @dataclass(frozen=True)
 class Tile:
-    """How quack's kernel cuts a panel, in its own words."""
+    """The tile of quack's kernel, with its options."""
 
     rows: int
     columns: int
     cluster: int
-    """Thread blocks that share what they fetch of the others."""
+    """Thread blocks that share the loads of the other operand."""
     pingpong: bool
-    """Whether two groups of warps take turns, one in the epilogue while the other multiplies."""
+    """Whether two groups of warps alternate, one in the epilogue while the other multiplies."""
     dynamic: bool
-    """Whether thread blocks ask for their next tile."""
+    """Whether tiles are assigned to thread blocks dynamically."""
 
 
 TILES = {
@@ -31,11 +31,11 @@ TILES = {
     10: Tile(256, 192, 2, pingpong=False, dynamic=True),
     12: Tile(128, 128, 1, pingpong=True, dynamic=True),
 }
-"""By the major compute capability: the widest of quack's tiles that leave registers for both epilogues."""
+"""By major compute capability: the widest of quack's tiles that leave registers for both epilogues."""
 
 
 class QuackProduct(Product):
-    """Compiled when it is first called, in some seconds, and kept on disk by quack."""
+    """Compiled in the first call, which takes some seconds, and cached on disk by quack."""
 
     def __init__(self, major: int) -> None:
         self.tile = TILES[major]
@@ -45,7 +45,7 @@ class QuackProduct(Product):
         self._gemm(p, q, shift, e, sums, launch=True)
 
     def compile(self, p: Operand, q: Operand, shift: float, e: Tensor, sums: Tensor) -> None:
-        """All but the launch; for tensors that need not be on a GPU."""
+        """Compile without launching; the tensors need not be on a GPU."""
         self._gemm(p, q, shift, e, sums, launch=False)
 
     def _gemm(self, p: Operand, q: Operand, shift: float, e: Tensor, sums: Tensor, launch: bool) -> None:
@@ -61,5 +61,5 @@ class QuackProduct(Product):
 
 
 def product_for(device: torch.device) -> QuackProduct:
-    """That of the device's architecture."""
+    """The product for the device's architecture."""
     return QuackProduct(torch.cuda.get_device_capability(device)[0])

@@ -1,4 +1,4 @@
-"""What the product with an epilogue computes, said in PyTorch; the tests run this in its place."""
+"""The definition of the product with an epilogue, in PyTorch; the tests run it in place of the product."""
 
 from __future__ import annotations
 
@@ -9,47 +9,48 @@ import torch
 from torch import Tensor
 
 MOST_BETA = 40.0
-"""Up to this inverse temperature all exponents can be shifted by beta, the largest logit that there can be: entries of
-opposite vectors are then exp(-2 beta) > 2^-126, where float32 and bfloat16 end. Beyond it whole sums could vanish.
-Float16 ends at 2^-24 and is not offered: an entry of e^-17 is nothing out of the ordinary from beta = 10 on."""
+"""The largest inverse temperature. All exponents are shifted by beta, the largest possible logit, so entries of
+opposite vectors are exp(-2 beta). Up to this beta they exceed 2^-126, the smallest normal number of float32 and
+bfloat16; beyond it whole sums could underflow. Float16, with a least number of 2^-24, is not supported: from beta = 10
+on, entries of e^-17 are common."""
 
 MOST_TAGS = 1 << 24
-"""Tags are float32, which hold all integers below."""
+"""Tags are float32, which represents all integers below this number."""
 
 
 @dataclass(frozen=True)
 class Operand:
-    """Rows of a matrix, and what the epilogue knows of each. All begin at multiples of 16 bytes, rows of ``x`` too."""
+    """Rows of a matrix, with their vectors for the epilogue. All tensors and rows begin at multiples of 16 bytes."""
 
     x: Tensor
-    """(n, d) bfloat16. Rows that are left out may hold anything, NaN too."""
+    """(n, d) bfloat16. Left-out rows may hold anything, NaN too."""
     scale: Tensor
-    """(n,) float32, positive (or NaN where the row has NaN). Anchors: the inverse norm times beta log2 e, 0 where left
-    out. Others: the inverse norm, -1 where left out, and -1 behind the last up to a multiple of ``Product.columns``."""
+    """(n,) float32, positive (or NaN for a row with NaN). Anchors: the inverse norm times beta log2 e, 0 if left
+    out. Others: the inverse norm, -1 if left out, padded with -1 to a multiple of ``Product.columns``."""
     tag: Tensor | None
-    """As long as ``scale``: entries whose two tags agree are left out. None on both sides: no such mask."""
+    """Of the length of ``scale``: entries whose two tags are equal are excluded. None on both sides for no mask."""
 
 
 class Product(ABC):
-    """``exp(beta cos - beta)`` of anchors with others, for a panel."""
+    """``exp(beta cos - beta)`` of the anchors of a panel with all others."""
 
     columns: int
-    """Of a tile, whose part of an anchor's sum is one number."""
+    """Columns of a tile; each tile writes one partial sum per anchor."""
 
     @abstractmethod
     def __call__(self, p: Operand, q: Operand, shift: float, e: Tensor, sums: Tensor) -> None:
-        """For ``k`` columns, as many as ``q.x`` has rows:
+        """Write the exponentials and their sums.
 
         Args:
-            p, q: the anchors and the others.
+            p, q: the n anchors and the k others.
             shift: beta log2 e.
-            e: (n, k) bfloat16, rows at multiples of 16 bytes: each exponential times its column's inverse norm.
-            sums: (n, k / columns) float32: the exponentials' sums, a number for each tile of columns.
+            e: (n, k) bfloat16, rows at multiples of 16 bytes: output, each exponential times its column's inverse norm.
+            sums: (n, ceil(k / columns)) float32: output, the sums of the exponentials in each tile of columns.
         """
 
 
 class PlainProduct(Product):
-    """The contract itself: on any device, in a few passes over float32 matrices."""
+    """The definition: on any device, in a few passes over float32 matrices."""
 
     columns = 32
 

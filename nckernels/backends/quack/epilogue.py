@@ -1,15 +1,15 @@
-"""The product of a panel with what follows it: exponentials and their sums, while products are still in registers.
+"""The epilogue of a panel's product: exponentials and their sums, computed while products are in registers.
 
-quack's product is a persistent kernel: one warp fetches tiles of both operands, others multiply them, and what they
-have accumulated goes through a plain Python function, the *epilogue*, on its way to memory. Ours is the whole forward
+quack's product is a persistent kernel: one warp loads tiles of both operands, other warps multiply them, and a plain
+Python function, the *epilogue*, is applied to the accumulators before they are stored. Ours is the whole forward
 pass. For anchors P and others Q, with ``s_p = r_p beta log2 e`` and ``c = beta log2 e``:
 
-    e     = 2^(acc s_p r_q - c)     acc is the product p . q; as cosines are at most 1, so is e
+    e     = 2^(acc s_p r_q - c)     acc is the product p . q; cosines are at most 1, and therefore e too
     sums += e                       float32, one number for each anchor and each tile of columns
     E     = e r_q                   stored, in 16 bits
 
-``contract.py`` says the same in PyTorch, and what becomes of rows and entries that do not count. A value here is one
-entry or, on Blackwell for data centres, a pair of neighbours, which its units add and multiply at once.
+``contract.py`` defines the same in PyTorch, with left-out rows and excluded entries. A value here is one entry or, on
+data-centre Blackwell, a pair of neighbours, which its units add and multiply together.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from quack.epilogue.ops import ColVecLoad, ColVecReduce, RowVecLoad
 
 
 class PaddedRow(RowVecLoad):
-    """A number for each of the others, from a vector that covers the last tile of columns as well.
+    """A vector over the columns that is padded to whole tiles.
 
-    Behind the last column products are 0, but their exponentials are not: the vector's end must say that nothing is
-    there. quack expects a vector of the matrix's width; this one's length is a number of its own.
+    Past the last column products are 0, but their exponentials are not, so the padding marks these columns as left out.
+    quack expects a vector of the matrix's width; the length of this one is independent of it.
     """
 
     def host_fake_arg(self, key, fctx):
@@ -45,7 +45,7 @@ def product(a, b, c):
 def unless_left_out(e, scale):
     """``e``, or 0 where a row is left out. Selected, not multiplied: ``e`` may be NaN there.
 
-    A scale that is NaN itself is that of a row with NaN that does take part, and is left to show.
+    A scale of NaN belongs to a row with NaN that is not left out, whose NaN must reach the result.
     """
     if const_expr(isinstance(e, tuple)):
         return type(e)(*(unless_left_out(*entry) for entry in zip(e, scale, strict=True)))
@@ -55,7 +55,7 @@ def unless_left_out(e, scale):
 
 @cute.jit
 def unless_excluded(e, scale, p_tag, q_tag):
-    """The same, and 0 where the tags agree: one selection for both."""
+    """The same, and 0 where the tags are equal, in one selection."""
     if const_expr(isinstance(e, tuple)):
         return type(e)(*(unless_excluded(*entry) for entry in zip(e, scale, p_tag, q_tag, strict=True)))
     else:
@@ -68,7 +68,7 @@ TAGS = {"p_tag": ColVecLoad("p_tag"), "q_tag": PaddedRow("q_tag")}
 
 @gemm_epilogue(ops=SCALES, reduces={"sums": ColVecReduce("sums")})
 def exponentials(acc, p_scale, q_scale, shift):
-    """All entries count: NTCE, NormFace, InfoNCE."""
+    """Without excluded entries: NTCE, NormFace, InfoNCE."""
     scale = p_scale * q_scale
     e = unless_left_out(pexp2(product(acc, scale, -shift)), scale)
     return {"D": e * q_scale, "sums": e}
@@ -76,7 +76,7 @@ def exponentials(acc, p_scale, q_scale, shift):
 
 @gemm_epilogue(ops=SCALES | TAGS, reduces={"sums": ColVecReduce("sums")})
 def exponentials_of_others(acc, p_scale, q_scale, p_tag, q_tag, shift):
-    """A class and its own samples, which have the same tag, are left out: NONL."""
+    """Without the entries of a class and its own samples, which have equal tags: NONL."""
     scale = p_scale * q_scale
     e = unless_excluded(pexp2(product(acc, scale, -shift)), scale, p_tag, q_tag)
     return {"D": e * q_scale, "sums": e}

@@ -1,17 +1,18 @@
-"""What the backends of fused GPU kernels share: everything on the host that is not a launch.
+"""The host side that the GPU backends share: everything but the kernels and their launches.
 
-The similarity matrix is cut into tiles, which kernels reduce and drop. Which tensors exist, in what order
-the kernels run and how work and workspace are divided is the same whoever wrote the kernels:
+The similarity matrix is cut into tiles, which kernels reduce and drop. The tensors, the order of the kernels, and the
+division of work and workspace do not depend on the language of the kernels:
 
-* ``sides``: an operand of the matrix and all that belongs to its rows; the vocabulary;
-* ``plan``: how many thread blocks share a task, how large a panel may be;
-* ``kernels``: the interface that a backend implements, one method a kernel;
-* ``forward`` and ``backward``: the order of launches;
-* ``step``: loss and gradient in one go, where the samples' losses are reduced to one number.
+* ``sides``: an operand of the matrix with the vectors of its rows; the vocabulary;
+* ``plan``: how many thread blocks share a task, and how large a panel may be;
+* ``kernels``: the interface that a backend implements, one method per kernel;
+* ``forward`` and ``backward``: the order of launches of the two passes;
+* ``step``: loss and gradient in one step, for losses that are reduced to one number;
+* ``engines``: the first product of a step's panel.
 
-Nothing here waits for the device: no value is read back and no shape depends on one, so that a whole step
-can be captured in a CUDA graph. What depends on the data (which classes occur, how many) stays in device
-tensors that the kernels read.
+Nothing here waits for the device: no value is read back, and no shape depends on data, so a training step can be
+captured in a CUDA graph. Results that depend on data (which classes occur, and how many) stay in device tensors that
+the kernels read.
 """
 
 from .backward import backward

@@ -22,7 +22,7 @@ def backward(kernels: Kernels, saved: Forward, grads: OutputGrads, needs: Needs)
     present = saved.kept.view(kernels.index_dtype)
     samples, classes = two_sides(inputs, spec, saved.feature_rnorm, saved.prototype_rnorm, present)
     if spec.symmetric:
-        # Both rows of sums, A U and A^T U, are (A + A^T) U: one pass over entries with two terms each.
+        # The gradient A U + A^T U is (A + A^T) U: one pass over entries with two terms each.
         direction = "class_lse" if spec.by_class else "instance_lse"
         lse, grad = getattr(saved, direction), vector(getattr(grads, direction))
         samples = classes = samples._replace(lse=lse, grad=grad, pos=vector(grads.pos))
@@ -31,15 +31,15 @@ def backward(kernels: Kernels, saved: Forward, grads: OutputGrads, needs: Needs)
         classes = classes._replace(lse=saved.class_lse, grad=vector(grads.class_lse))
 
     def matrix(wanted: bool, side: Side) -> Tensor | None:
-        # Compacted: the kernels write the rows of classes that occur, into zeros.
+        # Compacted prototypes: the kernels write only the rows of classes that occur.
         make = torch.zeros if side.gather else torch.empty
         return make(side.x.shape, dtype=side.x.dtype, device=device) if wanted else None
 
     def sums(wanted: bool, side: Side) -> Tensor | None:
-        make = torch.empty if side.used is None else torch.zeros  # slots that are not in use stay as they are
+        make = torch.empty if side.used is None else torch.zeros  # unused slots are not written
         return make(side.slots, dtype=torch.float32, device=device) if wanted else None
 
-    # The gradient of beta is a sum over the rows of either side: take it where the rows are needed anyway.
+    # The gradient of beta is a sum over the rows of either side: take the side whose gradient is computed anyway.
     by_samples = needs.features or not needs.prototypes
     for_samples = Result(samples, matrix(needs.features, samples), sums(needs.inv_temperature and by_samples, samples))
     for_classes = Result(
@@ -96,17 +96,17 @@ def _short_rows(kernels: Kernels, result: Result, q: Side, scale: Tensor | None,
 def _long_rows(kernels: Kernels, p: Result, q: Result, scale: Tensor | None) -> None:
     """Both gradients by panels of entries and the library's matrix products; p is the longer side.
 
-    For every panel of p the sums over q are completed before the next one; the sums over p go on through
-    all panels, so q's float32 accumulator exists for all its rows (the shorter side; the gradient itself
-    where that is float32).
+    The gradient of p's rows in a panel is complete before the next panel of p. The gradient of q is accumulated over
+    all panels, in float32 for all of its rows: this is why q is the shorter side. Float32 gradients are their own
+    accumulator.
     """
     if not (p.wanted or q.wanted):
         return
     x, y = p.side, q.side
     d, itemsize, device = x.x.shape[1], x.x.element_size(), x.x.device
     p_sums, q_sums = p.accumulator, q.accumulator
-    # The library's products read whole matrices, in which 0 * NaN is NaN. A sum in one product is mended; for one
-    # that goes on, rows that take no part are zeros in copies.
+    # The library's products read whole matrices, in which 0 * NaN is NaN. A sum that one product completes is mended.
+    # For a sum over several products, the operand is a copy with zeros in left-out rows.
     copy_x, copy_y = x.partial and q.wanted, y.partial and p.wanted
     p_bytes = (4 * d if p.wanted and p_sums is None else 0) + (itemsize * d if copy_x else 0)
     q_bytes = itemsize * d if copy_y else 0
@@ -143,16 +143,16 @@ def _long_rows(kernels: Kernels, p: Result, q: Result, scale: Tensor | None) -> 
 
 
 class Dense(NamedTuple):
-    """The rows of some slots as the library multiplies them."""
+    """The rows of some slots, as an operand of the library's products."""
 
     side: Side
     matrix: Tensor
     mended: bool
-    """Whether rows that take no part are in their places, and not zeros: then these are all rows of the side."""
+    """Whether the matrix still has left-out rows, so that products must be mended; it then has all rows of the side."""
 
 
 def dense(kernels: Kernels, side: Side, start: int, stop: int, copy: Tensor | None) -> Dense:
-    """A view, or the rows that take part in ``copy``, among zeros."""
+    """A view of the rows, or their ``copy`` with zeros in left-out rows."""
     if copy is None:
         return Dense(side, side.x[start:stop], side.partial)
     kernels.gather(side, copy, start, stop)
@@ -167,12 +167,12 @@ def multiply(kernels: Kernels, h: Tensor, rows: Dense, out: Tensor, accumulate: 
 
 
 def _beta_grad(dot: Tensor, spec: Spec) -> Tensor:
-    """The sum over A * S; a symmetric A + A^T has counted every entry twice."""
+    """The sum over A * S; the symmetric A + A^T counts every entry twice."""
     return dot.sum() / 2 if spec.symmetric else dot.sum()
 
 
 def _bias_grad(kernels: Kernels, p: Side, q: Side) -> Tensor:
-    """Gradient of p's bias, which sits in the log-sum-exps of q's rows."""
+    """Gradient of p's bias, which enters the log-sum-exps of q's rows."""
     n = p.x.shape[0]
     if q.grad is None:
         return torch.zeros(n, dtype=torch.float32, device=p.x.device)

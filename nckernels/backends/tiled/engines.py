@@ -1,15 +1,15 @@
-"""The first product of a panel, and what becomes of it: two engines for ``step.py``.
+"""Two engines for the first product of a panel in ``step.py``, from the rows to the entries of the gradient.
 
-Both turn anchors and all of the others into entries of the gradient. The library's product writes float32, which two
-kernels read: one for the sums, one for the entries. That is 14 bytes an entry with 16-bit inputs.
+The library's product writes float32. Two kernels read it, one for the sums and one for the entries. With 16-bit inputs
+this moves 14 bytes an entry.
 
-A product with an epilogue (``backends/quack``) takes the exponentials of its products while these are in registers, and
-writes them, in 16 bits, and their sums. What entries lack is known when the sums are complete: a weight for each anchor
-and the samples' positives. One kernel puts the weights in place, another one the positives: 6 bytes an entry.
+The product with an epilogue (``backends/quack``) takes the exponentials of its products while these are in registers.
+It writes the exponentials, in 16 bits, and their sums. When the sums are complete, one kernel multiplies the
+exponentials by the weights of their anchors and another one sets the positives. This moves 6 bytes an entry.
 
-Weights could be multiplied into the anchors' rows instead, and into finished sums, so that nothing elementwise would be
-left. But weighted rows are rounded in every direction, where a rounded entry errs along its row: what the projection on
-the tangent space leaves of the gradient of features close to their prototypes then has twice the error.
+Multiplying the anchors' rows and the finished sums by the weights would avoid the elementwise kernel. But a weighted
+row is rounded in every direction, whereas a rounded entry errs along its row, and the projection on the tangent space
+removes most of that. For features close to their prototypes the gradient's error would be twice as large.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
 
 
 class Engine(ABC):
-    """For one step."""
+    """The first product of all panels of one step."""
 
     @abstractmethod
     def entries(self, x_rows: Tensor, start: int, stop: int) -> Tensor:
-        """(stop - start, q.slots): those of p's slots [start, stop), whose rows are ``x_rows``, with the inverse norms
-        of both sides. Also their log-sum-exps, into ``p.lse``."""
+        """(stop - start, q.slots): the entries of p's slots [start, stop), whose rows are ``x_rows``, times the inverse
+        norms of both sides. Also writes the slots' log-sum-exps to ``p.lse``."""
 
 
 class LibraryEngine(Engine):
-    """On any device."""
+    """The vendor's GEMM, on any device."""
 
     def __init__(self, kernels: StepKernels, p: Side, q: Side, rows: int, scale: Tensor | None) -> None:
         self.kernels, self.p, self.q, self.scale = kernels, p, q, scale
@@ -57,7 +57,7 @@ class LibraryEngine(Engine):
 
 
 class EpilogueEngine(Engine):
-    """Where there is a product with an epilogue: bfloat16, and a temperature that the host knows."""
+    """A product with an epilogue, for bfloat16 and a temperature that the host knows."""
 
     def __init__(
         self, kernels: StepKernels, product: Product, beta: float, p: Side, q: Side, rows: int, pos: Tensor
@@ -71,7 +71,7 @@ class EpilogueEngine(Engine):
         parts = ceil_div(q.slots, product.columns)
         self.e, self.sums = new(rows, pad16(q.slots), dtype=p.x.dtype), new(rows, parts)
         self.weight = new(rows)
-        # Of the classes, where prototypes are compacted.
+        # The slot of each class, for compacted prototypes.
         self.slot = new(p.x.shape[0], dtype=torch.int32) if p.gather else None
 
         def operand(side: Side, length: int, slot: Tensor | None) -> tuple[Tensor, Tensor | None]:

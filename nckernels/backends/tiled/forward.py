@@ -1,4 +1,4 @@
-"""The forward pass: norms and positives, the list of classes that occur, log-sum-exps."""
+"""The forward pass: norms, positives, the list of classes that occur, and log-sum-exps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .sides import Side, two_sides
 
 
 def forward(kernels: Kernels, keep: bool) -> Forward:
-    """The forward pass; ``keep`` is False where no backward will follow."""
+    """The forward pass; ``keep`` is False if no backward pass will follow."""
     spec, device = kernels.spec, kernels.inputs.features.device
     m, k = kernels.inputs.features.shape[0], kernels.inputs.prototypes.shape[0]
 
@@ -23,7 +23,7 @@ def forward(kernels: Kernels, keep: bool) -> Forward:
     samples, classes = two_sides(kernels.inputs, spec, z_rnorm, w_rnorm, present)
     class_lse, instance_lse = new(0), new(0)
     if spec.by_class:
-        # Compacted: the kernels write the classes that occur, into a vector of -inf.
+        # Compacted prototypes: the kernels write only the classes that occur.
         class_lse = new(k) if m and not classes.gather else new(k).fill_(-torch.inf)
     if spec.by_instance:
         instance_lse = new(m)
@@ -35,12 +35,12 @@ def forward(kernels: Kernels, keep: bool) -> Forward:
 
 
 def prepare(kernels: Kernels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Inverse norms, positives and, with ``present_only``, the labels of the prototypes and their count."""
+    """Inverse norms, positives and, with ``present_only``, the labels of the prototypes' slots and their count."""
     z, w, spec, index = kernels.inputs.features, kernels.inputs.prototypes, kernels.spec, kernels.index_dtype
     m, k, device = z.shape[0], w.shape[0], z.device
     z_rnorm, pos = (torch.empty(m, dtype=torch.float32, device=device) for _ in range(2))
     if not spec.present_only:
-        # Under "self" a row may take part as someone's positive alone: -1 stays with those that do not even that.
+        # Under "self" an ignored row can still be a positive: only rows that are neither summed nor positives have -1.
         positives = spec.exclude == "self"
         w_rnorm = torch.empty(k, dtype=torch.float32, device=device)
         if not spec.symmetric:
@@ -57,7 +57,7 @@ def prepare(kernels: Kernels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return z_rnorm, pos, w_rnorm, torch.empty(0, dtype=index, device=device)
     mark = torch.full((k + 1,), -1, dtype=index, device=device)
     kernels.prepare_samples(z_rnorm, pos, w_rnorm, mark)
-    if k <= m:  # nothing to gain from a list: the marks are the labels
+    if k <= m:  # a list would not be shorter: the marks are the labels
         return z_rnorm, pos, w_rnorm, mark
     present = torch.empty(m + 1, dtype=index, device=device)
     kernels.compact(mark, torch.cumsum(mark[:k] >= 0, 0, dtype=index), present, k, m)
@@ -67,25 +67,25 @@ def prepare(kernels: Kernels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _log_sum_exp(kernels: Kernels, p: Side, q: Side, p_out: Tensor, q_out: Tensor | None) -> None:
     """``p_out``: the log-sum-exp of p's rows over q; ``q_out``: that of q's rows over p, or None.
 
-    The second needs two numbers for every row of q and block of anchors. Where these exceed the workspace,
-    the blocks go in panels, each combined with the state that the ones before have left in part 0.
+    The latter needs two numbers for every row of q and block of anchors. If these exceed the workspace, the blocks are
+    processed in groups, and each group is combined with the state of the earlier groups, which is in part 0.
     """
     workspace, both = kernels.spec.workspace, q_out is not None
     blocks = kernels.lse_blocks(p, q, both)
     split = blocks.split(p.slots, q.slots, workspace, 8 * p.slots * (2 if both else 1))
-    panel = total = ceil_div(p.slots, blocks.p)
+    group = total = ceil_div(p.slots, blocks.p)
     p_partial: Partial = _pairs(split, p) if split > 1 else (None, None)
     q_partial: Partial = (None, None)
     if both:
         left = workspace - (8 * split * p.slots if split > 1 else 0)
-        panel = max(1, min(total, left // (8 * q.slots) - 1))
-        q_partial = _pairs(1 + panel, q)
-    for first in range(0, total, panel):
-        count = min(panel, total - first)
+        group = max(1, min(total, left // (8 * q.slots) - 1))
+        q_partial = _pairs(1 + group, q)
+    for first in range(0, total, group):
+        count = min(group, total - first)
         out = p_out if split == 1 else None
         kernels.log_sum_exp(p, q, out, p_partial, q_partial, first, count, split, blocks)
         if q_out is not None:
-            # The first panel has no state in part 0 yet; the last one's need not be kept.
+            # There is no state in part 0 before the first group, and none is needed after the last one.
             kernels.combine(q_partial, q, q_out, 0 if first else 1, 1 + count, keep=first + count < total)
     if split > 1:
         kernels.combine(p_partial, p, p_out, 0, split, keep=False)

@@ -1,7 +1,7 @@
-"""What a backend of fused kernels implements: one method a kernel.
+"""The interface that a GPU backend implements: one method per kernel.
 
 Every kernel writes to tensors that its caller has allocated. ``a_p`` below is the sum of the gradient's
-entries times the normalised rows of Q, see ``triton/grad.py`` or ``csrc/cuda/gradient.h`` for the algebra.
+entries times the normalised rows of Q; see ``triton/grad.py`` or ``csrc/cuda/gradient.h`` for the algebra.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from .plan import Blocks
 from .sides import Result, Side, plain
 
 Partial = tuple[Tensor, Tensor] | tuple[None, None]
-"""Largest logits and sums relative to them, (parts, slots) each; or nothing of the kind."""
+"""Partial log-sum-exps: largest logits and sums relative to them, (parts, slots) each; or none."""
 
 
 def tf32() -> bool:
-    """Whether torch is set to round float32 operands of matrix products to tf32, by any of its three ways."""
+    """Whether torch is set, by any of its three switches, to round float32 operands of matrix products to tf32."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
@@ -30,7 +30,7 @@ class Kernels(ABC):
     """The kernels of a backend, ready for one call."""
 
     index_dtype: ClassVar[torch.dtype]
-    """Of the list of classes that occur."""
+    """The dtype of the list of classes that occur."""
 
     def __init__(self, inputs: Inputs, spec: Spec) -> None:
         self.inputs = plain(inputs, spec)
@@ -39,7 +39,7 @@ class Kernels(ABC):
         self.eps = norm_eps(inputs.features.dtype)
         half = inputs.features.dtype == torch.float16
         self.norm_limit = 0.999999 / self.eps if half else 0.0
-        """Inverse norms from here on belong to rows shorter than eps; 0 where it does not matter."""
+        """Float16: the inverse norm from which on rows are shorter than eps; 0 in other dtypes."""
 
     def matmul(self, a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
         """``out = a @ b`` (+ out) with a float32 result, by the vendor's library."""
@@ -50,7 +50,7 @@ class Kernels(ABC):
         elif torch.version.hip is not None:
             product = torch.mm(a, b)
             out.add_(product) if accumulate else out.copy_(product)
-        # The library's own float32 output: nothing is rounded to half precision between panels.
+        # With float32 output nothing is rounded to half precision between panels.
         elif accumulate:
             torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
         else:
@@ -60,14 +60,16 @@ class Kernels(ABC):
 
     @abstractmethod
     def row_rnorm(self, x: Tensor, rnorm: Tensor, label: Tensor | None) -> None:
-        """``rnorm[i] = 1 / max(|x[i]|, eps)``; where ``label[i]`` is ``ignore_index`` -1, or ``NOT_FINITE``."""
+        """``rnorm[i] = 1 / max(|x[i]|, eps)``. Where ``label[i]`` is ``ignore_index``, -1, or ``NOT_FINITE`` if the row
+        is not finite."""
 
     @abstractmethod
     def prepare_samples(self, z_rnorm: Tensor, pos: Tensor, w_rnorm: Tensor | None, mark: Tensor | None) -> None:
-        """Every sample's inverse norm and positive logit; where it is ignored -1, or ``NOT_FINITE``, and 0. With
-        ``w_rnorm`` also the inverse norms of all that is someone's positive, and where features are compared with
-        themselves those of all samples that are not ignored. With ``mark`` also ``mark[class] = class`` for the
-        classes that occur."""
+        """The inverse norm and positive logit of every sample; of an ignored one -1, or ``NOT_FINITE``, and 0.
+
+        ``w_rnorm``, if given, gets the inverse norms of all positives and, where features are compared with themselves,
+        of all samples that are not ignored. ``mark``, if given, gets ``mark[class] = class`` for classes that occur.
+        """
 
     @abstractmethod
     def compact(self, mark: Tensor, rank: Tensor, present: Tensor, k: int, slots: int) -> None:
@@ -76,131 +78,132 @@ class Kernels(ABC):
 
     @abstractmethod
     def half_scale(self, samples: Side, classes: Side, scale: Tensor) -> None:
-        """Powers of two that bring float16 entries to the top of their range: for entries that carry the
-        prototypes' norms, the samples' norms, and both."""
+        """Three powers of two that scale float16 entries to the top of the range: for entries times the prototypes'
+        inverse norms, times the samples', and times both."""
 
     # --- the forward pass
 
     @abstractmethod
     def lse_blocks(self, p: Side, q: Side, both: bool) -> Blocks:
-        """For ``log_sum_exp``; ``both``: in the two directions at once."""
+        """The blocks of ``log_sum_exp``; ``both``: for two directions at once."""
 
     @abstractmethod
     def log_sum_exp(
         self, p: Side, q: Side, out: Tensor | None, p_partial: Partial, q_partial: Partial,
         first: int, count: int, split: int, blocks: Blocks,
     ) -> None:  # fmt: skip
-        """Log-sum-exp over q of the anchor blocks [first, first + count): into ``out``, or in ``split``
-        partials. With ``q_partial`` the same tiles also give each anchor block's contribution to the
-        log-sum-exp of q's rows, from part 1 on."""
+        """Log-sum-exps over q of the anchor blocks [first, first + count), into ``out`` or in ``split`` partials. With
+        ``q_partial``, also the contribution of each anchor block to the log-sum-exps of q's rows, from part 1 on."""
 
     @abstractmethod
     def combine(self, partial: Partial, side: Side, out: Tensor, first: int, parts: int, keep: bool) -> None:
-        """``out``: the log-sum-exp of the partials [first, parts); with ``keep`` they also become part 0."""
+        """Combine the partials [first, parts) into the log-sum-exp ``out``; with ``keep`` also into part 0."""
 
     # --- the backward pass
 
     @abstractmethod
     def short_blocks(self, samples: Side, classes: Side) -> Blocks | None:
-        """For ``short_grad``; None where rows are too long for it: then panels of entries are used."""
+        """The blocks of ``short_grad``; None if rows are too long for it, so that panels of entries are used."""
 
     @abstractmethod
     def short_grad(
         self, result: Result, q: Side, part: Tensor | None, scale: Tensor | None, split: int, blocks: Blocks
     ) -> None:
-        """One side's gradient, accumulated on the chip; or ``split`` partial sums ``part`` of a_p."""
+        """One side's gradient, accumulated on the chip, or ``split`` partial sums of a_p in ``part``."""
 
     @abstractmethod
     def entries(
         self, p: Side, q: Side, h: Tensor, start: int, stop: int, begin: int, end: int, scale: Tensor | None
     ) -> None:
-        """The gradient's entries times both inverse norms for p's slots [start, stop), q's [begin, end)."""
+        """The gradient's entries times both inverse norms, for p's slots [start, stop) and q's [begin, end)."""
 
     @abstractmethod
     def gather(self, side: Side, out: Tensor, start: int, stop: int) -> None:
-        """The rows of the slots [start, stop) as a matrix; zeros for rows that take no part."""
+        """Copy the rows of the slots [start, stop) to ``out``, with zeros in left-out rows."""
 
     @abstractmethod
     def mend(self, h: Tensor, side: Side, out: Tensor) -> None:
-        """``out = h @ side.x`` over the rows that take part, if a row that takes none holds NaN or infinities: the
-        library has multiplied these by the zeros in ``h``. Else ``out`` is right already and stays as it is."""
+        """Recompute ``out = h @ side.x`` without the left-out rows, if one of these holds NaN or infinities, which the
+        library has multiplied by the zeros in ``h``. Otherwise ``out`` is correct and is not changed."""
 
     @abstractmethod
     def finish(
         self, result: Result, sums: Tensor, start: int, stop: int, parts: int, scale: Tensor | None, norm_inside: bool
     ) -> None:
-        """Gradients of the slots [start, stop) from ``parts`` float32 sums of a_p (r_p a_p if
-        ``norm_inside``): add up, project, scale, cast. ``sums`` may be the gradient itself."""
+        """Gradients of the slots [start, stop) from ``parts`` float32 partial sums of a_p (of r_p a_p if
+        ``norm_inside``): add, project, scale, cast. ``sums`` may be the gradient itself."""
 
     @abstractmethod
     def bias_blocks(self, p: Side, q: Side) -> Blocks:
-        """For ``bias_grad``."""
+        """The blocks of ``bias_grad``."""
 
     @abstractmethod
     def bias_grad(self, p: Side, q: Side, part: Tensor, split: int, blocks: Blocks) -> None:
-        """``split`` partial sums of the gradient of p's bias, which sits in the log-sum-exps of q's rows."""
+        """``split`` partial sums of the gradient of p's bias, which enters the log-sum-exps of q's rows."""
 
 
 class StepKernels(Kernels):
-    """What loss and gradient in one step take besides: see ``step.py``."""
+    """The additional kernels of loss and gradient in one step, see ``step.py``."""
 
     @abstractmethod
     def shares(
         self, weight: Tensor | None, share: Tensor, pos_grad: Tensor, of_class: Tensor | None, part: Tensor
     ) -> None:
-        """Every sample's weight, 0 where ignored, its negative, the weights' sums by class, added to zeros, and
-        ``part`` (2, blocks): the blocks' sums and their numbers of samples that count."""
+        """``share``: the weight of every sample, 0 if ignored. ``pos_grad``: its negative. ``of_class``, zeros: the
+        sums of the weights by class. ``part`` (2, blocks): for each block of samples the sum of the weights and the
+        number of samples that are not ignored."""
 
     @abstractmethod
     def divisor(self, part: Tensor, out: Tensor, nothing_is_zero: bool) -> None:
-        """What a mean divides its gradients by, and its sum."""
+        """``out``: the divisors of a mean's gradients and of its sum."""
 
     @abstractmethod
     def panel_split(self, anchors: int, others: int) -> int:
-        """Thread blocks that share their anchors in ``panel_log_sum_exp``."""
+        """Number of thread blocks that share their anchors in ``panel_log_sum_exp``."""
 
     @abstractmethod
     def panel_log_sum_exp(
         self, p: Side, q: Side, products: Tensor, partial: tuple[Tensor, Tensor], start: int, stop: int
     ) -> None:
-        """(split, stop - start) largest logits and sums relative to them of p's slots [start, stop), from their
-        products with all of q."""
+        """``partial``, (split, stop - start) each: partial log-sum-exps of p's slots [start, stop), from their products
+        with all of q."""
 
     @abstractmethod
     def panel_entries(
         self, p: Side, q: Side, products: Tensor, partial: tuple[Tensor, Tensor], h: Tensor,
         start: int, stop: int, scale: Tensor | None,
     ) -> None:  # fmt: skip
-        """As ``entries`` for all of q, from the products; also the log-sum-exps ``p.lse`` of p's slots. ``h`` may be
-        ``products``."""
+        """As ``entries``, for all of q, from the products. Also writes the slots' log-sum-exps to ``p.lse``. ``h`` may
+        be ``products``."""
 
-    # --- around a product with an epilogue, see ``engines.py``
+    # --- for the product with an epilogue, see ``engines.py``
 
     def epilogue_product(self) -> tuple[Product, float] | None:
-        """The product and beta, where the device and the problem are such that there is one."""
+        """The product and beta, if there is one for the device and the problem."""
         return None
 
     @abstractmethod
     def epilogue_operand(
         self, side: Side, scale: Tensor, tag: Tensor | None, slot: Tensor | None, anchors: bool
     ) -> None:
-        """What the epilogue knows of a side's slots, see :class:`quack.Operand`. ``slot[row]``: the slot of a row."""
+        """The vectors of a side's slots for the epilogue, see :class:`quack.Operand`. ``slot[row]``: the slot of a
+        row."""
 
     @abstractmethod
     def epilogue_weights(self, p: Side, sums: Tensor, weight: Tensor, start: int, stop: int) -> None:
-        """From the sums (stop - start, parts) of p's slots [start, stop): log-sum-exps ``p.lse``, and what turns
-        exponentials into entries."""
+        """From the sums, (stop - start, parts), of p's slots [start, stop): their log-sum-exps ``p.lse``, and the
+        weights that turn exponentials into entries."""
 
     @abstractmethod
     def weighted_entries(self, p: Side, weight: Tensor, h: Tensor, start: int, stop: int) -> None:
-        """Exponentials become entries, but for positives, in place."""
+        """Turn exponentials into entries in place, except those of positives."""
 
     @abstractmethod
     def positives(
         self, p: Side, q: Side, pos: Tensor, weight: Tensor, slot: Tensor | None, h: Tensor, start: int, stop: int
     ) -> None:
-        """Entries of the samples' positives, ``pos`` their logits, for p's slots [start, stop)."""
+        """Write the entries of the samples' positives, with the logits ``pos``, for p's slots [start, stop)."""
 
     @abstractmethod
     def loss(self, share: Tensor, lse: Tensor, pos: Tensor, part: Tensor, divisor: Tensor | None, out: Tensor) -> None:
-        """The samples' shares of ``lse - pos``, added up and divided. ``part`` (blocks,) is scratch."""
+        """The sum of the samples' shares of ``lse - pos``, divided by the divisor. ``part`` (blocks,) is scratch."""

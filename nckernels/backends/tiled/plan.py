@@ -1,4 +1,4 @@
-"""How work is divided: thread blocks that share a task, panels that fit the workspace. Plain arithmetic."""
+"""The division of work: thread blocks that share a task, and panels that fit the workspace. Plain arithmetic."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from functools import lru_cache
 from typing import Any
 
 FULL_WAVE = 16
-"""With long rows, at least this many thread blocks share a block of anchors: those that run at the same time
-then need about the square root of the device's tiles of each operand, and these fit the L2 cache."""
+"""With long rows, at least this many thread blocks share a block of anchors. The thread blocks that run at the same
+time then read, of each operand, about the square root of their number of tiles, and these fit the L2 cache."""
 
 MIN_PANEL = 64
 """The smallest side of a panel of gradient entries, however small the workspace."""
 
 OWN_RATE = 0.5
-"""The rate of products in kernels of our own with rows too long to stay on the chip, as a share of the library's:
-their tiles of 128 x 128 without multicast are bound by the L2 cache. An estimate, not yet measured."""
+"""The rate of products in our own kernels with rows too long to stay on the chip, as a fraction of the library's. Their
+tiles of 128 x 128 without multicast are bound by the L2 cache. An estimate, not yet measured."""
 
 IN_L2 = 24 << 20
-"""Bytes that survive in the L2 cache, 50 MB on an H100, until the next kernel reads them."""
+"""Bytes that stay in the L2 cache (50 MB on an H100) until the next kernel reads them."""
 
 EPILOGUE_COLUMNS = 128
-"""Of the narrowest tile of a product with an epilogue: each leaves one float32 number of an anchor's sum."""
+"""Columns of the narrowest tile of a product with an epilogue, which writes one float32 partial sum per anchor."""
 
 OPERATIONS_PER_BYTE = 266
-"""What the tensor cores do while a byte of memory moves: an H100 multiplies bfloat16 matrices of 8192 x 8192 at 798
-TFLOP/s and copies at 3.0 TB/s."""
+"""Operations of the tensor cores in the time of one byte of memory traffic: an H100 multiplies bfloat16 matrices of
+8192 x 8192 at 798 TFLOP/s and copies at 3.0 TB/s."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,18 @@ class Blocks:
     """How a kernel covers its operands."""
 
     p: int
-    """Anchors of a thread block."""
+    """Anchors per thread block."""
     q: int
-    """Reduced rows a step."""
+    """Reduced rows per iteration of its loop."""
     places: int
-    """Thread blocks that the device runs at the same time."""
+    """Number of thread blocks that the device runs at the same time."""
     least: int = 1
-    """Thread blocks that should share their anchors at least; see ``FULL_WAVE``."""
+    """Least number of thread blocks that should share their anchors, see ``FULL_WAVE``."""
     tile: Any = None
-    """What else the kernel's launch wants to know."""
+    """The backend's own launch parameters."""
 
     def split(self, p_slots: int, q_slots: int, workspace: int, partial_bytes: int) -> int:
-        """Thread blocks that share their anchors; the partial results of each take ``partial_bytes``."""
+        """Number of thread blocks that share their anchors; each needs ``partial_bytes`` for partial results."""
         most = workspace // max(1, partial_bytes)
         return split_count(ceil_div(p_slots, self.p), ceil_div(q_slots, self.q), self.places, self.least, most)
 
@@ -53,9 +53,9 @@ class Blocks:
 def split_count(p_blocks: int, q_blocks: int, places: int, least: int, most: int) -> int:
     """How many thread blocks share the Q blocks of one block of anchors.
 
-    Minimises the time of the longest chain of blocks on one of ``places`` places, where a thread block costs
-    a third of a block on top of its blocks. ``most`` bounds the memory of the partial results; ``least``
-    keeps thread blocks that run together on few anchors when these are re-read from the L2 cache.
+    Minimises the longest time among ``places`` concurrent thread blocks, counted in Q blocks; the start of a thread
+    block costs a third of a Q block. ``most`` bounds the memory of the partial results. ``least`` makes concurrent
+    thread blocks share anchors that are read again from the L2 cache.
     """
     most = max(1, min(most, q_blocks))
     least = max(1, min(least, most))
@@ -69,11 +69,11 @@ def split_count(p_blocks: int, q_blocks: int, places: int, least: int, most: int
 
 
 def panel_shape(n_p: int, n_q: int, p_row_bytes: int, q_row_bytes: int, itemsize: int, budget: int) -> tuple[int, int]:
-    """Anchors and reduced rows of a panel of gradient entries, so that everything it needs fits ``budget``.
+    """Anchors and reduced rows of a panel of gradient entries that fits ``budget`` bytes with its buffers.
 
-    A panel of (p, q) takes ``p * q * itemsize + p * p_row_bytes + q * q_row_bytes`` bytes. Both sides are
-    inner dimensions of a matrix product whose result is accumulated, so the shorter one decides the
-    speed: take the panel whose shorter side is longest. Powers of two fill the device evenly.
+    A panel of (p, q) takes ``p * q * itemsize + p * p_row_bytes + q * q_row_bytes`` bytes. Each side is the
+    inner dimension of an accumulating matrix product, so the shorter side determines the speed, and the panel with the
+    longest shorter side is chosen. Sides are powers of two, which fill the device evenly.
     """
     best = (min(n_p, MIN_PANEL), min(n_q, MIN_PANEL))
     candidates = [n_q] + [1 << i for i in range(n_q.bit_length()) if MIN_PANEL <= 1 << i < n_q]
@@ -87,21 +87,21 @@ def panel_shape(n_p: int, n_q: int, p_row_bytes: int, q_row_bytes: int, itemsize
 
 @dataclass(frozen=True)
 class StepPanels:
-    """How loss and gradient in one step cut their work."""
+    """The panels of loss and gradient in one step."""
 
     rows: int
-    """Anchors of a panel, which meets all rows of the other operand."""
+    """Anchors of a panel; its columns are all rows of the other operand."""
     block: int
-    """Rows of either operand whose gradients are summed up, and finished, at a time: few enough for the L2 cache."""
+    """Rows of either operand whose gradients are computed and finished at a time, few enough for the L2 cache."""
 
 
 @lru_cache(maxsize=1024)
 def step_panels(n_p: int, n_q: int, d: int, itemsize: int, workspace: int, epilogue: bool = False) -> StepPanels | None:
-    """The panels of one step, or None where they would be so thin that two passes are faster.
+    """The panels of one step, or None if they would be so thin that two passes are faster.
 
-    A panel of n anchors takes, for every one of them, a row of float32 products and one of entries (float32 entries
-    replace their products) and a copy of the anchor; and float32 sums for a block of rows. With an ``epilogue`` there
-    are no products, but the partial sums of tiles.
+    For each of its anchors a panel needs a row of float32 products, a row of entries (float32 entries replace the
+    products) and a copy of the anchor; in addition float32 sums for one block of rows. With an ``epilogue`` it needs
+    the partial sums of tiles instead of the products.
     """
     if epilogue:
         row = pad16(n_q) * itemsize + 4 * ceil_div(n_q, EPILOGUE_COLUMNS) + d * itemsize
@@ -114,33 +114,32 @@ def step_panels(n_p: int, n_q: int, d: int, itemsize: int, workspace: int, epilo
         if rows <= 0:
             return None
         equal = ceil_div(n_p, ceil_div(n_p, rows))
-        rows = ceil_div(equal, MIN_PANEL) * MIN_PANEL  # equal panels, in whole tiles of the library's
+        rows = ceil_div(equal, MIN_PANEL) * MIN_PANEL  # equal panels, of whole tiles of the library
     if step_cost(n_p, n_q, d, itemsize, rows, epilogue) > two_passes_cost(n_p, n_q, d, itemsize):
         return None
     return StepPanels(rows, min(block, max(rows, n_q)))
 
 
 def step_cost(n_p: int, n_q: int, d: int, itemsize: int, rows: int, epilogue: bool = False) -> float:
-    """Loss and gradient in one step by panels of ``rows`` anchors, in operations of the tensor cores.
+    """The time of one step by panels of ``rows`` anchors, in operations of the tensor cores.
 
-    Each product takes as long as its operations or as its bytes, whichever is more; what is elementwise takes its
-    bytes.
+    Each product takes as long as its operations or its bytes, whichever is more; an elementwise pass takes its bytes.
     """
     products, p, q, entries = 2 * rows * n_q * d, rows * d, n_q * d, rows * n_q
     several = rows < n_p
     if epilogue:
-        panel = _time(products, itemsize * (p + q + entries))  # products, and exponentials written
-        panel += _time(0, 2 * itemsize * entries)  # which become entries in place
+        panel = _time(products, itemsize * (p + q + entries))  # products; writes exponentials
+        panel += _time(0, 2 * itemsize * entries)  # exponentials to entries, in place
     else:
-        panel = _time(products, itemsize * (p + q) + 4 * entries)  # the products themselves
-        panel += _time(0, (4 + 4 + itemsize) * entries)  # read for sums, read again, entries written
+        panel = _time(products, itemsize * (p + q) + 4 * entries)  # products
+        panel += _time(0, (4 + 4 + itemsize) * entries)  # reads products for sums and for entries, writes entries
     panel += _time(products, itemsize * (entries + q) + 4 * p)  # gradient of the anchors
-    panel += _time(products, itemsize * (entries + p) + (8 if several else 4) * q)  # and of the others
+    panel += _time(products, itemsize * (entries + p) + (8 if several else 4) * q)  # gradient of the others
     return panel * ceil_div(n_p, rows)
 
 
 def two_passes_cost(n_p: int, n_q: int, d: int, itemsize: int) -> float:
-    """The same for a forward pass and a backward pass that makes the products again."""
+    """The time of a forward pass and a backward pass that recomputes the products, in the same unit."""
     products, p, q, entries = 2 * n_p * n_q * d, n_p * d, n_q * d, n_p * n_q
     own = _time(products / OWN_RATE, itemsize * (p + q))
     gradients = _time(products, itemsize * (entries + q) + 4 * p) + _time(products, itemsize * (entries + p) + 4 * q)
@@ -152,7 +151,7 @@ def _time(operations: float, moved: float) -> float:
 
 
 def pad16(n: int) -> int:
-    """Leading dimensions that are multiples of 16 keep rows aligned for vector loads and tensor cores."""
+    """``n`` rounded up to a multiple of 16: such leading dimensions align rows for vector loads and tensor cores."""
     return ceil_div(n, 16) * 16
 
 

@@ -1,12 +1,13 @@
 """The two operands of the similarity matrix.
 
-A kernel sees them as ``P``, the *anchors* (a thread block owns some of them and produces something for
-each), and ``Q``, the *reduced* operand (the block walks over its rows and sums them up). The class direction
-has the prototypes as anchors and the samples reduced; the instance direction is the same kernel with the
-operands swapped.
+A kernel calls them ``P``, the *anchors*, and ``Q``, the *reduced* operand. A thread block owns some anchors, loops over
+the rows of Q and computes a sum over them for each anchor. In the class direction the prototypes are the anchors and
+the samples are reduced; the instance direction is the same kernel with the operands swapped.
 
-An operand is made of *slots*. Slot and row are the same number, except for compacted prototypes
-(``gather``), where slot ``s`` stands for row ``label[s]``: only the classes that occur in the batch.
+An operand consists of *slots*. Slot ``s`` is row ``s``, except for compacted prototypes (``gather``), which are only
+the classes that occur in the batch: there slot ``s`` is row ``label[s]``.
+
+A row is *left out* if its label is ``skip``: an ignored sample, or a class that does not occur.
 """
 
 from __future__ import annotations
@@ -19,32 +20,33 @@ from torch import Tensor
 from ..base import Inputs, Spec
 
 NOT_FINITE = -2.0
-"""In place of the inverse norm."""
+"""Stored instead of the inverse norm of a left-out row that holds NaN or infinities."""
 
 
 class Side(NamedTuple):
-    """One operand, with all that belongs to its rows."""
+    """One operand, with the vectors of its rows."""
 
     x: Tensor
     """(rows, d), contiguous rows."""
     rnorm: Tensor
-    """(rows,): 1 / max(norm, eps). Negative for rows that take no part, with ``unsummed`` not even as a positive:
-    ``NOT_FINITE`` for those that hold NaN or infinities, -1 for others and with ``unread``."""
+    """(rows,): 1 / max(norm, eps). For left-out rows ``NOT_FINITE`` if they hold NaN or infinities, else -1; with
+    ``unread`` -1, or 0 for absent classes. With ``unsummed``, left-out rows that are positives have their norms."""
     samples: bool
-    """Whether these are the features, perhaps as both operands."""
+    """Whether these are the features; True also if they are both operands."""
     slots: int
     label: Tensor | None = None
-    """(slots,): the targets of samples, and of prototypes that are samples too; the rows of compacted
-    prototypes; None: nothing is left out."""
+    """(slots,): the targets, for samples and for prototypes that are samples too; the class numbers, for prototypes
+    with ``present_only``; None if no slot is left out."""
     skip: int = 0
     """The label of slots that are left out of all sums."""
     gather: bool = False
+    """Whether slots are rows ``label[s]``: compacted prototypes."""
     unsummed: bool = False
-    """Whether slots that are left out can still be someone's positive: prototypes under the mask "self"."""
+    """Whether left-out slots can still be positives: prototypes under the mask "self"."""
     unread: bool = False
-    """Whether nobody has looked at the rows that take no part: classes that do not occur, above all."""
+    """Whether the norms of left-out rows were not computed, so that these rows may hold NaN unnoticed."""
     used: Tensor | None = None
-    """0-dimensional or (1,): how many of the slots are in use; None: all."""
+    """0-dimensional or (1,): the number of slots in use; None for all."""
     bias: Tensor | None = None
     """(rows,): added to the logits of these rows where they are summed over."""
     lse: Tensor | None = None
@@ -56,21 +58,22 @@ class Side(NamedTuple):
 
     @property
     def partial(self) -> bool:
-        """Whether some rows may take no part. These may hold anything, NaN too, and must not reach any sum."""
+        """Whether rows may be left out. These may hold anything, NaN too, and must not reach any sum."""
         return self.label is not None
 
     @property
     def copied(self) -> bool:
-        """Whether the library multiplies a copy, with zeros in rows that take no part; see ``Kernels.mend``."""
+        """Whether the library multiplies a copy with zeros in left-out rows, because ``Kernels.mend`` cannot be
+        used."""
         return self.gather or (self.partial and self.unread)
 
 
 class Result(NamedTuple):
-    """What the backward pass is to produce for one side; nothing if both tensors are None."""
+    """The outputs of the backward pass for one side; if both tensors are None, there are none."""
 
     side: Side
     out: Tensor | None
-    """(rows, d): the gradient, in the type of the rows."""
+    """(rows, d): the gradient, in the dtype of the rows."""
     dot: Tensor | None
     """(slots,): each slot's share of the gradient of beta."""
 
@@ -80,14 +83,14 @@ class Result(NamedTuple):
 
     @property
     def accumulator(self) -> Tensor | None:
-        """The gradient itself, where it can hold the sums on the way to it: float32, one row a slot."""
+        """The gradient, if it can hold its own sums: in float32, with one row per slot."""
         if self.out is not None and self.out.dtype == torch.float32 and not self.side.gather:
             return self.out
         return None
 
 
 def plain(inputs: Inputs, spec: Spec) -> Inputs:
-    """The same tensors as kernels index them: matrices of contiguous rows, contiguous vectors."""
+    """The same tensors in the layout that kernels expect: matrices of contiguous rows, contiguous vectors."""
     z = _rows(inputs.features)
     return Inputs(
         z,
@@ -100,20 +103,20 @@ def plain(inputs: Inputs, spec: Spec) -> Inputs:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """A matrix whose rows are contiguous, at any distance from each other."""
+    """The same matrix with contiguous rows, at any stride."""
     return x if x.stride(1) == 1 or x.is_contiguous() else x.contiguous()
 
 
 def vector(x: Tensor | None) -> Tensor | None:
-    """Biases and upstream gradients may be expanded or strided."""
+    """A contiguous vector; biases and upstream gradients may be expanded or strided."""
     return None if x is None else x.contiguous()
 
 
 def two_sides(inputs: Inputs, spec: Spec, z_rnorm: Tensor, w_rnorm: Tensor, present: Tensor) -> tuple[Side, Side]:
-    """Samples and prototypes; ``present`` holds the prototypes' labels if only classes that occur count.
+    """Samples and prototypes; ``present`` has the labels of the prototypes with ``present_only``.
 
-    Where they are one tensor, S is symmetric and so is all that belongs to its rows and columns: one side, given
-    twice. Its bias, log-sum-exps and their gradients are those of the direction that was asked for.
+    If both are one tensor, S is symmetric, and one side is returned twice. Its bias, log-sum-exps and their gradients
+    are those of the wanted direction.
     """
     z, w, target, _, sample_bias, class_bias = inputs
     m, k, positives = z.shape[0], w.shape[0], spec.exclude == "self"

@@ -1,16 +1,16 @@
 """Loss and gradient in one step, for rows too long for the kernels that accumulate gradients on the chip.
 
-What flows back to a mean or a sum is known, up to a factor, when the loss is. In the class direction each class is
-contrasted with the samples, in the instance direction each sample with the classes: the *anchors* P with the *others*
-Q. A panel of whole anchors has complete sums, so its products are made once, by the vendor's library, and go on to be
-entries of the gradient before the next panel is begun:
+The gradient of a mean or a sum is known, up to a factor, when the loss is. The *anchors* P, classes in the class
+direction and samples in the instance direction, are contrasted with the *others* Q. A panel has some anchors with all
+others, so its sums are complete. The vendor's library computes its products once, and they become entries of the
+gradient before the next panel begins:
 
-    T = P Q^T          library, or a product whose epilogue does the next step too: see engines.py
+    T = P Q^T          library, or a product whose epilogue includes the next line, see engines.py
     sums, entries H    two readings of T, see triton/panel.py
     dP = H Q           library; finished at once
-    dQ += H^T P        library; finished behind the last panel
+    dQ += H^T P        library; finished after the last panel
 
-That is 6 M K d operations, where a forward and a backward pass have 8 M K d, of which half in kernels of our own.
+That is 6 M K d operations. A forward and a backward pass take 8 M K d, half of them in our own kernels.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from .plan import StepPanels, ceil_div, step_panels
 from .sides import Result, Side, two_sides
 
 SAMPLES_OF_A_BLOCK = 1024
-"""In the sums over the samples."""
+"""Samples per block in the sums over the samples."""
 
 
 def fits(features: Tensor, prototypes: Tensor, spec: Spec) -> bool:
-    """Whether a step takes the problem, and is the faster way for rows too long for the chip."""
+    """Whether a step takes the problem and is expected to be faster than two passes, for rows too long for the chip."""
     if features.shape[0] == 0 or spec.square or spec.direction == "both":
         return False
     return _panels(features, prototypes, spec) is not None
@@ -46,8 +46,8 @@ def _panels(features: Tensor, prototypes: Tensor, spec: Spec, epilogue: bool = F
 def step(kernels: StepKernels, reduced: Reduced, needs: Needs) -> Step:
     """See :meth:`nckernels.backends.base.Backend.step`; for problems that ``fits``.
 
-    Gradients are in the inputs' dtype, but for float16: its gradients need the factor that is still to come, a
-    gradient scaler's, to be in its range, and are float32 until then.
+    Gradients are in the inputs' dtype, except that those of float16 are float32: they fit the range of float16 only
+    after they are multiplied by the upstream gradient, which contains a gradient scaler's factor.
     """
     inputs, spec = kernels.inputs, kernels.spec
     z, w = inputs.features, inputs.prototypes
@@ -80,12 +80,12 @@ def step(kernels: StepKernels, reduced: Reduced, needs: Needs) -> Step:
         scale = three[2:]
 
     def result(side: Side, wanted: bool, with_beta: bool) -> Result:
-        make = torch.zeros if side.gather else torch.empty  # compacted: kernels write the rows of classes that occur
+        make = torch.zeros if side.gather else torch.empty  # kernels write only classes that occur
         out = make(side.x.shape, dtype=dtype, device=device) if wanted else None
         dot = torch.zeros(side.slots, dtype=torch.float32, device=device) if with_beta else None
         return Result(side, out, dot)
 
-    # The gradient of beta is a sum over the rows of either side: take it where the rows are needed anyway.
+    # The gradient of beta is a sum over the rows of either side: take the side whose gradient is computed anyway.
     by_samples = needs.inv_temperature and needs.features
     for_samples = result(samples, needs.features, by_samples)
     for_classes = result(classes, needs.prototypes, needs.inv_temperature and not by_samples)
@@ -113,12 +113,12 @@ def _engine(kernels: StepKernels, p: Side, q: Side, pos: Tensor, scale: Tensor |
 def _by_panels(
     kernels: StepKernels, p: Result, q: Result, pos: Tensor, scale: Tensor | None, divisor: Tensor | None
 ) -> None:
-    """Log-sum-exps of the anchors p, and both gradients."""
+    """Compute the log-sum-exps of the anchors p, and both gradients."""
     x, y = p.side, q.side
     dtype, d, device = x.x.dtype, x.x.shape[1], x.x.device
     engine, panels = _engine(kernels, x, y, pos, scale)
     rows, block, once = panels.rows, panels.block, panels.rows >= x.slots
-    # What finishing divides by: the scale of the entries, and that of the mean.
+    # The divisor in ``finish``: the scale of the entries times the divisor of the mean.
     finished = scale if divisor is None else divisor[:1] if scale is None else scale * divisor[:1]
 
     def buffer(n: int, width: int, dtype: torch.dtype = torch.float32, wanted: bool = True) -> Tensor | None:
@@ -126,8 +126,8 @@ def _by_panels(
 
     sums = torch.empty(min(block, max(rows, y.slots)), d, dtype=torch.float32, device=device)
     total = q.accumulator if q.accumulator is not None else buffer(y.slots, d, wanted=q.wanted and not once)
-    # The library's products read whole matrices, in which 0 * NaN is NaN. A sum in one product is mended; for one
-    # that goes on from panel to panel, rows that take no part are zeros in copies.
+    # The library's products read whole matrices, in which 0 * NaN is NaN. A sum that one product completes is mended.
+    # For a sum over several panels, the operand is a copy with zeros in left-out rows.
     x_copy = buffer(rows, d, dtype, x.gather or (q.wanted and x.partial and (x.copied or not once)))
     y_rows = dense(kernels, y, 0, y.slots, None)
     for start in range(0, x.slots, rows):

@@ -1,11 +1,11 @@
-"""The Triton backend: tiles of similarities on the GPU that are reduced and dropped.
+"""The Triton backend: tiles of the similarity matrix on a GPU, which are reduced and dropped.
 
 Reading order: ``tiles`` (the vocabulary), ``lse`` (the forward pass), ``grad`` and ``finish`` (the
 backward pass), ``norms``; ``panel``, ``epilogue`` and ``reduce`` (both passes in one step); then ``config`` (tile
-sizes), ``launch`` and ``step`` (arguments), ``dispatch`` (the launching itself). What runs when is shared
-with the CUDA backend, in ``tiled``.
+sizes), ``launch`` and ``step`` (arguments), ``dispatch`` (fast launches). The order of launches is in ``tiled``, which
+the CUDA backend shares.
 
-Importing this package does not import Triton: whether that is there is what ``missing`` answers.
+Importing this package does not import Triton, which may be missing.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class TritonBackend(Backend):
 
         z, beta, dtype = inputs.features, inputs.inv_temperature, accumulation_dtype(inputs.features.dtype)
         host_beta = None
-        if isinstance(beta, Tensor) and beta.device.type != "cpu":  # a number on the device is not waited for
+        if isinstance(beta, Tensor) and beta.device.type != "cpu":  # the host does not wait for its value
             beta = beta.to(device=z.device, dtype=dtype)
         else:
             host_beta = number(beta, z.dtype)

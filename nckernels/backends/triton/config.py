@@ -1,13 +1,13 @@
-"""Tile sizes and launch shapes: one small table per kernel, chosen offline, no search at run time.
+"""Tile sizes and launch shapes: one small table per kernel, chosen offline, without a search at run time.
 
-``tuned/sm_80.json`` and its siblings hold the entries for aligned rows, one file per kind of tensor cores. The
-functions below are the rules that filled them first, and what anything without an entry falls back on; ``python -m
-benchmarks tune`` measures on a device and rewrites its file. ``tools/check_triton.py`` compiles every kernel with the
-entry it would get and fails on a register spill or on more shared or tensor memory than the device has. Rules of
-thumb behind the numbers:
+``tuned/sm_80.json`` and its siblings hold the entries for aligned rows, one file per generation of tensor cores. The
+functions below are the rules that wrote the first version of the files; they also serve shapes without an entry.
+``python -m benchmarks tune`` measures on a device and rewrites its file. ``tools/check_triton.py`` compiles every
+kernel with its entry, and fails on a register spill or on more shared or tensor memory than the device has. The rules
+of thumb:
 
-* A tile of float32 products costs ``p * q / (32 * warps)`` registers a thread, and its epilogue about as
-  much again unless it is done in column ``parts``. 255 is the limit; 128 lets two programs share a
+* A tile of float32 products costs ``p * q / (32 * warps)`` registers per thread, and its epilogue about the same again,
+  unless it processes the columns in ``parts``. 255 is the limit; 128 lets two programs share a
   multiprocessor, so that one computes exponentials while the other feeds the tensor cores.
 * Shared memory holds ``stages`` blocks of both operands: ``stages * (p + q) * d * itemsize`` bytes.
 * Rows of at most ``whole`` columns fit on the chip; then a program reads its anchors once.
@@ -33,7 +33,7 @@ TABLES = Path(__file__).with_name("tuned")
 
 @dataclass(frozen=True)
 class Arch:
-    """What a device offers; ``generation`` is 80, 90, 100, ... or 0 for anything but NVIDIA."""
+    """The resources of a device; ``generation`` is 80, 90, 100, ... or 0 for devices that are not NVIDIA's."""
 
     generation: int
     multiprocessors: int
@@ -44,15 +44,15 @@ class Arch:
 @dataclass(frozen=True)
 class Tile:
     p: int
-    """Anchors of a program."""
+    """Anchors per program."""
     q: int
-    """Rows of the reduced operand a step."""
+    """Rows of the reduced operand per iteration."""
     d: int
-    """Columns a step; at least the row length where rows are kept whole."""
+    """Columns per iteration; at least the row length where whole rows are loaded."""
     warps: int
     stages: int
     parts: int = 1
-    """The epilogue handles q / parts columns at a time."""
+    """The epilogue processes q / parts columns at a time."""
     resident: int = 1
     """Programs that fit on a multiprocessor."""
 
@@ -66,7 +66,7 @@ def _cuda_arch(index: int) -> Arch:
     if torch.version.hip is not None:
         return Arch(0, properties.multi_processor_count, 64 << 10)
     generation = 10 * properties.major + properties.minor
-    # The opt-in limit has no name in older versions of torch; 99 KB is what the smallest parts offer.
+    # Older versions of torch do not have the opt-in limit; the smallest devices have 99 KB.
     shared = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
     return Arch(generation, properties.multi_processor_count, shared)
 
@@ -78,32 +78,32 @@ def arch_of(device: torch.device) -> Arch:
 
 
 def kind_of(x: Tensor) -> Kind:
-    """How products are computed: float32 follows torch's setting for float32 matrix products."""
+    """The precision of products; float32 follows torch's setting for float32 matrix products."""
     if x.dtype != torch.float32:
         return "half"
     return "tf32" if tf32() else "ieee"
 
 
 def padded(d: int) -> int:
-    """The block of columns that holds whole rows of d: a power of two, 16 at least (tensor cores)."""
+    """The width of a block that holds whole rows of d: a power of two, at least 16 for the tensor cores."""
     return max(16, 1 << (d - 1).bit_length())
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the choice of a tile depends on."""
+    """The properties of a problem that determine its tile."""
 
     arch: Arch
     kind: Kind
     d: int
     aligned: bool
-    """Whether rows start and end at multiples of 16 bytes, as asynchronous copies in full width need."""
+    """Whether rows start and end at multiples of 16 bytes, as full-width asynchronous copies require."""
     heavy: bool
     """Whether registers are short: two directions at once, 64-bit labels to compare, gathered anchors."""
     square: bool = False
-    """Whether both operands have labels, of which some are left out: a few registers."""
+    """Whether both operands have labels to skip, which takes a few registers."""
     entries: int = 0
-    """Entries of the matrix that the tiles cover."""
+    """Number of entries that the tiles cover."""
 
     @property
     def whole(self) -> int:
@@ -111,17 +111,17 @@ class Shape:
 
     @property
     def family(self) -> int:
-        """The tensor cores: 90 wgmma, 100 tcgen05, 80 mma (and consumer parts of any age), 0 not NVIDIA."""
+        """The tensor cores: 90 wgmma, 100 tcgen05, 80 mma (also newer consumer devices), 0 not NVIDIA."""
         generation = self.arch.generation
         return generation // 10 * 10 if generation in range(90, 120) else min(generation, 80)
 
     @property
     def fills_device(self) -> bool:
-        """Whether there are enough 128 x 256 tiles for every multiprocessor to get one."""
+        """Whether there is at least one 128 x 256 tile per multiprocessor."""
         return self.entries >= 128 * 256 * self.arch.multiprocessors
 
     def key(self, kernel: str) -> str:
-        """The name of a table's entry: kind, row length, and what else the rules below ask for."""
+        """The key of a table's entry: kind, row length, and the other properties that the rules below read."""
         length = self.whole if self.whole <= 512 else 1024 if self.d >= 1024 else 512
         name = f"{self.kind} {length} heavy" if self.heavy else f"{self.kind} {length}"
         if kernel == "lse" and self.square:
@@ -131,7 +131,7 @@ class Shape:
 
 @cache
 def table(family: int, kernel: str) -> dict[str, Tile | None]:
-    """The measured entries of a kernel; empty for devices without a file."""
+    """The entries of a kernel in the tuned file; empty for devices without a file."""
     path = TABLES / f"sm_{family}.json"
     if not path.exists():
         return {}
@@ -140,7 +140,7 @@ def table(family: int, kernel: str) -> dict[str, Tile | None]:
 
 
 def tuned(rule: Callable[[Shape], Any]) -> Callable[[Shape], Any]:
-    """The table's entry if there is one, else the rule."""
+    """Decorate a rule: use the table's entry if there is one."""
     kernel = rule.__name__.removesuffix("_tile")
 
     @wraps(rule)
@@ -159,7 +159,7 @@ def lse_tile(shape: Shape) -> Tile:
     """For ``lse_kernel``."""
     whole, heavy = shape.whole, shape.heavy
     if not shape.aligned:
-        # Loads pass through registers; a small tile leaves room for them. Padding d to 8 numbers is faster.
+        # Loads go through registers, so the tile is small. Callers who pad d to a multiple of 8 are faster.
         return Tile(64, 64, min(whole, 32), 8, 1)
     if shape.family == 0:
         return Tile(64, 64, min(whole, 64 if shape.kind == "half" else 32), 4, 2)
@@ -169,11 +169,11 @@ def lse_tile(shape: Shape) -> Tile:
         if shape.family == 80:
             return Tile(64, 64, min(whole, 32), 4, 3, resident=2)
         if shape.family == 100:
-            # In parts, labels on both sides make Triton 3.6 spill.
+            # With column parts, labels on both sides make Triton 3.6 spill.
             return Tile(128, 64, min(whole, 32), 8, 3, parts=1 if shape.square else 2)
         return Tile(128, 64, min(whole, 32), 8, 3, parts=2, resident=1 if heavy else 2)
     if shape.family == 80:
-        # Warps lie in both directions of the tile, so the epilogue's sums over q cross them.
+        # Warps are laid out in both directions of the tile, so the epilogue's sums over q cross warps.
         if whole <= 64:
             return Tile(64, 128, whole, 4, 3, parts=2, resident=2)
         if whole <= 256:
@@ -184,7 +184,7 @@ def lse_tile(shape: Shape) -> Tile:
         if heavy:
             return Tile(128, 64, whole if whole <= 256 else 64, 8, stages)
         if whole <= 128:
-            # A thread of four warps holds one row of the tile: no sum crosses threads.
+            # With four warps a thread holds one row of the tile, and no sum crosses threads.
             return Tile(128, 64, whole, 4, stages, parts=2, resident=2)
         return Tile(128, 128, whole if whole == 256 else 64, 8, stages, parts=4)
     if heavy or whole == 256:
@@ -198,7 +198,7 @@ def lse_tile(shape: Shape) -> Tile:
 
 @tuned
 def bias_tile(shape: Shape) -> Tile:
-    """For ``bias_grad_kernel``, which is rarely wanted: one that compiles well everywhere."""
+    """For ``bias_grad_kernel``, which is rarely used: a tile that compiles well everywhere."""
     if not shape.aligned or shape.family == 0:
         return lse_tile(shape)
     if shape.kind == "half":
@@ -208,7 +208,7 @@ def bias_tile(shape: Shape) -> Tile:
 
 @tuned
 def entries_tile(shape: Shape) -> Tile:
-    """For ``entries_kernel``; whatever d is, it steps over the columns."""
+    """For ``entries_kernel``, which loops over the columns for every d."""
     heavy = shape.heavy
     if not shape.aligned:
         return Tile(64, 64, 32, 8, 1)
@@ -223,24 +223,24 @@ def entries_tile(shape: Shape) -> Tile:
     if shape.family == 80:
         return Tile(64, 128, 32, 4, 4, parts=4, resident=3)
     if shape.family == 90 and shape.d >= 1024 and shape.fills_device and not heavy:
-        # A third less traffic from the L2 cache; with rows this long the idle epilogue matters less.
+        # A third less traffic from the L2 cache; with long rows the epilogue matters less.
         return Tile(128, 256, 64, 8, 3, parts=4)
     return Tile(128, 128, 64, 8, 3, parts=8, resident=2)
 
 
 def may_share(tile: Tile, arch: Arch) -> bool:
-    """Whether ``grad_kernel`` is to have the way of one exponential an entry beside that of two.
+    """Whether ``grad_kernel`` also gets the code path with one exponential per entry instead of two.
 
-    It is worth it where exponentials take as long as the tensor cores' products: on an H100, an entry's two
-    exponentials (16 a clock) as long as its two products over 128 columns (4096 operations a clock). The second
-    way takes registers; on sm_100 there are none left.
+    It pays where exponentials take as long as the tensor cores' products: on an H100 the two exponentials of an entry
+    (16 per clock) take as long as its two products over 128 columns (4096 operations per clock). The additional path
+    needs registers, and on sm_100 none are left.
     """
     return tile.d <= 128 and arch.generation < 100
 
 
 @tuned
 def grad_tile(shape: Shape) -> Tile | None:
-    """For ``grad_kernel``, or None where rows are too long for it: then panels of entries are used."""
+    """For ``grad_kernel``; None if rows are too long for it, so that panels of entries are used."""
     whole, heavy = shape.whole, shape.heavy
     if not shape.aligned:
         return Tile(32, 32, whole, 8, 1) if whole <= 128 and shape.kind != "ieee" else None
@@ -266,15 +266,15 @@ def grad_tile(shape: Shape) -> Tile | None:
 
 @dataclass(frozen=True)
 class PanelTile:
-    """A tile of stored products, which are read once."""
+    """A tile of stored products."""
 
     p: int
     q: int
     warps: int
     most_parts: int
-    """Programs that may share an anchor's sum; a power of two."""
+    """The most programs that may share an anchor's sum; a power of two."""
 
 
 def panel_tile() -> PanelTile:
-    """For the kernels of panel.py: rows of 1 KB, so that loads are wide, and 16 numbers a thread: 32 spill on sm_80."""
+    """For the kernels of panel.py: rows of 1 KB for wide loads, and 16 numbers per thread; 32 spill on sm_80."""
     return PanelTile(16, 256, 8, 16)

@@ -1,18 +1,18 @@
-"""Launches at little cost on the host.
+"""Kernel launches with little overhead on the host.
 
-Triton's own launch, ``kernel[grid](...)``, works out anew at every call which compiled kernel the arguments ask for.
-That takes longer than many of these kernels run. Here the compiled kernel is looked up by the few things that it
-depends on, and its launcher is called directly: the *direct* way, beside Triton's, the *general* way.
+Triton's own launch, ``kernel[grid](...)``, determines the compiled kernel for its arguments anew in every call, which
+takes longer than many of these kernels run. A *direct* launch finds the compiled kernel by a short key and calls its
+launcher. A *general* launch is Triton's.
 
-A specialisation goes the general way twice. The first launch compiles it. The second compares, argument by argument,
-what Triton passes to the launcher with what the direct way would pass; where anything differs, that specialisation
-stays with Triton. The general way is also for everything that the direct way does not know: other versions of Triton,
-other devices than NVIDIA's, the interpreter, hooks, instrumentation and debugging, and arguments of other types. With
-``NCKERNELS_TRITON_LAUNCH=general`` in the environment everything goes the general way.
+The first two launches of a specialisation are general. The first one compiles it. The second one compares the arguments
+that Triton passes to the launcher with those of a direct launch; if any differ, the specialisation stays with general
+launches. Launches are also general with other versions of Triton, devices that are not NVIDIA's, the interpreter,
+hooks, instrumentation, debugging, and arguments of other types, and with ``NCKERNELS_TRITON_LAUNCH=general`` in the
+environment.
 
-The direct way leaves out two checks of Triton's. One is that global variables which a kernel uses still have the values
-that it was compiled with: here these are constants of this package. The other is that pointers are the device's: the
-arguments have been validated, and the first two launches of a specialisation still look.
+A direct launch omits two of Triton's checks. One is that the global variables of a kernel still have the values that it
+was compiled with; here they are constants of this package. The other is that pointers belong to the device; the
+arguments have been validated, and the first two launches of a specialisation check them.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from triton.compiler.compiler import LazyDict
 from triton.runtime.driver import driver
 
 VERSIONS = ((3, 6), (3, 9))
-"""The first and the last version of Triton whose specialisation is known to depend on nothing but the keys below."""
+"""The first and last version of Triton whose specialisation is known to depend only on the keys below."""
 
 
 def _known() -> bool:
-    """Whether launches can go the direct way: a version that is known, and nothing missing that it looks at."""
+    """Whether direct launches are possible: a known version of Triton with the attributes that they read."""
     version = tuple(int(part) for part in triton.__version__.split(".")[:2] if part.isdigit())
     if os.environ.get("NCKERNELS_TRITON_LAUNCH") == "general":
         return False
@@ -47,7 +47,7 @@ def _known() -> bool:
 
 
 def _undisturbed() -> bool:
-    """Whether nobody looks on: no hooks, no instrumentation, no debugging."""
+    """Whether there are no hooks, no instrumentation and no debugging."""
     runtime = knobs.runtime
     begin, end = runtime.launch_enter_hook, runtime.launch_exit_hook
     try:
@@ -58,7 +58,7 @@ def _undisturbed() -> bool:
             or runtime.add_stages_inspection_hook is not None
             or knobs.compilation.instrumentation_mode
         )
-    except AttributeError:  # a hook that is no list of hooks
+    except AttributeError:  # a hook that is not a list of hooks
         return False
 
 
@@ -66,9 +66,9 @@ KNOWN = _known()
 
 
 class Options(dict[str, Any]):
-    """A kernel's constexprs and compile options by name, with what was compiled for them.
+    """A kernel's constexprs and compile options by name, with the specialisations compiled for them.
 
-    Call sites make one for each set of values and keep it, so that a launch does not look at the values again.
+    Call sites create one object for each set of values and reuse it, so that a launch need not compare the values.
     """
 
     def __init__(self, *, warps: int = 4, stages: int = 2, **named: Any) -> None:
@@ -77,15 +77,15 @@ class Options(dict[str, Any]):
 
 
 class Form(NamedTuple):
-    """What a kernel's parameters are, as its first launch showed."""
+    """The kinds of a kernel's parameters, learnt from its first launch."""
 
     kernel: Any
     tensors: int
-    """The first so many are tensors or None. Integers follow, then constexprs."""
+    """The number of leading parameters that are tensors or None. Integers follow, then constexprs."""
     read: Callable[..., tuple[int, tuple[Any, ...], tuple[Any, ...]]]
     """See ``_reader``."""
     special: tuple[int, ...]
-    """The arguments that are integers which Triton specialises on."""
+    """The indices of the integer arguments that Triton specialises on."""
 
 
 class Compiled:
@@ -97,15 +97,15 @@ class Compiled:
         self.owner = owner
         """Triton's object, which keeps the module loaded."""
         self.launch, self.function = owner.run.launch, owner.function
-        """The driver's launching function, and what it is to launch."""
+        """The driver's launch function, and the compiled function to launch."""
         self.constants = constants
         """The values of the constexprs in the order of the kernel's parameters."""
         self.direct: bool | None = None
-        """Whether the direct way passes to ``launch`` what Triton does; None: not compared yet."""
+        """Whether a direct launch passes the same arguments to ``launch`` as Triton; None: not yet compared."""
         self.head: tuple[Any, ...] = ()
-        """What ``launch`` takes between the function and the kernel's arguments."""
+        """The arguments of ``launch`` between the function and the kernel's arguments."""
         self.nested = False
-        """Whether it takes the kernel's arguments as one tuple."""
+        """Whether ``launch`` takes the kernel's arguments as one tuple."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, options: Options | None = None, **named: Any) -> None:
@@ -116,7 +116,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, options: Options | No
         grid: numbers of programs.
         args: the kernel's parameters but the constexprs: tensors or None, then integers.
         options: constexprs and compile options, ``warps`` and ``stages`` among them.
-        named: the same by name, instead of ``options``; this takes longer.
+        named: the same by name, instead of ``options``; slower.
     """
     if options is None:
         options = _options(named)
@@ -129,7 +129,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, options: Options | No
     device = active.get_current_device()
     try:
         bits, kinds, values = read(*args)
-    except (AttributeError, TypeError, struct.error):  # something else than was here at the first launch
+    except (AttributeError, TypeError, struct.error):  # other argument types than in the first launch
         kernel[grid](*args, **options)
         return
     at: tuple[Any, ...] = (id(kernel), device, kinds)
@@ -158,7 +158,7 @@ def _general(
     at: tuple[Any, ...],
     values: tuple[Any, ...],
 ) -> None:
-    """Launch by Triton's own means; learn from it unless something disturbs."""
+    """Launch through Triton, and learn from that unless hooks or debugging are active."""
     found = options.compiled.get(at)
     if kernel.pre_run_hooks or not _undisturbed() or (found is not None and found.direct is not None):
         kernel[grid](*args, **options)
@@ -175,13 +175,13 @@ def _general(
 
 
 _FORMS: dict[int, Form] = {}
-"""By the identity of the kernel, whose own hash takes long."""
+"""By the id of the kernel, because its own hash is slow."""
 
 _OPTIONS: dict[tuple[Any, ...], Options] = {}
 
 
 def _options(named: dict[str, Any]) -> Options:
-    """The options of these names and values."""
+    """The cached ``Options`` object for these names and values."""
     key = (*named, *named.values(), *map(type, named.values()))
     found = _OPTIONS.get(key)
     if found is None:
@@ -190,7 +190,7 @@ def _options(named: dict[str, Any]) -> Options:
 
 
 def _form(kernel: Any, args: Sequence[Any]) -> Form | None:
-    """The form of a kernel by these arguments, remembered; None if the direct way cannot pass them."""
+    """The form of a kernel, learnt from these arguments and stored; None if direct launches cannot pass them."""
     if not KNOWN or type(kernel) is not triton.JITFunction or not hasattr(kernel, "pre_run_hooks"):
         return None
     tensors = 0
@@ -207,10 +207,10 @@ def _form(kernel: Any, args: Sequence[Any]) -> Form | None:
 
 @cache
 def _reader(tensors: int, numbers: int) -> Callable[..., tuple[int, tuple[Any, ...], tuple[Any, ...]]]:
-    """A function of so many tensors or None, and integers.
+    """A function that reads the given numbers of tensors (or None) and integers.
 
-    It gives the bits that are set in any of the addresses, the dtypes, and addresses and integers together. It fails
-    unless the integers have 32 bits. Written out, argument by argument, it takes half the time of a loop.
+    It returns the bitwise or of the addresses, the dtypes, and the addresses and integers as one tuple. It raises an
+    error for integers of more than 32 bits. The unrolled code takes half the time of a loop.
     """
     x, n = [f"x{i}" for i in range(tensors)], [f"n{i}" for i in range(numbers)]
     lines = [f"def read({', '.join(x + n)}):", f"    pack({', '.join(n)})", "    bits = 0"]
@@ -230,7 +230,10 @@ def _reader(tensors: int, numbers: int) -> Callable[..., tuple[int, tuple[Any, .
 
 
 def _compiled(kernel: Any, owner: Any, first: int, options: Options) -> Compiled | None:
-    """What a general launch has returned, as the direct way needs it; the constexprs begin at number ``first``."""
+    """The specialisation that a general launch has returned, or None if it cannot be launched directly.
+
+    The kernel's constexprs begin at parameter ``first``.
+    """
     try:
         launcher = owner.run
         scratch = launcher.global_scratch_size or launcher.profile_scratch_size
@@ -244,7 +247,7 @@ def _compiled(kernel: Any, owner: Any, first: int, options: Options) -> Compiled
 
 
 def _passed(found: Compiled, start: Callable[[], Any]) -> tuple[Any, ...] | None:
-    """What Triton passes to the driver's launching function in this thread; None where that cannot be seen."""
+    """The arguments that Triton passes to the driver's launch function in this thread; None if not found."""
     calls = []
 
     def recorder(*args: Any) -> Any:
@@ -262,10 +265,10 @@ def _passed(found: Compiled, start: Callable[[], Any]) -> tuple[Any, ...] | None
 
 
 def _agrees(found: Compiled, passed: tuple[Any, ...], where: tuple[Any, ...], values: tuple[Any, ...]) -> bool:
-    """Whether the direct way can pass the same, which ``found`` then knows how.
+    """Whether a direct launch can pass the same arguments; if so, store their layout in ``found``.
 
-    Between the place of the launch and the kernel's arguments only what is the same at every launch may stand, and
-    the hooks with what is meant for them. These do nothing now, and None takes their place.
+    The arguments between the function and the kernel's arguments must be the same in every launch, except for the hooks
+    and their data. Without hooks these have no effect, and None replaces them.
     """
     found.nested = isinstance(passed[-1], tuple)
     end = len(passed) - (1 if found.nested else len(values))
@@ -281,6 +284,6 @@ def _agrees(found: Compiled, passed: tuple[Any, ...], where: tuple[Any, ...], va
 
 
 def _same(passed: Sequence[Any], direct: Sequence[Any]) -> bool:
-    """Whether two lists of arguments are the same, tensors counting as their addresses."""
+    """Whether two lists of arguments are the same; tensors are compared by address."""
     plain = [x.data_ptr() if isinstance(x, Tensor) else x for x in passed]
     return len(plain) == len(direct) and all(type(a) is type(b) and a == b for a, b in zip(plain, direct, strict=True))

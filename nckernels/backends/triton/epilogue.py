@@ -1,4 +1,4 @@
-"""What surrounds a product whose epilogue has taken the exponentials, see ``tiled/engines.py``.
+"""The kernels around a product whose epilogue takes the exponentials, see ``tiled/engines.py``.
 
 ``E[p, q] = r_q exp(beta S_pq - beta)`` and ``Sums`` come from the product; ``D_p`` is the sum of an anchor's ``Sums``.
 With ``c_p = g_p / D_p`` the gradient's entries are ``H[p, q] = c_p r_p E[p, q]``, and those of positives, which have an
@@ -16,9 +16,9 @@ def operand_kernel(
     Rnorm, Label, Count, Beta, Scale, Tag, Slot, n, padded, skip,
     EXCLUDE: tl.constexpr, SAMPLES: tl.constexpr, GATHER: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """``Scale`` and ``Tag`` of a side's slots as the epilogue wants them; anchors come with ``Beta``.
+    """``Scale`` and ``Tag`` of a side's slots for the epilogue; ``Beta`` is given for anchors.
 
-    ``Slot[row]``, where there is one, becomes the slot of a row.
+    ``Slot[row]``, if given, becomes the slot of a row.
     """
     first = tl.program_id(0) * B
     used = used_slots(Count, n)
@@ -57,7 +57,7 @@ def weights_kernel(
         tl.store(Lse + row, lse, mask=valid)
     else:
         tl.store(Lse + p_start + local, lse, mask=inside)
-    empty = total == 0.0  # passes nothing on
+    empty = total == 0.0  # has no gradient
     weight = tl.load(Grad + row, mask=valid, other=0.0) / tl.where(empty, 1.0, total)
     tl.store(Weight + local, tl.where(empty, 0.0, weight), mask=inside)
 
@@ -67,14 +67,14 @@ def weighted_entries_kernel(
     Weight, Rnorm, Label, Count, H, p_start, p_stop, h_stride, skip,
     GATHER: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr,
 ):  # fmt: skip
-    """``E`` becomes ``H``, in place; but for the positives."""
+    """Turn ``E`` into ``H`` in place, except for the positives."""
     p_local = tl.program_id(0) * BP
     used = used_slots(Count, p_stop)
     row, _, valid = slot_rows(Label, p_start + p_local, used, skip, GATHER, BP)
     local = p_local + tl.arange(0, BP)
     weight = tl.load(Weight + local, mask=valid, other=0.0) * tl.load(Rnorm + row, mask=valid, other=0.0)
     column = tl.program_id(1) * BQ + tl.arange(0, BQ)
-    width = h_stride * 16  # seen to be a multiple of 16: the mask does not break up 16-byte accesses
+    width = h_stride * 16  # a known multiple of 16, so that the mask does not split 16-byte accesses
     at = H + local.to(tl.int64)[:, None] * width + column[None, :]
     inside = (local < p_stop - p_start)[:, None] & (column < width)[None, :]
     h = tl.load(at, mask=inside, other=0.0).to(tl.float32) * weight[:, None]
@@ -86,9 +86,10 @@ def positives_kernel(
     Target, Pos, Pos_grad, P_rnorm, Q_rnorm, Weight, Slot, Beta, H, m, k, p_start, p_stop, h_stride, skip,
     BY_CLASS: tl.constexpr, EXCLUDE: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """The positives' entries of a panel, one for each sample whose anchor is among [p_start, p_stop).
+    """Write the positives' entries of a panel, one for each sample whose anchor is in [p_start, p_stop).
 
-    They are made anew from the positive logits, in float32: a probability near 1 less 1 has no digits left in E.
+    They are computed from the positive logits in float32: in E, which has 16 bits, a probability near 1 minus 1 would
+    have no correct digits.
     """
     sample = tl.program_id(0) * B + tl.arange(0, B)
     target = tl.load(Target + sample, mask=sample < m, other=skip)

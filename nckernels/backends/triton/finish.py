@@ -1,4 +1,4 @@
-"""What turns accumulated sums into gradients, and the gradient of the biases."""
+"""Kernels that turn accumulated sums into gradients, and the gradient of the biases."""
 
 import triton
 import triton.language as tl
@@ -22,8 +22,8 @@ from .tiles import (
 def summand_rnorm(rnorm, NORM_LIMIT: tl.constexpr):
     """The factor of a row that is summed up: its inverse norm, except 1 for float16 rows shorter than eps.
 
-    Their 1 / eps = 16384 would push a tile's entries out of float16's range, for rows that are zero for
-    all practical purposes. ``finish_kernel`` puts the true factor back for the row's own gradient.
+    Their 1 / eps = 16384 would push a tile's entries out of float16's range, for rows that are practically
+    zero. ``finish_kernel`` applies the true factor to the row's own gradient.
     """
     if NORM_LIMIT > 0:
         rnorm = tl.where(rnorm >= NORM_LIMIT, 1.0, rnorm)
@@ -32,11 +32,11 @@ def summand_rnorm(rnorm, NORM_LIMIT: tl.constexpr):
 
 @triton.jit
 def radial(rnorm, along, EPS: tl.constexpr):
-    """The multiple of a row x to take from its sum: ``(u . acc) r``, given ``along = x . acc``.
+    """The multiple of a row x to subtract from its sum: ``(u . acc) r``, given ``along = x . acc``.
 
-    Nothing for rows shorter than eps, which F.normalize divides by a constant. The norm is compared
-    through its inverse, with room for the rounding of two reciprocals. NaN norms count as normal: their
-    results are NaN anyway.
+    It is 0 for rows shorter than eps, which F.normalize divides by a constant. The inverse norms are compared, with a
+    tolerance for the rounding of two reciprocals. Rows with NaN norms are treated as longer than eps; their results are
+    NaN anyway.
     """
     return tl.where(rnorm >= 0.999999 / EPS, 0.0, rnorm * rnorm * along)
 
@@ -57,8 +57,8 @@ def finish_kernel(
 ):  # fmt: skip
     """Gradients of the slots [start, stop) from float32 sums: add the partials, project, scale, cast.
 
-    Sums are still in the L2 cache where a block of few rows was multiplied just before. What is read and written here
-    for the last time, rows and gradients, shall not drive them out.
+    If a block of few rows has just been multiplied, its sums are still in the L2 cache. Rows and gradients are accessed
+    here for the last time, with an eviction hint, so that they do not displace the sums.
 
     ``Acc[part, slot - start]`` holds a_p, or r_p a_p with ``NORM_INSIDE``. ``Dot[slot]`` becomes the
     slot's share of the gradient of beta. ``Out`` may be ``Acc`` itself (float32, one part).
@@ -67,7 +67,7 @@ def finish_kernel(
     x_stride *= UNIT
     part_stride = part_stride.to(tl.int64) * UNIT
     first = start + tl.program_id(0) * BR
-    local = tl.program_id(0) * BR + tl.arange(0, BR)  # counted from `start`: seen to be aligned
+    local = tl.program_id(0) * BR + tl.arange(0, BR)  # relative to `start`, so that alignment is known
     used = used_slots(Count, stop)
     row, _, valid = slot_rows(Label, first, used, skip, GATHER, BR)
     valid = paired_rows(Rnorm, valid, first, used, UNSUMMED, BR)
@@ -78,7 +78,7 @@ def finish_kernel(
     rnorm = tl.load(Rnorm + row, mask=valid, other=0.0)
     weight = rnorm
     if NORM_INSIDE:
-        # Already in the sums, but for the rows whose factor was left at 1.
+        # Already in the sums, except for the rows whose factor was 1.
         weight = tl.where(rnorm == summand_rnorm(rnorm, NORM_LIMIT), 1.0, rnorm)
     if Scale is not None:
         weight = weight / tl.load(Scale)
@@ -101,7 +101,7 @@ def finish_kernel(
             grad = tl.where(valid[:, None], grad, 0.0).to(Out.dtype.element_ty)
             tl.store(out_ptr, grad, mask=written[:, None] & (col < d)[None, :], eviction_policy="evict_first")
     else:
-        # Rows too long for one block of registers: once for the dot product, once for the result.
+        # Rows too long for registers are read twice, for the dot product and for the result.
         sums = tl.zeros((BR, BD), tl.float32)
         for k in range(0, d, BD):
             mask = valid[:, None] & (col < d - k)[None, :]
@@ -128,7 +128,7 @@ def gather_kernel(
     X, Rnorm, Label, Count, Out, start, stop, d, x_stride, skip,
     GATHER: tl.constexpr, UNSUMMED: tl.constexpr, UNIT: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """``Out[slot - start] = X[row of slot]``, zeros for what takes no part: a dense operand for a matrix product."""
+    """``Out[slot - start] = X[row of slot]``, with zeros for left-out rows: a dense operand for a matrix product."""
     d *= UNIT
     x_stride *= UNIT
     first = start + tl.program_id(0) * BR
@@ -149,10 +149,10 @@ def mend_kernel(
     UNSUMMED: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     BP: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """``Out = H X`` over the rows of X that take part, if one that takes none holds NaN or infinities.
+    """Recompute ``Out = H X`` without the left-out rows of X, if one of these holds NaN or infinities.
 
-    The library has multiplied it by zeros in H. Such rows are rare, and known to the device alone: every program
-    looks for them in the inverse norms, and ends if there are none.
+    The library has multiplied such rows by zeros in H. They are rare, and only the device knows them: every program
+    searches the inverse norms for them, and ends if there are none.
     """
     found = tl.zeros((BN,), tl.int32)
     for i in range(0, n_q, BN):
@@ -191,8 +191,8 @@ def bias_grad_kernel(
 ):  # fmt: skip
     """``Part[s, p] = sum over q of g_q exp(t_pq + bias_p - lse_q)``: the gradient of p's bias.
 
-    A pass of its own, with the loop of ``lse_kernel``: few callers learn a bias, and the gradient kernels
-    have no registers to spare for it.
+    This is a separate kernel, with the loop of ``lse_kernel``, because few callers learn a bias and the gradient
+    kernels have no registers left.
     """
     d *= UNIT
     p_stride *= UNIT
@@ -227,5 +227,5 @@ def bias_grad_kernel(
                 e = tl.where(p_tag[:, None] == tag[None, :], 0.0, e)
             total += tl.sum(e, 1)
     slot = p_first + tl.arange(0, BP)
-    # p_valid, not a product with 0: NaN anywhere in Q has reached the sums of left-out rows.
+    # Selected by p_valid, not multiplied by 0: NaN in Q reaches the sums of left-out rows.
     tl.store(Part + part.to(tl.int64) * n_p + slot, tl.where(p_valid, total, 0.0), mask=slot < n_p)

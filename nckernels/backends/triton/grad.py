@@ -9,18 +9,18 @@ With ``A = dL/dt`` for the logits ``t = beta S`` and ``u = r p`` a normalised ro
     dL/dp = beta r_p (a_p - (u_p . a_p) u_p)    the second term is the derivative of the norm
     dL/dbeta = sum_p u_p . a_p                  the same dot products
 
-The projection is taken from ``a_p`` as it was accumulated, after any rounding of A. Summing A * S over a
-tile's entries would give the same number in exact arithmetic, but then the rounding errors in the
-direction of u_p, which are large where features have collapsed, would stay in the gradient.
+The projection uses ``a_p`` as accumulated, after the rounding of A. Summing A * S over a tile's entries would give
+the same number in exact arithmetic, but the rounding errors in the direction of u_p, which are large where features
+have collapsed, would remain in the gradient.
 
-Where features are compared with themselves, S is symmetric. Their gradient, as rows and as columns, is made
-of ``A + A^T``: the entries above, with the one log-sum-exp that was asked for on either side,
+Where features are compared with themselves, S is symmetric. Their gradient, as rows and as columns, comes
+from ``A + A^T``, whose entries have the wanted log-sum-exp on either side:
 
     T_ij  = g_i exp(t_ij + bias_j - lse_i) + g_j exp(t_ij + bias_i - lse_j)  + both sides' g_pos
 
-and one pass over them takes the place of two. Counting pairs twice, it gives twice dL/dbeta.
+One pass over these entries replaces two. It counts every pair twice, so it gives twice dL/dbeta.
 
-Two ways to get there:
+There are two methods:
 
 * ``grad_kernel`` for short rows: recompute a tile, multiply it with the Q rows that are on the chip anyway.
 * ``entries_kernel`` for long rows, whose gradient does not fit on the chip: write ``H = A r_p r_q`` for a
@@ -48,10 +48,10 @@ from .tiles import (
 
 @triton.jit
 def load_terms(Bias, Lse, Grad, Pos, Other_grad, row, valid):
-    """What A needs of one side's rows: bias, lse, upstream gradient, gradient of the positive logit.
+    """The vectors of one side's rows in A: bias, lse, upstream gradient, gradient of the positive logit.
 
-    Each is loaded only where it is used; the bias belongs to the sums over these rows, which are the
-    other side's. What is not used is a placeholder that the compiler removes.
+    Each is loaded only if it is used; otherwise it is a placeholder that the compiler removes. The bias enters the
+    log-sum-exps of the other side, so it is used if those have an upstream gradient.
     """
     bias = tl.zeros(row.shape, tl.float32)
     lse = bias
@@ -68,7 +68,7 @@ def load_terms(Bias, Lse, Grad, Pos, Other_grad, row, valid):
 
 @triton.jit
 def factors(bias, lse, grad, once):
-    """A row's bias and gradient, or if ``once`` what stands in their place: exp(bias) and grad exp(-lse)."""
+    """A row's bias and gradient; with ``once`` exp(bias) and grad exp(-lse) instead."""
     if once is not None:
         bias = tl.where(once, tl.exp2(bias), bias)
         grad = tl.where(once, grad * tl.exp2(-lse), grad)
@@ -79,7 +79,7 @@ def factors(bias, lse, grad, once):
 def two_terms(
     s, q_rnorm, p_bias, p_lse, p_grad, q_bias, q_lse, q_grad, USE_P: tl.constexpr, USE_Q: tl.constexpr
 ):  # fmt: skip
-    """The log-sum-exps' part of A, each term with an exponential of its own."""
+    """The terms of A from the log-sum-exps, with one exponential per term."""
     a = tl.zeros(s.shape, tl.float32)
     if USE_P:
         t = tl.fma(s, q_rnorm[None, :], q_bias[None, :])
@@ -107,7 +107,7 @@ def entries(
             a = two_terms(s, q_rnorm, p_bias, p_lse, p_grad, q_bias, q_lse, q_grad, USE_P, USE_Q)
     else:
         a = two_terms(s, q_rnorm, p_bias, p_lse, p_grad, q_bias, q_lse, q_grad, USE_P, USE_Q)
-    # Selected, not multiplied by 0: a masked entry can be any size, inf included.
+    # Selected, not multiplied by 0: a masked entry can have any value, inf included.
     if EXCLUDE != "none":
         a = tl.where(p_tag[:, None] == q_tag[None, :], 0.0, a)
     if USE_P_POS:
@@ -129,15 +129,15 @@ def grad_kernel(
     BP: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr, UNIT: tl.constexpr, EVEN_D: tl.constexpr,
     EPS: tl.constexpr, NORM_LIMIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one block of anchors, rows of at most BD columns: flash attention's backward, one side.
+    """Gradient of one block of anchors, rows of at most BD columns; one side of flash attention's backward pass.
 
     ``split`` programs share a block when there are too few blocks to fill the device. Each then writes
-    its float32 sum to ``Part[s, slot]`` for ``finish_kernel``; alone it finishes the rows itself.
+    its float32 sum to ``Part[s, slot]`` for ``finish_kernel``. A single program finishes the rows itself.
 
-    Exponentials take as long as these products. Of features with themselves (``MAY_SHARE``), an entry's two
-    terms are ``exp(t) (g_i exp(-lse_i) + g_j exp(-lse_j))`` with one exponential, if the factors stay in range:
-    with |t| and |lse| - log M up to 64 in base 2 they lie between 2^-64 and 2^64, times what log M and g add.
-    Temperatures from 0.0226 on are such.
+    Exponentials take as long as the products. For features against themselves (``MAY_SHARE``) the two terms of an entry
+    are ``exp(t) (g_i exp(-lse_i) + g_j exp(-lse_j))``, with one exponential, if the factors stay in range: with |t| and
+    |lse| - log M up to 64 in base 2 they lie between 2^-64 and 2^64, apart from the contributions of log M and g. This
+    holds for temperatures of at least 0.0226.
     """
     d *= UNIT
     p_stride *= UNIT
@@ -194,7 +194,7 @@ def grad_kernel(
         at = Part + (part.to(tl.int64) * slots_p + slot)[:, None] * d + col[None, :]
         tl.store(at, acc, mask=(slot < n_p)[:, None] & (col < d)[None, :])
     else:
-        # Loaded once more: kept through the loop, the rows would hold registers or shared memory twice.
+        # Loaded again: kept through the loop, the rows would occupy registers or shared memory twice.
         x = load_rows(P, p_row, p_here, p_stride, d, BD, EVEN_D).to(tl.float32)
         weight = p_rnorm / scale
         grad, along = project(acc, x, p_rnorm, weight * beta, EPS)
@@ -202,7 +202,7 @@ def grad_kernel(
             written = p_here
             if not P_GATHER:
                 written = slot < n_p
-            # Left-out rows are zero by selection: NaN anywhere in Q has reached their sums as well.
+            # Left-out rows are selected to be zero, because NaN in Q reaches their sums.
             grad = tl.where(p_here[:, None], grad, 0.0)
             at = Out + p_row.to(tl.int64)[:, None] * d + col[None, :]
             tl.store(at, grad.to(Out.dtype.element_ty), mask=written[:, None] & (col < d)[None, :])
@@ -228,25 +228,25 @@ def entries_kernel(
 ):  # fmt: skip
     """One tile of ``H = A r_p r_q`` (times ``Scale``) for the panel [p_start, p_stop) x [q_start, q_stop).
 
-    ``h_stride`` counts in 16s; a row's tail is written too, with anything finite. With both norms inside, one H serves
-    both products: ``H Q`` is r_p a_p and ``H^T P`` is r_q a_q.
+    ``h_stride`` is in units of 16 numbers. The tail of a row is also written, with finite values. Because H contains
+    both norms, it serves both products: ``H Q`` is r_p a_p and ``H^T P`` is r_q a_q.
     """
     d *= UNIT
     p_stride *= UNIT
     q_stride *= UNIT
-    # Tiles in groups of GROUP block rows, column by column: neighbours share operands in the L2 cache.
+    # Tiles are ordered in groups of GROUP block rows, column by column: neighbours share operands in the L2 cache.
     p_blocks = tl.cdiv(p_stop - p_start, BP)
     q_blocks = tl.cdiv(q_stop - q_start, BQ)
     group = tl.program_id(0) // (GROUP * q_blocks)
     inner = tl.program_id(0) % (GROUP * q_blocks)
     height = tl.minimum(p_blocks - group * GROUP, GROUP)
-    # Counted from the panel's corner: what is added to the pointers into H must be seen to be aligned.
+    # Relative to the panel's corner: the compiler must know that the offsets into H are aligned.
     p_local = (group * GROUP + inner % height) * BP
     q_local = inner // height * BQ
     p_first = p_start + p_local
     q_first = q_start + q_local
-    # Slots beyond the count have no rows, but the matrix product reads their entries: they become zeros,
-    # at no cost, since a tile without rows takes no steps over d.
+    # Slots beyond the count have no rows, but the matrix product reads their entries. These become zeros; a tile
+    # without rows skips the loop over d.
     p_used = p_stop
     q_used = q_stop
     stop = d
@@ -274,7 +274,7 @@ def entries_kernel(
 
     B: tl.constexpr = BQ // PARTS
     rows = p_local + tl.arange(0, BP)
-    width = h_stride * 16  # seen to be a multiple of 16: the mask of the stores does not break them up
+    width = h_stride * 16  # a known multiple of 16, so that the mask does not split the stores
     h_ptr = H + rows.to(tl.int64)[:, None] * width
     products = column_parts(acc, PARTS)
     for i in tl.static_range(PARTS):

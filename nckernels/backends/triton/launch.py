@@ -1,4 +1,4 @@
-"""The launches: each kernel's grid, arguments and tile. What runs when is in ``tiled``."""
+"""The grid, arguments and tile of each kernel's launch. The order of launches is in ``tiled``."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ INTERPRETED = not isinstance(lse.lse_kernel, triton.JITFunction)
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be that of the tensors."""
+    """Make the tensor's device current, because Triton launches on the current device."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
 
 
-# The options of a launch, made once for each set of values that they depend on.
+# The options of a launch are created once for each set of values that they depend on.
 _made_once = lru_cache(maxsize=1024)
 
 
@@ -39,14 +39,14 @@ def _tile_options(tile: Tile) -> dict[str, Any]:
     options: dict[str, Any] = {"BP": tile.p, "BQ": tile.q, "BD": tile.d}
     options |= {"warps": tile.warps, "stages": tile.stages}
     if tile.resident > 1 and not INTERPRETED:
-        # Left alone, the compiler takes what registers it likes and one program fills a multiprocessor.
+        # Without a limit the compiler uses so many registers that one program fills a multiprocessor.
         options["maxnreg"] = (1 << 16) // (32 * tile.warps * tile.resident)
     return options
 
 
 @_made_once
 def _row_blocks(d: int) -> dict[str, int]:
-    """Rows and columns of a block, for kernels that go over rows once: 8 numbers a thread."""
+    """Rows and columns of a block for kernels that read rows once, with 8 numbers per thread."""
     columns = min(config.padded(d), 1024)
     return {"BR": 16 if INTERPRETED else 2048 // columns, "BD": columns, "warps": 8}
 
@@ -58,7 +58,7 @@ def _row_rnorm_options(columns: int, unit: int, eps: float) -> Options:
 
 @_made_once
 def _samples_options(columns: int, same_label: bool, itself: bool, unit: int, eps: float) -> Options:
-    # The assertion on targets is compiled only with debug; without its overflow checks on every index.
+    # Device assertions need debug, whose overflow checks of every index are turned off.
     checks = {} if INTERPRETED else {"debug": True, "sanitize_overflow": False}
     return Options(SAME_LABEL=same_label, ITSELF=itself, UNIT=unit, EPS=eps, **_row_blocks(columns), **checks)
 
@@ -87,7 +87,7 @@ def _combine_options(gather: bool, keep: bool) -> Options:
 
 
 Entry = tuple[str, bool, bool, bool, bool, bool]
-"""What the gradient's entries depend on."""
+"""The constexprs of ``_entry_options``."""
 
 
 def _entry_options(entry: Entry) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def _finish_options(
 
 
 class TritonKernels(Kernels):
-    """This backend's kernels. See tiles.py for the units that rows and strides are counted in."""
+    """This backend's kernels. Row lengths and strides are in the units of tiles.py."""
 
     index_dtype = torch.int32
 
@@ -158,12 +158,12 @@ class TritonKernels(Kernels):
         self.d = z.shape[1] // self.unit
         """Row length in units."""
         self.precision = "upcast" if INTERPRETED else "ieee" if self.kind == "ieee" else "tf32"
-        """Of products of float32; half types ignore it."""
+        """Precision of float32 products; 16-bit dtypes ignore it."""
         self._entries_tiles: dict[tuple[bool, int], Tile] = {}
-        """The choices so far: one launch a panel."""
+        """Tiles by (two terms, entries): cached, because every panel has a launch."""
 
     def _units(self, x: Tensor) -> int:
-        """Distance between two rows."""
+        """The row stride in units."""
         return x.stride(0) // self.unit
 
     # --- tiles
@@ -180,7 +180,7 @@ class TritonKernels(Kernels):
         return Blocks(tile.p, tile.q, self.arch.multiprocessors * tile.resident, least, tile)
 
     def _loop_blocks(self, tile: Tile) -> Blocks:
-        """For kernels that keep whole rows on the chip if they fit, and step over the columns if not."""
+        """The blocks of kernels that load whole rows if they fit the chip, and loop over the columns if not."""
         return self._blocks(tile, 1 if self._whole(tile) else FULL_WAVE)
 
     def _whole(self, tile: Tile) -> bool:
@@ -307,7 +307,7 @@ class TritonKernels(Kernels):
     def _entry(self, p: Side, q: Side) -> Entry:
         return self.spec.exclude, p.samples, p.unsummed, q.unsummed, p.gather, q.gather
 
-    # --- rows again
+    # --- kernels over rows
 
     def gather(self, side: Side, out: Tensor, start: int, stop: int) -> None:
         launch(
@@ -343,5 +343,5 @@ class TritonKernels(Kernels):
 
 
 def _all_of(side: Side) -> tuple[Tensor | None, ...]:
-    """What the gradient's entries take from a side."""
+    """A side's arguments of the kernels that compute entries."""
     return side.x, side.rnorm, side.label, side.used, side.bias, side.lse, side.grad, side.pos

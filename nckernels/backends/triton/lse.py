@@ -1,11 +1,11 @@
-"""The forward pass: log-sum-exp of similarity tiles that are never stored.
+"""The forward pass: log-sum-exps of similarity tiles that are never stored.
 
-``lse_kernel`` is a matrix product whose epilogue keeps, for each anchor, the largest logit seen so far and
-the sum of exponentials relative to it, as flash attention does. Two numbers an anchor are all that leaves
-the chip. The pair (max, sum), rather than a sum relative to the constant beta >= t, is right for any
-temperature: with beta = 1000 every term of the latter could underflow.
+``lse_kernel`` is a matrix product whose epilogue maintains, for each anchor, the largest logit so far and
+the sum of exponentials relative to it, as flash attention does. Only these two numbers per anchor leave
+the chip. The pair works for any temperature; in a sum relative to the constant beta >= t every term could underflow,
+for example with beta = 1000.
 
-Logits live in base 2 inside the kernels (t * log2 e), since exp2 is what the hardware has.
+Logits are in base 2 inside the kernels (t * log2 e), because the hardware computes exp2.
 """
 
 import triton
@@ -31,10 +31,10 @@ def shift_of(largest):
 
 @triton.jit
 def without_excluded(t, p_tag, q_tag, p_first, q_first, EXCLUDE: tl.constexpr):
-    """-inf where the mask leaves an entry out.
+    """Logits with -inf in excluded entries.
 
-    For "self" by the distance of the tile from the diagonal: comparing rows would take the few registers that two
-    programs on a multiprocessor lack.
+    "self" compares offsets from the diagonal: comparing row numbers would take registers that two programs on a
+    multiprocessor do not have.
     """
     if EXCLUDE == "self":
         p_slot = tl.arange(0, t.shape[0]) + (p_first - q_first)
@@ -61,8 +61,8 @@ def lse_kernel(
 ):  # fmt: skip
     """Block ``pid // split`` of the anchors against the Q blocks ``pid % split``, + split, + 2 split, ...
 
-    Programs that run at the same time thus read neighbouring blocks of both operands, which stay in the
-    L2 cache, and the number of partial results is ``split`` an anchor whatever the size of Q.
+    Programs that run at the same time read neighbouring blocks of both operands, which stay in the L2 cache. The number
+    of partial results is ``split`` per anchor for any size of Q.
 
     Results for the anchors: ``Out`` (the natural log-sum-exp; split = 1) or the partials ``P_max[s, slot]``
     and ``P_sum[s, slot]``. With ``Q_max`` the same tiles also serve the other direction: each program
@@ -83,7 +83,7 @@ def lse_kernel(
     p_row, p_valid, p_tag, p_rnorm = summed_rows(
         P_rnorm, P_label, p_first, n_p, skip_p, EXCLUDE, P_SAMPLES, P_GATHER, BP
     )
-    # beta and log2 e ride on the anchors' norms: they cost nothing per entry.
+    # beta and log2 e are multiplied into the anchors' norms, which costs nothing per entry.
     p_scale = p_rnorm * (tl.load(Beta) * LOG2E)
     p = None
     if WHOLE_D:
@@ -102,7 +102,7 @@ def lse_kernel(
                 Q_rnorm, Q_label, q_first + i * B, n_q, skip_q, EXCLUDE, not P_SAMPLES, False, B
             )
             s = products[i] * p_scale[:, None]
-            # One fused multiply-add for norm, bias and tail: the bias of left-out rows is -inf.
+            # One fused multiply-add for norm, bias and mask: the bias of left-out rows is -inf.
             t = tl.fma(s, rnorm[None, :], row_bias(Q_bias, row, valid)[None, :])
             t = without_excluded(t, p_tag, tag, p_first, q_first + i * B, EXCLUDE)
             new = tl.maximum(largest, tl.max(t, 1))
@@ -119,7 +119,7 @@ def lse_kernel(
                 tl.store(Q_max + at, tl.where(valid, q_largest, -INF), mask=slot < n_q)
                 tl.store(Q_sum + at, tl.where(valid, q_total, 0.0), mask=slot < n_q)
 
-    # Anchors that are left out met real rows of Q with a product of zero: their sum means nothing.
+    # Left-out anchors have products of zero with the rows of Q, and their sums are discarded.
     largest = tl.where(p_valid, largest, -INF)
     total = tl.where(p_valid, total, 0.0)
     slot = p_first + tl.arange(0, BP)

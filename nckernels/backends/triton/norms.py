@@ -2,7 +2,7 @@
 
 The similarity of two rows is ``S = (z . w) r_z r_w`` with ``r = 1 / max(|row|, eps)``. Storing the two
 vectors ``r`` instead of normalised copies of the matrices saves a write and a read of both, and the
-tensor cores see the caller's exact numbers.
+tensor cores multiply the caller's numbers without rounding.
 """
 
 import triton
@@ -13,13 +13,13 @@ from .tiles import INF, NOT_FINITE
 
 @triton.jit
 def inverse_norm(square_sum, EPS: tl.constexpr):
-    # NaN must survive the maximum (by default the other operand would win): NaN rows give NaN results.
+    # The maximum must propagate NaN (by default it returns the other operand): NaN rows give NaN results.
     return 1.0 / tl.maximum(tl.sqrt(square_sum), EPS, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def left_out(square_sum):
-    """In place of the inverse norm of a row that takes no part; see ``mend_kernel``."""
+    """Stored instead of the inverse norm of a left-out row; see ``mend_kernel``."""
     return tl.where(square_sum < INF, -1.0, NOT_FINITE)
 
 
@@ -36,7 +36,7 @@ def row_rnorm_kernel(
         valid = tl.load(Label + row, mask=inside, other=skip) != skip
     col = tl.arange(0, BD)
     ptr = X + row.to(tl.int64)[:, None] * stride + col[None, :]
-    # One running sum a column, reduced across threads once at the end rather than at every step.
+    # One running sum per column, reduced across threads once at the end.
     total = tl.zeros((BR, BD), tl.float32)
     for k in range(0, d, BD):
         x = tl.load(ptr + k, mask=inside[:, None] & (col < d - k)[None, :], other=0.0).to(tl.float32)
@@ -56,16 +56,16 @@ def prepare_samples_kernel(
     SAME_LABEL: tl.constexpr, ITSELF: tl.constexpr,
     UNIT: tl.constexpr, EPS: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """One pass over the samples and their positive prototypes.
+    """One pass over the samples and their positive prototypes, their *partners*.
 
-    Writes each sample's inverse norm and its positive logit ``beta cos(z, w_partner)``, ``left_out`` and 0 where it
-    is ignored: whatever it holds, it has no share in the scale of float16 gradients. The partner's norm
-    comes from the same loads, so nothing here waits for a pass over the prototypes: ``W_rnorm`` is for those
-    who want the partners only, or where the samples are their own partners (``ITSELF``) all that take part.
-    With ``Mark`` (only the classes that occur are wanted) it also writes ``Mark[class] = class``. Whoever writes
-    to a place writes the same value, so the order does not matter.
+    For each sample it writes the inverse norm and the positive logit ``beta cos(z, w_partner)``; for an ignored sample
+    ``left_out`` and 0, so that it does not affect the scale of float16 gradients. The partner's norm comes from the
+    same loads, so no pass over the prototypes is needed first. ``W_rnorm``, if given, gets the norms of the partners;
+    with ``ITSELF``, where prototypes are the samples, also those of all samples that are not ignored. ``Mark``, if
+    given (only the classes that occur are wanted), gets ``Mark[class] = class``. All programs that write to one place
+    write the same value, so their order does not matter.
 
-    The assertions are compiled in with Triton's debug option, which this kernel is launched with.
+    The kernel is launched with Triton's debug option, which compiles the assertions.
     """
     beta = tl.load(Beta)
     tl.device_assert((beta > 0) & (beta < INF), "the inverse temperature must be positive and finite")
@@ -81,7 +81,7 @@ def prepare_samples_kernel(
     else:
         in_range = (target >= 0) & (target < k)
         tl.device_assert(in_range | (target == skip), "target is out of range [0, number of prototypes)")
-        # A failing assert stops the grid, not this very instruction: the mask keeps the loads in bounds.
+        # A failing assertion does not stop the program immediately: the mask keeps the loads in bounds.
         valid = valid & in_range
         partner = tl.where(valid, target, 0).to(tl.int32)
 
@@ -101,7 +101,7 @@ def prepare_samples_kernel(
     z_square = tl.sum(zz, 1)
     r_z = inverse_norm(z_square, EPS)
     r_w = inverse_norm(tl.sum(ww, 1), EPS)
-    # Each norm meets the product separately: r_z * r_w alone can pass float32's range for tiny rows.
+    # The product is multiplied by one norm at a time: r_z * r_w can leave float32's range for tiny rows.
     pos = beta * (tl.sum(zw, 1) * r_z * r_w)
     tl.store(Z_rnorm + row, tl.where(valid, r_z, left_out(z_square)), mask=inside)
     tl.store(Pos + row, tl.where(valid, pos, 0.0), mask=inside)
@@ -115,15 +115,15 @@ def prepare_samples_kernel(
 
 @triton.jit(do_not_specialize=["k", "slots"])
 def compact_kernel(Mark, Rank, Slot, k, slots, B: tl.constexpr):
-    """The marked classes in ascending order, then -1 up to ``slots``, then how many there are.
+    """Write the marked classes in ascending order, then -1 up to ``slots``, then their number.
 
-    ``Rank`` is the inclusive prefix sum of ``Mark >= 0``. Needs ``slots <= k`` and at most ``slots`` marks.
+    ``Rank`` is the inclusive prefix sum of ``Mark >= 0``. Requires ``slots <= k`` and at most ``slots`` marks.
     """
     c = tl.program_id(0) * B + tl.arange(0, B)
     marked = tl.load(Mark + c, mask=c < k, other=-1) >= 0
     rank = tl.load(Rank + c, mask=c < k, other=0)
     count = tl.load(Rank + k - 1)
-    # The two stores never meet: marked classes go to slots before `count`, the filling from there on.
+    # The two stores do not overlap: marked classes go to slots before `count`, the padding to those after.
     tl.store(Slot + rank - 1, c, mask=marked)
     tl.store(Slot + c, -1, mask=(c >= count) & (c < slots))
     if tl.program_id(0) == 0:
@@ -132,7 +132,7 @@ def compact_kernel(Mark, Rank, Slot, k, slots, B: tl.constexpr):
 
 @triton.jit
 def largest(X, Lse, n, B: tl.constexpr):
-    """max |X|, leaving out what cannot matter: empty sets (lse = -inf), infinities and NaN."""
+    """max |X|, without empty sets (lse = -inf), infinities and NaN."""
     best = tl.zeros((B,), tl.float32)
     for i in range(0, n, B):
         index = i + tl.arange(0, B)
@@ -146,7 +146,7 @@ def largest(X, Lse, n, B: tl.constexpr):
 
 @triton.jit
 def largest_rnorm(Rnorm, n, LIMIT: tl.constexpr, B: tl.constexpr):
-    """The largest factor that a row's entries get, see ``summand_rnorm``; negative ones take no part."""
+    """The largest factor of a row's entries, see ``summand_rnorm``, without left-out rows (negative norms)."""
     best = tl.zeros((B,), tl.float32)
     for i in range(0, n, B):
         index = i + tl.arange(0, B)
@@ -161,14 +161,13 @@ def half_scale_kernel(
     Class_grad, Class_lse, Instance_grad, Instance_lse, Pos_grad, Z_rnorm, W_rnorm, Scale,
     m, k, LIMIT: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """``Scale[0..3]``: powers of two that bring float16 tiles of the gradient to the top of their range.
+    """``Scale[0..2]``: powers of two that scale float16 tiles of the gradient to the top of their range.
 
-    The entries ``A r`` of the gradient's tiles are of the size of the upstream gradients, usually 1 / M,
-    and smaller by the softmax: in float16 they would vanish. No entry of A exceeds the sum of the largest
-    upstream gradients, so with the largest norms this scale takes every ``A r`` to at most 2^14, a quarter of
-    what float16 holds (2^15 where two samples are each other's positives); [0] is for tiles scaled by r_w, [1]
-    by r_z, [2] by both. Rows shorter than eps (r >= LIMIT) count as 1, see ``summand_rnorm`` in finish.py. One program:
-    no host involved.
+    The entries ``A r`` are of the size of the upstream gradients, usually 1 / M, times a softmax probability, and would
+    underflow in float16. No entry of A exceeds the sum of the largest upstream gradients. With the largest inverse
+    norms, the scale therefore brings every ``A r`` to at most 2^14, a quarter of float16's range (2^15 where two
+    samples are each other's positives). [0] is for tiles multiplied by r_w, [1] by r_z, [2] by both. Rows shorter than
+    eps (r >= LIMIT) count as 1, see ``summand_rnorm`` in finish.py. Runs as one program.
     """
     bound = 0.0
     if Class_grad is not None:
@@ -179,7 +178,7 @@ def half_scale_kernel(
         bound += largest(Pos_grad, None, m, B)
     r_z = largest_rnorm(Z_rnorm, m, LIMIT, B)
     r_w = largest_rnorm(W_rnorm, k, LIMIT, B)
-    # Upstream gradients of zero: any finite scale will do. The clamp keeps the scale itself finite.
+    # For upstream gradients of zero any finite scale is correct. The clamp keeps the scale finite.
     bound = tl.where(bound > 0, bound, 1.0)
     top = 14.0 - tl.log2(bound)
     tl.store(Scale, tl.exp2(tl.clamp(tl.floor(top - tl.log2(r_w)), -100.0, 100.0)))

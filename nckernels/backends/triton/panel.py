@@ -1,11 +1,12 @@
-"""A panel of the similarity matrix that the vendor's library has multiplied: its log-sum-exps, then its entries.
+"""Log-sum-exps and entries of a panel whose products the vendor's library has computed.
 
-For rows too long for the on-chip kernels, products run at the library's rate. What is left for kernels of our own is
-one reading of the float32 products for the sums and one for the gradient's entries. A panel holds whole anchors: their
-sums are complete before the second reading, and forward and backward share the products (``tiled/step.py``).
+For rows too long for the on-chip kernels, products run at the library's rate. Our own kernels read the float32 products
+twice, once for the sums and once for the gradient's entries. A panel has some anchors with all rows of the other
+operand, so the sums are complete before the second reading, and forward and backward share the products
+(``tiled/step.py``).
 
-``T[slot - p_start, q]`` are the raw products ``p . q``. Rows start at multiples of 16 numbers, ``t_stride`` counts in
-16s, and the tail of a row is never looked at. Neither are the products of rows that are left out: these may be NaN.
+``T[slot - p_start, q]`` are the products ``p . q`` without norms. Rows start at multiples of 16 numbers, and
+``t_stride`` is in units of 16. The tails of rows and the products of left-out rows are not used: the latter may be NaN.
 """
 
 import triton
@@ -19,13 +20,13 @@ from .tiles import INF, LN2, LOG2E, positive_of, row_bias, slot_rows, summed_row
 
 @triton.jit
 def stored_products(T, p_local, q_first, p_valid, q_valid, t_stride, BP: tl.constexpr, BQ: tl.constexpr):
-    """A tile of the panel; zeros for rows that are left out."""
+    """A tile of the panel's products, with zeros for left-out rows."""
     rows = p_local + tl.arange(0, BP)
     columns = q_first + tl.arange(0, BQ)
-    width = t_stride * 16  # seen to be a multiple of 16: the mask does not break up 16-byte loads
+    width = t_stride * 16  # a known multiple of 16, so that the mask does not split 16-byte loads
     at = T + rows.to(tl.int64)[:, None] * width + columns[None, :]
     products = tl.load(at, mask=p_valid[:, None] & (columns < width)[None, :], other=0.0)
-    # Selected, not masked: a mask of single columns would.
+    # Selected after the load: a mask of single columns would split it.
     return tl.where(q_valid[None, :], products, 0.0)
 
 
@@ -35,9 +36,9 @@ def panel_lse_kernel(
     p_start, p_stop, n_q, t_stride, skip_p, skip_q, split,
     EXCLUDE: tl.constexpr, P_SAMPLES: tl.constexpr, P_GATHER: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr,
 ):  # fmt: skip
-    """``Max[s, slot - p_start]`` and ``Sum[...]``: the anchors' largest logit, base 2, and the sum relative to it.
+    """``Max[s, slot - p_start]`` and ``Sum[...]``: the anchors' largest logit, in base 2, and the sum relative to it.
 
-    ``split`` programs share a block of anchors; each has a part s of the columns.
+    ``split`` programs share a block of anchors; program s takes every ``split``-th block of columns.
     """
     block = tl.program_id(0) // split
     part = tl.program_id(0) % split
@@ -67,7 +68,7 @@ def panel_lse_kernel(
 
 @triton.jit
 def combined(Max, Sum, slot, n, parts, BP: tl.constexpr, BS: tl.constexpr):
-    """The log-sum-exp, base 2, of some anchors' partials; -inf for an empty set."""
+    """The log-sum-exp, in base 2, from the partials of some anchors; -inf for an empty set."""
     part = tl.arange(0, BS)
     at = part.to(tl.int64)[:, None] * n + slot[None, :]
     mask = (part < parts)[:, None] & (slot < n)[None, :]
@@ -112,7 +113,7 @@ def panel_entries_kernel(
             tl.store(Lse + p_row, lse * LN2, mask=p_valid)
         else:
             tl.store(Lse + p_start + slot, lse * LN2, mask=slot < n)
-    # An empty set passes nothing on, see ``load_lse``.
+    # An empty set has no gradient, see ``load_lse``.
     empty = lse == -INF
     lse = tl.where(empty, INF, lse)
     grad = tl.where(empty, 0.0, tl.load(P_grad + p_row, mask=p_valid, other=0.0))

@@ -1,7 +1,8 @@
-"""From the samples' losses to one number: their shares in it, the sum, and the factor that comes back.
+"""The reduction of the samples' losses to one number: shares, their sum, and the factor of the backward pass.
 
-All of it is O(M). Sums are taken in a fixed order, with one exception that cannot show: the shares of a class are
-equal numbers, which may be added in any order.
+All kernels are O(M), except ``scale_kernel``. Sums are taken in a fixed order, except that the shares of a class are
+added by atomics. Without weights of single samples these shares are equal numbers, whose order does not matter; with
+such weights the sum of a class can differ in its last bits from run to run.
 """
 
 import triton
@@ -12,10 +13,10 @@ from .tiles import INF
 
 @triton.jit(do_not_specialize=["m", "k", "skip"])
 def share_kernel(Target, Weight, Share, Pos_grad, Of_class, Part, m, k, skip, B: tl.constexpr):
-    """``Share[j]``: the weight of sample j, 0 where it is ignored; ``Pos_grad`` its negative.
+    """``Share[j]``: the weight of sample j, 0 if it is ignored. ``Pos_grad``: its negative.
 
-    ``Of_class[c]``, zeros before, becomes the sum over the samples of class c. ``Part[0, block]`` and
-    ``Part[1, block]`` are a block's sum and its number of samples that count.
+    ``Of_class[c]``, initially zero, becomes the sum over the samples of class c. ``Part[0, block]`` and
+    ``Part[1, block]`` are a block's sum and its number of samples that are not ignored.
     """
     block = tl.program_id(0)
     sample = block * B + tl.arange(0, B)
@@ -45,9 +46,9 @@ def sum_of(X, n, B: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n"])
 def divisor_kernel(Part, Divisor, n, NOTHING_IS_ZERO: tl.constexpr, B: tl.constexpr):
-    """What a mean divides by: ``Divisor[0]`` its gradients, ``Divisor[1]`` its sum.
+    """The divisors of a mean: ``Divisor[0]`` of the gradients, ``Divisor[1]`` of the sum.
 
-    Without samples that count the gradients are 0 and the mean is NaN, or 0 as well.
+    If all samples are ignored, the gradients are 0, and the mean is NaN, or 0 with ``NOTHING_IS_ZERO``.
     """
     total = sum_of(Part, n, B)
     none = sum_of(Part + n, n, B) == 0.0
@@ -59,7 +60,7 @@ def divisor_kernel(Part, Divisor, n, NOTHING_IS_ZERO: tl.constexpr, B: tl.conste
 
 @triton.jit(do_not_specialize=["m", "k", "skip"])
 def loss_kernel(Target, Share, Lse, Pos, Part, m, k, skip, BY_CLASS: tl.constexpr, B: tl.constexpr):
-    """``Part[block]``: the sum over a block's samples of their share times ``lse - pos``, with 0 for an empty set."""
+    """``Part[block]``: a block's sum of share times ``lse - pos``, where the lse of an empty set counts as 0."""
     sample = tl.program_id(0) * B + tl.arange(0, B)
     target = tl.load(Target + sample, mask=sample < m, other=skip)
     valid = (target != skip) & (target >= 0) & (target < k)
@@ -74,7 +75,7 @@ def loss_kernel(Target, Share, Lse, Pos, Part, m, k, skip, BY_CLASS: tl.constexp
 
 @triton.jit(do_not_specialize=["n"])
 def loss_sum_kernel(Part, Divisor, Loss, n, B: tl.constexpr):
-    """The loss itself."""
+    """The loss from the partial sums."""
     loss = sum_of(Part, n, B)
     if Divisor is not None:
         loss /= tl.load(Divisor + 1)
@@ -83,7 +84,7 @@ def loss_sum_kernel(Part, Divisor, Loss, n, B: tl.constexpr):
 
 @triton.jit
 def scale_kernel(X, Factor, Out, n, IN_PLACE: tl.constexpr, B: tl.constexpr):
-    """``Out = X * Factor``; in place with a factor of 1, which ``loss.backward()`` has, nothing at all."""
+    """``Out = X * Factor``. In place with a factor of 1, as in ``loss.backward()``, it does nothing."""
     factor = tl.load(Factor).to(tl.float32)
     if IN_PLACE:
         if factor == 1.0:

@@ -1,4 +1,4 @@
-"""The launches of loss and gradient in one step; what runs when is in ``tiled/step.py``."""
+"""The launches of loss and gradient in one step; their order is in ``tiled/step.py``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from . import config, epilogue, launch, panel
 from . import reduce as sums
 from .dispatch import Options
 
-# The options of a launch, made once for each set of values that they depend on.
+# The options of a launch are created once for each set of values that they depend on.
 _made_once = lru_cache(maxsize=1024)
 
 
@@ -57,7 +57,7 @@ _SCALED = {in_place: Options(IN_PLACE=in_place, B=4096) for in_place in (False, 
 
 
 def fits_on_chip(features: Tensor, prototypes: Tensor) -> bool:
-    """Whether rows are short enough for the kernels that accumulate gradients on the chip: two passes then."""
+    """Whether rows are short enough for the two passes that accumulate gradients on the chip."""
     unit = math.gcd(8, features.shape[1], features.stride(0), prototypes.stride(0))
     aligned = unit * features.element_size() >= 16 and (features.data_ptr() | prototypes.data_ptr()) % 16 == 0
     return _on_chip(config.arch_of(features.device), config.kind_of(features), features.shape[1], aligned)
@@ -69,9 +69,9 @@ def _on_chip(arch: config.Arch, kind: config.Kind, d: int, aligned: bool) -> boo
 
 
 class TritonStep(launch.TritonKernels, StepKernels):
-    """The kernels of two passes, and those of one step.
+    """The kernels of two passes and of one step.
 
-    ``host_beta`` is the inverse temperature where the host knows it.
+    ``host_beta`` is the inverse temperature, if the host knows it.
     """
 
     def __init__(self, inputs: Inputs, spec: Spec, host_beta: float | None = None) -> None:
@@ -173,7 +173,7 @@ class TritonStep(launch.TritonKernels, StepKernels):
 
 
 def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
-    """``x * factor`` for a contiguous tensor and a number on its device, which nobody waits for."""
+    """``x * factor`` for a contiguous tensor and a 0-dimensional factor on its device, which the host does not read."""
     in_place = in_place and x.dtype == dtype
     out = x if in_place else torch.empty_like(x, dtype=dtype)
     launch.launch(sums.scale_kernel, (ceil_div(x.numel(), 4096),), x, factor, out, x.numel(), options=_SCALED[in_place])

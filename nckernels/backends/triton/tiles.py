@@ -1,28 +1,28 @@
-"""Device functions that every kernel of this backend shares.
+"""Device functions shared by the kernels of this backend, and the vocabulary of all kernel files.
 
-Vocabulary, used in all kernel files. A kernel sees two operands, matrices with one vector a row:
+A kernel has two operands, matrices with one vector per row:
 
-* ``P``, the *anchors*: a program owns a block of ``BP`` of them and produces something for each;
-* ``Q``, the *reduced* operand: the program walks over blocks of ``BQ`` of its rows and sums them up.
+* ``P``, the *anchors*: a program owns a block of ``BP`` of them and computes a result for each;
+* ``Q``, the *reduced* operand: the program loops over blocks of ``BQ`` of its rows and sums over them.
 
-The class direction has the prototypes as anchors and the samples reduced; the instance direction is the
+In the class direction the prototypes are the anchors and the samples are reduced; the instance direction is the
 same kernel with the operands swapped. ``SAMPLES`` says which of the two an operand is. Where features are
-compared with themselves, one tensor is both operands, and either stands for samples and prototypes.
+compared with themselves, one tensor is both operands, and each side acts as samples and as prototypes.
 
-An operand's blocks are made of *slots*. Slot and row are the same number, except for compacted
-prototypes (``GATHER``), where slot ``s`` stands for row ``label[s]``.
+An operand consists of *slots*. Slot ``s`` is row ``s``, except for compacted prototypes (``GATHER``), where slot ``s``
+is row ``label[s]``.
 
-Every operand may come with integer labels, and a row whose label is ``skip`` is left out:
+An operand may have integer labels, and a row whose label is ``skip`` is *left out*:
 
 * samples: the targets, ``skip`` is ``ignore_index``;
-* prototypes: nothing; or with ``present_only`` their own number, -1 for the absent; or with the masks
-  "self" and "same_label", where row i and column i are one sample, the targets again.
+* prototypes: none; or with ``present_only`` their own class numbers, -1 for absent classes; or with the masks
+  "self" and "same_label", where row i and column i are one sample, the targets.
 
-Row lengths and strides are counted in units of ``UNIT`` numbers, their largest common divisor up to 8.
-Multiplying by it again inside a kernel is how the compiler learns that rows start at aligned addresses:
-its own specialisation looks for multiples of 16, and 1000 columns of bfloat16 are aligned without being one.
+Row lengths and strides are in units of ``UNIT`` numbers, their largest common divisor up to 8. Kernels multiply by
+``UNIT``, from which the compiler infers that rows start at aligned addresses. Its own specialisation recognises
+multiples of 16 only, but 1000 columns of bfloat16, for example, are aligned as well.
 
-Rows that are left out (and the tail past the last row) load as zeros and get a bias of -inf, so that they
+Left-out rows (and the tail past the last row) load as zeros and get a bias of -inf, so that they
 drop out of a log-sum-exp without a comparison for every entry.
 """
 
@@ -39,7 +39,7 @@ NOT_FINITE = tl.constexpr(sides.NOT_FINITE)
 
 @triton.jit
 def used_slots(Count, stop):
-    """The end of the slots before ``stop`` that are in use; how many are is known on the device only."""
+    """The end of the slots in use, at most ``stop``. Only the device knows their number."""
     used = stop
     if Count is not None:
         used = tl.minimum(tl.load(Count), stop)
@@ -48,7 +48,7 @@ def used_slots(Count, stop):
 
 @triton.jit
 def slot_rows(Label, first, n, skip, GATHER: tl.constexpr, B: tl.constexpr):
-    """Slots ``first .. first + B``: their row, their label, and whether they take part."""
+    """Row, label and validity (not left out, not past the end) of the slots ``first .. first + B``."""
     slot = first + tl.arange(0, B)
     inside = slot < n
     if Label is None:
@@ -56,7 +56,7 @@ def slot_rows(Label, first, n, skip, GATHER: tl.constexpr, B: tl.constexpr):
         label = slot
         valid = inside
     else:
-        # The tail reads as `skip`, so one comparison answers for tail and left-out rows alike.
+        # The tail reads as `skip`, so one comparison covers the tail and left-out rows.
         label = tl.load(Label + slot, mask=inside, other=skip)
         valid = label != skip
         if GATHER:
@@ -68,21 +68,21 @@ def slot_rows(Label, first, n, skip, GATHER: tl.constexpr, B: tl.constexpr):
 
 @triton.jit
 def paired_rows(Rnorm, valid, first, n, UNSUMMED: tl.constexpr, B: tl.constexpr):
-    """Rows that gradient entries may involve: those in the sums and those that are someone's positive.
+    """Rows that may have gradient entries: rows in the sums, and positives.
 
-    They differ in one case (``UNSUMMED``): with the mask "self" a prototype whose own sample is ignored is in
-    no sum, but can be another sample's positive. If it is not, its inverse norm is -1.
+    They differ from ``valid`` in one case (``UNSUMMED``): with the mask "self" a prototype whose own sample is ignored
+    is in no sum, but can be another sample's positive. If it is not, its inverse norm is negative.
     """
     if UNSUMMED:
         slot = first + tl.arange(0, B)
-        # Not ">= 0": the inverse norm of a row with NaN is NaN, and such a row is there.
+        # Not ">= 0": a row with NaN has an inverse norm of NaN, and is not left out.
         valid = (tl.load(Rnorm + slot, mask=slot < n, other=-1.0) < 0) == 0
     return valid
 
 
 @triton.jit
 def mask_tag(row, label, EXCLUDE: tl.constexpr, SAMPLES: tl.constexpr):
-    """The integer that an entry's two sides must not share: equal tags are left out of the sums."""
+    """An integer per row; entries whose two sides have equal tags are excluded from the sums."""
     if EXCLUDE == "same_label":
         tag = label  # any 64-bit integers: narrowing could make different labels equal
     elif EXCLUDE == "target" and SAMPLES:
@@ -97,7 +97,7 @@ def summed_rows(
     Rnorm, Label, first, n, skip,
     EXCLUDE: tl.constexpr, SAMPLES: tl.constexpr, GATHER: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """What a log-sum-exp knows of some slots: row, whether it takes part, mask tag, inverse norm."""
+    """The data of some slots for a log-sum-exp: row, validity, mask tag, inverse norm."""
     row, label, valid = slot_rows(Label, first, n, skip, GATHER, B)
     return row, valid, mask_tag(row, label, EXCLUDE, SAMPLES), tl.load(Rnorm + row, mask=valid, other=0.0)
 
@@ -114,7 +114,7 @@ def positive_of(row, label, EXCLUDE: tl.constexpr):
 
 @triton.jit
 def row_bias(Bias, row, valid):
-    """What is added to the logits of these rows where they are reduced, in base-2 units; -inf: left out."""
+    """The bias of the logits of reduced rows, in base 2; -inf for left-out rows."""
     if Bias is None:
         bias = tl.where(valid, 0.0, -INF)
     else:
@@ -124,10 +124,10 @@ def row_bias(Bias, row, valid):
 
 @triton.jit
 def load_lse(Lse, Grad, row, valid):
-    """(lse in base 2, upstream gradient) of some rows, made harmless where there is nothing.
+    """(lse in base 2, upstream gradient) of some rows, without a contribution from empty sets.
 
-    An empty set has lse = -inf: +inf in its place makes every exp(t - lse) zero, where -inf would give
-    inf or NaN, and its upstream gradient, whatever it is, becomes 0. So do rows that are left out.
+    An empty set has lse = -inf. It is replaced by +inf, so that every exp(t - lse) is zero (-inf would give inf or
+    NaN), and its upstream gradient by 0. Left-out rows are treated alike.
     """
     lse = tl.load(Lse + row, mask=valid, other=-INF)
     grad = tl.load(Grad + row, mask=valid, other=0.0)
@@ -137,7 +137,7 @@ def load_lse(Lse, Grad, row, valid):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """``acc + a @ b`` in float32. "upcast" is for the interpreter, which multiplies raw bfloat16 bits."""
+    """``acc + a @ b`` in float32. "upcast" is for the interpreter, which would multiply the bits of bfloat16."""
     if PRECISION == "upcast":
         out = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
@@ -147,9 +147,9 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def load_rows(X, row, valid, stride, d, BD: tl.constexpr, EVEN_D: tl.constexpr):
-    """Whole rows, ``BD >= d`` columns; rows that are left out read as zeros and are never touched."""
+    """Whole rows, ``BD >= d`` columns; left-out rows are zeros and are not read."""
     col = tl.arange(0, BD)
-    # 64-bit: row * stride passes 2^31 at a million rows of 2048.
+    # 64 bits: row * stride exceeds 2^31 at a million rows of 2048.
     ptr = X + row.to(tl.int64)[:, None] * stride + col[None, :]
     if EVEN_D:
         x = tl.load(ptr, mask=valid[:, None], other=0.0)
@@ -188,8 +188,8 @@ def dot_rows(
 def halves(x):
     """The left and the right half of a tile's columns.
 
-    An epilogue that handles a part of the columns at a time needs registers for that part's temporaries
-    only. This is what brings a 128 x 128 tile to 128 registers, two programs a multiprocessor.
+    An epilogue that processes a part of the columns at a time needs registers only for the temporaries of that part.
+    This brings a 128 x 128 tile down to 128 registers, so that two programs fit a multiprocessor.
     """
     x = tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2))
     left, right = tl.split(tl.permute(x, (0, 2, 1)))
@@ -218,7 +218,7 @@ def tile_products(
 ):  # fmt: skip
     """The products of the anchors with a block of Q, its columns in ``PARTS``.
 
-    With ``WHOLE_D`` the anchors' vectors are on the chip already, as ``p``.
+    With ``WHOLE_D`` the anchors' rows are already on the chip, in ``p``.
     """
     q_row, _, q_valid = slot_rows(Q_label, q_first, n_q, q_skip, Q_GATHER, BQ)
     if WHOLE_D:

@@ -1,9 +1,9 @@
 """Data sets by name, and their batches.
 
-A data set is opened as the section ``[data]`` of a recipe says. Small images lie in memory, on the device
-(:class:`Memory`); large ones are files that worker processes decode (:class:`Files`). Nothing is downloaded. The
-order of the samples and the random numbers of their views are functions of the seed, the epoch and the step, so they
-depend neither on the number of ranks nor on the number of workers, and a run resumes anywhere without saved state.
+The section ``[data]`` of a recipe determines the data set. Small images lie in memory, on the device (:class:`Memory`).
+Large ones are files that worker processes decode (:class:`Files`). Nothing is downloaded. The order of the samples and
+the random numbers of their views are functions of the seed, the epoch and the step. They depend neither on the number
+of ranks nor on the number of workers, and a run resumes at any step without saved state.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ DATASETS = tuple(_LOADERS)
 def open_data(data: Data, *, seed: int = 42) -> Dataset:
     """The data set of a recipe's section ``[data]``.
 
-    Unreadable files are left out first if they are to be, then come ``validation``, ``classes`` and ``imbalance``,
-    whose choice of samples ``seed`` decides. The held-out samples of ``validation`` are always the same.
+    The steps are, in this order: leave out unreadable files (``skip_unreadable``), ``validation``, ``classes``,
+    ``imbalance``. ``seed`` determines the samples of ``imbalance``; those of ``validation`` are always the same.
 
     Raises:
-        ValueError: for settings that the data set cannot follow, naming the key.
+        ValueError: naming the key, for settings that do not fit the data set.
         DataError: a ValueError, for data that are missing or damaged, with the official source and the layout.
-        ImportError: for an optional library that is missing, with the line that installs it.
+        ImportError: for a missing optional library, with the command that installs it.
     """
     if data.name not in DATASETS:
         raise ValueError(
@@ -50,7 +50,7 @@ def open_data(data: Data, *, seed: int = 42) -> Dataset:
     dataset = _LOADERS[data.name](data)
     if data.skip_unreadable:
         dataset = readable(dataset, data.workers)
-    if data.validation and data.name != "glyphs":  # which hold out faces
+    if data.validation and data.name != "glyphs":  # glyphs hold out faces instead
         dataset = subsets.hold_out(dataset)
     if data.classes != (0, 0):
         dataset = subsets.select_classes(dataset, *data.classes)

@@ -17,22 +17,22 @@ from .sets import Dataset, Files, Memory, Split, single_labels
 
 
 def share(count: int, rank: int, world_size: int) -> tuple[int, int]:
-    """The rows [low, high) of ``count`` that are a rank's."""
+    """The range [low, high) of a rank's rows among ``count`` rows."""
     return rank * count // world_size, (rank + 1) * count // world_size
 
 
 class Batches:
-    """A rank's part of the training batches, as ``recipe`` wants them.
+    """A rank's part of the training batches of a recipe.
 
     The order of an epoch comes from a generator seeded by (seed, epoch). The random numbers of a global batch's views
-    come from one seeded by (seed, epoch, step) and are drawn for the whole batch, of which rank r of R has the rows
-    from r B // R to (r + 1) B // R. Together, the ranks therefore see the same views of the same samples, whatever
-    their number. Images in memory are moved to the device once. Each view of a file has a seed of its own, made of
-    (seed, epoch, step, position in the global batch, view).
+    come from a generator seeded by (seed, epoch, step) and are drawn for the whole batch. Rank r of R has the rows from
+    r B // R to (r + 1) B // R. So the ranks together see the same views of the same samples, whatever their number.
+    Images in memory are moved to the device once. Each view of a file has its own seed, made of (seed, epoch, step,
+    position in the global batch, view).
     """
 
     steps_per_epoch: int
-    """Batches of an epoch; all are of the same size, and the rest of the training set is left out."""
+    """Batches per epoch. All have the same size, and the remainder of the training set is left out."""
 
     def __init__(
         self, dataset: Dataset, recipe: Recipe, device: torch.device | str, *, rank: int = 0, world_size: int = 1
@@ -122,11 +122,11 @@ def passes(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Every sample of a split once, in order, without augmentation.
 
-    A rank has a contiguous share of the samples, and the sizes of the shares differ by one at most.
+    Each rank has a contiguous share of the samples; the sizes of the shares differ by at most one.
 
     Args:
-        batch_size: largest batch. Of files, a batch also has no more images than the network gets at once in training,
-            so that a device that can train can evaluate.
+        batch_size: largest batch. A batch of files has no more images than the network gets at once in training, so
+            that a device that can train can also evaluate.
 
     Yields:
         Normalised images (b, C, H, W) and labels, on the device; the last batch may be smaller.
@@ -149,7 +149,7 @@ def passes(
 
 
 class _Memory:
-    """Images that lie in memory, on the device or not, for batches on the device."""
+    """Reads batches onto the device from images in memory, which may lie on another device."""
 
     def __init__(self, dataset: Dataset, images: Tensor, device: torch.device) -> None:
         self._images, self._size, self._device = images, dataset.image_size, device
@@ -158,7 +158,7 @@ class _Memory:
         )
 
     def take(self, rows: Tensor | slice) -> Tensor:
-        """In float32, bytes in [0, 1], and of the size that the network sees."""
+        """Rows as float32 images of the network's input size; bytes are scaled to [0, 1]."""
         images = self._images[rows].to(self._device)
         images = images / 255 if images.dtype == torch.uint8 else images
         if images.shape[-1] == self._size:
@@ -170,7 +170,7 @@ class _Memory:
 
 
 class _Classes:
-    """Rows drawn with replacement: a class, all equally probable, then a sample of the class."""
+    """Draws rows with replacement: first a class, uniformly, then a sample of the class."""
 
     def __init__(self, labels: Tensor) -> None:
         counts = torch.bincount(single_labels(labels, "data.balanced"))

@@ -1,7 +1,7 @@
 """CIFAR-10 and CIFAR-100 from the official archives in their "python version".
 
-The batches inside are pickles. They are read by an unpickler that knows arrays of bytes, lists, dictionaries, numbers
-and text, all by code of this file, and refuses everything else by name: no code in an archive is run.
+The batches in an archive are pickles. A restricted unpickler reads them: it knows arrays of bytes, lists, dictionaries,
+numbers and text, all by code of this file, and refuses everything else. No code in an archive is run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CHECKSUMS = {
     "cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a",
     "cifar-100-python.tar.gz": "eb9058c3a382ffc7106e4002c42a8d85",
 }
-"""MD5 of the archives, as their page has it."""
+"""MD5 of the archives, as published on their page."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ def load(data: Data) -> Dataset:
     """The archive in ``data.root``, or the folder that was extracted from it.
 
     Raises:
-        DataError: where neither is there, for an archive with another checksum than the published one, and for batches
-            that are damaged or hold what a batch does not.
+        DataError: if neither exists, if the checksum of the archive is not the published one, and if a batch is damaged
+            or has unexpected content.
     """
     check_options(data.name, data.options, ())
     layout, root = _LAYOUTS[data.name], Path(data.root).expanduser()
@@ -84,7 +84,7 @@ def load(data: Data) -> Dataset:
     else:
         raise DataError(
             f"{data.name}: there is neither {archive} nor {folder}. Download {layout.archive} (the python version) "
-            f"from {SOURCE} into {root}; data.root names that folder"
+            f"from {SOURCE} into {root}, or name its folder by --set data.root=FOLDER"
         )
     train = [_batch(parts, name, place, layout) for name in layout.train]
     test_images, test_labels = _batch(parts, layout.test, place, layout)
@@ -134,7 +134,7 @@ def _batch(parts: Mapping[str, bytes], name: str, place: Path, layout: _Layout) 
 
 
 def _class_names(parts: Mapping[str, bytes], place: Path, layout: _Layout) -> list[str]:
-    """From the file with the names; their numbers where it is missing."""
+    """The names from their file, or the numbers of the classes if there is no such file."""
     if layout.meta not in parts:
         return [str(c) for c in range(layout.num_classes)]
     where = f"{place}: {layout.meta}"
@@ -166,7 +166,7 @@ def _text(value: object) -> str:
 
 
 class _Type:
-    """What a pickle says of an array's type: only its code is kept."""
+    """Replaces numpy.dtype in a pickle; keeps only the type code."""
 
     def __init__(self, code: object = "", *_: object) -> None:
         self.code = _text(code)
@@ -176,7 +176,7 @@ class _Type:
 
 
 class _Array:
-    """An array as a pickle describes it, without numpy's own reconstruction."""
+    """Replaces numpy.ndarray in a pickle, without numpy's own reconstruction."""
 
     shape: tuple[int, ...] = ()
     dtype: str = ""
@@ -194,7 +194,7 @@ class _Array:
 
 
 def _latin1(text: object, encoding: object = "latin1") -> bytes:
-    """How Python 3 writes bytes in the old protocols of pickle."""
+    """Replaces codecs.encode, by which Python 3 writes bytes in the old protocols of pickle."""
     if not isinstance(text, str) or encoding != "latin1":
         raise DataError(f"text in the encoding {encoding!r}")
     return text.encode("latin1")

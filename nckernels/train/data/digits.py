@@ -10,7 +10,7 @@ from .sets import Dataset, Memory, check_options, in_memory
 
 
 def load(data: Data) -> Dataset:
-    """The digits; a fifth, stratified and always the same, is the test set. Pixels are in [0, 1] in float32."""
+    """The digits. A stratified fifth, always the same, is the test set. Pixels are float32 in [0, 1]."""
     check_options("digits", data.options, ())
     try:
         from sklearn.datasets import load_digits

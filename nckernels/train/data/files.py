@@ -20,13 +20,13 @@ from .seeds import mix
 from .sets import DataError, Dataset, Files
 
 Sample = tuple[int, tuple[int | str, ...]]
-"""The row of a file and what the seed of its views is made of; without any, the transform has nothing random."""
+"""The row of a file and the parts of the seed of its views; no parts if the transform is not random."""
 
 
 class FileReader:
-    """Batches of image files, decoded and transformed by ``workers`` processes; they stay if ``persistent``.
+    """Batches of image files, decoded and transformed by ``workers`` processes, which are kept if ``persistent``.
 
-    Every view of a sample has a seed of its own, so the images do not depend on which process makes them.
+    Every view of a sample has its own seed, so the images do not depend on the process that makes them.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class FileReader:
             pin_memory=device.type == "cuda",
             persistent_workers=persistent and workers > 0,
             worker_init_fn=_leave_group,
-            generator=torch.Generator(),  # else the loader draws from the global one, and what follows changes
+            generator=torch.Generator(),  # otherwise the loader would draw from the global generator
         )
 
     def read(self, batches: Iterable[list[Sample]]) -> Iterator[Tensor]:
@@ -64,28 +64,28 @@ class FileReader:
             for images in reading:
                 if isinstance(images, _Unreadable):
                     raise DataError(
-                        f"{images.path}: the image cannot be read ({images.reason}); data.skip_unreadable leaves out "
-                        "such images"
+                        f"{images.path}: the image cannot be read ({images.reason}); data.skip_unreadable=true leaves "
+                        "out such images"
                     )
                 yield images
         except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
-            # A worker that dies while a batch is on its way to us leaves a broken connection.
+            # A worker that dies while it sends a batch leaves a broken connection.
             if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
-            # As long as PyTorch knows of the worker, its signal handler raises the same error again, anywhere.
+            # Until the workers are shut down, PyTorch's signal handler may raise the same error again, anywhere.
             getattr(reading, "_shutdown_workers", lambda: None)()
             raise DataError(
                 f"one of the {self._workers} processes that read images died ({str(error) or type(error).__name__}). "
-                "Often memory is short, or shared memory in /dev/shm: data.workers sets the number of processes, and 0 "
-                "reads without them"
+                "A frequent cause is lack of memory, or of shared memory in /dev/shm: try a smaller data.workers; 0 "
+                "reads in the main process"
             ) from error
 
 
 def readable(dataset: Dataset, workers: int) -> Dataset:
     """``dataset`` without the files that cannot be decoded, with a warning that counts them.
 
-    Each file is decoded once to see, on every rank. What was found is kept in the cache folder and holds as long as
-    names, sizes and times of change of all the files are the same.
+    Each file is decoded once, on every rank. The result is kept in the cache folder, and is valid as long as the names,
+    sizes and modification times of all files are the same.
     """
     found = {}
     for part in ("train", "test"):
@@ -146,14 +146,14 @@ def _decode(path: Path | str) -> Any:
 
 @dataclass(frozen=True)
 class _Unreadable:
-    """Takes the place of a batch; an exception from a worker would arrive as a traceback in text."""
+    """Sent in place of a batch, because an exception from a worker would arrive as a traceback in text."""
 
     path: str
     reason: str
 
 
 class _Batches:
-    """A batch sampler whose batches are given anew for each pass, so that the workers can stay."""
+    """A batch sampler whose batches can be replaced for each pass, so that the workers can be kept."""
 
     content: Iterable[list[Sample]] = ()
 
@@ -190,9 +190,9 @@ def _stack(samples: list[Tensor | _Unreadable]) -> Tensor | _Unreadable:
 
 
 def _leave_group(_: int) -> None:
-    """Signals to the trainer's process group are for the trainer, which ends its workers itself.
+    """Leave the trainer's process group, so that signals to the group reach only the trainer, which ends its workers.
 
-    Else a worker would die of the signal that asks the trainer to save, and the trainer of its worker's death.
+    Otherwise a signal that asks the trainer to save would kill a worker, and the dead worker would end the training.
     """
     if hasattr(os, "setpgrp"):
         os.setpgrp()

@@ -1,4 +1,4 @@
-"""Images in folders named after their classes, as ImageNet has them."""
+"""Images in folders named after their classes, as in ImageNet."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..recipe import Data
 from .sets import DataError, Dataset, Files, check_options
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet's training images: what all sets of files are normalised with."""
+"""Statistics of ImageNet's training images, by which all sets of files are normalised."""
 
 SIZE = 224
 
@@ -28,8 +28,8 @@ _LAYOUT = (
 def load(data: Data) -> Dataset:
     """The images below ``train`` and ``val`` (or ``validation``, ``test``) in ``data.root``, in classes sorted by name.
 
-    The option ``classes_file`` is a text file with a class, for instance a WordNet id, at the start of each line: only
-    these classes are taken. Images are not opened here.
+    The option ``classes_file`` names a text file with a class, for instance a WordNet id, at the start of each line;
+    only these classes are kept. Images are not opened here.
 
     Raises:
         DataError: for folders that are missing, empty or not sorted into classes.
@@ -56,7 +56,7 @@ def files_dataset(train: Files, test: Files, class_names: Sequence[str]) -> Data
 
 
 def scan(folder: Path, class_names: Sequence[str]) -> Files:
-    """The images of the classes in ``folder``, sorted, labelled by the place of their class in ``class_names``.
+    """The images of the classes in ``folder``, sorted, labelled by the index of their class in ``class_names``.
 
     Raises:
         DataError: naming the classes without images.
@@ -91,7 +91,7 @@ def _subfolders(folder: Path) -> list[str]:
 
 
 def _images(folder: Path) -> list[str]:
-    """Hidden files, such as those that macOS leaves next to images, are none."""
+    """The image files of a folder, sorted, without hidden files such as those that macOS creates."""
     names = (entry.name for entry in os.scandir(folder))
     return [f"{folder}/{name}" for name in sorted(names) if name.lower().endswith(_SUFFIXES) and name[0] != "."]
 

@@ -1,4 +1,4 @@
-"""Letters and digits drawn from the fonts inside matplotlib: many classes, and a test set in faces never trained on.
+"""Letters and digits drawn with matplotlib's fonts: many classes, and a test set in unseen faces.
 
 Nothing is downloaded. A set of 100 classes is made in seconds and kept in the cache folder (:mod:`..cache`).
 """
@@ -31,9 +31,9 @@ STIX = ("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta
 FACES = (*DEJAVU, *STIX)
 
 MATPLOTLIB = "3.11.2"
-"""The version that drew the images behind the figures in the documentation."""
+"""The version that drew the images for the figures in the documentation."""
 
-_FORMAT = 1  # of the files in the cache, and of what decides their content besides the options
+_FORMAT = 1  # version of the cached files; raise it if the code draws other images for the same options
 _ANGLE, _SCALE, _SHEAR, _SHIFT, _NOISE = 0.3, 0.25, 0.2, 0.125, 0.15
 _LOWEST, _STEPS = -0.75, 100  # pixels are kept as bytes: -0.75 to 1.8 in steps of 0.01
 
@@ -84,29 +84,29 @@ def glyphs(
     character in a face: rotated by up to 0.3 rad, scaled by up to 25 %, sheared by up to 0.2, shifted by up to 1/8
     of the half width, each uniform, with Gaussian noise of 0.15 where ink is 1 and paper 0.
 
-    The same options give the same bytes under the same versions of matplotlib, whose fonts and whose FreeType draw
-    the pictures, and of torch. The figures in the documentation are of matplotlib 3.11.2. Training and test set are
-    drawn independently: the test set does not change with ``train_views`` or ``train_faces``.
+    The same options give the same bytes with the same versions of torch and of matplotlib, whose fonts and FreeType
+    draw the pictures. The documentation uses matplotlib 3.11.2. Training and test set are drawn independently: the test
+    set does not depend on ``train_views`` or ``train_faces``.
 
     Args:
         num_classes: K, at least 2. The classes of a smaller set are the first of a larger one with the same seed.
         image_size: height and width in pixels, at least 8.
         train_views: images of each character in each training face, at least 1.
-        test_views: the same of the test faces.
+        test_views: images of each character in each test face, at least 1.
         train_faces: some of :data:`FACES`. The default is the twelve DejaVu faces (sans, mono, serif).
-        test_faces: others. The default is the four STIX faces.
-        seed: of the choice of characters, the views and the noise.
+        test_faces: faces that are not in ``train_faces``. The default is the four STIX faces.
+        seed: determines the choice of characters, the views and the noise.
 
     Returns:
         ``num_classes * train_views * len(train_faces)`` training images of shape (1, image_size, image_size), test
         images likewise. Labels follow the order of the classes in :func:`classes`.
 
     Raises:
-        ValueError: for more classes than there are characters, unknown faces and faces on both sides.
+        ValueError: for more classes than characters, unknown faces, and faces in both sets.
         ImportError: without matplotlib.
 
     Warns:
-        UserWarning: under another version of matplotlib than 3.11.2.
+        UserWarning: if matplotlib is not version 3.11.2.
     """
     options = _Options(num_classes, image_size, train_views, test_views, tuple(train_faces), tuple(test_faces), seed)
     version = _matplotlib_version()
@@ -132,8 +132,8 @@ def glyphs(
 
 
 def load(data: Data) -> Dataset:
-    """:func:`glyphs` with the options of ``[data]``; with ``validation``, the serif faces are held out of the training
-    faces, to choose settings on."""
+    """:func:`glyphs` with the options of ``[data]``. With ``validation`` the serif faces are held out of the training
+    faces and become the test set."""
     known = [field.name for field in fields(_Options)]
     options = dict(data.options)
     check_options("glyphs", options, known)
@@ -142,7 +142,7 @@ def load(data: Data) -> Dataset:
     if data.validation:
         for name in ("train_faces", "test_faces"):
             if name in options:
-                raise ValueError(f"data.options.{name}: data.validation chooses the faces; expected one of the two")
+                raise ValueError(f"data.options.{name}: data.validation also sets the faces; expected one of the two")
         options |= {"train_faces": (*SANS, *MONO), "test_faces": SERIF}
     for name in ("train_faces", "test_faces"):
         faces = options.get(name, ())
@@ -158,7 +158,7 @@ def load(data: Data) -> Dataset:
 def characters() -> str:
     """The characters that can be classes, in the order of their code points.
 
-    Of characters with the same picture in some face, Latin A and Greek Alpha for instance, the first is kept.
+    If several characters have the same picture in some face, such as Latin A and Greek Alpha, the first is kept.
     """
     fonts = [_font(face) for face in FACES]
     codes = set.intersection(*(set(font.get_charmap()) for font in fonts))
@@ -185,7 +185,7 @@ def classes(num_classes: int, seed: int = 0) -> str:
 
 
 def _draw(options: _Options) -> tuple[Tensor, Tensor]:
-    """Bytes of the training and of the test images."""
+    """Training and test images as bytes."""
     chosen, size, seed = classes(options.num_classes, options.seed), options.image_size, 2 * options.seed
     train = _views(chosen, options.train_faces, options.train_views, size, torch.Generator().manual_seed(seed))
     test = _views(chosen, options.test_faces, options.test_views, size, torch.Generator().manual_seed(seed + 1))
@@ -193,7 +193,7 @@ def _draw(options: _Options) -> tuple[Tensor, Tensor]:
 
 
 def _views(chosen: str, faces: Sequence[str], count: int, size: int, generator: torch.Generator) -> Tensor:
-    """Bytes (len(faces) * count * K, 1, size, size), for each face and view every character once."""
+    """Bytes (len(faces) * count * K, 1, size, size): every character once for each face and view."""
     k = len(chosen)
 
     def uniform(limit: float) -> Tensor:
@@ -216,7 +216,7 @@ def _views(chosen: str, faces: Sequence[str], count: int, size: int, generator: 
 
 
 def _picture(character: str, face: str, size: int) -> Tensor:
-    """A character in the middle of ``size`` x ``size`` bytes, the em 3/4 of that; what reaches beyond is cut off."""
+    """A character in the middle of ``size`` x ``size`` bytes, with an em of 3/4 of the size, clipped at the border."""
     from matplotlib.ft2font import LoadFlags
 
     font = _font(face)
@@ -251,7 +251,7 @@ def _file_name(options: _Options, version: str) -> str:
 
 
 def _read(path: Path, options: _Options) -> tuple[Tensor, Tensor] | None:
-    """Training and test images, or None where there is no file or a damaged one; a zip checks its content."""
+    """Training and test images, or None if there is no valid file; the zip format has checksums."""
     import numpy as np
 
     try:

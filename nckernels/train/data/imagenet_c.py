@@ -1,4 +1,4 @@
-"""ImageNet-C: the validation images under corruptions, and the error that sums them up.
+"""ImageNet-C: the validation images under corruptions, and the mean corruption error.
 
 Hendrycks & Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations", 2019.
 """
@@ -39,9 +39,9 @@ SOURCE = "https://zenodo.org/records/2235448"
 
 
 def read(root: Path | str, corruption: str, severity: int, class_names: Sequence[str]) -> Files:
-    """The images of a corruption and a severity, labelled by ``class_names``, which may be some of ImageNet's classes.
+    """The images of a corruption and a severity, centre crops of 224 x 224 pixels.
 
-    They are centre crops of 224 x 224 pixels.
+    They are labelled by ``class_names``, which may be a part of ImageNet's classes.
 
     Raises:
         DataError: for a folder that is missing or lacks classes.
@@ -65,7 +65,7 @@ def mean_corruption_error(errors: Mapping[str, Sequence[float]]) -> float:
     """mCE: the mean over the corruptions of the error, divided by AlexNet's. Papers print it in percent.
 
     Args:
-        errors: for each of the fifteen corruptions the share of images classified wrong at severities 1 to 5.
+        errors: the share of misclassified images at severities 1 to 5, for each of the fifteen corruptions.
 
     Raises:
         ValueError: naming the corruptions that are missing, unknown or lack severities.

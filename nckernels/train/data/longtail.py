@@ -1,4 +1,4 @@
-"""Training sets with a long tail: class sizes that fall off exponentially."""
+"""Training sets with a long tail: class sizes that decrease exponentially."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def class_counts(largest: int, num_classes: int, ratio: float) -> list[int]:
 
 
 def long_tailed(dataset: Dataset, ratio: float, seed: int) -> Dataset:
-    """A part of the training set with class sizes by :func:`class_counts`; the test set stays as it is.
+    """The data set with a part of the training set, of class sizes by :func:`class_counts`, and the whole test set.
 
-    The samples of class c are the first n_c of a permutation that the seed and c decide, so that a shorter tail
-    contains a longer one. No class gets more samples than it has.
+    The samples of class c are the first n_c of a permutation that depends on the seed and c, so the set of a larger
+    ratio contains that of a smaller one. No class gets more samples than it has.
     """
     labels = single_labels(dataset.train.labels, "data.imbalance")
     return dataset.subset(_rows(labels, dataset.num_classes, ratio, seed))

@@ -8,7 +8,7 @@ import torch
 
 
 def mix(*parts: int | str) -> int:
-    """A seed of 63 bits, by blake2b of the parts; their order matters."""
+    """A seed of 63 bits, the blake2b hash of the parts in their order."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

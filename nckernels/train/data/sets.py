@@ -22,17 +22,17 @@ class Split(Protocol):
 
     @property
     def labels(self) -> Tensor:
-        """(N,) in int64, or (N, K) of 0 and 1 in float32 where a sample has several labels; on the CPU."""
+        """(N,) in int64, or (N, K) of 0 and 1 in float32 if samples have several labels; on the CPU."""
 
     def __len__(self) -> int: ...
 
     def take(self, rows: Tensor, labels: Tensor | None = None) -> Split:
-        """The samples of these rows, with other labels if there are any."""
+        """The samples of these rows, with ``labels`` in place of their own if given."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Images (N, C, H, W) in uint8, where 0 to 255 mean 0 to 1, or in float32, which is taken as it is."""
+    """Images (N, C, H, W) in memory: uint8, which is scaled from 0..255 to [0, 1], or float32, which is not scaled."""
 
     images: Tensor
     labels: Tensor
@@ -46,12 +46,12 @@ class Memory:
 
 @dataclass(frozen=True)
 class Files:
-    """Image files, which PIL decodes to RGB when a batch asks for them."""
+    """Image files, which PIL decodes to RGB when they are read."""
 
     paths: tuple[Path | str, ...]
     labels: Tensor
     cropped: bool = False
-    """Whether the images are centre crops already; an evaluation then takes the whole image."""
+    """Whether the images are already centre crops; an evaluation then uses the whole image."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -73,14 +73,14 @@ class Dataset:
     image_size: int
     """Height and width of the batches; images in memory of another size are resized batch by batch."""
     mean: tuple[float, ...]
-    """Mean of each channel over the full training set, so that a subset is normalised like the whole. For files it is
+    """Mean of each channel over the full training set, so that a subset is normalised like the whole set. For files:
     ImageNet's."""
     std: tuple[float, ...]
     note: str = ""
     """A remark for reports."""
 
     def subset(self, rows: Tensor) -> Dataset:
-        """With these training samples only."""
+        """The data set with these training samples only."""
         return replace(self, train=self.train.take(rows))
 
 
@@ -93,7 +93,7 @@ def in_memory(train: Memory, test: Memory, class_names: Iterable[str], note: str
 
 
 def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, in float64; of bytes from their counts, so no copy is made."""
+    """Mean and standard deviation of each channel, in float64; for bytes from their histogram, without a copy."""
     pairs = []
     for channel in images.unbind(1):
         if images.dtype == torch.uint8:
@@ -116,7 +116,7 @@ def check_options(name: str, options: Mapping[str, Any], known: Iterable[str]) -
 
 
 def single_labels(labels: Tensor, key: str) -> Tensor:
-    """``labels`` if each sample has one; else the setting ``key`` has no meaning."""
+    """``labels`` if each sample has one label; otherwise a ValueError that names the setting ``key``."""
     if labels.dim() != 1:
         raise ValueError(f"{key}: expected the default, because a sample of the data set has several labels")
     return labels

@@ -1,4 +1,4 @@
-"""Parts of a data set: some classes, a held-out fifth, a long tail."""
+"""Subsets of a data set: some classes, a held-out fifth."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .sets import Dataset, Split, single_labels
 
 
 def hold_out(dataset: Dataset) -> Dataset:
-    """A fifth of every class of the training set takes the place of the test set, always the same fifth.
+    """Replace the test set by a fifth of every class of the training set, always the same fifth.
 
-    Where samples have several labels, it is a fifth of all samples.
+    If samples have several labels, it is a fifth of all samples.
     """
     labels = dataset.train.labels
     if labels.dim() == 1:
@@ -46,6 +46,6 @@ def select_classes(dataset: Dataset, first: int, last: int) -> Dataset:
 
 
 def shuffled_rows(labels: Tensor, c: int, *parts: int | str) -> Tensor:
-    """The rows of class c in an order that the parts and c decide."""
+    """The rows of class c in an order that depends on ``parts`` and c."""
     rows = (labels == c).nonzero()[:, 0]
     return rows[torch.randperm(len(rows), generator=generator(*parts, c))]

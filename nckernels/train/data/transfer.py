@@ -1,4 +1,4 @@
-"""Data sets for transfer, read by torchvision from where it expects them; nothing is downloaded."""
+"""Data sets for transfer, read by torchvision in the layout that it expects; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ VOC = (
 )
 
 Listing = tuple[list[Any], list[Any], Sequence[str]]
-"""Paths, labels and the names of the classes, none where the set has no names."""
+"""Paths, labels and class names; no names if the set has none."""
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a set is from, and how torchvision's class for it is asked."""
+    """The source of a set, and how torchvision's class reads it."""
 
     kind: str
     train: tuple[dict[str, Any], ...]
-    """Arguments that say which splits make up the training set."""
+    """Arguments for each split that is part of the training set."""
     test: dict[str, Any]
     listing: Callable[[Any], Listing]
     url: str
@@ -115,13 +115,13 @@ NAMES = tuple(_SOURCES)
 
 
 def load(data: Data) -> Dataset:
-    """Train and test split; a validation split that the set has belongs to the training set.
+    """Training and test set; a validation split is added to the training set.
 
-    VOC2007 has several labels a sample: objects marked as difficult do not count.
+    VOC2007 has several labels per sample; objects marked as difficult do not count.
 
     Raises:
         ImportError: without torchvision.
-        DataError: for files that are missing or damaged, with their source and the folders that torchvision expects.
+        DataError: for missing or damaged files, with their source and the layout that torchvision expects.
     """
     check_options(data.name, data.options, ())
     source = _SOURCES[data.name]

@@ -1,4 +1,4 @@
-"""Recipes as TOML files: those of the package, next to this file, and one's own.
+"""Recipes as TOML files: those of the package, next to this file, and the user's own.
 
 A file has the sections of :class:`~nckernels.train.recipe.Recipe`; settings that it leaves out have their defaults.
 ``[rows.NAME]`` is a row of a paper's table: the settings in which it differs, section by section. ``cifar100/nonl`` is
@@ -35,8 +35,14 @@ def load(name: str, settings: Iterable[str] = ()) -> Recipe:
         settings: ``"key=value"`` with a dotted key and a value in TOML; anything else is a string.
 
     Raises:
-        ValueError: naming the recipe, the row or the key that is not there and the nearest one that is, and for
-            values of the wrong type and combinations that cannot work.
+        ValueError: for a recipe, a row or a key that does not exist, naming it and the nearest known one; for values of
+            the wrong type; for settings that do not go together.
+
+    Example:
+        >>> from nckernels.train import load_recipe
+        >>> recipe = load_recipe("cifar100/nonl", ["loss.temperature=0.2"])
+        >>> recipe.loss.name, recipe.loss.temperature, recipe.run.batch_size
+        ('nonl', 0.2, 512)
     """
     content, title = read(name)
     row = split(name)[1]
@@ -46,7 +52,7 @@ def load(name: str, settings: Iterable[str] = ()) -> Recipe:
     if row:
         if row not in rows:
             raise ValueError(
-                f"recipe {title}: no row {row!r}{typed.nearest(row, rows)}; it has {', '.join(rows) or 'none'}"
+                f"recipe {title}: no row {row!r}{typed.nearest(row, rows)}; its rows are {', '.join(rows) or 'none'}"
             )
         content = typed.merge(content, rows[row])
     content["name"] = f"{title}/{row}" if row else title
@@ -76,7 +82,7 @@ def read(name: str) -> tuple[dict[str, Any], str]:
         path = FOLDER / f"{base}.toml"
         if not path.is_file():
             raise ValueError(
-                f"recipe: there is no {base!r}{typed.nearest(base, names())}; `python -m nckernels recipes`"
+                f"recipe: there is no {base!r}{typed.nearest(base, names())}; `python -m nckernels recipes` lists them"
             )
     try:
         return tomllib.loads(path.read_text(encoding="utf-8")), base
@@ -103,7 +109,7 @@ def split(name: str) -> tuple[str, str]:
 def _assignment(setting: str) -> tuple[str, Any]:
     key, equals, text = setting.partition("=")
     if not equals or not key.strip():
-        raise ValueError(f"--set: expected key=value, got {setting!r}")
+        raise ValueError(f"--set: expected KEY=VALUE, got {setting!r}")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -115,7 +121,7 @@ def values(text: str) -> tuple[str, list[Any]]:
     """``"key=v1,v2"`` as a key and its values; text that is no TOML is split at its commas."""
     key, equals, rest = text.partition("=")
     if not equals or not key.strip() or not rest.strip():
-        raise ValueError(f"--grid: expected key=value,value, got {text!r}")
+        raise ValueError(f"--grid: expected KEY=V1,V2, got {text!r}")
     try:
         return key.strip(), list(tomllib.loads(f"values = [{rest}]")["values"])
     except tomllib.TOMLDecodeError:

@@ -1,7 +1,7 @@
-"""``python -m nckernels report``: training runs as one HTML page that needs nothing else.
+"""``python -m nckernels report``: training runs as one self-contained HTML page.
 
-:mod:`.load` reads histories, :mod:`.rows` makes the rows of a table of them, :mod:`.tables` and :mod:`.figures` show
-them, the latter by :mod:`.charts`, and :mod:`.page` puts the sections together.
+:mod:`.load` reads histories, and :mod:`.rows` groups them into the rows of a table. :mod:`.tables` and :mod:`.figures`
+show them, the latter with :mod:`.charts`. :mod:`.page` puts the sections together.
 """
 
 from .cli import main

@@ -1,4 +1,4 @@
-"""Curves and heat maps, drawn by matplotlib as SVG whose text and colours are the page's."""
+"""Curves and heat maps, drawn by matplotlib as SVG with the page's font and colours."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ except ImportError as error:
 
 INK, MUTED, LINE, PAPER = (COLOURS[name][0] for name in ("ink", "muted", "line", "paper"))
 POINTS = 240
-"""Of a curve that are drawn: about one a pixel."""
+"""Largest number of points that are drawn of a curve, about one per pixel."""
 DIVERGING = LinearSegmentedColormap.from_list(
     "diverging",
     [
@@ -38,12 +38,12 @@ DIVERGING = LinearSegmentedColormap.from_list(
         (1.0, (*to_rgb(WARM), 1.0)),
     ],
 )
-"""Transparent around 0: on a light page and on a dark one."""
+"""Transparent at 0, so that it suits light and dark pages."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A curve, its deviation over the seeds, and the step at which it converges."""
+    """A curve, its deviation over the seeds, and the step at which it converges, if any."""
 
     colour: str
     steps: Array
@@ -64,10 +64,10 @@ def curves(
 
     Args:
         lines: what to draw; NaN is a gap.
-        label: what a screen reader says.
-        optima: dashed lines.
-        logarithmic: a logarithmic axis, on which only positive values show; see :func:`spans_decades`.
-        bottom: of percentages: cut off what is lower, so that the ends can be told apart.
+        label: text for screen readers.
+        optima: values to mark with dashed lines.
+        logarithmic: whether to use a logarithmic axis, which shows positive values only; see :func:`spans_decades`.
+        bottom: for percentages: lower values are cut off, so that the final values can be distinguished.
     """
     figure = Figure(figsize=(3.5, 2.1))
     ax = figure.add_axes((0.125, 0.165, 0.845, 0.8))
@@ -108,7 +108,7 @@ def spans_decades(lines: Sequence[Line]) -> bool:
 
 
 def heat_map(matrix: NDArray[np.float32], limit: float, names: Sequence[str], *, label: str) -> Raw:
-    """Cosines between classes, from -limit to limit. The classes are named if they are few."""
+    """Cosines between classes, from -limit to limit. Classes are named if there are at most 20."""
     k = len(matrix)
     few = len(names) == k and k <= 20
     short = [name if len(name) <= 11 else f"{name[:10]}…" for name in names] if few else []
@@ -165,7 +165,7 @@ def _tick(value: float) -> str:
 
 
 def _svg(figure: Figure, label: str) -> Raw:
-    """The figure as an element that scales, with the page's colours and font, and without what only files need."""
+    """The figure as a scalable element with the page's colours and font, without the metadata of files."""
     FigureCanvasSVG(figure)
     buffer = io.StringIO()
     settings: dict[Any, Any] = {
@@ -192,7 +192,7 @@ def _svg(figure: Figure, label: str) -> Raw:
 
 
 def off_diagonal(matrix: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The cosines between different classes."""
+    """The entries off the diagonal: cosines between different classes."""
     return matrix[~np.eye(len(matrix), dtype=bool)]
 
 

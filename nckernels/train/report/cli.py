@@ -1,4 +1,4 @@
-"""``python -m nckernels report``."""
+"""``python -m nckernels report``: the command line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .load import find, load_all
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the page; returns the exit status, 1 if a file could not be read. The page then shows the others."""
+    """Write the page; returns the exit status. It is 1 if a file could not be read; the page then shows the others."""
     parser = make_parser()
     arguments = parser.parse_args(argv)
     try:
@@ -41,11 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m nckernels report",
-        description="One HTML page on training runs: tables, curves and geometry, with no other file and no network.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Write one self-contained HTML page about training runs: tables, curves and geometry.",
     )
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, a history.json, or a folder of runs")
-    add("--out", type=Path, default=Path("report.html"), metavar="FILE", help="where to write the page")
-    add("--title", help="the page's title; None: that of the recipe, if the runs have one in common")
+    add("--out", type=Path, default=Path("report.html"), metavar="FILE", help="the page (default: report.html)")
+    add("--title", help="title of the page (default: the title of the recipe that all runs share)")
     return parser

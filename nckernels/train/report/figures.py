@@ -1,4 +1,4 @@
-"""Sections that are drawn: curves and cosines."""
+"""The sections with drawings: curves and cosines."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MOST_MAPS = 32
 
 
 def each(data_sets: Iterable[DataSet], make: Callable[[DataSet], Raw]) -> Raw:
-    """A part for each data set that has one, under its name if there are several."""
+    """The part of each data set that has one, under the data set's name if there are several."""
     made = [(data, content) for data in data_sets if (content := make(data))]
     named = len(made) > 1
     return join(join([tag("h3", data.name) if named else "", content]) for data, content in made)
@@ -44,9 +44,9 @@ def each(data_sets: Iterable[DataSet], make: Callable[[DataSet], Raw]) -> Raw:
 def selected(data_sets: Sequence[DataSet]) -> str:
     parts = []
     if any(len(data.shown) < len(data.rows) for data in data_sets):
-        parts.append(f"Many rows: the best of each name, at most {MOST_ROWS}, are shown.")
+        parts.append(f"There are many rows: the best of each name are shown, at most {MOST_ROWS}.")
     if len(data_sets) > MOST_DATA_SETS:
-        parts.append(f"The first {MOST_DATA_SETS} data sets.")
+        parts.append(f"Only the first {MOST_DATA_SETS} data sets are shown.")
     return " ".join(parts)
 
 
@@ -81,11 +81,11 @@ def _panels(data: DataSet) -> Raw:
         dashed = dashed or bool(optima)
         notes = [f"optimum {' or '.join(minus(f'{aim:.3g}') for aim in optima)}"] if optima else []
         if name == "loss" and len({row.loss for row in data.shown}) > 1:
-            notes.append("of different losses, not to be compared")
+            notes.append("different losses, not comparable")
         if logarithmic:
             notes.append("logarithmic")
         if bottom:
-            notes.append("low beginnings cut off")
+            notes.append("low values at the start are cut off")
         caption = tag("figcaption", heading, tag("small", ", ".join(notes)))
         drawing = charts.curves(
             lines, label=f"{heading}, {data.name}", optima=optima, logarithmic=logarithmic, bottom=bottom
@@ -103,7 +103,7 @@ def _panels(data: DataSet) -> Raw:
 
 
 def _bottom(lines: Sequence[charts.Line]) -> float:
-    """Where percentages start: low enough for all curves' ends, and for the beginnings if they are not far below."""
+    """Lower end of an axis of percentages: below the final values of all curves."""
     last = min(float(line.mean[np.isfinite(line.mean)][-1]) for line in lines)
     return max(0.0, 100 - 5 * (100.5 - last))
 
@@ -135,9 +135,9 @@ def cosines(data_sets: Sequence[DataSet]) -> Raw:
     simplexes = dict.fromkeys(f"{number(-1 / (data.num_classes - 1))} for {data.num_classes}" for data in data_sets)
     note = small(
         f"Below each name: the range between different classes. A simplex has {', '.join(simplexes)} classes. "
-        "Of several seeds the first. ",
+        "If there are several seeds, the first is shown. ",
         selected(data_sets),
-        f" The first {len(shown)} of {len(wanted)} maps." if len(shown) < len(wanted) else "",
+        f" Only the first {len(shown)} of {len(wanted)} maps are shown." if len(shown) < len(wanted) else "",
     )
     less, more = (" or less", " or more") if limit < 1 else ("", "")
     scale = tag("div", minus(f"-{limit:g}{less}"), tag("span"), f"{limit:g}{more}", class_="scale")
@@ -145,7 +145,7 @@ def cosines(data_sets: Sequence[DataSet]) -> Raw:
 
 
 def _matrices(run: Record) -> list[tuple[str, NDArray[np.float32]]]:
-    """Of prototypes and class means; one where these are the same, as after a contrastive loss."""
+    """Matrices of prototypes and of class means; only one if they are the same, as after a contrastive loss."""
     prototypes, means = run.prototype_cosines, run.mean_cosines
     if prototypes is not None and means is not None and np.allclose(prototypes, means, atol=1e-4):
         return [("prototypes = class means", prototypes)]

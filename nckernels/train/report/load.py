@@ -1,4 +1,4 @@
-"""The histories of training runs, found in folders, read and checked."""
+"""Finds, reads and checks the histories of training runs."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ..recipe import Recipe
 Array = NDArray[np.float64]
 HISTORY = "history.json"
 LARGEST = 1e100
-"""What is larger counts as undefined, like infinity: its square, which deviations and axes need, is no number."""
+"""Larger values count as undefined, like infinity, because their squares would overflow."""
 CURVES = ("loss", "train_accuracy", "test_accuracy")
 
 
 @dataclass(frozen=True)
 class Found:
-    """What lies in the folders that were given."""
+    """The histories in the given paths."""
 
     histories: tuple[Path, ...]
     waiting: tuple[Path, ...]
@@ -34,7 +34,7 @@ class Found:
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """One run, as its ``history.json`` has it. Numbers that are null there are NaN."""
+    """One run, from its ``history.json``, with NaN for null."""
 
     path: Path
     settings: Mapping[str, Any]
@@ -45,11 +45,11 @@ class Record:
     steps: Array
     epochs: Array
     curves: Mapping[str, Array]
-    """Loss, accuracies and the metrics, a value per step."""
+    """Loss, accuracies and metrics, one value per step."""
     metrics: tuple[str, ...]
-    """Which of the curves are metrics."""
+    """The names of the curves that are metrics."""
     classifiers: Mapping[str, tuple[float, float]]
-    """Accuracy and seconds of the classifiers that were fitted in the end."""
+    """Accuracy and seconds of the classifiers that were fitted at the end."""
     prototype_cosines: NDArray[np.float32] | None
     mean_cosines: NDArray[np.float32] | None
     facts: Mapping[str, Any]
@@ -60,7 +60,7 @@ class Record:
 
 
 def find(paths: Iterable[Path]) -> Found:
-    """The histories in files, runs' folders and folders of runs, each once and in the order of their names.
+    """The histories in files, runs' folders and folders of runs, without duplicates and sorted by name.
 
     Raises:
         ValueError: for a path that does not exist, and for a folder without a run.
@@ -84,7 +84,7 @@ def find(paths: Iterable[Path]) -> Found:
 
 
 def load_all(paths: Iterable[Path]) -> tuple[list[Record], list[str]]:
-    """The runs, and a line for each file that could not be read."""
+    """The runs, and a message for each file that could not be read."""
     records, problems = [], []
     for path in paths:
         try:
@@ -101,7 +101,7 @@ def load(path: Path) -> Record:
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: naming the file, if it holds something else.
+        ValueError: naming the file, if it is not a history.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -152,7 +152,7 @@ def _parse(path: Path, content: Any) -> Record:
 
 
 def _settings(recipe: dict[str, Any]) -> dict[str, Any]:
-    """By dotted keys, with the defaults of what an older version did not know. What only a newer one knows stays."""
+    """The recipe by dotted keys, with defaults for keys that an older version lacks; unknown keys are kept."""
     try:
         settings = dict(typed.flat(typed.merge(Recipe().to_dict(), recipe)))
     except RecursionError:

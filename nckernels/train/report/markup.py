@@ -1,4 +1,4 @@
-"""HTML from values: whatever is not marked as HTML is escaped."""
+"""HTML from values; everything that is not marked as HTML is escaped."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from .rows import Spread
 
 NONE = "\N{EN DASH}"
-"""Where there is no value."""
+"""Shown in place of a missing value."""
 
 
 class Raw(str):
-    """Text that is HTML already."""
+    """Text that is already HTML."""
 
 
 def safe(value: Any) -> Raw:
@@ -22,7 +22,7 @@ def safe(value: Any) -> Raw:
 
 
 def tag(name: str, *content: Any, **attributes: Any) -> Raw:
-    """An element. Of an attribute's name, a trailing underscore is dropped and others are hyphens."""
+    """An element. In attribute names a trailing underscore is dropped and other underscores become hyphens."""
     pairs = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"' for key, value in attributes.items()
     )
@@ -38,7 +38,7 @@ def small(*content: Any) -> Raw:
 
 
 def table(head: Sequence[Any], rows: Iterable[Sequence[Any]], *, label: str, kind: str = "numbers") -> Raw:
-    """A table in a box of its own that scrolls; the first cell of a row is its heading."""
+    """A table in its own scrolling box; the first cell of each row is its heading."""
     lines = [tag("tr", tag("th", first, scope="row"), *(tag("td", cell) for cell in cells)) for first, *cells in rows]
     heading = tag("thead", tag("tr", *(tag("th", cell, scope="col") for cell in head)))
     content = tag("table", heading, tag("tbody", *lines), class_=kind)
@@ -50,7 +50,7 @@ def folded(summary: Any, *content: Any) -> Raw:
 
 
 def number(value: float, like: float | None = None) -> str:
-    """Three or so significant digits; or as many decimals as ``like`` has, of which it is the deviation."""
+    """The value with about three significant digits, or, as the deviation of ``like``, with as many decimals."""
     if math.isnan(value):
         return NONE
     size = abs(value if like is None else like)

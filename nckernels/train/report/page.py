@@ -1,4 +1,4 @@
-"""The page: its sections, each only if there is something to show."""
+"""The page and its sections; sections without content are left out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 def make_page(
     records: Sequence[Record], *, title: str | None = None, problems: Sequence[str] = (), waiting: Sequence[Path] = ()
 ) -> str:
-    """HTML of the runs, with the files that could not be read."""
+    """The HTML page of the runs, with a list of the files that could not be read."""
     data_sets = group(records)
     title = title or common([record.settings["title"] for record in records]) or "Training runs"
     sections = [
@@ -54,7 +54,7 @@ def make_page(
 
 
 def _summary(data_sets: Sequence[DataSet]) -> Raw:
-    """What there is, who is best by how much, and how far seeds are apart."""
+    """How many runs there are, which row is best by how much, and the spread over the seeds."""
     sentences = [f"{tables.summary_counts(data_sets)}."]
     if len(data_sets) > 1:
         bests = [f"{data.best.name} with {_accuracy(data.best)} on {data.name}" for data in data_sets[:4]]
@@ -92,10 +92,12 @@ def _missing(problems: Sequence[str], waiting: Sequence[Path]) -> Raw:
     parts = []
     if problems:
         lines = tag("ul", *(tag("li", tag("code", problem)) for problem in problems))
-        parts.append(tag("div", tag("strong", "Not shown, because not readable:"), lines, class_="problem"))
+        parts.append(
+            tag("div", tag("strong", "These files could not be read and are not shown:"), lines, class_="problem")
+        )
     if waiting:
         folders = join((tag("code", folder) for folder in waiting), ", ")
-        parts.append(small("Begun, without an evaluation yet: ", folders, "."))
+        parts.append(small("Started, but not evaluated yet: ", folders, "."))
     return join(parts)
 
 
@@ -113,7 +115,7 @@ def _results(data_sets: Sequence[DataSet]) -> Raw:
     if len(plain) > 1:
         parts.append(tables.overview(plain, "Test accuracy, %", [data.name for data in plain]))
         if any(len(data.rows) > len({row.base for row in data.rows}) for data in plain):
-            parts.append(small("Of several rows of a name the best."))
+            parts.append(small("If several rows have the same name, the best is shown."))
     for data in data_sets:
         heading = f"{data.name}, {data.num_classes} classes"
         if data.name in tailed or len(plain) > 4:
@@ -125,11 +127,11 @@ def _results(data_sets: Sequence[DataSet]) -> Raw:
     if "bce" in losses:
         notes.append("The accuracy of BCE is the mean average precision.")
     if any(record.settings["data.validation"] for data in data_sets for record in data.records):
-        notes.append("Held out (data.validation): the test set is a part of the training set that was not trained on.")
+        notes.append("Held out (data.validation): the test set is a part of the training set, not used for training.")
     if any(row.unfinished for data in data_sets for row in data.rows):
-        notes.append("Unfinished runs do not count beside finished ones.")
+        notes.append("Unfinished runs are left out of rows with finished ones.")
     if any(not row.finished for data in data_sets for row in data.rows):
-        notes.append(f"{tables.DAGGER} no run has finished: the newest evaluation.")
+        notes.append(f"{tables.DAGGER} no run has finished; the values are those of the latest evaluation.")
     return join([*parts, small(" ".join(notes))])
 
 
@@ -148,8 +150,8 @@ def _collapse(data_sets: Sequence[DataSet]) -> Raw:
     rows = [row for data in data_sets for row in data.shown]
     relu = " ReLU: the optimum of features without negative entries." if any(r.features == "relu" for r in rows) else ""
     note = small(
-        f"On the training set. Bold: nearest to its optimum.{relu} The intra-class rank counts directions of scatter "
-        f"and ignores its size; NC1 and CDNV, among the direct measurements, do not. {selected(data_sets)}"
+        f"Measured on the training set. Bold: closest to the optimum.{relu} The intra-class rank counts directions of "
+        f"scatter and ignores its size; NC1 and CDNV, under direct measurements, measure it. {selected(data_sets)}"
     )
     return join([content, note]) if content else content
 
@@ -157,8 +159,8 @@ def _collapse(data_sets: Sequence[DataSet]) -> Raw:
 def _convergence(data_sets: Sequence[DataSet]) -> Raw:
     content = each(data_sets[:MOST_DATA_SETS], tables.convergence)
     note = small(
-        "The iterations until the smoothed metric, averaged over the seeds, is as close to its optimum as the heading "
-        f"says, and stays so. {NONE}: undefined; never: it is not at the end."
+        "The iterations after which the smoothed metric, averaged over the seeds, is as close to its optimum as the "
+        f"heading says, and stays so. {NONE}: undefined; never: not so at the end."
     )
     return join([note, content]) if content else content
 
@@ -166,8 +168,8 @@ def _convergence(data_sets: Sequence[DataSet]) -> Raw:
 def _phases(data_sets: Sequence[DataSet]) -> Raw:
     grids = [grid for data in data_sets for grid in tables.phases(data)]
     note = small(
-        "Test accuracy in %, the best of a grid framed. Colour: from the lower quartile of the data set's cells, and "
-        "all below, to the best. Where rows differ in more than temperature τ and batch size B, the best of them."
+        "Test accuracy in %; the best value of a grid is framed. Colours range from the lower quartile of the data "
+        "set's cells to the best. If rows differ in more than temperature τ and batch size B, the best is shown."
     )
     return join([note, tag("div", *grids, class_="panels grids")]) if grids else Raw()
 
@@ -186,9 +188,9 @@ def _settings(records: Sequence[Record]) -> Raw:
     parts = []
     if differing:
         made = table(["Key", "Values (runs)"], differing, label="Settings that differ", kind="text")
-        parts += [tag("h3", "What differs"), made]
+        parts += [tag("h3", "Settings that differ"), made]
     common_table = table(["Key", "Value"], same, label="Settings that all runs have in common", kind="text")
-    parts.append(folded(f"What is common: {len(same)} settings", common_table))
+    parts.append(folded(f"{len(same)} settings that all runs have in common", common_table))
     versions = dict.fromkeys(tuple(record.versions.items()) for record in records)
     for version in versions:
         parts.append(small("Versions: ", ", ".join(f"{name} {value}" for name, value in version), "."))

@@ -1,4 +1,4 @@
-"""Runs as the rows of a table: those that differ only in their seed are one row."""
+"""Groups runs into the rows of a table: runs that differ only in their seed are one row."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ KEYS = {
     "loss.name": "loss",
     "optimizer.lr": "lr",
 }
-"""Keys with a name of their own. They come first where several differ."""
+"""Keys with their own labels. They come first if several keys differ."""
 TITLES = ("name", "title", "source")
 UNRELATED = (
     *(*TITLES, "run.seed", "data.root", "data.workers"),
     *("run.save_every", "run.log_every", "run.eval_every", "run.metrics"),
 )
-"""Settings that do not tell one row from another. The root does where it is all that names the data."""
+"""Settings that do not distinguish rows. ``data.root`` does if nothing else names the data."""
 MOST_ROWS = 8
-"""In a chart."""
+"""Largest number of rows in a chart."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation over ``count`` seeds; NaN where there are too few."""
+    """Mean and sample standard deviation over ``count`` seeds; NaN with too few seeds."""
 
     mean: float
     deviation: float
@@ -63,15 +63,15 @@ class Spread:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """Runs of one recipe, and the name that tells them from the other rows of their data set."""
+    """Runs of one recipe, with a name that is unique among the rows of their data set."""
 
     name: str
     base: str
-    """The recipe's row, or the loss: its name without the settings that tell it from other rows of that name."""
+    """The name without the settings that distinguish rows: the recipe's row, or the loss."""
     loss: str
     runs: tuple[Record, ...]
     differing: tuple[tuple[str, Any], ...] = ()
-    """The settings that the name adds to that."""
+    """The settings that the name adds to ``base``."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class Row:
 
     @cached_property
     def counted(self) -> tuple[Record, ...]:
-        """The runs that means are taken over: the finished ones, or all as long as none is."""
+        """The runs that means are taken over: the finished ones, or all if none is finished."""
         return tuple(run for run in self.runs if run.finished) or self.runs
 
     @property
@@ -92,7 +92,7 @@ class Row:
 
     @property
     def features(self) -> Literal["signed", "relu"]:
-        """Which optimum they can reach: pooled ReLU activations have no negative entries."""
+        """The kind of features, which determines the optimum: pooled ReLU activations have no negative entries."""
         return "relu" if self.settings["model.projection"] == "none" else "signed"
 
     def final(self, curve: str) -> Spread:
@@ -100,12 +100,12 @@ class Row:
 
     @property
     def accuracy(self) -> float:
-        """What rows are ranked by; the lowest for a row without any."""
+        """The accuracy by which rows are ranked; -1 for a row without one."""
         mean = self.final("test_accuracy").mean
         return -1.0 if math.isnan(mean) else mean
 
     def curve(self, name: str) -> tuple[Array, Array, Array]:
-        """Steps, mean and deviation over the seeds. The deviation is 0 where only one seed has a value."""
+        """Steps, mean and deviation over the seeds. The deviation is 0 if only one seed has a value."""
         runs = [run for run in self.counted if name in run.curves]
         steps = np.unique(np.concatenate([run.steps for run in runs])) if runs else np.zeros(0)
         values = np.full((len(runs), len(steps)), math.nan)
@@ -124,7 +124,7 @@ class DataSet:
 
     name: str
     family: tuple[Any, ...]
-    """The same for data sets that differ only in their imbalance."""
+    """A key that is the same for data sets that differ only in their imbalance."""
     num_classes: int
     rows: tuple[Row, ...]
 
@@ -138,7 +138,7 @@ class DataSet:
 
     @cached_property
     def shown(self) -> tuple[Row, ...]:
-        """The rows for charts: all, or the best of each name if they are many."""
+        """The rows for charts: all rows, or the best of each name if there are many."""
         if len(self.rows) <= MOST_ROWS:
             return self.rows
         ranked = sorted(self.bests.values(), key=lambda row: -row.accuracy)[:MOST_ROWS]
@@ -159,7 +159,7 @@ class DataSet:
 
 
 def group(records: Sequence[Record]) -> list[DataSet]:
-    """Data sets in the order of the records, rows in the order of the losses and of their settings."""
+    """Group the records: data sets in the order of the records, rows in the order of losses and settings."""
     by_data: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
     for record in records:
         by_data[_data_of(record)].append(record)
@@ -177,7 +177,7 @@ def describe(settings: Sequence[tuple[str, Any]]) -> str:
 
 
 def value_text(value: Any) -> str:
-    """A setting as one would write it."""
+    """The text of a setting's value."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
@@ -188,7 +188,7 @@ def value_text(value: Any) -> str:
 
 
 def key_text(key: str) -> str:
-    """A short name of a setting: the last part of its dotted key, with the section where that says too little."""
+    """A short name of a setting: the last part of its key, with the section if the last part is too general."""
     if key in KEYS:
         return KEYS[key]
     section, _, last = key.rpartition(".")
@@ -203,7 +203,7 @@ def _data_of(record: Record, *, imbalance: bool = True) -> tuple[Any, ...]:
 
 
 def _data_names(examples: Sequence[Record]) -> list[str]:
-    """The name of each data set, with the settings in which those of the same name differ."""
+    """The name of each data set, with the settings that distinguish data sets of the same name."""
     names = []
     for record in examples:
         name = record.settings["data.name"]
@@ -260,11 +260,11 @@ def _differing(records: Sequence[Record]) -> list[str]:
 
 
 def rank(loss: str) -> int:
-    """Of the losses, in the order of the recipes."""
+    """Position of a loss in the order of the recipes."""
     return LOSSES.index(loss) if loss in LOSSES else len(LOSSES)
 
 
 def sortable(value: Any) -> tuple[int, float, str]:
-    """Numbers by size, then texts."""
+    """Sort key: numbers by size, then texts."""
     number = isinstance(value, (int, float))
     return (0, float(value), "") if number else (1, 0.0, str(value))

@@ -25,14 +25,14 @@ COLOURS = {
     "psc-star": ("#0097a7", "#56d3e0"),
     "bce": ("#a8323e", "#e8808a"),
 }
-"""CSS variables. Drawings use the light ones, each of which is unique, and :func:`themed` puts the variables there."""
+"""CSS variables with light and dark colours. Drawings use the light ones; :func:`themed` inserts the variables."""
 LOSSES = tuple(COLOURS)[4:]
 COLD, WARM = "#2b7bba", "#e0662b"
-"""The ends of the diverging colours, blue and orange, which the colour-blind tell apart."""
+"""The ends of the diverging colours, blue and orange, which colour-blind readers can distinguish."""
 
 
 def colour_names(rows: Sequence[Row]) -> list[str]:
-    """A colour for each row: that of its loss, or any where several rows have the same loss."""
+    """A colour for each row: that of its loss, or any other if several rows have the same loss."""
     losses = [row.loss if row.loss in LOSSES else "" for row in rows]
     if len(set(losses)) == len(rows) and "" not in losses:
         return losses
@@ -41,7 +41,7 @@ def colour_names(rows: Sequence[Row]) -> list[str]:
 
 
 def themed(text: str) -> str:
-    """A drawing in the light colours, with the page's variables in their place."""
+    """A drawing with its light colours replaced by the page's variables."""
     for name, (light, _) in COLOURS.items():
         text = text.replace(light, f"var(--{name})")
     return text

@@ -1,4 +1,4 @@
-"""Tables of the papers, made of the runs."""
+"""The papers' tables, filled with the runs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ DIRECT = {
 OPTIMUM = {"signed": "Optimum", "relu": "Optimum, ReLU"}
 DAGGER = "†"
 MOST_LINES = 20
-"""Of results; of more rows the best of each name come first, and all can be unfolded."""
+"""Largest number of lines in the results. Of more rows the best of each name are shown, and all can be unfolded."""
 
 
 def name_of(row: Row) -> Raw:
@@ -53,7 +53,7 @@ def name_of(row: Row) -> Raw:
 
 
 def overview(data_sets: Sequence[DataSet], heading: str, columns: Sequence[str]) -> Raw:
-    """Test accuracies: a line per name, with its best row, and a column per data set."""
+    """Test accuracies: one line per name, with its best row, and one column per data set."""
     cells = [data.bests for data in data_sets]
     finals = [{name: row.final("test_accuracy") for name, row in column.items()} for column in cells]
     tops = [_top(list(column.values())) for column in finals]
@@ -73,7 +73,7 @@ def overview(data_sets: Sequence[DataSet], heading: str, columns: Sequence[str])
 
 
 def results(data: DataSet) -> Raw:
-    """Accuracies of the rows of a data set, with seeds and cost."""
+    """Accuracies of the rows of a data set, with numbers of seeds and times."""
     tops = {name: _top([row.final(name) for row in data.rows]) for name in ("test_accuracy", "train_accuracy")}
 
     def accuracy(row: Row, name: str) -> Raw:
@@ -101,7 +101,7 @@ def results(data: DataSet) -> Raw:
 
 
 def sweep(data: DataSet) -> Raw:
-    """Test accuracy by name and by the value of the one setting in which the rows of a name differ, if it is one."""
+    """Test accuracy by name and value of a setting, if the rows of a name differ in exactly one setting."""
     keys = {tuple(key for key, _ in row.differing) for row in data.rows}
     if len(keys) != 1 or len(next(iter(keys))) != 1:
         return Raw()
@@ -157,7 +157,7 @@ def _metrics(data: DataSet, rows: Sequence[Row], names: dict[str, str], label: s
 
 
 def convergence(data: DataSet) -> Raw:
-    """[NCD] Table 7, of the mean over the seeds, apart for features that have different optima."""
+    """[NCD] Table 7 of the means over the seeds, separately for signed and for ReLU features."""
     parts = []
     for kind in ("signed", "relu"):
         rows = [row for row in data.shown if row.features == kind and row.finished]
@@ -185,7 +185,7 @@ def _convergence(made: ConvergenceTable, data: DataSet, suffix: str, published: 
     headings = [PUBLISHED[name].rstrip("\N{NO-BREAK SPACE}↑↓") for name in made.metrics]
     parts = [(f"(I) Within {made.tolerance:.0%} of collapse after, % of iterations{suffix}", made.collapse, 0)]
     if made.baseline is not None:
-        parts.append((f"(II) As close as {made.baseline} in the end after, % of its iterations{suffix}", made.match, 1))
+        parts.append((f"(II) As close as the final {made.baseline} after, % of its iterations{suffix}", made.match, 1))
     tables = []
     for title, rows, part in parts:
         lines: list[list[object]] = []
@@ -202,7 +202,7 @@ def _convergence(made: ConvergenceTable, data: DataSet, suffix: str, published: 
 
 
 def classifiers(data: DataSet) -> Raw:
-    """[NCD] Table 2: classifiers on the features, fitted in the end."""
+    """[NCD] Table 2: classifiers on the features, fitted at the end."""
     rows = [row for row in data.rows if any(run.classifiers for run in row.counted)]
     names = list(dict.fromkeys(name for row in rows for run in row.counted for name in run.classifiers))
     if not rows:
@@ -215,7 +215,7 @@ def classifiers(data: DataSet) -> Raw:
         return join([spread(accuracy, percentage=True, best=best), tag("small", f" in {duration(seconds.mean)}")])
 
     lines = [[name_of(row), *(cell(row, name) for name in names)] for row in rows]
-    note = small("FP: class means. LP: linear probe. NLP: normalised linear probe. In small type, the time of the fit.")
+    note = small("FP: class means. LP: linear probe. NLP: normalised linear probe. Small type: time of the fit.")
     return join([table(["Row", *(f"{name}, %" for name in names)], lines, label=f"Classifiers, {data.name}"), note])
 
 
@@ -226,7 +226,7 @@ def _final(row: Row, classifier: str) -> float:
 
 
 def phases(data: DataSet) -> list[Raw]:
-    """[NCD] Fig. 3: test accuracy by temperature and batch size, a grid per loss that has one."""
+    """[NCD] Fig. 3: test accuracy by temperature and batch size, one grid per loss with such runs."""
     grids: dict[str, dict[tuple[float, int], Row]] = {}
     for row in data.rows:
         key = (row.settings["loss.temperature"], row.settings["run.batch_size"])

@@ -1,0 +1,118 @@
+"""The documentation says what the package does: its code runs, its figures are those of the reports."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import math
+import pkgutil
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+import nckernels
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+NAMES = {"torch": torch, "nn": nn, "F": F, "math": math, "nckernels": nckernels}
+"""What the examples of docstrings need not import."""
+
+BLOCK = re.compile(r"^(?P<not_run><!-- not run: .+ -->\n+)?```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
+PAGES = (
+    "quickstart",
+    "choosing-a-loss",
+    "temperature-and-batch",
+    "migrating",
+    "training-at-speed",
+    "many-classes",
+    "backends-and-memory",
+    "errors",
+)
+"""Pages whose blocks are all run, in order and in one namespace, but for those that are marked."""
+
+
+def public_modules() -> list[str]:
+    """All modules but the private ones, and those that need what need not be installed."""
+    found = pkgutil.walk_packages(nckernels.__path__, "nckernels.")
+    names = ["nckernels", *(m.name for m in found)]
+    return [name for name in names if not re.search(r"\._|triton|quack|train\.vision", name)]
+
+
+def test_examples_of_docstrings() -> None:
+    finder, runner, count = doctest.DocTestFinder(exclude_empty=True), doctest.DocTestRunner(optionflags=OPTIONS), 0
+    for name in public_modules():
+        for example in finder.find(importlib.import_module(name), globs=dict(NAMES)):
+            torch.manual_seed(0)
+            count += runner.run(example).attempted
+    assert runner.failures == 0
+    assert count > 200  # they have been found
+
+
+@pytest.fixture
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The environment that torchrun gives to a job of one process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_of_pages(page: str, one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order and in one namespace, as a reader would: ``python`` as it stands, ``pycon`` with what it prints."""
+    if page == "migrating":
+        pytest.importorskip("pytorch_metric_learning")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    for block in BLOCK.finditer((DOCS / f"{page}.md").read_text(encoding="utf-8")):
+        if block["not_run"]:
+            continue
+        if block["language"] == "python":
+            exec(compile(block["code"], f"{page}.md", "exec"), names)
+        elif block["language"] == "pycon":
+            example = doctest.DocTestParser().get_doctest(block["code"], {}, page, f"{page}.md", 0)
+            example.globs = names
+            runner = doctest.DocTestRunner(optionflags=OPTIONS)
+            runner.run(example, clear_globs=False)
+            assert runner.failures == 0
+    if page == "quickstart":
+        assert names["accuracy"] > 0.9
+        assert names["means_accuracy"] > 0.9
+
+
+def test_quoted_messages_are_those_of_the_code() -> None:
+    """The tables of errors.md, whose errors need what a test has not: every part is in a string of the package."""
+    strings = [
+        node.value
+        for path in Path(nckernels.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    rows = re.findall(r"^\| (?:warning )?`([^`]* [^`]*)` \|", (DOCS / "errors.md").read_text(encoding="utf-8"), re.M)
+    assert len(rows) > 10
+    for message in rows:
+        for part in re.split(r"…|'world'", message):
+            assert any(part.strip(" .;:,=") in text for text in strings), part
+
+
+@pytest.mark.parametrize("page", ["README", "choosing-a-loss", "temperature-and-batch"])
+def test_figures_are_those_of_the_results(page: str) -> None:
+    """A program writes results.md; what other pages repeat of it must not stay behind."""
+    results = (DOCS / "results.md").read_text(encoding="utf-8")
+    figures = re.findall(r"[+-]?[\d.]+ ± [\d.]+", (DOCS / f"{page}.md").read_text(encoding="utf-8"))
+    assert figures
+    assert [figure for figure in figures if figure not in results] == []
