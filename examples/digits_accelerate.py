@@ -23,10 +23,10 @@ import nckernels
 class Net(nn.Module):
     """Logits, or with labels the loss."""
 
-    def __init__(self, process_group: str | None) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 32))
-        self.head = nckernels.PrototypeClassifier(32, 10, loss="nonl", process_group=process_group)
+        self.head = nckernels.PrototypeClassifier(32, 10, loss="nonl", process_group="world")
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         return self.head(self.body(x), y)
@@ -47,7 +47,7 @@ def main() -> None:
     x, y = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
     train = DataLoader(TensorDataset(x[:1440], y[:1440]), 128, shuffle=True, drop_last=True)
     held_out = DataLoader(TensorDataset(x[1440:], y[1440:]), 128)
-    model = Net("world" if accelerator.num_processes > 1 else None)
+    model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     model, optimizer, train, held_out = accelerator.prepare(model, optimizer, train, held_out)
 

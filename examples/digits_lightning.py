@@ -26,11 +26,8 @@ class DigitClassifier(L.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.body = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 32))
-        self.head = nckernels.PrototypeClassifier(32, 10, loss="nonl")
+        self.head = nckernels.PrototypeClassifier(32, 10, loss="nonl", process_group="world")
         self.accuracy = MulticlassAccuracy(10, average="micro")
-
-    def setup(self, stage: str) -> None:
-        self.head.criterion.process_group = "world" if self.trainer.world_size > 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.body(x))

@@ -33,9 +33,9 @@ class FusedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None) -> Tensor:
         queries, *documents = embeddings  # the positives, then hard negatives
-        target = torch.arange(len(queries), device=queries.device)
-        options = {"temperature": self.temperature, "process_group": "world" if self.gather_across_devices else None}
-        return nckernels.info_nce_loss(queries, torch.cat(documents), target, **options)
+        group = "world" if self.gather_across_devices else None
+        keys = torch.cat(documents)
+        return nckernels.info_nce_loss(queries, keys, temperature=self.temperature, process_group=group)
 
 
 def docstrings() -> Dataset:

@@ -1,7 +1,8 @@
 """Resolves which processes a loss spans, and checks that they use the same options.
 
 A loss takes ``process_group``: None for this process alone, ``"world"`` for the default group, which is looked up
-when the loss is called, or a group of :func:`torch.distributed.new_group`.
+when the loss is called, or a group of :func:`torch.distributed.new_group`. A process that no launcher has started
+with others is the whole world, so that one program runs on one device and on many.
 """
 
 from __future__ import annotations
@@ -52,12 +53,15 @@ def resolve(process_group: GroupLike) -> Ranks | None:
 
     Raises:
         TypeError: if ``process_group`` is something else.
-        ValueError: if ``torch.distributed`` is not initialised, or this process is not in the group.
+        ValueError: if ``torch.distributed`` is not initialised although there are other processes, or this process is
+            not in the group.
     """
     check(process_group)
     if process_group is None:
         return None
     if not (dist.is_available() and dist.is_initialized()):
+        if process_group == WORLD and os.environ.get("WORLD_SIZE", "1") == "1":
+            return None
         raise ValueError(
             f"process_group={process_group!r} needs a call of torch.distributed.init_process_group first; "
             "process_group=None is this process alone"

@@ -207,10 +207,17 @@ def test_a_group_without_this_rank_is_an_error(ranks2: Ranks) -> None:
     assert (len(member), len(other)) == (0, 9)
 
 
-def test_world_without_a_process_group_is_an_error() -> None:
-    """Without init_process_group there is no default group to look up, and the message says so."""
+def test_world_without_init_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that was started alone is the world; one of several must initialise it, and the message says so."""
     assert not dist.is_initialized()
-    with pytest.raises((ValueError, RuntimeError), match=r"init_process_group|process group"):
+    torch.manual_seed(0)
+    expected = call(process_group=None)
+    for alone in ("", "1"):
+        monkeypatch.setenv("WORLD_SIZE", alone) if alone else monkeypatch.delenv("WORLD_SIZE", raising=False)
+        torch.manual_seed(0)
+        assert torch.equal(call(), expected)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="init_process_group"):
         call()
 
 
