@@ -22,11 +22,11 @@ endif
 
 PYTEST := $(PY) -m pytest -q
 # Tests run in two processes of one thread each: quicker, and no threads that wait for each other.
-PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadgroup
+PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n 2
 
 CXX_FILES := $(wildcard csrc/*/*.[ch]* tests/cuda_host/*.h tests/cuda_host/*.cpp tests/aarch64/*.cpp benchmarks/*.cpp)
 
-.PHONY: help setup demo test test-all test-gpu test-vision sanitize lint dist check-installs check-cuda check-triton check-triton-quick check-quack check-aarch64 bench bench-report experiments docs clean
+.PHONY: help setup demo test test-all test-gpu test-vision sanitize lint dist check-installs check-cuda check-cuda-quick check-triton check-triton-quick check-quack check-aarch64 bench bench-report experiments docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -36,16 +36,17 @@ setup: $(READY) ## make .venv with torch and everything the targets need
 demo: $(READY) ## train CE, NormFace, NTCE, NONL and SupCon on digits; table and out/demo/demo.png
 	$(PY) -m nckernels demo --out out/demo
 
-test: lint check-cuda check-triton-quick ## lint, types, offline compilation of GPU kernels, all quick tests
+test: $(READY) $(TRITON36)/.ready ## lint, types, offline compilation of GPU kernels, all quick tests; ten minutes
+	$(MAKE) --jobs 2 --output-sync lint check-cuda-quick check-triton-quick
 	$(PARALLEL) tests --ignore tests/interpreter -m "not slow and not cuda"
 	TRITON_INTERPRET=1 $(PARALLEL) tests/interpreter -m "not slow and not cuda"
 
-test-all: lint check-cuda check-triton check-quack check-aarch64 ## everything, the slow tests too
-	$(PARALLEL) tests --ignore tests/interpreter -m "not cuda"
-	TRITON_INTERPRET=1 $(PARALLEL) tests/interpreter -m "not cuda"
+test-all: lint check-cuda check-triton check-quack check-aarch64 ## everything, the slow tests and every combination of parameters too
+	$(PARALLEL) tests --ignore tests/interpreter -m "not cuda" --full-grid
+	TRITON_INTERPRET=1 $(PARALLEL) tests/interpreter -m "not cuda" --full-grid
 
 test-gpu: $(READY) ## the tests that need a CUDA device (make test-gpu PY=python3); TEST_SECONDS=... for as many as fit
-	$(PYTEST) tests --ignore tests/interpreter --ignore tests/cuda_host --continue-on-collection-errors -m cuda \
+	$(PYTEST) tests --ignore tests/interpreter --ignore tests/cuda_host --continue-on-collection-errors -m cuda --full-grid \
 	  $(addprefix --seconds=,$(TEST_SECONDS))
 
 sanitize: $(READY) ## the native backend's tests under the address and undefined-behaviour sanitizers
@@ -53,10 +54,10 @@ sanitize: $(READY) ## the native backend's tests under the address and undefined
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 NCKERNELS_BACKEND=native \
 	$(PYTEST) tests/test_primitive.py tests/test_losses.py tests/test_autograd.py tests/test_native.py tests/test_fuzz.py \
-	  $(addprefix tests/test_contrastive,.py _autograd.py _degenerate.py _modules.py) -k native
+	  $(addprefix tests/test_contrastive,.py _autograd.py _degenerate.py _modules.py) -k native --full-grid
 
 test-vision: $(VISION)/.ready ## with torchvision, timm and the examples' frameworks, under a newer torch (6.2 GB): examples, and our own tests
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VISION)/bin/python -m pytest -q -n 2 --dist loadgroup tests/train tests/lab tests/examples \
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VISION)/bin/python -m pytest -q -n 2 tests/train tests/lab tests/examples \
 	  $(addprefix tests/test_,primitive.py losses.py autograd.py modules.py native.py integration.py) -m "not slow and not cuda"
 
 lint: $(READY) ## ruff, mypy and clang-format
@@ -68,13 +69,16 @@ lint: $(READY) ## ruff, mypy and clang-format
 check-cuda: $(READY) ## compile every CUDA kernel for sm_80 and sm_90a, no GPU needed
 	$(PY) tools/check_cuda.py
 
+check-cuda-quick: $(READY) ## the same for sm_90a, from which sm_80 differs in csrc/cuda/hopper.h only
+	$(PY) tools/check_cuda.py --quick
+
 check-triton: $(READY) $(TRITON36)/.ready ## compile every Triton kernel for sm_80, sm_90 and sm_100, no GPU needed
 	$(PY) tools/check_triton.py
 	PYTHONPATH=$(TRITON36) $(PY) tools/check_triton.py
 
-check-triton-quick: $(READY) $(TRITON36)/.ready ## the same for one specialisation of each kernel
+check-triton-quick: $(READY) $(TRITON36)/.ready ## the same for one specialisation of each kernel; the oldest Triton for sm_90
 	$(PY) tools/check_triton.py --quick
-	PYTHONPATH=$(TRITON36) $(PY) tools/check_triton.py --quick
+	PYTHONPATH=$(TRITON36) $(PY) tools/check_triton.py --quick --arch 90
 
 check-quack: $(READY) ## compile quack's product with our epilogues for sm_90a, sm_100a and sm_120a, where quack is there
 	$(PY) tools/check_quack.py

@@ -74,9 +74,6 @@ FORMS: dict[str, Callable[..., Tensor]] = {
     "naive-nonl": functools.partial(naive, "nonl"),
 }
 
-# One process measures all cases of this file.
-pytestmark = pytest.mark.xdist_group("memory")
-
 # 16384 x 4000 floats are 250 MiB.
 NAIVE = [Case(form, 16384, 4000, 64, None) for form in ("naive-normface", "naive-nonl")]
 DEFAULT = [Case(form, 16384, 4000, 64, None) for form in ("nonl", "ntce", "normface", "nonl-both")]

@@ -427,6 +427,7 @@ def exact_step(x: Tensor, w: Tensor, y: Tensor, loss: str, **options: object) ->
     return value.detach(), *torch.autograd.grad(value, wide)
 
 
+@pytest.mark.covers(2)
 @pytest.mark.usefixtures("_restore_threads")
 @pytest.mark.parametrize(("dtype", "threads"), [(torch.float64, 1), (torch.float32, 2), (torch.bfloat16, 1)])
 @pytest.mark.parametrize("shape", [(1500, 400, 40), (700, 900, 24), (601, 630, 300)])
@@ -654,58 +655,67 @@ def test_leaves_take_over_the_memory_of_a_step() -> None:
 @pytest.mark.parametrize("threads", [1, 8])
 @pytest.mark.parametrize("workspace", [MIB, 8 * MIB])
 @pytest.mark.parametrize("in_one_step", [True, False])
+@pytest.mark.parametrize("shape", [(4096, 600, 64), (600, 20_000, 32), (300, 200, 512), (4096, 20, 700)])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_scratch_stays_within_the_workspace(loss: str, in_one_step: bool, workspace: int, threads: int) -> None:
+def test_scratch_stays_within_the_workspace(
+    loss: str, shape: tuple[int, int, int], in_one_step: bool, workspace: int, threads: int
+) -> None:
     """Scratch of the C++ code (which torch's allocator does not see) plus the tiles kept for a backward pass."""
     torch.set_num_threads(threads)
+    m, k, _ = shape
+    x, w, y = problem(*shape)
     with nckernels.use_workspace(workspace):
-        for m, k, d in ((4096, 600, 64), (600, 20_000, 32), (300, 200, 512), (4096, 20, 700)):
-            x, w, y = problem(m, k, d)
-            native.peak_scratch()
-            if in_one_step:
-                step(x, w, y, loss)
-                kept = 0
-            else:
-                torch.autograd.grad(LOSSES[loss](x, w, y, reduction="none").sum(), (x, w))
-                spec = nckernels.backends.base.Spec("class", "target", loss != "normface", -100, workspace)
-                kept = 4 * native.BACKEND.kept_numel(torch.device("cpu"), torch.float32, m, k, spec)
-            vectors = 256 * (m + k)
-            assert native.peak_scratch() + kept <= workspace + vectors, (m, k, d)
+        native.peak_scratch()
+        if in_one_step:
+            step(x, w, y, loss)
+            kept = 0
+        else:
+            torch.autograd.grad(LOSSES[loss](x, w, y, reduction="none").sum(), (x, w))
+            spec = nckernels.backends.base.Spec("class", "target", loss != "normface", -100, workspace)
+            kept = 4 * native.BACKEND.kept_numel(torch.device("cpu"), torch.float32, m, k, spec)
+        assert native.peak_scratch() + kept <= workspace + 256 * (m + k)
 
 
+triangles = pytest.mark.parametrize(("m", "d"), [(300, 64), (5000, 64), (1500, 512), (9000, 16)])
+
+
+@pytest.mark.covers(2)
 @pytest.mark.usefixtures("_restore_threads")
 @pytest.mark.parametrize("threads", [1, 2, 8])
 @pytest.mark.parametrize("workspace", [2 * MIB, 8 * MIB])
 @pytest.mark.parametrize("wanted", ["features", "inv_temperature", "logit_bias"])
-def test_symmetric_scratch_stays_within_the_workspace(wanted: str, workspace: int, threads: int) -> None:
+@triangles
+def test_symmetric_scratch_stays_within_the_workspace(
+    m: int, d: int, wanted: str, workspace: int, threads: int
+) -> None:
     torch.set_num_threads(threads)
     spec = nckernels.backends.base.Spec("instance", "self", False, -100, workspace, symmetric=True)
+    x, _, y = problem(m, m, d)
+    beta, bias = torch.tensor(10.0), torch.zeros(m)
+    leaf = {"features": x, "inv_temperature": beta, "logit_bias": bias}[wanted]
+    for tensor in (x, beta, bias):
+        tensor.requires_grad_(tensor is leaf)
     with nckernels.use_backend("native"), nckernels.use_workspace(workspace):
-        for m, d in ((300, 64), (5000, 64), (1500, 512), (9000, 16)):
-            x, _, y = problem(m, m, d)
-            beta, bias = torch.tensor(10.0), torch.zeros(m)
-            leaf = {"features": x, "inv_temperature": beta, "logit_bias": bias}[wanted]
-            for tensor in (x, beta, bias):
-                tensor.requires_grad_(tensor is leaf)
-            native.peak_scratch()
-            lse, pos = nckernels.cosine_lse(x, x, y, beta, exclude="self", direction="instance", logit_bias=bias)
-            torch.autograd.grad((lse - pos).mean(), leaf)
-            kept = 4 * native.BACKEND.kept_numel(x.device, x.dtype, m, m, spec)
-            assert kept <= workspace // 2
-            assert native.peak_scratch() + kept <= workspace + 256 * 2 * m, (m, d)
+        native.peak_scratch()
+        lse, pos = nckernels.cosine_lse(x, x, y, beta, exclude="self", direction="instance", logit_bias=bias)
+        torch.autograd.grad((lse - pos).mean(), leaf)
+        kept = 4 * native.BACKEND.kept_numel(x.device, x.dtype, m, m, spec)
+        assert kept <= workspace // 2
+        assert native.peak_scratch() + kept <= workspace + 256 * 2 * m
 
 
+@pytest.mark.covers(2)
 @pytest.mark.usefixtures("_restore_threads")
 @pytest.mark.parametrize("threads", [1, 2, 8])
 @pytest.mark.parametrize("workspace", [2 * MIB, 8 * MIB])
-def test_scratch_of_a_supervised_step_stays_within_the_workspace(workspace: int, threads: int) -> None:
+@triangles
+def test_scratch_of_a_supervised_step_stays_within_the_workspace(m: int, d: int, workspace: int, threads: int) -> None:
     torch.set_num_threads(threads)
+    x, _, y = problem(m, 10, d)
     with nckernels.use_backend("native"), nckernels.use_workspace(workspace):
-        for m, d in ((300, 64), (5000, 64), (1500, 512), (9000, 16)):
-            x, _, y = problem(m, 10, d)
-            native.peak_scratch()
-            torch.autograd.grad(nckernels.supcon_loss(x, y), x)
-            assert native.peak_scratch() <= workspace + 256 * 2 * m, (m, d)
+        native.peak_scratch()
+        torch.autograd.grad(nckernels.supcon_loss(x, y), x)
+        assert native.peak_scratch() <= workspace + 256 * 2 * m
 
 
 def test_symmetric_kept_tiles_are_half_of_the_matrix() -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -113,7 +114,9 @@ def compile_one(nvcc: str, version: str, source: str, arch: str) -> Outcome:
         return Outcome(label, seconds, [], log)
     kernels = parse(log, arch)
     kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps([asdict(kernel) for kernel in kernels]))
+    partial = kept.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps([asdict(kernel) for kernel in kernels]))
+    partial.replace(kept)  # never half a file under the final name
     return Outcome(label, seconds, kernels)
 
 

@@ -6,11 +6,16 @@ The backend's own launch code runs on small CPU tensors, with its launch functio
 compiles the recorded kernels, with the tiles that ``config.py`` chooses for the architecture. Exits with 1 if a kernel
 spills registers, needs more shared or tensor memory than the device has, stores a panel two bytes at a time, or has a
 matrix product that does not run on tensor cores (except float32 at "highest", which must run as fused multiply-adds).
+
+The row of a kernel without findings is kept in out/check_triton. The kernel is compiled again when its source, its
+specialisation, Triton or this file changes.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import multiprocessing
 import os
 import re
@@ -39,6 +44,7 @@ from nckernels.backends import quack
 from nckernels.backends.base import Inputs, Needs, OutputGrads, Reduced, Spec
 from nckernels.backends.triton import TritonBackend, config, dispatch, launch
 
+KEPT = Path(__file__).resolve().parents[1] / "out" / "check_triton"
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 TENSOR_MEMORY_COLUMNS = 512
 TENSOR_CORES = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)")
@@ -266,8 +272,29 @@ def usage(cubin: bytes, ptx: str, arch: int) -> tuple[int, int]:
         return registers, sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
 
 
+def kept(job: Job) -> Path:
+    """Where the row of a kernel that was found good is kept."""
+    specialised = (job.label, job.arch, job.tensor_cores, job.signature, job.constants, job.divisible, job.options)
+    # Triton's key of a kernel covers the functions that it calls.
+    parts = (job.kernel.cache_key, repr(specialised), triton.__version__, Path(__file__).read_text())
+    return KEPT / f"{job.kernel.__name__}_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.json"
+
+
 def build(index: int) -> Outcome:
     job = JOBS[index]
+    file = kept(job)
+    if file.exists():
+        return Outcome(json.loads(file.read_text()) + "  kept", ())
+    outcome = compile_(job)
+    if not outcome.problems:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(outcome.row))
+        partial.replace(file)  # never half a file under the final name
+    return outcome
+
+
+def compile_(job: Job) -> Outcome:
     source = ASTSource(
         job.kernel,
         dict(job.signature),

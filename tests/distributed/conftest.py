@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from ranks import Ranks
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All tests with ranks run in one process of pytest-xdist, so that there is one set of processes."""
-    for item in items:
-        if item.path.is_relative_to(Path(__file__).parent):
-            item.add_marker(pytest.mark.xdist_group("ranks"))
 
 
 @pytest.fixture(scope="session")
