@@ -16,7 +16,9 @@ namespace nckernels {
 template <class T>
 struct Output {
   GradientRows<T> rows;
-  T* sums = nullptr;  // accumulator for rows that are rounded after several passes
+  // Accumulator for rows that are rounded after several passes: row by row, or for dL/dw and engines with
+  // PANELS_APART in the layout of G::times_features for all columns.
+  T* sums = nullptr;
   bool first = true, last = true;
 
   T* sums_of(int64_t j, int64_t d) const { return rows.place(j, sums ? sums + j * d : nullptr); }
@@ -62,12 +64,14 @@ class BackwardPass {
         s_.pack_prototypes(first, block.count, q, room.v,
                            need_rows_ ? static_cast<Operand*>(room.v_rows) : nullptr);
       });
-      if (w_.rows) std::fill(static_cast<T*>(room.grad_v), room.grad_v + block.panels * NR * s_.d_pad, T(0));
+      if (w_.rows && (w_.first || !sums_in_panels()))
+        std::fill_n(columns_of(room, block), block.panels * NR * s_.d_pad, T(0));
       for (int64_t begin = 0; begin < s_.tiles; begin += room.group) {
         make_rows(room, block, begin);
         if (w_.rows) add_columns(room, block, begin);
       }
-      if (w_.rows) parallel(p_.threads, block.panels, [&](int64_t q) { finish_columns(room, block, q); });
+      if (w_.rows && (w_.last || !sums_in_panels()))
+        parallel(p_.threads, block.panels, [&](int64_t q) { finish_columns(room, block, q); });
     }
     if (!g_.beta) return;
     double total = 0;
@@ -104,7 +108,7 @@ class BackwardPass {
           class_energy(s.all_panels, 0.0),
           lost(energy.size(), 0.0),
           sums(pass.z_.rows && !pass.z_.sums_of(0, 0) && s.block_k < pass.columns_.count ? s.p.m * s.p.d : 0),
-          grad_v(pass.w_.rows ? widest * s.d_pad : 0),
+          grad_v(pass.w_.rows && !pass.sums_in_panels() ? widest * s.d_pad : 0),
           bias_shares(g.class_bias && g.instance_lse ? group * widest : 0),
           v(s.kept_tiles < s.tiles ? widest * G::inner(s.p.d) : 0),
           v_rows(pass.need_rows_ ? widest * s.d_pad : 0),
@@ -282,6 +286,14 @@ class BackwardPass {
     for (int v = 0; v < NV && bias_share; v++) store(bias_share + q * NR + v * W, column[v]);
   }
 
+  // Whether dL/dV accumulates over passes in the layout of the products; otherwise row by row.
+  bool sums_in_panels() const { return G::PANELS_APART && w_.sums; }
+
+  // The accumulator of dL/dV of a block.
+  T* columns_of(Room& room, const Block& block) const {
+    return sums_in_panels() ? w_.sums + block.first * s_.d_pad : room.grad_v.data();
+  }
+
   // dL/dU of a tile: A V, summed over column blocks and passes, and after the last one taken through the
   // normalisation. dL/dbeta is linear in A V, so that for it alone nothing needs to be summed.
   void add_rows(Room& room, const Block& block, int64_t tile, const Operand* a) {
@@ -323,7 +335,7 @@ class BackwardPass {
         const int64_t rows = s_.padded_rows(begin + tile);
         const Operand* a = G::by_columns(room.entries_of(tile, s_), s_.tile_m * room.widest);
         G::times_features(rows, rows, first * NR, std::min(block.count, last * NR), f_first, f_last, a,
-                          room.u_rows_of(tile, s_), s_.d_pad, padded, room.grad_v);
+                          room.u_rows_of(tile, s_), s_.d_pad, padded, columns_of(room, block));
       }
     });
   }
@@ -333,15 +345,15 @@ class BackwardPass {
     const int64_t d = p_.d, padded = block.panels * NR;
     Buffer<T> lines(G::COLUMNS * s_.d_pad), row_line(s_.w.line());
     for (int64_t c = panel * NR; c < std::min(block.count, (panel + 1) * NR); c++) {
-      if (c % G::COLUMNS == 0) G::gather_columns(room.grad_v, padded, c, s_.d_pad, lines);
+      if (c % G::COLUMNS == 0) G::gather_columns(columns_of(room, block), padded, c, s_.d_pad, lines);
       T* x = lines + c % G::COLUMNS * s_.d_pad;
       const int64_t id = columns_.class_of(block.first + c);
       if (!columns_.reads(block.first + c)) {
         if (w_.last) w_.rows.clear(id);
         continue;
       }
-      T* const sums = w_.sums_of(id, d);
-      if (!w_.first)
+      T* const sums = sums_in_panels() ? nullptr : w_.sums_of(id, d);
+      if (sums && !w_.first)
         for (int64_t i = 0; i < d; i++) x[i] += sums[i];
       if (!w_.last) {
         std::copy_n(x, d, sums);

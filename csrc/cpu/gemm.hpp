@@ -215,6 +215,9 @@ struct Gemm {
       }
   }
 
+  // Whether the result for a panel of columns has a place that does not depend on the other columns.
+  static constexpr bool PANELS_APART = false;
+
   // Classes [first, last) and panels [f_first, f_last) of features: out[d panel][columns][NR] += A^T U over
   // the first `rows` of m. u: [d panel][m][NR].
   static void times_features(long m, long rows, long first, long last, long f_first, long f_last, const T* a,

@@ -176,6 +176,8 @@ struct GemmBfloat16 {
       }
   }
 
+  static constexpr bool PANELS_APART = true;
+
   // out[panel of columns][d_pad][NR]; a: the entries in pairs of samples, u: U^T.
   static void times_features(long m, long rows, long first, long last, long f_first, long f_last,
                              const Operand* a, const Operand* u, long d_pad, long /*columns*/, T* out) {

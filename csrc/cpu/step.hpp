@@ -135,7 +135,8 @@ class StepPass {
   void by_rows() {
     const int64_t m = p_.m, fit = kept_.size() / std::max<int64_t>(round_up(columns_.count, NR), 1);
     const int64_t height = part(m, std::max(fit - TALLEST, (fit - 2 * MR) * 8 / 9), MR);
-    const Buffer<T> sums(step_.w && step_.rounded && height < m ? p_.k * p_.d : 0);
+    const int64_t columns = G::PANELS_APART ? round_up(columns_.count, NR) * round_up(p_.d, NR) : p_.k * p_.d;
+    const Buffer<T> sums(step_.w && step_.rounded && height < m ? columns : 0);
     for (int64_t first = 0; first == 0 || first < m; first += height) {
       const int64_t count = std::min(height, m - first);
       Columns some = columns_;
