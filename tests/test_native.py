@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import oracle
@@ -449,6 +450,55 @@ def test_a_step_in_parts(loss: str, shape: tuple[int, int, int], dtype: torch.dt
             found = value.detach(), *torch.autograd.grad(value, (x, w, temperature))
         for a, b in zip(found, expected, strict=True):
             assert (a.double() - b).norm() <= bound * b.norm()
+
+
+IN_THE_GRADIENT: dict[str, Callable[..., Tensor]] = {
+    **LOSSES,
+    "both": functools.partial(nckernels.nonl_loss, direction="both"),
+    "smoothing": functools.partial(nckernels.normface_loss, label_smoothing=0.1),
+    "arcface": functools.partial(nckernels.normface_loss, angular_margin=0.2),
+}
+
+
+@pytest.mark.covers(2)
+@pytest.mark.usefixtures("_restore_threads")
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("m", [5, 192, 1000])  # with a last tile that is whole, and with one that is not
+@pytest.mark.parametrize("temperature", [0.1, 0.01])  # exponentials, and logits
+@pytest.mark.parametrize("form", IN_THE_GRADIENT)
+def test_gradient_rows_hold_exponentials(
+    form: str, temperature: float, m: int, dtype: torch.dtype, threads: int
+) -> None:
+    """Where a row of the gradient is as long as one of the matrix; other memory holds them if nobody wants it."""
+    torch.set_num_threads(threads)
+    d = 300 if dtype == torch.bfloat16 else 150
+    x, w, y = problem(m, 100, d, dtype=dtype, seed=3)
+    y[2::5] = -100
+    loss, found = IN_THE_GRADIENT[form], []
+    with nckernels.use_backend("native"), nckernels.use_workspace(4 * MIB):
+        for leaves in ((x, w), (w,)):
+            value = loss(x if len(leaves) == 2 else x.detach(), w, y, temperature=temperature)
+            found += [value.detach(), *torch.autograd.grad(value, leaves)]
+    wide = [t.detach().double().requires_grad_() for t in (x, w)]
+    with nckernels.use_backend("reference"):
+        exact = loss(*wide, y, temperature=temperature)
+    by_x, by_w = torch.autograd.grad(exact, wide)
+    bound = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 8e-3}[dtype]
+    for a, b in zip(found, (exact.detach(), by_x, by_w, exact.detach(), by_w), strict=True):
+        assert (a.double() - b).norm() <= bound * b.norm()
+
+
+@pytest.mark.parametrize("loss", ["nonl", "normface"])
+def test_gradient_rows_save_scratch(loss: str) -> None:
+    x, w, y = problem(8000, 100, 150)
+    peaks = []
+    with nckernels.use_backend("native"), nckernels.use_workspace(64 * MIB):
+        for features in (x, x.detach()):
+            native.peak_scratch()
+            LOSSES[loss](features, w, y)
+            peaks.append(native.peak_scratch())
+    assert peaks[0] < 4 * 8000 * 100 < peaks[1]
 
 
 @pytest.mark.parametrize("wanted", ["features", "prototypes"])

@@ -47,14 +47,19 @@ class GradientRows {
   explicit operator bool() const { return data_; }
   GradientRows from_row(int64_t j) const { return {data_ ? at(j) : nullptr, rounded_, d_}; }
 
+  int64_t bytes_of_row() const { return d_ * size(); }
+
   // Row j if it has numbers of T, which can be sums until it is complete; else `line`.
   T* place(int64_t j, T* line) const { return data_ && !rounded_ ? reinterpret_cast<T*>(at(j)) : line; }
 
   // Stores row j, which is complete, unless it was computed in place.
   void put(int64_t j, const T* x) const {
     if (!data_ || !rounded_) return;
-    uint16_t* to = reinterpret_cast<uint16_t*>(at(j));
-    for (int64_t i = 0; i < d_; i++) to[i] = to_bfloat16(static_cast<float>(x[i]));
+    char* const to = at(j);
+    for (int64_t i = 0; i < d_; i++) {
+      const uint16_t rounded = to_bfloat16(static_cast<float>(x[i]));
+      std::memcpy(to + i * sizeof rounded, &rounded, sizeof rounded);  // may replace numbers of T
+    }
   }
   void clear(int64_t j) const {
     if (data_) std::memset(at(j), 0, d_ * size());

@@ -5,6 +5,9 @@
 // its sums are complete, while its exponentials are still in the workspace, and no tile is computed twice.
 // Sums are complete for whole columns in the class direction and for whole rows in the instance direction.
 // The matrix is cut into as few such parts as the workspace allows. With both directions it stays whole.
+//
+// The memory of the features' gradient is unused until its rows are complete. If a row of it is as long as a
+// row of exponentials (1000 classes, 2048 features), it holds them, and the matrix stays whole too.
 #pragma once
 
 #include "backward.hpp"
@@ -35,9 +38,9 @@ class StepPass {
         per_class_(p.by_class ? p.k : 0),
         per_row_(p.by_instance ? p.m : 0),
         per_pos_(p.m),
-        kept_(p.pos ? 0
-                    : std::min<int64_t>(padded(p.m) * round_up(columns.count, NR),
-                                        may_keep(p, columns) / static_cast<int64_t>(sizeof(T)))) {
+        kept_(p.pos || fits_gradient() ? 0
+                                       : std::min<int64_t>(padded(p.m) * round_up(columns.count, NR),
+                                                           may_keep(p, columns) / int64_t(sizeof(T)))) {
     if (p.pos) return;
     p_.class_lse = sums_;
     p_.instance_lse = sums_ + (p.by_class ? p.k : 0);
@@ -46,6 +49,9 @@ class StepPass {
     p_.w_rnorm = rnorm_ + p.m;
     p_.kept = kept_;
     p_.kept_size = kept_.size();
+    if (!fits_gradient()) return;
+    p_.kept = step.z;
+    p_.kept_row = rows(step.z).bytes_of_row();
   }
 
   void run() {
@@ -85,6 +91,14 @@ class StepPass {
   }
 
  private:
+  // Whether the gradient of the features has space for the exponentials: in its rows, with all columns in one
+  // block. The gradient's rows are written after all exponentials of their tile have been read.
+  bool fits_gradient() const {
+    const int64_t width = round_up(columns_.count, NR);
+    return step_.z && p_.m && width && width * int64_t(sizeof(T)) <= rows(step_.z).bytes_of_row() &&
+           width * Tiles<G>::bytes_of_column(p_.d) <= p_.workspace - p_.workspace / 4;
+  }
+
   // Bytes for exponentials: three quarters of the workspace, less a block of columns. The block has all
   // columns if half of the workspace holds them, so that features are packed once.
   static int64_t may_keep(const Problem& p, const Columns& columns) {
@@ -117,7 +131,8 @@ class StepPass {
 
   void by_columns() {
     share_out();
-    const int64_t n = columns_.count, width = part(n, kept_.size() / padded(p_.m), NR);
+    const int64_t n = columns_.count;
+    const int64_t width = p_.kept_row ? n : part(n, kept_.size() / padded(p_.m), NR);
     const Buffer<T> sums(step_.z && step_.rounded && width < n ? p_.m * p_.d : 0);
     for (int64_t first = 0; first == 0 || first < n; first += width) {
       const int64_t count = std::min(width, n - first);
@@ -134,7 +149,7 @@ class StepPass {
 
   void by_rows() {
     const int64_t m = p_.m, fit = kept_.size() / std::max<int64_t>(round_up(columns_.count, NR), 1);
-    const int64_t height = part(m, std::max(fit - TALLEST, (fit - 2 * MR) * 8 / 9), MR);
+    const int64_t height = p_.kept_row ? m : part(m, std::max(fit - TALLEST, (fit - 2 * MR) * 8 / 9), MR);
     const int64_t columns = G::PANELS_APART ? round_up(columns_.count, NR) * round_up(p_.d, NR) : p_.k * p_.d;
     const Buffer<T> sums(step_.w && step_.rounded && height < m ? columns : 0);
     for (int64_t first = 0; first == 0 || first < m; first += height) {

@@ -74,7 +74,10 @@ struct Tiles {
     tile_m = std::clamp<int64_t>(std::min(quarter / per_row, even), MR, TALLEST) / MR * MR;
     tiles = (p.m + tile_m - 1) / tile_m;
     const int64_t per_tile = tile_m * all_panels * NR;
-    kept_tiles = kept && per_tile ? std::min(tiles, room_to_keep() / per_tile) : 0;
+    if (p.kept_row)  // the padding of the last tile may exceed the gradient
+      kept_tiles = rows(tiles - 1) == padded_rows(tiles - 1) ? tiles : tiles - 1;
+    else
+      kept_tiles = kept && per_tile ? std::min(tiles, room_to_keep() / per_tile) : 0;
   }
 
   // Numbers in the kept tiles; one more holds the height of a tile.
@@ -83,10 +86,10 @@ struct Tiles {
   // The height of a tile depends on the number of threads, which can change between forward and backward, for
   // example in a child process. Tiles of another height cannot be read and are computed again.
   void sign_kept() const {
-    if (kept && p.kept_size) kept[p.kept_size - 1] = static_cast<T>(tile_m);
+    if (kept && p.kept_size && !p.kept_row) kept[p.kept_size - 1] = static_cast<T>(tile_m);
   }
   void check_kept() {
-    if (kept_tiles && kept[p.kept_size - 1] != static_cast<T>(tile_m)) kept_tiles = 0;
+    if (kept_tiles && !p.kept_row && kept[p.kept_size - 1] != static_cast<T>(tile_m)) kept_tiles = 0;
   }
 
   int64_t kept_bytes() const { return kept ? p.kept_size * static_cast<int64_t>(sizeof(T)) : 0; }
@@ -115,7 +118,10 @@ struct Tiles {
   bool valid(int64_t j) const { return columns.positive[j] >= 0; }
 
   T* kept_tile(int64_t tile, int64_t first_panel) const {
-    return kept + (tile * all_panels * tile_m + first_panel * padded_rows(tile)) * NR;
+    T* const at = p.kept_row
+                      ? reinterpret_cast<T*>(reinterpret_cast<char*>(kept) + first_row(tile) * p.kept_row)
+                      : kept + tile * all_panels * tile_m * NR;
+    return at + first_panel * padded_rows(tile) * NR;
   }
 
   // Packs unit prototypes of the columns [first, first + count): as V for `G::logits`, in blocks of DEPTH
