@@ -29,7 +29,7 @@ CXX_FILES := $(wildcard csrc/*/*.[ch]* tests/cuda_host/*.h tests/cuda_host/*.cpp
 .PHONY: help setup demo test test-all test-gpu test-vision sanitize lint dist check-installs check-cuda check-cuda-quick check-triton check-triton-quick check-quack check-aarch64 bench bench-report experiments docs clean
 
 help: ## list the targets
-	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 setup: $(READY) ## make .venv with torch and everything the targets need
 

@@ -42,7 +42,17 @@ def main(argv: list[str]) -> int:
         guess = f" (did you mean {near[0]!r}?)" if near else ""
         print(f"python -m nckernels: error: there is no command {command!r}{guess}", file=sys.stderr)
         return 2
-    run = importlib.import_module(COMMANDS[command][0]).main
+    try:
+        run = importlib.import_module(COMMANDS[command][0]).main
+    except ImportError as error:
+        cause = error.__cause__ or error
+        package = (cause.name or "").partition(".")[0] if isinstance(cause, ModuleNotFoundError) else ""
+        if package in ("", "nckernels"):
+            raise
+        extra = "lab" if command in ("lab", "convergence") else "train"
+        needs = f'{command} needs {package}: pip install "nckernels[{extra}]"'
+        print(f"python -m nckernels: error: {needs}", file=sys.stderr)
+        return 1
     return run(rest) or 0
 
 

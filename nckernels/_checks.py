@@ -166,7 +166,9 @@ def _hint(target: Tensor) -> str:
             "; one-hot rows and class probabilities are not taken: give argmax(-1), or for a mixture of classes, as in "
             "mixup, the weighted sum of their losses"
         )
-    return "; target.long() makes indices of booleans" if target.dtype == torch.bool else ""
+    if target.dtype in _INTEGER_DTYPES:
+        return ""
+    return f"; target.long() makes indices of {'booleans' if target.dtype == torch.bool else 'whole numbers'}"
 
 
 def leading(name: str, value: Tensor, features: Tensor, what: str) -> None:

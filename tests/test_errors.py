@@ -104,7 +104,7 @@ COMMON = [
     Refused("target-2d", {"target": TARGET[:, None]}, "target", shape(M, 1), shape(M) + r"|\(M,?\)|1-?d"),
     Refused("target-0d", {"target": torch.tensor(1)}, "target", r"\(\)|\[\]", shape(M) + r"|\(M,?\)|1-?d"),
     Refused("target-short", {"target": TARGET[:4]}, "target", shape(4) + r"|\b4\b", r"\b6\b"),
-    Refused("target-float", {"target": TARGET.float()}, "target", "float32", "integer|int64"),
+    Refused("target-float", {"target": TARGET.float()}, "target", "float32", r"(integer|int64).*target\.long\(\)"),
     Refused("target-bool", {"target": TARGET.bool()}, "target", "bool", "integer|int64"),
     Refused("target-soft", {"target": randn(M, K)}, "target", shape(M, K) + "|float32", shape(M) + r"|integer"),
     Refused("target-too-large", {"target": TARGET + 1}, "target", r"\b5\b", r"\[0, 5\)|\[0, 4\]|< 5|\[0, K\)"),

@@ -16,7 +16,7 @@ BEST_KNOWN = {10: 0.45}
 def run(
     *, seed: int = 0, progress: bool = False, dims: Sequence[int] = (100, 50, 10), num_classes: int = 100
 ) -> Result:
-    """Compare random directions, the published recipe started there, and :func:`uniform_prototypes`."""
+    """Compare random directions, the published recipe started there, and ``geometry.uniform_prototypes``."""
     rows: list[Table7Row] = []
     for d in bar(dims, "prototypes", progress):
         rows += dlp_table7((d,), num_classes=num_classes, seed=seed)

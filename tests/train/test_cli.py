@@ -131,6 +131,15 @@ def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert commands.main([]) == 0
 
 
+@pytest.mark.parametrize(("command", "missing", "extra"), [("train", "tqdm", "train"), ("lab", "matplotlib", "lab")])
+def test_a_command_without_its_extra_says_what_to_install(command: str, missing: str, extra: str) -> None:
+    code = f"import sys; sys.modules[{missing!r}] = None; from nckernels import __main__; "
+    code += f"sys.exit(__main__.main([{command!r}, '--help']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
+    assert done.returncode == 1
+    assert done.stderr == f'python -m nckernels: error: {command} needs {missing}: pip install "nckernels[{extra}]"\n'
+
+
 def test_help_and_info_load_no_trainer() -> None:
     code = (
         "import sys; from nckernels import __main__; __main__.main(['--help']); "
