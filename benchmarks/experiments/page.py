@@ -56,7 +56,7 @@ def _head(results: Results) -> str:
     file = f"benchmarks/results/{results.date or '...'}-experiments.json"
     return f"""# Results on glyphs
 
-This page is for everybody who wonders whether the claims of [NCD], "Neural Collapse by Design", hold outside of the
+This page is for anyone who wonders whether the claims of [NCD], "Neural Collapse by Design", hold outside of the
 paper. It tests them on {num_classes()} classes of letters and digits (glyphs), with a small network on a CPU, and gives
 a verdict on each.
 
