@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import subprocess
 import sys
 import time
@@ -179,3 +181,15 @@ def test_import_does_not_import_the_pytorch_compiler() -> None:
     """torch._dynamo would double the time of the import."""
     found = run_python("import nckernels, sys; print('torch._dynamo' in sys.modules)")
     assert found.stdout.strip() == "False", found.stderr
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="portable.cpp is for x86-64")
+def test_the_library_runs_with_an_older_glibc_and_libstdcxx() -> None:
+    """It asks for no version of a symbol that portable.cpp replaces: a linker takes the newest that it finds."""
+    library = native.library()
+    assert library is not None
+    path = build.find(library)
+    assert path is not None
+    versions = set(re.findall(rb"GLIBC(?:XX)?_[\d.]+", path.read_bytes()))
+    assert b"GLIBC_2.2.5" in versions
+    assert not versions & {b"GLIBC_2.29", b"GLIBCXX_3.4.29"}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import nckernels
-from nckernels import FixedPrototypes, LinearProbe
+from nckernels import FixedPrototypes, LinearProbe, classifiers
 
 ROOT = str(Path(nckernels.__file__).resolve().parents[1])
 K, D = 5, 7
@@ -383,6 +383,18 @@ def test_sample_weights() -> None:
     for part in torch.arange(200).split(33):
         scaled.partial_fit(x[part], y[part], sample_weight=0.25 * weight[part].double())
     torch.testing.assert_close(scaled(x), fp(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 33, 199, 200])
+def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    x, y = data()
+    weight = torch.linspace(0, 2, 200).double()
+    whole, weighted = FixedPrototypes(K, D).fit(x, y), FixedPrototypes(K, D).fit(x, y, sample_weight=weight)
+    monkeypatch.setattr(classifiers, "_CHUNK", size)
+    for expected, given in ((whole, None), (weighted, weight)):
+        found = FixedPrototypes(K, D).fit(x, y, sample_weight=given)
+        torch.testing.assert_close(found.sums, expected.sums, rtol=1e-12, atol=1e-12)
+        assert torch.equal(found.counts, expected.counts)
 
 
 @pytest.mark.parametrize(

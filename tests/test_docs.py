@@ -78,17 +78,21 @@ def test_code_of_pages(page: str, one_rank: None, tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     names: dict[str, Any] = {}
+    blocks = 0
     for block in BLOCK.finditer((DOCS / f"{page}.md").read_text(encoding="utf-8")):
         if block["not_run"]:
             continue
         if block["language"] == "python":
             exec(compile(block["code"], f"{page}.md", "exec"), names)
+            blocks += 1
         elif block["language"] == "pycon":
             example = doctest.DocTestParser().get_doctest(block["code"], {}, page, f"{page}.md", 0)
             example.globs = names
             runner = doctest.DocTestRunner(optionflags=OPTIONS)
             runner.run(example, clear_globs=False)
             assert runner.failures == 0
+            blocks += 1
+    assert blocks  # they have been found
     if page == "quickstart":
         assert names["accuracy"] > 0.9
         assert names["means_accuracy"] > 0.9

@@ -101,9 +101,14 @@ STEPS = [
 ]
 # In several parts, of which a copy of either input would be an eighth.
 STEPS += [Case(form, 4096, 2000, 128, 4 * MIB, "bfloat16") for form in ("ntce", "normface")]
-# bfloat16 gradients of a step in one part, and in several parts, where one of them accumulates in float32.
-ROUNDED = [Case(form, 1024, 768, 512, 16 * MIB, "bfloat16", backend="native") for form in ("ntce", "normface")]
-PARTS = [Case(form, 4096, 2000, 128, 4 * MIB, "bfloat16", backend="native") for form in ("ntce", "normface")]
+# bfloat16 gradients of a step: few classes, and more, in one part; in several parts, where one of them accumulates in
+# float32. The bounds have no room for float32 gradients, of 4 MiB in one part and of 8 MiB in several.
+ROUNDED = [
+    Case(form, 2048, classes, 512, workspace, "bfloat16", backend="native")
+    for form in ("ntce", "normface")
+    for classes, workspace in ((10, MIB), (100, 4 * MIB))
+]
+PARTS = [Case(form, 2048, 2000, 512, 4 * MIB, "bfloat16", backend="native") for form in ("ntce", "normface")]
 CASES = (
     ROUNDED
     + PARTS

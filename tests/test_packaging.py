@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +49,8 @@ def test_the_description_has_no_relative_links() -> None:
     assert links.search(readme), "nothing is left to remove: drop description() in setup.py"
     assert not links.search(text)
     assert "<!--" not in text
-    assert text.count("```") == readme.count("```")
+    code = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+    assert code.findall(text) == code.findall(readme) != []
     assert set(re.findall(r"https?://[^)\s]+", readme)) == set(re.findall(r"https?://[^)\s]+", text))
 
 
@@ -60,6 +62,20 @@ def test_hooks_run_what_lint_runs() -> None:
     entries = re.findall(r"entry: \.venv/bin/python (.*)", config)
     assert config.count("- repo:") == config.count("- repo: local") == 1
     assert [c.replace(" $(CXX_FILES)", "").removesuffix(" .") for c in commands] == entries
+
+
+@pytest.mark.parametrize("missing", [None, ".clang-format", ".pre-commit-config.yaml", "csrc/cpu/portable.cpp"])
+def test_an_sdist_has_every_tracked_file(tmp_path: Path, missing: str | None) -> None:
+    """Those that a test reads too, so that the tests pass in what was unpacked."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("no checkout of git")
+    path = tmp_path / "nckernels-1.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        for name in ["PKG-INFO", *listed.stdout.splitlines()]:
+            if not name.startswith((".git", ".ci/")) and name != missing:
+                archive.addfile(tarfile.TarInfo(f"nckernels-1/{name}"))
+    assert dist.inspect_sdist(path) == ([f"{path.name}: lacks {missing}"] if missing else [])
 
 
 @pytest.fixture

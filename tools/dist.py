@@ -127,7 +127,7 @@ def inspect_sdist(path: Path) -> list[str]:
     failures = [f"{path.name}: holds {name}" for name in sorted(held) if UNWANTED.search(name)]
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode == 0:
-        tracked = {name for name in listed.stdout.split() if not name.startswith((".git", ".ci/", ".pre-commit"))}
+        tracked = {name for name in listed.stdout.split() if not name.startswith((".git", ".ci/"))}
         made = {name for name in held if ".egg-info/" in name} | {"PKG-INFO", "setup.cfg"}
         failures += [f"{path.name}: lacks {name}" for name in sorted(tracked - held)]
         failures += [f"{path.name}: holds {name}, which is not tracked" for name in sorted(held - tracked - made)]
