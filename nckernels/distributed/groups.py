@@ -24,6 +24,9 @@ GroupLike = Any
 
 WORLD: Literal["world"] = "world"
 
+_LAUNCHED = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+"""Where torchrun, srun and mpirun tell how many processes they have started."""
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -60,7 +63,7 @@ def resolve(process_group: GroupLike) -> Ranks | None:
     if process_group is None:
         return None
     if not (dist.is_available() and dist.is_initialized()):
-        if process_group == WORLD and os.environ.get("WORLD_SIZE", "1") == "1":
+        if process_group == WORLD and all(os.environ.get(name, "1") == "1" for name in _LAUNCHED):
             return None
         raise ValueError(
             f"process_group={process_group!r} needs a call of torch.distributed.init_process_group first; "

@@ -210,15 +210,20 @@ def test_a_group_without_this_rank_is_an_error(ranks2: Ranks) -> None:
 def test_world_without_init_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that was started alone is the world; one of several must initialise it, and the message says so."""
     assert not dist.is_initialized()
+    launched = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+    for name in launched:
+        monkeypatch.delenv(name, raising=False)
     torch.manual_seed(0)
     expected = call(process_group=None)
-    for alone in ("", "1"):
-        monkeypatch.setenv("WORLD_SIZE", alone) if alone else monkeypatch.delenv("WORLD_SIZE", raising=False)
+    torch.manual_seed(0)
+    assert torch.equal(call(), expected)
+    for name in launched:
+        monkeypatch.setenv(name, "2")
+        with pytest.raises(ValueError, match="init_process_group"):
+            call()
+        monkeypatch.setenv(name, "1")
         torch.manual_seed(0)
         assert torch.equal(call(), expected)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="init_process_group"):
-        call()
 
 
 @pytest.mark.parametrize("group", ["all", 3, True])
