@@ -152,7 +152,8 @@ class FixedPrototypes(_Classifier):
         self.register_buffer("sums", sums if sums.device.type == "mps" else sums.double())  # MPS has no float64
         self.register_buffer("counts", torch.zeros(num_classes, device=device, dtype=torch.int64))
         _checks.positive_scalar("temperature", temperature, sums)
-        self.num_classes, self.in_features, self.temperature = num_classes, in_features, temperature
+        self.num_classes, self.in_features = int(num_classes), int(in_features)
+        self.temperature = temperature if isinstance(temperature, Tensor) else float(temperature)
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
         """Sums stay as precise as they are in a model that is cast, ``model.half()``: they are no parameters."""
@@ -325,10 +326,13 @@ class LinearProbe(_Classifier):
             _checks.in_range("milestones", share, 0.0, 1.0)
         _checks.in_range("momentum", momentum, 0.0, 1.0)
         _checks.in_range("weight_decay", weight_decay, 0.0, math.inf)
-        self.num_classes, self.in_features, self.temperature = num_classes, in_features, temperature
-        self.epochs, self.lr, self.gamma, self.milestones = epochs, lr, gamma, milestones
-        self.momentum, self.weight_decay = momentum, weight_decay
-        self.batch_size, self.seed = batch_size, seed
+        self.num_classes, self.in_features = int(num_classes), int(in_features)
+        self.temperature, self.lr, self.gamma = (
+            x if isinstance(x, Tensor) else float(x) for x in (temperature, lr, gamma)
+        )
+        self.epochs, self.milestones = int(epochs), tuple(map(float, milestones))
+        self.momentum, self.weight_decay = float(momentum), float(weight_decay)
+        self.batch_size, self.seed = int(batch_size), int(seed)
         self._start()
 
     @torch.no_grad()

@@ -191,7 +191,7 @@ class FixedPrototypesClassifier(_ModuleClassifier):
 
     def _make(self, features: Tensor) -> FixedPrototypes:
         return FixedPrototypes(
-            len(self.classes_), features.shape[1], temperature=_plain(self.temperature), device=self._device(features)
+            len(self.classes_), features.shape[1], temperature=self.temperature, device=self._device(features)
         )
 
     def _add(self, features: Tensor, index: np.ndarray, sample_weight: Any) -> Self:
@@ -286,7 +286,7 @@ class LinearProbeClassifier(_ModuleClassifier):
         self.classes_, index = np.unique(y, return_inverse=True)
         generator = check_random_state(self.random_state)
         seed = self.random_state if isinstance(self.random_state, Integral) else generator.randint(2**31 - 1)
-        options = {name: _plain(value) for name, value in self.get_params(deep=False).items() if name in _OPTIONS}
+        options = {name: getattr(self, name) for name in _OPTIONS}
         module = LinearProbe(
             len(self.classes_), features.shape[1], seed=int(seed), device=self._device(features), **options
         )
@@ -307,8 +307,3 @@ def _to_tensor(array: np.ndarray) -> Tensor:
 
 def _on_host(value: Any) -> Any:
     return value.detach().cpu().numpy() if isinstance(value, Tensor) else value
-
-
-def _plain(value: Any) -> Any:
-    """Python's own number of a NumPy scalar, which the grids of a search are made of."""
-    return value.item() if isinstance(value, np.generic) else value

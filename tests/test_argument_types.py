@@ -107,6 +107,12 @@ def test_numbers_of_numpy_in_modules() -> None:
     head = nckernels.FixedPrototypeHead(points, momentum=np.float32(0.5), refresh_every=np.int64(7))
     assert type(head.momentum) is float
     assert type(head.refresh_every) is int
+    x, y = torch.randn(20, D), torch.arange(20) % 5
+    options = {"epochs": 2, "lr": 0.5, "batch_size": 8, "seed": 3, "momentum": 0.5}
+    numpy = {name: (np.int32 if isinstance(value, int) else np.float32)(value) for name, value in options.items()}
+    probe = nckernels.LinearProbe(np.int64(5), np.int32(D), **numpy).fit(x, y)  # type: ignore[arg-type]
+    assert torch.equal(probe(x), nckernels.LinearProbe(5, D, **options).fit(x, y)(x))  # type: ignore[arg-type]
+    assert type(nckernels.FixedPrototypes(np.int64(5), D, temperature=np.float32(0.5)).temperature) is float
     for wrong in (np.array(0.1), np.bool_(True), torch.tensor(3)):
         with pytest.raises(TypeError, match="ignore_index must be an int"):
             nckernels.NONLLoss(D, 5, ignore_index=wrong)  # type: ignore[arg-type]
