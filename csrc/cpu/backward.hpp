@@ -21,6 +21,7 @@ struct Output {
   T* sums = nullptr;
   bool first = true, last = true;
 
+  bool has_sums() const { return sums_of(0, 0); }
   T* sums_of(int64_t j, int64_t d) const { return rows.place(j, sums ? sums + j * d : nullptr); }
 };
 
@@ -96,8 +97,8 @@ class BackwardPass {
     int64_t widest, group;                     // columns, tiles
     std::vector<double> energy, class_energy;  // shares of dL/dbeta per row tile, per panel
     std::vector<double> lost;                  // their rounding errors, per row tile
-    Buffer<T> sums, grad_v,
-        bias_shares;  // `sums`: accumulator of dL/dU over column blocks, if there is no other
+    Buffer<T> sums;  // accumulator of dL/dU over column blocks, if there is no other
+    Buffer<T> grad_v, bias_shares;
     Buffer<Operand> v, v_rows, entries, u_rows;
 
     explicit Room(const BackwardPass& pass) : Room(pass, pass.s_, pass.g_) {}
@@ -107,7 +108,7 @@ class BackwardPass {
           energy(std::max<int64_t>(s.tiles, 1), 0.0),
           class_energy(s.all_panels, 0.0),
           lost(energy.size(), 0.0),
-          sums(pass.z_.rows && !pass.z_.sums_of(0, 0) && s.block_k < pass.columns_.count ? s.p.m * s.p.d : 0),
+          sums(pass.z_.rows && !pass.z_.has_sums() && s.block_k < pass.columns_.count ? s.p.m * s.p.d : 0),
           grad_v(pass.w_.rows && !pass.sums_in_panels() ? widest * s.d_pad : 0),
           bias_shares(g.class_bias && g.instance_lse ? group * widest : 0),
           v(s.kept_tiles < s.tiles ? widest * G::inner(s.p.d) : 0),

@@ -47,7 +47,7 @@ struct Problem {
   void* kept;  // exp(t) of the first row tiles and then the height of a tile: `kept_size` numbers, or null
   int64_t kept_size;
   // Bytes from a row of a kept tile to the next one. 0: tiles are adjacent. Otherwise they are in the memory
-  // of the features' gradient, which takes their place tile by tile.
+  // of the features' gradient, which takes their place tile by tile, and kept_size is 0.
   int64_t kept_row;
 };
 

@@ -96,7 +96,7 @@ class StepPass {
   bool fits_gradient() const {
     const int64_t width = round_up(columns_.count, NR);
     return step_.z && p_.m && width && width * int64_t(sizeof(T)) <= rows(step_.z).bytes_of_row() &&
-           width * Tiles<G>::bytes_of_column(p_.d) <= p_.workspace - p_.workspace / 4;
+           width <= Tiles<G>::columns_that_fit(p_, 0);
   }
 
   // Bytes for exponentials: three quarters of the workspace, less a block of columns. The block has all
@@ -244,8 +244,8 @@ class StepPass {
   Reduction<T> reduction_;
   Smoothing<T> smoothing_;
   double sum_ = 0, by_beta_ = 0;  // weighted losses; dL/dbeta other than through the logits
-  Buffer<T> sums_, pos_, rnorm_, per_class_, per_row_, per_pos_,
-      kept_;  // the first three unless the problem has them
+  Buffer<T> sums_, pos_, rnorm_;  // unless the problem has them
+  Buffer<T> per_class_, per_row_, per_pos_, kept_;
 };
 
 }  // namespace nckernels

@@ -57,10 +57,8 @@ struct Tiles {
   // Divides the workspace. A quarter is for row tiles: packed U and its gradient per thread, U by features
   // and entries per tile of a group. The rest is for kept tiles and for a block of at most `widest` columns.
   void plan(int64_t threads, int64_t tiles_in_flight, int64_t widest) {
-    const int64_t quarter = std::max<int64_t>(p.workspace / 4, 1);
-    const int64_t for_block = std::max(quarter, p.workspace - quarter - kept_bytes());
-    const int64_t columns_padded = std::max<int64_t>(all_panels * NR, NR);
-    const int64_t fit = std::min(for_block / bytes_of_column(p.d), widest);
+    const int64_t quarter = quarter_of(p), columns_padded = std::max<int64_t>(all_panels * NR, NR);
+    const int64_t fit = std::min(columns_that_fit(p, kept_bytes()), widest);
     const int64_t most = std::max<int64_t>(fit / NR * NR, NR);
     const int64_t blocks = (columns_padded + most - 1) / most;
     block_k = round_up((columns_padded + blocks - 1) / blocks, NR);
@@ -86,10 +84,10 @@ struct Tiles {
   // The height of a tile depends on the number of threads, which can change between forward and backward, for
   // example in a child process. Tiles of another height cannot be read and are computed again.
   void sign_kept() const {
-    if (kept && p.kept_size && !p.kept_row) kept[p.kept_size - 1] = static_cast<T>(tile_m);
+    if (kept && p.kept_size) kept[p.kept_size - 1] = static_cast<T>(tile_m);
   }
   void check_kept() {
-    if (kept_tiles && !p.kept_row && kept[p.kept_size - 1] != static_cast<T>(tile_m)) kept_tiles = 0;
+    if (kept_tiles && p.kept_size && kept[p.kept_size - 1] != static_cast<T>(tile_m)) kept_tiles = 0;
   }
 
   int64_t kept_bytes() const { return kept ? p.kept_size * static_cast<int64_t>(sizeof(T)) : 0; }
@@ -97,6 +95,14 @@ struct Tiles {
   // Bytes per column of a block: V in two layouts, and its gradient.
   static int64_t bytes_of_column(int64_t d) {
     return round_up(d, NR) * static_cast<int64_t>(2 * sizeof(Operand) + sizeof(T));
+  }
+
+  static int64_t quarter_of(const Problem& p) { return std::max<int64_t>(p.workspace / 4, 1); }
+
+  // Columns of a block that fit the workspace beside `kept` bytes of tiles.
+  static int64_t columns_that_fit(const Problem& p, int64_t kept) {
+    const int64_t quarter = quarter_of(p);
+    return std::max(quarter, p.workspace - quarter - kept) / bytes_of_column(p.d);
   }
 
   double largest_bias() const {
