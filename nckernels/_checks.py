@@ -7,8 +7,11 @@ live on the CPU). Reading a tensor on a GPU would make the host wait for it.
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ParamSpec
 
 import torch
 from torch import Tensor
@@ -20,6 +23,30 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _NUMBERS = (float, int, numbers.Real)  # NumPy's are Real and Integral too; the first two are found faster
 _INTEGERS = (int, numbers.Integral)
+
+P = ParamSpec("P")
+
+
+def options_by_name(init: Callable[P, None]) -> Callable[P, None]:
+    """Let the ``__init__`` of a module say what to write instead of an option without its name.
+
+    Python's own message would name the class that has the ``__init__``, which may be a private base.
+    """
+    parameters = list(inspect.signature(init).parameters.values())[1:]
+    options = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    most = len(parameters) - len(options)
+
+    @functools.wraps(init)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> None:
+        given = len(args) - 1
+        if given > most:
+            raise TypeError(
+                f"{type(args[0]).__name__} takes {most or 'no'} positional argument{'s' * (most != 1)}, got {given}; "
+                f"write options with their names: {'=..., '.join(options)}=..."
+            )
+        init(*args, **kwargs)
+
+    return checked
 
 
 def is_tensor(name: str, value: object) -> None:

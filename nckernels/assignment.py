@@ -156,6 +156,7 @@ class FixedPrototypeHead(_Loss):
     calls: int
     """Number of training calls of a dynamic head so far."""
 
+    @_checks.options_by_name
     def __init__(
         self,
         prototypes: Tensor,

@@ -138,6 +138,7 @@ class FixedPrototypes(_Classifier):
     sums: Tensor
     counts: Tensor
 
+    @_checks.options_by_name
     def __init__(
         self,
         num_classes: int,
@@ -300,6 +301,7 @@ class LinearProbe(_Classifier):
         1.0
     """
 
+    @_checks.options_by_name
     def __init__(
         self,
         num_classes: int,

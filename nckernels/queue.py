@@ -56,6 +56,7 @@ class FeatureQueue(nn.Module):
     labels: Tensor
     position: Tensor
 
+    @_checks.options_by_name
     def __init__(
         self,
         size: int,
