@@ -117,8 +117,8 @@ def floating(name: str, value: Tensor) -> None:
 
 
 def some_columns(name: str, value: Tensor) -> None:
-    """A matrix whose rows have at least one number."""
-    if value.shape[1] == 0:
+    """A tensor whose rows have at least one number."""
+    if value.shape[-1] == 0:
         raise ValueError(f"{name} must have d >= 1 columns, got {tuple(value.shape)}")
 
 
@@ -135,12 +135,7 @@ def features_and_prototypes(
     """
     matrix(feature_name, features, "M", "d")
     matrix(prototype_name, prototypes, "K", "d", sharded)
-    if features.shape[1] != prototypes.shape[1]:
-        raise ValueError(
-            f"{feature_name} and {prototype_name} must have the same number of columns d, "
-            f"got {tuple(features.shape)} and {tuple(prototypes.shape)}"
-        )
-    some_columns(feature_name, features)
+    same_columns(feature_name, features, prototype_name, prototypes)
     if prototypes.shape[0] == 0:
         raise ValueError(f"{prototype_name} must have K >= 1 rows, got {tuple(prototypes.shape)}")
     same_device(feature_name, features, prototype_name, prototypes)
@@ -150,6 +145,16 @@ def features_and_prototypes(
             f"{feature_name} and {prototype_name} must have the same dtype (under autocast, which "
             f"leaves float64 alone, float32 and smaller may mix), got {features.dtype} and {prototypes.dtype}"
         )
+
+
+def same_columns(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """(..., d) and (K, d), d at least 1."""
+    if value.shape[-1] != other.shape[1]:
+        raise ValueError(
+            f"{name} and {other_name} must have the same number of columns d, "
+            f"got {tuple(value.shape)} and {tuple(other.shape)}"
+        )
+    some_columns(name, value)
 
 
 def columns(name: str, value: Tensor, d: int, of: str) -> None:

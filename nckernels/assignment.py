@@ -197,13 +197,12 @@ class FixedPrototypeHead(_Loss):
 
     def forward(self, input: Tensor, target: Tensor | None = None) -> Tensor:
         """The cosines of features (..., d), or their loss with labels (...)."""
+        _checks.columns("input", input, self.points.shape[1], "the prototypes have")
         if target is None:
-            _checks.columns("input", input, self.points.shape[1], "the prototypes have")
             return cosines(input, self.prototypes.to(input.dtype))
         like = target
         input, target, _ = as_rows(input, target, None)
         _checks.matrix("input", input, "M", "d")
-        _checks.columns("input", input, self.points.shape[1], "the prototypes have")
         _checks.same_device("input", input, "the head's points", self.points)
         target = _checks.target(target, input, "input")
         _checks.in_classes(target, len(self.points), self.ignore_index)
