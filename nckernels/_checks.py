@@ -239,6 +239,12 @@ def vector(name: str, value: Tensor, size: int, like: Tensor) -> None:
         raise ValueError(f"{name} must be on the same device as the features, {like.device}, got {value.device}")
 
 
+def finite(name: str, value: Tensor, *, wait: bool = False) -> None:
+    """No inf or NaN, where looking for them stalls nobody, or on any device for callers that ``wait`` for it anyway."""
+    if (wait or host_knows(value)) and not bool(value.isfinite().all()):
+        raise ValueError(f"{name} must be finite, got inf or NaN")
+
+
 def not_negative(name: str, value: Tensor) -> None:
     """No value below 0, where looking at them stalls nobody."""
     if not host_knows(value):

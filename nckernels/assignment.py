@@ -64,8 +64,7 @@ def assign(representatives: Tensor, points: Tensor) -> Tensor:
     solve = _solver()
     for name, value in (("representatives", representatives), ("points", points)):
         _checks.matrix(name, value, "K", "d")
-        if not bool(value.isfinite().all()):
-            raise ValueError(f"{name} must be finite, got NaN or infinite numbers")
+        _checks.finite(name, value, wait=True)
     if representatives.shape != points.shape:
         raise ValueError(
             "representatives and points must have the same shape (K, d), "
