@@ -97,7 +97,7 @@ class Step:
 
     @property
     def sizes(self) -> list[Exchange]:
-        return [Exchange("all-gather", "batch size", torch.int64, 1)]
+        return [Exchange("all-gather", "batch size and workspace", torch.int64, 2)]
 
     @property
     def weight(self) -> list[Exchange]:

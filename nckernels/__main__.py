@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 
 COMMANDS = {
@@ -56,5 +57,20 @@ def main(argv: list[str]) -> int:
     return run(rest) or 0
 
 
+def program(argv: list[str]) -> int | str | None:
+    """:func:`main` for a reader that may stop reading, as in ``recipes | head``: not an error to be shown."""
+    status: int | str | None
+    try:
+        try:
+            status = main(argv)
+        except SystemExit as end:  # of argparse, --help for example
+            status = end.code
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush when Python ends
+        status = 1
+    return status
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(program(sys.argv[1:]))

@@ -7,8 +7,11 @@ live on the CPU). Reading a tensor on a GPU would make the host wait for it.
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ParamSpec
 
 import torch
 from torch import Tensor
@@ -20,6 +23,30 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _NUMBERS = (float, int, numbers.Real)  # NumPy's are Real and Integral too; the first two are found faster
 _INTEGERS = (int, numbers.Integral)
+
+P = ParamSpec("P")
+
+
+def options_by_name(init: Callable[P, None]) -> Callable[P, None]:
+    """Let the ``__init__`` of a module say what to write instead of an option without its name.
+
+    Python's own message would name the class that has the ``__init__``, which may be a private base.
+    """
+    parameters = list(inspect.signature(init).parameters.values())[1:]
+    options = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    most = len(parameters) - len(options)
+
+    @functools.wraps(init)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> None:
+        given = len(args) - 1
+        if given > most:
+            raise TypeError(
+                f"{type(args[0]).__name__} takes {most or 'no'} positional argument{'s' * (most != 1)}, got {given}; "
+                f"write options with their names: {'=..., '.join(options)}=..."
+            )
+        init(*args, **kwargs)
+
+    return checked
 
 
 def is_tensor(name: str, value: object) -> None:
@@ -90,8 +117,8 @@ def floating(name: str, value: Tensor) -> None:
 
 
 def some_columns(name: str, value: Tensor) -> None:
-    """A matrix whose rows have at least one number."""
-    if value.shape[1] == 0:
+    """A tensor whose rows have at least one number."""
+    if value.shape[-1] == 0:
         raise ValueError(f"{name} must have d >= 1 columns, got {tuple(value.shape)}")
 
 
@@ -108,12 +135,7 @@ def features_and_prototypes(
     """
     matrix(feature_name, features, "M", "d")
     matrix(prototype_name, prototypes, "K", "d", sharded)
-    if features.shape[1] != prototypes.shape[1]:
-        raise ValueError(
-            f"{feature_name} and {prototype_name} must have the same number of columns d, "
-            f"got {tuple(features.shape)} and {tuple(prototypes.shape)}"
-        )
-    some_columns(feature_name, features)
+    same_columns(feature_name, features, prototype_name, prototypes)
     if prototypes.shape[0] == 0:
         raise ValueError(f"{prototype_name} must have K >= 1 rows, got {tuple(prototypes.shape)}")
     same_device(feature_name, features, prototype_name, prototypes)
@@ -123,6 +145,16 @@ def features_and_prototypes(
             f"{feature_name} and {prototype_name} must have the same dtype (under autocast, which "
             f"leaves float64 alone, float32 and smaller may mix), got {features.dtype} and {prototypes.dtype}"
         )
+
+
+def same_columns(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """(..., d) and (K, d), d at least 1."""
+    if value.shape[-1] != other.shape[1]:
+        raise ValueError(
+            f"{name} and {other_name} must have the same number of columns d, "
+            f"got {tuple(value.shape)} and {tuple(other.shape)}"
+        )
+    some_columns(name, value)
 
 
 def columns(name: str, value: Tensor, d: int, of: str) -> None:
@@ -205,6 +237,12 @@ def vector(name: str, value: Tensor, size: int, like: Tensor) -> None:
         raise ValueError(f"{name} must have shape ({size},), got {tuple(value.shape)}")
     if value.device != like.device:
         raise ValueError(f"{name} must be on the same device as the features, {like.device}, got {value.device}")
+
+
+def finite(name: str, value: Tensor, *, wait: bool = False) -> None:
+    """No inf or NaN, where looking for them stalls nobody, or on any device for callers that ``wait`` for it anyway."""
+    if (wait or host_knows(value)) and not bool(value.isfinite().all()):
+        raise ValueError(f"{name} must be finite, got inf or NaN")
 
 
 def not_negative(name: str, value: Tensor) -> None:

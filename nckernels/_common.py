@@ -59,24 +59,29 @@ def leading_dimensions(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
         if not isinstance(input, Tensor) or input.dim() == 2:
             return of_rows(input, prototypes, target, **options)
         weight = options.pop("sample_weight", None)
-        rows, labels, weight = as_rows(input, target, weight)
+        rows, labels, weight = as_rows(input, target, weight, prototypes)
         return in_shape(of_rows(rows, prototypes, labels, sample_weight=weight, **options), target)
 
     return cast(Callable[P, Tensor], of_any_shape)
 
 
-def as_rows(input: Tensor, target: Tensor, sample_weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def as_rows(
+    input: Tensor, target: Tensor, sample_weight: Tensor | None, prototypes: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Features (..., d), labels (...) and weights (...) as rows (M, d), (M,) and (M,), without copies of what is
     contiguous. One of (M, d) is left as it is, and what comes with it is not checked.
 
     Raises:
-        TypeError, ValueError: for what is no tensor, or does not have the shape (...).
+        TypeError, ValueError: for what is no tensor, or does not have the shape (...), or not the columns of
+            ``prototypes``; here, where errors can tell the shape that was given.
     """
     _checks.is_tensor("input", input)
     if input.dim() == 2:
         return input, target, sample_weight
     if input.dim() == 0:
         raise ValueError("input must have shape (M, d) or (..., d), got ()")
+    if isinstance(prototypes, Tensor) and prototypes.dim() == 2:
+        _checks.same_columns("input", input, "prototypes", prototypes)
     _checks.leading("target", target, input, "one class index")
     if sample_weight is not None:
         _checks.leading("sample_weight", sample_weight, input, "one weight")

@@ -64,8 +64,7 @@ def assign(representatives: Tensor, points: Tensor) -> Tensor:
     solve = _solver()
     for name, value in (("representatives", representatives), ("points", points)):
         _checks.matrix(name, value, "K", "d")
-        if not bool(value.isfinite().all()):
-            raise ValueError(f"{name} must be finite, got NaN or infinite numbers")
+        _checks.finite(name, value, wait=True)
     if representatives.shape != points.shape:
         raise ValueError(
             "representatives and points must have the same shape (K, d), "
@@ -156,6 +155,7 @@ class FixedPrototypeHead(_Loss):
     calls: int
     """Number of training calls of a dynamic head so far."""
 
+    @_checks.options_by_name
     def __init__(
         self,
         prototypes: Tensor,
@@ -196,13 +196,12 @@ class FixedPrototypeHead(_Loss):
 
     def forward(self, input: Tensor, target: Tensor | None = None) -> Tensor:
         """The cosines of features (..., d), or their loss with labels (...)."""
+        _checks.columns("input", input, self.points.shape[1], "the prototypes have")
         if target is None:
-            _checks.columns("input", input, self.points.shape[1], "the prototypes have")
             return cosines(input, self.prototypes.to(input.dtype))
         like = target
         input, target, _ = as_rows(input, target, None)
         _checks.matrix("input", input, "M", "d")
-        _checks.columns("input", input, self.points.shape[1], "the prototypes have")
         _checks.same_device("input", input, "the head's points", self.points)
         target = _checks.target(target, input, "input")
         _checks.in_classes(target, len(self.points), self.ignore_index)

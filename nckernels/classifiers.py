@@ -78,7 +78,7 @@ class _Classifier(nn.Module):
         target = target.to(input.device)
         _checks.target(target, input, name)
         _checks.in_classes(target, self.num_classes)
-        _finite(name, input)
+        _checks.finite(name, input)
         return input, target
 
     def _batches(
@@ -112,8 +112,9 @@ class FixedPrototypes(_Classifier):
         \hat{y} = \arg\max_c \; u \cdot \hat\mu_c, \qquad
         \hat\mu_c = \mu_c / \lVert \mu_c \rVert, \quad \mu_c = \frac{1}{n_c} \sum_{y_i = c} u_i
 
-    with u the unit features. The state is the sum of the unit features and the number of samples of each class. The
-    sums are float64, so that the order of the samples, the batches and the number of processes do not matter.
+    with u the unit features. The state is ``sums``, the sum of the unit features of each class, and ``counts``, the
+    number of its samples or their total weight. Both are float64, so that the order of the samples, the batches and the
+    number of processes do not matter, nor does the scale of the weights.
 
     Args:
         num_classes: K.
@@ -137,6 +138,7 @@ class FixedPrototypes(_Classifier):
     sums: Tensor
     counts: Tensor
 
+    @_checks.options_by_name
     def __init__(
         self,
         num_classes: int,
@@ -149,18 +151,19 @@ class FixedPrototypes(_Classifier):
         _checks.positive_integer("num_classes", num_classes)
         _checks.positive_integer("in_features", in_features)
         sums = torch.zeros(num_classes, in_features, device=device, dtype=torch.float32)
-        self.register_buffer("sums", sums if sums.device.type == "mps" else sums.double())  # MPS has no float64
-        self.register_buffer("counts", torch.zeros(num_classes, device=device, dtype=torch.int64))
         _checks.positive_scalar("temperature", temperature, sums)
+        sums = sums if sums.device.type == "mps" else sums.double()  # MPS has no float64
+        self.register_buffer("sums", sums)
+        self.register_buffer("counts", sums.new_zeros(num_classes))
         self.num_classes, self.in_features = int(num_classes), int(in_features)
         self.temperature = temperature if isinstance(temperature, Tensor) else float(temperature)
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
         """Sums stay as precise as they are in a model that is cast, ``model.half()``: they are no parameters."""
-        sums = self.sums
+        sums, counts = self.sums, self.counts
         super()._apply(fn, recurse)
         if self.sums.dtype != sums.dtype and self.sums.device.type != "mps":
-            self.sums = sums.to(self.sums.device)
+            self.sums, self.counts = sums.to(self.sums.device), counts.to(self.sums.device)
         return self
 
     def fit(
@@ -217,14 +220,13 @@ class FixedPrototypes(_Classifier):
             weight = weight.to(features.device)
             _checks.vector("sample_weight", weight, len(features), features)
             _checks.not_negative("sample_weight", weight)
-            _finite("sample_weight", weight)
+            _checks.finite("sample_weight", weight)
         for start in range(0, len(features), _CHUNK):
             part = slice(start, start + _CHUNK)
             rows, classes = unit(features[part]).to(self.sums.dtype), labels[part].long()
-            counted = torch.ones_like(classes)
+            counted = torch.ones_like(rows[:, 0]) if weight is None else weight[part].to(rows.dtype)
             if weight is not None:
-                rows *= weight[part].to(rows.dtype).unsqueeze(1)
-                counted = (weight[part] > 0).long()
+                rows *= counted.unsqueeze(1)
             self.sums.index_add_(0, classes, rows)
             self.counts.index_add_(0, classes, counted)
 
@@ -255,14 +257,20 @@ class FixedPrototypes(_Classifier):
     @property
     def prototypes(self) -> Tensor:
         """(K, d) unit rows in float32; zeros for classes without a sample."""
-        return F.normalize(self.sums, dim=1).float()
+        return self._unit_means().float()
+
+    def _unit_means(self) -> Tensor:
+        """The prototypes as precise as the sums. Means do not depend on the scale of the weights, so that the eps of
+        the norm takes no small weights for zeros, and no square overflows."""
+        means = self.sums / self.counts.masked_fill(self.counts == 0, 1).unsqueeze(1)
+        return F.normalize(means, dim=1)
 
     def forward(self, input: Tensor) -> Tensor:
         """Cosine logits, in float64 for float64 features and in float32 for others."""
         rows = unit(self._rows(input))
         if self.counts.device.type == "cpu" and not bool(self.counts.any()):
             raise RuntimeError("FixedPrototypes has seen no samples yet; call fit or partial_fit first")
-        logits = F.linear(rows, F.normalize(self.sums, dim=1).to(rows.dtype)) / self.temperature
+        logits = F.linear(rows, self._unit_means().to(rows.dtype)) / self.temperature
         return logits.masked_fill(self.counts == 0, -torch.inf)
 
 
@@ -293,6 +301,7 @@ class LinearProbe(_Classifier):
         1.0
     """
 
+    @_checks.options_by_name
     def __init__(
         self,
         num_classes: int,
@@ -552,12 +561,6 @@ def _moved(value: Any, device: torch.device) -> Any:
         parts = [_moved(part, device) for part in value]
         return tuple(parts) if isinstance(value, tuple) else parts
     return value
-
-
-def _finite(name: str, value: Tensor) -> None:
-    """No inf or NaN, where looking for them stalls nobody."""
-    if _checks.host_knows(value) and not bool(value.isfinite().all()):
-        raise ValueError(f"{name} must be finite, got inf or NaN")
 
 
 @contextmanager

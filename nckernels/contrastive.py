@@ -433,11 +433,8 @@ def _ranks(
     """The ranks that the loss spans, which agree on it, and on what decides how keys travel."""
     ranks = resolve(process_group)
     if ranks is not None:
-        workspace = registry.get_workspace(input.device)
         backend = registry.REFERENCE if registry.chosen() == registry.REFERENCE else f"other than {registry.REFERENCE}"
-        agree(
-            ranks, loss, input, values, d=input.shape[-1], set_workspace=workspace, set_backend=backend, **options
-        )  # fmt: skip
+        agree(ranks, loss, input, values, d=input.shape[-1], set_backend=backend, **options)
     return ranks
 
 

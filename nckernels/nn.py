@@ -45,6 +45,7 @@ class _OfPrototypes(_Loss):
     prototypes: Tensor
     weight: Tensor | None
 
+    @_checks.options_by_name
     def __init__(
         self,
         in_features: int | None = None,
@@ -127,6 +128,7 @@ class _PrototypeLoss(_OfPrototypes):
 
     temperature: float | Tensor
 
+    @_checks.options_by_name
     def __init__(
         self,
         in_features: int | None = None,
@@ -195,6 +197,7 @@ class NONLLoss(_PrototypeLoss):
         (torch.Size([10, 64]), torch.Size([1]))
     """
 
+    @_checks.options_by_name
     def __init__(
         self,
         in_features: int | None = None,
@@ -256,6 +259,7 @@ class NormFaceLoss(_PrototypeLoss):
         torch.Size([5])
     """
 
+    @_checks.options_by_name
     def __init__(
         self,
         in_features: int | None = None,
@@ -362,6 +366,7 @@ class PrototypeClassifier(nn.Module):
         torch.Size([32])
     """
 
+    @_checks.options_by_name
     def __init__(
         self,
         in_features: int | None = None,
@@ -425,6 +430,7 @@ class _ContrastiveLoss(_Loss):
 class _AnchorLoss(_ContrastiveLoss):
     """What SupCon and InfoNCE share beyond that."""
 
+    @_checks.options_by_name
     def __init__(
         self,
         *,
@@ -481,6 +487,7 @@ class PrototypeLoss(_ContrastiveLoss):
         >>> criterion(torch.randn(32, 64, requires_grad=True), torch.randint(10, (32,))).backward()
     """
 
+    @_checks.options_by_name
     def __init__(
         self,
         *,
@@ -554,6 +561,7 @@ class CLIPLoss(_ContrastiveLoss):
         torch.Size([])
     """
 
+    @_checks.options_by_name
     def __init__(
         self,
         *,
@@ -590,6 +598,7 @@ class UniformityLoss(_Loss):
         >>> (alignment(x, y) + (uniformity(x) + uniformity(y)) / 2).backward()
     """
 
+    @_checks.options_by_name
     def __init__(self, *, t: float = 2.0, process_group: GroupLike = None) -> None:
         super().__init__(process_group)
         _checks.positive_scalar("t", t, torch.empty(0))
@@ -612,6 +621,7 @@ class AlignmentLoss(_Loss):
         tensor(0.)
     """
 
+    @_checks.options_by_name
     def __init__(self, *, alpha: float = 2.0, reduction: Reduction = "mean", process_group: GroupLike = None) -> None:
         super().__init__(process_group)
         _checks.positive_scalar("alpha", alpha, torch.empty(0))

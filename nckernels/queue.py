@@ -56,6 +56,7 @@ class FeatureQueue(nn.Module):
     labels: Tensor
     position: Tensor
 
+    @_checks.options_by_name
     def __init__(
         self,
         size: int,
@@ -161,8 +162,8 @@ class QueueLoss(nn.Module):
 
     def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of features (M, d) or (..., d) with labels (M,) or (...), in SupCon also of (B, V, d) with (B,)."""
+        _checks.columns("input", input, self.queue.features.shape[1], "the queue has")
         rows, labels, weight = _rows(input, target, sample_weight)
-        _checks.columns("input", rows, self.queue.features.shape[1], "the queue has")
         past, past_labels = self.queue.features.to(rows.dtype), self.queue.labels
         if isinstance(self.criterion, NONLLoss | NTCELoss) and self.criterion.process_group is None:
             past_labels = _as_one(past_labels, labels, len(self.criterion.prototypes), self.queue.ignore_index)
@@ -260,8 +261,8 @@ class RunningDenominatorLoss(nn.Module):
 
     def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of features (M, d) or (..., d) with class indices (M,) or (...)."""
-        input, target, sample_weight = as_rows(input, target, sample_weight)
         criterion = self.criterion
+        input, target, sample_weight = as_rows(input, target, sample_weight, criterion.prototypes)
         prototypes = criterion.prototypes_like(input)
         _checks.features_and_prototypes(input, prototypes, "input")
         target = _checks.target(target, input, "input")

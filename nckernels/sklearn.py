@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from . import _checks
 from .classifiers import FixedPrototypes, LinearProbe
 
 try:
@@ -90,8 +91,7 @@ class _ModuleClassifier(ClassifierMixin, BaseEstimator):
         if X.is_complex():
             raise ValueError(f"X must be real, got {X.dtype}")
         X = X.detach() if X.is_floating_point() else X.float()
-        if not bool(X.isfinite().all()):
-            raise ValueError("X must be finite, got inf or NaN")
+        _checks.finite("X", X, wait=True)
         validate_data(self, X, y, reset=reset, skip_check_array=True)
         return X
 

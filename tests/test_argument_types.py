@@ -178,15 +178,3 @@ def test_first_keys_are_the_positives(backend: Backend) -> None:
         module = nckernels.InfoNCELoss(decoupled=decoupled, reduction="none")
         assert torch.equal(module(q, k), got)
     assert nckernels.info_nce_loss(q[:0], k) == 0.0
-
-
-def test_reset_parameters() -> None:
-    """Of a module that was made on the meta device."""
-    head = nckernels.PrototypeClassifier(D, 5, device="meta").to_empty(device="cpu")
-    torch.manual_seed(0)
-    head.criterion.reset_parameters()
-    torch.manual_seed(0)
-    assert torch.equal(head.prototypes, nckernels.PrototypeClassifier(D, 5).prototypes)
-    fixed = nckernels.NONLLoss(prototypes=torch.eye(D))
-    fixed.reset_parameters()
-    assert torch.equal(fixed.prototypes, torch.eye(D))

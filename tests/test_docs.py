@@ -34,10 +34,14 @@ PAGES = (
     "migrating",
     "training-at-speed",
     "many-classes",
+    "scaling",
+    "neural-collapse",
     "backends-and-memory",
     "errors",
 )
 """Pages whose blocks are all run, in order and in one namespace, but for those that are marked."""
+NEEDS = {"migrating": ["pytorch_metric_learning"], "neural-collapse": ["scipy", "torchmetrics", "tqdm"]}
+"""What need not be installed."""
 
 
 def public_modules() -> list[str]:
@@ -73,8 +77,8 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("page", PAGES)
 def test_code_of_pages(page: str, one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order and in one namespace, as a reader would: ``python`` as it stands, ``pycon`` with what it prints."""
-    if page == "migrating":
-        pytest.importorskip("pytorch_metric_learning")
+    for needed in NEEDS.get(page, ()):
+        pytest.importorskip(needed)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     names: dict[str, Any] = {}

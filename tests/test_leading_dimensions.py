@@ -160,7 +160,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "weight list": ({"sample_weight": [[0.0] * 3] * 2}, r"sample_weight must be a torch\.Tensor, got list"),
     "one feature, many targets": ({"input": features(), "target": labels(6)}, r"target must have shape \(\), .*\(6,\)"),
     "number": ({"input": torch.tensor(1.0)}, r"input must have shape \(M, d\) or \(\.\.\., d\), got \(\)"),
-    "columns": ({"input": torch.randn(2, 3, 4)}, r"input and prototypes must have the same number of columns"),
+    "columns": (
+        {"input": torch.randn(2, 3, 4)},
+        r"input and prototypes must have the same number of columns d, got \(2, 3, 4\) and \(5, 6\)",
+    ),
+    "no columns": (
+        {"input": torch.randn(2, 3, 0), "prototypes": torch.randn(K, 0)},
+        r"input must have d >= 1 columns, got \(2, 3, 0\)",
+    ),
 }
 
 
@@ -171,6 +178,20 @@ def test_the_offender_is_named(name: str, case: str) -> None:
     valid = {"input": features(2, 3), "prototypes": prototypes(), "target": labels(2, 3)}
     with pytest.raises((TypeError, ValueError), match=message):
         function(name)(**{**valid, **arguments})
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nckernels.FixedPrototypeHead(torch.eye(K, D)),
+        nckernels.QueueLoss(nckernels.SupConLoss(), nckernels.FeatureQueue(8, D)),
+        nckernels.RunningDenominatorLoss(nckernels.NTCELoss(D, K)),
+    ],
+    ids=["fixed", "queue", "running"],
+)
+def test_modules_report_the_shape_that_was_given(module: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"columns.*, got \(2, 3, 4\)"):
+        module(torch.randn(2, 3, 4), labels(2, 3))
 
 
 @pytest.mark.parametrize(

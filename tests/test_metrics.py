@@ -373,7 +373,7 @@ def test_errors_name_the_argument() -> None:
         neural_collapse(features.long(), target)
     with pytest.raises(ValueError, match=r"features: .*N >= 1"):
         neural_collapse(features[:0], target[:0])
-    with pytest.raises(ValueError, match="features: expected finite"):
+    with pytest.raises(ValueError, match="features must be finite"):
         neural_collapse(features * float("inf"), target)
     with pytest.raises(ValueError, match="target: expected 50 integer"):
         neural_collapse(features, target[:-1])
@@ -385,7 +385,7 @@ def test_errors_name_the_argument() -> None:
         neural_collapse(features, target - 1)
     with pytest.raises(ValueError, match=r"prototypes: expected shape \(num_classes, 8\)"):
         neural_collapse(features, target, prototypes[:, :7])
-    with pytest.raises(ValueError, match="prototypes: expected finite"):
+    with pytest.raises(ValueError, match="prototypes must be finite"):
         neural_collapse(features, target, prototypes / 0)
     with pytest.raises(ValueError, match="num_classes: expected 4"):
         neural_collapse(features, target, prototypes, num_classes=5)

@@ -82,6 +82,7 @@ def test_owns_its_prototypes(name: str) -> None:
     assert bool((module.prototypes.norm(dim=1) > 0).all())
     meta = MODULES[name](6, 5, device="meta")
     assert meta.prototypes.is_meta
+    assert nckernels.PrototypeClassifier(6, 5, loss=name, device="meta").prototypes.is_meta
     torch.manual_seed(3)
     first = MODULES[name](6, 5).prototypes
     torch.manual_seed(3)

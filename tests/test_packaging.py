@@ -19,6 +19,7 @@ from nckernels.backends import build
 from tools import dist
 
 ROOT = Path(__file__).resolve().parents[1]
+SDIST = f"nckernels-{nckernels.__version__}.tar.gz"
 WHEEL = f"nckernels-{nckernels.__version__}-py3-none-manylinux_2_27_x86_64.whl"
 
 
@@ -140,3 +141,33 @@ def test_a_wheel_without_the_cuda_library_is_found(make_wheel: Callable[..., Pat
 def test_a_wheel_with_the_cuda_library_may_ask_for_a_newer_glibc(make_wheel: Callable[..., Path]) -> None:
     failures = dist.inspect_wheel(make_wheel(WHEEL.replace("2_27", "2_34")), cuda=True)
     assert not any("the tag" in failure for failure in failures)
+
+
+@pytest.mark.parametrize("other", ["notes.txt", "nckernels-folder.whl/notes.txt", ".git/config"])
+def test_make_dist_removes_only_what_it_made(
+    tmp_path: Path, other: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder with anything else in it is refused, and stays as it is."""
+    monkeypatch.setattr(dist, "build", lambda *_: pytest.fail("nothing may be built"))
+    monkeypatch.setattr(sys, "argv", ["dist.py", "--out", str(tmp_path)])
+    for name in (SDIST, WHEEL):
+        (tmp_path / name).touch()
+    (tmp_path / other).parent.mkdir(exist_ok=True)
+    (tmp_path / other).touch()
+    with pytest.raises(SystemExit) as stop:
+        dist.main()
+    assert stop.value.code == 2
+    assert f"it holds {other.split('/')[0]}" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {SDIST, WHEEL, other.split("/")[0]}
+    assert (tmp_path / other).exists()
+
+
+def test_make_dist_makes_room(tmp_path: Path) -> None:
+    dist.clear(tmp_path / "new")
+    for name in (SDIST, WHEEL):
+        (tmp_path / name).touch()
+    dist.clear(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is no folder"):
+        dist.clear(tmp_path / "file")

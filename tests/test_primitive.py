@@ -165,6 +165,19 @@ def test_features_against_themselves(
     check(problem, dtype, backend.device)
 
 
+@directions
+@dtypes
+def test_samples_that_are_positives_of_each_other(
+    backend: Backend, small_workspace: None, dtype: torch.dtype, direction: str
+) -> None:
+    """Features against themselves: both upstream gradients meet in one entry of the symmetric matrix."""
+    backend.require(dtype)
+    problem = make_problem(90, 90, 24, direction=direction, exclude="self", itself=True, ignored=0.0)
+    mutual = dataclasses.replace(problem, target=torch.arange(90) ^ 1)
+    for wrt in (INPUTS, ("inv_temperature",)):
+        check(mutual, dtype, backend.device, wrt=wrt)
+
+
 @pytest.mark.parametrize("wrt", INPUTS[:1] + INPUTS[2:])
 def test_single_gradients_of_features_against_themselves(backend: Backend, small_workspace: None, wrt: str) -> None:
     for direction in ("class", "instance"):

@@ -30,6 +30,7 @@ OTHERS = [
     nckernels.QueueLoss,
     nckernels.RunningDenominatorLoss,
 ]
+CLASSIFIERS = [nckernels.FixedPrototypes, nckernels.LinearProbe]
 OF_CALLS = {"sample_weight"}
 """Options of the functions that modules take in forward()."""
 OF_MODULES = {"in_features", "num_classes", "prototypes", "device", "dtype"}
@@ -54,6 +55,17 @@ def test_modules_have_the_options_of_their_functions(module: type[nn.Module]) ->
 def test_nothing_hides_behind_stars(module: type[nn.Module]) -> None:
     kinds = {p.kind for p in inspect.signature(module).parameters.values()}
     assert not kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+
+
+@pytest.mark.parametrize("module", [*PAIRS, *OTHERS[:3], *CLASSIFIERS], ids=lambda m: m.__name__)
+def test_options_by_position(module: type[nn.Module]) -> None:
+    """A subclass, the user's too, is named, and not the private class that has its ``__init__``."""
+    class_name, names = module.__name__, options(module)
+    arguments = [1] * (len(inspect.signature(module).parameters) - len(names))
+    told = rf"^{class_name} takes (no|1|2) positional arguments?, got {len(arguments) + 1}; .*: {'=..., '.join(names)}="
+    for made in (module, type(class_name, (module,), {})):
+        with pytest.raises(TypeError, match=told):
+            made(*arguments, 0.1)
 
 
 @pytest.mark.parametrize("loss", ["nonl", "ntce", "normface"])

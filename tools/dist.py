@@ -31,15 +31,20 @@ OUTSIDE = ("libgomp.so.*", "libtorch*.so", "libc10*.so", "libcudart.so.*")
 """Libraries that torch brings or has loaded; everything else must be part of the manylinux policy."""
 NEWEST, NEWEST_CUDA = (2, 28), (2, 34)
 """The newest glibc that a wheel may ask for: that of torch's own wheels; what nvcc links statically asks for more."""
+MADE = re.compile(r"nckernels-.+(\.whl|\.tar\.gz)")
+"""Files that an earlier run has made."""
 UNWANTED = re.compile(r"(^|/)(__pycache__|out|build|\.venv|\.git)(/|$)|\.py[co]$")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder of the files, emptied first")
+    parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder; replaces older files of nckernels")
     parser.add_argument("--cuda", action="store_true", help="with the CUDA library")
     options = parser.parse_args()
-    shutil.rmtree(options.out, ignore_errors=True)
+    try:
+        clear(options.out)
+    except ValueError as error:
+        parser.error(f"--out: {error}")
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         build(work, options.cuda)
@@ -50,12 +55,26 @@ def main() -> int:
         failures = [*compare(linux, wheel), *inspect_wheel(wheel, options.cuda), *inspect_sdist(sdist)]
         run("twine", "check", "--strict", str(sdist), str(wheel))
         run("check_wheel_contents", str(wheel))
-        options.out.mkdir(parents=True)
+        options.out.mkdir(parents=True, exist_ok=True)
         for path in (sdist, wheel):
             shutil.copy2(path, options.out)
             print(f"{options.out / path.name}  {path.stat().st_size / 2**20:.2f} MiB")
     print("\n".join(failures) or "all checks passed")
     return bool(failures)
+
+
+def clear(folder: Path) -> None:
+    """Remove the distributions of an earlier run; a folder that holds anything else is left alone."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder")
+    found = sorted(folder.iterdir())
+    others = [path.name for path in found if not (MADE.fullmatch(path.name) and path.is_file())]
+    if others:
+        raise ValueError(f"{folder} must be new, empty or hold distributions of nckernels only; it holds {others[0]}")
+    for path in found:
+        path.unlink()
 
 
 def build(out: Path, cuda: bool) -> None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..backends import registry
 from .groups import Ranks
 
 # torch 2.13 renamed these and warns about the old names. A build without distributed has neither.
@@ -22,10 +23,11 @@ _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(d
 
 
 class Sizes(NamedTuple):
-    """The number of rows on every rank."""
+    """The number of rows on every rank, and the smallest of their workspaces."""
 
     counts: tuple[int, ...]
     rank: int
+    workspace: int
 
     @property
     def own(self) -> slice:
@@ -51,7 +53,10 @@ class Sizes(NamedTuple):
 
 
 def sizes(rows: Tensor, ranks: Ranks) -> Sizes:
-    """The number of rows on every rank, which all ranks must know before they exchange rows.
+    """What all ranks must know before they exchange rows.
+
+    The workspace decides how rows travel. Ranks may have different ones, for example on GPUs with different amounts of
+    memory, so all go by the smallest.
 
     The numbers are exchanged between hosts if the group has a CPU backend ("cpu:gloo,cuda:nccl", the default of
     ``init_process_group()``). In a group with NCCL alone they are exchanged between GPUs, and the host waits for them.
@@ -59,10 +64,11 @@ def sizes(rows: Tensor, ranks: Ranks) -> Sizes:
     if torch.compiler.is_compiling():
         torch._dynamo.graph_break("the host has to know how many rows all ranks have")  # type: ignore[no-untyped-call]
     by_host = "cpu" in dist.get_backend_config(ranks.group)
-    mine = torch.tensor([len(rows)], device="cpu" if by_host else rows.device)
-    counts = mine.new_empty(ranks.size)
-    _gather_into(counts, mine, group=ranks.group)
-    return Sizes(tuple(counts.tolist()), ranks.rank)
+    mine = torch.tensor([len(rows), registry.get_workspace(rows.device)], device="cpu" if by_host else rows.device)
+    found = mine.new_empty(2 * ranks.size)
+    _gather_into(found, mine, group=ranks.group)
+    numbers = found.tolist()
+    return Sizes(tuple(numbers[::2]), ranks.rank, min(numbers[1::2]))
 
 
 def all_reduce(x: Tensor, ranks: Ranks) -> Tensor:

@@ -134,7 +134,8 @@ def supcon_terms(
 
 def lse_of_pairs(rows: Tensor, inv_temperature: float, ranks: Ranks | None) -> tuple[Tensor, int]:
     """Log-sum-exp over all pairs of samples of all ranks, -inf without pairs, and the number of samples."""
-    counts = Sizes((len(rows),), 0) if ranks is None else collectives.sizes(rows, ranks)
+    alone = Sizes((len(rows),), 0, registry.get_workspace(rows.device))
+    counts = alone if ranks is None else collectives.sizes(rows, ranks)
     if counts.total < 2:
         return rows.new_full((), -torch.inf), counts.total
     if ranks is not None:
@@ -187,13 +188,13 @@ def _over_others(
 
 
 def _travel(keys: Tensor, counts: Sizes) -> bool:
-    """Whether keys circulate in a ring instead of being gathered: if the keys of all ranks exceed the workspace.
+    """Whether keys circulate in a ring instead of being gathered: if all of them exceed the smallest workspace.
 
     The reference backend and compilers always gather, because they trace every operation.
     """
     if torch.compiler.is_compiling() or registry.resolve(keys.device, keys.dtype) == registry.REFERENCE:
         return False
-    return counts.total * keys.shape[1] * keys.element_size() > registry.get_workspace(keys.device)
+    return counts.total * keys.shape[1] * keys.element_size() > counts.workspace
 
 
 def _groups_here(labels: Tensor, ignored: Tensor, everybody: Tensor, all_ignored: Tensor) -> tuple[Tensor, int, Tensor]:

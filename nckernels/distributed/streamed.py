@@ -116,7 +116,7 @@ class ByClass(_Streamed):
 
     def _lse(self, features: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         c = self.criterion
-        features, target, _ = as_rows(features, self.target[rows], None)
+        features, target, _ = as_rows(features, self.target[rows], None, c.prototypes)
         return cosine_lse(
             features, c.prototypes, target, inverse(c.temperature), direction="class",
             exclude=self.exclude, ignore_index=c.ignore_index,

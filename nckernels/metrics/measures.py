@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _checks
+
 NAN = float("nan")
 _NO_ENTROPY = 1e-12  # the entropy of a rank-one Gram matrix, up to rounding
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -393,7 +395,7 @@ def nearest_mean_agreement(features: Tensor, prototypes: Tensor, means: Tensor, 
     w, m = double(prototypes).to(z.device), double(means).to(z.device)
     offset = torch.zeros_like(w[:, 0]) if bias is None else double(bias).to(z.device)
     _check_shape("bias", offset, (len(w),))
-    _check_finite("bias", offset)
+    _checks.finite("bias", offset, wait=True)
     centre = m.mean(0)  # |z - m_c|^2 loses nothing to a common offset
     m = m - centre
     agree = 0
@@ -460,7 +462,7 @@ def check_features(features: Tensor, target: Tensor | None = None) -> None:
         )
     if target is not None and not are_labels(target, len(features)):
         raise ValueError(f"target: expected {len(features)} integer labels, got {described(target)}")
-    _check_finite("features", features)
+    _checks.finite("features", features, wait=True)
 
 
 def check_matrix(name: str, value: Tensor, *, empty: bool = True) -> None:
@@ -468,7 +470,7 @@ def check_matrix(name: str, value: Tensor, *, empty: bool = True) -> None:
     if not is_matrix(value) or value.shape[1] == 0 or not (empty or len(value)):
         least = "one column" if empty else "one row and one column"
         raise ValueError(f"{name}: expected a floating-point matrix with at least {least}, got {described(value)}")
-    _check_finite(name, value)
+    _checks.finite(name, value, wait=True)
 
 
 def is_matrix(value: object) -> bool:
@@ -537,11 +539,6 @@ def _check_square(name: str, value: Tensor, size: int | None = None) -> None:
     check_matrix(name, value, empty=False)
     size = len(value) if size is None else size
     _check_shape(name, value, (size, size))
-
-
-def _check_finite(name: str, value: Tensor) -> None:
-    if not value.isfinite().all():
-        raise ValueError(f"{name}: expected finite values, got inf or NaN")
 
 
 def _class_means(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .. import _checks
 from .measures import (
     NAN,
     ClassStatistics,
@@ -389,8 +390,7 @@ def _check(
         fits = isinstance(bias, Tensor) and bias.ndim == 1 and bias.is_floating_point()
         if not fits or num_classes not in (None, len(bias)):
             raise ValueError(f"bias: expected a floating-point tensor ({wanted},), got {described(bias)}")
-        if not bias.isfinite().all():
-            raise ValueError("bias: expected finite values, got inf or NaN")
+        _checks.finite("bias", bias, wait=True)
         num_classes = len(bias)
     if num_classes is None:
         num_classes = int(target.max()) + 1

@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .. import _checks
 from .measures import (
     NAN,
     ClassStatistics,
@@ -260,7 +261,7 @@ def _statistics(state: Tensor, noise: Tensor) -> tuple[ClassStatistics, Tensor]:
 def _report(state: Tensor, noise: Tensor, prototypes: Tensor | None, bias: Tensor | None) -> NeuralCollapse:
     """All but ``intra_erank`` and ``nc4``, which are NaN."""
     if not state.isfinite().all():
-        raise ValueError("features: expected finite values, got inf or NaN in a batch")
+        raise ValueError("features must be finite, got inf or NaN in a batch")
     statistics, present = _statistics(state, noise)
     means, counts = statistics.means, statistics.counts
     if len(means) == 0:
@@ -588,9 +589,8 @@ def _check_batch(features: Tensor, target: Tensor, num_classes: int, dim: int) -
         raise ValueError(f"features: expected a floating-point tensor (B, {dim}), got {described(features)}")
     if not are_labels(target, len(features)):
         raise ValueError(f"target: expected {len(features)} integer labels, got {described(target)}")
-    if len(features) and features.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not features.isfinite().all():
-            raise ValueError("features: expected finite values, got inf or NaN")
+    if len(features) and _checks.host_knows(features):
+        _checks.finite("features", features)
         check_labels(target, num_classes)
 
 
@@ -600,8 +600,7 @@ def _checked(name: str, value: Tensor | None, shape: tuple[int, ...]) -> Tensor 
         return None
     if not isinstance(value, Tensor) or tuple(value.shape) != shape or not value.is_floating_point():
         raise ValueError(f"{name}: expected a floating-point tensor of shape {shape}, got {described(value)}")
-    if not value.isfinite().all():
-        raise ValueError(f"{name}: expected finite values, got inf or NaN")
+    _checks.finite(name, value, wait=True)
     return value.detach().clone()
 
 

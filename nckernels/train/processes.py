@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import importlib
 import os
 import signal
 import threading
@@ -64,6 +65,10 @@ def world(device: str, option: str = "run.device") -> World:
     """
     place = _device(device, int(os.environ.get("LOCAL_RANK", "0")), option)
     if "RANK" in os.environ and not dist.is_initialized():
+        # Its functions have the default group of the time of this import as default arguments. Imported later, by
+        # DistributedDataParallel for instance, they would keep a group with its threads beyond _leave, to the end of
+        # Python, when a thread that needs Python's lock ends the process with an abort.
+        importlib.import_module("torch.distributed.nn.functional")
         # Without a name there is a CPU backend beside that of the accelerator, through which objects travel.
         dist.init_process_group("gloo" if place.type == "cpu" else None)
         atexit.register(_leave)

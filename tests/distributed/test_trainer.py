@@ -142,6 +142,25 @@ def test_training_under_torchrun(times: int, tmp_path: Path) -> None:
         assert History.load(folder).loss[1:] == pytest.approx(one.loss[1:], rel=1e-5)
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are listed on Linux only")
+def test_no_thread_of_the_process_group_outlives_it() -> None:
+    """One that still runs as Python ends can abort the process."""
+    program = """
+import os
+import torch
+from nckernels.train import processes
+processes.world("cpu")
+torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))(torch.ones(1, 2)).sum().backward()
+for moment in "before", "after":
+    names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+    print(moment, any("gloo" in name for name in names))
+    processes._leave()
+"""
+    job = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment() | job, capture_output=True, text=True)
+    assert done.stdout == "before True\nafter False\n", done.stderr
+
+
 def test_killed_and_resumed_runs_keep_the_queue_of_each_rank(ranks2: Ranks, tmp_path: Path) -> None:
     """Each rank has a queue of its own, and all of it goes on."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"

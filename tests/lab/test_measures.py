@@ -330,7 +330,7 @@ def test_errors_name_the_argument(measure: Callable[[Tensor, Tensor], float]) ->
         measure(x, y.float())
     with pytest.raises(ValueError, match=r"target: expected 6 integer labels, got torch.int64 of shape \(5,\)"):
         measure(x, y[:5])
-    with pytest.raises(ValueError, match="features: expected finite values"):
+    with pytest.raises(ValueError, match="features must be finite"):
         measure(x / 0, y)
     with pytest.raises(ValueError, match="features: expected a floating-point tensor"):
         measure(x[:0], y[:0])
@@ -357,7 +357,7 @@ def test_bias_is_checked() -> None:
     for bad in (torch.zeros(2), torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64)):
         with pytest.raises(ValueError, match=r"bias: expected a floating-point tensor \(3,\), got"):
             neural_collapse(x, y, w, bias=bad)
-    with pytest.raises(ValueError, match="bias: expected finite values"):
+    with pytest.raises(ValueError, match="bias must be finite"):
         neural_collapse(x, y, w, bias=torch.tensor([0, 0, math.inf]))
     with pytest.raises(ValueError, match=r"target: expected labels in \[0, 2\)"):
         neural_collapse(x, y, bias=torch.zeros(2))
@@ -423,17 +423,17 @@ def test_bad_input_is_named() -> None:
     x, y, w = normal(12, 4), torch.arange(12) % 3, normal(3, 4)
     nan, gram = torch.full_like(w, math.nan), w @ w.T
     bad: list[tuple[str, Callable[[], object]]] = [
-        ("matrix: expected finite", lambda: effective_rank(nan)),
+        ("matrix must be finite", lambda: effective_rank(nan)),
         ("points: expected a floating-point matrix", lambda: covariance_rank(y.view(3, 4))),
-        ("points: expected finite", lambda: covariance_rank(nan)),
+        ("points must be finite", lambda: covariance_rank(nan)),
         (r"gram: expected shape \(3, 3\)", lambda: matrix_entropy(w)),
         (r"gram_m: expected shape \(3, 3\)", lambda: mutual_information_ratio(gram, gram[:2, :2])),
         (r"gram_m: expected shape \(3, 3\)", lambda: entropy_difference_ratio(gram, gram[:2, :2])),
-        ("means: expected finite", lambda: rotated_self_duality(w, nan)),
-        ("means: expected finite", lambda: nearest_mean_agreement(x, w, nan)),
+        ("means must be finite", lambda: rotated_self_duality(w, nan)),
+        ("means must be finite", lambda: nearest_mean_agreement(x, w, nan)),
         ("prototypes: .* at least one row", lambda: nearest_mean_agreement(x, w[:0], w[:0])),
         ("means: expected a floating-point matrix", lambda: simplex_deviation(w[0])),
-        ("means: expected finite", lambda: weight_alignment(w, nan)),
+        ("means must be finite", lambda: weight_alignment(w, nan)),
         (r"prototypes: expected shape \(3, 4\)", lambda: instance_alignment(x, w[:, :1], y)),
         (r"target: expected labels in \[0, 2\)", lambda: class_means(x, y, 2)),
         ("num_classes: expected an integer >= 1, got 3.0", lambda: neural_collapse(x, y, num_classes=3.0)),  # type: ignore[arg-type]

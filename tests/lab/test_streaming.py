@@ -327,7 +327,7 @@ def test_errors_of_the_metric() -> None:
     for match, x, y in (
         ("features: expected .* got torch.float64 of shape", features[:, 1:], target),
         ("features: expected .* got torch.int64", target[:, None].expand(-1, D), target),
-        ("features: expected finite", bad_values, target),
+        ("features must be finite", bad_values, target),
         ("target: expected 120 integer labels", features, target[1:]),
         ("target: expected 120 integer labels", features, target.double()),
         (r"target: expected labels in \[0, 7\), got 1 to 11", features[:2], torch.tensor([1, 11])),
@@ -337,13 +337,13 @@ def test_errors_of_the_metric() -> None:
             metric.update(x, y)
         assert not metric.moments.any()
     metric.moments[0, 0] = math.inf  # as it comes to be on a GPU, where nobody looks
-    with pytest.raises(ValueError, match="features: expected finite"):
+    with pytest.raises(ValueError, match="features must be finite"):
         metric.compute()
     for match, options in (
         ("num_classes: expected an integer >= 1, got 0", {"num_classes": 0}),
         ("dim: expected an integer >= 1, got 1.5", {"dim": 1.5}),
         (r"prototypes: expected .* \(7, 12\), got .* \(6, 12\)", {"prototypes": prototypes[1:]}),
-        ("prototypes: expected finite", {"prototypes": prototypes / 0}),
+        ("prototypes must be finite", {"prototypes": prototypes / 0}),
         (r"bias: expected .* \(7,\), got .* \(7, 1\)", {"bias": bias[:, None]}),
         ("bias: expected .* got torch.int64", {"bias": torch.arange(K)}),
     ):

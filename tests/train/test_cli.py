@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +139,17 @@ def test_a_command_without_its_extra_says_what_to_install(command: str, missing:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
     assert done.returncode == 1
     assert done.stderr == f'python -m nckernels: error: {command} needs {missing}: pip install "nckernels[{extra}]"\n'
+
+
+@pytest.mark.parametrize("words", [["recipes"], ["recipes", "--help"]], ids=" ".join)
+def test_a_reader_that_stops_reading(words: list[str]) -> None:
+    """Nothing is printed as ``| head`` ends."""
+    read, write = os.pipe()
+    os.close(read)
+    command, buffered = [sys.executable, "-m", "nckernels", *words], {**environment(), "PYTHONUNBUFFERED": ""}
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, env=buffered)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_help_and_info_load_no_trainer() -> None:
