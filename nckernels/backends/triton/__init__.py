@@ -106,7 +106,7 @@ class TritonBackend(Backend):
         inputs, reduced = inputs._replace(inv_temperature=beta), reduced._replace(weight=weight)
         with on_device(z):
             if spec.symmetric:
-                return pairs_step.step(inputs, reduced, spec, needs)
+                return pairs_step.step(pairs_step.PairKernels(inputs, spec), reduced, needs)
             return tiled.step(TritonStep(inputs, spec, host_beta), reduced, needs)
 
     def scaled(self, grad: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
