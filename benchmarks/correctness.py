@@ -85,9 +85,15 @@ class Case:
         """Whether features are compared with themselves."""
         return self.itself or self.call in ("supcon", "simclr")
 
+    @property
+    def decoupled(self) -> bool:
+        """Whether SupCon sums over the negatives only."""
+        return self.call == "supcon" and self.exclude == "same_label"
+
     def __str__(self) -> str:
         flags = [name for name in ("itself", "present_only", "bias", "weighted", "one_step") if getattr(self, name)]
         words = [self.call, self.direction, *([self.exclude] if self.primitive else [self.reduction]), *flags]
+        words += ["decoupled"] if self.decoupled else []
         size = f"M={self.m} K={self.k} d={self.d}"
         workspace = "" if self.workspace is None else f" workspace={self.workspace}"
         return f"{self.backend} {self.dtype}: {' '.join(words)}, {size}{workspace}"
@@ -137,7 +143,9 @@ def _cases(backend: str, dtype: str, *, stepping: bool) -> Iterator[Case]:
                 yield case(loss, d, reduction="mean", direction=direction, workspace=SMALL_WORKSPACE, **step)
         yield case("nonl", d, reduction="mean", direction="both")
         yield case("nonl", d, reduction="none")
-        yield case("supcon", d, reduction="mean", k=40)
+        in_tiles = stepping and d == SHORT and dtype in ("bfloat16", "float16")  # long rows take two passes
+        for reduction, exclude in (("mean", "none"), ("sum", "same_label")):
+            yield case("supcon", d, k=40, reduction=reduction, exclude=exclude, one_step=in_tiles)
         yield case("clip", d, k=301, reduction="mean")
     for d, exclude, direction in itertools.product(
         (SHORT, LONG), ("none", "target", "self", "same_label"), ("class", "instance", "both")
@@ -177,7 +185,7 @@ def _examine(case: Case, device: torch.device) -> tuple[Status, str, dict[str, l
         exact = _outputs(case, leaves, others, "reference", torch.device("cpu"), torch.float64)
         with mock.patch.object(reference, "cosine_lse", eager):
             plain = _outputs(case, leaves, others, "reference", device, DTYPES[case.dtype])
-        if not case.alone and case.exclude in ("none", "target"):
+        if case.call == "supcon" or (not case.alone and case.exclude in ("none", "target")):
             leaves["features"][others["target"] == -100] = math.nan
         if case.workspace is not None:
             stack.enter_context(nckernels.use_workspace(case.workspace))
@@ -331,6 +339,8 @@ def _loss(case: Case, leaves: dict[str, Tensor], others: dict[str, Tensor]) -> T
     options: dict[str, Any] = {"temperature": leaves["scale"], "reduction": case.reduction}
     if case.call == "nonl":
         options["direction"] = case.direction
+    if case.call == "supcon":
+        options["decoupled"] = case.decoupled
     if case.weighted:
         options["weight"] = others["weight"]
     operands = [x for name, x in leaves.items() if name != "scale"]

@@ -34,7 +34,7 @@ from nckernels.backends.base import Inputs, Spec
 from nckernels.backends.tiled.kernels import Partial
 from nckernels.backends.tiled.plan import IN_L2, Blocks
 from nckernels.backends.tiled.sides import Result, Side
-from nckernels.backends.triton import TritonBackend, config, launch
+from nckernels.backends.triton import TritonBackend, config, launch, pairs_step
 from nckernels.backends.triton import step as one_step
 
 from .problems import Problem
@@ -415,6 +415,45 @@ class Counted(one_step.TritonStep):
             super().loss(share, lse, pos, part, divisor, out)
 
 
+class CountedPairs(Counted, pairs_step.PairKernels):
+    """The kernels of SupCon in one step."""
+
+    def prepare_rows(self, rows: pairs_step.Rows) -> None:
+        vectors = _bytes(self.inputs.target, rows.rnorm, rows.bias, rows.tag)
+        with self.tally.stage("prepare_rows", read=[self._all_rows()], vectors=vectors):
+            super().prepare_rows(rows)
+
+    def log_sum_exp_of_pairs(self, rows: pairs_step.Rows, partial: Tensor, blocks: Blocks) -> None:
+        entries = len(self.inputs.features) ** 2
+        with self.tally.stage(
+            "log_sum_exp_of_pairs", own=2 * entries * self.columns, exps=entries, read=[self._all_rows()],
+            vectors=_bytes(partial, rows.rnorm, rows.bias, rows.tag),
+        ):  # fmt: skip
+            super().log_sum_exp_of_pairs(rows, partial, blocks)
+
+    def reduce_pairs(self, rows: pairs_step.Rows, partial: Tensor, weight: Tensor | None) -> None:
+        with self.tally.stage("reduce_pairs", vectors=_bytes(partial, weight, *rows)):
+            super().reduce_pairs(rows, partial, weight)
+
+    def grad_of_pairs(
+        self, rows: pairs_step.Rows, result: Result, part: Tensor | None, divisor: Tensor, loss: Tensor,
+        mean: bool, split: int, blocks: Blocks,
+    ) -> None:  # fmt: skip
+        entries = len(self.inputs.features) ** 2
+        terms = 1 if config.may_share(blocks.tile, self.arch) else 2  # at the temperatures of the benchmarks
+        assert result.out is not None
+        written = (INPUTS, result.out, _bytes(result.out)) if part is None else (SUMS, part, _bytes(part))
+        with self.tally.stage(
+            "grad_of_pairs", own=4 * entries * self.columns, exps=terms * entries, read=[self._all_rows()],
+            written=[written], vectors=_bytes(*rows),
+        ):  # fmt: skip
+            super().grad_of_pairs(rows, result, part, divisor, loss, mean, split, blocks)
+
+    def _all_rows(self) -> Access:
+        z = self.inputs.features
+        return INPUTS, z, len(z) * self.row
+
+
 class CountedProduct(quack.Product):
     """A product with an epilogue, at the library's rate."""
 
@@ -501,6 +540,7 @@ def count(
         enter(replaced(launch, "launch", tally.launch))
         enter(replaced(launch, "TritonKernels", kernels))
         enter(replaced(one_step, "TritonStep", kernels))
+        enter(replaced(pairs_step, "PairKernels", partial(CountedPairs, tally)))
         if epilogue:
             enter(replaced(quack, "why_not", lambda _: None))
             enter(replaced(quack, "product", lambda *_: CountedProduct(tally)))

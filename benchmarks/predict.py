@@ -127,7 +127,7 @@ class Prediction:
 
     @property
     def one_step(self) -> bool:
-        return any(stage.name == "panel_entries" for stage in self.chosen.stages)
+        return any(stage.name in ("panel_entries", "grad_of_pairs") for stage in self.chosen.stages)
 
     def beyond(self) -> dict[str, int]:
         """Bytes to and from memory beyond the floor's, by kind."""
@@ -160,7 +160,7 @@ class Prediction:
 
         needed = min(1.0, self.work.flops / operations(self.chosen))
         saved = {
-            "norms": passes("row_rnorm", "prepare_samples"),
+            "norms": passes("row_rnorm", "prepare_"),
             "copies": passes("gather"),
             "finishing": passes("finish"),
             "PyTorch": passes("torch "),

@@ -49,7 +49,10 @@ SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 TENSOR_MEMORY_COLUMNS = 512
 TENSOR_CORES = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)")
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-KERNELS_WITH_PRODUCT = ("lse_kernel", "grad_kernel", "entries_kernel", "bias_grad_kernel", "mend_kernel")
+KERNELS_WITH_PRODUCT = (
+    "lse_kernel", "grad_kernel", "entries_kernel", "bias_grad_kernel", "mend_kernel", "pairs_lse_kernel",
+    "pairs_grad_kernel",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,13 @@ def scenarios() -> Iterator[Scenario]:
     yield Scenario(BF16, 2048, "class", "target", present_only=True, step=True)
     yield Scenario(FP16, 512, "class", "target", m=128, present_only=True, step=True)
     yield Scenario(FP32, 512, "class", "none", present_only=True, step=True)
+    for d in (64, 128, 256):
+        yield Scenario(BF16, d, "instance", "same_label", m=2048, k=2048, itself=True, step=True)
+        yield Scenario(FP16, d, "instance", "self", m=256, k=256, itself=True, step=True)
+        yield Scenario(BF16, d, "instance", "self", m=256, k=256, busy=True, itself=True, step=True)
+    yield Scenario(BF16, 100, "instance", "self", m=256, k=256, itself=True, step=True)
+    yield Scenario(FP32, 128, "instance", "self", m=256, k=256, itself=True, step=True)
+    yield Scenario(FP32, 64, "instance", "self", m=256, k=256, precision="highest", itself=True, step=True)
     yield Scenario(BF16, 2048, "instance", "none", step=True, epilogue=True)
     yield Scenario(BF16, 2048, "class", "target", m=128, present_only=True, step=True, epilogue=True)
 
@@ -225,7 +235,7 @@ def record(scenario: Scenario, arch: int) -> list[Job]:
     backend = TritonBackend()
     needs = Needs(True, not scenario.itself, True, inputs.sample_bias is not None, inputs.class_bias is not None)
     if scenario.step:
-        found = backend.step(inputs, Reduced(torch.ones(m), True, torch.nan), spec, needs)
+        found = backend.step(inputs, Reduced(torch.ones(m), True, 0.0), spec, needs)
         assert found.features is not None
         for in_place in (True, False):
             backend.scaled(found.features, found.loss, scenario.dtype, in_place)

@@ -29,8 +29,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
         return chosen
 
-    for name in ("lse_tile", "entries_tile", "grad_tile"):
-        monkeypatch.setattr(config, name, shrunk(getattr(config, name), name == "grad_tile"))
+    for name in ("lse_tile", "entries_tile", "grad_tile", "pairs_lse_tile", "pairs_grad_tile"):
+        monkeypatch.setattr(config, name, shrunk(getattr(config, name), name.endswith("grad_tile")))
     monkeypatch.setattr(config, "panel_tile", lambda: config.PanelTile(16, 16, 4, 4))
     with nckernels.use_backend("triton"):
         yield

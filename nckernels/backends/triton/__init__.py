@@ -83,11 +83,15 @@ class TritonBackend(Backend):
             return tiled.backward(launch.TritonKernels(inputs, spec), saved, grads, needs)
 
     def can_step(self, features: Tensor, prototypes: Tensor, spec: Spec) -> bool:
+        from . import pairs_step
         from .step import fits_on_chip
 
+        if spec.symmetric:
+            return pairs_step.fits(features, spec)
         return tiled.fits(features, prototypes, spec) and not fits_on_chip(features, prototypes)
 
     def step(self, inputs: Inputs, reduced: Reduced, spec: Spec, needs: Needs) -> Step:
+        from . import pairs_step
         from .launch import on_device
         from .step import TritonStep
 
@@ -99,9 +103,11 @@ class TritonBackend(Backend):
             host_beta = number(beta, z.dtype)
             beta = torch.full((), host_beta, dtype=dtype, device=z.device)
         weight = None if reduced.weight is None else reduced.weight.to(dtype).contiguous()
+        inputs, reduced = inputs._replace(inv_temperature=beta), reduced._replace(weight=weight)
         with on_device(z):
-            kernels = TritonStep(inputs._replace(inv_temperature=beta), spec, host_beta)
-            return tiled.step(kernels, reduced._replace(weight=weight), needs)
+            if spec.symmetric:
+                return pairs_step.step(pairs_step.PairKernels(inputs, spec), reduced, needs)
+            return tiled.step(TritonStep(inputs, spec, host_beta), reduced, needs)
 
     def scaled(self, grad: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
         from .launch import on_device

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any, Literal
@@ -84,6 +84,12 @@ def kind_of(x: Tensor) -> Kind:
     return "tf32" if tf32() else "ieee"
 
 
+def aligned(x: Tensor) -> bool:
+    """Whether rows start and end at multiples of 16 bytes, as full-width asynchronous copies require."""
+    numbers = 16 // x.element_size()
+    return x.shape[1] % numbers == 0 and x.stride(0) % numbers == 0 and x.data_ptr() % 16 == 0
+
+
 def padded(d: int) -> int:
     """The width of a block that holds whole rows of d: a power of two, at least 16 for the tensor cores."""
     return max(16, 1 << (d - 1).bit_length())
@@ -97,7 +103,7 @@ class Shape:
     kind: Kind
     d: int
     aligned: bool
-    """Whether rows start and end at multiples of 16 bytes, as full-width asynchronous copies require."""
+    """Whether the rows of both operands are, see the function of that name."""
     heavy: bool
     """Whether registers are short: two directions at once, 64-bit labels to compare, gathered anchors."""
     square: bool = False
@@ -262,6 +268,33 @@ def grad_tile(shape: Shape) -> Tile | None:
         # With two stages, labels on both sides make Triton 3.9 spill on sm_100.
         return Tile(128, 32 if heavy else 64, whole, 8, 3 if heavy and whole <= 64 and shape.family == 100 else 2)
     return Tile(64, 32 if heavy and shape.family == 90 else 64, 256, 8, 2)
+
+
+@tuned
+def pairs_lse_tile(shape: Shape) -> Tile:
+    """For ``pairs_lse_kernel``."""
+    whole = shape.whole
+    if shape.aligned and shape.kind == "half":
+        if shape.family == 100 and whole <= 128:
+            # With four warps a thread holds one row of the tile, and no sum crosses threads. Without a limit it takes
+            # 118 registers; with one of 255 the compiler spills.
+            return Tile(128, 64, whole, 4, 2, parts=4)
+        if shape.family == 80 and whole <= 64:
+            return Tile(64, 64, whole, 4, 2)
+    return lse_tile(shape)
+
+
+@tuned
+def pairs_grad_tile(shape: Shape) -> Tile | None:
+    """For ``pairs_grad_kernel``; None if rows are too long for it.
+
+    A thread has two rows of a tile, whatever its size, and instructions for every column; hence as many columns as
+    registers allow.
+    """
+    whole, longest = shape.whole, 64 if shape.family == 80 else 128
+    if shape.aligned and shape.kind == "half" and shape.family > 0 and whole <= longest:
+        return Tile(128, 64, whole, 8, 2)
+    return grad_tile(replace(shape, heavy=True))
 
 
 @dataclass(frozen=True)

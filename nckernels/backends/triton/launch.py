@@ -34,7 +34,7 @@ def on_device(x: Tensor) -> AbstractContextManager[Any]:
 _made_once = lru_cache(maxsize=1024)
 
 
-def _tile_options(tile: Tile) -> dict[str, Any]:
+def tile_options(tile: Tile) -> dict[str, Any]:
     """The launch options of a tile of products."""
     options: dict[str, Any] = {"BP": tile.p, "BQ": tile.q, "BD": tile.d}
     options |= {"warps": tile.warps, "stages": tile.stages}
@@ -45,7 +45,7 @@ def _tile_options(tile: Tile) -> dict[str, Any]:
 
 
 @_made_once
-def _row_blocks(d: int) -> dict[str, int]:
+def row_blocks(d: int) -> dict[str, int]:
     """Rows and columns of a block for kernels that read rows once, with 8 numbers per thread."""
     columns = min(config.padded(d), 1024)
     return {"BR": 16 if INTERPRETED else 2048 // columns, "BD": columns, "warps": 8}
@@ -53,14 +53,14 @@ def _row_blocks(d: int) -> dict[str, int]:
 
 @_made_once
 def _row_rnorm_options(columns: int, unit: int, eps: float) -> Options:
-    return Options(UNIT=unit, EPS=eps, **_row_blocks(columns))
+    return Options(UNIT=unit, EPS=eps, **row_blocks(columns))
 
 
 @_made_once
 def _samples_options(columns: int, same_label: bool, itself: bool, unit: int, eps: float) -> Options:
     # Device assertions need debug, whose overflow checks of every index are turned off.
     checks = {} if INTERPRETED else {"debug": True, "sanitize_overflow": False}
-    return Options(SAME_LABEL=same_label, ITSELF=itself, UNIT=unit, EPS=eps, **_row_blocks(columns), **checks)
+    return Options(SAME_LABEL=same_label, ITSELF=itself, UNIT=unit, EPS=eps, **row_blocks(columns), **checks)
 
 
 _COMPACT = Options(B=1024)
@@ -77,7 +77,7 @@ def _lse_options(
 ) -> Options:
     return Options(
         EXCLUDE=exclude, P_SAMPLES=samples, P_GATHER=gather, UNIT=unit, WHOLE_D=whole, EVEN_D=even,
-        PARTS=tile.parts, PRECISION=precision, **_tile_options(tile),
+        PARTS=tile.parts, PRECISION=precision, **tile_options(tile),
     )  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def _grad_options(
 ) -> Options:
     return Options(
         **_entry_options(entry), MAY_SHARE=share, UNIT=unit, EVEN_D=even,
-        EPS=eps, NORM_LIMIT=limit, PRECISION=precision, **_tile_options(tile),
+        EPS=eps, NORM_LIMIT=limit, PRECISION=precision, **tile_options(tile),
     )  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def _grad_options(
 def _entries_options(entry: Entry, unit: int, even: bool, limit: float, precision: str, tile: Tile) -> Options:
     return Options(
         **_entry_options(entry), UNIT=unit, EVEN_D=even, PARTS=tile.parts, GROUP=8,
-        NORM_LIMIT=limit, PRECISION=precision, **_tile_options(tile),
+        NORM_LIMIT=limit, PRECISION=precision, **tile_options(tile),
     )  # fmt: skip
 
 
@@ -119,7 +119,7 @@ def _bias_options(
 ) -> Options:
     return Options(
         EXCLUDE=exclude, P_SAMPLES=samples, Q_GATHER=gather, UNIT=unit, WHOLE_D=whole, EVEN_D=even,
-        PARTS=tile.parts, PRECISION=precision, **_tile_options(tile),
+        PARTS=tile.parts, PRECISION=precision, **tile_options(tile),
     )  # fmt: skip
 
 
@@ -139,7 +139,7 @@ def _finish_options(
 ) -> Options:
     return Options(
         GATHER=gather, UNSUMMED=unsummed, NORM_INSIDE=norm_inside, WHOLE_D=whole,
-        UNIT=unit, EPS=eps, NORM_LIMIT=limit, **_row_blocks(columns),
+        UNIT=unit, EPS=eps, NORM_LIMIT=limit, **row_blocks(columns),
     )  # fmt: skip
 
 
@@ -169,10 +169,8 @@ class TritonKernels(Kernels):
     # --- tiles
 
     def _shape(self, heavy: bool, entries: int) -> config.Shape:
-        itemsize = self.inputs.features.element_size()
         wide = self.spec.exclude == "same_label"  # masks compare 64-bit labels
-        first = (self.inputs.features.data_ptr(), self.inputs.prototypes.data_ptr())
-        aligned = self.unit * itemsize >= 16 and all(pointer % 16 == 0 for pointer in first)
+        aligned = config.aligned(self.inputs.features) and config.aligned(self.inputs.prototypes)
         d = self.d * self.unit
         return config.Shape(self.arch, self.kind, d, aligned, heavy or wide, self.spec.square, entries)
 
@@ -204,7 +202,7 @@ class TritonKernels(Kernels):
     # --- O(M d) and O(K)
 
     def row_rnorm(self, x: Tensor, rnorm: Tensor, label: Tensor | None) -> None:
-        n, blocks = x.shape[0], _row_blocks(x.shape[1])
+        n, blocks = x.shape[0], row_blocks(x.shape[1])
         launch(
             norms.row_rnorm_kernel, (ceil_div(n, blocks["BR"]),),
             x, label, rnorm, n, self.d, self._units(x), self.spec.ignore_index,
@@ -213,7 +211,7 @@ class TritonKernels(Kernels):
 
     def prepare_samples(self, z_rnorm: Tensor, pos: Tensor, w_rnorm: Tensor | None, mark: Tensor | None) -> None:
         z, w, spec = self.inputs.features, self.inputs.prototypes, self.spec
-        m, blocks = z.shape[0], _row_blocks(z.shape[1])
+        m, blocks = z.shape[0], row_blocks(z.shape[1])
         launch(
             norms.prepare_samples_kernel, (ceil_div(m, blocks["BR"]),),
             z, w, self.inputs.target, self.beta, z_rnorm, pos, w_rnorm, mark,
@@ -330,7 +328,7 @@ class TritonKernels(Kernels):
     ) -> None:
         side = result.side
         d = side.x.shape[1]
-        blocks = _row_blocks(d)
+        blocks = row_blocks(d)
         launch(
             finish.finish_kernel, (ceil_div(stop - start, blocks["BR"]),),
             sums, side.x, side.rnorm, side.label, side.used, self.beta, scale, result.out, result.dot,

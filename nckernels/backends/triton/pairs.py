@@ -1,0 +1,322 @@
+"""Samples contrasted with the other samples of their batch, SupCon and SimCLR: loss and gradient in one step.
+
+With unit rows ``u``, labels ``y``, the shares ``g`` of the samples in the loss, and the number ``n_i`` of the others
+that have the label of i,
+
+    t_ij  = beta u_i . u_j
+    lse_i = log sum_j exp(t_ij)              over j != i, or over y_j != y_i (``NEGATIVES``)
+    loss  = sum_i g_i (lse_i - sum_j t_ij / n_i)      the inner sum over j != i with y_j = y_i
+    T_ij  = g_i exp(t_ij - lse_i) + g_j exp(t_ij - lse_j) - [y_i = y_j, i != j] (g_i / n_i + g_j / n_j)
+
+and ``sum_j T_ij u_j`` is the gradient by beta u_i, see grad.py. Tiles of t are computed twice and never stored:
+
+* ``pairs_prepare_kernel``: inverse norms;
+* ``pairs_lse_kernel``: for every row the log-sum-exp, and the sum and the number of its positives;
+* ``pairs_reduce_kernel``: from these the loss of every row, and its factors in T;
+* ``pairs_grad_kernel``: the gradient, accumulated on the chip.
+
+Positives are found by comparing labels, any 64-bit integers, in the tiles, which needs no list of the classes. Logits and
+log-sum-exps are in base 2.
+
+The vectors that the kernels pass to each other end at a multiple of ``PADDING``, so that they are read without masks. A
+row that is left out, because it is ignored or past the end, has an inverse norm of 0, a bias of -inf, which keeps it out
+of sums, and the tag ``skip``.
+"""
+
+import triton
+import triton.language as tl
+
+from .finish import project, summand_rnorm
+from .lse import shift_of
+from .norms import inverse_norm
+from .reduce import sum_of
+from .tiles import INF, LN2, LOG2E, column_parts, dot, dot_rows, load_rows
+
+
+PADDING = 256
+"""A multiple of every tile's sides."""
+
+
+@triton.jit(do_not_specialize=["n", "d", "stride", "skip"])
+def pairs_prepare_kernel(
+    X, Label, Beta, Rnorm, Bias, Tag, n, d, stride, skip,
+    UNIT: tl.constexpr, EPS: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """``Rnorm[i] = 1 / max(|X[i]|, EPS)``, the bias and the label of BR rows.
+
+    The kernel is launched with Triton's debug option, which compiles the assertion.
+    """
+    beta = tl.load(Beta)
+    tl.device_assert((beta > 0) & (beta < INF), "the inverse temperature must be positive and finite")
+    d *= UNIT
+    stride *= UNIT
+    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    label = tl.load(Label + row, mask=row < n, other=skip)
+    valid = label != skip
+    col = tl.arange(0, BD)
+    ptr = X + row.to(tl.int64)[:, None] * stride + col[None, :]
+    total = tl.zeros((BR, BD), tl.float32)
+    for k in range(0, d, BD):
+        x = tl.load(ptr + k, mask=valid[:, None] & (col < d - k)[None, :], other=0.0).to(tl.float32)
+        total = tl.fma(x, x, total)
+    tl.store(Rnorm + row, tl.where(valid, inverse_norm(tl.sum(total, 1), EPS), 0.0))
+    tl.store(Bias + row, tl.where(valid, 0.0, -INF))
+    tl.store(Tag + row, label)
+
+
+@triton.jit
+def relation(p_tag, q_tag, p_first, q_first):
+    """For a tile whether its two rows are different ones, and whether these have one label."""
+    p_slot = tl.arange(0, p_tag.shape[0]) + (p_first - q_first)
+    different = p_slot[:, None] != tl.arange(0, q_tag.shape[0])[None, :]
+    return different, different & (p_tag[:, None] == q_tag[None, :])
+
+
+LANES = tl.constexpr(8)
+
+
+@triton.jit
+def add_three(a, b, c, x, y, z):
+    return a + x, b + y, c + z
+
+
+@triton.jit(do_not_specialize=["n", "d", "stride", "split"])
+def pairs_lse_kernel(
+    X, Rnorm, Bias, Tag, Beta, Partial,
+    n, width, d, stride, split,
+    NEGATIVES: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr, UNIT: tl.constexpr,
+    WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``Partial[0..3, part, i]`` from the columns of one part: the largest logit, the sum of exponentials relative to
+    it, and the sum of the logits of the positives and their number."""
+    d *= UNIT
+    stride *= UNIT
+    B: tl.constexpr = BQ // PARTS
+    part = tl.program_id(0) % split
+    p_first = tl.program_id(0) // split * BP
+    p_slot = p_first + tl.arange(0, BP)
+    p_tag = tl.load(Tag + p_slot)
+    p_valid = tl.load(Bias + p_slot) == 0
+    p_scale = tl.load(Rnorm + p_slot) * (tl.load(Beta) * LOG2E)
+    p = None
+    if WHOLE_D:
+        p = load_rows(X, p_slot, p_valid, stride, d, BD, EVEN_D)
+    largest = tl.full((BP, LANES), -INF, tl.float32)
+    total = tl.zeros((BP, LANES), tl.float32)
+    positives = tl.zeros((BP, LANES), tl.float32)
+    count = tl.zeros((BP, LANES), tl.float32)
+
+    for q_block in range(part, tl.cdiv(n, BQ), split):
+        q_slot = q_block * BQ + tl.arange(0, BQ)
+        q_valid = tl.load(Bias + q_slot) == 0
+        if WHOLE_D:
+            q = load_rows(X, q_slot, q_valid, stride, d, BD, EVEN_D)
+            acc = dot(p, tl.trans(q), tl.zeros((BP, BQ), tl.float32), PRECISION)
+        else:
+            acc = dot_rows(X, p_slot, p_valid, stride, X, q_slot, q_valid, stride, d, d, BD, EVEN_D, PRECISION)
+        products = column_parts(acc, PARTS)
+        for i in tl.static_range(PARTS):
+            q_first = q_block * BQ + i * B
+            slot = q_first + tl.arange(0, B)
+            # Logits without the factor of their row, which the exponential's argument gets.
+            s = tl.fma(products[i], tl.load(Rnorm + slot)[None, :], tl.load(Bias + slot)[None, :])
+            different, positive = relation(p_tag, tl.load(Tag + slot), p_first, q_first)
+            if NEGATIVES:
+                summed = different & (positive == 0)
+            else:
+                summed = different
+            t = tl.reshape(tl.where(summed, s, -INF), (BP, B // LANES, LANES))
+            new = tl.maximum(largest, tl.max(t, 1))
+            shift = shift_of(new) * p_scale[:, None]
+            e = tl.exp2(tl.fma(t, p_scale[:, None, None], -shift[:, None, :]))
+            logits = tl.reshape(tl.where(positive, s, 0.0), (BP, B // LANES, LANES))
+            ones = tl.reshape(tl.where(positive, 1.0, 0.0), (BP, B // LANES, LANES))
+            # One reduction of three tiles: reduced alone, the tile of ones would be laid out anew for every thread.
+            e_sum, logits_sum, ones_sum = tl.reduce((e, logits, ones), 1, add_three)
+            total = tl.fma(total, tl.exp2(tl.fma(largest, p_scale[:, None], -shift)), e_sum)
+            positives += logits_sum
+            count += ones_sum
+            largest = new
+
+    largest *= p_scale[:, None]
+    top = tl.max(largest, 1)
+    total = tl.sum(total * tl.exp2(largest - shift_of(top)[:, None]), 1)
+    positives = tl.sum(positives, 1) * p_scale
+    count = tl.sum(count, 1)
+    largest = top
+    plane = split.to(tl.int64) * width
+    at = Partial + part.to(tl.int64) * width + p_slot
+    tl.store(at, largest)
+    tl.store(at + plane, total)
+    tl.store(at + 2 * plane, positives)
+    tl.store(at + 3 * plane, count)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def pairs_reduce_kernel(
+    Partial, Rnorm, Bias, Weight, Shift, Factor, Pos, Totals, n, width, parts,
+    NORM_LIMIT: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """Combine the parts of every row, in order, to its numbers in T.
+
+    ``Shift[i] = lse_i - log2 g_i``, so that a term is ``exp2(t_ij - Shift[i])``; +inf where there is none: without
+    positives, which means g = 0, and for an empty sum. ``Factor[i] = exp2(-Shift[i])`` and ``Pos[i] = -g_i / n_i``, both
+    times the factor of a row that is summed up. Of each block ``Totals[0..3, block]`` are the sum of the weighted
+    losses, the sum of the weights, the largest weight and the largest such factor.
+    """
+    slot = tl.program_id(0) * B + tl.arange(0, B)
+    plane = parts.to(tl.int64) * width
+    largest = tl.full((B,), -INF, tl.float32)
+    total = tl.zeros((B,), tl.float32)
+    positives = tl.zeros((B,), tl.float32)
+    count = tl.zeros((B,), tl.float32)
+    at = Partial + slot
+    for _ in range(parts):
+        top = tl.load(at)
+        new = tl.maximum(largest, top)
+        shift = shift_of(new)
+        total = tl.fma(tl.load(at + plane), tl.exp2(top - shift), total * tl.exp2(largest - shift))
+        positives += tl.load(at + 2 * plane)
+        count += tl.load(at + 3 * plane)
+        largest = new
+        at += width
+    counted = (tl.load(Bias + slot) == 0) & (count > 0)
+    weight = tl.where(counted, 1.0, 0.0)
+    if Weight is not None:
+        weight = tl.load(Weight + slot, mask=counted, other=0.0)
+    others = tl.maximum(count, 1.0)
+    lse = largest + tl.log2(total)
+    empty = (lse == -INF) | (counted == 0)
+    loss = LN2 * (tl.where(empty, 0.0, lse) - positives / others)
+    shift = tl.where(empty, INF, lse - tl.log2(weight))
+    r = summand_rnorm(tl.load(Rnorm + slot), NORM_LIMIT)
+    tl.store(Shift + slot, shift)
+    tl.store(Factor + slot, tl.exp2(-shift) * r)
+    tl.store(Pos + slot, -weight / others * r)
+    out = Totals + tl.program_id(0)
+    blocks = tl.num_programs(0)
+    tl.store(out, tl.sum(tl.where(counted, weight * loss, 0.0), 0))
+    tl.store(out + blocks, tl.sum(weight, 0))
+    tl.store(out + 2 * blocks, tl.max(weight, 0))
+    tl.store(out + 3 * blocks, tl.max(r, 0))
+
+
+@triton.jit
+def largest_of(X, n, B: tl.constexpr):
+    """The largest of n numbers, at least 0, by one program."""
+    best = tl.zeros((B,), tl.float32)
+    for i in range(0, n, B):
+        index = i + tl.arange(0, B)
+        best = tl.maximum(best, tl.load(X + index, mask=index < n, other=0.0))
+    return tl.max(best, 0)
+
+
+@triton.jit
+def half_scale(Totals, blocks):
+    """The power of two that scales float16 entries ``T r`` to at most 2^15, half of the range; see norms.py."""
+    weight = largest_of(Totals + 2 * blocks, blocks, 256)
+    rnorm = largest_of(Totals + 3 * blocks, blocks, 256)
+    bound = tl.where((weight > 0) & (rnorm > 0), 4.0 * weight * rnorm, 1.0)
+    return tl.exp2(tl.clamp(tl.floor(15.0 - tl.log2(bound)), -100.0, 100.0))
+
+
+@triton.jit
+def sum_of_entries(
+    X, Rnorm, Bias, Tag, Shift, Factor, Pos, p, p_tag, p_scale, p_shift, p_weight, p_first, scale,
+    part, n, d, stride, split,
+    NEGATIVES: tl.constexpr, ONCE: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr,
+    EVEN_D: tl.constexpr, NORM_LIMIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``sum_j T_ij r_j x_j`` over the blocks of one part, ``p_weight`` being ``-g_i / n_i``. With ``ONCE`` the two
+    exponentials of an entry are one, ``exp2(t) (exp2(-Shift[i]) + exp2(-Shift[j]))``."""
+    acc = tl.zeros((BP, BD), tl.float32)
+    p_factor = tl.exp2(-p_shift)
+    for q_block in range(part, tl.cdiv(n, BQ), split):
+        q_first = q_block * BQ
+        q_slot = q_first + tl.arange(0, BQ)
+        q = load_rows(X, q_slot, tl.load(Bias + q_slot) == 0, stride, d, BD, EVEN_D)
+        s = dot(p, tl.trans(q), tl.zeros((BP, BQ), tl.float32), PRECISION)
+        q_rnorm = tl.load(Rnorm + q_slot)
+        r = summand_rnorm(q_rnorm, NORM_LIMIT)[None, :]
+        t = s * p_scale[:, None] * q_rnorm[None, :]
+        if ONCE:
+            a = tl.exp2(t) * tl.fma(p_factor[:, None], r, tl.load(Factor + q_slot)[None, :])
+        else:
+            a = (tl.exp2(t - p_shift[:, None]) + tl.exp2(t - tl.load(Shift + q_slot)[None, :])) * r
+        different, positive = relation(p_tag, tl.load(Tag + q_slot), p_first, q_first)
+        pair = tl.fma(p_weight[:, None], r, tl.load(Pos + q_slot)[None, :])
+        if NEGATIVES:
+            a = tl.where(positive, pair, a)
+        else:
+            a += tl.where(positive, pair, 0.0)
+        a = tl.where(different, a, 0.0)
+        if NORM_LIMIT > 0:
+            a *= scale
+        acc = dot(a.to(q.dtype), q, acc, PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["n", "d", "stride", "split", "blocks"])
+def pairs_grad_kernel(
+    X, Rnorm, Bias, Tag, Shift, Factor, Pos, Totals, Beta,
+    Out, Dot, Part, Divisor, Loss,
+    n, d, stride, split, blocks,
+    NEGATIVES: tl.constexpr, MEAN: tl.constexpr, MAY_SHARE: tl.constexpr,
+    BP: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr, UNIT: tl.constexpr, EVEN_D: tl.constexpr,
+    EPS: tl.constexpr, NORM_LIMIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a block of rows of at most BD columns, as ``grad_kernel``; and the ``Loss``.
+
+    The entries have no divisor, which is that of the finished gradient. ``split`` programs that share a block leave
+    their sums in ``Part``, and in ``Divisor`` the divisor for ``finish_kernel``. For ``MAY_SHARE`` see ``grad_kernel``.
+    """
+    d *= UNIT
+    stride *= UNIT
+    part = tl.program_id(0) % split
+    p_first = tl.program_id(0) // split * BP
+    scale = 1.0
+    if NORM_LIMIT > 0:
+        scale = half_scale(Totals, blocks)
+    total = 1.0
+    if MEAN:
+        total = sum_of(Totals + blocks, blocks, 256)
+        total = tl.where(total == 0.0, 1.0, total)  # the mean of nothing is 0
+    divisor = scale * total
+    if tl.program_id(0) == 0:
+        tl.store(Loss, sum_of(Totals, blocks, 256) / total)
+        tl.store(Divisor, divisor)
+
+    beta = tl.load(Beta)
+    p_slot = p_first + tl.arange(0, BP)
+    p_tag = tl.load(Tag + p_slot)
+    p_valid = tl.load(Bias + p_slot) == 0
+    p_rnorm = tl.load(Rnorm + p_slot)
+    p_shift = tl.load(Shift + p_slot)
+    p_weight = tl.load(Pos + p_slot) / tl.where(p_valid, summand_rnorm(p_rnorm, NORM_LIMIT), 1.0)
+    p_scale = p_rnorm * (beta * LOG2E)
+    p = load_rows(X, p_slot, p_valid, stride, d, BD, EVEN_D)
+    if MAY_SHARE and beta * LOG2E < 64.0:
+        acc = sum_of_entries(
+            X, Rnorm, Bias, Tag, Shift, Factor, Pos, p, p_tag, p_scale, p_shift, p_weight, p_first, scale,
+            part, n, d, stride, split, NEGATIVES, True, BP, BQ, BD, EVEN_D, NORM_LIMIT, PRECISION,
+        )  # fmt: skip
+    else:
+        acc = sum_of_entries(
+            X, Rnorm, Bias, Tag, Shift, Factor, Pos, p, p_tag, p_scale, p_shift, p_weight, p_first, scale,
+            part, n, d, stride, split, NEGATIVES, False, BP, BQ, BD, EVEN_D, NORM_LIMIT, PRECISION,
+        )  # fmt: skip
+
+    col = tl.arange(0, BD)
+    inside = (p_slot < n)[:, None] & (col < d)[None, :]
+    if Part is not None:
+        at = Part + (part.to(tl.int64) * n + p_slot)[:, None] * d + col[None, :]
+        tl.store(at, acc, mask=inside)
+    else:
+        # Loaded again: kept through the loop, the rows would occupy registers or shared memory twice.
+        x = load_rows(X, p_slot, p_valid, stride, d, BD, EVEN_D).to(tl.float32)
+        weight = p_rnorm / divisor
+        grad, along = project(acc, x, p_rnorm, weight * beta, EPS)
+        at = Out + p_slot.to(tl.int64)[:, None] * d + col[None, :]
+        tl.store(at, tl.where(p_valid[:, None], grad, 0.0).to(Out.dtype.element_ty), mask=inside)
+        if Dot is not None:
+            tl.store(Dot + p_slot, tl.where(p_valid, weight * along, 0.0), mask=p_slot < n)

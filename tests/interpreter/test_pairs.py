@@ -1,0 +1,188 @@
+"""SupCon's loss and gradient in one step, in the interpreter, against float64 and against two passes."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import nckernels
+from nckernels.backends.triton import config, launch
+
+LABELS = torch.tensor([0, 3, -7, 10**9, 2**40, 2**40 + 2**33, -(2**40)])
+"""Any integers. Some differ in their upper 32 bits only: 0 and 2**40, for example."""
+
+
+@pytest.fixture(autouse=True)
+def float32_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles for float32, which the interpreter's rules leave to two passes."""
+    monkeypatch.setattr(config, "pairs_grad_tile", lambda shape: config.Tile(16, 16, shape.whole, 4, 1))
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each kernel was launched."""
+    counts: Counter[str] = Counter()
+    original = launch.launch
+
+    def counted(kernel: Any, *args: Any, **options: Any) -> None:
+        counts[kernel.__name__] += 1
+        original(kernel, *args, **options)
+
+    monkeypatch.setattr(launch, "launch", counted)
+    return counts
+
+
+def problem(n: int, d: int, seed: int, spread: float = 1.0) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(seed)
+    which = torch.randint(len(LABELS), (n,))
+    return torch.randn(len(LABELS), d)[which] + spread * torch.randn(n, d), LABELS[which]
+
+
+def run(x: Tensor, y: Tensor | None, dtype: torch.dtype, temperature: float = 0.1, **options: Any) -> tuple[Tensor, ...]:
+    tau = torch.tensor(temperature, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    leaves = x.to(dtype).clone().requires_grad_(), tau.requires_grad_()
+    value = nckernels.supcon_loss(leaves[0], y, temperature=leaves[1], **options)
+    return value.detach(), *torch.autograd.grad(value, leaves)
+
+
+def eager(x: Tensor, y: Tensor | None, dtype: torch.dtype, *args: float, **options: Any) -> tuple[Tensor, ...]:
+    with nckernels.use_backend("reference"):
+        return run(x, y, dtype, *args, **options)
+
+
+def exact(x: Tensor, y: Tensor | None, dtype: torch.dtype, *args: float, **options: Any) -> tuple[Tensor, ...]:
+    """The reference in float64, from the rounded inputs."""
+    return eager(x.to(dtype), y, torch.float64, *args, **options)
+
+
+def check(x: Tensor, y: Tensor | None, dtype: torch.dtype, temperature: float = 0.1, **options: Any) -> None:
+    """Within a few roundings of the dtype, or twice what eager PyTorch errs: where features are close to their class, the
+    gradient is the difference of large numbers. Rows of ignored samples are replaced by NaN.
+
+    The interpreter truncates to bfloat16 instead of rounding.
+    """
+    expected, other = (way(x, y, dtype, temperature, **options) for way in (exact, eager))
+    if y is not None:
+        x = x.masked_fill((y == options.get("ignore_index", -100))[:, None], torch.nan)
+    found = run(x, y, dtype, temperature, **options)
+    bound = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 6e-4}[dtype]
+    for name, a, b, c in zip(("loss", "features", "temperature"), found, other, expected, strict=True):
+        error, allowed = (a.double() - c).norm(), 2 * (b.double() - c).norm() + bound * c.norm()
+        assert error <= allowed, f"{name}: {error:.1e} of {c.norm():.1e}, allowed {allowed:.1e}"
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_random_problems(part: int, launched: Counter[str]) -> None:
+    """Small workspaces allow fewer programs to share a block."""
+    for seed in range(part, 18, 3):
+        r = random.Random(seed)
+        n, d = r.randint(2, 70), r.choice([5, 16, 40])
+        dtype = r.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16])
+        x, y = problem(n, d, seed, spread=r.choice([0.1, 1.0]))
+        temperature = r.choice([0.005, 0.02, 0.1, 1.0]) if dtype == torch.float32 else 0.2
+        options: dict[str, Any] = {"decoupled": r.random() < 0.5, "reduction": r.choice(["mean", "sum"])}
+        options["sample_weight"] = r.choice([None, torch.rand(n)])
+        options["ignore_index"] = r.choice([-100, 2**40])
+        y[torch.rand(n) < r.choice([0.0, 0.3])] = options["ignore_index"]
+        with nckernels.use_workspace(2 ** r.randint(10, 20)):
+            check(x, y, dtype, temperature, **options)
+    assert launched["pairs_grad_kernel"] == 6
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_views_without_labels(decoupled: bool, launched: Counter[str]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(12, 2, 20)
+    check(x, None, torch.float32, decoupled=decoupled)
+    assert launched["pairs_grad_kernel"] == 1
+
+
+def test_few_launches(launched: Counter[str]) -> None:
+    x, y = problem(20, 16, 0)  # two programs share a block of rows
+    x.requires_grad_()
+    nckernels.supcon_loss(x, y).backward()
+    assert launched == dict.fromkeys(
+        [f"pairs_{name}_kernel" for name in ("prepare", "lse", "reduce", "grad")] + ["finish_kernel", "scale_kernel"], 1
+    )
+
+
+def test_batches_without_positives_or_negatives(launched: Counter[str]) -> None:
+    """All ignored; every label once; one label, which has no negatives."""
+    x, _ = problem(20, 16, 1)
+    for y in (torch.full((20,), -100), torch.arange(20)):
+        for reduction in ("mean", "sum"):
+            assert all((part == 0).all() for part in run(x, y, torch.float32, reduction=reduction))
+    y = torch.zeros(20, dtype=torch.int64)
+    for decoupled in (False, True):
+        check(x, y, torch.float32, decoupled=decoupled)
+    weight = torch.zeros(20)
+    assert all((part == 0).all() for part in run(x, y, torch.float32, sample_weight=weight))
+    assert launched["pairs_grad_kernel"] == 7
+
+
+def test_nan_and_zero_rows(launched: Counter[str]) -> None:
+    x, y = problem(20, 16, 2)
+    x[3] = 0
+    for dtype in (torch.float32, torch.float16):
+        check(x, y, dtype)
+    x[3] = torch.nan
+    value, by_x, _ = run(x, y, torch.float32)
+    assert value.isnan()
+    assert by_x.isnan().all()
+    assert launched["pairs_grad_kernel"] == 3
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e3])
+def test_float16_in_its_range(size: float) -> None:
+    """Rows far from unit length, and weights whose gradients would underflow."""
+    x, y = problem(30, 16, 3)
+    weight = torch.rand(30) * 1e-7
+    options: dict[str, Any] = {"sample_weight": weight, "reduction": "sum"}
+    expected = exact(x * size, y, torch.float16, **options)
+    leaf = (x * size).half().requires_grad_()
+    value = 2.0**20 * nckernels.supcon_loss(leaf, y, **options)  # as a gradient scaler does
+    (by_x,) = torch.autograd.grad(value, leaf)
+    scaled = expected[1] * 2.0**20
+    assert (by_x.double() - scaled).norm() <= 1e-3 * scaled.norm()
+
+
+def test_errors_are_at_most_those_of_two_passes(launched: Counter[str]) -> None:
+    """Collapsed features: the gradient is the difference of positives and exponentials, which T takes before rounding.
+    Two passes round the exponentials, and subtract the exact positives."""
+    x, y = problem(64, 32, 4, spread=0.02)
+    expected = exact(x, y, torch.float16)[1]
+    (one,) = run(x, y, torch.float16)[1:2]
+    leaf = x.half().requires_grad_()
+    losses = nckernels.supcon_loss(leaf, y, temperature=0.1, reduction="none")
+    (two,) = torch.autograd.grad(losses.mean(), leaf)
+    assert launched["pairs_grad_kernel"] == 1
+    assert launched["grad_kernel"] == 1
+    assert (one.double() - expected).norm() < 0.5 * (two.double() - expected).norm()
+
+
+def test_repeats_bit_by_bit_and_leaves_inputs_alone() -> None:
+    x, y = problem(50, 24, 5)
+    before = x.clone(), y.clone()
+    weight = torch.rand(50)
+    first, second = (run(x, y, torch.float32, sample_weight=weight) for _ in range(2))
+    for a, b in zip((*first, *before), (*second, x, y), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_which_problems_take_two_passes(launched: Counter[str]) -> None:
+    """No gradient wanted, reduction="none", the uniformity loss, rows too long for the chip."""
+    x, y = problem(20, 16, 6)
+    with torch.no_grad():
+        nckernels.supcon_loss(x, y)
+    x.requires_grad_()
+    nckernels.supcon_loss(x, y, reduction="none").sum().backward()
+    nckernels.uniformity_loss(F.normalize(x)).backward()
+    assert launched["pairs_grad_kernel"] == 0
+    nckernels.supcon_loss(x, y).backward()
+    assert launched["pairs_grad_kernel"] == 1
