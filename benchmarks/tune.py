@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import nckernels
 from nckernels.backends import registry
+from nckernels.backends.base import Spec
 
 from .harness import relative_error, runner
 from .measure import clock
@@ -135,11 +136,11 @@ def _measure(config: Any, tables: Tables, device: torch.device, budget: float) -
     original, can_step = config.table, registry.can_step
     config.table = lambda _, kernel: live[kernel]
 
-    def without_panels(name: str, z: torch.Tensor, w: torch.Tensor, spec: Any, options: bool = False) -> bool:
-        """Two passes for long rows, whose step has no tiles: it uses library products."""
+    def in_tiles(name: str, z: torch.Tensor, w: torch.Tensor, spec: Spec, options: bool = False) -> bool:
+        """Two passes for long rows, whose step uses library products."""
         return spec.symmetric and can_step(name, z, w, spec, options)
 
-    registry.can_step = without_panels
+    registry.can_step = in_tiles  # type: ignore[assignment]
     try:
         with tqdm(WORKLOADS, unit="problem", disable=None) as bar:
             for i, (problem, dtype) in enumerate(bar):

@@ -44,7 +44,9 @@ def problem(n: int, d: int, seed: int, spread: float = 1.0) -> tuple[Tensor, Ten
     return torch.randn(len(LABELS), d)[which] + spread * torch.randn(n, d), LABELS[which]
 
 
-def run(x: Tensor, y: Tensor | None, dtype: torch.dtype, temperature: float = 0.1, **options: Any) -> tuple[Tensor, ...]:
+def run(
+    x: Tensor, y: Tensor | None, dtype: torch.dtype, temperature: float = 0.1, **options: Any
+) -> tuple[Tensor, ...]:
     tau = torch.tensor(temperature, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     leaves = x.to(dtype).clone().requires_grad_(), tau.requires_grad_()
     value = nckernels.supcon_loss(leaves[0], y, temperature=leaves[1], **options)
@@ -62,8 +64,8 @@ def exact(x: Tensor, y: Tensor | None, dtype: torch.dtype, *args: float, **optio
 
 
 def check(x: Tensor, y: Tensor | None, dtype: torch.dtype, temperature: float = 0.1, **options: Any) -> None:
-    """Within a few roundings of the dtype, or twice what eager PyTorch errs: where features are close to their class, the
-    gradient is the difference of large numbers. Rows of ignored samples are replaced by NaN.
+    """Errors are a few roundings of the dtype, or at most twice eager PyTorch's: where features are close to their
+    class, the gradient is the difference of large numbers. Rows of ignored samples are replaced by NaN.
 
     The interpreter truncates to bfloat16 instead of rounding.
     """

@@ -15,12 +15,12 @@ and ``sum_j T_ij u_j`` is the gradient by beta u_i, see grad.py. Tiles of t are 
 * ``pairs_reduce_kernel``: from these the loss of every row, and its factors in T;
 * ``pairs_grad_kernel``: the gradient, accumulated on the chip.
 
-Positives are found by comparing labels, any 64-bit integers, in the tiles, which needs no list of the classes. Logits and
+Positives are found by comparing labels, any 64-bit integers, in the tiles. No list of the classes is needed. Logits and
 log-sum-exps are in base 2.
 
 The vectors that the kernels pass to each other end at a multiple of ``PADDING``, so that they are read without masks. A
-row that is left out, because it is ignored or past the end, has an inverse norm of 0, a bias of -inf, which keeps it out
-of sums, and the tag ``skip``.
+row that is left out is an ignored one, or lies past the end. It has an inverse norm of 0, a bias of -inf, which keeps
+it out of sums, and the tag ``skip``.
 """
 
 import triton
@@ -31,7 +31,6 @@ from .lse import shift_of
 from .norms import inverse_norm
 from .reduce import sum_of
 from .tiles import INF, LN2, LOG2E, column_parts, dot, dot_rows, load_rows
-
 
 PADDING = 256
 """A multiple of every tile's sides."""
@@ -160,8 +159,8 @@ def pairs_reduce_kernel(
     """Combine the parts of every row, in order, to its numbers in T.
 
     ``Shift[i] = lse_i - log2 g_i``, so that a term is ``exp2(t_ij - Shift[i])``; +inf where there is none: without
-    positives, which means g = 0, and for an empty sum. ``Factor[i] = exp2(-Shift[i])`` and ``Pos[i] = -g_i / n_i``, both
-    times the factor of a row that is summed up. Of each block ``Totals[0..3, block]`` are the sum of the weighted
+    positives, which means g = 0, and for an empty sum. ``Factor[i] = exp2(-Shift[i])`` and ``Pos[i] = -g_i / n_i``,
+    both times the factor of a row that is summed up. Of each block ``Totals[0..3, block]`` are the sum of the weighted
     losses, the sum of the weights, the largest weight and the largest such factor.
     """
     slot = tl.program_id(0) * B + tl.arange(0, B)

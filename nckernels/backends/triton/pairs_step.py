@@ -110,10 +110,10 @@ class Rows(NamedTuple):
     def empty(cls, n: int, device: torch.device) -> Rows:
         width = ceil_div(n, pairs.PADDING) * pairs.PADDING
         blocks = width // ROWS_OF_A_BLOCK
-        *vectors, totals = torch.empty(5 * width + 4 * blocks, dtype=torch.float32, device=device).split(
-            [*[width] * 5, 4 * blocks]
-        )
-        return cls(*vectors, totals.view(4, blocks), torch.empty(width, dtype=torch.int64, device=device))
+        memory = torch.empty(5 * width + 4 * blocks, dtype=torch.float32, device=device)
+        rnorm, bias, shift, factor, pos, totals = memory.split([width] * 5 + [4 * blocks])
+        tag = torch.empty(width, dtype=torch.int64, device=device)
+        return cls(rnorm, bias, shift, factor, pos, totals.view(4, blocks), tag)
 
 
 class PairKernels(launch.TritonKernels):
