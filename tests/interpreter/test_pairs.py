@@ -140,6 +140,15 @@ def test_nan_and_zero_rows(launched: Counter[str]) -> None:
     assert launched["pairs_grad_kernel"] == 3
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_a_mean_does_not_depend_on_the_size_of_the_weights(size: float) -> None:
+    x, y = problem(30, 16, 7)
+    weight = 0.5 + torch.rand(30)
+    usual = run(x, y, torch.float32, sample_weight=weight)
+    for a, b in zip(run(x, y, torch.float32, sample_weight=weight * size), usual, strict=True):
+        assert (a - b).norm() <= 5e-6 * b.norm()  # exponents of 100 are rounded
+
+
 @pytest.mark.parametrize("size", [1e-3, 1e3])
 def test_float16_in_its_range(size: float) -> None:
     """Rows far from unit length, and weights whose gradients would underflow."""

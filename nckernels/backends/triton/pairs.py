@@ -286,6 +286,10 @@ def pairs_grad_kernel(
         tl.store(Divisor, divisor)
 
     beta = tl.load(Beta)
+    once = False
+    if MAY_SHARE:  # and if the factors, which contain the weights, stay in range
+        weight = largest_of(Totals + 2 * blocks, blocks, 256)
+        once = (beta * LOG2E < 64.0) & (weight > 2.0**-32) & (weight < 2.0**32)
     p_slot = p_first + tl.arange(0, BP)
     p_tag = tl.load(Tag + p_slot)
     p_valid = tl.load(Bias + p_slot) == 0
@@ -294,7 +298,7 @@ def pairs_grad_kernel(
     p_weight = tl.load(Pos + p_slot) / tl.where(p_valid, summand_rnorm(p_rnorm, NORM_LIMIT), 1.0)
     p_scale = p_rnorm * (beta * LOG2E)
     p = load_rows(X, p_slot, p_valid, stride, d, BD, EVEN_D)
-    if MAY_SHARE and beta * LOG2E < 64.0:
+    if once:
         acc = sum_of_entries(
             X, Rnorm, Bias, Tag, Shift, Factor, Pos, p, p_tag, p_scale, p_shift, p_weight, p_first, scale,
             part, n, d, stride, split, NEGATIVES, True, BP, BQ, BD, EVEN_D, NORM_LIMIT, PRECISION,
