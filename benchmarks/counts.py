@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -31,7 +31,7 @@ import nckernels
 from nckernels import operators
 from nckernels.backends import quack
 from nckernels.backends.base import Inputs, Spec
-from nckernels.backends.tiled.kernels import Partial
+from nckernels.backends.tiled.kernels import Finish, Partial, Vectors
 from nckernels.backends.tiled.plan import IN_L2, Blocks
 from nckernels.backends.tiled.sides import Result, Side
 from nckernels.backends.triton import TritonBackend, config, launch, pairs_step
@@ -196,9 +196,10 @@ class Tally:
             return
         # Not a method of tiled.Kernels: scales gradients by the upstream gradient; in place by 1 it moves nothing.
         assert name == "scale_kernel", name
-        x, _, out = args[:3]
-        accesses = [] if x is out else [(FINISHING, x, _bytes(x)), (INPUTS, out, _bytes(out))]
-        with self.stage("scale", read=accesses[:1], written=accesses[1:]) as stage:
+        tensors, out = args[1:4], args[4:7]
+        moved = [(x, y) for x, y in zip(tensors, out, strict=True) if y is not None]
+        read, written = [(FINISHING, x, _bytes(x)) for x, _ in moved], [(INPUTS, y, _bytes(y)) for _, y in moved]
+        with self.stage("scale", read=read, written=written) as stage:
             stage.launches += 1
 
     def know(self, x: Tensor, kind: str) -> None:
@@ -345,74 +346,81 @@ class Counted(one_step.TritonStep):
     def finish(
         self, result: Result, sums: Tensor, start: int, stop: int, parts: int, scale: Tensor | None, norm_inside: bool
     ) -> None:
+        with self._finishing(result, sums, start, stop, parts, 0):
+            super().finish(result, sums, start, stop, parts, scale, norm_inside)
+
+    def _finishing(
+        self, result: Result, sums: Tensor, start: int, stop: int, parts: int, vectors: int
+    ) -> AbstractContextManager[Stage]:
         side, out, n = result.side, result.out, self._used(result.side, start, stop)
         _, x, size = self._rows(side, start, stop)
         read = [(FINISHING, sums, 4 * parts * n * self.columns)]
         written = [] if out is None else [(INPUTS, out, n * self.columns * out.element_size())]
-        with self.tally.stage("finish", read=read, passing_read=[(FINISHING, x, size)], passing_written=written):
-            super().finish(result, sums, start, stop, parts, scale, norm_inside)
+        return self.tally.stage(
+            "finish", read=read, passing_read=[(FINISHING, x, size)], passing_written=written, vectors=vectors
+        )
 
     # --- one step
 
-    def shares(
-        self, weight: Tensor | None, share: Tensor, pos_grad: Tensor, of_class: Tensor | None, part: Tensor
-    ) -> None:
-        vectors = _bytes(self.inputs.target, weight, share, pos_grad, of_class)
-        with self.tally.stage("shares", vectors=vectors):
-            super().shares(weight, share, pos_grad, of_class, part)
+    def prepare_step(self, weight: Tensor | None, vectors: Vectors, nothing_is_zero: bool) -> None:
+        (z, w, target, *_), v = self.inputs, vectors
+        rows = self.tally.present if v.mark is not None and v.w_broken is None else len(w)
+        read = [(INPUTS, z, len(z) * self.row), (INPUTS, w, rows * self.row)]
+        written = _bytes(v.z_rnorm, v.pos, v.share, v.pos_grad, v.w_rnorm, v.mark, v.of_class)
+        with self.tally.stage("prepare_step", read=read, vectors=_bytes(target, weight) + written):
+            super().prepare_step(weight, vectors, nothing_is_zero)
 
-    def divisor(self, part: Tensor, out: Tensor, nothing_is_zero: bool) -> None:
-        with self.tally.stage("divisor", vectors=_bytes(part)):
-            super().divisor(part, out, nothing_is_zero)
+    def finisher(self, result: Result, scale: Tensor | None, other: Side | None, vectors: Vectors) -> Finish:
+        finish, v = super().finisher(result, scale, other, vectors), vectors
+        of_loss = _bytes(self.inputs.target, v.share, v.lse, v.pos)
 
-    def panel_log_sum_exp(
-        self, p: Side, q: Side, products: Tensor, partial: tuple[Tensor, Tensor], start: int, stop: int
-    ) -> None:
+        def finished(sums: Tensor, h: Tensor, start: int, stop: int, is_last: bool) -> None:
+            with self._finishing(result, sums, start, stop, 1, of_loss if is_last else 0):  # assumes finite rows
+                finish(sums, h, start, stop, is_last)
+
+        return finished
+
+    def panel_log_sum_exp(self, p: Side, q: Side, products: Tensor, partial: Tensor, start: int, stop: int) -> None:
         n = self._used(p, start, stop)
         with self.tally.stage(
             "panel_log_sum_exp", exps=(stop - start) * q.slots,
-            read=[(PANELS, products, 4 * n * q.slots)], vectors=_bytes(*partial),
+            read=[(PANELS, products, 4 * n * q.slots)], vectors=_bytes(partial),
         ):  # fmt: skip
             super().panel_log_sum_exp(p, q, products, partial, start, stop)
 
     def panel_entries(
-        self, p: Side, q: Side, products: Tensor, partial: tuple[Tensor, Tensor], h: Tensor,
-        start: int, stop: int, scale: Tensor | None,
+        self, p: Side, q: Side, products: Tensor, partial: Tensor, h: Tensor, start: int, stop: int,
+        scale: Tensor | None,
     ) -> None:  # fmt: skip
         n, entries = self._used(p, start, stop), (stop - start) * q.slots
         self.tally.know(h, PANELS)
         with self.tally.stage(
             "panel_entries", exps=entries, read=[(PANELS, products, 4 * n * q.slots)],
-            written=[(PANELS, h, entries * self.itemsize)], vectors=_bytes(*partial) + 4 * n,
+            written=[(PANELS, h, entries * self.itemsize)], vectors=_bytes(partial) + 4 * n,
         ):  # fmt: skip
             super().panel_entries(p, q, products, partial, h, start, stop, scale)
 
     # --- for the product with an epilogue
 
-    def epilogue_operand(
-        self, side: Side, scale: Tensor, tag: Tensor | None, slot: Tensor | None, anchors: bool
-    ) -> None:
-        with self.tally.stage("epilogue_operand", vectors=_bytes(side.rnorm, side.label, scale, tag)):
-            super().epilogue_operand(side, scale, tag, slot, anchors)
+    def epilogue_operands(
+        self, p: Side, p_scale: Tensor, p_tag: Tensor | None, slot: Tensor | None,
+        q: Side, q_scale: Tensor, q_tag: Tensor | None,
+    ) -> None:  # fmt: skip
+        vectors = _bytes(p.rnorm, p.label, p_scale, p_tag, q.rnorm, q.label, q_scale, q_tag)
+        with self.tally.stage("epilogue_operands", vectors=vectors):
+            super().epilogue_operands(p, p_scale, p_tag, slot, q, q_scale, q_tag)
 
-    def epilogue_weights(self, p: Side, sums: Tensor, weight: Tensor, start: int, stop: int) -> None:
-        with self.tally.stage("epilogue_weights", vectors=_bytes(sums, weight) + 8 * self._used(p, start, stop)):
-            super().epilogue_weights(p, sums, weight, start, stop)
-
-    def weighted_entries(self, p: Side, weight: Tensor, h: Tensor, start: int, stop: int) -> None:
+    def weighted_entries(self, p: Side, sums: Tensor, weight: Tensor, h: Tensor, start: int, stop: int) -> None:
         access = (PANELS, h, (stop - start) * h.shape[1] * self.itemsize)
-        with self.tally.stage("weighted_entries", read=[access], written=[access], vectors=_bytes(weight)):
-            super().weighted_entries(p, weight, h, start, stop)
+        vectors = _bytes(sums, weight) + 8 * self._used(p, start, stop)
+        with self.tally.stage("weighted_entries", read=[access], written=[access], vectors=vectors):
+            super().weighted_entries(p, sums, weight, h, start, stop)
 
     def positives(
         self, p: Side, q: Side, pos: Tensor, weight: Tensor, slot: Tensor | None, h: Tensor, start: int, stop: int
     ) -> None:
         with self.tally.stage("positives", vectors=_bytes(self.inputs.target, pos, weight)):
             super().positives(p, q, pos, weight, slot, h, start, stop)
-
-    def loss(self, share: Tensor, lse: Tensor, pos: Tensor, part: Tensor, divisor: Tensor | None, out: Tensor) -> None:
-        with self.tally.stage("loss", vectors=_bytes(self.inputs.target, share, lse, pos)):
-            super().loss(share, lse, pos, part, divisor, out)
 
 
 class CountedPairs(Counted, pairs_step.PairKernels):
@@ -478,6 +486,12 @@ def _bytes(*tensors: Tensor | None) -> int:
     return sum(x.numel() * x.element_size() for x in tensors if x is not None)
 
 
+_NO_LAUNCH = (
+    "empty", "empty_like", "empty_strided", "new_empty", "detach", "unsafe_split", "unsafe_split_with_sizes"
+)  # fmt: skip
+"""PyTorch's operators that return memory or views of it."""
+
+
 class _Operators(TorchDispatchMode):
     """Counts PyTorch's operators that launch kernels, as one launch each."""
 
@@ -489,7 +503,7 @@ class _Operators(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         results = [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.numel()]
         name = func.overloadpacket.__name__
-        if not results or func.is_view or name in ("empty", "empty_like", "empty_strided", "new_empty", "detach"):
+        if not results or func.is_view or name in _NO_LAUNCH:
             return out
         assert name not in ("mm", "addmm", "bmm", "baddbmm"), "only Kernels.matmul is counted as a product"
         operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]

@@ -147,9 +147,8 @@ def _step(m: int, k: int, d: int) -> Callable[[], None]:
 
     def one() -> None:
         found = backend.step(inputs, reduced, spec, needs)
-        for grad in (found.features, found.prototypes):
-            assert grad is not None
-            backend.scaled(grad, found.loss, grad.dtype, in_place=True)
+        grads = [grad for grad in (found.features, found.prototypes) if grad is not None]
+        backend.scaled(grads, found.loss, [grad.dtype for grad in grads], in_place=True)
 
     def two() -> None:
         backend.backward(inputs, backend.forward(inputs, spec, True), grads, spec, needs)

@@ -356,12 +356,12 @@ def once(run: Callable[..., Any], *args: Any) -> Any:
 
 def _scaled(backend: str, in_place: bool, upstream: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Three gradients, the latter half of ``tensors``, times ``upstream``, of the dtypes of the former half."""
-    chosen = registry.BACKENDS[backend]
-
-    def scaled(x: Tensor | None, grad: Tensor | None) -> Tensor | None:
-        return None if x is None or grad is None else chosen.scaled(grad, upstream, x.dtype, in_place)
-
-    return tuple(map(scaled, tensors[:3], tensors[3:]))
+    wanted = [(x, grad) for x, grad in zip(tensors[:3], tensors[3:], strict=True) if x is not None and grad is not None]
+    dtypes = [x.dtype for x, _ in wanted]
+    found = iter(registry.BACKENDS[backend].scaled([grad for _, grad in wanted], upstream, dtypes, in_place))
+    return tuple(
+        None if x is None or grad is None else next(found) for x, grad in zip(tensors[:3], tensors[3:], strict=True)
+    )
 
 
 def _through_contrast(grad: Tensor | None, target: Tensor, saved: Forward, spec: Spec) -> OutputGrads:

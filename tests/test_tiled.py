@@ -18,6 +18,7 @@ from nckernels.backends import tiled
 from nckernels.backends.base import Inputs, Needs, OutputGrads, Reduced, Spec
 from nckernels.backends.quack import Product
 from nckernels.backends.tiled import StepKernels, plan
+from nckernels.backends.tiled.kernels import Finish
 from nckernels.backends.tiled.plan import Blocks
 
 
@@ -57,6 +58,16 @@ class NoKernels(StepKernels):
 
     def panel_split(self, *_: Any) -> int:
         return 4
+
+    def finisher(self, *args: Any) -> Finish:
+        other = args[2]
+
+        def finish(*more: Any) -> None:
+            devices = {x.device for x in _tensors((*args, *more))}
+            assert devices <= {self.inputs.features.device}
+            self.launched.append("finish" if other is None else "mend and finish")
+
+        return finish
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -243,10 +254,15 @@ def test_library_products_exclude_left_out_rows() -> None:
     assert "mend" not in launched
     spec = Spec("class", "target", True, -100, 320 * MIB)
     launched = one_step(2048, 1000, 2048, torch.bfloat16, spec, needs)
-    assert (launched.count("gather"), launched.count("mend")) == (1, 1)
+    assert [launched.count(name) for name in ("gather", "mend and finish", "finish")] == [0, 2, 0]
+    launched = one_step(1000, 2048, 2048, torch.bfloat16, spec, needs)  # the classes are a list, and copied
+    assert [launched.count(name) for name in ("gather", "mend and finish", "finish")] == [1, 1, 1]
     spec = Spec("instance", "none", False, -100, 320 * MIB)
     launched = one_step(2048, 1000, 2048, torch.bfloat16, spec, needs)
-    assert (launched.count("gather"), launched.count("mend")) == (0, 1)
+    assert [launched.count(name) for name in ("gather", "mend and finish", "finish")] == [0, 1, 1]
+    launched = one_step(2048, 1000, 2048, torch.bfloat16, spec._replace(workspace=16 * MIB), needs)
+    assert launched.count("gather") == launched.count("panel_entries") > 1
+    assert "mend and finish" not in launched
 
 
 def test_small_workspace_combines_partials_in_groups() -> None:
@@ -295,22 +311,23 @@ def test_memory_of_one_step(m: int, k: int, d: int, engine: str, monkeypatch: py
 
 
 def test_launches_of_one_step() -> None:
-    """If one panel holds the matrix: at most eleven launches of ours besides the library's three products."""
+    """If one panel holds the matrix: five launches of ours besides the library's three products, the zeros and the
+    scaling."""
     needs = Needs(True, True, False, False, False)
     spec = Spec("class", "target", True, -100, 320 * MIB)
     launched = one_step(2048, 1000, 2048, torch.bfloat16, spec, needs)
     assert launched.count("matmul") == 3
-    assert len(launched) <= 3 + 11
+    assert len(launched) == 3 + 5
     spec = Spec("instance", "none", False, -100, 320 * MIB)
     launched = one_step(2048, 1000, 2048, torch.bfloat16, spec, needs)
     assert launched.count("matmul") == 3
-    assert len(launched) <= 3 + 10
+    assert len(launched) == 3 + 5
     only = one_step(2048, 1000, 2048, torch.bfloat16, spec, needs._replace(prototypes=False))
     assert only.count("matmul") == 2
     with_epilogue = one_step(2048, 1000, 2048, torch.bfloat16, spec, needs, epilogue=True)
     assert with_epilogue.count("matmul") == 2
     assert with_epilogue.count("product") == 1
-    assert len(with_epilogue) <= 3 + 13
+    assert len(with_epilogue) == 3 + 6
 
 
 def test_which_problems_take_one_step() -> None:

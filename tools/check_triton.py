@@ -116,7 +116,8 @@ def scenarios() -> Iterator[Scenario]:
     yield Scenario(BF16, 2048, "instance", "none", step=True)
     yield Scenario(BF16, 2048, "class", "target", present_only=True, step=True)
     yield Scenario(FP16, 512, "class", "target", m=128, present_only=True, step=True)
-    yield Scenario(FP32, 512, "class", "none", present_only=True, step=True)
+    for precision in ("high", "highest"):
+        yield Scenario(FP32, 512, "class", "none", precision=precision, present_only=True, step=True)
     for d in (64, 128, 256):
         yield Scenario(BF16, d, "instance", "same_label", m=2048, k=2048, itself=True, step=True)
         yield Scenario(FP16, d, "instance", "self", m=256, k=256, itself=True, step=True)
@@ -177,13 +178,15 @@ def job_of(kernel: Any, arch: int, scenario: Scenario, args: tuple[Any, ...], op
     flags += ["parts"] if values.get("Part") is not None or values.get("P_max") is not None else []
     flags += [n.lower() for n in ("P_GATHER", "Q_GATHER", "GATHER") if values.get(n)]
     flags += ["shifted"] if scenario.shifted else []
+    flags += ["mends"] if values.get("Broken") is not None else []
     flags += ["bias"] if values.get("P_bias") is not None or values.get("Q_bias") is not None else []
+    with_product = kernel.__name__ in KERNELS_WITH_PRODUCT or values.get("Broken") is not None
     return Job(
         f"{kernel.__name__:22} {' '.join(f for f in flags if f)}",
         kernel,
         tile,
         arch,
-        scenario.precision == "high" if kernel.__name__ in KERNELS_WITH_PRODUCT else None,
+        scenario.precision == "high" if with_product else None,
         tuple(signature),
         tuple(constants),
         tuple(divisible),
@@ -236,9 +239,9 @@ def record(scenario: Scenario, arch: int) -> list[Job]:
     needs = Needs(True, not scenario.itself, True, inputs.sample_bias is not None, inputs.class_bias is not None)
     if scenario.step:
         found = backend.step(inputs, Reduced(torch.ones(m), True, 0.0), spec, needs)
-        assert found.features is not None
+        steps = [x for x in found[1:] if x is not None]
         for in_place in (True, False):
-            backend.scaled(found.features, found.loss, scenario.dtype, in_place)
+            backend.scaled(steps, found.loss, [scenario.dtype] * len(steps), in_place)
         return jobs
     saved = backend.forward(inputs, spec, True)
     grads = OutputGrads(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -239,14 +239,17 @@ class Backend(ABC):
         """The wanted gradients of rows and prototypes, from the (M,) upstream gradients of the losses."""
         raise NotImplementedError
 
-    def scaled(self, grad: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
-        """A step's gradient times a 0-dimensional factor, in ``dtype``; ``in_place`` allows overwriting ``grad``."""
+    def scaled(
+        self, grads: Sequence[Tensor], factor: Tensor, dtypes: Sequence[torch.dtype], in_place: bool
+    ) -> Sequence[Tensor]:
+        """A step's gradients, one to three, times a 0-dimensional factor, in ``dtypes``; ``in_place`` allows
+        overwriting ``grads``."""
         value = factor.item()
         if not in_place:
-            grad = grad * value
+            grads = [grad * value for grad in grads]
         elif value != 1.0:  # the factor is 1 in loss.backward()
-            grad = grad.mul_(value)
-        return grad.to(dtype)
+            grads = [grad.mul_(value) for grad in grads]
+        return [grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
 
 
 def constant(function: Callable[[], str | None]) -> Callable[[], str | None]:

@@ -12,8 +12,10 @@ from oracle import simplex
 from torch import Tensor
 
 import nckernels
+from nckernels.backends import tiled
+from nckernels.backends.base import Inputs, Needs, Reduced, Spec
 from nckernels.backends.tiled import plan
-from nckernels.backends.triton import launch, reduce
+from nckernels.backends.triton import launch, norms
 from nckernels.backends.triton.step import TritonStep
 
 LOSSES = {"nonl": nckernels.nonl_loss, "ntce": nckernels.ntce_loss, "normface": nckernels.normface_loss}
@@ -101,12 +103,17 @@ def assert_close(
 @pytest.mark.parametrize("loss", LOSSES)
 def test_one_panel(loss: str, m: int, k: int, dtype: torch.dtype, panels: Panels) -> None:
     x, w, y = problem(m, k, 1)
+    y[y == 2] = -100  # a class that does not occur
     options = {"weight": torch.rand(k), "reduction": "sum" if dtype == torch.bfloat16 else "mean"}
     expected = exact(loss, x, w, y, dtype, **options)
     assert_close(run(loss, x, w, y, dtype, **options), expected, dtype)
-    x[y < 0] = torch.nan  # the library's products read it, and are mended
+    if loss != "normface":
+        w[2] = torch.nan  # the library's products read it, and are mended
+        assert_close(run(loss, x, w, y, dtype, **options), expected, dtype)
+        w[2] = torch.inf
+    x[y < 0] = torch.nan  # the same
     assert_close(run(loss, x, w, y, dtype, **options), expected, dtype)
-    assert panels.steps == 2
+    assert panels.steps == (2 if loss == "normface" else 3)
 
 
 @pytest.mark.usefixtures("narrow_panels")
@@ -231,8 +238,8 @@ def test_weights_of_a_class_are_added_in_order_on_request(panels: Panels, monkey
     launched = launch.launch
 
     def remembered(kernel: object, grid: object, *args: object, **options: object) -> None:
-        if kernel is reduce.share_kernel:
-            places.append(args[4] is None)
+        if kernel is norms.prepare_step_kernel:
+            places.append(args[13] is None)
         launched(kernel, grid, *args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(launch, "launch", remembered)
@@ -247,6 +254,18 @@ def test_weights_of_a_class_are_added_in_order_on_request(panels: Panels, monkey
     for a, b in zip(found, usual, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
     assert panels.steps == 3
+
+
+def test_temperature_on_the_device(panels: Panels) -> None:
+    """The host does not know it: a kernel copies it to where it would write the host's number."""
+    x, w, y = problem(20, 5, 12)
+    inputs = Inputs(x, w, y, torch.tensor(7.3), None, None)
+    spec = Spec("class", "target", True, -100, 1 << 20)
+    rest = Reduced(None, True, torch.nan), Needs(True, True, True, False, False)
+    known, unknown = (tiled.step(TritonStep(inputs, spec, beta), *rest) for beta in (float(inputs[3]), None))
+    for a, b in zip(known, unknown, strict=True):
+        assert torch.equal(a, b)
+    assert panels.steps == 2
 
 
 def test_which_problems_take_two_passes(panels: Panels) -> None:

@@ -154,7 +154,7 @@ class Dense(NamedTuple):
 def dense(kernels: Kernels, side: Side, start: int, stop: int, copy: Tensor | None) -> Dense:
     """A view of the rows, or their ``copy`` with zeros in left-out rows."""
     if copy is None:
-        return Dense(side, side.x[start:stop], side.partial)
+        return Dense(side, side.x if stop - start == side.x.shape[0] else side.x[start:stop], side.partial)
     kernels.gather(side, copy, start, stop)
     return Dense(side, copy[: stop - start], False)
 

@@ -5,7 +5,7 @@ this moves 14 bytes an entry.
 
 The product with an epilogue (``backends/quack``) takes the exponentials of its products while these are in registers.
 It writes the exponentials, in 16 bits, and their sums. When the sums are complete, one kernel multiplies the
-exponentials by the weights of their anchors and another one sets the positives. This moves 6 bytes an entry.
+exponentials by the weights of their anchors, and another one sets the positives. This moves 6 bytes an entry.
 
 Multiplying the anchors' rows and the finished sums by the weights would avoid the elementwise kernel. But a weighted
 row is rounded in every direction, whereas a rounded entry errs along its row, and the projection on the tangent space
@@ -43,17 +43,22 @@ class LibraryEngine(Engine):
 
     def __init__(self, kernels: StepKernels, p: Side, q: Side, rows: int, scale: Tensor | None) -> None:
         self.kernels, self.p, self.q, self.scale = kernels, p, q, scale
-        self.products = torch.empty(rows, pad16(q.slots), dtype=torch.float32, device=p.x.device)
-        self.h = self.products if p.x.dtype == torch.float32 else torch.empty_like(self.products, dtype=p.x.dtype)
+        size, device, dtype = (rows, pad16(q.slots)), p.x.device, p.x.dtype
+        products = torch.empty(size, dtype=torch.float32, device=device)
+        h = products if dtype == torch.float32 else torch.empty(size, dtype=dtype, device=device)
+        self.products, self.h = (products, h) if size[1] == q.slots else (products[:, : q.slots], h[:, : q.slots])
+        split = kernels.panel_split(rows, q.slots)
+        self.partial = torch.empty(2, split, rows, dtype=torch.float32, device=device)
 
     def entries(self, x_rows: Tensor, start: int, stop: int) -> Tensor:
-        kernels, p, q, n = self.kernels, self.p, self.q, stop - start
-        kernels.matmul(x_rows, q.x.t(), self.products[:n, : q.slots], accumulate=False)
-        split = kernels.panel_split(n, q.slots)
-        largest, total = torch.empty(2, split, n, dtype=torch.float32, device=p.x.device)
-        kernels.panel_log_sum_exp(p, q, self.products, (largest, total), start, stop)
-        kernels.panel_entries(p, q, self.products, (largest, total), self.h, start, stop, self.scale)
-        return self.h[:n, : q.slots]
+        kernels, p, q, products, h = self.kernels, self.p, self.q, self.products, self.h
+        n = stop - start
+        if n < h.shape[0]:
+            products, h = products[:n], h[:n]
+        kernels.matmul(x_rows, q.x.t(), products, accumulate=False)
+        kernels.panel_log_sum_exp(p, q, products, self.partial, start, stop)
+        kernels.panel_entries(p, q, products, self.partial, h, start, stop, self.scale)
+        return h
 
 
 class EpilogueEngine(Engine):
@@ -74,21 +79,19 @@ class EpilogueEngine(Engine):
         # The slot of each class, for compacted prototypes.
         self.slot = new(p.x.shape[0], dtype=torch.int32) if p.gather else None
 
-        def operand(side: Side, length: int, slot: Tensor | None) -> tuple[Tensor, Tensor | None]:
-            scale = new(length)
-            tag = new(length) if kernels.spec.exclude == "target" else None
-            kernels.epilogue_operand(side, scale, tag, slot, anchors=side is p)
-            return scale, tag
-
-        self.p_scale, self.p_tag = operand(p, p.slots, self.slot)
-        self.others = Operand(q.x, *operand(q, parts * product.columns, None))
+        tagged = kernels.spec.exclude == "target"
+        padded = parts * product.columns
+        p_scale, p_tag = new(p.slots), new(p.slots) if tagged else None
+        q_scale, q_tag = new(padded), new(padded) if tagged else None
+        kernels.epilogue_operands(p, p_scale, p_tag, self.slot, q, q_scale, q_tag)
+        self.p_scale, self.p_tag = p_scale, p_tag
+        self.others = Operand(q.x, q_scale, q_tag)
 
     def entries(self, x_rows: Tensor, start: int, stop: int) -> Tensor:
         kernels, p, q, n = self.kernels, self.p, self.q, stop - start
         tag = None if self.p_tag is None else self.p_tag[start:stop]
         e, sums = self.e[:n, : q.slots], self.sums[:n]
         self.product(Operand(x_rows, self.p_scale[start:stop], tag), self.others, self.shift, e, sums)
-        kernels.epilogue_weights(p, sums, self.weight, start, stop)
-        kernels.weighted_entries(p, self.weight, self.e, start, stop)
+        kernels.weighted_entries(p, sums, self.weight, self.e, start, stop)
         kernels.positives(p, q, self.pos, self.weight, self.slot, self.e, start, stop)
         return e

@@ -7,7 +7,8 @@ entries times the normalised rows of Q; see ``triton/grad.py`` or ``csrc/cuda/gr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ class Kernels(ABC):
     @abstractmethod
     def compact(self, mark: Tensor, rank: Tensor, present: Tensor, k: int, slots: int) -> None:
         """``present``: the marked classes in ascending order, then -1 up to ``slots``, then their number.
-        ``rank`` is the inclusive prefix sum of ``mark >= 0``."""
+        ``rank`` is the number of marked classes up to each class."""
 
     @abstractmethod
     def half_scale(self, samples: Side, classes: Side, scale: Tensor) -> None:
@@ -142,36 +143,80 @@ class Kernels(ABC):
         """``split`` partial sums of the gradient of p's bias, which enters the log-sum-exps of q's rows."""
 
 
+class Vectors(NamedTuple):
+    """The vectors of one step. All are float32 unless stated, zeros at first, and some are longer than needed.
+
+    Rows are *broken* if they hold NaN or infinities. The library's products multiply such rows by zeros where they are
+    left out.
+    """
+
+    z_rnorm: Tensor
+    """(M,): the inverse norm of every sample, -1 if ignored."""
+    pos: Tensor
+    """(M,): the positive logit, 0 if ignored."""
+    share: Tensor
+    """(M,): the weight, 0 if ignored."""
+    pos_grad: Tensor
+    """(M,): its negative, the upstream gradient of ``pos``."""
+    lse: Tensor
+    """(K,) or (M,): the log-sum-exps of the anchors, the only vector that is written after the products."""
+    w_rnorm: Tensor
+    """(K,): the inverse norm of every prototype; with ``mark`` 0 for classes that do not occur."""
+    beta: Tensor
+    """(1,): the inverse temperature."""
+    divisor: Tensor | None
+    """(2,): the divisors of a mean's gradients and of its sum; None for a sum."""
+    z_broken: Tensor
+    """(1,): 1 if an ignored sample is broken."""
+    w_broken: Tensor | None
+    """(1,): 1 if a prototype is broken, of a class that occurs or not; None if not wanted."""
+    mark: Tensor | None
+    """(K,) int32: 1 for classes that occur; None if all classes take part."""
+    of_class: Tensor | None
+    """(K,): the sums of the weights by class; None if not wanted."""
+    dot: Tensor | None
+    """(slots,): the shares of one side's slots in the gradient of beta; None if not wanted."""
+    loss: Tensor
+    """0-dimensional: the sum of the samples' shares of ``lse - pos`` over the divisor. Not zero at first."""
+
+
+Finish = Callable[[Tensor, Tensor, int, int, bool], None]
+"""``finish(sums, h, start, stop, is_last)``: the gradients of the slots [start, stop) from their ``sums``, the product
+of the entries h with the other side. ``is_last``: all log-sum-exps are known, and the loss is written too."""
+
+
 class StepKernels(Kernels):
     """The additional kernels of loss and gradient in one step, see ``step.py``."""
 
     @abstractmethod
-    def shares(
-        self, weight: Tensor | None, share: Tensor, pos_grad: Tensor, of_class: Tensor | None, part: Tensor
-    ) -> None:
-        """``share``: the weight of every sample, 0 if ignored. ``pos_grad``: its negative. ``of_class``, zeros: the
-        sums of the weights by class. ``part`` (2, blocks): for each block of samples the sum of the weights and the
-        number of samples that are not ignored."""
+    def prepare_step(self, weight: Tensor | None, vectors: Vectors, nothing_is_zero: bool) -> None:
+        """Write the vectors down to ``of_class``, but for ``lse``, in one launch. From now on ``self.beta`` is theirs.
+
+        ``weight``: of the samples, None for ones. ``nothing_is_zero``: a mean over no samples is 0 and not NaN.
+        """
 
     @abstractmethod
-    def divisor(self, part: Tensor, out: Tensor, nothing_is_zero: bool) -> None:
-        """``out``: the divisors of a mean's gradients and of its sum."""
+    def finisher(self, result: Result, scale: Tensor | None, other: Side | None, vectors: Vectors) -> Finish:
+        """As ``finish`` for sums of r_p a_p, in one launch a call, for all blocks of a side's rows.
+
+        The sums are divided by ``scale`` and by the divisor. If the ``other`` side is given, its left-out rows have
+        been multiplied by zeros, and if some of them are broken the sums are mended before, see ``Kernels.mend``.
+        """
 
     @abstractmethod
     def panel_split(self, anchors: int, others: int) -> int:
         """Number of thread blocks that share their anchors in ``panel_log_sum_exp``."""
 
     @abstractmethod
-    def panel_log_sum_exp(
-        self, p: Side, q: Side, products: Tensor, partial: tuple[Tensor, Tensor], start: int, stop: int
-    ) -> None:
-        """``partial``, (split, stop - start) each: partial log-sum-exps of p's slots [start, stop), from their products
-        with all of q."""
+    def panel_log_sum_exp(self, p: Side, q: Side, products: Tensor, partial: Tensor, start: int, stop: int) -> None:
+        """``partial``: partial log-sum-exps of p's slots [start, stop), from their products with all of q. Of its shape
+        (2, split, n), n can be larger than the number of slots: a matrix of that many columns is written, row after
+        row."""
 
     @abstractmethod
     def panel_entries(
-        self, p: Side, q: Side, products: Tensor, partial: tuple[Tensor, Tensor], h: Tensor,
-        start: int, stop: int, scale: Tensor | None,
+        self, p: Side, q: Side, products: Tensor, partial: Tensor, h: Tensor, start: int, stop: int,
+        scale: Tensor | None,
     ) -> None:  # fmt: skip
         """As ``entries``, for all of q, from the products. Also writes the slots' log-sum-exps to ``p.lse``. ``h`` may
         be ``products``."""
@@ -183,27 +228,20 @@ class StepKernels(Kernels):
         return None
 
     @abstractmethod
-    def epilogue_operand(
-        self, side: Side, scale: Tensor, tag: Tensor | None, slot: Tensor | None, anchors: bool
-    ) -> None:
-        """The vectors of a side's slots for the epilogue, see :class:`quack.Operand`. ``slot[row]``: the slot of a
-        row."""
+    def epilogue_operands(
+        self, p: Side, p_scale: Tensor, p_tag: Tensor | None, slot: Tensor | None,
+        q: Side, q_scale: Tensor, q_tag: Tensor | None,
+    ) -> None:  # fmt: skip
+        """The vectors of both sides' slots for the epilogue, see :class:`quack.Operand`. ``slot[row]``: the slot of a
+        row of p."""
 
     @abstractmethod
-    def epilogue_weights(self, p: Side, sums: Tensor, weight: Tensor, start: int, stop: int) -> None:
-        """From the sums, (stop - start, parts), of p's slots [start, stop): their log-sum-exps ``p.lse``, and the
-        weights that turn exponentials into entries."""
-
-    @abstractmethod
-    def weighted_entries(self, p: Side, weight: Tensor, h: Tensor, start: int, stop: int) -> None:
-        """Turn exponentials into entries in place, except those of positives."""
+    def weighted_entries(self, p: Side, sums: Tensor, weight: Tensor, h: Tensor, start: int, stop: int) -> None:
+        """Turn exponentials into entries in place, except those of positives. The weights of p's slots [start, stop)
+        come from the sums, (stop - start, parts). Also writes them, and the slots' log-sum-exps to ``p.lse``."""
 
     @abstractmethod
     def positives(
         self, p: Side, q: Side, pos: Tensor, weight: Tensor, slot: Tensor | None, h: Tensor, start: int, stop: int
     ) -> None:
         """Write the entries of the samples' positives, with the logits ``pos``, for p's slots [start, stop)."""
-
-    @abstractmethod
-    def loss(self, share: Tensor, lse: Tensor, pos: Tensor, part: Tensor, divisor: Tensor | None, out: Tensor) -> None:
-        """The sum of the samples' shares of ``lse - pos``, divided by the divisor. ``part`` (blocks,) is scratch."""

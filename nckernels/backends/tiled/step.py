@@ -15,19 +15,18 @@ That is 6 M K d operations. A forward and a backward pass take 8 M K d, half of 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from ..base import Needs, Reduced, Spec, Step
-from .backward import dense, multiply
+from .backward import dense
 from .engines import Engine, EpilogueEngine, LibraryEngine
-from .forward import prepare
-from .kernels import StepKernels
-from .plan import StepPanels, ceil_div, step_panels
-from .sides import Result, Side, two_sides
-
-SAMPLES_OF_A_BLOCK = 1024
-"""Samples per block in the sums over the samples."""
+from .kernels import StepKernels, Vectors
+from .plan import StepPanels, pad16, step_panels
+from .sides import Result, Side
 
 
 def fits(features: Tensor, prototypes: Tensor, spec: Spec) -> bool:
@@ -53,73 +52,103 @@ def step(kernels: StepKernels, reduced: Reduced, needs: Needs) -> Step:
     z, w = inputs.features, inputs.prototypes
     m, k, device = z.shape[0], w.shape[0], z.device
     dtype = torch.float32 if z.dtype == torch.float16 else z.dtype
-
-    def new(*size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.float32, device=device)
-
-    z_rnorm, pos, w_rnorm, present = prepare(kernels)
-    blocks = ceil_div(m, SAMPLES_OF_A_BLOCK)
-    share, pos_grad, part = new(m), new(m), new(2, blocks)
-    of_class = torch.zeros(k, dtype=torch.float32, device=device) if spec.by_class else None
-    kernels.shares(reduced.weight, share, pos_grad, of_class, part)
-    divisor = None
-    if reduced.mean:
-        divisor = new(2)
-        kernels.divisor(part, divisor, nothing_is_zero=reduced.of_nothing == 0.0)
-
-    samples, classes = two_sides(inputs, spec, z_rnorm, w_rnorm, present)
-    samples = samples._replace(pos=pos_grad)
-    if spec.by_class:
-        classes = classes._replace(lse=new(k), grad=of_class)
-    else:
-        samples = samples._replace(lse=new(m), grad=share)
-    scale = None
-    if z.dtype == torch.float16:
-        three = new(3)
-        kernels.half_scale(samples, classes, three)
-        scale = three[2:]
-
-    def result(side: Side, wanted: bool, with_beta: bool) -> Result:
-        make = torch.zeros if side.gather else torch.empty  # kernels write only classes that occur
-        out = make(side.x.shape, dtype=dtype, device=device) if wanted else None
-        dot = torch.zeros(side.slots, dtype=torch.float32, device=device) if with_beta else None
-        return Result(side, out, dot)
-
     # The gradient of beta is a sum over the rows of either side: take the side whose gradient is computed anyway.
     by_samples = needs.inv_temperature and needs.features
-    for_samples = result(samples, needs.features, by_samples)
-    for_classes = result(classes, needs.prototypes, needs.inv_temperature and not by_samples)
-    p, q = (for_classes, for_samples) if spec.by_class else (for_samples, for_classes)
-    _by_panels(kernels, p, q, pos, scale, divisor)
 
-    loss, lse = new(1), p.side.lse
-    assert lse is not None
-    kernels.loss(share, lse, pos, part[0], divisor, loss)
-    dot = for_samples.dot if for_samples.dot is not None else for_classes.dot
-    return Step(loss[0], for_samples.out, for_classes.out, None if dot is None else dot.sum())
-
-
-def _engine(kernels: StepKernels, p: Side, q: Side, pos: Tensor, scale: Tensor | None) -> tuple[Engine, StepPanels]:
-    problem = kernels.inputs.features, kernels.inputs.prototypes, kernels.spec
-    found = kernels.epilogue_product()
-    panels = None if found is None else _panels(*problem, epilogue=True)
-    if found is not None and panels is not None:
-        return EpilogueEngine(kernels, *found, p, q, panels.rows, pos), panels
-    panels = _panels(*problem)
+    panels = _panels(z, w, spec)
     assert panels is not None
-    return LibraryEngine(kernels, p, q, panels.rows, scale), panels
+    found = kernels.epilogue_product()
+    if found is not None:
+        wider = _panels(z, w, spec, epilogue=True)
+        found, panels = (None, panels) if wider is None else (found, wider)
+
+    by_class, marked = spec.by_class, spec.present_only
+    compacted = marked and k > m
+    slots, dots = (min(m, k) if marked else k), 0
+    if needs.inv_temperature:
+        dots = m if by_samples else slots
+    # The rows of classes that do not occur are looked at only where ``_by_panels`` may have to mend sums over them.
+    looks = marked and not compacted and panels.rows >= k and needs.features
+    vectors = _vectors(m, k, by_class, marked, looks, reduced.mean, dots, device)
+    kernels.prepare_step(reduced.weight, vectors, nothing_is_zero=reduced.of_nothing == 0.0)
+
+    label, skip, used = vectors.mark, 0, None
+    if label is not None and compacted:
+        label, skip = _compact(kernels, label, m, k), -1
+        used = label[m:]
+    lse, of_class, dot = vectors.lse, vectors.of_class, vectors.dot
+    samples = Side(
+        z, vectors.z_rnorm, True, m, inputs.target, spec.ignore_index,
+        lse=None if by_class else lse, grad=None if by_class else vectors.share, pos=vectors.pos_grad,
+    )  # fmt: skip
+    classes = Side(
+        w, vectors.w_rnorm, False, slots, label, skip, compacted, unread=not looks, used=used,
+        lse=lse if by_class else None, grad=of_class,
+    )  # fmt: skip
+    scale = None
+    if z.dtype == torch.float16:
+        three = torch.empty(3, dtype=torch.float32, device=device)
+        kernels.half_scale(samples._replace(lse=None), classes._replace(lse=None), three)  # there are no lse yet
+        scale = three[2:]
+
+    z_out = torch.empty(z.shape, dtype=dtype, device=device) if needs.features else None
+    w_out = None
+    if needs.prototypes:  # of compacted classes the kernels write only those that occur
+        w_out = (torch.zeros if compacted else torch.empty)(w.shape, dtype=dtype, device=device)
+    for_samples = Result(samples, z_out, dot if by_samples else None)
+    for_classes = Result(classes, w_out, None if by_samples else dot)
+    p, q = (for_classes, for_samples) if by_class else (for_samples, for_classes)
+    engine: Engine
+    if found is None:
+        engine = LibraryEngine(kernels, p.side, q.side, panels.rows, scale)
+    else:
+        engine = EpilogueEngine(kernels, *found, p.side, q.side, panels.rows, vectors.pos)
+    _by_panels(kernels, engine, panels, p, q, scale, vectors)
+    return Step(vectors.loss, z_out, w_out, None if dot is None else dot.sum())
+
+
+def _vectors(
+    m: int, k: int, by_class: bool, marked: bool, looks: bool, mean: bool, dots: int, device: torch.device
+) -> Vectors:
+    """All vectors in one allocation of zeros, each at a multiple of 64 bytes.
+
+    Not all of them must be zeros, but one operator less takes less time than fewer zeros.
+    """
+    total, lengths = _lengths(m, k, by_class, marked, dots)
+    # These are without the bookkeeping of views for autograd, which takes longer than the allocation.
+    parts = torch.unsafe_split_with_sizes(torch.zeros(total, dtype=torch.float32, device=device), lengths)
+    z_rnorm, pos, share, pos_grad, lse, w_rnorm, beta, divisor, z_broken, w_broken, mark, of_class, dot = parts
+    return Vectors(
+        z_rnorm, pos, share, pos_grad, lse, w_rnorm, beta, divisor if mean else None,
+        z_broken, w_broken if looks else None, mark.view(torch.int32) if marked else None,
+        of_class if by_class else None, dot if dots else None,
+        # Not a part of the others, which it would keep alive.
+        torch.empty((), dtype=torch.float32, device=device),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _lengths(m: int, k: int, by_class: bool, marked: bool, dots: int) -> tuple[int, list[int]]:
+    lengths = [m, m, m, m, k if by_class else m, k, 1, 2, 1, 1, k if marked else 0, k if by_class else 0, dots]
+    padded = [pad16(length) for length in lengths]
+    return sum(padded), padded
+
+
+def _compact(kernels: StepKernels, mark: Tensor, m: int, k: int) -> Tensor:
+    """The list of the classes that occur, and its length, for more classes than samples."""
+    present = torch.empty(m + 1, dtype=kernels.index_dtype, device=mark.device)
+    kernels.compact(mark, torch.cumsum(mark[:k], 0, dtype=kernels.index_dtype), present, k, m)
+    return present
 
 
 def _by_panels(
-    kernels: StepKernels, p: Result, q: Result, pos: Tensor, scale: Tensor | None, divisor: Tensor | None
-) -> None:
-    """Compute the log-sum-exps of the anchors p, and both gradients."""
+    kernels: StepKernels, engine: Engine, panels: StepPanels, p: Result, q: Result, scale: Tensor | None,
+    vectors: Vectors,
+) -> None:  # fmt: skip
+    """Compute the log-sum-exps of the anchors p, both gradients and the loss."""
     x, y = p.side, q.side
     dtype, d, device = x.x.dtype, x.x.shape[1], x.x.device
-    engine, panels = _engine(kernels, x, y, pos, scale)
     rows, block, once = panels.rows, panels.block, panels.rows >= x.slots
-    # The divisor in ``finish``: the scale of the entries times the divisor of the mean.
-    finished = scale if divisor is None else divisor[:1] if scale is None else scale * divisor[:1]
 
     def buffer(n: int, width: int, dtype: torch.dtype = torch.float32, wanted: bool = True) -> Tensor | None:
         return torch.empty(n, width, dtype=dtype, device=device) if wanted else None
@@ -128,22 +157,38 @@ def _by_panels(
     total = q.accumulator if q.accumulator is not None else buffer(y.slots, d, wanted=q.wanted and not once)
     # The library's products read whole matrices, in which 0 * NaN is NaN. A sum that one product completes is mended.
     # For a sum over several panels, the operand is a copy with zeros in left-out rows.
-    x_copy = buffer(rows, d, dtype, x.gather or (q.wanted and x.partial and (x.copied or not once)))
+    copied = x.gather or (q.wanted and x.partial and (x.copied or not once))
+    x_copy = buffer(rows, d, dtype, copied)
+    finish_p = kernels.finisher(p, scale, y if y.partial else None, vectors)
+    finish_q = kernels.finisher(q, scale, x if x.partial and not copied else None, vectors)
     y_rows = dense(kernels, y, 0, y.slots, None)
     for start in range(0, x.slots, rows):
         stop = min(start + rows, x.slots)
-        n, last = stop - start, stop == x.slots
+        last = stop == x.slots
         x_rows = dense(kernels, x, start, stop, x_copy)
         h = engine.entries(x_rows.matrix, start, stop)
-        for begin in range(0, n if p.wanted else 0, block):
-            end = min(begin + block, n)
-            multiply(kernels, h[begin:end], y_rows, sums[: end - begin], accumulate=False)
-            kernels.finish(p, sums, start + begin, start + end, 1, finished, norm_inside=True)
+        for begin, end, of_block, part in _blocks(h, sums, block) if p.wanted else ():
+            kernels.matmul(of_block, y_rows.matrix, part, accumulate=False)
+            finish_p(part, of_block, start + begin, start + end, last and start + end == stop and not q.wanted)
         if total is not None and not last:
-            multiply(kernels, h.t(), x_rows, total, accumulate=start > 0)
+            kernels.matmul(h.t(), x_rows.matrix, total, accumulate=start > 0)
             continue
-        for begin in range(0, y.slots if q.wanted else 0, block):
-            end = min(begin + block, y.slots)
-            part = sums[: end - begin] if total is None else total[begin:end]
-            multiply(kernels, h[:, begin:end].t(), x_rows, part, accumulate=start > 0)
-            kernels.finish(q, part, begin, end, 1, finished, norm_inside=True)
+        for begin, end, of_block, part in _blocks(h.t(), sums if total is None else total, block) if q.wanted else ():
+            kernels.matmul(of_block, x_rows.matrix, part, accumulate=start > 0)
+            finish_q(part, of_block, begin, end, end == y.slots)
+
+
+def _blocks(h: Tensor, sums: Tensor, block: int) -> Iterable[tuple[int, int, Tensor, Tensor]]:
+    """Begin and end of each block of rows of h, the block, and a place for its sums: its own rows of ``sums`` if there
+    are that many, else the first rows of it."""
+    n = h.shape[0]
+    own = sums.shape[0] == n
+    if n <= block:
+        return ((0, n, h, sums if own else sums[:n]),)
+    begins = range(0, n, block)
+    ends = (*begins[1:], n)
+    rest = n - begins[-1]
+    places: Iterable[Tensor] = [sums] * (len(begins) - 1) + [sums if rest == block else sums[:rest]]
+    if own:
+        places = torch.unsafe_split(sums, block)
+    return zip(begins, ends, torch.unsafe_split(h, block), places, strict=True)

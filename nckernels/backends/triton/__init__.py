@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
@@ -98,20 +99,21 @@ class TritonBackend(Backend):
         z, beta, dtype = inputs.features, inputs.inv_temperature, accumulation_dtype(inputs.features.dtype)
         host_beta = None
         if isinstance(beta, Tensor) and beta.device.type != "cpu":  # the host does not wait for its value
-            beta = beta.to(device=z.device, dtype=dtype)
+            inputs = inputs._replace(inv_temperature=beta.to(device=z.device, dtype=dtype))
         else:
             host_beta = number(beta, z.dtype)
-            beta = torch.full((), host_beta, dtype=dtype, device=z.device)
-        weight = None if reduced.weight is None else reduced.weight.to(dtype).contiguous()
-        inputs, reduced = inputs._replace(inv_temperature=beta), reduced._replace(weight=weight)
+        if reduced.weight is not None:
+            reduced = reduced._replace(weight=reduced.weight.to(dtype).contiguous())
         with on_device(z):
-            if spec.symmetric:
-                return pairs_step.step(pairs_step.PairKernels(inputs, spec), reduced, needs)
-            return tiled.step(TritonStep(inputs, spec, host_beta), reduced, needs)
+            if not spec.symmetric:
+                return tiled.step(TritonStep(inputs, spec, host_beta), reduced, needs)
+            if host_beta is not None:
+                inputs = inputs._replace(inv_temperature=torch.full((), host_beta, dtype=dtype, device=z.device))
+            return pairs_step.step(pairs_step.PairKernels(inputs, spec), reduced, needs)
 
-    def scaled(self, grad: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
-        from .launch import on_device
+    def scaled(
+        self, grads: Sequence[Tensor], factor: Tensor, dtypes: Sequence[torch.dtype], in_place: bool
+    ) -> Sequence[Tensor]:
         from .step import scaled
 
-        with on_device(grad):
-            return scaled(grad, factor, dtype, in_place)
+        return scaled(grads, factor, dtypes, in_place)

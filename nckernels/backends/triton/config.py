@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -297,8 +297,7 @@ def pairs_grad_tile(shape: Shape) -> Tile | None:
     return grad_tile(replace(shape, heavy=True))
 
 
-@dataclass(frozen=True)
-class PanelTile:
+class PanelTile(NamedTuple):
     """A tile of stored products."""
 
     p: int
@@ -308,6 +307,9 @@ class PanelTile:
     """The most programs that may share an anchor's sum; a power of two."""
 
 
+_PANEL_TILE = PanelTile(16, 256, 8, 16)
+
+
 def panel_tile() -> PanelTile:
     """For the kernels of panel.py: rows of 1 KB for wide loads, and 16 numbers per thread; 32 spill on sm_80."""
-    return PanelTile(16, 256, 8, 16)
+    return _PANEL_TILE

@@ -11,72 +11,78 @@ import triton.language as tl
 from .tiles import LN2, LOG2E, slot_rows, summed_rows, used_slots
 
 
-@triton.jit(do_not_specialize=["n", "padded", "skip"])
-def operand_kernel(
-    Rnorm, Label, Count, Beta, Scale, Tag, Slot, n, padded, skip,
+@triton.jit
+def scale_and_tag(
+    Rnorm, Label, Scale, Tag, Slot, factor, left_out, first, n, padded, skip,
     EXCLUDE: tl.constexpr, SAMPLES: tl.constexpr, GATHER: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """``Scale`` and ``Tag`` of a side's slots for the epilogue; ``Beta`` is given for anchors.
-
-    ``Slot[row]``, if given, becomes the slot of a row.
-    """
-    first = tl.program_id(0) * B
-    used = used_slots(Count, n)
-    row, valid, tag, rnorm = summed_rows(Rnorm, Label, first, used, skip, EXCLUDE, SAMPLES, GATHER, B)
-    if Beta is not None:
-        scale = tl.where(valid, rnorm * (tl.load(Beta) * LOG2E), 0.0)
-    else:
-        scale = tl.where(valid, rnorm, -1.0)
+    """``Scale`` and ``Tag`` of some slots; ``Slot[row]``, if given, becomes the slot of a row."""
+    row, valid, tag, rnorm = summed_rows(Rnorm, Label, first, n, skip, EXCLUDE, SAMPLES, GATHER, B)
     slot = first + tl.arange(0, B)
-    tl.store(Scale + slot, scale, mask=slot < padded)
+    tl.store(Scale + slot, tl.where(valid, rnorm * factor, left_out), mask=slot < padded)
     if Tag is not None:
         tl.store(Tag + slot, tag.to(tl.float32), mask=slot < padded)
     if Slot is not None:
         tl.store(Slot + row, slot, mask=valid)
 
 
-@triton.jit(do_not_specialize=["p_start", "p_stop", "parts", "skip"])
-def weights_kernel(
-    Sums, Label, Count, Grad, Beta, Lse, Weight, p_start, p_stop, parts, skip,
-    GATHER: tl.constexpr, BP: tl.constexpr, BS: tl.constexpr,
+@triton.jit(do_not_specialize=["n_p", "n_q", "padded_q", "skip_p", "skip_q"])
+def operands_kernel(
+    P_rnorm, P_label, P_count, P_scale, P_tag, P_slot, Q_rnorm, Q_label, Q_scale, Q_tag, Beta,
+    n_p, n_q, padded_q, skip_p, skip_q,
+    EXCLUDE: tl.constexpr, P_SAMPLES: tl.constexpr, P_GATHER: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """From ``Sums[slot - p_start, part]``: ``Lse`` of the slot's row, and ``Weight[slot - p_start] = c_p``."""
+    """The vectors of both sides for the epilogue, see ``quack.Operand``: first the anchors, then the others."""
+    of_p = tl.cdiv(n_p, B)
+    program = tl.program_id(0)
+    if program < of_p:
+        scale_and_tag(
+            P_rnorm, P_label, P_scale, P_tag, P_slot, tl.load(Beta) * LOG2E, 0.0,
+            program * B, used_slots(P_count, n_p), n_p, skip_p, EXCLUDE, P_SAMPLES, P_GATHER, B,
+        )  # fmt: skip
+    else:
+        scale_and_tag(
+            Q_rnorm, Q_label, Q_scale, Q_tag, None, 1.0, -1.0,
+            (program - of_p) * B, n_q, padded_q, skip_q, EXCLUDE, not P_SAMPLES, False, B,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["p_start", "p_stop", "parts", "h_stride", "skip"])
+def weighted_entries_kernel(
+    Sums, Rnorm, Label, Count, Grad, Beta, Lse, Weight, H, p_start, p_stop, parts, h_stride, skip,
+    GATHER: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """Turn ``E`` into ``H`` in place, except for the positives, by the weights ``c_p`` from
+    ``Sums[slot - p_start, part]``.
+
+    The first block of columns also writes ``Lse`` of the slot's row, and ``Weight[slot - p_start] = c_p``.
+    """
     p_local = tl.program_id(0) * BP
     used = used_slots(Count, p_stop)
     row, _, valid = slot_rows(Label, p_start + p_local, used, skip, GATHER, BP)
     local = p_local + tl.arange(0, BP)
-    inside = local < p_stop - p_start
+    n = p_stop - p_start
     total = tl.zeros((BP, BS), tl.float32)
     for i in range(0, parts, BS):
         part = i + tl.arange(0, BS)
         at = Sums + local.to(tl.int64)[:, None] * parts + part[None, :]
         total += tl.load(at, mask=valid[:, None] & (part < parts)[None, :], other=0.0)
     total = tl.sum(total, 1)
-    lse = tl.log2(total) * LN2 + tl.load(Beta)
-    if GATHER:
-        tl.store(Lse + row, lse, mask=valid)
-    else:
-        tl.store(Lse + p_start + local, lse, mask=inside)
     empty = total == 0.0  # has no gradient
     weight = tl.load(Grad + row, mask=valid, other=0.0) / tl.where(empty, 1.0, total)
-    tl.store(Weight + local, tl.where(empty, 0.0, weight), mask=inside)
-
-
-@triton.jit(do_not_specialize=["p_start", "p_stop", "h_stride", "skip"])
-def weighted_entries_kernel(
-    Weight, Rnorm, Label, Count, H, p_start, p_stop, h_stride, skip,
-    GATHER: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr,
-):  # fmt: skip
-    """Turn ``E`` into ``H`` in place, except for the positives."""
-    p_local = tl.program_id(0) * BP
-    used = used_slots(Count, p_stop)
-    row, _, valid = slot_rows(Label, p_start + p_local, used, skip, GATHER, BP)
-    local = p_local + tl.arange(0, BP)
-    weight = tl.load(Weight + local, mask=valid, other=0.0) * tl.load(Rnorm + row, mask=valid, other=0.0)
+    weight = tl.where(empty, 0.0, weight)
+    if tl.program_id(1) == 0:
+        lse = tl.log2(total) * LN2 + tl.load(Beta)
+        if GATHER:
+            tl.store(Lse + row, lse, mask=valid)
+        else:
+            tl.store(Lse + p_start + local, lse, mask=local < n)
+        tl.store(Weight + local, weight, mask=local < n)
+    weight *= tl.load(Rnorm + row, mask=valid, other=0.0)
     column = tl.program_id(1) * BQ + tl.arange(0, BQ)
     width = h_stride * 16  # a known multiple of 16, so that the mask does not split 16-byte accesses
     at = H + local.to(tl.int64)[:, None] * width + column[None, :]
-    inside = (local < p_stop - p_start)[:, None] & (column < width)[None, :]
+    inside = (local < n)[:, None] & (column < width)[None, :]
     h = tl.load(at, mask=inside, other=0.0).to(tl.float32) * weight[:, None]
     tl.store(at, h.to(H.dtype.element_ty), mask=inside)
 

@@ -1,8 +1,9 @@
-"""Kernels that turn accumulated sums into gradients, and the gradient of the biases."""
+"""Kernels that turn accumulated sums into gradients, the loss of one step, and the gradient of the biases."""
 
 import triton
 import triton.language as tl
 
+from .reduce import write_loss
 from .tiles import (
     LOG2E,
     NOT_FINITE,
@@ -48,26 +49,16 @@ def project(acc, x, rnorm, weight, EPS: tl.constexpr):
     return weight[:, None] * tl.fma(-radial(rnorm, along, EPS)[:, None], x, acc), along
 
 
-@triton.jit(do_not_specialize=["start", "stop", "parts", "part_stride", "d", "x_stride", "skip"])
-def finish_kernel(
-    Acc, X, Rnorm, Label, Count, Beta, Scale, Out, Dot,
-    start, stop, parts, part_stride, d, x_stride, skip,
+@triton.jit
+def finish_rows(
+    Acc, X, Rnorm, Label, Count, Beta, Out, Dot, divisor,
+    start, stop, local_start, parts, part_stride, d, x_stride, skip,
     GATHER: tl.constexpr, UNSUMMED: tl.constexpr, NORM_INSIDE: tl.constexpr, WHOLE_D: tl.constexpr,
-    UNIT: tl.constexpr, EPS: tl.constexpr, NORM_LIMIT: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+    EPS: tl.constexpr, NORM_LIMIT: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the slots [start, stop) from float32 sums: add the partials, project, scale, cast.
-
-    If a block of few rows has just been multiplied, its sums are still in the L2 cache. Rows and gradients are accessed
-    here for the last time, with an eviction hint, so that they do not displace the sums.
-
-    ``Acc[part, slot - start]`` holds a_p, or r_p a_p with ``NORM_INSIDE``. ``Dot[slot]`` becomes the
-    slot's share of the gradient of beta. ``Out`` may be ``Acc`` itself (float32, one part).
-    """
-    d *= UNIT
-    x_stride *= UNIT
-    part_stride = part_stride.to(tl.int64) * UNIT
-    first = start + tl.program_id(0) * BR
-    local = tl.program_id(0) * BR + tl.arange(0, BR)  # relative to `start`, so that alignment is known
+    """Finish BR rows from slot ``start + local_start`` on, see ``finish_kernel``; ``divisor`` is a number or None."""
+    first = start + local_start
+    local = local_start + tl.arange(0, BR)  # relative to `start`, so that alignment is known
     used = used_slots(Count, stop)
     row, _, valid = slot_rows(Label, first, used, skip, GATHER, BR)
     valid = paired_rows(Rnorm, valid, first, used, UNSUMMED, BR)
@@ -80,8 +71,8 @@ def finish_kernel(
     if NORM_INSIDE:
         # Already in the sums, except for the rows whose factor was 1.
         weight = tl.where(rnorm == summand_rnorm(rnorm, NORM_LIMIT), 1.0, rnorm)
-    if Scale is not None:
-        weight = weight / tl.load(Scale)
+    if divisor is not None:
+        weight = weight / divisor
     scale = weight * tl.load(Beta)
 
     col = tl.arange(0, BD)
@@ -121,6 +112,116 @@ def finish_kernel(
                 )
     if Dot is not None:
         tl.store(Dot + slot, tl.where(valid, weight * along, 0.0), mask=slot < stop)
+
+
+@triton.jit(do_not_specialize=["start", "stop", "parts", "part_stride", "d", "x_stride", "skip"])
+def finish_kernel(
+    Acc, X, Rnorm, Label, Count, Beta, Scale, Out, Dot,
+    start, stop, parts, part_stride, d, x_stride, skip,
+    GATHER: tl.constexpr, UNSUMMED: tl.constexpr, NORM_INSIDE: tl.constexpr, WHOLE_D: tl.constexpr,
+    UNIT: tl.constexpr, EPS: tl.constexpr, NORM_LIMIT: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the slots [start, stop) from float32 sums: add the partials, project, scale, cast.
+
+    If a block of few rows has just been multiplied, its sums are still in the L2 cache. Rows and gradients are accessed
+    here for the last time, with an eviction hint, so that they do not displace the sums.
+
+    ``Acc[part, slot - start]`` holds a_p, or r_p a_p with ``NORM_INSIDE``. ``Dot[slot]`` becomes the
+    slot's share of the gradient of beta. ``Out`` may be ``Acc`` itself (float32, one part).
+    """
+    d *= UNIT
+    x_stride *= UNIT
+    part_stride = part_stride.to(tl.int64) * UNIT
+    divisor = None
+    if Scale is not None:
+        divisor = tl.load(Scale)
+    finish_rows(
+        Acc, X, Rnorm, Label, Count, Beta, Out, Dot, divisor,
+        start, stop, tl.program_id(0) * BR, parts, part_stride, d, x_stride, skip,
+        GATHER, UNSUMMED, NORM_INSIDE, WHOLE_D, EPS, NORM_LIMIT, BR, BD,
+    )  # fmt: skip
+
+
+@triton.jit
+def mended_tile(
+    H, X, Label, p, n_p, n_q, col, d, h_p, h_q, x_stride, skip, Rnorm,
+    UNSUMMED: tl.constexpr, PRECISION: tl.constexpr, BQ: tl.constexpr,
+):  # fmt: skip
+    """A tile of ``H X`` without the left-out rows of X."""
+    acc = tl.zeros((p.shape[0], col.shape[0]), tl.float32)
+    for first in range(0, n_q, BQ):
+        q, _, valid = slot_rows(Label, first, n_q, skip, False, BQ)
+        valid = paired_rows(Rnorm, valid, first, n_q, UNSUMMED, BQ)
+        at = H + p.to(tl.int64)[:, None] * h_p + q.to(tl.int64)[None, :] * h_q
+        h = tl.load(at, mask=(p < n_p)[:, None] & valid[None, :], other=0.0)
+        at = X + q.to(tl.int64)[:, None] * x_stride + col[None, :]
+        x = tl.load(at, mask=valid[:, None] & (col < d)[None, :], other=0.0)
+        acc = dot(h, x, acc, PRECISION)
+    return acc
+
+
+@triton.jit(
+    do_not_specialize=[
+        "start", "stop", "h_p", "h_q", "d", "x_stride", "skip", "m", "k", "target_skip", "n_q", "y_stride", "y_skip"
+    ]
+)  # fmt: skip
+def finish_step_kernel(
+    Acc, H, X, Rnorm, Label, Count, Beta, Scale, Divisor, Out, Dot, Broken, Y, Y_label, Target, Share, Lse, Pos, Loss,
+    start, stop, h_p, h_q, d, x_stride, skip, m, k, target_skip, n_q, y_stride, y_skip,
+    GATHER: tl.constexpr, BY_CLASS: tl.constexpr, WHOLE_D: tl.constexpr, UNIT: tl.constexpr, EPS: tl.constexpr,
+    NORM_LIMIT: tl.constexpr, PRECISION: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+    BP: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """As ``finish_kernel`` with ``NORM_INSIDE``, for one step, with a loss and mended sums where these are due.
+
+    With ``Loss``, program 0 writes it, for which all log-sum-exps must be known. The sums are ``Acc = H Y``, in which
+    the library has multiplied left-out rows of Y by zeros. If these rows may hold NaN or infinities (``Broken[0]`` is
+    not 0, which is rare), every BP-th row's program recomputes BP rows of the sums and finishes them, and the others
+    have nothing to do.
+    """
+    d *= UNIT
+    x_stride *= UNIT
+    y_stride *= UNIT
+    program = tl.program_id(0)
+    if Loss is not None:
+        if program == 0:
+            write_loss(Target, Share, Lse, Pos, Divisor, Loss, m, k, target_skip, BY_CLASS, B)
+        program -= 1
+    if program >= 0:
+        divisor = None
+        if Divisor is not None:
+            divisor = tl.load(Divisor)
+        if Scale is not None:
+            scale = tl.load(Scale)
+            divisor = scale if divisor is None else scale * divisor
+        if Broken is None:
+            finish_rows(
+                Acc, X, Rnorm, Label, Count, Beta, Out, Dot, divisor,
+                start, stop, program * BR, 1, 0, d, x_stride, skip,
+                GATHER, False, True, WHOLE_D, EPS, NORM_LIMIT, BR, BD,
+            )  # fmt: skip
+        else:
+            BLOCKS: tl.constexpr = BP // BR
+            broken = tl.load(Broken) != 0
+            mends = broken & (program % BLOCKS == 0)
+            if mends:
+                p = program * BR + tl.arange(0, BP)
+                for n in range(0, d, BN):
+                    col = n + tl.arange(0, BN)
+                    acc = mended_tile(
+                        H, Y, Y_label, p, stop - start, n_q, col, d, h_p, h_q, y_stride, y_skip, None,
+                        False, PRECISION, BQ,
+                    )  # fmt: skip
+                    at = Acc + p.to(tl.int64)[:, None] * d + col[None, :]
+                    tl.store(at, acc, mask=(p < stop - start)[:, None] & (col < d)[None, :])
+                tl.debug_barrier()  # the program's own threads read the sums
+            blocks = tl.where(broken, tl.where(mends, BLOCKS, 0), 1)
+            for i in range(blocks):
+                finish_rows(
+                    Acc, X, Rnorm, Label, Count, Beta, Out, Dot, divisor,
+                    start, stop, (program + i) * BR, 1, 0, d, x_stride, skip,
+                    GATHER, False, True, WHOLE_D, EPS, NORM_LIMIT, BR, BD,
+                )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["start", "stop", "d", "x_stride", "skip"])
@@ -166,15 +267,9 @@ def mend_kernel(
     for block in range(tl.program_id(0), tl.cdiv(n_p, BP) * d_blocks, tl.num_programs(0)):
         p = block // d_blocks * BP + tl.arange(0, BP)
         col = block % d_blocks * BD + tl.arange(0, BD)
-        acc = tl.zeros((BP, BD), tl.float32)
-        for first in range(0, n_q, BQ):
-            q, _, valid = slot_rows(Label, first, n_q, skip, False, BQ)
-            valid = paired_rows(Rnorm, valid, first, n_q, UNSUMMED, BQ)
-            at = H + p.to(tl.int64)[:, None] * h_p + q.to(tl.int64)[None, :] * h_q
-            h = tl.load(at, mask=(p < n_p)[:, None] & valid[None, :], other=0.0)
-            at = X + q.to(tl.int64)[:, None] * x_stride + col[None, :]
-            x = tl.load(at, mask=valid[:, None] & (col < d)[None, :], other=0.0)
-            acc = dot(h, x, acc, PRECISION)
+        acc = mended_tile(
+            H, X, Label, p, n_p, n_q, col, d, h_p, h_q, x_stride, skip, Rnorm, UNSUMMED, PRECISION, BQ
+        )  # fmt: skip
         at = Out + p.to(tl.int64)[:, None] * d + col[None, :]
         tl.store(at, acc, mask=(p < n_p)[:, None] & (col < d)[None, :])
 

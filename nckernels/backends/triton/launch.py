@@ -24,6 +24,9 @@ from .dispatch import launch as launch  # tools replace it here
 INTERPRETED = not isinstance(lse.lse_kernel, triton.JITFunction)
 """Whether the kernels run in Triton's interpreter: TRITON_INTERPRET=1 when this module was imported."""
 
+CHECKS: dict[str, Any] = {} if INTERPRETED else {"debug": True, "sanitize_overflow": False}
+"""Options for device assertions. They need debug, whose overflow checks of every index are turned off."""
+
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
     """Make the tensor's device current, because Triton launches on the current device."""
@@ -58,9 +61,7 @@ def _row_rnorm_options(columns: int, unit: int, eps: float) -> Options:
 
 @_made_once
 def _samples_options(columns: int, same_label: bool, itself: bool, unit: int, eps: float) -> Options:
-    # Device assertions need debug, whose overflow checks of every index are turned off.
-    checks = {} if INTERPRETED else {"debug": True, "sanitize_overflow": False}
-    return Options(SAME_LABEL=same_label, ITSELF=itself, UNIT=unit, EPS=eps, **row_blocks(columns), **checks)
+    return Options(SAME_LABEL=same_label, ITSELF=itself, UNIT=unit, EPS=eps, **row_blocks(columns), **CHECKS)
 
 
 _COMPACT = Options(B=1024)
@@ -222,7 +223,7 @@ class TritonKernels(Kernels):
         )  # fmt: skip
 
     def compact(self, mark: Tensor, rank: Tensor, present: Tensor, k: int, slots: int) -> None:
-        launch(norms.compact_kernel, (ceil_div(k, 1024),), mark, rank, present, k, slots, options=_COMPACT)
+        launch(norms.compact_kernel, (ceil_div(k, 1024),), rank, present, k, slots, options=_COMPACT)
 
     def half_scale(self, samples: Side, classes: Side, scale: Tensor) -> None:
         launch(

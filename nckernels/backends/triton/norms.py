@@ -8,6 +8,7 @@ tensor cores multiply the caller's numbers without rounding.
 import triton
 import triton.language as tl
 
+from .reduce import write_divisors
 from .tiles import INF, NOT_FINITE
 
 
@@ -23,6 +24,40 @@ def left_out(square_sum):
     return tl.where(square_sum < INF, -1.0, NOT_FINITE)
 
 
+@triton.jit
+def square_sums(X, row, inside, d, stride, BR: tl.constexpr, BD: tl.constexpr):
+    """The square sums of some rows."""
+    col = tl.arange(0, BD)
+    ptr = X + row.to(tl.int64)[:, None] * stride + col[None, :]
+    # One running sum per column, reduced across threads once at the end.
+    total = tl.zeros((BR, BD), tl.float32)
+    for k in range(0, d, BD):
+        x = tl.load(ptr + k, mask=inside[:, None] & (col < d - k)[None, :], other=0.0).to(tl.float32)
+        total = tl.fma(x, x, total)
+    return tl.sum(total, 1)
+
+
+@triton.jit
+def with_partners(
+    Z, W, row, inside, partner, valid, d, z_stride, w_stride, BR: tl.constexpr, BD: tl.constexpr
+):  # fmt: skip
+    """The square sums of some samples and of their partners, and their products, in one pass over both."""
+    col = tl.arange(0, BD)
+    z_ptr = Z + row.to(tl.int64)[:, None] * z_stride + col[None, :]
+    w_ptr = W + partner.to(tl.int64)[:, None] * w_stride + col[None, :]
+    zz = tl.zeros((BR, BD), tl.float32)
+    ww = tl.zeros((BR, BD), tl.float32)
+    zw = tl.zeros((BR, BD), tl.float32)
+    for step in range(0, d, BD):
+        columns = (col < d - step)[None, :]
+        z = tl.load(z_ptr + step, mask=inside[:, None] & columns, other=0.0).to(tl.float32)
+        w = tl.load(w_ptr + step, mask=valid[:, None] & columns, other=0.0).to(tl.float32)
+        zz = tl.fma(z, z, zz)
+        ww = tl.fma(w, w, ww)
+        zw = tl.fma(z, w, zw)
+    return tl.sum(zz, 1), tl.sum(ww, 1), tl.sum(zw, 1)
+
+
 @triton.jit(do_not_specialize=["n", "d", "stride", "skip"])
 def row_rnorm_kernel(
     X, Label, Rnorm, n, d, stride, skip, UNIT: tl.constexpr, EPS: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr
@@ -34,14 +69,7 @@ def row_rnorm_kernel(
     inside = row < n
     if Label is not None:
         valid = tl.load(Label + row, mask=inside, other=skip) != skip
-    col = tl.arange(0, BD)
-    ptr = X + row.to(tl.int64)[:, None] * stride + col[None, :]
-    # One running sum per column, reduced across threads once at the end.
-    total = tl.zeros((BR, BD), tl.float32)
-    for k in range(0, d, BD):
-        x = tl.load(ptr + k, mask=inside[:, None] & (col < d - k)[None, :], other=0.0).to(tl.float32)
-        total = tl.fma(x, x, total)
-    square_sum = tl.sum(total, 1)
+    square_sum = square_sums(X, row, inside, d, stride, BR, BD)
     rnorm = inverse_norm(square_sum, EPS)
     if Label is not None:
         rnorm = tl.where(valid, rnorm, left_out(square_sum))
@@ -85,24 +113,13 @@ def prepare_samples_kernel(
         valid = valid & in_range
         partner = tl.where(valid, target, 0).to(tl.int32)
 
-    col = tl.arange(0, BD)
-    z_ptr = Z + row.to(tl.int64)[:, None] * z_stride + col[None, :]
-    w_ptr = W + partner.to(tl.int64)[:, None] * w_stride + col[None, :]
-    zz = tl.zeros((BR, BD), tl.float32)
-    ww = tl.zeros((BR, BD), tl.float32)
-    zw = tl.zeros((BR, BD), tl.float32)
-    for step in range(0, d, BD):
-        columns = (col < d - step)[None, :]
-        z = tl.load(z_ptr + step, mask=inside[:, None] & columns, other=0.0).to(tl.float32)
-        w = tl.load(w_ptr + step, mask=valid[:, None] & columns, other=0.0).to(tl.float32)
-        zz = tl.fma(z, z, zz)
-        ww = tl.fma(w, w, ww)
-        zw = tl.fma(z, w, zw)
-    z_square = tl.sum(zz, 1)
+    z_square, w_square, product = with_partners(
+        Z, W, row, inside, partner, valid, d, z_stride, w_stride, BR, BD
+    )  # fmt: skip
     r_z = inverse_norm(z_square, EPS)
-    r_w = inverse_norm(tl.sum(ww, 1), EPS)
+    r_w = inverse_norm(w_square, EPS)
     # The product is multiplied by one norm at a time: r_z * r_w can leave float32's range for tiny rows.
-    pos = beta * (tl.sum(zw, 1) * r_z * r_w)
+    pos = beta * (product * r_z * r_w)
     tl.store(Z_rnorm + row, tl.where(valid, r_z, left_out(z_square)), mask=inside)
     tl.store(Pos + row, tl.where(valid, pos, 0.0), mask=inside)
     if Mark is not None:
@@ -113,15 +130,87 @@ def prepare_samples_kernel(
             tl.store(W_rnorm + row, r_z, mask=valid)
 
 
+@triton.jit(do_not_specialize=["m", "k", "d", "z_stride", "w_stride", "skip", "beta_bits", "sample_programs"])
+def prepare_step_kernel(
+    Z, W, Target, Weight, Beta_in,
+    Z_rnorm, Pos, Share, Pos_grad, Z_broken, W_rnorm, W_broken, Mark, Of_class, Divisor, Beta,
+    m, k, d, z_stride, w_stride, skip, beta_bits, sample_programs,
+    NOTHING_IS_ZERO: tl.constexpr, UNIT: tl.constexpr, EPS: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+    B: tl.constexpr,
+):  # fmt: skip
+    """Everything that is O(M d) or O(K d) before the products of one step, see ``tiled.kernels.Vectors``.
+
+    Program 0 writes what is one number: ``Beta``, from ``Beta_in`` or from the bits of a number that the host knows,
+    and the divisors of a mean. The next ``sample_programs`` programs are as in ``prepare_samples_kernel``; they also
+    write the shares of the samples and add them up by class. Further programs, if any, read the prototypes: for
+    ``W_broken``, or without ``Mark`` for the norms of all classes. The programs of the classes that occur and those of
+    their samples do not wait for each other.
+
+    The kernel is launched with Triton's debug option, which compiles the assertions.
+    """
+    d *= UNIT
+    z_stride *= UNIT
+    w_stride *= UNIT
+    program = tl.program_id(0)
+    if Beta_in is not None:
+        beta = tl.load(Beta_in)
+    else:
+        beta = beta_bits.to(tl.float32, bitcast=True)
+    if program == 0:
+        tl.device_assert((beta > 0) & (beta < INF), "the inverse temperature must be positive and finite")
+        tl.store(Beta, beta)
+        if Divisor is not None:
+            write_divisors(Target, Weight, Divisor, m, k, skip, NOTHING_IS_ZERO, B)
+    elif program <= sample_programs:
+        row = (program - 1) * BR + tl.arange(0, BR)
+        inside = row < m
+        target = tl.load(Target + row, mask=inside, other=skip)
+        in_range = (target >= 0) & (target < k)
+        tl.device_assert(in_range | (target == skip), "target is out of range [0, number of prototypes)")
+        # A failing assertion does not stop the program immediately: the mask keeps the loads in bounds.
+        valid = (target != skip) & in_range
+        partner = tl.where(valid, target, 0).to(tl.int32)
+        z_square, w_square, product = with_partners(
+            Z, W, row, inside, partner, valid, d, z_stride, w_stride, BR, BD
+        )  # fmt: skip
+        r_z = inverse_norm(z_square, EPS)
+        r_w = inverse_norm(w_square, EPS)
+        # The product is multiplied by one norm at a time: r_z * r_w can leave float32's range for tiny rows.
+        pos = beta * (product * r_z * r_w)
+        share = tl.where(valid, 1.0, 0.0)
+        if Weight is not None:
+            share = tl.load(Weight + row, mask=valid, other=0.0)
+        tl.store(Z_rnorm + row, tl.where(valid, r_z, -1.0), mask=inside)
+        tl.store(Pos + row, tl.where(valid, pos, 0.0), mask=inside)
+        tl.store(Share + row, share, mask=inside)
+        tl.store(Pos_grad + row, -share, mask=inside)
+        if Z_broken is not None:
+            # All programs that write to one place write the same value.
+            tl.store(Z_broken + row * 0, 1, mask=inside & (valid == 0) & ((z_square < INF) == 0))
+        if Mark is not None:
+            tl.store(Mark + partner, 1, mask=valid)
+            tl.store(W_rnorm + partner, r_w, mask=valid)
+        if Of_class is not None:
+            tl.atomic_add(Of_class + partner, share, mask=valid, sem="relaxed")
+    else:
+        row = (program - 1 - sample_programs) * BR + tl.arange(0, BR)
+        inside = row < k
+        square_sum = square_sums(W, row, inside, d, w_stride, BR, BD)
+        if Mark is None:
+            tl.store(W_rnorm + row, inverse_norm(square_sum, EPS), mask=inside)
+        if W_broken is not None:
+            tl.store(W_broken + row * 0, 1, mask=inside & ((square_sum < INF) == 0))
+
+
 @triton.jit(do_not_specialize=["k", "slots"])
-def compact_kernel(Mark, Rank, Slot, k, slots, B: tl.constexpr):
+def compact_kernel(Rank, Slot, k, slots, B: tl.constexpr):
     """Write the marked classes in ascending order, then -1 up to ``slots``, then their number.
 
-    ``Rank`` is the inclusive prefix sum of ``Mark >= 0``. Requires ``slots <= k`` and at most ``slots`` marks.
+    ``Rank`` is the number of marked classes up to each class. Requires ``slots <= k`` and at most ``slots`` marks.
     """
     c = tl.program_id(0) * B + tl.arange(0, B)
-    marked = tl.load(Mark + c, mask=c < k, other=-1) >= 0
     rank = tl.load(Rank + c, mask=c < k, other=0)
+    marked = rank > tl.load(Rank + c - 1, mask=(c > 0) & (c < k), other=0)
     count = tl.load(Rank + k - 1)
     # The two stores do not overlap: marked classes go to slots before `count`, the padding to those after.
     tl.store(Slot + rank - 1, c, mask=marked)

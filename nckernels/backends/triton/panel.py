@@ -32,11 +32,12 @@ def stored_products(T, p_local, q_first, p_valid, q_valid, t_stride, BP: tl.cons
 
 @triton.jit(do_not_specialize=["p_start", "p_stop", "n_q", "t_stride", "skip_p", "skip_q", "split"])
 def panel_lse_kernel(
-    T, P_rnorm, P_label, P_count, Q_rnorm, Q_label, Beta, Max, Sum,
+    T, P_rnorm, P_label, P_count, Q_rnorm, Q_label, Beta, Partial,
     p_start, p_stop, n_q, t_stride, skip_p, skip_q, split,
     EXCLUDE: tl.constexpr, P_SAMPLES: tl.constexpr, P_GATHER: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr,
 ):  # fmt: skip
-    """``Max[s, slot - p_start]`` and ``Sum[...]``: the anchors' largest logit, in base 2, and the sum relative to it.
+    """The anchors' largest logits, in base 2, and the sums relative to them, in ``Partial[0, s, slot - p_start]`` and
+    ``Partial[1, ...]``.
 
     ``split`` programs share a block of anchors; program s takes every ``split``-th block of columns.
     """
@@ -62,18 +63,18 @@ def panel_lse_kernel(
     slot = p_local + tl.arange(0, BP)
     n = p_stop - p_start
     at = part.to(tl.int64) * n + slot
-    tl.store(Max + at, tl.where(p_valid, largest, -INF), mask=slot < n)
-    tl.store(Sum + at, tl.where(p_valid, total, 0.0), mask=slot < n)
+    tl.store(Partial + at, tl.where(p_valid, largest, -INF), mask=slot < n)
+    tl.store(Partial + split.to(tl.int64) * n + at, tl.where(p_valid, total, 0.0), mask=slot < n)
 
 
 @triton.jit
-def combined(Max, Sum, slot, n, parts, BP: tl.constexpr, BS: tl.constexpr):
+def combined(Partial, slot, n, parts, BP: tl.constexpr, BS: tl.constexpr):
     """The log-sum-exp, in base 2, from the partials of some anchors; -inf for an empty set."""
     part = tl.arange(0, BS)
     at = part.to(tl.int64)[:, None] * n + slot[None, :]
     mask = (part < parts)[:, None] & (slot < n)[None, :]
-    largest = tl.load(Max + at, mask=mask, other=-INF)
-    total = tl.load(Sum + at, mask=mask, other=0.0)
+    largest = tl.load(Partial + at, mask=mask, other=-INF)
+    total = tl.load(Partial + parts.to(tl.int64) * n + at, mask=mask, other=0.0)
     top = tl.max(largest, 0)
     total = tl.sum(total * tl.exp2(largest - shift_of(top)[None, :]), 0)
     return top + tl.log2(total)
@@ -81,7 +82,7 @@ def combined(Max, Sum, slot, n, parts, BP: tl.constexpr, BS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["p_start", "p_stop", "n_q", "t_stride", "h_stride", "skip_p", "skip_q", "parts"])
 def panel_entries_kernel(
-    T, Max, Sum, P_rnorm, P_label, P_count, P_grad, P_pos, Q_rnorm, Q_label, Q_pos, Beta, Scale, Lse, H,
+    T, Partial, P_rnorm, P_label, P_count, P_grad, P_pos, Q_rnorm, Q_label, Q_pos, Beta, Scale, Lse, H,
     p_start, p_stop, n_q, t_stride, h_stride, skip_p, skip_q, parts,
     EXCLUDE: tl.constexpr, P_SAMPLES: tl.constexpr, P_GATHER: tl.constexpr,
     BP: tl.constexpr, BQ: tl.constexpr, BS: tl.constexpr, NORM_LIMIT: tl.constexpr,
@@ -107,7 +108,7 @@ def panel_entries_kernel(
 
     slot = p_local + tl.arange(0, BP)
     n = p_stop - p_start
-    lse = combined(Max, Sum, slot, n, parts, BP, BS)
+    lse = combined(Partial, slot, n, parts, BP, BS)
     if q_first == 0:
         if P_GATHER:
             tl.store(Lse + p_row, lse * LN2, mask=p_valid)

@@ -1,38 +1,15 @@
-"""The reduction of the samples' losses to one number: shares, their sum, and the factor of the backward pass.
+"""The reduction of the samples' losses to one number, by one program each, and the factor of the backward pass.
 
-All kernels are O(M), except ``scale_kernel``. Sums are taken in a fixed order, except that the shares of a class are
-added by atomics. Without weights of single samples these shares are equal numbers, whose order does not matter. With
-such weights the sum of a class can differ in its last bits from run to run, and ``TritonStep.shares`` adds them in
-order where deterministic algorithms are asked for.
+Sums are taken in a fixed order. The sums of the weights by class are added by atomics in ``prepare_step_kernel``.
+Without weights of single samples these are equal numbers, whose order does not matter. With such weights the sum of a
+class can differ in its last bits from run to run, and ``TritonStep.prepare_step`` adds them in order where
+deterministic algorithms are asked for.
 """
 
 import triton
 import triton.language as tl
 
 from .tiles import INF
-
-
-@triton.jit(do_not_specialize=["m", "k", "skip"])
-def share_kernel(Target, Weight, Share, Pos_grad, Of_class, Part, m, k, skip, B: tl.constexpr):
-    """``Share[j]``: the weight of sample j, 0 if it is ignored. ``Pos_grad``: its negative.
-
-    ``Of_class[c]``, initially zero, becomes the sum over the samples of class c. ``Part[0, block]`` and
-    ``Part[1, block]`` are a block's sum and its number of samples that are not ignored.
-    """
-    block = tl.program_id(0)
-    sample = block * B + tl.arange(0, B)
-    inside = sample < m
-    target = tl.load(Target + sample, mask=inside, other=skip)
-    valid = (target != skip) & (target >= 0) & (target < k)
-    share = tl.where(valid, 1.0, 0.0)
-    if Weight is not None:
-        share = tl.load(Weight + sample, mask=valid, other=0.0)
-    tl.store(Share + sample, share, mask=inside)
-    tl.store(Pos_grad + sample, -share, mask=inside)
-    if Of_class is not None:
-        tl.atomic_add(Of_class + target, share, mask=valid, sem="relaxed")
-    tl.store(Part + block, tl.sum(share, 0))
-    tl.store(Part + tl.num_programs(0) + block, tl.sum(tl.where(valid, 1.0, 0.0), 0))
 
 
 @triton.jit
@@ -45,51 +22,72 @@ def sum_of(X, n, B: tl.constexpr):
     return tl.sum(total, 0)
 
 
-@triton.jit(do_not_specialize=["n"])
-def divisor_kernel(Part, Divisor, n, NOTHING_IS_ZERO: tl.constexpr, B: tl.constexpr):
+@triton.jit
+def write_divisors(Target, Weight, Divisor, m, k, skip, NOTHING_IS_ZERO: tl.constexpr, B: tl.constexpr):
     """The divisors of a mean: ``Divisor[0]`` of the gradients, ``Divisor[1]`` of the sum.
 
     If all samples are ignored, the gradients are 0, and the mean is NaN, or 0 with ``NOTHING_IS_ZERO``.
     """
-    total = sum_of(Part, n, B)
-    none = sum_of(Part + n, n, B) == 0.0
+    sums = tl.zeros((B,), tl.float32)
+    found = tl.zeros((B,), tl.int32)
+    for first in range(0, m, B):
+        sample = first + tl.arange(0, B)
+        target = tl.load(Target + sample, mask=sample < m, other=skip)
+        valid = (target != skip) & (target >= 0) & (target < k)
+        found |= valid.to(tl.int32)
+        if Weight is not None:
+            sums += tl.load(Weight + sample, mask=valid, other=0.0)
+        else:
+            sums += tl.where(valid, 1.0, 0.0)
+    total = tl.sum(sums, 0)
     if NOTHING_IS_ZERO:
         total = tl.where(total == 0.0, 1.0, total)
-    tl.store(Divisor, tl.where(none, 1.0, total))
+    tl.store(Divisor, tl.where(tl.max(found, 0) == 0, 1.0, total))
     tl.store(Divisor + 1, total)
 
 
-@triton.jit(do_not_specialize=["m", "k", "skip"])
-def loss_kernel(Target, Share, Lse, Pos, Part, m, k, skip, BY_CLASS: tl.constexpr, B: tl.constexpr):
-    """``Part[block]``: a block's sum of share times ``lse - pos``, where the lse of an empty set counts as 0."""
-    sample = tl.program_id(0) * B + tl.arange(0, B)
-    target = tl.load(Target + sample, mask=sample < m, other=skip)
-    valid = (target != skip) & (target >= 0) & (target < k)
-    anchor = sample
-    if BY_CLASS:
-        anchor = target.to(tl.int32)
-    lse = tl.load(Lse + anchor, mask=valid, other=0.0)
-    loss = tl.where(lse == -INF, 0.0, lse) - tl.load(Pos + sample, mask=valid, other=0.0)
-    share = tl.load(Share + sample, mask=valid, other=0.0)
-    tl.store(Part + tl.program_id(0), tl.sum(share * loss, 0))
-
-
-@triton.jit(do_not_specialize=["n"])
-def loss_sum_kernel(Part, Divisor, Loss, n, B: tl.constexpr):
-    """The loss from the partial sums."""
-    loss = sum_of(Part, n, B)
+@triton.jit
+def write_loss(Target, Share, Lse, Pos, Divisor, Loss, m, k, skip, BY_CLASS: tl.constexpr, B: tl.constexpr):
+    """The sum of share times ``lse - pos``, where the lse of an empty set counts as 0, or the mean."""
+    sums = tl.zeros((B,), tl.float32)
+    for first in range(0, m, B):
+        sample = first + tl.arange(0, B)
+        target = tl.load(Target + sample, mask=sample < m, other=skip)
+        valid = (target != skip) & (target >= 0) & (target < k)
+        anchor = sample
+        if BY_CLASS:
+            anchor = target.to(tl.int32)
+        lse = tl.load(Lse + anchor, mask=valid, other=0.0)
+        loss = tl.where(lse == -INF, 0.0, lse) - tl.load(Pos + sample, mask=valid, other=0.0)
+        sums += tl.load(Share + sample, mask=valid, other=0.0) * loss
+    total = tl.sum(sums, 0)
     if Divisor is not None:
-        loss /= tl.load(Divisor + 1)
-    tl.store(Loss, loss)
+        total /= tl.load(Divisor + 1)
+    tl.store(Loss, total)
 
 
 @triton.jit
-def scale_kernel(X, Factor, Out, n, IN_PLACE: tl.constexpr, B: tl.constexpr):
-    """``Out = X * Factor``. In place with a factor of 1, as in ``loss.backward()``, it does nothing."""
+def scale_block(X, Out, factor, block, n, B: tl.constexpr):
+    """A block of ``Out = X * factor``; without ``Out`` in place, where a factor of 1 changes nothing."""
+    index = block.to(tl.int64) * B + tl.arange(0, B)
+    if Out is None:
+        if factor != 1.0:
+            x = tl.load(X + index, mask=index < n, other=0.0).to(tl.float32)
+            tl.store(X + index, (x * factor).to(X.dtype.element_ty), mask=index < n)
+    else:
+        x = tl.load(X + index, mask=index < n, other=0.0).to(tl.float32)
+        tl.store(Out + index, (x * factor).to(Out.dtype.element_ty), mask=index < n)
+
+
+@triton.jit
+def scale_kernel(Factor, X, Y, Z, X_out, Y_out, Z_out, n_x, n_y, n_z, x_blocks, y_blocks, B: tl.constexpr):
+    """``X_out = X * Factor``, and the same for ``Y`` and ``Z``, which may be missing; without an output in place."""
     factor = tl.load(Factor).to(tl.float32)
-    if IN_PLACE:
-        if factor == 1.0:
-            return
-    index = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
-    x = tl.load(X + index, mask=index < n, other=0.0).to(tl.float32)
-    tl.store(Out + index, (x * factor).to(Out.dtype.element_ty), mask=index < n)
+    block = tl.program_id(0)
+    if block < x_blocks:
+        scale_block(X, X_out, factor, block, n_x, B)
+    elif block < x_blocks + y_blocks:
+        if Y is not None:
+            scale_block(Y, Y_out, factor, block - x_blocks, n_y, B)
+    elif Z is not None:
+        scale_block(Z, Z_out, factor, block - x_blocks - y_blocks, n_z, B)

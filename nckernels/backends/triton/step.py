@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import struct
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -11,12 +13,12 @@ from torch import Tensor
 from .. import quack
 from ..base import Inputs, Spec
 from ..tiled import StepKernels
+from ..tiled.kernels import Finish, Vectors
 from ..tiled.plan import ceil_div
-from ..tiled.sides import Side
-from ..tiled.step import SAMPLES_OF_A_BLOCK
-from . import config, epilogue, launch, panel
-from . import reduce as sums
+from ..tiled.sides import Result, Side
+from . import config, epilogue, finish, launch, norms, panel, reduce
 from .dispatch import Options
+from .launch import CHECKS, row_blocks
 
 # The options of a launch are created once for each set of values that they depend on.
 _made_once = lru_cache(maxsize=1024)
@@ -36,11 +38,8 @@ def _entries_options(exclude: str, samples: bool, gather: bool, limit: float, ti
 
 
 @_made_once
-def _operand_options(exclude: str, samples: bool, gather: bool) -> Options:
-    return Options(EXCLUDE=exclude, SAMPLES=samples, GATHER=gather, B=1024)
-
-
-_WEIGHTS = {gather: Options(GATHER=gather, BP=32, BS=32) for gather in (False, True)}
+def _operands_options(exclude: str, samples: bool, gather: bool) -> Options:
+    return Options(EXCLUDE=exclude, P_SAMPLES=samples, P_GATHER=gather, B=1024)
 
 
 @_made_once
@@ -48,12 +47,33 @@ def _positives_options(by_class: bool, exclude: str) -> Options:
     return Options(BY_CLASS=by_class, EXCLUDE=exclude, B=1024)
 
 
-_WEIGHTED = {gather: Options(GATHER=gather, BP=8, BQ=1024, warps=8) for gather in (False, True)}
-_SHARES = Options(B=SAMPLES_OF_A_BLOCK)
-_DIVISOR = {nothing: Options(NOTHING_IS_ZERO=nothing, B=1024) for nothing in (False, True)}
-_LOSS = {by_class: Options(BY_CLASS=by_class, B=SAMPLES_OF_A_BLOCK) for by_class in (False, True)}
-_LOSS_SUM = Options(B=1024)
-_SCALED = {in_place: Options(IN_PLACE=in_place, B=4096) for in_place in (False, True)}
+_WEIGHTED = {gather: Options(GATHER=gather, BP=8, BQ=1024, BS=32, warps=8) for gather in (False, True)}
+_SCALED_BLOCK = 4096
+_SCALED = Options(B=_SCALED_BLOCK, warps=8)
+
+
+@_made_once
+def _prepare_options(columns: int, nothing_is_zero: bool, unit: int, eps: float) -> Options:
+    return Options(NOTHING_IS_ZERO=nothing_is_zero, UNIT=unit, EPS=eps, B=2048, **row_blocks(columns), **CHECKS)
+
+
+@_made_once
+def _finish_options(
+    columns: int, whole: bool, gather: bool, by_class: bool, unit: int, eps: float, limit: float, precision: str
+) -> Options:
+    return Options(
+        GATHER=gather, BY_CLASS=by_class, WHOLE_D=whole, UNIT=unit, EPS=eps, NORM_LIMIT=limit, PRECISION=precision,
+        BP=32, BQ=16, BN=32, B=2048, **row_blocks(columns),
+    )  # fmt: skip
+
+
+_NO_LOSS = (None,) * 5
+_FLOAT, _INTEGER = struct.Struct("f"), struct.Struct("i")
+
+
+def _bits(number: float) -> int:
+    """The bits of a number in float32, as an integer that a launch can pass."""
+    return int(_INTEGER.unpack(_FLOAT.pack(number))[0])
 
 
 def fits_on_chip(features: Tensor, prototypes: Tensor) -> bool:
@@ -78,46 +98,76 @@ class TritonStep(launch.TritonKernels, StepKernels):
         super().__init__(inputs, spec)
         self.host_beta = host_beta
 
-    def shares(
-        self, weight: Tensor | None, share: Tensor, pos_grad: Tensor, of_class: Tensor | None, part: Tensor
-    ) -> None:
-        m, k, target = share.shape[0], self.inputs.prototypes.shape[0], self.inputs.target
+    def prepare_step(self, weight: Tensor | None, vectors: Vectors, nothing_is_zero: bool) -> None:
+        z, w, target, *_ = self.inputs
+        m, k, v, blocks = z.shape[0], w.shape[0], vectors, row_blocks(z.shape[1])
+        of_samples = ceil_div(m, blocks["BR"])
+        of_classes = ceil_div(k, blocks["BR"]) if v.mark is None or v.w_broken is not None else 0
+        on_device, bits = (self.inputs.inv_temperature, 0) if self.host_beta is None else (None, _bits(self.host_beta))
         # Atomics add in any order, which shows if weights differ within a class.
-        by_atomics = of_class if weight is None or not torch.are_deterministic_algorithms_enabled() else None
+        in_order = weight is not None and torch.are_deterministic_algorithms_enabled()
+        self.beta = v.beta
         launch.launch(
-            sums.share_kernel, (part.shape[1],),
-            target, weight, share, pos_grad, by_atomics, part, m, k, self.spec.ignore_index,
-            options=_SHARES,
+            norms.prepare_step_kernel, (1 + of_samples + of_classes,),
+            z, w, target, weight, on_device, v.z_rnorm, v.pos, v.share, v.pos_grad, v.z_broken, v.w_rnorm, v.w_broken,
+            v.mark, None if in_order else v.of_class, v.divisor, v.beta,
+            m, k, self.d, self._units(z), self._units(w), self.spec.ignore_index, bits, of_samples,
+            options=_prepare_options(blocks["BD"], nothing_is_zero, self.unit, self.eps),
         )  # fmt: skip
-        if of_class is not None and by_atomics is None:
-            of_class.index_add_(0, target.clamp(0, k - 1), share)
+        if v.of_class is not None and in_order:
+            v.of_class.index_add_(0, target.clamp(0, k - 1), v.share[:m])
 
-    def divisor(self, part: Tensor, out: Tensor, nothing_is_zero: bool) -> None:
-        launch.launch(sums.divisor_kernel, (1,), part, out, part.shape[1], options=_DIVISOR[nothing_is_zero])
+    def finisher(self, result: Result, scale: Tensor | None, other: Side | None, vectors: Vectors) -> Finish:
+        # One call for each block of rows: what its arguments have in common is prepared here.
+        side, (z, w, target, *_), spec = result.side, self.inputs, self.spec
+        d, blocks = z.shape[1], row_blocks(z.shape[1])
+        rows, columns = blocks["BR"], blocks["BD"]
+        options = _finish_options(
+            columns, columns >= d, side.gather, spec.by_class, self.unit, self.eps, self.norm_limit, self.precision
+        )
+        tensors: tuple[Tensor | None, ...] = (
+            side.x, side.rnorm, side.label, side.used, self.beta, scale, vectors.divisor, result.out, result.dot
+        )  # fmt: skip
+        sizes: tuple[int, ...] = (self.d, self._units(side.x), side.skip, z.shape[0], w.shape[0], spec.ignore_index)
+        if other is None:
+            tensors += None, None, None
+            sizes += 0, 0, 0
+        else:
+            tensors += vectors.z_broken if other.samples else vectors.w_broken, other.x, other.label
+            sizes += other.slots, self._units(other.x), other.skip
+        of_loss = target, vectors.share, vectors.lse, vectors.pos, vectors.loss
+
+        def finished(sums: Tensor, h: Tensor, start: int, stop: int, is_last: bool) -> None:
+            with_h, strides = (None, (0, 0)) if other is None else (h, h.stride())
+            launch.launch(
+                finish.finish_step_kernel, (ceil_div(stop - start, rows) + is_last,),
+                sums, with_h, *tensors, *(of_loss if is_last else _NO_LOSS), start, stop, *strides, *sizes,
+                options=options,
+            )  # fmt: skip
+
+        return finished
 
     def panel_split(self, anchors: int, others: int) -> int:
         tile = config.panel_tile()
         return min(tile.most_parts, ceil_div(4 * self.arch.multiprocessors, ceil_div(anchors, tile.p)))
 
-    def panel_log_sum_exp(
-        self, p: Side, q: Side, products: Tensor, partial: tuple[Tensor, Tensor], start: int, stop: int
-    ) -> None:
-        tile, split = config.panel_tile(), partial[0].shape[0]
+    def panel_log_sum_exp(self, p: Side, q: Side, products: Tensor, partial: Tensor, start: int, stop: int) -> None:
+        tile, split = config.panel_tile(), partial.shape[1]
         launch.launch(
             panel.panel_lse_kernel, (ceil_div(stop - start, tile.p) * split,),
-            products, p.rnorm, p.label, p.used, q.rnorm, q.label, self.beta, *partial,
+            products, p.rnorm, p.label, p.used, q.rnorm, q.label, self.beta, partial,
             start, stop, q.slots, products.stride(0) // 16, p.skip, q.skip, split,
             options=_panel_options(self.spec.exclude, p.samples, p.gather, tile),
         )  # fmt: skip
 
     def panel_entries(
-        self, p: Side, q: Side, products: Tensor, partial: tuple[Tensor, Tensor], h: Tensor,
-        start: int, stop: int, scale: Tensor | None,
+        self, p: Side, q: Side, products: Tensor, partial: Tensor, h: Tensor, start: int, stop: int,
+        scale: Tensor | None,
     ) -> None:  # fmt: skip
-        tile, split = config.panel_tile(), partial[0].shape[0]
+        tile, split = config.panel_tile(), partial.shape[1]
         launch.launch(
             panel.panel_entries_kernel, (ceil_div(stop - start, tile.p) * ceil_div(q.slots, tile.q),),
-            products, *partial, p.rnorm, p.label, p.used, p.grad, p.pos, q.rnorm, q.label, q.pos,
+            products, partial, p.rnorm, p.label, p.used, p.grad, p.pos, q.rnorm, q.label, q.pos,
             self.beta, scale, p.lse, h,
             start, stop, q.slots, products.stride(0) // 16, h.stride(0) // 16, p.skip, q.skip, split,
             options=_entries_options(self.spec.exclude, p.samples, p.gather, self.norm_limit, tile),
@@ -130,28 +180,23 @@ class TritonStep(launch.TritonKernels, StepKernels):
         product = quack.product(z.device, self.spec.exclude == "target")
         return None if product is None else (product, beta)
 
-    def epilogue_operand(
-        self, side: Side, scale: Tensor, tag: Tensor | None, slot: Tensor | None, anchors: bool
-    ) -> None:
-        n = scale.shape[0]
+    def epilogue_operands(
+        self, p: Side, p_scale: Tensor, p_tag: Tensor | None, slot: Tensor | None,
+        q: Side, q_scale: Tensor, q_tag: Tensor | None,
+    ) -> None:  # fmt: skip
+        padded = q_scale.shape[0]
         launch.launch(
-            epilogue.operand_kernel, (ceil_div(n, 1024),),
-            side.rnorm, side.label, side.used, self.beta if anchors else None, scale, tag, slot,
-            side.slots, n, side.skip,
-            options=_operand_options(self.spec.exclude, side.samples, side.gather),
+            epilogue.operands_kernel, (ceil_div(p.slots, 1024) + ceil_div(padded, 1024),),
+            p.rnorm, p.label, p.used, p_scale, p_tag, slot, q.rnorm, q.label, q_scale, q_tag, self.beta,
+            p.slots, q.slots, padded, p.skip, q.skip,
+            options=_operands_options(self.spec.exclude, p.samples, p.gather),
         )  # fmt: skip
 
-    def epilogue_weights(self, p: Side, sums: Tensor, weight: Tensor, start: int, stop: int) -> None:
-        launch.launch(
-            epilogue.weights_kernel, (ceil_div(stop - start, 32),),
-            sums, p.label, p.used, p.grad, self.beta, p.lse, weight, start, stop, sums.shape[1], p.skip,
-            options=_WEIGHTS[p.gather],
-        )  # fmt: skip
-
-    def weighted_entries(self, p: Side, weight: Tensor, h: Tensor, start: int, stop: int) -> None:
+    def weighted_entries(self, p: Side, sums: Tensor, weight: Tensor, h: Tensor, start: int, stop: int) -> None:
         launch.launch(
             epilogue.weighted_entries_kernel, (ceil_div(stop - start, 8), ceil_div(h.shape[1], 1024)),
-            weight, p.rnorm, p.label, p.used, h, start, stop, h.stride(0) // 16, p.skip,
+            sums, p.rnorm, p.label, p.used, p.grad, self.beta, p.lse, weight, h,
+            start, stop, sums.shape[1], h.stride(0) // 16, p.skip,
             options=_WEIGHTED[p.gather],
         )  # fmt: skip
 
@@ -166,19 +211,22 @@ class TritonStep(launch.TritonKernels, StepKernels):
             options=_positives_options(self.spec.by_class, self.spec.exclude),
         )  # fmt: skip
 
-    def loss(self, share: Tensor, lse: Tensor, pos: Tensor, part: Tensor, divisor: Tensor | None, out: Tensor) -> None:
-        k = self.inputs.prototypes.shape[0]
+
+def scaled(
+    tensors: Sequence[Tensor], factor: Tensor, dtypes: Sequence[torch.dtype], in_place: bool
+) -> Sequence[Tensor]:
+    """Up to three contiguous tensors times a 0-dimensional factor on their device, which the host does not read."""
+    out = [
+        None if in_place and x.dtype == dtype else torch.empty_like(x, dtype=dtype)
+        for x, dtype in zip(tensors, dtypes, strict=True)
+    ]
+    none = [None] * (3 - len(tensors))
+    x, y, z = [x.numel() for x in tensors] + [0] * len(none)
+    x_blocks, y_blocks = ceil_div(x, _SCALED_BLOCK), ceil_div(y, _SCALED_BLOCK)
+    with launch.on_device(factor):
         launch.launch(
-            sums.loss_kernel, (part.shape[0],),
-            self.inputs.target, share, lse, pos, part, share.shape[0], k, self.spec.ignore_index,
-            options=_LOSS[self.spec.by_class],
+            reduce.scale_kernel, (x_blocks + y_blocks + ceil_div(z, _SCALED_BLOCK),),
+            factor, *tensors, *none, *out, *none, x, y, z, x_blocks, y_blocks,
+            options=_SCALED,
         )  # fmt: skip
-        launch.launch(sums.loss_sum_kernel, (1,), part, divisor, out, part.shape[0], options=_LOSS_SUM)
-
-
-def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
-    """``x * factor`` for a contiguous tensor and a 0-dimensional factor on its device, which the host does not read."""
-    in_place = in_place and x.dtype == dtype
-    out = x if in_place else torch.empty_like(x, dtype=dtype)
-    launch.launch(sums.scale_kernel, (ceil_div(x.numel(), 4096),), x, factor, out, x.numel(), options=_SCALED[in_place])
-    return out
+    return [x if y is None else y for x, y in zip(tensors, out, strict=True)]
