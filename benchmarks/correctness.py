@@ -36,7 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import nckernels
-from nckernels.backends import reference, registry
+from nckernels.backends import reference, registry, tiled
 from nckernels.backends.base import Exclude, Inputs, Spec, norm_eps
 from nckernels.backends.tiled import plan
 
@@ -194,7 +194,8 @@ def _examine(case: Case, device: torch.device) -> tuple[Status, str, dict[str, l
             stack.enter_context(mock.patch.object(plan, "two_passes_cost", return_value=math.inf))
             plan.step_panels.cache_clear()
             stack.callback(plan.step_panels.cache_clear)
-            stack.enter_context(mock.patch.object(registry, "can_step", _noting(registry.can_step, steps)))
+            where, asked = (registry, "can_step") if case.alone else (tiled, "fits")
+            stack.enter_context(mock.patch.object(where, asked, _noting(getattr(where, asked), steps)))
         found = _outputs(case, leaves, others, case.backend, device, DTYPES[case.dtype])
     if case.one_step and steps != [True]:
         return "wrong", "took two passes", {}

@@ -292,8 +292,9 @@ class Counted(one_step.TritonStep):
             super().combine(partial, side, out, first, parts, keep)
 
     def short_grad(
-        self, result: Result, q: Side, part: Tensor | None, scale: Tensor | None, split: int, blocks: Blocks
-    ) -> None:
+        self, result: Result, q: Side, part: Tensor | None, scale: Tensor | None, split: int, blocks: Blocks,
+        divisor: Tensor | None = None,
+    ) -> None:  # fmt: skip
         p = result.side
         n, others = self._used(p), self._used(q)
         terms = (p.grad is not None) + (q.grad is not None)
@@ -308,7 +309,7 @@ class Counted(one_step.TritonStep):
             "short_grad", own=4 * n * others * self.columns, exps=terms * n * others,
             read=[self._rows(p), self._rows(q)], written=written,
         ):  # fmt: skip
-            super().short_grad(result, q, part, scale, split, blocks)
+            super().short_grad(result, q, part, scale, split, blocks, divisor)
 
     def entries(
         self, p: Side, q: Side, h: Tensor, start: int, stop: int, begin: int, end: int, scale: Tensor | None
@@ -366,9 +367,14 @@ class Counted(one_step.TritonStep):
         (z, w, target, *_), v = self.inputs, vectors
         rows = self.tally.present if v.mark is not None and v.w_broken is None else len(w)
         read = [(INPUTS, z, len(z) * self.row), (INPUTS, w, rows * self.row)]
-        written = _bytes(v.z_rnorm, v.pos, v.share, v.pos_grad, v.w_rnorm, v.mark, v.of_class)
+        written = _bytes(v.z_rnorm, v.pos, v.share, v.pos_grad, v.instance_grad, v.w_rnorm, v.mark, v.of_class)
         with self.tally.stage("prepare_step", read=read, vectors=_bytes(target, weight) + written):
             super().prepare_step(weight, vectors, nothing_is_zero)
+
+    def write_loss(self, vectors: Vectors) -> None:
+        v = vectors
+        with self.tally.stage("loss", vectors=_bytes(self.inputs.target, v.share, v.lse, v.instance_lse, v.pos)):
+            super().write_loss(vectors)
 
     def finisher(self, result: Result, scale: Tensor | None, other: Side | None, vectors: Vectors) -> Finish:
         finish, v = super().finisher(result, scale, other, vectors), vectors

@@ -1,8 +1,7 @@
 """python -m benchmarks host: the host time of one step of the Triton backend, without a GPU.
 
 A stand-in replaces the driver (standin.py), so that kernels are compiled and not launched. The times are medians of
-many steps of NONL in bfloat16 with the default workspace of 80 GiB, in one step if the backend takes it, else in two
-passes. Triton's own launches and those of nckernels/backends/triton/dispatch.py are timed in turn.
+many steps in bfloat16 with the default workspace of 80 GiB. Triton's own launches and those of nckernels/backends/triton/dispatch.py are timed in turn.
 
 Not included: the launch in the driver, the vendor library's matrix products, fills and sums on a device, PyTorch's
 autograd. The allocator is the CPU's, set to keep freed memory as PyTorch's allocator for GPUs does.
@@ -21,7 +20,14 @@ from unittest import mock
 
 import torch
 
-SIZES = ((512, 10, 128), (8192, 1000, 128), (8192, 1000, 2048), (8192, 21841, 2048))
+PROBLEMS = (
+    ("nonl", 512, 10, 128),
+    ("nonl", 8192, 1000, 128),
+    ("nonl", 8192, 1000, 2048),
+    ("nonl", 8192, 21841, 2048),
+    ("supcon", 4096, 0, 128),
+)
+"""Loss, samples, classes, columns."""
 MULTIPROCESSORS, SHARED = 132, 227 << 10  # an H100's
 
 Launch = Callable[..., None]
@@ -54,18 +60,18 @@ def main(argv: list[str]) -> int:
 
     print(f"triton {triton.__version__}, torch {torch.__version__}, sm_{args.arch}, medians of {args.steps} steps")
     print("host time without the driver's own launch, without the library's products and without autograd")
-    print(f"{'M, K, d':>18} {'launches':>9}   {'':9}{'us a step':>10}{'in launches':>13}{'us a launch':>13}")
+    print(f"{'loss, M, K, d':>24} {'launches':>9}   {'':9}{'us a step':>10}{'in launches':>13}{'us a launch':>13}")
     with (
         mock.patch.object(config, "arch_of", arch_of),
         mock.patch.object(torch, "zeros", torch.empty),  # the time of a CPU to fill a matrix is nobody's
     ):
-        for size in SIZES:
+        for problem in PROBLEMS:
             ways: dict[str, Launch] = {"general": general, "direct": dispatch.launch}
-            for name, (launches, step, inside) in measure(size, ways, args.steps).items():
-                shown = ", ".join(map(str, size)) if name == "general" else ""
+            for name, (launches, step, inside) in measure(problem, ways, args.steps).items():
+                shown = ", ".join(map(str, problem)) if name == "general" else ""
                 count = str(launches) if name == "general" else ""
                 each = inside / launches
-                print(f"{shown:>18} {count:>9}   {name:9}{step:10.0f}{inside:13.0f}{each:13.1f}", flush=True)
+                print(f"{shown:>24} {count:>9}   {name:9}{step:10.0f}{inside:13.0f}{each:13.1f}", flush=True)
     return 0
 
 
@@ -92,11 +98,11 @@ def _nothing(*_: Any, **__: Any) -> None:
     pass
 
 
-def measure(size: tuple[int, int, int], ways: dict[str, Launch], steps: int) -> dict[str, tuple[int, float, float]]:
+def measure(problem: tuple[str, int, int, int], ways: dict[str, Launch], steps: int) -> dict[str, tuple[int, float, float]]:
     """For each way to launch: launches per step, microseconds per step, and microseconds in launches."""
     from nckernels.backends.triton import launch
 
-    one = _step(*size)
+    one = _step(*problem)
     whole: dict[str, list[float]] = {name: [] for name in ways}
     inside: dict[str, list[float]] = {name: [] for name in ways}
     launches = 0
@@ -130,27 +136,24 @@ def measure(size: tuple[int, int, int], ways: dict[str, Launch], steps: int) -> 
     return {name: (launches, 1e6 * middle(whole[name]), 1e6 * middle(inside[name])) for name in ways}
 
 
-def _step(m: int, k: int, d: int) -> Callable[[], None]:
+def _step(loss: str, m: int, k: int, d: int) -> Callable[[], None]:
     """A step as the backend takes it, on tensors whose memory is never read."""
-    from nckernels.backends.base import Inputs, Needs, OutputGrads, Reduced, Spec
+    from nckernels.backends.base import Inputs, Needs, Reduced, Spec
     from nckernels.backends.registry import SHARE_OF_DEVICE
     from nckernels.backends.triton import TritonBackend
 
-    backend = TritonBackend()
-    spec = Spec("class", "target", True, -100, (80 << 30) // SHARE_OF_DEVICE)
-    z, w = (torch.empty(n, d, dtype=torch.bfloat16) for n in (m, k))
-    inputs = Inputs(z, w, torch.zeros(m, dtype=torch.int64), torch.tensor(10.0), None, None)
-    needs = Needs(True, True, False, False, False)
-    grads = OutputGrads(torch.empty(k), None, torch.empty(m))
-
-    reduced = Reduced(None, True, torch.nan)
+    backend, itself = TritonBackend(), loss == "supcon"
+    direction, exclude = ("instance", "self") if itself else ("class", "target")
+    spec = Spec(direction, exclude, not itself, -100, (80 << 30) // SHARE_OF_DEVICE, itself)  # type: ignore[arg-type]
+    z = torch.empty(m, d, dtype=torch.bfloat16)
+    w = z if itself else torch.empty(k, d, dtype=torch.bfloat16)
+    inputs = Inputs(z, w, torch.zeros(m, dtype=torch.int64), 10.0, None, None)  # type: ignore[arg-type]
+    needs, reduced = Needs(True, not itself, False, False, False), Reduced(None, True, 0.0)
 
     def one() -> None:
         found = backend.step(inputs, reduced, spec, needs)
         grads = [grad for grad in (found.features, found.prototypes) if grad is not None]
         backend.scaled(grads, found.loss, [grad.dtype for grad in grads], in_place=True)
 
-    def two() -> None:
-        backend.backward(inputs, backend.forward(inputs, spec, True), grads, spec, needs)
-
-    return one if backend.can_step(z, w, spec) else two
+    assert backend.can_step(z, w, spec)
+    return one

@@ -126,8 +126,12 @@ class Prediction:
         return None if self.hopper is None else self.gpu.seconds(self.hopper.stages)
 
     @property
-    def one_step(self) -> bool:
-        return any(stage.name in ("panel_entries", "grad_of_pairs") for stage in self.chosen.stages)
+    def way(self) -> str:
+        """How the backend computes it: in one step, or by two passes, in one call or two."""
+        names = {stage.name for stage in self.chosen.stages}
+        if names & {"panel_entries", "grad_of_pairs"}:
+            return "one step"
+        return "one call" if "prepare_step" in names else "two passes"
 
     def beyond(self) -> dict[str, int]:
         """Bytes to and from memory beyond the floor's, by kind."""
@@ -242,7 +246,7 @@ def table(rows: dict[str, Prediction]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, p in rows.items():
-        chosen = f"{duration(p.after)}, one step" if p.one_step else "the same"
+        chosen = f"{duration(p.after)}, {p.way}"
         ratio, launches = (_change(p, of) for of in (lambda t, f=p.work.flops: f"{operations(t) / f:.2f}", _launches))
         beyond = ", ".join(f"{kind} {count / 1e6:.0f}" for kind, count in p.beyond().items() if count >= 0.5e6)
         lost = ", ".join(f"{name} {t / p.after:.0%}" for name, t in p.lost().items() if t >= 0.045 * p.after)
@@ -253,8 +257,9 @@ def table(rows: dict[str, Prediction]) -> str:
 
 
 def _change(p: Prediction, of: Callable[[Tally], str]) -> str:
-    """The values of two passes and of one step."""
-    return f"{of(p.passes)}, {of(p.chosen)}" if p.one_step else of(p.chosen)
+    """The values of two passes and of the chosen way, if these differ."""
+    before, after = of(p.passes), of(p.chosen)
+    return before if before == after else f"{before}, {after}"
 
 
 def _launches(tally: Tally) -> str:
@@ -266,7 +271,7 @@ def operations(tally: Tally) -> int:
 
 
 def _ways(p: Prediction) -> dict[str, Tally]:
-    ways = {"two passes": p.passes} | ({"one step": p.chosen} if p.one_step else {})
+    ways = {"two passes": p.passes, p.way: p.chosen}
     return ways | ({"one step with quack": p.hopper} if p.hopper is not None else {})
 
 
@@ -343,6 +348,5 @@ def beside(report: Report) -> str:
             continue
         p = predict(measured.problem, gpu, getattr(torch, report.dtype))
         times = f"{duration(p.floor)} | {duration(p.after)} | {duration(found.median)} | {found.median / p.after:.2f}"
-        way = "one step" if p.one_step else "two passes"
-        lines.append(f"| {p.problem} | {way} | {times} | {p.floor / found.median:.2f} | {_launches(p.chosen)} |")
+        lines.append(f"| {p.problem} | {p.way} | {times} | {p.floor / found.median:.2f} | {_launches(p.chosen)} |")
     return "\n".join(lines)

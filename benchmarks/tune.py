@@ -23,8 +23,7 @@ import torch
 from tqdm import tqdm
 
 import nckernels
-from nckernels.backends import registry
-from nckernels.backends.base import Spec
+from nckernels.backends import tiled
 
 from .harness import relative_error, runner
 from .measure import clock
@@ -133,14 +132,9 @@ def _measure(config: Any, tables: Tables, device: torch.device, budget: float) -
     begin, gains = time.perf_counter(), []
     torch.set_float32_matmul_precision("high")
     live = {kernel: Recorder(entries) for kernel, entries in tables.items()}
-    original, can_step = config.table, registry.can_step
+    original, fits = config.table, tiled.fits
     config.table = lambda _, kernel: live[kernel]
-
-    def in_tiles(name: str, z: torch.Tensor, w: torch.Tensor, spec: Spec, options: bool = False) -> bool:
-        """Two passes for long rows, whose step uses library products."""
-        return spec.symmetric and can_step(name, z, w, spec, options)
-
-    registry.can_step = in_tiles  # type: ignore[assignment]
+    tiled.fits = lambda *_: False  # long rows in two passes, which have tiles; panels are library products
     try:
         with tqdm(WORKLOADS, unit="problem", disable=None) as bar:
             for i, (problem, dtype) in enumerate(bar):
@@ -148,7 +142,7 @@ def _measure(config: Any, tables: Tables, device: torch.device, budget: float) -
                 deadline = time.perf_counter() + (budget - time.perf_counter() + begin) / (len(WORKLOADS) - i)
                 gains.append(f"{problem}, {dtype}: {_tune_one(problem, dtype, device, live, deadline)}")
     finally:
-        config.table, registry.can_step = original, can_step
+        config.table, tiled.fits = original, fits
         original.cache_clear()
     for kernel in KERNELS:
         tables[kernel].update(live[kernel])

@@ -239,7 +239,7 @@ def test_weights_of_a_class_are_added_in_order_on_request(panels: Panels, monkey
 
     def remembered(kernel: object, grid: object, *args: object, **options: object) -> None:
         if kernel is norms.prepare_step_kernel:
-            places.append(args[13] is None)
+            places.append(args[14] is None)
         launched(kernel, grid, *args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(launch, "launch", remembered)
@@ -268,7 +268,7 @@ def test_temperature_on_the_device(panels: Panels) -> None:
     assert panels.steps == 2
 
 
-def test_which_problems_take_two_passes(panels: Panels) -> None:
+def test_which_problems_are_not_computed_by_panels(panels: Panels) -> None:
     """No gradient wanted, reduction="none", both directions, short rows."""
     x, w, y = problem(20, 5, 9)
     with torch.no_grad():

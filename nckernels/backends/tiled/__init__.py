@@ -8,6 +8,7 @@ division of work and workspace do not depend on the language of the kernels:
 * ``kernels``: the interface that a backend implements, one method per kernel;
 * ``forward`` and ``backward``: the order of launches of the two passes;
 * ``step``: loss and gradient in one step, for losses that are reduced to one number;
+* ``passes``: both passes in one call, for problems that a step does not take;
 * ``engines``: the first product of a step's panel.
 
 Nothing here waits for the device: no value is read back, and no shape depends on data, so a training step can be
@@ -18,6 +19,7 @@ the kernels read.
 from .backward import backward
 from .forward import forward
 from .kernels import Kernels, StepKernels
+from .passes import fit, passes
 from .step import fits, step
 
-__all__ = ["Kernels", "StepKernels", "backward", "fits", "forward", "step"]
+__all__ = ["Kernels", "StepKernels", "backward", "fit", "fits", "forward", "passes", "step"]

@@ -53,12 +53,12 @@ def backward(kernels: Kernels, saved: Forward, grads: OutputGrads, needs: Needs)
 
     blocks = kernels.short_blocks(samples, classes)
     if blocks is not None:
-        _short_rows(kernels, for_samples, classes, scales[0], blocks)
-        _short_rows(kernels, for_classes, samples, scales[1], blocks)
+        short_rows(kernels, for_samples, classes, scales[0], blocks)
+        short_rows(kernels, for_classes, samples, scales[1], blocks)
     elif samples.slots >= classes.slots:
-        _long_rows(kernels, for_samples, for_classes, scales[2])
+        long_rows(kernels, for_samples, for_classes, scales[2])
     else:
-        _long_rows(kernels, for_classes, for_samples, scales[2])
+        long_rows(kernels, for_classes, for_samples, scales[2])
 
     dot = for_samples.dot if for_samples.dot is not None else for_classes.dot
     return Gradients(
@@ -79,22 +79,34 @@ def _no_gradients(kernels: Kernels, needs: Needs) -> Gradients:
     return Gradients(*zeros)
 
 
-def _short_rows(kernels: Kernels, result: Result, q: Side, scale: Tensor | None, blocks: Blocks) -> None:
-    """One side's gradient, accumulated on the chip."""
+def short_rows(
+    kernels: Kernels, result: Result, q: Side, scale: Tensor | None, blocks: Blocks, divisor: Tensor | None = None
+) -> None:
+    """One side's gradient, accumulated on the chip and divided by the ``divisor`` of a step."""
     if not result.wanted:
         return
     p, d = result.side, result.side.x.shape[1]
     split = blocks.split(p.slots, q.slots, kernels.spec.workspace, 4 * p.slots * d)
     if split == 1:
-        kernels.short_grad(result, q, None, scale, split, blocks)
+        kernels.short_grad(result, q, None, scale, split, blocks, divisor)
     else:
         part = torch.empty(split, p.slots, d, dtype=torch.float32, device=p.x.device)
         kernels.short_grad(result, q, part, scale, split, blocks)
-        kernels.finish(result, part, 0, p.slots, split, scale, norm_inside=False)
+        kernels.finish(result, part, 0, p.slots, split, _product(scale, divisor), norm_inside=False)
 
 
-def _long_rows(kernels: Kernels, p: Result, q: Result, scale: Tensor | None) -> None:
-    """Both gradients by panels of entries and the library's matrix products; p is the longer side.
+def _product(scale: Tensor | None, divisor: Tensor | None) -> Tensor | None:
+    """What ``finish`` divides by: the scale of the entries, of float16, times the divisor of a mean."""
+    if scale is None or divisor is None:
+        return divisor if scale is None else scale
+    return scale[0] * divisor[0]
+
+
+def long_rows(
+    kernels: Kernels, p: Result, q: Result, scale: Tensor | None, divisor: Tensor | None = None
+) -> None:
+    """Both gradients by panels of entries and the library's matrix products; p is the longer side. They are divided by
+    the ``divisor`` of a step.
 
     The gradient of p's rows in a panel is complete before the next panel of p. The gradient of q is accumulated over
     all panels, in float32 for all of its rows: this is why q is the shorter side. Float32 gradients are their own
@@ -123,6 +135,7 @@ def _long_rows(kernels: Kernels, p: Result, q: Result, scale: Tensor | None) -> 
         q_sums = buffer(y.slots, d, torch.float32, q.wanted)
     x_copy, y_copy = buffer(rows, d, x.x.dtype, copy_x), buffer(columns, d, x.x.dtype, copy_y)
     whole = dense(kernels, y, 0, y.slots, y_copy) if columns >= y.slots else None
+    finished = _product(scale, divisor)
     for start in range(0, x.slots, rows):
         stop = min(start + rows, x.slots)
         x_rows = dense(kernels, x, start, stop, x_copy)
@@ -137,9 +150,9 @@ def _long_rows(kernels: Kernels, p: Result, q: Result, scale: Tensor | None) -> 
             if q_sums is not None:
                 multiply(kernels, panel.t(), x_rows, q_sums[begin:end], accumulate=start > 0)
         if p_panel is not None:
-            kernels.finish(p, p_panel, start, stop, 1, scale, norm_inside=True)
+            kernels.finish(p, p_panel, start, stop, 1, finished, norm_inside=True)
     if q_sums is not None:
-        kernels.finish(q, q_sums, 0, y.slots, 1, scale, norm_inside=True)
+        kernels.finish(q, q_sums, 0, y.slots, 1, finished, norm_inside=True)
 
 
 class Dense(NamedTuple):

@@ -28,9 +28,9 @@ def forward(kernels: Kernels, keep: bool) -> Forward:
     if spec.by_instance:
         instance_lse = new(m)
     if m and spec.by_class:
-        _log_sum_exp(kernels, classes, samples, class_lse, instance_lse if spec.by_instance else None)
+        log_sum_exp(kernels, classes, samples, class_lse, instance_lse if spec.by_instance else None)
     elif m:
-        _log_sum_exp(kernels, samples, classes, instance_lse, None)
+        log_sum_exp(kernels, samples, classes, instance_lse, None)
     return Forward(class_lse, instance_lse, pos, z_rnorm, w_rnorm, present.view(torch.float32) if keep else new(0))
 
 
@@ -64,7 +64,7 @@ def prepare(kernels: Kernels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return z_rnorm, pos, w_rnorm, present
 
 
-def _log_sum_exp(kernels: Kernels, p: Side, q: Side, p_out: Tensor, q_out: Tensor | None) -> None:
+def log_sum_exp(kernels: Kernels, p: Side, q: Side, p_out: Tensor, q_out: Tensor | None) -> None:
     """``p_out``: the log-sum-exp of p's rows over q; ``q_out``: that of q's rows over p, or None.
 
     The latter needs two numbers for every row of q and block of anchors. If these exceed the workspace, the blocks are

@@ -108,9 +108,11 @@ class Kernels(ABC):
 
     @abstractmethod
     def short_grad(
-        self, result: Result, q: Side, part: Tensor | None, scale: Tensor | None, split: int, blocks: Blocks
-    ) -> None:
-        """One side's gradient, accumulated on the chip, or ``split`` partial sums of a_p in ``part``."""
+        self, result: Result, q: Side, part: Tensor | None, scale: Tensor | None, split: int, blocks: Blocks,
+        divisor: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """One side's gradient, accumulated on the chip and divided by the ``divisor`` of a step, or ``split`` partial
+        sums of a_p in ``part``, which are not."""
 
     @abstractmethod
     def entries(
@@ -151,7 +153,7 @@ class Vectors(NamedTuple):
     """
 
     z_rnorm: Tensor
-    """(M,): the inverse norm of every sample, -1 if ignored."""
+    """(M,): the inverse norm of every sample; if ignored -1, or ``NOT_FINITE`` if broken."""
     pos: Tensor
     """(M,): the positive logit, 0 if ignored."""
     share: Tensor
@@ -159,7 +161,12 @@ class Vectors(NamedTuple):
     pos_grad: Tensor
     """(M,): its negative, the upstream gradient of ``pos``."""
     lse: Tensor
-    """(K,) or (M,): the log-sum-exps of the anchors, the only vector that is written after the products."""
+    """(K,) or (M,): the log-sum-exps of the anchors, in both directions those of the classes. Like ``instance_lse`` it
+    is written after the products."""
+    instance_lse: Tensor | None
+    """(M,): in both directions the log-sum-exps of the samples; else None."""
+    instance_grad: Tensor | None
+    """(M,): in both directions half of the shares, the upstream gradient of ``instance_lse``; else None."""
     w_rnorm: Tensor
     """(K,): the inverse norm of every prototype; with ``mark`` 0 for classes that do not occur."""
     beta: Tensor
@@ -167,13 +174,13 @@ class Vectors(NamedTuple):
     divisor: Tensor | None
     """(2,): the divisors of a mean's gradients and of its sum; None for a sum."""
     z_broken: Tensor
-    """(1,): 1 if an ignored sample is broken."""
+    """(1,): 1 if an ignored sample is broken. ``Finish`` looks here, ``mend`` at the inverse norms."""
     w_broken: Tensor | None
     """(1,): 1 if a prototype is broken, of a class that occurs or not; None if not wanted."""
     mark: Tensor | None
     """(K,) int32: 1 for classes that occur; None if all classes take part."""
     of_class: Tensor | None
-    """(K,): the sums of the weights by class; None if not wanted."""
+    """(K,): the sums of the weights by class, in both directions half of them; None if not wanted."""
     dot: Tensor | None
     """(slots,): the shares of one side's slots in the gradient of beta; None if not wanted."""
     loss: Tensor
@@ -190,7 +197,8 @@ class StepKernels(Kernels):
 
     @abstractmethod
     def prepare_step(self, weight: Tensor | None, vectors: Vectors, nothing_is_zero: bool) -> None:
-        """Write the vectors down to ``of_class``, but for ``lse``, in one launch. From now on ``self.beta`` is theirs.
+        """Write the vectors down to ``of_class``, but for the log-sum-exps, in one launch. From now on ``self.beta`` is
+        theirs.
 
         ``weight``: of the samples, None for ones. ``nothing_is_zero``: a mean over no samples is 0 and not NaN.
         """
@@ -202,6 +210,10 @@ class StepKernels(Kernels):
         The sums are divided by ``scale`` and by the divisor. If the ``other`` side is given, its left-out rows have
         been multiplied by zeros, and if some of them are broken the sums are mended before, see ``Kernels.mend``.
         """
+
+    @abstractmethod
+    def write_loss(self, vectors: Vectors) -> None:
+        """The loss alone, where no ``Finish`` writes it."""
 
     @abstractmethod
     def panel_split(self, anchors: int, others: int) -> int:

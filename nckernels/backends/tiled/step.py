@@ -50,86 +50,102 @@ def step(kernels: StepKernels, reduced: Reduced, needs: Needs) -> Step:
     """
     inputs, spec = kernels.inputs, kernels.spec
     z, w = inputs.features, inputs.prototypes
-    m, k, device = z.shape[0], w.shape[0], z.device
-    dtype = torch.float32 if z.dtype == torch.float16 else z.dtype
-    # The gradient of beta is a sum over the rows of either side: take the side whose gradient is computed anyway.
-    by_samples = needs.inv_temperature and needs.features
-
     panels = _panels(z, w, spec)
     assert panels is not None
     found = kernels.epilogue_product()
     if found is not None:
         wider = _panels(z, w, spec, epilogue=True)
         found, panels = (None, panels) if wider is None else (found, wider)
-
-    by_class, marked = spec.by_class, spec.present_only
-    compacted = marked and k > m
-    slots, dots = (min(m, k) if marked else k), 0
-    if needs.inv_temperature:
-        dots = m if by_samples else slots
     # The rows of classes that do not occur are looked at only where ``_by_panels`` may have to mend sums over them.
-    looks = marked and not compacted and panels.rows >= k and needs.features
-    vectors = _vectors(m, k, by_class, marked, looks, reduced.mean, dots, device)
-    kernels.prepare_step(reduced.weight, vectors, nothing_is_zero=reduced.of_nothing == 0.0)
-
-    label, skip, used = vectors.mark, 0, None
-    if label is not None and compacted:
-        label, skip = _compact(kernels, label, m, k), -1
-        used = label[m:]
-    lse, of_class, dot = vectors.lse, vectors.of_class, vectors.dot
-    samples = Side(
-        z, vectors.z_rnorm, True, m, inputs.target, spec.ignore_index,
-        lse=None if by_class else lse, grad=None if by_class else vectors.share, pos=vectors.pos_grad,
-    )  # fmt: skip
-    classes = Side(
-        w, vectors.w_rnorm, False, slots, label, skip, compacted, unread=not looks, used=used,
-        lse=lse if by_class else None, grad=of_class,
-    )  # fmt: skip
+    m, k = z.shape[0], w.shape[0]
+    looks = spec.present_only and k <= m and panels.rows >= k and needs.features
+    vectors, samples, classes = prepared(kernels, reduced, needs, looks)
     scale = None
     if z.dtype == torch.float16:
-        three = torch.empty(3, dtype=torch.float32, device=device)
+        three = torch.empty(3, dtype=torch.float32, device=z.device)
         kernels.half_scale(samples._replace(lse=None), classes._replace(lse=None), three)  # there are no lse yet
         scale = three[2:]
-
-    z_out = torch.empty(z.shape, dtype=dtype, device=device) if needs.features else None
-    w_out = None
-    if needs.prototypes:  # of compacted classes the kernels write only those that occur
-        w_out = (torch.zeros if compacted else torch.empty)(w.shape, dtype=dtype, device=device)
-    for_samples = Result(samples, z_out, dot if by_samples else None)
-    for_classes = Result(classes, w_out, None if by_samples else dot)
-    p, q = (for_classes, for_samples) if by_class else (for_samples, for_classes)
+    for_samples, for_classes = results(samples, classes, needs, vectors)
+    p, q = (for_classes, for_samples) if spec.by_class else (for_samples, for_classes)
     engine: Engine
     if found is None:
         engine = LibraryEngine(kernels, p.side, q.side, panels.rows, scale)
     else:
         engine = EpilogueEngine(kernels, *found, p.side, q.side, panels.rows, vectors.pos)
     _by_panels(kernels, engine, panels, p, q, scale, vectors)
-    return Step(vectors.loss, z_out, w_out, None if dot is None else dot.sum())
+    dot = vectors.dot
+    return Step(vectors.loss, for_samples.out, for_classes.out, None if dot is None else dot.sum())
 
 
-def _vectors(
-    m: int, k: int, by_class: bool, marked: bool, looks: bool, mean: bool, dots: int, device: torch.device
-) -> Vectors:
+def prepared(kernels: StepKernels, reduced: Reduced, needs: Needs, looks: bool) -> tuple[Vectors, Side, Side]:
+    """The vectors of a step after ``prepare_step``, and its two sides; ``looks``: whether to look for broken rows of
+    the classes that do not occur."""
+    inputs, spec = kernels.inputs, kernels.spec
+    z, w = inputs.features, inputs.prototypes
+    m, k = z.shape[0], w.shape[0]
+    compacted = spec.present_only and k > m
+    slots, dots = (m if compacted else k), 0
+    if needs.inv_temperature:
+        dots = m if needs.features else slots
+    vectors = _vectors(m, k, spec, looks, reduced.mean, dots, z.device)
+    kernels.prepare_step(reduced.weight, vectors, nothing_is_zero=reduced.of_nothing == 0.0)
+    label, skip, used = vectors.mark, 0, None
+    if label is not None and compacted:
+        label, skip = _compact(kernels, label, m, k), -1
+        used = label[m:]
+    instance_lse, instance_grad = vectors.instance_lse, vectors.instance_grad
+    if not spec.by_class:
+        instance_lse, instance_grad = vectors.lse, vectors.share
+    samples = Side(
+        z, vectors.z_rnorm, True, m, inputs.target, spec.ignore_index,
+        lse=instance_lse, grad=instance_grad, pos=vectors.pos_grad,
+    )  # fmt: skip
+    classes = Side(
+        w, vectors.w_rnorm, False, slots, label, skip, compacted, unread=not looks, used=used,
+        lse=vectors.lse if spec.by_class else None, grad=vectors.of_class,
+    )  # fmt: skip
+    return vectors, samples, classes
+
+
+def results(samples: Side, classes: Side, needs: Needs, vectors: Vectors) -> tuple[Result, Result]:
+    """Tensors for the wanted gradients of samples and classes. The gradient of beta is a sum over the rows of either
+    side: that of the samples, if their gradient is computed anyway."""
+    z, w = samples.x, classes.x
+    dtype = torch.float32 if z.dtype == torch.float16 else z.dtype
+    z_out = torch.empty(z.shape, dtype=dtype, device=z.device) if needs.features else None
+    w_out = None
+    if needs.prototypes:  # of compacted classes the kernels write only those that occur
+        w_out = (torch.zeros if classes.gather else torch.empty)(w.shape, dtype=dtype, device=z.device)
+    by_samples, dot = needs.features, vectors.dot
+    return Result(samples, z_out, dot if by_samples else None), Result(classes, w_out, None if by_samples else dot)
+
+
+def _vectors(m: int, k: int, spec: Spec, looks: bool, mean: bool, dots: int, device: torch.device) -> Vectors:
     """All vectors in one allocation of zeros, each at a multiple of 64 bytes.
 
     Not all of them must be zeros, but one operator less takes less time than fewer zeros.
     """
-    total, lengths = _lengths(m, k, by_class, marked, dots)
+    by_class, both, marked = spec.by_class, spec.direction == "both", spec.present_only
+    total, lengths = _lengths(m, k, by_class, both, marked, dots)
     # These are without the bookkeeping of views for autograd, which takes longer than the allocation.
     parts = torch.unsafe_split_with_sizes(torch.zeros(total, dtype=torch.float32, device=device), lengths)
-    z_rnorm, pos, share, pos_grad, lse, w_rnorm, beta, divisor, z_broken, w_broken, mark, of_class, dot = parts
+    z_rnorm, pos, share, pos_grad, lse, other, half, w_rnorm, beta, divisor, z_broken, w_broken, mark, of_class, dot = (
+        parts
+    )
     return Vectors(
-        z_rnorm, pos, share, pos_grad, lse, w_rnorm, beta, divisor if mean else None,
-        z_broken, w_broken if looks else None, mark.view(torch.int32) if marked else None,
-        of_class if by_class else None, dot if dots else None,
+        z_rnorm, pos, share, pos_grad, lse, other if both else None, half if both else None, w_rnorm, beta,
+        divisor if mean else None, z_broken, w_broken if looks else None,
+        mark.view(torch.int32) if marked else None, of_class if by_class else None, dot if dots else None,
         # Not a part of the others, which it would keep alive.
         torch.empty((), dtype=torch.float32, device=device),
     )  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
-def _lengths(m: int, k: int, by_class: bool, marked: bool, dots: int) -> tuple[int, list[int]]:
-    lengths = [m, m, m, m, k if by_class else m, k, 1, 2, 1, 1, k if marked else 0, k if by_class else 0, dots]
+def _lengths(m: int, k: int, by_class: bool, both: bool, marked: bool, dots: int) -> tuple[int, list[int]]:
+    of_both = m if both else 0
+    lengths = [m, m, m, m, k if by_class else m, of_both, of_both, k, 1, 2, 1, 1]
+    lengths += [k if marked else 0, k if by_class else 0, dots]
     padded = [pad16(length) for length in lengths]
     return sum(padded), padded
 

@@ -85,16 +85,13 @@ class TritonBackend(Backend):
 
     def can_step(self, features: Tensor, prototypes: Tensor, spec: Spec) -> bool:
         from . import pairs_step
-        from .step import fits_on_chip
 
-        if spec.symmetric:
-            return pairs_step.fits(features, spec)
-        return tiled.fits(features, prototypes, spec) and not fits_on_chip(features, prototypes)
+        return pairs_step.fits(features, spec) if spec.symmetric else tiled.fit(features, spec)
 
     def step(self, inputs: Inputs, reduced: Reduced, spec: Spec, needs: Needs) -> Step:
         from . import pairs_step
         from .launch import on_device
-        from .step import TritonStep
+        from .step import TritonStep, fits_on_chip
 
         z, beta, dtype = inputs.features, inputs.inv_temperature, accumulation_dtype(inputs.features.dtype)
         host_beta = None
@@ -106,10 +103,10 @@ class TritonBackend(Backend):
             reduced = reduced._replace(weight=reduced.weight.to(dtype).contiguous())
         with on_device(z):
             if not spec.symmetric:
-                return tiled.step(TritonStep(inputs, spec, host_beta), reduced, needs)
-            if host_beta is not None:
-                inputs = inputs._replace(inv_temperature=torch.full((), host_beta, dtype=dtype, device=z.device))
-            return pairs_step.step(pairs_step.PairKernels(inputs, spec), reduced, needs)
+                by_panels = not fits_on_chip(z, inputs.prototypes) and tiled.fits(z, inputs.prototypes, spec)
+                order = tiled.step if by_panels else tiled.passes
+                return order(TritonStep(inputs, spec, host_beta), reduced, needs)
+            return pairs_step.step(pairs_step.PairKernels(inputs, spec, host_beta), reduced, needs)
 
     def scaled(
         self, grads: Sequence[Tensor], factor: Tensor, dtypes: Sequence[torch.dtype], in_place: bool

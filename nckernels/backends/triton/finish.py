@@ -185,7 +185,7 @@ def finish_step_kernel(
     program = tl.program_id(0)
     if Loss is not None:
         if program == 0:
-            write_loss(Target, Share, Lse, Pos, Divisor, Loss, m, k, target_skip, BY_CLASS, B)
+            write_loss(Target, Share, Lse, None, Pos, Divisor, Loss, m, k, target_skip, BY_CLASS, B)
         program -= 1
     if program >= 0:
         divisor = None

@@ -121,7 +121,7 @@ def entries(
 def grad_kernel(
     P, P_rnorm, P_label, P_count, P_bias, P_lse, P_grad, P_pos,
     Q, Q_rnorm, Q_label, Q_count, Q_bias, Q_lse, Q_grad, Q_pos,
-    Beta, Scale,
+    Beta, Scale, Divisor,
     Out, Dot, Part,
     n_p, n_q, slots_p, d, p_stride, q_stride, skip_p, skip_q, split,
     EXCLUDE: tl.constexpr, P_SAMPLES: tl.constexpr, P_UNSUMMED: tl.constexpr, Q_UNSUMMED: tl.constexpr,
@@ -132,7 +132,8 @@ def grad_kernel(
     """Gradient of one block of anchors, rows of at most BD columns; one side of flash attention's backward pass.
 
     ``split`` programs share a block when there are too few blocks to fill the device. Each then writes
-    its float32 sum to ``Part[s, slot]`` for ``finish_kernel``. A single program finishes the rows itself.
+    its float32 sum to ``Part[s, slot]`` for ``finish_kernel``. A single program finishes the rows itself, and divides
+    them by the ``Divisor`` of a step.
 
     Exponentials take as long as the products. For features against themselves (``MAY_SHARE``) the two terms of an entry
     are ``exp(t) (g_i exp(-lse_i) + g_j exp(-lse_j))``, with one exponential, if the factors stay in range: with |t| and
@@ -197,6 +198,8 @@ def grad_kernel(
         # Loaded again: kept through the loop, the rows would occupy registers or shared memory twice.
         x = load_rows(P, p_row, p_here, p_stride, d, BD, EVEN_D).to(tl.float32)
         weight = p_rnorm / scale
+        if Divisor is not None:
+            weight /= tl.load(Divisor)
         grad, along = project(acc, x, p_rnorm, weight * beta, EPS)
         if Out is not None:
             written = p_here

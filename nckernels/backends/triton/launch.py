@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -31,6 +32,14 @@ CHECKS: dict[str, Any] = {} if INTERPRETED else {"debug": True, "sanitize_overfl
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
     """Make the tensor's device current, because Triton launches on the current device."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+
+
+_FLOAT, _INTEGER = struct.Struct("f"), struct.Struct("i")
+
+
+def known_number(tensor: Tensor, number: float | None) -> tuple[Tensor | None, int]:
+    """The two arguments of ``norms.known_number``: the tensor, if the host does not know the number, or its bits."""
+    return (tensor, 0) if number is None else (None, int(_INTEGER.unpack(_FLOAT.pack(number))[0]))
 
 
 # The options of a launch are created once for each set of values that they depend on.
@@ -259,14 +268,15 @@ class TritonKernels(Kernels):
         )  # fmt: skip
 
     def short_grad(
-        self, result: Result, q: Side, part: Tensor | None, scale: Tensor | None, split: int, blocks: Blocks
-    ) -> None:
+        self, result: Result, q: Side, part: Tensor | None, scale: Tensor | None, split: int, blocks: Blocks,
+        divisor: Tensor | None = None,
+    ) -> None:  # fmt: skip
         p, tile = result.side, blocks.tile
         out, dot = (result.out, result.dot) if part is None else (None, None)
         share = self.spec.symmetric and p.grad is not None and p.bias is None
         launch(
             grad.grad_kernel, (ceil_div(p.slots, tile.p) * split,),
-            *_all_of(p), *_all_of(q), self.beta, scale, out, dot, part,
+            *_all_of(p), *_all_of(q), self.beta, scale, divisor, out, dot, part,
             p.slots, q.slots, p.slots, self.d, self._units(p.x), self._units(q.x), p.skip, q.skip, split,
             options=_grad_options(
                 self._entry(p, q), share and config.may_share(tile, self.arch), self.unit,

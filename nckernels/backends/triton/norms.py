@@ -130,18 +130,27 @@ def prepare_samples_kernel(
             tl.store(W_rnorm + row, r_z, mask=valid)
 
 
+@triton.jit
+def known_number(X, bits):
+    """A float32 number from memory, or from the bits of one that the host knows: a launch passes integers only."""
+    if X is not None:
+        number = tl.load(X)
+    else:
+        number = bits.to(tl.float32, bitcast=True)
+    return number
+
+
 @triton.jit(do_not_specialize=["m", "k", "d", "z_stride", "w_stride", "skip", "beta_bits", "sample_programs"])
 def prepare_step_kernel(
     Z, W, Target, Weight, Beta_in,
-    Z_rnorm, Pos, Share, Pos_grad, Z_broken, W_rnorm, W_broken, Mark, Of_class, Divisor, Beta,
+    Z_rnorm, Pos, Share, Pos_grad, Half_share, Z_broken, W_rnorm, W_broken, Mark, Of_class, Divisor, Beta,
     m, k, d, z_stride, w_stride, skip, beta_bits, sample_programs,
     NOTHING_IS_ZERO: tl.constexpr, UNIT: tl.constexpr, EPS: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
     B: tl.constexpr,
 ):  # fmt: skip
     """Everything that is O(M d) or O(K d) before the products of one step, see ``tiled.kernels.Vectors``.
 
-    Program 0 writes what is one number: ``Beta``, from ``Beta_in`` or from the bits of a number that the host knows,
-    and the divisors of a mean. The next ``sample_programs`` programs are as in ``prepare_samples_kernel``; they also
+    Program 0 writes what is one number: ``Beta``, see ``known_number``, and the divisors of a mean. The next ``sample_programs`` programs are as in ``prepare_samples_kernel``; they also
     write the shares of the samples and add them up by class. Further programs, if any, read the prototypes: for
     ``W_broken``, or without ``Mark`` for the norms of all classes. The programs of the classes that occur and those of
     their samples do not wait for each other.
@@ -152,10 +161,7 @@ def prepare_step_kernel(
     z_stride *= UNIT
     w_stride *= UNIT
     program = tl.program_id(0)
-    if Beta_in is not None:
-        beta = tl.load(Beta_in)
-    else:
-        beta = beta_bits.to(tl.float32, bitcast=True)
+    beta = known_number(Beta_in, beta_bits)
     if program == 0:
         tl.device_assert((beta > 0) & (beta < INF), "the inverse temperature must be positive and finite")
         tl.store(Beta, beta)
@@ -180,7 +186,7 @@ def prepare_step_kernel(
         share = tl.where(valid, 1.0, 0.0)
         if Weight is not None:
             share = tl.load(Weight + row, mask=valid, other=0.0)
-        tl.store(Z_rnorm + row, tl.where(valid, r_z, -1.0), mask=inside)
+        tl.store(Z_rnorm + row, tl.where(valid, r_z, left_out(z_square)), mask=inside)
         tl.store(Pos + row, tl.where(valid, pos, 0.0), mask=inside)
         tl.store(Share + row, share, mask=inside)
         tl.store(Pos_grad + row, -share, mask=inside)
@@ -190,6 +196,9 @@ def prepare_step_kernel(
         if Mark is not None:
             tl.store(Mark + partner, 1, mask=valid)
             tl.store(W_rnorm + partner, r_w, mask=valid)
+        if Half_share is not None:  # both directions: the loss is the mean of two
+            share *= 0.5
+            tl.store(Half_share + row, share, mask=inside)
         if Of_class is not None:
             tl.atomic_add(Of_class + partner, share, mask=valid, sem="relaxed")
     else:

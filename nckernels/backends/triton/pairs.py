@@ -28,7 +28,7 @@ import triton.language as tl
 
 from .finish import project, summand_rnorm
 from .lse import shift_of
-from .norms import inverse_norm
+from .norms import inverse_norm, known_number
 from .reduce import sum_of
 from .tiles import INF, LN2, LOG2E, column_parts, dot, dot_rows, load_rows
 
@@ -36,17 +36,19 @@ PADDING = 256
 """A multiple of every tile's sides."""
 
 
-@triton.jit(do_not_specialize=["n", "d", "stride", "skip"])
+@triton.jit(do_not_specialize=["n", "d", "stride", "skip", "beta_bits"])
 def pairs_prepare_kernel(
-    X, Label, Beta, Rnorm, Bias, Tag, n, d, stride, skip,
+    X, Label, Beta_in, Rnorm, Bias, Tag, Beta, n, d, stride, skip, beta_bits,
     UNIT: tl.constexpr, EPS: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """``Rnorm[i] = 1 / max(|X[i]|, EPS)``, the bias and the label of BR rows.
+    """``Rnorm[i] = 1 / max(|X[i]|, EPS)``, the bias and the label of BR rows; and ``Beta``, see ``known_number``.
 
     The kernel is launched with Triton's debug option, which compiles the assertion.
     """
-    beta = tl.load(Beta)
-    tl.device_assert((beta > 0) & (beta < INF), "the inverse temperature must be positive and finite")
+    if tl.program_id(0) == 0:
+        beta = known_number(Beta_in, beta_bits)
+        tl.device_assert((beta > 0) & (beta < INF), "the inverse temperature must be positive and finite")
+        tl.store(Beta, beta)
     d *= UNIT
     stride *= UNIT
     row = tl.program_id(0) * BR + tl.arange(0, BR)

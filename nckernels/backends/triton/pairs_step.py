@@ -24,9 +24,7 @@ _made_once = lru_cache(maxsize=1024)
 
 @_made_once
 def _prepare_options(columns: int, unit: int, eps: float) -> Options:
-    # Device assertions need debug, whose overflow checks of every index are turned off.
-    checks = {} if launch.INTERPRETED else {"debug": True, "sanitize_overflow": False}
-    return Options(UNIT=unit, EPS=eps, **launch.row_blocks(columns), **checks)
+    return Options(UNIT=unit, EPS=eps, **launch.row_blocks(columns), **launch.CHECKS)
 
 
 @_made_once
@@ -71,6 +69,7 @@ def step(kernels: PairKernels, reduced: Reduced, needs: Needs) -> Step:
     z, target, spec = kernels.inputs.features, kernels.inputs.target, kernels.spec
     (n, d), device, half = z.shape, z.device, z.dtype == torch.float16
     rows = Rows.empty(n, device)
+    kernels.beta = rows.beta
     kernels.prepare_rows(rows)
     blocks = kernels.lse_pairs_blocks()
     partial = torch.empty(4, blocks.split(n, n, spec.workspace, 16 * n), rows.width, dtype=torch.float32, device=device)
@@ -101,6 +100,8 @@ class Rows(NamedTuple):
     totals: Tensor
     """(4, blocks): sums and maxima over ``ROWS_OF_A_BLOCK`` samples."""
     tag: Tensor
+    beta: Tensor
+    """(1,): the inverse temperature."""
 
     @property
     def width(self) -> int:
@@ -110,17 +111,21 @@ class Rows(NamedTuple):
     def empty(cls, n: int, device: torch.device) -> Rows:
         width = ceil_div(n, pairs.PADDING) * pairs.PADDING
         blocks = width // ROWS_OF_A_BLOCK
-        memory = torch.empty(5 * width + 4 * blocks, dtype=torch.float32, device=device)
-        rnorm, bias, shift, factor, pos, totals = memory.split([width] * 5 + [4 * blocks])
+        memory = torch.empty(5 * width + 4 * blocks + 1, dtype=torch.float32, device=device)
+        rnorm, bias, shift, factor, pos, totals, beta = memory.split([width] * 5 + [4 * blocks, 1])
         tag = torch.empty(width, dtype=torch.int64, device=device)
-        return cls(rnorm, bias, shift, factor, pos, totals.view(4, blocks), tag)
+        return cls(rnorm, bias, shift, factor, pos, totals.view(4, blocks), tag, beta)
 
 
 class PairKernels(launch.TritonKernels):
-    """The kernels of pairs.py, ready for one call with features in both places and labels as targets."""
+    """The kernels of pairs.py, ready for one call with features in both places and labels as targets.
 
-    def __init__(self, inputs: Inputs, spec: Spec) -> None:
+    ``host_beta`` is the inverse temperature, if the host knows it.
+    """
+
+    def __init__(self, inputs: Inputs, spec: Spec, host_beta: float | None = None) -> None:
         super().__init__(inputs, spec)
+        self.host_beta = host_beta
         self.negatives = spec.exclude == "same_label"
         self.row_shape = self.d, self._units(self.inputs.features)
 
@@ -133,12 +138,13 @@ class PairKernels(launch.TritonKernels):
         return self._blocks(tile)
 
     def prepare_rows(self, rows: Rows) -> None:
-        """Inverse norms, biases and tags."""
+        """Inverse norms, biases, tags, and the inverse temperature."""
         z, blocks = self.inputs.features, launch.row_blocks(self.inputs.features.shape[1])
+        beta, bits = launch.known_number(self.inputs.inv_temperature, self.host_beta)
         launch.launch(
             pairs.pairs_prepare_kernel, (rows.width // blocks["BR"],),
-            z, self.inputs.target, self.beta, rows.rnorm, rows.bias, rows.tag,
-            len(z), *self.row_shape, self.spec.ignore_index,
+            z, self.inputs.target, beta, rows.rnorm, rows.bias, rows.tag, rows.beta,
+            len(z), *self.row_shape, self.spec.ignore_index, bits,
             options=_prepare_options(blocks["BD"], self.unit, self.eps),
         )  # fmt: skip
 

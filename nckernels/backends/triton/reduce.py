@@ -47,8 +47,11 @@ def write_divisors(Target, Weight, Divisor, m, k, skip, NOTHING_IS_ZERO: tl.cons
 
 
 @triton.jit
-def write_loss(Target, Share, Lse, Pos, Divisor, Loss, m, k, skip, BY_CLASS: tl.constexpr, B: tl.constexpr):
-    """The sum of share times ``lse - pos``, where the lse of an empty set counts as 0, or the mean."""
+def write_loss(Target, Share, Lse, Other_lse, Pos, Divisor, Loss, m, k, skip, BY_CLASS: tl.constexpr, B: tl.constexpr):
+    """The sum of share times ``lse - pos``, where the lse of an empty set counts as 0, or the mean.
+
+    ``Other_lse``, if given, are the log-sum-exps of the samples beside those of their classes; the lse is their mean.
+    """
     sums = tl.zeros((B,), tl.float32)
     for first in range(0, m, B):
         sample = first + tl.arange(0, B)
@@ -58,12 +61,24 @@ def write_loss(Target, Share, Lse, Pos, Divisor, Loss, m, k, skip, BY_CLASS: tl.
         if BY_CLASS:
             anchor = target.to(tl.int32)
         lse = tl.load(Lse + anchor, mask=valid, other=0.0)
-        loss = tl.where(lse == -INF, 0.0, lse) - tl.load(Pos + sample, mask=valid, other=0.0)
+        lse = tl.where(lse == -INF, 0.0, lse)
+        if Other_lse is not None:
+            other = tl.load(Other_lse + sample, mask=valid, other=0.0)
+            lse = 0.5 * (lse + tl.where(other == -INF, 0.0, other))
+        loss = lse - tl.load(Pos + sample, mask=valid, other=0.0)
         sums += tl.load(Share + sample, mask=valid, other=0.0) * loss
     total = tl.sum(sums, 0)
     if Divisor is not None:
         total /= tl.load(Divisor + 1)
     tl.store(Loss, total)
+
+
+@triton.jit(do_not_specialize=["m", "k", "skip"])
+def loss_kernel(
+    Target, Share, Lse, Other_lse, Pos, Divisor, Loss, m, k, skip, BY_CLASS: tl.constexpr, B: tl.constexpr
+):  # fmt: skip
+    """The loss, by one program."""
+    write_loss(Target, Share, Lse, Other_lse, Pos, Divisor, Loss, m, k, skip, BY_CLASS, B)
 
 
 @triton.jit

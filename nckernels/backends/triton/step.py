@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -67,13 +66,8 @@ def _finish_options(
     )  # fmt: skip
 
 
+_LOSS = {by_class: Options(BY_CLASS=by_class, B=2048, warps=8) for by_class in (False, True)}
 _NO_LOSS = (None,) * 5
-_FLOAT, _INTEGER = struct.Struct("f"), struct.Struct("i")
-
-
-def _bits(number: float) -> int:
-    """The bits of a number in float32, as an integer that a launch can pass."""
-    return int(_INTEGER.unpack(_FLOAT.pack(number))[0])
 
 
 def fits_on_chip(features: Tensor, prototypes: Tensor) -> bool:
@@ -103,19 +97,20 @@ class TritonStep(launch.TritonKernels, StepKernels):
         m, k, v, blocks = z.shape[0], w.shape[0], vectors, row_blocks(z.shape[1])
         of_samples = ceil_div(m, blocks["BR"])
         of_classes = ceil_div(k, blocks["BR"]) if v.mark is None or v.w_broken is not None else 0
-        on_device, bits = (self.inputs.inv_temperature, 0) if self.host_beta is None else (None, _bits(self.host_beta))
+        on_device, bits = launch.known_number(self.inputs.inv_temperature, self.host_beta)
         # Atomics add in any order, which shows if weights differ within a class.
         in_order = weight is not None and torch.are_deterministic_algorithms_enabled()
         self.beta = v.beta
         launch.launch(
             norms.prepare_step_kernel, (1 + of_samples + of_classes,),
-            z, w, target, weight, on_device, v.z_rnorm, v.pos, v.share, v.pos_grad, v.z_broken, v.w_rnorm, v.w_broken,
+            z, w, target, weight, on_device, v.z_rnorm, v.pos, v.share, v.pos_grad, v.instance_grad, v.z_broken, v.w_rnorm, v.w_broken,
             v.mark, None if in_order else v.of_class, v.divisor, v.beta,
             m, k, self.d, self._units(z), self._units(w), self.spec.ignore_index, bits, of_samples,
             options=_prepare_options(blocks["BD"], nothing_is_zero, self.unit, self.eps),
         )  # fmt: skip
         if v.of_class is not None and in_order:
-            v.of_class.index_add_(0, target.clamp(0, k - 1), v.share[:m])
+            shares = v.share if v.instance_grad is None else v.instance_grad
+            v.of_class.index_add_(0, target.clamp(0, k - 1), shares[:m])
 
     def finisher(self, result: Result, scale: Tensor | None, other: Side | None, vectors: Vectors) -> Finish:
         # One call for each block of rows: what its arguments have in common is prepared here.
@@ -146,6 +141,15 @@ class TritonStep(launch.TritonKernels, StepKernels):
             )  # fmt: skip
 
         return finished
+
+    def write_loss(self, vectors: Vectors) -> None:
+        (z, w, target, *_), v = self.inputs, vectors
+        launch.launch(
+            reduce.loss_kernel, (1,),
+            target, v.share, v.lse, v.instance_lse, v.pos, v.divisor, v.loss,
+            z.shape[0], w.shape[0], self.spec.ignore_index,
+            options=_LOSS[self.spec.by_class],
+        )  # fmt: skip
 
     def panel_split(self, anchors: int, others: int) -> int:
         tile = config.panel_tile()
