@@ -170,6 +170,18 @@ def test_threads_do_not_change_the_result(loss: str, shape: tuple[int, int, int]
 
 
 @pytest.mark.usefixtures("_restore_threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_do_not_change_parts_of_rows(dtype: torch.dtype) -> None:
+    """Three parts of several blocks of columns."""
+    x, w, y = problem(500, 1100, 40, dtype)
+    with nckernels.use_workspace(MIB):
+        torch.set_num_threads(1)
+        one = step(x, w, y, "margins")
+        torch.set_num_threads(2)
+        assert_same(step(x, w, y, "margins"), one)
+
+
+@pytest.mark.usefixtures("_restore_threads")
 @pytest.mark.parametrize("workspace", [256 * 1024, 32 * MIB])
 def test_threads_do_not_change_a_symmetric_result(workspace: int) -> None:
     x, _, y = problem(1300, 1300, 72)

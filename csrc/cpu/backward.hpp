@@ -97,7 +97,8 @@ class BackwardPass {
     int64_t widest, group;                     // columns, tiles
     std::vector<double> energy, class_energy;  // shares of dL/dbeta per row tile, per panel
     std::vector<double> lost;                  // their rounding errors, per row tile
-    Buffer<T> sums;  // accumulator of dL/dU over column blocks, if there is no other
+    Buffer<T> sums;      // accumulator of dL/dU over column blocks, if there is no other
+    Buffer<T> products;  // A V of all tiles, if entries are in place
     Buffer<T> grad_v, bias_shares;
     Buffer<Operand> v, v_rows, entries, u_rows;
 
@@ -108,16 +109,25 @@ class BackwardPass {
           energy(std::max<int64_t>(s.tiles, 1), 0.0),
           class_energy(s.all_panels, 0.0),
           lost(energy.size(), 0.0),
-          sums(pass.z_.rows && !pass.z_.has_sums() && s.block_k < pass.columns_.count ? s.p.m * s.p.d : 0),
+          sums(pass.z_.rows && !pass.z_.has_sums() && s.block_k < pass.columns_.count && !s.in_place
+                   ? s.p.m * s.p.d
+                   : 0),
+          products(pass.need_rows_ && s.in_place ? round_up(s.p.m, G::MR) * s.d_pad : 0),
           grad_v(pass.w_.rows && !pass.sums_in_panels() ? widest * s.d_pad : 0),
           bias_shares(g.class_bias && g.instance_lse ? group * widest : 0),
           v(s.kept_tiles < s.tiles ? widest * G::inner(s.p.d) : 0),
           v_rows(pass.need_rows_ ? widest * s.d_pad : 0),
-          entries(group * s.entries_of_tile(widest)),
-          u_rows(pass.w_.rows ? group * G::by_feature(s.tile_m, s.d_pad) : 0) {}
+          entries(s.in_place ? 0 : group * s.entries_of_tile(widest)),
+          u_rows(pass.w_.rows ? (s.in_place ? s.tiles : group) * G::by_feature(s.tile_m, s.d_pad) : 0) {}
 
-    Operand* entries_of(int64_t i, const Tl& s) { return entries + i * s.entries_of_tile(widest); }
-    Operand* u_rows_of(int64_t i, const Tl& s) { return u_rows + i * G::by_feature(s.tile_m, s.d_pad); }
+    // Of tile `i` of a group that begins with tile `begin`.
+    Operand* entries_of(int64_t i, int64_t begin, const Block& block, const Tl& s) {
+      if (!s.in_place) return entries + i * s.entries_of_tile(widest);
+      return reinterpret_cast<Operand*>(s.kept_tile(begin + i, block.first / NR));
+    }
+    Operand* u_rows_of(int64_t i, int64_t begin, const Tl& s) {
+      return u_rows + (s.in_place ? begin + i : i) * G::by_feature(s.tile_m, s.d_pad);
+    }
     T* bias_of(int64_t i) { return bias_shares ? bias_shares + i * widest : nullptr; }
   };
 
@@ -128,9 +138,10 @@ class BackwardPass {
       const int64_t tile = begin + i;
       const bool is_kept = tile < s_.kept_tiles;  // then the product need not be recomputed
       Buffer<Operand> u(is_kept ? 0 : s_.tile_m * G::inner(p_.d));
-      Operand* by_feature = w_.rows ? room.u_rows_of(i, s_) : nullptr;
-      if (!is_kept || by_feature) s_.pack_features(tile, u, by_feature);
-      Operand* a = room.entries_of(i, s_);
+      Operand* by_feature = w_.rows ? room.u_rows_of(i, begin, s_) : nullptr;
+      const bool has_features = block.first > 0 && s_.in_place;
+      if (!is_kept || (by_feature && !has_features)) s_.pack_features(tile, u, by_feature);
+      Operand* a = room.entries_of(i, begin, block, s_);
       fill_entries(room, block, tile, u, a, room.bias_of(i));
       if (need_rows_) add_rows(room, block, tile, a);
     });
@@ -160,14 +171,14 @@ class BackwardPass {
     const int64_t n = s_.rows(tile), padded = s_.padded_rows(tile), row0 = s_.first_row(tile);
     const bool is_kept = tile < s_.kept_tiles, by_class = g_.class_lse, by_row = g_.instance_lse;
     PositivesOf<G> positives(s_, tile, block.first, block.count, static_cast<const T*>(g_.pos));
-    EntriesOf<G> entries(s_, tile, room.widest, a);
+    EntriesOf<G> entries(s_, tile, a);
     Buffer<T> own(is_kept ? 0 : entries.room());
     for (int64_t q = 0; q < block.panels; q++) {
       if (!is_kept && q % Tl::STEP == 0)
         s_.logits(tile, block.first, block.count, q, std::min(q + Tl::STEP, block.panels), u, room.v,
                   entries.logits(q, q, own), nullptr);
       const T* e = is_kept ? s_.kept_tile(tile, block.first / NR + q) : entries.logits(q, q, own);
-      T* to = entries.panel(q);
+      T* to = entries.panel(q, block.first, block.count);
       if (s_.shift_free)
         scaled(q, block.first, block.count, n, row0, e, to, is_kept, by_class, by_row, bias_share);
       else
@@ -175,9 +186,9 @@ class BackwardPass {
       std::fill(to + n * NR, to + padded * NR, T(0));
       if (in_entries_) add_beside(q, block, row0, n, to);
       positives.add(q, to);
-      entries.put(q, block.first, block.count);
       if (G::RESTS && g_.beta)
         room.lost[tile] += lost(entries, positives, tile, n, e, is_kept && s_.shift_free);
+      entries.put(q);
     }
   }
 
@@ -300,12 +311,13 @@ class BackwardPass {
   void add_rows(Room& room, const Block& block, int64_t tile, const Operand* a) {
     NCK_STAGE(rows);
     const int64_t n = s_.rows(tile), padded = s_.padded_rows(tile), d = p_.d, d_pad = s_.d_pad;
-    Buffer<T> product(padded * d_pad), sum(d_pad), line(s_.z.line());
-    T* const x = sum;
+    Buffer<T> own(s_.in_place ? 0 : padded * d_pad), sum(d_pad), line(s_.z.line());
+    T *const x = sum, *const product = s_.in_place ? room.products + s_.first_row(tile) * d_pad : own;
     G::times_prototypes(padded, padded, 0, block.panels, block.panels, block.count, s_.d_panels, a,
-                        room.v_rows, product, false);
+                        room.v_rows, product, s_.in_place && block.first > 0);
+    if (s_.in_place && !block.is_last) return;
     NCK_STAGE(finish);
-    const bool first = block.first == 0 && z_.first, last = block.is_last && z_.last;
+    const bool first = (s_.in_place || block.first == 0) && z_.first, last = block.is_last && z_.last;
     for (int64_t r = 0; r < n; r++) {
       const int64_t j = s_.first_row(tile) + r;
       if (!s_.valid(j)) {
@@ -334,9 +346,9 @@ class BackwardPass {
       NCK_STAGE(columns);
       for (int64_t tile = 0; tile < here; tile++) {
         const int64_t rows = s_.padded_rows(begin + tile);
-        const Operand* a = G::by_columns(room.entries_of(tile, s_), s_.tile_m * room.widest);
+        const Operand* a = G::by_columns(room.entries_of(tile, begin, block, s_), rows);
         G::times_features(rows, rows, first * NR, std::min(block.count, last * NR), f_first, f_last, a,
-                          room.u_rows_of(tile, s_), s_.d_pad, padded, columns_of(room, block));
+                          room.u_rows_of(tile, begin, s_), s_.d_pad, padded, columns_of(room, block));
       }
     });
   }

@@ -60,16 +60,20 @@ class ForwardPass {
       std::fill(column_sums + chunks * n, column_sums + 2 * chunks * n, T(0));
     }
     Buffer<Operand> v(std::min(s.block_k, n) * G::inner(p_.d));
+    // U of all tiles, if there is room for it. Otherwise each block of columns packs it again.
+    Buffer<Operand> all_u(s.in_place ? s.tiles * s.tile_m * G::inner(p_.d) : 0);
     for (int64_t first = 0; first < columns_.count; first += s.block_k) {
       const int64_t count = std::min(s.block_k, columns_.count - first);
       const int64_t panels = (count + NR - 1) / NR;
       parallel(p_.threads, panels, [&](int64_t q) { s.pack_prototypes(first, count, q, v, nullptr); });
       parallel(p_.threads, chunks, [&](int64_t chunk) {
-        Buffer<Operand> u(s.tile_m * G::inner(p_.d));
-        Buffer<T> own(s.tile_m * std::min(Tl::STEP, panels) * NR), rows(s.tile_m * W);
+        Buffer<Operand> own_u(s.in_place ? 0 : s.tile_m * G::inner(p_.d));
+        Buffer<T> own(s.kept_tiles < s.tiles ? s.tile_m * std::min(Tl::STEP, panels) * NR : 0);
+        Buffer<T> rows(s.tile_m * W);
         for (int64_t tile = chunk * s.tiles / chunks; tile < (chunk + 1) * s.tiles / chunks; tile++) {
           const bool keep = tile < s.kept_tiles;
-          s.pack_features(tile, u, nullptr);
+          Operand* const u = s.in_place ? all_u + tile * s.tile_m * G::inner(p_.d) : own_u;
+          if (!s.in_place || first == 0) s.pack_features(tile, u, nullptr);
           for (int64_t q = 0; q < panels; q += Tl::STEP) {
             const int64_t end = std::min(q + Tl::STEP, panels), c = first + q * NR;
             T* t = keep ? s.kept_tile(tile, first / NR + q) : own;

@@ -32,6 +32,15 @@ NCK_INLINE void put(const Vec<T> (&acc)[R][NV], T* c, long c_stride) {
     }
 }
 
+// Asks for C[R x NV vectors] in the L1 cache, while the products that will be added to it are computed.
+template <class T, int R, int NV>
+NCK_INLINE void prefetch(const T* c, long c_stride) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; v++) __builtin_prefetch(c + r * c_stride + v * lanes<T>, 1);
+}
+
 // C[R x NV vectors] (+)= sum over blocks p < count and k < depth of
 //     A[p * a_block + r * RS + k * CS] * B[(p * depth + k) * NR + .]
 // Accumulators start from zero and are added to C as a whole, so that the rounding error of a long sum grows
@@ -39,6 +48,7 @@ NCK_INLINE void put(const Vec<T> (&acc)[R][NV], T* c, long c_stride) {
 template <class T, int R, int NV, int RS, int CS, bool ACCUMULATE>
 NCK_INLINE void micro(long count, long depth, const T* a, long a_block, const T* b, T* c, long c_stride) {
   constexpr int W = lanes<T>;
+  if (ACCUMULATE) prefetch<T, R, NV>(c, c_stride);
   Vec<T> acc[R][NV];
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++)
@@ -168,9 +178,9 @@ struct Gemm {
   }
 
   // --- entries: a panel of A is computed where the products read it ---
-  static T* panel_of_entries(T* entries, int64_t at, T* /*scratch*/) { return entries + at; }
+  static T* panel_of_entries(T* panel, T* /*scratch*/) { return panel; }
   static void put_entries(const T*, int64_t, const T*, const T*, T*, T*) {}
-  static T* by_columns(T* entries, int64_t /*size*/) { return entries; }
+  static T* by_columns(T* panel, int64_t /*rows*/) { return panel; }
 
   // --- products ---
 

@@ -92,9 +92,9 @@ struct GemmBfloat16 {
     }
   }
 
-  // --- entries: by rows, followed by the same in pairs of samples ---
-  static T* panel_of_entries(Operand*, int64_t, T* scratch) { return scratch; }
-  static Operand* by_columns(Operand* entries, int64_t size) { return entries + size; }
+  // --- entries: a panel by rows, followed by the same panel in pairs of samples ---
+  static T* panel_of_entries(Operand*, T* scratch) { return scratch; }
+  static Operand* by_columns(Operand* panel, int64_t rows) { return panel + rows * NR; }
 
   static void put_entries(const T* panel, int64_t rows, const T* of_rows, const T* of_columns,
                           Operand* by_rows, Operand* in_pairs) {
@@ -166,12 +166,12 @@ struct GemmBfloat16 {
         const long count = last - p < BLOCK ? last - p : BLOCK;
         const Operand* b = v + (n * panels + p) * NR * NR;
         for (long i = 0; i < rows; i += MR) {
-          const Operand* x = a + ((p - first) * m + i) * NR;
+          const Operand* x = a + ((p - first) * ENTRIES * m + i) * NR;
           T* c = out + (n * m + i) * NR;
           if (p == first && !added)
-            Unit::template multiply<MR, NV, false>(count, NR / 2, x, NR, m * NR, b, c, NR);
+            Unit::template multiply<MR, NV, false>(count, NR / 2, x, NR, ENTRIES * m * NR, b, c, NR);
           else
-            Unit::template multiply<MR, NV, true>(count, NR / 2, x, NR, m * NR, b, c, NR);
+            Unit::template multiply<MR, NV, true>(count, NR / 2, x, NR, ENTRIES * m * NR, b, c, NR);
         }
       }
   }
@@ -185,7 +185,7 @@ struct GemmBfloat16 {
     const long stride = round_up(m, GROUP), n = inner(rows);
     for (long p = first / NR; p * NR < last; p++)
       for (long f = f_first * NR; f < f_last * NR; f += PR)
-        Unit::template multiply<PR, NV, true>(1, n / 2, u + f * stride, stride, 0, a + p * m * NR,
+        Unit::template multiply<PR, NV, true>(1, n / 2, u + f * stride, stride, 0, a + p * ENTRIES * m * NR,
                                               out + (p * d_pad + f) * NR, NR);
   }
 

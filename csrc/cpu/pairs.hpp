@@ -127,6 +127,7 @@ struct VectorPairs {
   static NCK_INLINE void multiply(long count, long depth, const uint16_t* a, long a_stride, long a_block,
                                   const uint16_t* b, float* c, long c_stride, const Factors& factors = {}) {
     constexpr int W = lanes<float>;
+    if (ACCUMULATE) prefetch<float, R, NV>(c, c_stride);
     Vec<float> acc[R][NV];
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)

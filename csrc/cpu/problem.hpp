@@ -49,6 +49,8 @@ struct Problem {
   // Bytes from a row of a kept tile to the next one. 0: tiles are adjacent. Otherwise they are in the memory
   // of the features' gradient, which takes their place tile by tile, and kept_size is 0.
   int64_t kept_row;
+  // Whether the backward pass may write its entries over the kept tiles, if all tiles are kept.
+  int64_t kept_once;
 };
 
 struct Gradients {
@@ -168,6 +170,13 @@ class Rows {
     else
       for (int64_t i = 0; i < n; i++) line[i] = from_float16(row[i]);
     return line;
+  }
+
+  // Asks for row j in the L2 cache.
+  void prefetch(int64_t j) const {
+    const int64_t size = half_ ? 2 : sizeof(T);
+    const char* row = static_cast<const char*>(data_) + j * stride_ * size;
+    for (int64_t x = 0; x < d_ * size; x += 64) __builtin_prefetch(row + x, 0, 2);
   }
 
   // The 16-bit numbers of row j, starting at number `first`.

@@ -5,6 +5,8 @@
 // its sums are complete, while its exponentials are still in the workspace, and no tile is computed twice.
 // Sums are complete for whole columns in the class direction and for whole rows in the instance direction.
 // The matrix is cut into as few such parts as the workspace allows. With both directions it stays whole.
+// With many classes, a part of rows has most of the workspace: its entries take the place of its
+// exponentials.
 //
 // The memory of the features' gradient is unused until its rows are complete. If a row of it is as long as a
 // row of exponentials (1000 classes, 2048 features), it holds them, and the matrix stays whole too.
@@ -38,10 +40,10 @@ class StepPass {
         per_class_(p.by_class ? p.k : 0),
         per_row_(p.by_instance ? p.m : 0),
         per_pos_(p.m),
-        kept_(p.pos || fits_gradient() ? 0
-                                       : std::min<int64_t>(padded(p.m) * round_up(columns.count, NR),
-                                                           may_keep(p, columns) / int64_t(sizeof(T)))) {
+        height_(p.by_class || p.pos || fits_gradient() ? 0 : height_of_part()),
+        kept_(numbers_to_keep()) {
     if (p.pos) return;
+    p_.kept_once = height_ > 0;
     p_.class_lse = sums_;
     p_.instance_lse = sums_ + (p.by_class ? p.k : 0);
     p_.pos = pos_;
@@ -99,8 +101,8 @@ class StepPass {
            width <= Tiles<G>::columns_that_fit(p_, 0);
   }
 
-  // Bytes for exponentials: three quarters of the workspace, less a block of columns. The block has all
-  // columns if half of the workspace holds them, so that features are packed once.
+  // Bytes for exponentials beside entries: three quarters of the workspace, less a block of columns. The
+  // block has all columns if half of the workspace holds them, so that features are packed once.
   static int64_t may_keep(const Problem& p, const Columns& columns) {
     const int64_t quarter = p.workspace / 4, of_column = Tiles<G>::bytes_of_column(p.d);
     const int64_t all = round_up(columns.count, NR) * of_column;
@@ -149,7 +151,8 @@ class StepPass {
 
   void by_rows() {
     const int64_t m = p_.m, fit = kept_.size() / std::max<int64_t>(round_up(columns_.count, NR), 1);
-    const int64_t height = p_.kept_row ? m : part(m, std::max(fit - TALLEST, (fit - 2 * MR) * 8 / 9), MR);
+    const int64_t all_kept = std::max(fit - TALLEST, (fit - 2 * MR) * 8 / 9);
+    const int64_t height = height_ ? height_ : p_.kept_row ? m : part(m, all_kept, MR);
     const int64_t columns = G::PANELS_APART ? round_up(columns_.count, NR) * round_up(p_.d, NR) : p_.k * p_.d;
     const Buffer<T> sums(step_.w && step_.rounded && height < m ? columns : 0);
     for (int64_t first = 0; first == 0 || first < m; first += height) {
@@ -166,6 +169,25 @@ class StepPass {
       both_ways(p, some, first, {rows(step_.z).from_row(first)},
                 {rows(step_.w), sums.data(), first == 0, first + count >= m});
     }
+  }
+
+  // Rows of a part whose columns take several blocks, with entries in the place of exponentials; 0 for one
+  // block, or if too few rows fit. Such a part packs its features once and adds up dL/dU in place, so that
+  // narrow blocks, in a sixteenth of the workspace, cost little.
+  int64_t height_of_part() const {
+    const int64_t width = round_up(columns_.count, NR), beside = Tiles<G>::bytes_beside_row(p_.d);
+    if (width * Tiles<G>::bytes_of_column(p_.d) <= p_.workspace / 2) return 0;
+    const int64_t room = p_.workspace - p_.workspace / 16 - G::GROUP * beside;
+    const int64_t fit = room / (width * int64_t(sizeof(T)) + beside) / MR * MR;
+    return fit < std::max<int64_t>(std::min(p_.m, NARROWEST), 1) ? 0 : part(p_.m, fit, MR);
+  }
+
+  // Numbers in the kept tiles, and the one that signs them.
+  int64_t numbers_to_keep() const {
+    if (p_.pos || fits_gradient()) return 0;
+    const int64_t width = round_up(columns_.count, NR);
+    if (height_) return round_up(height_, MR) * width + 1;
+    return std::min<int64_t>(padded(p_.m) * width, may_keep(p_, columns_) / int64_t(sizeof(T)));
   }
 
   // The size of a part of `n` columns or rows, of which `fit` can be kept: even parts, or one part where they
@@ -245,7 +267,9 @@ class StepPass {
   Smoothing<T> smoothing_;
   double sum_ = 0, by_beta_ = 0;  // weighted losses; dL/dbeta other than through the logits
   Buffer<T> sums_, pos_, rnorm_;  // unless the problem has them
-  Buffer<T> per_class_, per_row_, per_pos_, kept_;
+  Buffer<T> per_class_, per_row_, per_pos_;
+  int64_t height_;  // see height_of_part
+  Buffer<T> kept_;
 };
 
 }  // namespace nckernels

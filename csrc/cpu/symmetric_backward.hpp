@@ -104,7 +104,7 @@ class SymmetricBackward {
     Buffer<T> product(products ? padded * s_.d_pad : 0);
     if (!is_kept || grad_z_) s_.pack_features(tile, u, grad_z_ ? u_rows_of(i) : nullptr);
     if (products) std::fill_n(static_cast<T*>(product), padded * s_.d_pad, T(0));
-    EntriesOf<G> entries(s_, tile, widest_, entries_of(i));
+    EntriesOf<G> entries(s_, tile, entries_of(i));
     Buffer<T> own(is_kept ? 0 : entries.room());
     // From here on panels are counted from the first one of the block.
     const int64_t begin = std::max<int64_t>(0, s_.first_panel(tile) - block.first_panel);
@@ -116,14 +116,14 @@ class SymmetricBackward {
       for (int64_t x = q; x < end; x++) {
         T* shares = grad_bias_ ? bias_shares_ + i * widest_ + x * NR : nullptr;
         const T* e = t + (x - q) * padded * NR;
-        fill_entries(tile, first + x, e, entries.panel(x), shares);
-        entries.put(x, block.first, block.end - block.first);
+        fill_entries(tile, first + x, e, entries.panel(x, block.first, block.end - block.first), shares);
         if (G::RESTS && g_.beta) lost_[tile] += lost(entries, tile, first + x, e);
+        entries.put(x);
       }
       if (products)
         G::times_prototypes(padded, s_.rows_above(tile, first + end - 1), q, end, block.panels,
-                            block.panels * NR, s_.d_panels, entries_of(i) + q * padded * NR, v_rows_, product,
-                            true);
+                            block.panels * NR, s_.d_panels, entries_of(i) + q * G::ENTRIES * padded * NR,
+                            v_rows_, product, true);
     }
     if (grad_z_)
       add_rows(block, tile, product);
@@ -267,7 +267,7 @@ class SymmetricBackward {
         const int64_t tile = begin + i, padded_rows = s_.padded_rows(tile), rows = s_.rows(tile);
         // First the panels that the diagonal crosses, one by one with the rows above it, then the others.
         int64_t q = std::max(first, s_.first_panel(tile) - block.first_panel);
-        const Operand* a = G::by_columns(entries_of(i), s_.tile_m * widest_);
+        const Operand* a = G::by_columns(entries_of(i), padded_rows);
         auto add = [&](int64_t end, int64_t above) {
           G::times_features(padded_rows, above, q * NR, end * NR, f_first, f_last, a, u_rows_of(i), s_.d_pad,
                             padded, grad_v_);

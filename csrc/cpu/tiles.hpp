@@ -8,6 +8,9 @@ namespace nckernels {
 // The most rows of a tile: 128 numbers of each fit the L2 cache.
 constexpr int64_t TALLEST = 192;
 
+// Bytes of entries that a group of tiles may have, so that they are still in a cache when columns are added.
+constexpr int64_t IN_CACHE = int64_t(4) << 20;
+
 // G: an engine, such as Gemm.
 template <class G>
 struct Tiles {
@@ -31,6 +34,9 @@ struct Tiles {
   int64_t all_panels;     // of all columns
   // Tiles that are kept from forward to backward, the first ones: exp(t), or t if not shift_free.
   int64_t kept_tiles;
+  // Whether all tiles are kept, and entries take their place. Then U and A V of all tiles are in memory too,
+  // so that a block of columns neither packs features nor adds to dL/dU row by row.
+  bool in_place;
   int64_t group;  // row tiles that the backward pass has in flight
 
   // `reads_kept`: for the backward pass.
@@ -56,9 +62,12 @@ struct Tiles {
 
   // Divides the workspace. A quarter is for row tiles: packed U and its gradient per thread, U by features
   // and entries per tile of a group. The rest is for kept tiles and for a block of at most `widest` columns.
+  // Where entries are in place, a block has what the tiles leave.
   void plan(int64_t threads, int64_t tiles_in_flight, int64_t widest) {
     const int64_t quarter = quarter_of(p), columns_padded = std::max<int64_t>(all_panels * NR, NR);
-    const int64_t fit = std::min(columns_that_fit(p, kept_bytes()), widest);
+    in_place = p.kept_once && kept && round_up(p.m, MR) * columns_padded < p.kept_size;
+    const int64_t room = in_place ? columns_in_place() : columns_that_fit(p, kept_bytes());
+    const int64_t fit = std::min(room, widest);
     const int64_t most = std::max<int64_t>(fit / NR * NR, NR);
     const int64_t blocks = (columns_padded + most - 1) / most;
     block_k = round_up((columns_padded + blocks - 1) / blocks, NR);
@@ -67,15 +76,31 @@ struct Tiles {
     const int64_t per_tile_of_group = (d_pad + block_k * G::ENTRIES) * sizeof(Operand);
     const int64_t per_row = threads * per_thread + group * per_tile_of_group;
     // Four tiles per thread, and at least eight, so that threads finish at about the same time.
-    const int64_t wanted = 4 * std::max<int64_t>(threads, 2);
-    const int64_t even = round_up((p.m + wanted - 1) / wanted, MR);
-    tile_m = std::clamp<int64_t>(std::min(quarter / per_row, even), MR, TALLEST) / MR * MR;
+    const int64_t even = height(4 * std::max<int64_t>(threads, 2));
+    tile_m = in_place ? height_in_place(std::max<int64_t>(threads, 2))
+                      : std::clamp<int64_t>(std::min(quarter / per_row, even), MR, TALLEST) / MR * MR;
     tiles = (p.m + tile_m - 1) / tile_m;
-    const int64_t per_tile = tile_m * all_panels * NR;
+    if (in_place)
+      group = std::max<int64_t>(group, IN_CACHE / (tile_m * block_k * static_cast<int64_t>(sizeof(T))));
+    const int64_t per_tile = tile_m * all_panels * NR, all = round_up(p.m, MR) * all_panels * NR;
     if (p.kept_row)  // the padding of the last tile may exceed the gradient
       kept_tiles = rows(tiles - 1) == padded_rows(tiles - 1) ? tiles : tiles - 1;
     else
-      kept_tiles = kept && per_tile ? std::min(tiles, room_to_keep() / per_tile) : 0;
+      kept_tiles = !kept || !per_tile ? 0 : all <= room_to_keep() ? tiles : room_to_keep() / per_tile;
+  }
+
+  // The height of tiles of which there are at most `count`.
+  int64_t height(int64_t count) const { return round_up((p.m + count - 1) / count, MR); }
+
+  // Two to four tiles for each thread, as many as give the slowest thread the fewest rows. A part of the
+  // matrix has few rows, which four tiles per thread, in multiples of MR, would divide unevenly.
+  int64_t height_in_place(int64_t threads) const {
+    int64_t best = TALLEST, fewest = std::numeric_limits<int64_t>::max();
+    for (int64_t each = 4; each >= 2; each--) {
+      const int64_t rows = height(each * threads);
+      if (rows <= TALLEST && each * rows < fewest) best = rows, fewest = each * rows;
+    }
+    return std::max(best, MR);
   }
 
   // Numbers in the kept tiles; one more holds the height of a tile.
@@ -103,6 +128,18 @@ struct Tiles {
   static int64_t columns_that_fit(const Problem& p, int64_t kept) {
     const int64_t quarter = quarter_of(p);
     return std::max(quarter, p.workspace - quarter - kept) / bytes_of_column(p.d);
+  }
+
+  // Where entries are in place, bytes per row beside them: U by features and A V, and an eighth for padding.
+  static int64_t bytes_beside_row(int64_t d) {
+    return round_up(d, NR) * static_cast<int64_t>(sizeof(Operand) + sizeof(T)) * 9 / 8;
+  }
+
+  // Columns of a block that fit the workspace there: V in one layout at a time, and its gradient.
+  int64_t columns_in_place() const {
+    const int64_t of_rows = (p.m + G::GROUP) * bytes_beside_row(p.d);
+    return (p.workspace - kept_bytes() - of_rows) /
+           (d_pad * static_cast<int64_t>(sizeof(Operand) + sizeof(T)));
   }
 
   double largest_bias() const {
@@ -137,6 +174,9 @@ struct Tiles {
                        Operand* by_feature) const {
     NCK_STAGE(pack_prototypes);
     const int64_t padded = round_up(count, NR);
+    // Packing reads NR rows at a time, more streams than the processor follows.
+    for (int64_t q = 0; q < NR && panel * NR + q < count; q++)
+      w.prefetch(columns.class_of(first + panel * NR + q));
     for (int64_t k = 0; k < p.d; k += DEPTH) {
       const int64_t n = std::min<int64_t>(DEPTH, p.d - k);
       with_prototypes(first, count, panel, k, n, [&](auto rows, const T* scale) {
@@ -282,9 +322,7 @@ class EntriesOf {
   static constexpr int64_t NR = G::NR, STEP = Tiles<G>::STEP;
 
  public:
-  // `a` has space for `columns` columns of a whole tile.
-  EntriesOf(const Tiles<G>& s, int64_t tile, int64_t columns, Operand* a)
-      : s_(s), rows_(s.padded_rows(tile)), a_(a), by_columns_(G::by_columns(a, s.tile_m * columns)) {
+  EntriesOf(const Tiles<G>& s, int64_t tile, Operand* a) : s_(s), rows_(s.padded_rows(tile)), a_(a) {
     if constexpr (G::RESTS) s.rests_of_rows(tile, s.p.symmetric ? T(1) : s.beta, rests_);
   }
 
@@ -294,17 +332,19 @@ class EntriesOf {
   // Where to compute t of panel q, which is number `i` modulo STEP of its step; and where to write its
   // entries.
   T* logits(int64_t q, int64_t i, T* room) const {
-    return G::panel_of_entries(a_, q * rows_ * NR, room + i % STEP * rows_ * NR);
+    return G::panel_of_entries(stored(q), room + i % STEP * rows_ * NR);
   }
-  T* panel(int64_t q) { return G::panel_of_entries(a_, q * rows_ * NR, panel_); }
 
-  // Stores panel q of the columns [first, first + count), which is complete.
-  void put(int64_t q, int64_t first, int64_t count) {
-    if constexpr (G::RESTS) {
-      s_.rests_of_columns(first, count, q, q + 1, of_columns_);
-      const int64_t at = q * rows_ * NR;
-      G::put_entries(panel_, rows_, rests_, of_columns_, a_ + at, by_columns_ + at);
-    }
+  // Where to write panel q of the columns [first, first + count).
+  T* panel(int64_t q, int64_t first, int64_t count) {
+    if constexpr (G::RESTS) s_.rests_of_columns(first, count, q, q + 1, of_columns_);
+    return G::panel_of_entries(stored(q), panel_);
+  }
+
+  // Stores that panel, which is complete.
+  void put(int64_t q) {
+    if constexpr (G::RESTS)
+      G::put_entries(panel_, rows_, rests_, of_columns_, stored(q), G::by_columns(stored(q), rows_));
   }
 
   // The rounding error of the sum of A t over that panel, see `lost` of an engine. `e` is t or exp(t), -inf
@@ -321,9 +361,11 @@ class EntriesOf {
   }
 
  private:
+  Operand* stored(int64_t q) const { return a_ + q * G::ENTRIES * rows_ * NR; }
+
   const Tiles<G>& s_;
   int64_t rows_;
-  Operand *a_, *by_columns_;
+  Operand* a_;
   alignas(64) T panel_[G::RESTS ? TALLEST * NR : 1];
   T rests_[G::RESTS ? TALLEST : 1], of_columns_[G::RESTS ? NR : 1];
 };
