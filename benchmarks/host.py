@@ -1,7 +1,8 @@
 """python -m benchmarks host: the host time of one step of the Triton backend, without a GPU.
 
 A stand-in replaces the driver (standin.py), so that kernels are compiled and not launched. The times are medians of
-many steps in bfloat16 with the default workspace of 80 GiB. Triton's own launches and those of nckernels/backends/triton/dispatch.py are timed in turn.
+many steps in bfloat16 with the default workspace of 80 GiB. Triton's own launches and those of
+nckernels/backends/triton/dispatch.py are timed in turn.
 
 Not included: the launch in the driver, the vendor library's matrix products, fills and sums on a device, PyTorch's
 autograd. The allocator is the CPU's, set to keep freed memory as PyTorch's allocator for GPUs does.
@@ -98,7 +99,9 @@ def _nothing(*_: Any, **__: Any) -> None:
     pass
 
 
-def measure(problem: tuple[str, int, int, int], ways: dict[str, Launch], steps: int) -> dict[str, tuple[int, float, float]]:
+def measure(
+    problem: tuple[str, int, int, int], ways: dict[str, Launch], steps: int
+) -> dict[str, tuple[int, float, float]]:
     """For each way to launch: launches per step, microseconds per step, and microseconds in launches."""
     from nckernels.backends.triton import launch
 

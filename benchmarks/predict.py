@@ -91,6 +91,7 @@ ROWS = {
     "vocabulary": Problem("normface", 8192, 131_072, 4096),
     "clip": samples("clip", 32768, 512),
     "few-classes": Problem("nonl", 65536, 10, 512),
+    "small": Problem("nonl", 512, 10, 128),
 }
 """The target sizes, in bfloat16."""
 

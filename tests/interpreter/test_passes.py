@@ -21,11 +21,15 @@ NAMES = ("loss", "features", "prototypes", "temperature")
 
 @pytest.fixture(autouse=True)
 def no_panels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two passes for long rows too, and on-chip gradients for float32, which the interpreter's rules leave to panels."""
+    """Two passes for long rows too, and gradients on the chip for short rows of float32, which the interpreter's rules
+    treat as long ones."""
     monkeypatch.setattr(tiled, "fits", lambda *_: False)
     chosen = config.grad_tile
-    short = lambda shape: config.Tile(16, 16, shape.whole, 4, 1) if shape.d <= SHORT else chosen(shape)  # noqa: E731
-    monkeypatch.setattr(config, "grad_tile", short)
+
+    def with_float32(shape: config.Shape) -> config.Tile | None:
+        return config.Tile(16, 16, shape.whole, 4, 1) if shape.d <= SHORT else chosen(shape)
+
+    monkeypatch.setattr(config, "grad_tile", with_float32)
 
 
 @pytest.fixture

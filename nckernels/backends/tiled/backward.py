@@ -102,9 +102,7 @@ def _product(scale: Tensor | None, divisor: Tensor | None) -> Tensor | None:
     return scale[0] * divisor[0]
 
 
-def long_rows(
-    kernels: Kernels, p: Result, q: Result, scale: Tensor | None, divisor: Tensor | None = None
-) -> None:
+def long_rows(kernels: Kernels, p: Result, q: Result, scale: Tensor | None, divisor: Tensor | None = None) -> None:
     """Both gradients by panels of entries and the library's matrix products; p is the longer side. They are divided by
     the ``divisor`` of a step.
 

@@ -150,10 +150,10 @@ def prepare_step_kernel(
 ):  # fmt: skip
     """Everything that is O(M d) or O(K d) before the products of one step, see ``tiled.kernels.Vectors``.
 
-    Program 0 writes what is one number: ``Beta``, see ``known_number``, and the divisors of a mean. The next ``sample_programs`` programs are as in ``prepare_samples_kernel``; they also
-    write the shares of the samples and add them up by class. Further programs, if any, read the prototypes: for
-    ``W_broken``, or without ``Mark`` for the norms of all classes. The programs of the classes that occur and those of
-    their samples do not wait for each other.
+    Program 0 writes what is one number: ``Beta``, see ``known_number``, and the divisors of a mean. The next
+    ``sample_programs`` programs are as in ``prepare_samples_kernel``; they also write the shares of the samples and add
+    them up by class. Further programs, if any, read the prototypes: for ``W_broken``, or without ``Mark`` for the norms
+    of all classes. The programs of the classes that occur and those of their samples do not wait for each other.
 
     The kernel is launched with Triton's debug option, which compiles the assertions.
     """

@@ -103,8 +103,8 @@ class TritonStep(launch.TritonKernels, StepKernels):
         self.beta = v.beta
         launch.launch(
             norms.prepare_step_kernel, (1 + of_samples + of_classes,),
-            z, w, target, weight, on_device, v.z_rnorm, v.pos, v.share, v.pos_grad, v.instance_grad, v.z_broken, v.w_rnorm, v.w_broken,
-            v.mark, None if in_order else v.of_class, v.divisor, v.beta,
+            z, w, target, weight, on_device, v.z_rnorm, v.pos, v.share, v.pos_grad, v.instance_grad, v.z_broken,
+            v.w_rnorm, v.w_broken, v.mark, None if in_order else v.of_class, v.divisor, v.beta,
             m, k, self.d, self._units(z), self._units(w), self.spec.ignore_index, bits, of_samples,
             options=_prepare_options(blocks["BD"], nothing_is_zero, self.unit, self.eps),
         )  # fmt: skip
