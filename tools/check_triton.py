@@ -119,6 +119,10 @@ def scenarios() -> Iterator[Scenario]:
     for precision in ("high", "highest"):
         yield Scenario(FP32, 512, "class", "none", precision=precision, present_only=True, step=True)
     for d in (64, 128, 256):
+        yield Scenario(BF16, d, "class", "target", present_only=True, busy=True, step=True)
+        yield Scenario(BF16, d, "both", "none", busy=True, step=True)
+    yield Scenario(FP16, 128, "both", "target", busy=True, step=True)
+    for d in (64, 128, 256):
         yield Scenario(BF16, d, "instance", "same_label", m=2048, k=2048, itself=True, step=True)
         yield Scenario(FP16, d, "instance", "self", m=256, k=256, itself=True, step=True)
         yield Scenario(BF16, d, "instance", "self", m=256, k=256, busy=True, itself=True, step=True)
