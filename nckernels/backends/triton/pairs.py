@@ -155,7 +155,7 @@ def pairs_lse_kernel(
 
 @triton.jit(do_not_specialize=["parts"])
 def pairs_reduce_kernel(
-    Partial, Rnorm, Bias, Weight, Shift, Factor, Pos, Totals, n, width, parts,
+    Partial, Rnorm, Bias, Weight, Shift, Factor, Pos, Totals, width, parts,
     NORM_LIMIT: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Combine the parts of every row, in order, to its numbers in T.

@@ -165,7 +165,7 @@ class PairKernels(launch.TritonKernels):
         launch.launch(
             pairs.pairs_reduce_kernel, (rows.totals.shape[1],),
             partial, rows.rnorm, rows.bias, weight, rows.shift, rows.factor, rows.pos, rows.totals,
-            len(self.inputs.features), rows.width, partial.shape[1],
+            rows.width, partial.shape[1],
             options=_reduce_options(self.norm_limit),
         )  # fmt: skip
 
