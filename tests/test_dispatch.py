@@ -219,8 +219,27 @@ def _store(X, n, B):  # type: ignore[no-untyped-def]
     tl.store(X + at, 0.0, mask=at < n)  # noqa: F821
 
 
+def sizes_of_kernels() -> None:
+    """Another batch size compiles nothing: kernels are specialised only on lengths, usually multiples of 16, that
+    decide whether a thread accesses several numbers at once."""
+    import triton
+
+    from nckernels.backends.triton import epilogue, finish, grad, lse, norms, pairs, panel, reduce
+
+    specialised = {
+        name: numbers
+        for module in (epilogue, finish, grad, lse, norms, pairs, panel, reduce)
+        for name, kernel in vars(module).items()
+        if name.endswith("_kernel") and isinstance(kernel, triton.JITFunction)
+        if (numbers := [p.name for p in kernel.params if p.name.islower() and not p.do_not_specialize])
+    }
+    assert specialised == {
+        "pairs_lse_kernel": ["width"], "pairs_reduce_kernel": ["width"], "scale_kernel": ["n_x", "n_y", "n_z"]
+    }, specialised  # fmt: skip
+
+
 SCENARIOS = (
-    same_arguments, another_kernel, specialised_numbers, watched, unknown_versions, unknown_launcher,
+    same_arguments, another_kernel, specialised_numbers, watched, unknown_versions, unknown_launcher, sizes_of_kernels,
 )  # fmt: skip
 
 

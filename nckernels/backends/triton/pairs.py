@@ -155,7 +155,7 @@ def pairs_lse_kernel(
 
 @triton.jit(do_not_specialize=["parts"])
 def pairs_reduce_kernel(
-    Partial, Rnorm, Bias, Weight, Shift, Factor, Pos, Totals, n, width, parts,
+    Partial, Rnorm, Bias, Weight, Shift, Factor, Pos, Totals, width, parts,
     NORM_LIMIT: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Combine the parts of every row, in order, to its numbers in T.
@@ -235,11 +235,13 @@ def sum_of_entries(
     for q_block in range(part, tl.cdiv(n, BQ), split):
         q_first = q_block * BQ
         q_slot = q_first + tl.arange(0, BQ)
-        q = load_rows(X, q_slot, tl.load(Bias + q_slot) == 0, stride, d, BD, EVEN_D)
+        q_bias = tl.load(Bias + q_slot)
+        q = load_rows(X, q_slot, q_bias == 0, stride, d, BD, EVEN_D)
         s = dot(p, tl.trans(q), tl.zeros((BP, BQ), tl.float32), PRECISION)
         q_rnorm = tl.load(Rnorm + q_slot)
         r = summand_rnorm(q_rnorm, NORM_LIMIT)[None, :]
-        t = s * p_scale[:, None] * q_rnorm[None, :]
+        # Without the bias the term of a left-out row would be 0 times exp2(-Shift[i]), which can be infinite.
+        t = tl.fma(s * p_scale[:, None], q_rnorm[None, :], q_bias[None, :])
         if ONCE:
             a = tl.exp2(t) * tl.fma(p_factor[:, None], r, tl.load(Factor + q_slot)[None, :])
         else:

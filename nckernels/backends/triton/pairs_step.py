@@ -81,7 +81,8 @@ def step(kernels: PairKernels, reduced: Reduced, needs: Needs) -> Step:
     blocks = kernels.grad_pairs_blocks()
     split = blocks.split(n, n, spec.workspace, 4 * n * d)
     part = torch.empty(split, n, d, dtype=torch.float32, device=device) if split > 1 else None
-    loss, divisor = torch.empty(2, dtype=torch.float32, device=device)
+    # Not views of one tensor: a loss that is a view could not be changed in place.
+    loss, divisor = (torch.empty((), dtype=torch.float32, device=device) for _ in range(2))
     kernels.grad_of_pairs(rows, result, part, divisor, loss, reduced.mean, split, blocks)
     if part is not None:
         kernels.finish(result, part, 0, n, split, divisor, norm_inside=False)
@@ -164,7 +165,7 @@ class PairKernels(launch.TritonKernels):
         launch.launch(
             pairs.pairs_reduce_kernel, (rows.totals.shape[1],),
             partial, rows.rnorm, rows.bias, weight, rows.shift, rows.factor, rows.pos, rows.totals,
-            len(self.inputs.features), rows.width, partial.shape[1],
+            rows.width, partial.shape[1],
             options=_reduce_options(self.norm_limit),
         )  # fmt: skip
 

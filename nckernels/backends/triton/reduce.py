@@ -94,7 +94,7 @@ def scale_block(X, Out, factor, block, n, B: tl.constexpr):
         tl.store(Out + index, (x * factor).to(Out.dtype.element_ty), mask=index < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x_blocks", "y_blocks"])
 def scale_kernel(Factor, X, Y, Z, X_out, Y_out, Z_out, n_x, n_y, n_z, x_blocks, y_blocks, B: tl.constexpr):
     """``X_out = X * Factor``, and the same for ``Y`` and ``Z``, which may be missing; without an output in place."""
     factor = tl.load(Factor).to(tl.float32)
