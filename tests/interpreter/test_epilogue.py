@@ -170,7 +170,9 @@ def test_nan_propagates_and_zero_vectors_stay_finite(product: Counted) -> None:
     assert all(t.isfinite().all() for t in run("nonl", x, w, y, BF16))
     x[3] = torch.nan
     assert run("nonl", x, w, y, BF16)[0].isnan()
-    assert len(product.panels) == 2
+    x[3], w[4], y[y == 4] = 0, torch.inf, 0  # no sample's positive: only the sums see it
+    assert run("normface", x, w, y, BF16)[0].isnan()
+    assert len(product.panels) == 3
 
 
 def test_which_problems_use_the_library_product(product: Counted) -> None:

@@ -25,8 +25,8 @@ class Operand:
     x: Tensor
     """(n, d) bfloat16. Left-out rows may hold anything, NaN too."""
     scale: Tensor
-    """(n,) float32, positive (or NaN for a row with NaN). Anchors: the inverse norm times beta log2 e, 0 if left
-    out. Others: the inverse norm, -1 if left out, padded with -1 to a multiple of ``Product.columns``."""
+    """(n,) float32, positive (NaN for a row with NaN or infinities). Anchors: the inverse norm times beta log2 e, 0 if
+    left out. Others: the inverse norm, -1 if left out, padded with -1 to a multiple of ``Product.columns``."""
     tag: Tensor | None
     """Of the length of ``scale``: entries whose two tags are equal are excluded. None on both sides for no mask."""
 

@@ -19,7 +19,9 @@ def scale_and_tag(
     """``Scale`` and ``Tag`` of some slots; ``Slot[row]``, if given, becomes the slot of a row."""
     row, valid, tag, rnorm = summed_rows(Rnorm, Label, first, n, skip, EXCLUDE, SAMPLES, GATHER, B)
     slot = first + tl.arange(0, B)
-    tl.store(Scale + slot, tl.where(valid, rnorm * factor, left_out), mask=slot < padded)
+    # A row with infinities has an inverse norm of 0, which the product would take for a row that is left out.
+    scale = tl.where(rnorm == 0.0, float("nan"), rnorm * factor)
+    tl.store(Scale + slot, tl.where(valid, scale, left_out), mask=slot < padded)
     if Tag is not None:
         tl.store(Tag + slot, tag.to(tl.float32), mask=slot < padded)
     if Slot is not None:
