@@ -66,7 +66,7 @@ def _finish_options(
     )  # fmt: skip
 
 
-_LOSS = {by_class: Options(BY_CLASS=by_class, B=2048, warps=8) for by_class in (False, True)}
+_LOSS = {by_class: Options(BY_CLASS=by_class, B=8192, warps=32) for by_class in (False, True)}
 _NO_LOSS = (None,) * 5
 
 
