@@ -281,7 +281,7 @@ def pairs_lse_tile(shape: Shape) -> Tile:
             return Tile(128, 64, whole, 4, 2, parts=4)
         if shape.family == 80 and whole <= 64:
             return Tile(64, 64, whole, 4, 2)
-    return lse_tile(shape)
+    return lse_tile(replace(shape, heavy=False, square=True))
 
 
 @tuned
