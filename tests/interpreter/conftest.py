@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 
@@ -34,3 +36,19 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(config, "panel_tile", lambda: config.PanelTile(16, 16, 4, 4))
     with nckernels.use_backend("triton"):
         yield
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each kernel was launched."""
+    from nckernels.backends.triton import launch
+
+    counts: Counter[str] = Counter()
+    original = launch.launch
+
+    def counted(kernel: Any, *args: Any, **options: Any) -> None:
+        counts[kernel.__name__] += 1
+        original(kernel, *args, **options)
+
+    monkeypatch.setattr(launch, "launch", counted)
+    return counts

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import nckernels
-from nckernels.backends.triton import config, launch
+from nckernels.backends.triton import config
 
 LABELS = torch.tensor([0, 3, -7, 10**9, 2**40, 2**40 + 2**33, -(2**40)])
 """Any integers. Some differ in their upper 32 bits only: 0 and 2**40, for example."""
@@ -22,20 +22,6 @@ LABELS = torch.tensor([0, 3, -7, 10**9, 2**40, 2**40 + 2**33, -(2**40)])
 def float32_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles for float32, which the interpreter's rules leave to two passes."""
     monkeypatch.setattr(config, "pairs_grad_tile", lambda shape: config.Tile(16, 16, shape.whole, 4, 1))
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each kernel was launched."""
-    counts: Counter[str] = Counter()
-    original = launch.launch
-
-    def counted(kernel: Any, *args: Any, **options: Any) -> None:
-        counts[kernel.__name__] += 1
-        original(kernel, *args, **options)
-
-    monkeypatch.setattr(launch, "launch", counted)
-    return counts
 
 
 def problem(n: int, d: int, seed: int, spread: float = 1.0) -> tuple[Tensor, Tensor]:

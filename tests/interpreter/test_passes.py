@@ -12,7 +12,7 @@ from torch import Tensor
 
 import nckernels
 from nckernels.backends import tiled
-from nckernels.backends.triton import config, launch
+from nckernels.backends.triton import config
 
 SHORT, LONG = 24, 264
 LOSSES = ("nonl", "ntce", "normface", "clip")
@@ -30,20 +30,6 @@ def no_panels(monkeypatch: pytest.MonkeyPatch) -> None:
         return config.Tile(16, 16, shape.whole, 4, 1) if shape.d <= SHORT else chosen(shape)
 
     monkeypatch.setattr(config, "grad_tile", with_float32)
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each kernel was launched."""
-    counts: Counter[str] = Counter()
-    original = launch.launch
-
-    def counted(kernel: Any, *args: Any, **options: Any) -> None:
-        counts[kernel.__name__] += 1
-        original(kernel, *args, **options)
-
-    monkeypatch.setattr(launch, "launch", counted)
-    return counts
 
 
 def run(
