@@ -135,10 +135,12 @@ struct Tiles {
     return round_up(d, NR) * static_cast<int64_t>(sizeof(Operand) + sizeof(T)) * 9 / 8;
   }
 
-  // Columns of a block that fit the workspace there: V in one layout at a time, and its gradient.
+  // Columns of a block that fit the workspace there: V in one layout at a time, and its gradient. A part of
+  // the workspace is for the threads' own scratch, the same part for any number of threads, as results depend
+  // on it.
   int64_t columns_in_place() const {
-    const int64_t of_rows = (p.m + G::GROUP) * bytes_beside_row(p.d);
-    return (p.workspace - kept_bytes() - of_rows) /
+    const int64_t of_rows = (p.m + G::GROUP) * bytes_beside_row(p.d), of_threads = p.workspace / 32;
+    return (p.workspace - of_threads - kept_bytes() - of_rows) /
            (d_pad * static_cast<int64_t>(sizeof(Operand) + sizeof(T)));
   }
 
