@@ -19,7 +19,7 @@ the kernels read.
 from .backward import backward
 from .forward import forward
 from .kernels import Kernels, StepKernels
-from .passes import fit, passes
+from .passes import passes
 from .step import fits, step
 
-__all__ = ["Kernels", "StepKernels", "backward", "fit", "fits", "forward", "passes", "step"]
+__all__ = ["Kernels", "StepKernels", "backward", "fits", "forward", "passes", "step"]

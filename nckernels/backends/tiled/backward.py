@@ -45,21 +45,7 @@ def backward(kernels: Kernels, saved: Forward, grads: OutputGrads, needs: Needs)
     for_classes = Result(
         classes, matrix(needs.prototypes, classes), sums(needs.inv_temperature and not by_samples, classes)
     )
-    scales: tuple[Tensor | None, ...] = (None, None, None)
-    if z.dtype == torch.float16:
-        three = torch.empty(3, dtype=torch.float32, device=device)
-        kernels.half_scale(samples, classes, three)
-        scales = three[0:], three[1:], three[2:]
-
-    blocks = kernels.short_blocks(samples, classes)
-    if blocks is not None:
-        short_rows(kernels, for_samples, classes, scales[0], blocks)
-        short_rows(kernels, for_classes, samples, scales[1], blocks)
-    elif samples.slots >= classes.slots:
-        long_rows(kernels, for_samples, for_classes, scales[2])
-    else:
-        long_rows(kernels, for_classes, for_samples, scales[2])
-
+    both_sides(kernels, for_samples, for_classes)
     dot = for_samples.dot if for_samples.dot is not None else for_classes.dot
     return Gradients(
         for_samples.out,
@@ -79,10 +65,28 @@ def _no_gradients(kernels: Kernels, needs: Needs) -> Gradients:
     return Gradients(*zeros)
 
 
-def short_rows(
-    kernels: Kernels, result: Result, q: Side, scale: Tensor | None, blocks: Blocks, divisor: Tensor | None = None
+def both_sides(kernels: Kernels, for_samples: Result, for_classes: Result, divisor: Tensor | None = None) -> None:
+    """The gradients of both sides, whose log-sum-exps are known, divided by the ``divisor`` of a step."""
+    samples, classes = for_samples.side, for_classes.side
+    scales: tuple[Tensor | None, ...] = (None, None, None)
+    if samples.x.dtype == torch.float16:
+        three = torch.empty(3, dtype=torch.float32, device=samples.x.device)
+        kernels.half_scale(samples, classes, three)
+        scales = three[0:], three[1:], three[2:]
+    blocks = kernels.short_blocks(samples, classes)
+    if blocks is not None:
+        _short_rows(kernels, for_samples, classes, scales[0], blocks, divisor)
+        _short_rows(kernels, for_classes, samples, scales[1], blocks, divisor)
+    elif samples.slots >= classes.slots:
+        _long_rows(kernels, for_samples, for_classes, scales[2], divisor)
+    else:
+        _long_rows(kernels, for_classes, for_samples, scales[2], divisor)
+
+
+def _short_rows(
+    kernels: Kernels, result: Result, q: Side, scale: Tensor | None, blocks: Blocks, divisor: Tensor | None
 ) -> None:
-    """One side's gradient, accumulated on the chip and divided by the ``divisor`` of a step."""
+    """One side's gradient, accumulated on the chip."""
     if not result.wanted:
         return
     p, d = result.side, result.side.x.shape[1]
@@ -102,9 +106,8 @@ def _product(scale: Tensor | None, divisor: Tensor | None) -> Tensor | None:
     return scale[0] * divisor[0]
 
 
-def long_rows(kernels: Kernels, p: Result, q: Result, scale: Tensor | None, divisor: Tensor | None = None) -> None:
-    """Both gradients by panels of entries and the library's matrix products; p is the longer side. They are divided by
-    the ``divisor`` of a step.
+def _long_rows(kernels: Kernels, p: Result, q: Result, scale: Tensor | None, divisor: Tensor | None) -> None:
+    """Both gradients by panels of entries and the library's matrix products; p is the longer side.
 
     The gradient of p's rows in a panel is complete before the next panel of p. The gradient of q is accumulated over
     all panels, in float32 for all of its rows: this is why q is the shorter side. Float32 gradients are their own

@@ -13,19 +13,11 @@ after them:
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
-from ..base import Needs, Reduced, Spec, Step
-from .backward import long_rows, short_rows
+from ..base import Needs, Reduced, Step
+from .backward import both_sides
 from .forward import log_sum_exp
 from .kernels import StepKernels
 from .step import prepared, results
-
-
-def fit(features: Tensor, spec: Spec) -> bool:
-    """Whether two passes in one call take the problem."""
-    return features.shape[0] > 0 and not spec.square
 
 
 def passes(kernels: StepKernels, reduced: Reduced, needs: Needs) -> Step:
@@ -33,20 +25,8 @@ def passes(kernels: StepKernels, reduced: Reduced, needs: Needs) -> Step:
     vectors, samples, classes = prepared(kernels, reduced, needs, looks=False)
     p, q = (classes, samples) if kernels.spec.by_class else (samples, classes)
     log_sum_exp(kernels, p, q, vectors.lse, vectors.instance_lse)
-    scales: tuple[Tensor | None, ...] = None, None, None
-    if samples.x.dtype == torch.float16:
-        three = torch.empty(3, dtype=torch.float32, device=samples.x.device)
-        kernels.half_scale(samples, classes, three)
-        scales = three[0:], three[1:], three[2:]
     for_samples, for_classes = results(samples, classes, needs, vectors)
-    blocks, divisor = kernels.short_blocks(samples, classes), vectors.divisor
-    if blocks is not None:
-        short_rows(kernels, for_samples, classes, scales[0], blocks, divisor)
-        short_rows(kernels, for_classes, samples, scales[1], blocks, divisor)
-    elif samples.slots >= classes.slots:
-        long_rows(kernels, for_samples, for_classes, scales[2], divisor)
-    else:
-        long_rows(kernels, for_classes, for_samples, scales[2], divisor)
+    both_sides(kernels, for_samples, for_classes, vectors.divisor)
     kernels.write_loss(vectors)
     dot = vectors.dot
     return Step(vectors.loss, for_samples.out, for_classes.out, None if dot is None else dot.sum())

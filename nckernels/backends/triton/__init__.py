@@ -1,9 +1,10 @@
 """The Triton backend: tiles of the similarity matrix on a GPU, which are reduced and dropped.
 
 Reading order: ``tiles`` (the vocabulary), ``lse`` (the forward pass), ``grad`` and ``finish`` (the
-backward pass), ``norms``; ``panel``, ``epilogue`` and ``reduce`` (both passes in one step); then ``config`` (tile
-sizes), ``launch`` and ``step`` (arguments), ``dispatch`` (fast launches). The order of launches is in ``tiled``, which
-the CUDA backend shares.
+backward pass), ``norms``; ``panel``, ``epilogue`` and ``reduce`` (both passes in one step); ``pairs`` (SupCon, the
+shortest complete loss) and ``pairs_step`` (its launches); then ``config`` (tile sizes), ``launch`` and ``step``
+(arguments), ``dispatch`` (fast launches). The order of the other launches is in ``tiled``, which the CUDA backend
+shares.
 
 Importing this package does not import Triton, which may be missing.
 """
@@ -86,7 +87,9 @@ class TritonBackend(Backend):
     def can_step(self, features: Tensor, prototypes: Tensor, spec: Spec) -> bool:
         from . import pairs_step
 
-        return pairs_step.fits(features, spec) if spec.symmetric else tiled.fit(features, spec)
+        if spec.symmetric:
+            return pairs_step.fits(features, spec)
+        return features.shape[0] > 0 and not spec.square  # by panels, or by both passes in one call
 
     def step(self, inputs: Inputs, reduced: Reduced, spec: Spec, needs: Needs) -> Step:
         from . import pairs_step

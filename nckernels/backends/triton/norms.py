@@ -76,6 +76,16 @@ def row_rnorm_kernel(
     tl.store(Rnorm + row, rnorm, mask=inside)
 
 
+@triton.jit
+def positives_of(target, k, skip):
+    """Whether samples are not ignored, and the rows of their positive prototypes; asserts that these exist."""
+    in_range = (target >= 0) & (target < k)
+    tl.device_assert(in_range | (target == skip), "target is out of range [0, number of prototypes)")
+    # A failing assertion does not stop the program immediately: the mask keeps the loads in bounds.
+    valid = (target != skip) & in_range
+    return valid, tl.where(valid, target, 0).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["m", "k", "d", "z_stride", "w_stride", "skip"])
 def prepare_samples_kernel(
     Z, W, Target, Beta,
@@ -103,15 +113,11 @@ def prepare_samples_kernel(
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     inside = row < m
     target = tl.load(Target + row, mask=inside, other=skip)
-    valid = target != skip
     if SAME_LABEL:
+        valid = target != skip
         partner = row
     else:
-        in_range = (target >= 0) & (target < k)
-        tl.device_assert(in_range | (target == skip), "target is out of range [0, number of prototypes)")
-        # A failing assertion does not stop the program immediately: the mask keeps the loads in bounds.
-        valid = valid & in_range
-        partner = tl.where(valid, target, 0).to(tl.int32)
+        valid, partner = positives_of(target, k, skip)
 
     z_square, w_square, product = with_partners(
         Z, W, row, inside, partner, valid, d, z_stride, w_stride, BR, BD
@@ -171,11 +177,7 @@ def prepare_step_kernel(
         row = (program - 1) * BR + tl.arange(0, BR)
         inside = row < m
         target = tl.load(Target + row, mask=inside, other=skip)
-        in_range = (target >= 0) & (target < k)
-        tl.device_assert(in_range | (target == skip), "target is out of range [0, number of prototypes)")
-        # A failing assertion does not stop the program immediately: the mask keeps the loads in bounds.
-        valid = (target != skip) & in_range
-        partner = tl.where(valid, target, 0).to(tl.int32)
+        valid, partner = positives_of(target, k, skip)
         z_square, w_square, product = with_partners(
             Z, W, row, inside, partner, valid, d, z_stride, w_stride, BR, BD
         )  # fmt: skip

@@ -28,7 +28,7 @@ import triton.language as tl
 
 from .finish import project, summand_rnorm
 from .lse import shift_of
-from .norms import inverse_norm, known_number
+from .norms import inverse_norm, known_number, square_sums
 from .reduce import sum_of
 from .tiles import INF, LN2, LOG2E, column_parts, dot, dot_rows, load_rows
 
@@ -54,13 +54,8 @@ def pairs_prepare_kernel(
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     label = tl.load(Label + row, mask=row < n, other=skip)
     valid = label != skip
-    col = tl.arange(0, BD)
-    ptr = X + row.to(tl.int64)[:, None] * stride + col[None, :]
-    total = tl.zeros((BR, BD), tl.float32)
-    for k in range(0, d, BD):
-        x = tl.load(ptr + k, mask=valid[:, None] & (col < d - k)[None, :], other=0.0).to(tl.float32)
-        total = tl.fma(x, x, total)
-    tl.store(Rnorm + row, tl.where(valid, inverse_norm(tl.sum(total, 1), EPS), 0.0))
+    square_sum = square_sums(X, row, valid, d, stride, BR, BD)
+    tl.store(Rnorm + row, tl.where(valid, inverse_norm(square_sum, EPS), 0.0))
     tl.store(Bias + row, tl.where(valid, 0.0, -INF))
     tl.store(Tag + row, label)
 
@@ -74,6 +69,7 @@ def relation(p_tag, q_tag, p_first, q_first):
 
 
 LANES = tl.constexpr(8)
+"""Statistics of a row are kept for column j of a tile in j mod 8, so that no sum in the loop crosses threads."""
 
 
 @triton.jit

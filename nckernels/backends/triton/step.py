@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -72,8 +71,7 @@ _NO_LOSS = (None,) * 5
 
 def fits_on_chip(features: Tensor, prototypes: Tensor) -> bool:
     """Whether rows are short enough for the two passes that accumulate gradients on the chip."""
-    unit = math.gcd(8, features.shape[1], features.stride(0), prototypes.stride(0))
-    aligned = unit * features.element_size() >= 16 and (features.data_ptr() | prototypes.data_ptr()) % 16 == 0
+    aligned = config.aligned(features) and config.aligned(prototypes)
     return _on_chip(config.arch_of(features.device), config.kind_of(features), features.shape[1], aligned)
 
 
