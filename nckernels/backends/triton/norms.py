@@ -39,9 +39,10 @@ def square_sums(X, row, inside, d, stride, BR: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def with_partners(
-    Z, W, row, inside, partner, valid, d, z_stride, w_stride, BR: tl.constexpr, BD: tl.constexpr
+    Z, W, row, inside, partner, valid, d, z_stride, w_stride, EPS: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr
 ):  # fmt: skip
-    """The square sums of some samples and of their partners, and their products, in one pass over both."""
+    """The square sums of some samples, their inverse norms and those of their partners, and the cosines of the two, in
+    one pass over both."""
     col = tl.arange(0, BD)
     z_ptr = Z + row.to(tl.int64)[:, None] * z_stride + col[None, :]
     w_ptr = W + partner.to(tl.int64)[:, None] * w_stride + col[None, :]
@@ -55,7 +56,11 @@ def with_partners(
         zz = tl.fma(z, z, zz)
         ww = tl.fma(w, w, ww)
         zw = tl.fma(z, w, zw)
-    return tl.sum(zz, 1), tl.sum(ww, 1), tl.sum(zw, 1)
+    z_square = tl.sum(zz, 1)
+    r_z = inverse_norm(z_square, EPS)
+    r_w = inverse_norm(tl.sum(ww, 1), EPS)
+    # The product is multiplied by one norm at a time: r_z * r_w can leave float32's range for tiny rows.
+    return z_square, r_z, r_w, tl.sum(zw, 1) * r_z * r_w
 
 
 @triton.jit(do_not_specialize=["n", "d", "stride", "skip"])
@@ -119,15 +124,11 @@ def prepare_samples_kernel(
     else:
         valid, partner = positives_of(target, k, skip)
 
-    z_square, w_square, product = with_partners(
-        Z, W, row, inside, partner, valid, d, z_stride, w_stride, BR, BD
+    z_square, r_z, r_w, cosine = with_partners(
+        Z, W, row, inside, partner, valid, d, z_stride, w_stride, EPS, BR, BD
     )  # fmt: skip
-    r_z = inverse_norm(z_square, EPS)
-    r_w = inverse_norm(w_square, EPS)
-    # The product is multiplied by one norm at a time: r_z * r_w can leave float32's range for tiny rows.
-    pos = beta * (product * r_z * r_w)
     tl.store(Z_rnorm + row, tl.where(valid, r_z, left_out(z_square)), mask=inside)
-    tl.store(Pos + row, tl.where(valid, pos, 0.0), mask=inside)
+    tl.store(Pos + row, tl.where(valid, beta * cosine, 0.0), mask=inside)
     if Mark is not None:
         tl.store(Mark + partner, partner, mask=valid)
     if W_rnorm is not None:
@@ -178,18 +179,14 @@ def prepare_step_kernel(
         inside = row < m
         target = tl.load(Target + row, mask=inside, other=skip)
         valid, partner = positives_of(target, k, skip)
-        z_square, w_square, product = with_partners(
-            Z, W, row, inside, partner, valid, d, z_stride, w_stride, BR, BD
+        z_square, r_z, r_w, cosine = with_partners(
+            Z, W, row, inside, partner, valid, d, z_stride, w_stride, EPS, BR, BD
         )  # fmt: skip
-        r_z = inverse_norm(z_square, EPS)
-        r_w = inverse_norm(w_square, EPS)
-        # The product is multiplied by one norm at a time: r_z * r_w can leave float32's range for tiny rows.
-        pos = beta * (product * r_z * r_w)
         share = tl.where(valid, 1.0, 0.0)
         if Weight is not None:
             share = tl.load(Weight + row, mask=valid, other=0.0)
         tl.store(Z_rnorm + row, tl.where(valid, r_z, left_out(z_square)), mask=inside)
-        tl.store(Pos + row, tl.where(valid, pos, 0.0), mask=inside)
+        tl.store(Pos + row, tl.where(valid, beta * cosine, 0.0), mask=inside)
         tl.store(Share + row, share, mask=inside)
         tl.store(Pos_grad + row, -share, mask=inside)
         if Z_broken is not None:
