@@ -15,7 +15,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -104,8 +103,8 @@ def write(folder: Path, family: int, tables: Tables, source: str) -> Path:
     for kernel, entries in tables.items():
         rows = []
         for key, tile in entries.items():
-            names = names or ([f.name for f in fields(tile)] if tile is not None else [])
-            rows.append(f"   {json.dumps(key)}: {json.dumps(None if tile is None else list(astuple(tile)))}")
+            names = names or (list(tile._fields) if tile is not None else [])
+            rows.append(f"   {json.dumps(key)}: {json.dumps(None if tile is None else list(tile))}")
         blocks.append(f"  {json.dumps(kernel)}: {{\n" + ",\n".join(rows) + "\n  }")
     head = f' "source": {json.dumps(source)},\n "fields": {json.dumps(names)},\n "tiles": {{\n'
     path = folder / f"sm_{family}.json"
@@ -203,13 +202,13 @@ def neighbours(tile: Any) -> Iterator[Any]:
     """Tiles that differ in one number, or in both sides, likeliest gains first."""
     for stages in (tile.stages - 1, tile.stages + 1):
         if 1 <= stages <= 5:
-            yield replace(tile, stages=stages)
+            yield tile._replace(stages=stages)
     for resident in {1, 2, 3} - {tile.resident}:
-        yield replace(tile, resident=resident)
+        yield tile._replace(resident=resident)
     for parts in (tile.parts // 2, tile.parts * 2):
         if 1 <= parts <= 8 and tile.q // max(1, parts) >= 16:
-            yield replace(tile, parts=parts)
-    yield replace(tile, warps=12 - tile.warps)  # 4 or 8
+            yield tile._replace(parts=parts)
+    yield tile._replace(warps=12 - tile.warps)  # 4 or 8
     for p, q in ((64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (256, 128)):
         if (p, q) != (tile.p, tile.q) and q // tile.parts >= 16:
-            yield replace(tile, p=p, q=q)
+            yield tile._replace(p=p, q=q)

@@ -379,7 +379,7 @@ def test_tile_tables_are_complete_and_name_their_source(family: int, tmp_path: P
     config = pytest.importorskip("nckernels.backends.triton.config", exc_type=ImportError)
     rules = tune.defaults(config, family)
     data = json.loads((config.TABLES / f"sm_{family}.json").read_text())
-    assert data["fields"] == list(config.Tile.__dataclass_fields__)
+    assert data["fields"] == list(config.Tile._fields)
     for kernel in tune.KERNELS:
         table = config.table(family, kernel)
         assert table.keys() == rules[kernel].keys()
@@ -414,8 +414,8 @@ def test_a_tile_table_overrides_the_rule(monkeypatch: pytest.MonkeyPatch) -> Non
     rule, other = config.lse_tile(shape), config.Tile(32, 32, 32, 4, 1)
     monkeypatch.setattr(config, "table", lambda family, kernel: {"half 128": other} if family == 90 else {})
     assert config.lse_tile(shape) == other != rule
-    assert config.lse_tile(replace(shape, aligned=False)) != other
-    assert config.lse_tile(replace(shape, d=256)) != other
+    assert config.lse_tile(shape._replace(aligned=False)) != other
+    assert config.lse_tile(shape._replace(d=256)) != other
 
 
 def test_tile_search_finds_improvements_and_skips_failures() -> None:

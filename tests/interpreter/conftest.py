@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             tile = choose(*args)
             if tile is None:
                 return None
-            return dataclasses.replace(tile, p=16, q=16, d=tile.d if whole_rows else min(tile.d, 16))
+            return tile._replace(p=16, q=16, d=tile.d if whole_rows else min(tile.d, 16))
 
         return chosen
 

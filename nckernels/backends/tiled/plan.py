@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 FULL_WAVE = 16
 """With long rows, at least this many thread blocks share a block of anchors. The thread blocks that run at the same
@@ -28,8 +27,7 @@ OPERATIONS_PER_BYTE = 266
 8192 x 8192 at 798 TFLOP/s and copies at 3.0 TB/s."""
 
 
-@dataclass(frozen=True)
-class Blocks:
+class Blocks(NamedTuple):
     """How a kernel covers its operands."""
 
     p: int
@@ -85,8 +83,7 @@ def panel_shape(n_p: int, n_q: int, p_row_bytes: int, q_row_bytes: int, itemsize
     return best
 
 
-@dataclass(frozen=True)
-class StepPanels:
+class StepPanels(NamedTuple):
     """The panels of loss and gradient in one step."""
 
     rows: int

@@ -92,9 +92,7 @@ class TritonBackend(Backend):
         return features.shape[0] > 0 and not spec.square  # by panels, or by both passes in one call
 
     def step(self, inputs: Inputs, reduced: Reduced, spec: Spec, needs: Needs) -> Step:
-        from . import pairs_step
-        from .launch import on_device
-        from .step import TritonStep, fits_on_chip
+        from . import launch, pairs_step, step
 
         z, beta, dtype = inputs.features, inputs.inv_temperature, accumulation_dtype(inputs.features.dtype)
         host_beta = None
@@ -104,11 +102,11 @@ class TritonBackend(Backend):
             host_beta = number(beta, z.dtype)
         if reduced.weight is not None:
             reduced = reduced._replace(weight=reduced.weight.to(dtype).contiguous())
-        with on_device(z):
+        with launch.on_device(z):
             if not spec.symmetric:
-                by_panels = not fits_on_chip(z, inputs.prototypes) and tiled.fits(z, inputs.prototypes, spec)
-                order = tiled.step if by_panels else tiled.passes
-                return order(TritonStep(inputs, spec, host_beta), reduced, needs)
+                kernels = step.TritonStep(inputs, spec, host_beta)
+                by_panels = not kernels.fits_on_chip and tiled.fits(z, inputs.prototypes, spec)
+                return (tiled.step if by_panels else tiled.passes)(kernels, reduced, needs)
             return pairs_step.step(pairs_step.PairKernels(inputs, spec, host_beta), reduced, needs)
 
     def scaled(

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -31,8 +30,7 @@ Kind = Literal["half", "tf32", "ieee"]
 TABLES = Path(__file__).with_name("tuned")
 
 
-@dataclass(frozen=True)
-class Arch:
+class Arch(NamedTuple):
     """The resources of a device; ``generation`` is 80, 90, 100, ... or 0 for devices that are not NVIDIA's."""
 
     generation: int
@@ -41,8 +39,7 @@ class Arch:
     """Bytes of shared memory that one program may use."""
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     p: int
     """Anchors per program."""
     q: int
@@ -95,8 +92,7 @@ def padded(d: int) -> int:
     return max(16, 1 << (d - 1).bit_length())
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """The properties of a problem that determine its tile."""
 
     arch: Arch
@@ -281,7 +277,7 @@ def pairs_lse_tile(shape: Shape) -> Tile:
             return Tile(128, 64, whole, 4, 2, parts=4)
         if shape.family == 80 and whole <= 64:
             return Tile(64, 64, whole, 4, 2)
-    return lse_tile(replace(shape, heavy=False, square=True))
+    return lse_tile(shape._replace(heavy=False, square=True))
 
 
 @tuned
@@ -294,7 +290,7 @@ def pairs_grad_tile(shape: Shape) -> Tile | None:
     whole, longest = shape.whole, 64 if shape.family == 80 else 128
     if shape.aligned and shape.kind == "half" and shape.family > 0 and whole <= longest:
         return Tile(128, 64, whole, 8, 2)
-    return grad_tile(replace(shape, heavy=True))
+    return grad_tile(shape._replace(heavy=True))
 
 
 class PanelTile(NamedTuple):

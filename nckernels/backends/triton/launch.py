@@ -169,6 +169,7 @@ class TritonKernels(Kernels):
         """Row length in units."""
         self.precision = "upcast" if INTERPRETED else "ieee" if self.kind == "ieee" else "tf32"
         """Precision of float32 products; 16-bit dtypes ignore it."""
+        self.aligned = config.aligned(z) and (w is z or config.aligned(w))
         self._entries_tiles: dict[tuple[bool, int], Tile] = {}
         """Tiles by (two terms, entries): cached, because every panel has a launch."""
 
@@ -180,9 +181,8 @@ class TritonKernels(Kernels):
 
     def _shape(self, heavy: bool, entries: int) -> config.Shape:
         wide = self.spec.exclude == "same_label"  # masks compare 64-bit labels
-        aligned = config.aligned(self.inputs.features) and config.aligned(self.inputs.prototypes)
         d = self.d * self.unit
-        return config.Shape(self.arch, self.kind, d, aligned, heavy or wide, self.spec.square, entries)
+        return config.Shape(self.arch, self.kind, d, self.aligned, heavy or wide, self.spec.square, entries)
 
     def _blocks(self, tile: Tile, least: int = 1) -> Blocks:
         return Blocks(tile.p, tile.q, self.arch.multiprocessors * tile.resident, least, tile)

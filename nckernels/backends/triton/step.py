@@ -69,17 +69,6 @@ _LOSS = {by_class: Options(BY_CLASS=by_class, B=8192, warps=32) for by_class in 
 _NO_LOSS = (None,) * 5
 
 
-def fits_on_chip(features: Tensor, prototypes: Tensor) -> bool:
-    """Whether rows are short enough for the two passes that accumulate gradients on the chip."""
-    aligned = config.aligned(features) and config.aligned(prototypes)
-    return _on_chip(config.arch_of(features.device), config.kind_of(features), features.shape[1], aligned)
-
-
-@_made_once
-def _on_chip(arch: config.Arch, kind: config.Kind, d: int, aligned: bool) -> bool:
-    return config.grad_tile(config.Shape(arch, kind, d, aligned, heavy=False)) is not None
-
-
 class TritonStep(launch.TritonKernels, StepKernels):
     """The kernels of two passes and of one step.
 
@@ -89,6 +78,11 @@ class TritonStep(launch.TritonKernels, StepKernels):
     def __init__(self, inputs: Inputs, spec: Spec, host_beta: float | None = None) -> None:
         super().__init__(inputs, spec)
         self.host_beta = host_beta
+
+    @property
+    def fits_on_chip(self) -> bool:
+        """Whether rows are short enough for the two passes that accumulate gradients on the chip."""
+        return config.grad_tile(self._shape(False, 0)) is not None
 
     def prepare_step(self, weight: Tensor | None, vectors: Vectors, nothing_is_zero: bool) -> None:
         z, w, target, *_ = self.inputs
