@@ -262,9 +262,9 @@ class Counted(one_step.TritonStep):
         with self.tally.stage("prepare_samples", read=read, vectors=vectors):
             super().prepare_samples(z_rnorm, pos, w_rnorm, mark)
 
-    def compact(self, mark: Tensor, rank: Tensor, present: Tensor, k: int, slots: int) -> None:
-        with self.tally.stage("compact", vectors=_bytes(mark, rank, present)):
-            super().compact(mark, rank, present, k, slots)
+    def compact(self, rank: Tensor, present: Tensor, k: int, slots: int) -> None:
+        with self.tally.stage("compact", vectors=_bytes(rank, present)):
+            super().compact(rank, present, k, slots)
 
     def half_scale(self, samples: Side, classes: Side, scale: Tensor) -> None:
         read = (classes.grad, classes.lse, samples.grad, samples.lse, samples.pos, samples.rnorm, classes.rnorm)

@@ -71,10 +71,34 @@ struct PrepareArgs {
   bool itself;      // samples and prototypes are one matrix
 };
 
+// The same for loss and gradient in one step, and everything else that comes before its products. The outputs
+// are zeros at first; those that are null are not wanted.
+struct PrepareStepArgs {
+  const void *z, *w;
+  const int64_t* target;
+  const float* weight;  // (m,) or null: weights of the samples
+  const float* beta;    // null if the host knows it
+  float host_beta;
+  float* z_rnorm;         // (m,) left_out where ignored
+  float* pos;             // (m,) beta cos(z, its prototype)
+  float *share, *pos_grad;  // (m,) the weight, and its negative; 0 where ignored
+  float* half_share;      // (m,) half of the weight
+  float *z_broken, *w_broken;  // 1 if an ignored sample, or any prototype, holds NaN or infinities
+  float* w_rnorm;         // (k,) of all prototypes, with `mark` of those that occur
+  int64_t* mark;          // (k,) 1 for the classes that occur
+  float* of_class;        // (k,) sums of the weights by class, of `half_share` if that is wanted
+  float* divisor;         // (2,) of a mean's gradients, and of its sum
+  float* own_beta;        // (1,) the inverse temperature
+  int64_t z_stride, w_stride, skip;
+  int m, k, d;
+  float eps;
+  Kind kind;
+  bool nothing_is_zero;  // a mean over no samples is 0 and not NaN
+};
+
 // list = the marked classes in ascending order, then -1 up to `slots`; list[slots] = their number.
 struct CompactArgs {
-  const int64_t* mark;
-  const int64_t* rank;  // inclusive prefix sum of mark >= 0
+  const int64_t* rank;  // the number of marked classes up to each class
   int64_t* list;
   int k, slots;
 };
@@ -137,7 +161,7 @@ struct EntriesArgs {
 // Gradient of p's rows if they are short (16-bit types, d <= 256); with `part`, float32 partial sums instead.
 struct GradArgs {
   Side p, q;
-  const float *beta, *scale;
+  const float *beta, *scale, *divisor;  // divisor: null, or what divides the finished gradient
   void* out;   // (rows, d) or null
   float* dot;  // (slots,) or null: each slot's share of the gradient of beta
   float* part;
@@ -145,12 +169,13 @@ struct GradArgs {
   float eps, norm_limit;
   Kind kind;
   Exclude exclude;
+  bool wide;  // `out` is float32 for 16-bit rows: gradients of float16 before they are scaled
 };
 
 // Gradients of the slots [start, stop) from float32 partial sums: add, project, scale.
 struct FinishArgs {
   Side p;
-  const float *acc, *beta, *scale;  // acc[part, slot - start, d]
+  const float *acc, *beta, *scale, *divisor;  // acc[part, slot - start, d]
   void* out;                        // may be acc itself: float32, one part
   float* dot;
   int64_t part_stride;
@@ -158,6 +183,7 @@ struct FinishArgs {
   float eps, norm_limit;
   Kind kind;
   bool norm_inside;  // acc holds r_p a_p
+  bool wide;         // see GradArgs
 };
 
 // out[slot - start] = x[row of slot], with zeros for unused slots and left-out rows.
@@ -172,6 +198,7 @@ struct GatherArgs {
 // has multiplied by zeros.
 struct MendArgs {
   Side q;
+  const float* broken;  // 1 or 0: whether there is such a row; null: the inverse norms tell
   const void* h;
   float* out;
   int64_t h_row, h_column;  // strides of h
@@ -179,8 +206,47 @@ struct MendArgs {
   Kind kind;
 };
 
+// A panel of one step: the slots [start, stop) of p, with all of q. `products` are p . q without norms; those
+// of left-out rows may be NaN. Rows of products and of h start at multiples of 16 numbers. Only p has
+// log-sum-exps, and q has no list of slots in use.
+// `split`, at most 32, thread blocks share the sums of their anchors.
+struct PanelArgs {
+  Side p, q;
+  const float *beta, *scale, *products;
+  float* partial;  // (2, split, stop - start): largest logits in base 2, and sums relative to them
+  float* lse;      // (rows,) output of the entries: p's log-sum-exps
+  void* h;         // the entries, see EntriesArgs; may be `products`
+  int64_t products_stride, h_stride;
+  int start, stop, split;
+  float norm_limit;
+  Kind kind;
+  Exclude exclude;
+};
+
+// loss = sum of share (lse - pos) over the divisor; log-sum-exps of empty sets count as 0.
+struct LossArgs {
+  const int64_t* target;
+  const float *share, *pos;
+  const float* class_lse;     // (k,) or null
+  const float* instance_lse;  // (m,) or null; with both, the mean of the two
+  const float* divisor;       // null, or divisor[1] of a mean
+  float* loss;
+  int64_t skip;
+  int m, k;
+};
+
+// out = x factor, where out may be x.
+struct ScaleArgs {
+  const float* factor;
+  const void* x;
+  void* out;
+  int64_t size;
+  Kind from, to;
+};
+
 void row_rnorm(const NormArgs&, Stream);
 void prepare_samples(const PrepareArgs&, Stream);
+void prepare_step(const PrepareStepArgs&, Stream);
 void compact(const CompactArgs&, Stream);
 void half_scale(const HalfScaleArgs&, Stream);
 void log_sum_exp(const LseArgs&, Stream);
@@ -194,5 +260,9 @@ void short_grad(const GradArgs&, Stream);
 void finish(const FinishArgs&, Stream);
 void gather(const GatherArgs&, Stream);
 void mend(const MendArgs&, Stream);
+void panel_log_sum_exp(const PanelArgs&, Stream);
+void panel_entries(const PanelArgs&, Stream);
+void write_loss(const LossArgs&, Stream);
+void scale(const ScaleArgs&, Stream);
 
 }  // namespace nck

@@ -66,6 +66,11 @@ Kind kind_of(const Tensor& x, bool exact = false) {
   }
 }
 
+// Whether a result is float32 and the rows are not.
+bool wider(const MaybeTensor& out, const Tensor& rows) {
+  return out && out->scalar_type() != rows.scalar_type();
+}
+
 int rows_of(const Tensor& x) { return int(x.size(0)); }
 int width_of(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 2 && (x.stride(1) == 1 || x.size(1) == 1),
@@ -110,10 +115,27 @@ void op_prepare_samples(const Tensor& z, const Tensor& w, const Tensor& target, 
       device.stream());
 }
 
-void op_compact(const Tensor& mark, const Tensor& rank, const Tensor& list, int64_t k, int64_t slots) {
-  OnDevice device(mark);
-  compact({pointer<int64_t>(mark), pointer<int64_t>(rank), pointer<int64_t>(list), int(k), int(slots)},
-          device.stream());
+void op_prepare_step(const Tensor& z, const Tensor& w, const Tensor& target, const MaybeTensor& weight,
+                     const MaybeTensor& beta, double host_beta, const Tensor& z_rnorm, const Tensor& pos,
+                     const Tensor& share, const Tensor& pos_grad, const MaybeTensor& half_share,
+                     const Tensor& z_broken, const MaybeTensor& w_broken, const Tensor& w_rnorm,
+                     const MaybeTensor& mark, const MaybeTensor& of_class, const MaybeTensor& divisor,
+                     const Tensor& own_beta, int64_t skip, double eps, bool nothing_is_zero) {
+  OnDevice device(z);
+  width_of(w);
+  prepare_step({z.data_ptr(), w.data_ptr(), pointer<int64_t>(target), pointer<float>(weight),
+                pointer<float>(beta), float(host_beta), pointer<float>(z_rnorm), pointer<float>(pos),
+                pointer<float>(share), pointer<float>(pos_grad), pointer<float>(half_share),
+                pointer<float>(z_broken), pointer<float>(w_broken), pointer<float>(w_rnorm),
+                pointer<int64_t>(mark), pointer<float>(of_class), pointer<float>(divisor),
+                pointer<float>(own_beta), z.stride(0), w.stride(0), skip, rows_of(z), rows_of(w), width_of(z),
+                float(eps), kind_of(z), nothing_is_zero},
+               device.stream());
+}
+
+void op_compact(const Tensor& rank, const Tensor& list, int64_t k, int64_t slots) {
+  OnDevice device(rank);
+  compact({pointer<int64_t>(rank), pointer<int64_t>(list), int(k), int(slots)}, device.stream());
 }
 
 void op_half_scale(const MaybeTensor& class_grad, const MaybeTensor& class_lse,
@@ -179,23 +201,23 @@ void op_entries(NCK_SIDE(p), NCK_SIDE(q), const Tensor& beta, const MaybeTensor&
 }
 
 void op_short_grad(NCK_SIDE(p), NCK_SIDE(q), const Tensor& beta, const MaybeTensor& scale,
-                   const MaybeTensor& out, const MaybeTensor& dot, const MaybeTensor& part, int64_t split,
+                   const MaybeTensor& divisor, const MaybeTensor& out, const MaybeTensor& dot, const MaybeTensor& part, int64_t split,
                    int64_t exclude, double eps, double norm_limit) {
   OnDevice device(p);
   STD_TORCH_CHECK(width_of(p) <= 256 && kind_of(p) != Kind::kTf32, "nckernels_cuda: rows are too long");
   short_grad({NCK_MAKE_SIDE(p), NCK_MAKE_SIDE(q), pointer<float>(beta), pointer<float>(scale),
-              pointer<void>(out), pointer<float>(dot), pointer<float>(part), int(split), width_of(p),
-              float(eps), float(norm_limit), kind_of(p), Exclude(exclude)},
+              pointer<float>(divisor), pointer<void>(out), pointer<float>(dot), pointer<float>(part), int(split), width_of(p),
+              float(eps), float(norm_limit), kind_of(p), Exclude(exclude), wider(out, p)},
              device.stream());
 }
 
 void op_finish(NCK_SIDE(p), const Tensor& acc, const Tensor& beta, const MaybeTensor& scale,
-               const MaybeTensor& out, const MaybeTensor& dot, int64_t start, int64_t stop, int64_t parts,
+               const MaybeTensor& divisor, const MaybeTensor& out, const MaybeTensor& dot, int64_t start, int64_t stop, int64_t parts,
                int64_t part_stride, double eps, double norm_limit, bool norm_inside) {
   OnDevice device(p);
   finish({NCK_MAKE_SIDE(p), pointer<float>(acc), pointer<float>(beta), pointer<float>(scale),
-          pointer<void>(out), pointer<float>(dot), part_stride, int(start), int(stop), int(parts),
-          width_of(p), float(eps), float(norm_limit), kind_of(p), norm_inside},
+          pointer<float>(divisor), pointer<void>(out), pointer<float>(dot), part_stride, int(start), int(stop), int(parts),
+          width_of(p), float(eps), float(norm_limit), kind_of(p), norm_inside, wider(out, p)},
          device.stream());
 }
 
@@ -204,11 +226,47 @@ void op_gather(NCK_SIDE(p), const Tensor& out, int64_t start, int64_t stop) {
   gather({NCK_MAKE_SIDE(p), out.data_ptr(), int(start), int(stop), width_of(p), kind_of(p)}, device.stream());
 }
 
-void op_mend(NCK_SIDE(q), const Tensor& h, const Tensor& out, int64_t blocks) {
+void op_mend(NCK_SIDE(q), const MaybeTensor& broken, const Tensor& h, const Tensor& out, int64_t blocks) {
   OnDevice device(q);
-  mend({NCK_MAKE_SIDE(q), h.data_ptr(), pointer<float>(out), h.stride(0), h.stride(1), rows_of(h),
+  mend({NCK_MAKE_SIDE(q), pointer<float>(broken), h.data_ptr(), pointer<float>(out), h.stride(0), h.stride(1), rows_of(h),
         width_of(q), int(blocks), kind_of(q)},
        device.stream());
+}
+
+void op_panel_log_sum_exp(NCK_SIDE(p), NCK_SIDE(q), const Tensor& beta, const Tensor& products,
+                          const Tensor& partial, int64_t start, int64_t stop, int64_t exclude) {
+  OnDevice device(p);
+  panel_log_sum_exp({NCK_MAKE_SIDE(p), NCK_MAKE_SIDE(q), pointer<float>(beta), nullptr,
+                     pointer<float>(products), pointer<float>(partial), nullptr, nullptr, products.stride(0),
+                     0, int(start), int(stop), int(partial.size(1)), 0.0f, kind_of(p), Exclude(exclude)},
+                    device.stream());
+}
+
+void op_panel_entries(NCK_SIDE(p), NCK_SIDE(q), const Tensor& beta, const MaybeTensor& scale,
+                      const Tensor& products, const Tensor& partial, const Tensor& lse, const Tensor& h,
+                      int64_t start, int64_t stop, int64_t exclude, double norm_limit) {
+  OnDevice device(p);
+  panel_entries({NCK_MAKE_SIDE(p), NCK_MAKE_SIDE(q), pointer<float>(beta), pointer<float>(scale),
+                 pointer<float>(products), pointer<float>(partial), pointer<float>(lse), h.data_ptr(),
+                 products.stride(0), h.stride(0), int(start), int(stop), int(partial.size(1)),
+                 float(norm_limit), kind_of(p), Exclude(exclude)},
+                device.stream());
+}
+
+void op_write_loss(const Tensor& target, const Tensor& share, const Tensor& pos, const MaybeTensor& class_lse,
+                   const MaybeTensor& instance_lse, const MaybeTensor& divisor, const Tensor& loss,
+                   int64_t skip, int64_t k) {
+  OnDevice device(target);
+  write_loss({pointer<int64_t>(target), pointer<float>(share), pointer<float>(pos), pointer<float>(class_lse),
+              pointer<float>(instance_lse), pointer<float>(divisor), pointer<float>(loss), skip,
+              rows_of(target), int(k)},
+             device.stream());
+}
+
+void op_scale(const Tensor& x, const Tensor& factor, const Tensor& out) {
+  OnDevice device(x);
+  scale({pointer<float>(factor), x.data_ptr(), out.data_ptr(), x.numel(), kind_of(x), kind_of(out)},
+        device.stream());
 }
 
 }  // namespace
@@ -218,7 +276,12 @@ STABLE_TORCH_LIBRARY(nckernels_cuda, m) {
   m.def(
       "prepare_samples(Tensor z, Tensor w, Tensor target, Tensor beta, Tensor(a!) z_rnorm, Tensor(b!) pos, "
       "Tensor(c!)? w_rnorm, Tensor(d!)? mark, int skip, bool same_label, bool itself, float eps) -> ()");
-  m.def("compact(Tensor mark, Tensor rank, Tensor(a!) list, int k, int slots) -> ()");
+  m.def(
+      "prepare_step(Tensor z, Tensor w, Tensor target, Tensor? weight, Tensor? beta, float host_beta, "
+      "Tensor(a!) z_rnorm, Tensor(b!) pos, Tensor(c!) share, Tensor(d!) pos_grad, Tensor(e!)? half_share, "
+      "Tensor(f!) z_broken, Tensor(g!)? w_broken, Tensor(h!) w_rnorm, Tensor(i!)? mark, Tensor(j!)? of_class, "
+      "Tensor(k!)? divisor, Tensor(l!) own_beta, int skip, float eps, bool nothing_is_zero) -> ()");
+  m.def("compact(Tensor rank, Tensor(a!) list, int k, int slots) -> ()");
   m.def(
       "half_scale(Tensor? class_grad, Tensor? class_lse, Tensor? instance_grad, Tensor? instance_lse, "
       "Tensor? pos_grad, Tensor z_rnorm, Tensor w_rnorm, Tensor(a!) scale, float limit) -> ()");
@@ -237,21 +300,32 @@ STABLE_TORCH_LIBRARY(nckernels_cuda, m) {
       "q") "Tensor beta, Tensor? scale, Tensor(a!) h, int p_start, int p_stop, int q_start, int q_stop, "
            "int exclude, float norm_limit, bool exact) -> ()");
   m.def("short_grad(" NCK_SIDE_SCHEMA("p") NCK_SIDE_SCHEMA(
-      "q") "Tensor beta, Tensor? scale, Tensor(a!)? out, Tensor(b!)? dot, Tensor(c!)? part, int split, "
-           "int exclude, float eps, float norm_limit) -> ()");
+      "q") "Tensor beta, Tensor? scale, Tensor? divisor, Tensor(a!)? out, Tensor(b!)? dot, Tensor(c!)? part, "
+           "int split, int exclude, float eps, float norm_limit) -> ()");
   // `acc` may be `out`.
   m.def("finish(" NCK_SIDE_SCHEMA(
-      "p") "Tensor(a!) acc, Tensor beta, Tensor? scale, Tensor(a!)? out, Tensor(b!)? dot, int start, int "
-           "stop, "
-           "int parts, int part_stride, float eps, float norm_limit, bool norm_inside) -> ()");
+      "p") "Tensor(a!) acc, Tensor beta, Tensor? scale, Tensor? divisor, Tensor(a!)? out, Tensor(b!)? dot, "
+           "int start, int stop, int parts, int part_stride, float eps, float norm_limit, bool norm_inside) -> ()");
   m.def("gather(" NCK_SIDE_SCHEMA("p") "Tensor(a!) out, int start, int stop) -> ()");
-  m.def("mend(" NCK_SIDE_SCHEMA("q") "Tensor h, Tensor(a!) out, int blocks) -> ()");
+  m.def("mend(" NCK_SIDE_SCHEMA("q") "Tensor? broken, Tensor h, Tensor(a!) out, int blocks) -> ()");
+  m.def("panel_log_sum_exp(" NCK_SIDE_SCHEMA("p") NCK_SIDE_SCHEMA(
+      "q") "Tensor beta, Tensor products, Tensor(a!) partial, int start, int stop, int exclude) -> ()");
+  // `h` may be `products`.
+  m.def("panel_entries(" NCK_SIDE_SCHEMA("p") NCK_SIDE_SCHEMA(
+      "q") "Tensor beta, Tensor? scale, Tensor(a!) products, Tensor partial, Tensor(b!) lse, Tensor(a!) h, "
+           "int start, int stop, int exclude, float norm_limit) -> ()");
+  m.def(
+      "write_loss(Tensor target, Tensor share, Tensor pos, Tensor? class_lse, Tensor? instance_lse, "
+      "Tensor? divisor, Tensor(a!) loss, int skip, int k) -> ()");
+  // `out` may be `x`.
+  m.def("scale(Tensor(a!) x, Tensor factor, Tensor(a!) out) -> ()");
 }
 
 #define NCK_IMPL_FOR(KEY)                                          \
   STABLE_TORCH_LIBRARY_IMPL(nckernels_cuda, KEY, m) {              \
     m.impl("row_rnorm", TORCH_BOX(&op_row_rnorm));                 \
     m.impl("prepare_samples", TORCH_BOX(&op_prepare_samples));     \
+    m.impl("prepare_step", TORCH_BOX(&op_prepare_step));           \
     m.impl("compact", TORCH_BOX(&op_compact));                     \
     m.impl("half_scale", TORCH_BOX(&op_half_scale));               \
     m.impl("log_sum_exp", TORCH_BOX(&op_log_sum_exp));             \
@@ -263,5 +337,9 @@ STABLE_TORCH_LIBRARY(nckernels_cuda, m) {
     m.impl("finish", TORCH_BOX(&op_finish));                       \
     m.impl("gather", TORCH_BOX(&op_gather));                       \
     m.impl("mend", TORCH_BOX(&op_mend));                           \
+    m.impl("panel_log_sum_exp", TORCH_BOX(&op_panel_log_sum_exp)); \
+    m.impl("panel_entries", TORCH_BOX(&op_panel_entries));         \
+    m.impl("write_loss", TORCH_BOX(&op_write_loss));               \
+    m.impl("scale", TORCH_BOX(&op_scale));                         \
   }
 NCK_IMPL_FOR(NCK_DISPATCH_KEY)

@@ -1,6 +1,8 @@
 // Gradients from accumulated sums, for rows of any length; copies of compacted rows; products recomputed
 // without rows that hold NaN.
 
+#include <type_traits>
+
 #include "vectors.h"
 
 namespace nck {
@@ -31,7 +33,6 @@ finish_kernel(const __grid_constant__ FinishArgs a) {
   const T* x_row = static_cast<const T*>(a.p.x) + int64_t(s.row) * a.p.stride;
   bool x_aligned = rows_aligned<T>(a.p.x, a.p.stride);
   bool acc_aligned = rows_aligned<float>(a.acc, a.d) && a.part_stride % 4 == 0;
-  bool out_aligned = rows_aligned<T>(a.out, a.d);
 
   float along = 0.0f;
   if (s.here) {
@@ -52,20 +53,25 @@ finish_kernel(const __grid_constant__ FinishArgs a) {
     weight = rnorm == summand_rnorm(rnorm, a.norm_limit) ? 1.0f : rnorm;
   }
   if (a.scale) weight /= *a.scale;
+  if (a.divisor) weight /= *a.divisor;
   if (a.dot && team.column == 0) a.dot[slot] = s.here ? weight * along : 0.0f;
   if (!a.out || (a.p.gather && !s.here)) return;
   float factor = radial(rnorm, along, a.eps), scale = weight * *a.beta;
-  T* out = static_cast<T*>(a.out) + (a.p.gather ? s.row : slot) * int64_t(a.d);
-  for (int c = team.column; c < a.d; c += team.step) {
-    float x[8], grad[8] = {};
-    if (s.here) {
-      load8(x, x_row, c, a.d, x_aligned);
-      load_sum(grad, a, team.row, c, acc_aligned);
+  auto write = [&](auto* out) {
+    bool aligned = rows_aligned<std::remove_pointer_t<decltype(out)>>(out, a.d);
+    out += (a.p.gather ? s.row : slot) * int64_t(a.d);
+    for (int c = team.column; c < a.d; c += team.step) {
+      float x[8], grad[8] = {};
+      if (s.here) {
+        load8(x, x_row, c, a.d, x_aligned);
+        load_sum(grad, a, team.row, c, acc_aligned);
 #pragma unroll
-      for (int i = 0; i < 8; i++) grad[i] = scale * fmaf(-factor, x[i], grad[i]);
+        for (int i = 0; i < 8; i++) grad[i] = scale * fmaf(-factor, x[i], grad[i]);
+      }
+      store8(out, c, a.d, aligned, grad);
     }
-    store8(out, c, a.d, out_aligned, grad);
-  }
+  };
+  a.wide ? write(static_cast<float*>(a.out)) : write(static_cast<T*>(a.out));
 }
 
 template <class T>
@@ -87,14 +93,15 @@ gather_kernel(const __grid_constant__ GatherArgs a) {
 constexpr int kMendRows = 8;    // rows of a thread block's tile, which has one column per thread
 constexpr int kMendChunk = 64;  // terms that are summed before they are added to the rest, for accuracy
 
-// Every thread block searches all inverse norms. The rest is rarely needed, and simple rather than fast.
+// Every thread block finds out whether there is anything to do. The rest is rarely needed, and simple rather
+// than fast.
 template <class T>
 NCK_KERNEL(kThreads, 2)
 mend_kernel(const __grid_constant__ MendArgs a) {
   SharedArena arena;
   float* scratch = arena.take<float>(32);
-  float found = 0.0f;
-  for (int q = int(threadIdx.x); q < a.q.slots; q += kThreads) {
+  float found = a.broken ? *a.broken : 0.0f;
+  for (int q = int(threadIdx.x); !a.broken && q < a.q.slots; q += kThreads) {
     if (a.q.rnorm[q] == kNotFinite) found = 1.0f;
   }
   if (block_max<kThreads>(found, scratch) == 0.0f) return;

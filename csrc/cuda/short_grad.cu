@@ -193,9 +193,10 @@ short_grad_kernel(const __grid_constant__ GradArgs a) {
     if (s >= p_used) continue;
     bool here = slot[h].here;
     float rnorm = rnorm_of(a.p, slot[h]), weight = rnorm / scale, factor = radial(rnorm, along, a.eps);
+    if (a.divisor) weight /= *a.divisor;
     if (a.dot && t == 0) a.dot[s] = here ? weight * along : 0.0f;
     if (!a.out || (a.p.gather && !here)) continue;
-    T* to = static_cast<T*>(a.out) + int64_t(slot[h].row) * a.d;
+    const int64_t at = int64_t(slot[h].row) * a.d;
 #pragma unroll
     for (int n = 0; n < kD / 8; n++) {
 #pragma unroll
@@ -203,7 +204,12 @@ short_grad_kernel(const __grid_constant__ GradArgs a) {
         int column = 8 * n + 2 * t + e;
         // Selected, not multiplied by 0: NaN in Q reaches the sums of left-out rows.
         float grad = here ? weight * *a.beta * fmaf(-factor, number(n, e), sum[n][2 * h + e]) : 0.0f;
-        if (column < a.d) to[column] = T{uint16_t(pack(grad, 0.0f, T{}))};
+        if (column >= a.d) continue;
+        if (a.wide) {
+          static_cast<float*>(a.out)[at + column] = grad;
+        } else {
+          static_cast<T*>(a.out)[at + column] = round_to<T>(grad);
+        }
       }
     }
   }

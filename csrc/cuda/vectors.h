@@ -97,6 +97,18 @@ NCK_DEVICE float block_max(float x, float* scratch) {
   return x;
 }
 
+// The sum over a block's threads, in a fixed order, returned to all of them.
+template <int kThreads>
+NCK_DEVICE float block_sum(float x, float* scratch) {
+  for (int mask = 1; mask < 32; mask *= 2) x += shfl_xor(x, mask);
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+  block_sync();
+  float total = 0.0f;
+  for (int i = 0; i < kThreads / 32; i++) total += scratch[i];
+  block_sync();  // before the next call writes to scratch
+  return total;
+}
+
 // `lanes` neighbouring lanes share a row. Short rows have fewer lanes, so that none is idle.
 struct RowTeam {
   int lanes;
@@ -104,11 +116,14 @@ struct RowTeam {
   int step;
   int64_t row;
 
-  NCK_DEVICE static RowTeam of(int d, int threads) {
+  NCK_DEVICE static RowTeam of(int d, int threads) { return of(d, threads, int64_t(blockIdx.x)); }
+
+  // For the `block`-th of the blocks that share the rows of a matrix.
+  NCK_DEVICE static RowTeam of(int d, int threads, int64_t block) {
     int lanes = 1;
     while (lanes < 32 && lanes * 8 < d) lanes *= 2;
     int thread = int(threadIdx.x);
-    return {lanes, thread % lanes * 8, lanes * 8, int64_t(blockIdx.x) * (threads / lanes) + thread / lanes};
+    return {lanes, thread % lanes * 8, lanes * 8, block * (threads / lanes) + thread / lanes};
   }
 
   // The sum over the lanes that share the row, returned to all of them.

@@ -1,13 +1,14 @@
 """The CUDA backend: the kernels of ``csrc/cuda``, called as PyTorch operators ``nckernels_cuda::*``.
 
 It is for machines without Triton. It shares the decomposition and the host side (``tiled``) with the Triton backend;
-this file loads the library and passes the arguments. Sums are taken in a fixed order, without atomics, so the same
-inputs always give the same bits.
+this file loads the library and passes the arguments. Sums are taken in a fixed order, so the same inputs always give
+the same bits. An exception are the sums of sample weights by class, see ``CudaStep.prepare_step``.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 
 from . import build, tiled
-from .base import Backend, Forward, Gradients, Inputs, Needs, OutputGrads, Spec, constant
-from .tiled.kernels import Kernels, Partial, tf32
-from .tiled.plan import FULL_WAVE, Blocks
+from .base import Backend, Forward, Gradients, Inputs, Needs, OutputGrads, Reduced, Spec, Step, constant
+from .tiled import StepKernels
+from .tiled.kernels import Finish, Kernels, Partial, Vectors, tf32
+from .tiled.plan import FULL_WAVE, Blocks, ceil_div
 from .tiled.sides import Result, Side
 
 TILE = 128
@@ -25,6 +27,12 @@ TILE = 128
 
 SHORT = 256
 """Longest rows, of 16-bit numbers, whose gradient is accumulated on the chip."""
+
+PANEL_ROWS, PANEL_COLUMNS = 32, 128
+"""Anchors of a thread block of ``panel.cu``, and the columns that it takes at a time."""
+
+MOST_PARTS = 32
+"""The most thread blocks that share an anchor's sum in ``panel.cu``."""
 
 LONG = 256
 """For longer rows several thread blocks share each block of anchors, see ``FULL_WAVE``."""
@@ -86,6 +94,25 @@ class CudaBackend(Backend):
     def backward(self, inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, needs: Needs) -> Gradients:
         return tiled.backward(CudaKernels(inputs, spec), saved, grads, needs)
 
+    def can_step(self, features: Tensor, prototypes: Tensor, spec: Spec) -> bool:
+        return features.shape[0] > 0 and not spec.square  # by panels, or by both passes in one call
+
+    def step(self, inputs: Inputs, reduced: Reduced, spec: Spec, needs: Needs) -> Step:
+        inputs, reduced, host_beta = tiled.known(inputs, reduced)
+        kernels = CudaStep(inputs, spec, host_beta)
+        by_panels = not kernels.fits_on_chip and tiled.fits(inputs.features, inputs.prototypes, spec)
+        return (tiled.step if by_panels else tiled.passes)(kernels, reduced, needs)
+
+    def scaled(
+        self, grads: Sequence[Tensor], factor: Tensor, dtypes: Sequence[torch.dtype], in_place: bool
+    ) -> Sequence[Tensor]:
+        found = []
+        for grad, dtype in zip(grads, dtypes, strict=True):
+            out = grad if in_place and grad.dtype == dtype else torch.empty_like(grad, dtype=dtype)
+            torch.ops.nckernels_cuda.scale(grad, factor, out)
+            found.append(out)
+        return found
+
 
 @cache
 def _device(device: torch.device) -> tuple[int, int, bool]:
@@ -132,13 +159,16 @@ class CudaKernels(Kernels):
     def bias_blocks(self, p: Side, q: Side) -> Blocks:
         return self._loop_blocks(q, 1)
 
-    def short_blocks(self, samples: Side, classes: Side) -> Blocks | None:
-        d = samples.x.shape[1]
+    @property
+    def fits_on_chip(self) -> bool:
+        """Whether rows are short enough for ``short_grad``."""
+        d = self.inputs.features.shape[1]
         width = 64 if d <= 64 else 128 if d <= 128 else 256
         shared = 2 * width * 2 * TILE + 48 * TILE  # 256 rows of 16-bit numbers, and the vectors of 128 of them
-        if not self.half or d > SHORT or shared > self.shared:
-            return None
-        return Blocks(TILE, TILE // 2, self.multiprocessors)
+        return self.half and d <= SHORT and shared <= self.shared
+
+    def short_blocks(self, samples: Side, classes: Side) -> Blocks | None:
+        return Blocks(TILE, TILE // 2, self.multiprocessors) if self.fits_on_chip else None
 
     # --- O(M d) and O(K)
 
@@ -152,8 +182,8 @@ class CudaKernels(Kernels):
             self.spec.ignore_index, self.spec.exclude == "same_label", self.spec.symmetric, self.eps,
         )  # fmt: skip
 
-    def compact(self, mark: Tensor, rank: Tensor, present: Tensor, k: int, slots: int) -> None:
-        self.ops.compact(mark, rank, present, k, slots)
+    def compact(self, rank: Tensor, present: Tensor, k: int, slots: int) -> None:
+        self.ops.compact(rank, present, k, slots)
 
     def half_scale(self, samples: Side, classes: Side, scale: Tensor) -> None:
         self.ops.half_scale(
@@ -181,10 +211,9 @@ class CudaKernels(Kernels):
         self, result: Result, q: Side, part: Tensor | None, scale: Tensor | None, split: int, blocks: Blocks,
         divisor: Tensor | None = None,
     ) -> None:  # fmt: skip
-        assert divisor is None  # this backend has no step
         out, dot = (result.out, result.dot) if part is None else (None, None)
         self.ops.short_grad(
-            *self._side(result.side), *self._side(q), self.beta, scale, out, dot, part,
+            *self._side(result.side), *self._side(q), self.beta, scale, divisor, out, dot, part,
             split, self.exclude, self.eps, self.norm_limit,
         )  # fmt: skip
 
@@ -206,15 +235,85 @@ class CudaKernels(Kernels):
         self.ops.gather(*self._side(side), out, start, stop)
 
     def mend(self, h: Tensor, side: Side, out: Tensor) -> None:
-        self.ops.mend(*self._side(side), h, out, 2 * self.multiprocessors)
+        self._mend(side, None, h, out)
+
+    def _mend(self, side: Side, broken: Tensor | None, h: Tensor, out: Tensor) -> None:
+        self.ops.mend(*self._side(side), broken, h, out, 2 * self.multiprocessors)
 
     def finish(
         self, result: Result, sums: Tensor, start: int, stop: int, parts: int, scale: Tensor | None, norm_inside: bool
     ) -> None:
+        self._finish(result, sums, start, stop, parts, scale, None, norm_inside)
+
+    def _finish(
+        self, result: Result, sums: Tensor, start: int, stop: int, parts: int, scale: Tensor | None,
+        divisor: Tensor | None, norm_inside: bool,
+    ) -> None:  # fmt: skip
         side = result.side
         self.ops.finish(
-            *self._side(side), sums, self.beta, scale, result.out, result.dot, start, stop, parts,
+            *self._side(side), sums, self.beta, scale, divisor, result.out, result.dot, start, stop, parts,
             side.slots * side.x.shape[1], self.eps, self.norm_limit, norm_inside,
+        )  # fmt: skip
+
+
+class CudaStep(CudaKernels, StepKernels):
+    """The kernels of two passes and of one step.
+
+    ``host_beta`` is the inverse temperature, if the host knows it.
+    """
+
+    def __init__(self, inputs: Inputs, spec: Spec, host_beta: float | None = None) -> None:
+        super().__init__(inputs, spec)
+        self.host_beta = host_beta
+
+    def prepare_step(self, weight: Tensor | None, vectors: Vectors, nothing_is_zero: bool) -> None:
+        z, w, target = self.inputs[:3]
+        m, k, v, known = z.shape[0], w.shape[0], vectors, self.host_beta
+        # Atomics add in any order, which shows if weights differ within a class.
+        in_order = weight is not None and torch.are_deterministic_algorithms_enabled()
+        self.beta = v.beta
+        self.ops.prepare_step(
+            z, w, target, weight, self.inputs.inv_temperature if known is None else None, known or 0.0,
+            v.z_rnorm, v.pos, v.share, v.pos_grad, v.instance_grad, v.z_broken, v.w_broken, v.w_rnorm, v.mark,
+            None if in_order else v.of_class, v.divisor, v.beta, self.spec.ignore_index, self.eps, nothing_is_zero,
+        )  # fmt: skip
+        if v.of_class is not None and in_order:
+            shares = v.share if v.instance_grad is None else v.instance_grad
+            v.of_class.index_add_(0, target.clamp(0, k - 1), shares[:m])
+
+    def finisher(self, result: Result, scale: Tensor | None, other: Side | None, vectors: Vectors) -> Finish:
+        def finished(sums: Tensor, h: Tensor, start: int, stop: int, is_last: bool) -> None:
+            if other is not None:
+                self._mend(other, vectors.z_broken if other.samples else vectors.w_broken, h, sums)
+            self._finish(result, sums, start, stop, 1, scale, vectors.divisor, norm_inside=True)
+            if is_last:
+                self.write_loss(vectors)
+
+        return finished
+
+    def write_loss(self, vectors: Vectors) -> None:
+        v, by_class = vectors, self.spec.by_class
+        of_classes, of_samples = (v.lse, v.instance_lse) if by_class else (None, v.lse)
+        self.ops.write_loss(
+            self.inputs.target, v.share, v.pos, of_classes, of_samples, v.divisor, v.loss,
+            self.spec.ignore_index, self.inputs.prototypes.shape[0],
+        )  # fmt: skip
+
+    def panel_split(self, anchors: int, others: int) -> int:
+        blocks = ceil_div(anchors, PANEL_ROWS)
+        return min(MOST_PARTS, ceil_div(others, PANEL_COLUMNS), ceil_div(4 * self.multiprocessors, blocks))
+
+    def panel_log_sum_exp(self, p: Side, q: Side, products: Tensor, partial: Tensor, start: int, stop: int) -> None:
+        sides = *self._side(p), *self._side(q)
+        self.ops.panel_log_sum_exp(*sides, self.beta, products, partial, start, stop, self.exclude)
+
+    def panel_entries(
+        self, p: Side, q: Side, products: Tensor, partial: Tensor, h: Tensor, start: int, stop: int,
+        scale: Tensor | None,
+    ) -> None:  # fmt: skip
+        self.ops.panel_entries(
+            *self._side(p), *self._side(q), self.beta, scale, products, partial, p.lse, h, start, stop,
+            self.exclude, self.norm_limit,
         )  # fmt: skip
 
 

@@ -36,6 +36,13 @@ void store_relaxed(T* to, T value) {
   __atomic_store(to, &value, __ATOMIC_RELAXED);
 }
 
+inline void add_relaxed(float* to, float value) {
+  float old = *to, sum;
+  do {
+    sum = old + value;
+  } while (!__atomic_compare_exchange(to, &old, &sum, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+}
+
 // --- numbers -----------------------------------------------------------------------------------------------
 
 inline uint32_t float_bits(float x) {

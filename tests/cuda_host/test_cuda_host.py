@@ -6,13 +6,12 @@ copies and all of the backend's uninitialised tensors hold NaN, which reveals ea
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import itertools
 import math
 import os
 import subprocess
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import host_build
@@ -20,62 +19,20 @@ import oracle
 import parts
 import pytest
 import torch
+from emulation import FAULTS, LARGE, NAN, ROUND_ROBIN, RUN_AHEAD, SCHEDULES, UNIFORM, Emulator
 from torch import Tensor
 
 import nckernels
-from nckernels.backends import cuda, registry
+from nckernels.backends import cuda
 
 pytestmark = [
     pytest.mark.skipif(host_build.missing() is not None, reason=str(host_build.missing())),
 ]
 
-ROUND_ROBIN, UNIFORM, RUN_AHEAD = SCHEDULES = range(3)
-NAN, LARGE = 0xFFFFFFFF, 0x7E007E00
-"""Poisons: NaN in every format, and a large finite number, because a maximum ignores NaN."""
-FAULTS = {"missing barrier": 1, "missing wait": 2, "wrong fragment": 3, "missing tail mask": 4}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TWO = (torch.bfloat16, torch.float32)
 """For tests that skip float16 to save time; it differs from bfloat16 only in its scaling."""
 SLOW_FLOAT16 = pytest.param(torch.float16, marks=pytest.mark.slow)
-
-
-class HostBackend(cuda.CudaBackend):
-    """The CUDA backend for tensors on the CPU."""
-
-    def missing(self) -> str | None:
-        return None
-
-    def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        return None
-
-
-class Emulator:
-    def __init__(self) -> None:
-        path = host_build.library()
-        torch.ops.load_library(path)
-        self._configure = ctypes.CDLL(str(path)).emu_configure
-        self._configure.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_int, ctypes.c_uint32]
-
-    def configure(self, schedule: int = UNIFORM, seed: int = 1, fault: int = 0, poison: int = NAN) -> None:
-        self._configure(schedule, seed, fault, poison)
-
-
-@pytest.fixture(scope="session")
-def loaded() -> Emulator:
-    return Emulator()
-
-
-@pytest.fixture
-def emulator(loaded: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
-    """Makes the emulated backend the backend "cuda", and fills the tensors that it allocates with NaN."""
-    monkeypatch.setitem(registry.BACKENDS, "cuda", HostBackend())
-    loaded.configure()
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns
-    with nckernels.use_backend("cuda"):
-        yield loaded
-    torch.use_deterministic_algorithms(before)
-    loaded.configure()
 
 
 # --- against the oracle -----------------------------------------------------------------------------------

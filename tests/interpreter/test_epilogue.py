@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from test_step import LOSSES, D, assert_close, exact, narrow_panels, problem, run  # noqa: F401
+from steps import LOSSES, D, assert_close, exact, narrow_panels, problem, run  # noqa: F401
 from torch import Tensor
 from triton.runtime import interpreter
 

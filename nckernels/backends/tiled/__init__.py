@@ -18,8 +18,8 @@ the kernels read.
 
 from .backward import backward
 from .forward import forward
-from .kernels import Kernels, StepKernels
+from .kernels import EpilogueKernels, Kernels, StepKernels
 from .passes import passes
-from .step import fits, step
+from .step import fits, known, step
 
-__all__ = ["Kernels", "StepKernels", "backward", "fits", "forward", "passes", "step"]
+__all__ = ["EpilogueKernels", "Kernels", "StepKernels", "backward", "fits", "forward", "known", "passes", "step"]

@@ -26,7 +26,7 @@ from .plan import ceil_div, pad16
 from .sides import Side
 
 if TYPE_CHECKING:
-    from .kernels import StepKernels
+    from .kernels import EpilogueKernels, StepKernels
 
 
 class Engine(ABC):
@@ -65,7 +65,7 @@ class EpilogueEngine(Engine):
     """A product with an epilogue, for bfloat16 and a temperature that the host knows."""
 
     def __init__(
-        self, kernels: StepKernels, product: Product, beta: float, p: Side, q: Side, rows: int, pos: Tensor
+        self, kernels: EpilogueKernels, product: Product, beta: float, p: Side, q: Side, rows: int, pos: Tensor
     ) -> None:  # fmt: skip
         self.kernels, self.product, self.p, self.q, self.pos = kernels, product, p, q, pos
         self.shift = beta * math.log2(math.e)

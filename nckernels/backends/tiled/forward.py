@@ -60,7 +60,7 @@ def prepare(kernels: Kernels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if k <= m:  # a list would not be shorter: the marks are the labels
         return z_rnorm, pos, w_rnorm, mark
     present = torch.empty(m + 1, dtype=index, device=device)
-    kernels.compact(mark, torch.cumsum(mark[:k] >= 0, 0, dtype=index), present, k, m)
+    kernels.compact(torch.cumsum(mark[:k] >= 0, 0, dtype=index), present, k, m)
     return z_rnorm, pos, w_rnorm, present
 
 

@@ -73,7 +73,7 @@ class Kernels(ABC):
         """
 
     @abstractmethod
-    def compact(self, mark: Tensor, rank: Tensor, present: Tensor, k: int, slots: int) -> None:
+    def compact(self, rank: Tensor, present: Tensor, k: int, slots: int) -> None:
         """``present``: the marked classes in ascending order, then -1 up to ``slots``, then their number.
         ``rank`` is the number of marked classes up to each class."""
 
@@ -178,7 +178,7 @@ class Vectors(NamedTuple):
     w_broken: Tensor | None
     """(1,): 1 if a prototype is broken, of a class that occurs or not; None if not wanted."""
     mark: Tensor | None
-    """(K,) int32: 1 for classes that occur; None if all classes take part."""
+    """(K,) of the kernels' ``index_dtype``: 1 for classes that occur; None if all classes take part."""
     of_class: Tensor | None
     """(K,): the sums of the weights by class, in both directions half of them; None if not wanted."""
     dot: Tensor | None
@@ -233,11 +233,14 @@ class StepKernels(Kernels):
         """As ``entries``, for all of q, from the products. Also writes the slots' log-sum-exps to ``p.lse``. ``h`` may
         be ``products``."""
 
-    # --- for the product with an epilogue, see ``engines.py``
-
-    def epilogue_product(self) -> tuple[Product, float] | None:
-        """The product and beta, if there is one for the device and the problem."""
+    def epilogue_product(self) -> tuple[EpilogueKernels, Product, float] | None:
+        """The kernels, the product and beta of a step's :class:`EpilogueEngine`, if there is one for the device and
+        the problem."""
         return None
+
+
+class EpilogueKernels(StepKernels):
+    """The additional kernels of a product with an epilogue, see ``engines.py``."""
 
     @abstractmethod
     def epilogue_operands(

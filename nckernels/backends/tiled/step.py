@@ -21,7 +21,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..base import Needs, Reduced, Spec, Step
+from ..base import Inputs, Needs, Reduced, Spec, Step, accumulation_dtype, number
 from .backward import dense
 from .engines import Engine, EpilogueEngine, LibraryEngine
 from .kernels import StepKernels, Vectors
@@ -40,6 +40,17 @@ def _panels(features: Tensor, prototypes: Tensor, spec: Spec, epilogue: bool = F
     (m, d), k = features.shape, prototypes.shape[0]
     anchors, others = (min(m, k) if spec.present_only else k, m) if spec.by_class else (m, k)
     return step_panels(anchors, others, d, features.element_size(), spec.workspace, epilogue)
+
+
+def known(inputs: Inputs, reduced: Reduced) -> tuple[Inputs, Reduced, float | None]:
+    """What a step is called with, in the accumulation dtype and on its device; and the inverse temperature if the host
+    knows it without waiting for the device."""
+    z, beta, dtype = inputs.features, inputs.inv_temperature, accumulation_dtype(inputs.features.dtype)
+    if reduced.weight is not None:
+        reduced = reduced._replace(weight=reduced.weight.to(dtype).contiguous())
+    if isinstance(beta, Tensor) and beta.device.type != "cpu":
+        return inputs._replace(inv_temperature=beta.to(device=z.device, dtype=dtype)), reduced, None
+    return inputs, reduced, number(beta, z.dtype)
 
 
 def step(kernels: StepKernels, reduced: Reduced, needs: Needs) -> Step:
@@ -71,7 +82,7 @@ def step(kernels: StepKernels, reduced: Reduced, needs: Needs) -> Step:
     if found is None:
         engine = LibraryEngine(kernels, p.side, q.side, panels.rows, scale)
     else:
-        engine = EpilogueEngine(kernels, *found, p.side, q.side, panels.rows, vectors.pos)
+        engine = EpilogueEngine(*found, p.side, q.side, panels.rows, vectors.pos)
     _by_panels(kernels, engine, panels, p, q, scale, vectors)
     dot = vectors.dot
     return Step(vectors.loss, for_samples.out, for_classes.out, None if dot is None else dot.sum())
@@ -87,7 +98,7 @@ def prepared(kernels: StepKernels, reduced: Reduced, needs: Needs, looks: bool) 
     slots, dots = (m if compacted else k), 0
     if needs.inv_temperature:
         dots = m if needs.features else slots
-    vectors = _vectors(m, k, spec, looks, reduced.mean, dots, z.device)
+    vectors = _vectors(m, k, spec, looks, reduced.mean, dots, kernels.index_dtype, z.device)
     kernels.prepare_step(reduced.weight, vectors, nothing_is_zero=reduced.of_nothing == 0.0)
     label, skip, used = vectors.mark, 0, None
     if label is not None and compacted:
@@ -120,13 +131,15 @@ def results(samples: Side, classes: Side, needs: Needs, vectors: Vectors) -> tup
     return Result(samples, z_out, dot if by_samples else None), Result(classes, w_out, None if by_samples else dot)
 
 
-def _vectors(m: int, k: int, spec: Spec, looks: bool, mean: bool, dots: int, device: torch.device) -> Vectors:
+def _vectors(
+    m: int, k: int, spec: Spec, looks: bool, mean: bool, dots: int, index: torch.dtype, device: torch.device
+) -> Vectors:  # fmt: skip
     """All vectors in one allocation of zeros, each at a multiple of 64 bytes.
 
     Not all of them must be zeros, but one operator less takes less time than fewer zeros.
     """
     by_class, both, marked = spec.by_class, spec.direction == "both", spec.present_only
-    total, lengths = _lengths(m, k, by_class, both, marked, dots)
+    total, lengths = _lengths(m, k, by_class, both, k * index.itemsize // 4 if marked else 0, dots)
     # These are without the bookkeeping of views for autograd, which takes longer than the allocation.
     parts = torch.unsafe_split_with_sizes(torch.zeros(total, dtype=torch.float32, device=device), lengths)
     z_rnorm, pos, share, pos_grad, lse, other, half, w_rnorm, beta, divisor, z_broken, w_broken, mark, of_class, dot = (
@@ -135,17 +148,17 @@ def _vectors(m: int, k: int, spec: Spec, looks: bool, mean: bool, dots: int, dev
     return Vectors(
         z_rnorm, pos, share, pos_grad, lse, other if both else None, half if both else None, w_rnorm, beta,
         divisor if mean else None, z_broken, w_broken if looks else None,
-        mark.view(torch.int32) if marked else None, of_class if by_class else None, dot if dots else None,
+        mark.view(index) if marked else None, of_class if by_class else None, dot if dots else None,
         # Not a part of the others, which it would keep alive.
         torch.empty((), dtype=torch.float32, device=device),
     )  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
-def _lengths(m: int, k: int, by_class: bool, both: bool, marked: bool, dots: int) -> tuple[int, list[int]]:
+def _lengths(m: int, k: int, by_class: bool, both: bool, marks: int, dots: int) -> tuple[int, list[int]]:
     of_both = m if both else 0
     lengths = [m, m, m, m, k if by_class else m, of_both, of_both, k, 1, 2, 1, 1]
-    lengths += [k if marked else 0, k if by_class else 0, dots]
+    lengths += [marks, k if by_class else 0, dots]
     padded = [pad16(length) for length in lengths]
     return sum(padded), padded
 
@@ -153,7 +166,7 @@ def _lengths(m: int, k: int, by_class: bool, both: bool, marked: bool, dots: int
 def _compact(kernels: StepKernels, mark: Tensor, m: int, k: int) -> Tensor:
     """The list of the classes that occur, and its length, for more classes than samples."""
     present = torch.empty(m + 1, dtype=kernels.index_dtype, device=mark.device)
-    kernels.compact(mark, torch.cumsum(mark[:k], 0, dtype=kernels.index_dtype), present, k, m)
+    kernels.compact(torch.cumsum(mark[:k], 0, dtype=kernels.index_dtype), present, k, m)
     return present
 
 

@@ -30,8 +30,6 @@ from ..base import (
     Reduced,
     Spec,
     Step,
-    accumulation_dtype,
-    number,
 )
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -94,18 +92,11 @@ class TritonBackend(Backend):
     def step(self, inputs: Inputs, reduced: Reduced, spec: Spec, needs: Needs) -> Step:
         from . import launch, pairs_step, step
 
-        z, beta, dtype = inputs.features, inputs.inv_temperature, accumulation_dtype(inputs.features.dtype)
-        host_beta = None
-        if isinstance(beta, Tensor) and beta.device.type != "cpu":  # the host does not wait for its value
-            inputs = inputs._replace(inv_temperature=beta.to(device=z.device, dtype=dtype))
-        else:
-            host_beta = number(beta, z.dtype)
-        if reduced.weight is not None:
-            reduced = reduced._replace(weight=reduced.weight.to(dtype).contiguous())
-        with launch.on_device(z):
+        inputs, reduced, host_beta = tiled.known(inputs, reduced)
+        with launch.on_device(inputs.features):
             if not spec.symmetric:
                 kernels = step.TritonStep(inputs, spec, host_beta)
-                by_panels = not kernels.fits_on_chip and tiled.fits(z, inputs.prototypes, spec)
+                by_panels = not kernels.fits_on_chip and tiled.fits(inputs.features, inputs.prototypes, spec)
                 return (tiled.step if by_panels else tiled.passes)(kernels, reduced, needs)
             return pairs_step.step(pairs_step.PairKernels(inputs, spec, host_beta), reduced, needs)
 

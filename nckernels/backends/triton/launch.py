@@ -231,7 +231,7 @@ class TritonKernels(Kernels):
             ),
         )  # fmt: skip
 
-    def compact(self, mark: Tensor, rank: Tensor, present: Tensor, k: int, slots: int) -> None:
+    def compact(self, rank: Tensor, present: Tensor, k: int, slots: int) -> None:
         launch(norms.compact_kernel, (ceil_div(k, 1024),), rank, present, k, slots, options=_COMPACT)
 
     def half_scale(self, samples: Side, classes: Side, scale: Tensor) -> None:

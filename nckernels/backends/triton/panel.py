@@ -69,15 +69,15 @@ def panel_lse_kernel(
 
 @triton.jit
 def combined(Partial, slot, n, parts, BP: tl.constexpr, BS: tl.constexpr):
-    """The log-sum-exp, in base 2, from the partials of some anchors; -inf for an empty set."""
+    """Some anchors' largest logits, in base 2, and the sums relative to them, from the partials; -inf and 0 for an empty
+    set."""
     part = tl.arange(0, BS)
     at = part.to(tl.int64)[:, None] * n + slot[None, :]
     mask = (part < parts)[:, None] & (slot < n)[None, :]
     largest = tl.load(Partial + at, mask=mask, other=-INF)
     total = tl.load(Partial + parts.to(tl.int64) * n + at, mask=mask, other=0.0)
     top = tl.max(largest, 0)
-    total = tl.sum(total * tl.exp2(largest - shift_of(top)[None, :]), 0)
-    return top + tl.log2(total)
+    return top, tl.sum(total * tl.exp2(largest - shift_of(top)[None, :]), 0)
 
 
 @triton.jit(do_not_specialize=["p_start", "p_stop", "n_q", "t_stride", "h_stride", "skip_p", "skip_q", "parts"])
@@ -108,16 +108,18 @@ def panel_entries_kernel(
 
     slot = p_local + tl.arange(0, BP)
     n = p_stop - p_start
-    lse = combined(Partial, slot, n, parts, BP, BS)
+    largest, total = combined(Partial, slot, n, parts, BP, BS)
     if q_first == 0:
+        lse = largest + tl.log2(total)
         if P_GATHER:
             tl.store(Lse + p_row, lse * LN2, mask=p_valid)
         else:
             tl.store(Lse + p_start + slot, lse * LN2, mask=slot < n)
-    # An empty set has no gradient, see ``load_lse``.
-    empty = lse == -INF
-    lse = tl.where(empty, INF, lse)
-    grad = tl.where(empty, 0.0, tl.load(P_grad + p_row, mask=p_valid, other=0.0))
+    # An empty set has no gradient, see ``load_lse``. The exponentials are exp(t - largest) / total: the log-sum-exp has a
+    # rounding, which would matter where a probability is near 1, and 1 is subtracted.
+    empty = largest == -INF
+    shift = tl.where(empty, INF, largest)
+    grad = tl.where(empty, 0.0, tl.load(P_grad + p_row, mask=p_valid, other=0.0) / total)
     nothing = tl.zeros((BP,), tl.float32)
     p_pos = nothing
     q_pos = tl.zeros((BQ,), tl.float32)
@@ -129,7 +131,7 @@ def panel_entries_kernel(
     products = stored_products(T, p_local, q_first, p_valid, q_valid, t_stride, BP, BQ)
     a = entries(
         products * (p_rnorm * (tl.load(Beta) * LOG2E))[:, None], q_rnorm, None,
-        p_tag, p_row, positive_of(p_row, p_label, EXCLUDE), nothing, lse, grad, p_pos,
+        p_tag, p_row, positive_of(p_row, p_label, EXCLUDE), nothing, shift, grad, p_pos,
         q_tag, q_row, positive_of(q_row, q_label, EXCLUDE), row_bias(None, q_row, q_valid), q_pos, q_pos, q_pos,
         EXCLUDE, True, False, P_pos is not None, Q_pos is not None,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import quack
 from ..base import Inputs, Spec
-from ..tiled import StepKernels
+from ..tiled import EpilogueKernels
 from ..tiled.kernels import Finish, Vectors
 from ..tiled.plan import ceil_div
 from ..tiled.sides import Result, Side
@@ -69,7 +69,7 @@ _LOSS = {by_class: Options(BY_CLASS=by_class, B=8192, warps=32) for by_class in 
 _NO_LOSS = (None,) * 5
 
 
-class TritonStep(launch.TritonKernels, StepKernels):
+class TritonStep(launch.TritonKernels, EpilogueKernels):
     """The kernels of two passes and of one step.
 
     ``host_beta`` is the inverse temperature, if the host knows it.
@@ -169,12 +169,12 @@ class TritonStep(launch.TritonKernels, StepKernels):
             options=_entries_options(self.spec.exclude, p.samples, p.gather, self.norm_limit, tile),
         )  # fmt: skip
 
-    def epilogue_product(self) -> tuple[quack.Product, float] | None:
+    def epilogue_product(self) -> tuple[EpilogueKernels, quack.Product, float] | None:
         z, w, beta = self.inputs.features, self.inputs.prototypes, self.host_beta
         if beta is None or quack.why_not(z.device) is not None or not quack.takes(z, w, beta):
             return None
         product = quack.product(z.device, self.spec.exclude == "target")
-        return None if product is None else (product, beta)
+        return None if product is None else (self, product, beta)
 
     def epilogue_operands(
         self, p: Side, p_scale: Tensor, p_tag: Tensor | None, slot: Tensor | None,

@@ -1,0 +1,74 @@
+"""Loss and gradient in one step: problems, and the losses in float64 to compare with. For the GPU backends' tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import nckernels
+from nckernels.backends.tiled import plan
+
+LOSSES = {"nonl": nckernels.nonl_loss, "ntce": nckernels.ntce_loss, "normface": nckernels.normface_loss}
+NAMES = ("loss", "features", "prototypes", "temperature")
+D = 264
+"""Columns that are too many for the kernels that accumulate gradients on the chip."""
+
+
+@pytest.fixture
+def narrow_panels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Panels and blocks of a few rows, for small problems, which the interpreter runs quickly."""
+    monkeypatch.setattr(plan, "MIN_PANEL", 4)
+    monkeypatch.setattr(plan, "two_passes_cost", lambda *_: float("inf"))
+    plan.step_panels.cache_clear()
+    yield
+    plan.step_panels.cache_clear()
+
+
+def problem(m: int, k: int, seed: int, ignored: float = 0.2, d: int = D) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(seed)
+    y = torch.randint(k, (m,))
+    y[torch.rand(m) < ignored] = -100
+    w = torch.randn(k, d)
+    return torch.randn(m, d) + 0.5 * w[y.clamp_min(0)], w, y
+
+
+def run(
+    loss: str, x: Tensor, w: Tensor, y: Tensor, dtype: torch.dtype, temperature: float = 0.1, **options: object
+) -> tuple[Tensor, ...]:
+    tau = torch.tensor(temperature, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    leaves = [t.detach().clone().requires_grad_() for t in (x.to(dtype), w.to(dtype), tau)]
+    value = LOSSES[loss](*leaves[:2], y, temperature=leaves[2], **options)
+    return value.detach(), *torch.autograd.grad(value, leaves)
+
+
+def exact(loss: str, x: Tensor, w: Tensor, y: Tensor, dtype: torch.dtype, *args: float, **options: object) -> tuple:
+    with nckernels.use_backend("reference"):
+        return run(loss, x.to(dtype).double(), w.to(dtype).double(), y, torch.float64, *args, **options)
+
+
+def assert_close(
+    found: tuple[Tensor, ...],
+    expected: tuple[Tensor, ...],
+    dtype: torch.dtype,
+    temperature: float = 0.1,
+    note: str = "",
+    terms: int = 1,
+) -> None:
+    """Tolerances are a few roundings of the gradients' dtype and of float32 logits of size 1 / temperature.
+
+    ``terms``: how many of these a loss is the sum of.
+
+    For separated samples 1 is subtracted from a probability near 1: eager float32 has errors of 1e-6 there as well.
+
+    The interpreter truncates to bfloat16 instead of rounding.
+    """
+    bounds = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 8e-4}
+    logit = 2**-24 / temperature
+    for name, a, b in zip(NAMES, found, expected, strict=True):
+        bound = max(logit, 2**-23) if name == "loss" else bounds[dtype] + logit
+        error, norm = (a.double() - b).norm(), b.norm()
+        allowed = bound * norm + (logit * terms if name == "loss" else 0.0)
+        assert error <= allowed, f"{name}: {error:.1e} of {norm:.1e} {note}"
