@@ -40,6 +40,11 @@ def compiled() -> Path:
     return path
 
 
+def test_every_file_of_cuda_is_compiled() -> None:
+    folder = Path(__file__).parents[1] / "csrc" / "cuda"
+    assert set(build.CUDA.sources) == {file.name for ending in ("*.cu", "*.cpp") for file in folder.glob(ending)}
+
+
 # A fast fake compiler, which copies the existing library.
 FAKE_COMPILER = """#!/bin/sh
 for last; do :; done

