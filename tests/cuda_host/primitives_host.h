@@ -37,7 +37,8 @@ void store_relaxed(T* to, T value) {
 }
 
 inline void add_relaxed(float* to, float value) {
-  float old = *to, sum;
+  float old, sum;
+  __atomic_load(to, &old, __ATOMIC_RELAXED);
   do {
     sum = old + value;
   } while (!__atomic_compare_exchange(to, &old, &sum, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
