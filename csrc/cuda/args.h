@@ -79,16 +79,16 @@ struct PrepareStepArgs {
   const float* weight;  // (m,) or null: weights of the samples
   const float* beta;    // null if the host knows it
   float host_beta;
-  float* z_rnorm;         // (m,) left_out where ignored
-  float* pos;             // (m,) beta cos(z, its prototype)
-  float *share, *pos_grad;  // (m,) the weight, and its negative; 0 where ignored
-  float* half_share;      // (m,) half of the weight
+  float* z_rnorm;              // (m,) left_out where ignored
+  float* pos;                  // (m,) beta cos(z, its prototype)
+  float *share, *pos_grad;     // (m,) the weight, and its negative; 0 where ignored
+  float* half_share;           // (m,) half of the weight
   float *z_broken, *w_broken;  // 1 if an ignored sample, or any prototype, holds NaN or infinities
-  float* w_rnorm;         // (k,) of all prototypes, with `mark` of those that occur
-  int64_t* mark;          // (k,) 1 for the classes that occur
-  float* of_class;        // (k,) sums of the weights by class, of `half_share` if that is wanted
-  float* divisor;         // (2,) of a mean's gradients, and of its sum
-  float* own_beta;        // (1,) the inverse temperature
+  float* w_rnorm;              // (k,) of all prototypes, with `mark` of those that occur
+  int64_t* mark;               // (k,) 1 for the classes that occur
+  float* of_class;             // (k,) sums of the weights by class, of `half_share` if that is wanted
+  float* divisor;              // (2,) of a mean's gradients, and of its sum
+  float* own_beta;             // (1,) the inverse temperature
   int64_t z_stride, w_stride, skip;
   int m, k, d;
   float eps;
@@ -162,8 +162,8 @@ struct EntriesArgs {
 struct GradArgs {
   Side p, q;
   const float *beta, *scale, *divisor;  // divisor: null, or what divides the finished gradient
-  void* out;   // (rows, d) or null
-  float* dot;  // (slots,) or null: each slot's share of the gradient of beta
+  void* out;                            // (rows, d) or null
+  float* dot;                           // (slots,) or null: each slot's share of the gradient of beta
   float* part;
   int split, d;
   float eps, norm_limit;
@@ -176,7 +176,7 @@ struct GradArgs {
 struct FinishArgs {
   Side p;
   const float *acc, *beta, *scale, *divisor;  // acc[part, slot - start, d]
-  void* out;                        // may be acc itself: float32, one part
+  void* out;                                  // may be acc itself: float32, one part
   float* dot;
   int64_t part_stride;
   int start, stop, parts, d;

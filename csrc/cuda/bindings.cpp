@@ -123,13 +123,33 @@ void op_prepare_step(const Tensor& z, const Tensor& w, const Tensor& target, con
                      const Tensor& own_beta, int64_t skip, double eps, bool nothing_is_zero) {
   OnDevice device(z);
   width_of(w);
-  prepare_step({z.data_ptr(), w.data_ptr(), pointer<int64_t>(target), pointer<float>(weight),
-                pointer<float>(beta), float(host_beta), pointer<float>(z_rnorm), pointer<float>(pos),
-                pointer<float>(share), pointer<float>(pos_grad), pointer<float>(half_share),
-                pointer<float>(z_broken), pointer<float>(w_broken), pointer<float>(w_rnorm),
-                pointer<int64_t>(mark), pointer<float>(of_class), pointer<float>(divisor),
-                pointer<float>(own_beta), z.stride(0), w.stride(0), skip, rows_of(z), rows_of(w), width_of(z),
-                float(eps), kind_of(z), nothing_is_zero},
+  prepare_step({z.data_ptr(),
+                w.data_ptr(),
+                pointer<int64_t>(target),
+                pointer<float>(weight),
+                pointer<float>(beta),
+                float(host_beta),
+                pointer<float>(z_rnorm),
+                pointer<float>(pos),
+                pointer<float>(share),
+                pointer<float>(pos_grad),
+                pointer<float>(half_share),
+                pointer<float>(z_broken),
+                pointer<float>(w_broken),
+                pointer<float>(w_rnorm),
+                pointer<int64_t>(mark),
+                pointer<float>(of_class),
+                pointer<float>(divisor),
+                pointer<float>(own_beta),
+                z.stride(0),
+                w.stride(0),
+                skip,
+                rows_of(z),
+                rows_of(w),
+                width_of(z),
+                float(eps),
+                kind_of(z),
+                nothing_is_zero},
                device.stream());
 }
 
@@ -201,24 +221,27 @@ void op_entries(NCK_SIDE(p), NCK_SIDE(q), const Tensor& beta, const MaybeTensor&
 }
 
 void op_short_grad(NCK_SIDE(p), NCK_SIDE(q), const Tensor& beta, const MaybeTensor& scale,
-                   const MaybeTensor& divisor, const MaybeTensor& out, const MaybeTensor& dot, const MaybeTensor& part, int64_t split,
-                   int64_t exclude, double eps, double norm_limit) {
+                   const MaybeTensor& divisor, const MaybeTensor& out, const MaybeTensor& dot,
+                   const MaybeTensor& part, int64_t split, int64_t exclude, double eps, double norm_limit) {
   OnDevice device(p);
   STD_TORCH_CHECK(width_of(p) <= 256 && kind_of(p) != Kind::kTf32, "nckernels_cuda: rows are too long");
-  short_grad({NCK_MAKE_SIDE(p), NCK_MAKE_SIDE(q), pointer<float>(beta), pointer<float>(scale),
-              pointer<float>(divisor), pointer<void>(out), pointer<float>(dot), pointer<float>(part), int(split), width_of(p),
-              float(eps), float(norm_limit), kind_of(p), Exclude(exclude), wider(out, p)},
-             device.stream());
+  short_grad(
+      {NCK_MAKE_SIDE(p), NCK_MAKE_SIDE(q), pointer<float>(beta), pointer<float>(scale),
+       pointer<float>(divisor), pointer<void>(out), pointer<float>(dot), pointer<float>(part), int(split),
+       width_of(p), float(eps), float(norm_limit), kind_of(p), Exclude(exclude), wider(out, p)},
+      device.stream());
 }
 
 void op_finish(NCK_SIDE(p), const Tensor& acc, const Tensor& beta, const MaybeTensor& scale,
-               const MaybeTensor& divisor, const MaybeTensor& out, const MaybeTensor& dot, int64_t start, int64_t stop, int64_t parts,
-               int64_t part_stride, double eps, double norm_limit, bool norm_inside) {
+               const MaybeTensor& divisor, const MaybeTensor& out, const MaybeTensor& dot, int64_t start,
+               int64_t stop, int64_t parts, int64_t part_stride, double eps, double norm_limit,
+               bool norm_inside) {
   OnDevice device(p);
-  finish({NCK_MAKE_SIDE(p), pointer<float>(acc), pointer<float>(beta), pointer<float>(scale),
-          pointer<float>(divisor), pointer<void>(out), pointer<float>(dot), part_stride, int(start), int(stop), int(parts),
-          width_of(p), float(eps), float(norm_limit), kind_of(p), norm_inside, wider(out, p)},
-         device.stream());
+  finish(
+      {NCK_MAKE_SIDE(p), pointer<float>(acc), pointer<float>(beta), pointer<float>(scale),
+       pointer<float>(divisor), pointer<void>(out), pointer<float>(dot), part_stride, int(start), int(stop),
+       int(parts), width_of(p), float(eps), float(norm_limit), kind_of(p), norm_inside, wider(out, p)},
+      device.stream());
 }
 
 void op_gather(NCK_SIDE(p), const Tensor& out, int64_t start, int64_t stop) {
@@ -228,8 +251,8 @@ void op_gather(NCK_SIDE(p), const Tensor& out, int64_t start, int64_t stop) {
 
 void op_mend(NCK_SIDE(q), const MaybeTensor& broken, const Tensor& h, const Tensor& out, int64_t blocks) {
   OnDevice device(q);
-  mend({NCK_MAKE_SIDE(q), pointer<float>(broken), h.data_ptr(), pointer<float>(out), h.stride(0), h.stride(1), rows_of(h),
-        width_of(q), int(blocks), kind_of(q)},
+  mend({NCK_MAKE_SIDE(q), pointer<float>(broken), h.data_ptr(), pointer<float>(out), h.stride(0), h.stride(1),
+        rows_of(h), width_of(q), int(blocks), kind_of(q)},
        device.stream());
 }
 
@@ -279,7 +302,8 @@ STABLE_TORCH_LIBRARY(nckernels_cuda, m) {
   m.def(
       "prepare_step(Tensor z, Tensor w, Tensor target, Tensor? weight, Tensor? beta, float host_beta, "
       "Tensor(a!) z_rnorm, Tensor(b!) pos, Tensor(c!) share, Tensor(d!) pos_grad, Tensor(e!)? half_share, "
-      "Tensor(f!) z_broken, Tensor(g!)? w_broken, Tensor(h!) w_rnorm, Tensor(i!)? mark, Tensor(j!)? of_class, "
+      "Tensor(f!) z_broken, Tensor(g!)? w_broken, Tensor(h!) w_rnorm, Tensor(i!)? mark, Tensor(j!)? "
+      "of_class, "
       "Tensor(k!)? divisor, Tensor(l!) own_beta, int skip, float eps, bool nothing_is_zero) -> ()");
   m.def("compact(Tensor rank, Tensor(a!) list, int k, int slots) -> ()");
   m.def(
@@ -305,7 +329,8 @@ STABLE_TORCH_LIBRARY(nckernels_cuda, m) {
   // `acc` may be `out`.
   m.def("finish(" NCK_SIDE_SCHEMA(
       "p") "Tensor(a!) acc, Tensor beta, Tensor? scale, Tensor? divisor, Tensor(a!)? out, Tensor(b!)? dot, "
-           "int start, int stop, int parts, int part_stride, float eps, float norm_limit, bool norm_inside) -> ()");
+           "int start, int stop, int parts, int part_stride, float eps, float norm_limit, bool norm_inside) "
+           "-> ()");
   m.def("gather(" NCK_SIDE_SCHEMA("p") "Tensor(a!) out, int start, int stop) -> ()");
   m.def("mend(" NCK_SIDE_SCHEMA("q") "Tensor? broken, Tensor h, Tensor(a!) out, int blocks) -> ()");
   m.def("panel_log_sum_exp(" NCK_SIDE_SCHEMA("p") NCK_SIDE_SCHEMA(

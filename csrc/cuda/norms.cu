@@ -243,8 +243,8 @@ void prepare_step(const PrepareStepArgs& args, Stream stream) {
   int of_samples = (args.m + rows - 1) / rows, of_classes = (args.k + rows - 1) / rows;
   if (args.mark && !args.w_broken) of_classes = 0;
   with_row_type(args.kind, [&](auto number) {
-    launch(prepare_step_kernel<decltype(number)>, 1 + of_samples + of_classes, kThreads,
-           32 * sizeof(float), stream, args);
+    launch(prepare_step_kernel<decltype(number)>, 1 + of_samples + of_classes, kThreads, 32 * sizeof(float),
+           stream, args);
   });
 }
 

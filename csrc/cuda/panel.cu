@@ -1,9 +1,9 @@
 // Log-sum-exps and entries of a panel whose products the vendor's library has computed.
 //
 // For rows too long for short_grad.cu products run at the library's rate. These kernels read its float32
-// products twice, once for the sums and once for the gradient's entries. A panel has some anchors with all rows
-// of the other operand, so the sums are complete before the second reading, and forward and backward share the
-// products (nckernels/backends/tiled/step.py).
+// products twice, once for the sums and once for the gradient's entries. A panel has some anchors with all
+// rows of the other operand, so the sums are complete before the second reading, and forward and backward
+// share the products (nckernels/backends/tiled/step.py).
 //
 // A warp has four anchors, and each of its lanes four neighbouring columns of 128: 16 bytes of each anchor's
 // products, for one reading of what belongs to the columns.
@@ -15,11 +15,11 @@ namespace nck {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kAnchors = 4;                        // of a warp
-constexpr int kRows = kThreads / 32 * kAnchors;    // anchors of a thread block
+constexpr int kAnchors = 4;                      // of a warp
+constexpr int kRows = kThreads / 32 * kAnchors;  // anchors of a thread block
 constexpr int kLaneColumns = 4;
-constexpr int kColumns = 32 * kLaneColumns;        // of a warp at a time
-constexpr int kBlockColumns = 4 * kColumns;        // of a thread block that writes entries
+constexpr int kColumns = 32 * kLaneColumns;  // of a warp at a time
+constexpr int kBlockColumns = 4 * kColumns;  // of a thread block that writes entries
 
 // The masks of one step compare row numbers, never labels.
 using Tag = int;
@@ -211,8 +211,7 @@ void panel_log_sum_exp(const PanelArgs& args, Stream stream) {
 }
 
 void panel_entries(const PanelArgs& args, Stream stream) {
-  int64_t blocks =
-      int64_t(blocks_of(args.stop - args.start, kRows)) * blocks_of(args.q.slots, kBlockColumns);
+  int64_t blocks = int64_t(blocks_of(args.stop - args.start, kRows)) * blocks_of(args.q.slots, kBlockColumns);
   with_row_type(args.kind, [&](auto number) {
     launch(panel_entries_kernel<decltype(number)>, blocks, kThreads, 0, stream, args);
   });

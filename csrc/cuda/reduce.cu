@@ -1,5 +1,5 @@
-// The samples' losses as one number, by one thread block, and the factor of the backward pass. Sums are taken in
-// a fixed order.
+// The samples' losses as one number, by one thread block, and the factor of the backward pass. Sums are taken
+// in a fixed order.
 
 #include "vectors.h"
 

@@ -65,12 +65,13 @@ uint64_t step(const Problem& o, char* z, char* w, int64_t* target) {
     return x;
   };
   Array<float> z_rnorm = zeros(m), pos = zeros(m), share = zeros(m), pos_grad = zeros(m), z_broken = zeros(1),
-               w_broken = zeros(1), w_rnorm = zeros(k), of_class = zeros(k), divisor(2), beta(1), lse(k), loss(1);
+               w_broken = zeros(1), w_rnorm = zeros(k), of_class = zeros(k), divisor(2), beta(1), lse(k),
+               loss(1);
   Array<int64_t> mark(k);
   for (int i = 0; i < k; i++) mark[i] = 0;
-  prepare_step({z,        w,       target, nullptr,  nullptr, 10.0f, z_rnorm, pos, share, pos_grad, nullptr,
-                z_broken, w_broken, w_rnorm, mark,    of_class, divisor, beta, d, d, -100, m, k, d, 1e-12f, o.kind,
-                true},
+  prepare_step({z,        w,       target,   nullptr,  nullptr, 10.0f, z_rnorm,  pos,     share,
+                pos_grad, nullptr, z_broken, w_broken, w_rnorm, mark,  of_class, divisor, beta,
+                d,        d,       -100,     m,        k,       d,     1e-12f,   o.kind,  true},
                nullptr);
   Side samples{z,        z_rnorm, target, nullptr, nullptr, nullptr, nullptr,
                pos_grad, d,       -100,   m,       true,    false,   false};
@@ -78,9 +79,8 @@ uint64_t step(const Problem& o, char* z, char* w, int64_t* target) {
   Array<float> products(size_t(k) * width), partial(size_t(2) * o.split * k), dot(k);
   for (int i = 0; i < k * width; i++) products[i] = uniform(seed);
   Array<char> h(size_t(k) * width * (half ? 2 : 4)), out(size_t(k) * d * 4);
-  PanelArgs panel{classes, samples, beta,    nullptr, products, partial,
-                  lse,     h,       width,   width,   0,        k,
-                  o.split, 0.0f,    o.kind,  o.exclude};
+  PanelArgs panel{classes, samples, beta, nullptr, products, partial, lse,    h,
+                  width,   width,   0,    k,       o.split,  0.0f,    o.kind, o.exclude};
   panel_log_sum_exp(panel, nullptr);
   panel_entries(panel, nullptr);
   Array<float> sums(size_t(k) * d);
@@ -201,10 +201,9 @@ uint64_t run(const Problem& o) {
     short_grad({samples, classes_side, beta, use, nullptr, nullptr, nullptr, parts, split, d, 1e-12f, 0.0f,
                 o.kind, o.exclude, false},
                nullptr);
-    finish(
-        {samples, parts, beta, use, nullptr, z_out, dot, int64_t(m) * d, 0, m, split, d, 1e-12f, 0.0f, o.kind,
-         false, false},
-        nullptr);
+    finish({samples, parts, beta, use, nullptr, z_out, dot, int64_t(m) * d, 0, m, split, d, 1e-12f, 0.0f,
+            o.kind, false, false},
+           nullptr);
   } else {
     Array<char> copy(z.bytes());
     gather({samples, copy, 0, m, d, o.kind}, nullptr);  // as the library's products want it

@@ -69,8 +69,8 @@ def panel_lse_kernel(
 
 @triton.jit
 def combined(Partial, slot, n, parts, BP: tl.constexpr, BS: tl.constexpr):
-    """Some anchors' largest logits, in base 2, and the sums relative to them, from the partials; -inf and 0 for an empty
-    set."""
+    """Some anchors' largest logits, in base 2, and the sums relative to them, from the partials; -inf and 0 for an
+    empty set."""
     part = tl.arange(0, BS)
     at = part.to(tl.int64)[:, None] * n + slot[None, :]
     mask = (part < parts)[:, None] & (slot < n)[None, :]
@@ -115,8 +115,8 @@ def panel_entries_kernel(
             tl.store(Lse + p_row, lse * LN2, mask=p_valid)
         else:
             tl.store(Lse + p_start + slot, lse * LN2, mask=slot < n)
-    # An empty set has no gradient, see ``load_lse``. The exponentials are exp(t - largest) / total: the log-sum-exp has a
-    # rounding, which would matter where a probability is near 1, and 1 is subtracted.
+    # An empty set has no gradient, see ``load_lse``. The exponentials are exp(t - largest) / total: the log-sum-exp has
+    # a rounding, which would matter where a probability is near 1, and 1 is subtracted.
     empty = largest == -INF
     shift = tl.where(empty, INF, largest)
     grad = tl.where(empty, 0.0, tl.load(P_grad + p_row, mask=p_valid, other=0.0) / total)
