@@ -111,7 +111,9 @@ def features(name: str, value: Tensor) -> None:
 
 
 def floating(name: str, value: Tensor) -> None:
-    """A tensor of a dtype that the kernels have."""
+    """A dense tensor of a dtype that the kernels have."""
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}; {name}.to_dense() is one")
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be of a floating dtype (float32, bfloat16, float16, float64), got {value.dtype}")
 

@@ -154,6 +154,18 @@ MESSAGES: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], object], str]] = {
         lambda x, w, y: nckernels.PrototypeClassifier(4, 5)([0.0] * 4),
         r"input must be a torch\.Tensor, got list",
     ),
+    "sparse features": (
+        lambda x, w, y: nckernels.supcon_loss(x.to_sparse(), y),
+        r"input must be a dense tensor, got layout torch\.sparse_coo; input\.to_dense\(\)",
+    ),
+    "prototypes that were computed": (
+        lambda x, w, y: nckernels.NONLLoss(prototypes=2 * nn.Parameter(w)),
+        r"prototypes must be a Parameter or .*Mul.*prototypes\.detach\(\).* the function",
+    ),
+    "temperature that was computed": (
+        lambda x, w, y: nckernels.CLIPLoss(temperature=nn.Parameter(torch.tensor(-2.0)).exp()),
+        r"temperature must be a Parameter or .*Exp.*temperature\.detach\(\).* the function",
+    ),
     "few keys": (
         lambda x, w, y: nckernels.info_nce_loss(x, x[:3]),
         r"without target .* key must have at least as many rows as query, got \(3, 4\) and \(6, 4\)",
