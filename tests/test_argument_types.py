@@ -154,6 +154,10 @@ MESSAGES: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], object], str]] = {
         lambda x, w, y: nckernels.PrototypeClassifier(4, 5)([0.0] * 4),
         r"input must be a torch\.Tensor, got list",
     ),
+    "feature maps": (
+        lambda x, w, y: nckernels.normface_loss(torch.rand(2, D, 3, 3), w, torch.zeros(2, 3, 3, dtype=torch.int64)),
+        rf"columns d, got \(2, {D}, 3, 3\) and .*; the d columns come last, input\.movedim\(1, -1\)",
+    ),
     "sparse features": (
         lambda x, w, y: nckernels.supcon_loss(x.to_sparse(), y),
         r"input must be a dense tensor, got layout torch\.sparse_coo; input\.to_dense\(\)",
