@@ -111,7 +111,9 @@ def features(name: str, value: Tensor) -> None:
 
 
 def floating(name: str, value: Tensor) -> None:
-    """A tensor of a dtype that the kernels have."""
+    """A dense tensor of a dtype that the kernels have."""
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}; {name}.to_dense() is one")
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be of a floating dtype (float32, bfloat16, float16, float64), got {value.dtype}")
 
@@ -150,9 +152,11 @@ def features_and_prototypes(
 def same_columns(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     """(..., d) and (K, d), d at least 1."""
     if value.shape[-1] != other.shape[1]:
+        maps = value.dim() > 2 and value.shape[1] == other.shape[1]  # (B, d, H, W), as F.cross_entropy takes them
+        hint = f"; the d columns come last, {name}.movedim(1, -1)" if maps else ""
         raise ValueError(
             f"{name} and {other_name} must have the same number of columns d, "
-            f"got {tuple(value.shape)} and {tuple(other.shape)}"
+            f"got {tuple(value.shape)} and {tuple(other.shape)}{hint}"
         )
     some_columns(name, value)
 

@@ -676,6 +676,11 @@ def _shown(temperature: float | Tensor) -> str:
 def _register(module: nn.Module, name: str, value: object) -> None:
     """A Parameter as a parameter, a plain tensor as a buffer (fixed), anything else as an attribute."""
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        if value.grad_fn is not None:
+            raise ValueError(
+                f"{name} must be a Parameter or a tensor without history, got the result of {value.grad_fn.name()}, "
+                f"which a module does not compute anew; give {name}.detach() to keep it fixed, or call the function"
+            )
         module.register_buffer(name, value)
     else:
         setattr(module, name, value)

@@ -250,8 +250,10 @@ def scalar(value: float | Tensor, features: Tensor) -> Tensor:
     dtype = accumulation_dtype(features.dtype)
     if isinstance(value, Tensor):
         return value.to(dtype)
-    if not torch.compiler.is_compiling():
-        value = number(value, features.dtype)  # infinite rather than torch.full's own error where float32 overflows
+    if torch.compiler.is_compiling():
+        # torch.full would make the number a constant of the graph: a graph for each value of the temperature.
+        return torch.ones((), dtype=dtype, device=features.device) * value
+    value = number(value, features.dtype)  # infinite rather than torch.full's own error where float32 overflows
     return torch.full((), value, dtype=dtype, device=features.device)
 
 

@@ -82,7 +82,7 @@ class FeatureQueue(nn.Module):
         Args:
             features: (n, d) of any floating dtype, without gradient from here on.
             labels: (n,) integers; None for losses that have no use for them. A row with ``ignore_index`` takes a
-                slot that stays without effect.
+                slot that stays without effect. So does one with inf or NaN, and its slot is as an empty one.
         """
         size, dim = self.features.shape
         _checks.matrix("features", features, "n", "d")
@@ -91,10 +91,11 @@ class FeatureQueue(nn.Module):
         if labels is None:
             labels = torch.zeros(len(features), device=features.device, dtype=torch.int64)
         labels = _checks.target(labels, features, name="labels")
-        features, labels = features[-size:], labels[-size:]
+        features = features[-size:].to(self.features.dtype)
+        spoilt = ~features.isfinite().all(1)  # would make NaN of all losses until its slot is used again
         slots = (self.position + torch.arange(len(features), device=features.device)) % size
-        self.features.index_copy_(0, slots, features.to(self.features.dtype))
-        self.labels.index_copy_(0, slots, labels)
+        self.features.index_copy_(0, slots, features.masked_fill(spoilt[:, None], 0.0))
+        self.labels.index_copy_(0, slots, labels[-size:].masked_fill(spoilt, self.ignore_index))
         self.position.add_(len(features)).remainder_(size)
 
     def extra_repr(self) -> str:
@@ -217,7 +218,7 @@ class RunningDenominatorLoss(nn.Module):
 
     Shape, Raises:
         those of the criterion. In training mode every call updates the state, two numbers per class and one, all in the
-        state dict; in eval mode it is only read.
+        state dict; in eval mode it is only read. A batch with inf or NaN, whose loss is NaN, leaves it as it is.
 
     The exponentials of all K classes are computed for every batch, and all prototypes have a gradient, also those of
     classes that the batch lacks. With a ``process_group`` in the criterion a batch is that of all ranks, and all have
@@ -300,9 +301,10 @@ class RunningDenominatorLoss(nn.Module):
         anchors = decay * self.anchors.to(lse.dtype) + _summed(anchors, ranks)
         count = decay * self.count.to(lse.dtype) + samples
         if self.training:
-            self.lse.copy_(total)
-            self.anchors.copy_(anchors)
-            self.count.copy_(count)
+            spoilt = total.isnan().any()  # by NaN in the batch, which would stay for good
+            self.lse.copy_(total.where(~spoilt, self.lse))
+            self.anchors.copy_(anchors.where(~spoilt, self.anchors))
+            self.count.copy_(count.where(~spoilt, self.count))
         log_d = or_zero(total + (samples / count).log())  # a class without negatives, ever, has its alignment only
         share = anchors / anchors.sum()
         slope = share * (lse - log_d).exp()

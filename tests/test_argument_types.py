@@ -154,6 +154,22 @@ MESSAGES: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], object], str]] = {
         lambda x, w, y: nckernels.PrototypeClassifier(4, 5)([0.0] * 4),
         r"input must be a torch\.Tensor, got list",
     ),
+    "feature maps": (
+        lambda x, w, y: nckernels.normface_loss(torch.rand(2, D, 3, 3), w, torch.zeros(2, 3, 3, dtype=torch.int64)),
+        rf"columns d, got \(2, {D}, 3, 3\) and .*; the d columns come last, input\.movedim\(1, -1\)",
+    ),
+    "sparse features": (
+        lambda x, w, y: nckernels.supcon_loss(x.to_sparse(), y),
+        r"input must be a dense tensor, got layout torch\.sparse_coo; input\.to_dense\(\)",
+    ),
+    "prototypes that were computed": (
+        lambda x, w, y: nckernels.NONLLoss(prototypes=2 * nn.Parameter(w)),
+        r"prototypes must be a Parameter or .*Mul.*prototypes\.detach\(\).* the function",
+    ),
+    "temperature that was computed": (
+        lambda x, w, y: nckernels.CLIPLoss(temperature=nn.Parameter(torch.tensor(-2.0)).exp()),
+        r"temperature must be a Parameter or .*Exp.*temperature\.detach\(\).* the function",
+    ),
     "few keys": (
         lambda x, w, y: nckernels.info_nce_loss(x, x[:3]),
         r"without target .* key must have at least as many rows as query, got \(3, 4\) and \(6, 4\)",

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +73,17 @@ FIRST_SHAPES = [(40, 11, 8), (21, 30, 8)]
 LATER_SHAPES = [(33, 17, 8), (90, 12, 8), (16, 70, 8), (64, 5, 8)]
 
 
-def compiled_equals_eager(function: Callable[..., Tensor], backend: str, device: str) -> None:
-    """Forward and backward of the compiled function equal eager's, and later shapes compile nothing."""
+def compiled_equals_eager(
+    function: Callable[..., Tensor], backend: str, device: str, numbers: Sequence[float] = ()
+) -> None:
+    """Forward and backward of the compiled function equal eager's, and later shapes and numbers compile nothing."""
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
     for seed, size in enumerate(FIRST_SHAPES + LATER_SHAPES):
         x, w, y = batch(*size, device=device, seed=seed)
-        expected = function(x, w, y)
+        changed = [number * (1 + 0.1 * seed) for number in numbers]
+        expected = function(x, w, y, *changed)
         with torch.compiler.set_stance("default" if size in FIRST_SHAPES else "fail_on_recompile"):
-            got = compiled(x, w, y)
+            got = compiled(x, w, y, *changed)
         # The same operator inside; the few pointwise operations around it may be fused and round differently.
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
         grads = [torch.autograd.grad(value.sum(), (x, w)) for value in (got, expected)]
@@ -101,7 +104,11 @@ COMPILED: dict[str, tuple[str, dict[str, Any]]] = {
 @one_operator
 def test_compiled_losses(backend: Backend, case: str) -> None:
     name, options = COMPILED[case]
-    compiled_equals_eager(lambda x, w, y: package_loss(name)(x, w, y, **options), "aot_eager", backend.device)
+
+    def function(x: Tensor, w: Tensor, y: Tensor, temperature: float) -> Tensor:
+        return package_loss(name)(x, w, y, temperature=temperature, **options)
+
+    compiled_equals_eager(function, "aot_eager", backend.device, [0.1])
 
 
 def test_compiled_reference() -> None:

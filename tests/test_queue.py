@@ -491,6 +491,23 @@ def running(name: str) -> nn.Module:
 wrappers = pytest.mark.parametrize("wrap", [queued, running])
 
 
+@wrappers
+@by_class
+def test_nan_does_not_stay(wrap: Callable[[str], nn.Module], name: str) -> None:
+    """A batch whose loss is NaN, as of a step that a gradient scaler skips, has no part in later losses."""
+    criterion, clean = wrap(name), wrap(name)
+    for bad in (math.nan, math.inf, -math.inf):
+        x, y = (tensor.detach() for tensor in samples(6, 1, ignored=0.0))
+        x[2, 1] = bad
+        assert bool(criterion(x, y).isnan())
+        if wrap is queued:
+            x[2], y[2] = 0.0, IGNORED
+            clean.queue.enqueue(x, y)
+        batch = samples(6, 2)
+        assert torch.equal(criterion(*batch), clean(*batch))
+    assert all(torch.equal(a, b) for a, b in zip(criterion.buffers(), clean.buffers(), strict=True))
+
+
 def train(criterion: nn.Module, seeds: range) -> list[Tensor]:
     optimiser = torch.optim.SGD(criterion.parameters(), lr=0.1)
     losses = []
