@@ -38,9 +38,9 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "etf-dr": (),
     "dlp": ("momentum", "t", "refreshes", "points"),
 }
-"""The valid keys of ``loss.options``, by ``loss.name``. Of dlp: ``momentum`` of the class averages; ``t`` of the Gaussian
-potential that spreads the points; ``refreshes``, assignments per epoch ([DLP] Fig. 3b); ``points``, the folder of a run
-whose prototypes are the points, instead of uniform ones ([DLP] Table 8, "Ours*")."""
+"""The valid keys of ``loss.options``, by ``loss.name``. Of dlp: ``momentum`` of the class averages; ``t`` of the
+Gaussian potential that spreads the points; ``refreshes``, assignments per epoch ([DLP] Fig. 3b); ``points``, the folder
+of a run whose prototypes are the points, instead of uniform ones ([DLP] Table 8, "Ours*")."""
 
 
 class Head(Protocol):

@@ -33,8 +33,10 @@ SIZES = {
     "digits": Size(1437, 10, 1, 8),
     "cifar10": Size(50_000, 10, 3, 32),
     "cifar100": Size(50_000, 100, 3, 32),
+    "stl10": Size(5000, 10, 3, 96),
     "imagenet": Size(1_281_167, 1000),
     "imagenet100": Size(126_689, 100),  # with the classes of Tian et al.
+    "tiny-imagenet-200": Size(100_000, 200, 3, 64),
     "food101": Size(75_750, 101),
     "stanfordcars": Size(8144, 196),
     "dtd": Size(3760, 47),
@@ -92,6 +94,9 @@ def training_set(recipe: Recipe) -> Size | None:
         size: Size | None = _glyphs(data.options, data.validation)
     elif data.name == "folder":
         size = _folder(root / "train") or SIZES.get(root.name)
+        listed = data.options.get("train_list")
+        if size is not None and listed:
+            size = _of_list(size, Path(str(listed)).expanduser())
     else:
         size = SIZES.get(data.name)
     if size is None:
@@ -119,6 +124,14 @@ def _folder(path: Path) -> Size | None:
         return None
     counts = [sum(1 for _ in folder.iterdir()) for folder in path.iterdir() if folder.is_dir()]
     return Size(sum(counts), len(counts)) if counts else None
+
+
+def _of_list(size: Size, path: Path) -> Size | None:
+    """The part of a set that a file lists, line by line."""
+    if not path.is_file():
+        return None
+    with path.open(encoding="utf-8") as lines:
+        return dataclasses.replace(size, samples=sum(bool(line.strip()) for line in lines))
 
 
 def _network(recipe: Recipe, size: Size | None) -> Any:

@@ -26,7 +26,7 @@ class Data:
     """``[data]``: the training set and the test set."""
 
     name: str = "digits"
-    """digits, glyphs, cifar10, cifar100, folder, or one of torchvision's data sets such as food101."""
+    """digits, glyphs, cifar10, cifar100, svhn, stl10, folder, or one of torchvision's data sets such as food101."""
     root: str = "data"
     """Folder with the files; nothing is downloaded into it."""
     validation: bool = False

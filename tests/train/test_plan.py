@@ -94,6 +94,10 @@ def test_folders_that_are_there_are_counted(tmp_path: Path) -> None:
     printed = facts("imagenet1k/nonl", f"data.root={tmp_path}", "run.batch_size=2")
     assert "data: 8 training images of 3 x 224 x 224, 2 classes" in printed
     assert "steps: 4 an epoch" in printed
+    listed = tmp_path / "list.txt"
+    for content, line in (("train/a/0.png 0\ntrain/b/1.png 1\n", "data: 2 training images"), (None, "steps: unknown")):
+        listed.unlink() if content is None else listed.write_text(content)
+        assert line in facts("imagenet1k/nonl", f"data.root={tmp_path}", f"data.options.train_list={listed}")
 
 
 @pytest.mark.parametrize("name", [n for f in recipes.names() for n in (f, *(f"{f}/{r}" for r in recipes.rows(f)))])

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from ..recipe import Data
 from ..typed import nearest
-from . import cifar, digits, folders, glyphs, longtail, subsets, transfer
+from . import cifar, digits, folders, glyphs, longtail, small, subsets, transfer
 from .batches import Batches, passes
 from .files import readable
 from .sets import DataError, Dataset, Files, Memory, Split
@@ -25,6 +25,7 @@ _LOADERS = {
     "cifar10": cifar.load,
     "cifar100": cifar.load,
     "folder": folders.load,
+    **dict.fromkeys(small.NAMES, small.load),
     **dict.fromkeys(transfer.NAMES, transfer.load),
 }
 
