@@ -132,10 +132,10 @@ class FixedPrototypeHead(_Loss):
         RuntimeError: by ``load_state_dict`` for another K or d, or an assignment that is no permutation.
         ImportError: for a dynamic head without scipy.
 
-    ``state_dict`` has everything that training changes, including ``calls`` and ``reassigned``. Points and averages are buffers,
-    and stay in float32 if the model is cast to 16 bits. Under ``torch.compile`` a training call of a dynamic head ends
-    with a graph break, where the calls are counted; everything else compiles to one graph. Activation checkpointing
-    must not include the head, which would then update its averages twice per batch.
+    ``state_dict`` has everything that training changes, including ``calls`` and ``reassigned``. Points and averages are
+    buffers, and stay in float32 if the model is cast to 16 bits. Under ``torch.compile`` a training call of a dynamic
+    head ends with a graph break, where the calls are counted; everything else compiles to one graph. Activation
+    checkpointing must not include the head, which would then update its averages twice per batch.
 
     Example:
         >>> points = nckernels.geometry.simplex_etf(10, 64)
