@@ -35,6 +35,9 @@ class Data:
     """Keep only the classes [from, to), labelled from 0; (0, 0): all."""
     image_size: int = 0
     """Height and width of the network's input in pixels; 0: those of the data set (224 for files)."""
+    statistics: Literal["own", "imagenet"] = "own"
+    """Mean and deviation that normalise images in memory: those of the data set, or ImageNet's, by which files always
+    are. A frozen encoder needs those that it was trained with."""
     imbalance: float = 1.0
     """Smallest / largest class size of a long-tailed training set, exponential in between; 1: unchanged."""
     balanced: bool = False

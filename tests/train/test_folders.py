@@ -225,6 +225,8 @@ def test_svhn_and_stl10_are_read_as_their_pages_say(tmp_path: Path) -> None:
         assert made.train.labels.tolist() == made.test.labels.tolist() == wanted
         assert torch.equal(made.train.images, torch.from_numpy(pixels[:, :, :size, :size]))
         assert (made.num_classes, made.channels, made.image_size) == (10, 3, size)
+        other = open_data(Data(name=name, root=str(tmp_path), statistics="imagenet"))
+        assert (other.mean, other.std) == (folders.MEAN, folders.STD) != (made.mean, made.std)
     (folder / "test_y.bin").write_bytes(b"\x01\x02")
     with pytest.raises(DataError, match=r"^stl10: expected .*test_y.bin of https?://.* 2 labels and uint8 images"):
         open_data(Data(name="stl10", root=str(tmp_path)))

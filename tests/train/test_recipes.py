@@ -176,6 +176,8 @@ def test_probes_and_transfer_start_from_folders_that_sweeps_make() -> None:
 
 
 def test_transfer_goes_to_the_eight_data_sets_of_table_4() -> None:
+    in_memory = {recipes.load(f"transfer/{row}").data.statistics for row in ("cifar10", "cifar100")}
+    assert in_memory == {"imagenet"}  # those of the frozen encoder, as for files
     assert recipes.rows("transfer") == ("food", "cifar10", "cifar100", "cars", "dtd", "pets", "flowers", "voc2007")
 
 

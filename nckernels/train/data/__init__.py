@@ -57,4 +57,8 @@ def open_data(data: Data, *, seed: int = 42) -> Dataset:
         dataset = subsets.select_classes(dataset, *data.classes)
     if data.imbalance < 1:
         dataset = longtail.long_tailed(dataset, data.imbalance, seed)
+    if data.statistics == "imagenet":
+        if dataset.channels != 3:
+            raise ValueError(f"data.statistics: ImageNet's are of 3 channels, {data.name} has {dataset.channels}")
+        dataset = replace(dataset, mean=folders.MEAN, std=folders.STD)
     return replace(dataset, image_size=data.image_size or dataset.image_size)
