@@ -230,9 +230,11 @@ def test_svhn_and_stl10_are_read_as_their_pages_say(tmp_path: Path) -> None:
     (folder / "test_y.bin").write_bytes(b"\x01\x02")
     with pytest.raises(DataError, match=r"^stl10: expected .*test_y.bin of https?://.* 2 labels and uint8 images"):
         open_data(Data(name="stl10", root=str(tmp_path)))
-    (tmp_path / "train_32x32.mat").unlink()
-    with pytest.raises(DataError, match=r"^svhn: expected train_32x32.mat of https?://"):
-        open_data(Data(name="svhn", root=str(tmp_path)))
+    for content in (b"", (tmp_path / "train_32x32.mat").read_bytes()[:50], None):
+        file = tmp_path / "train_32x32.mat"
+        file.unlink() if content is None else file.write_bytes(content)
+        with pytest.raises(DataError, match=r"^svhn: expected train_32x32.mat of https?://"):
+            open_data(Data(name="svhn", root=str(tmp_path)))
 
 
 # Transfer

@@ -29,8 +29,13 @@ def _svhn(root: Path, split: str) -> Memory:
     try:
         from scipy.io import loadmat
     except ImportError as error:
-        raise ImportError('SVHN needs scipy: pip install "nckernels[lab]"') from error
-    content = loadmat(root / f"{split}_32x32.mat")
+        raise ImportError('SVHN needs scipy: pip install "nckernels[train]"') from error
+    try:
+        content = loadmat(root / f"{split}_32x32.mat")
+    except OSError:
+        raise
+    except Exception as error:  # what a damaged file raises is not documented
+        raise ValueError(f"it cannot be read ({type(error).__name__}: {error})") from None
     images, labels = content["X"], content["y"].reshape(-1)
     return _memory(images.transpose(3, 2, 0, 1), labels.astype(np.int64) % 10, (3, 32, 32))
 
