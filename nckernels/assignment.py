@@ -132,10 +132,10 @@ class FixedPrototypeHead(_Loss):
         RuntimeError: by ``load_state_dict`` for another K or d, or an assignment that is no permutation.
         ImportError: for a dynamic head without scipy.
 
-    ``state_dict`` has everything that training changes, including the number of calls. Points and averages are buffers,
-    and stay in float32 if the model is cast to 16 bits. Under ``torch.compile`` a training call of a dynamic head ends
-    with a graph break, where the calls are counted; everything else compiles to one graph. Activation checkpointing
-    must not include the head, which would then update its averages twice per batch.
+    ``state_dict`` has everything that training changes, including ``calls`` and ``reassigned``. Points and averages are
+    buffers, and stay in float32 if the model is cast to 16 bits. Under ``torch.compile`` a training call of a dynamic
+    head ends with a graph break, where the calls are counted; everything else compiles to one graph. Activation
+    checkpointing must not include the head, which would then update its averages twice per batch.
 
     Example:
         >>> points = nckernels.geometry.simplex_etf(10, 64)
@@ -154,6 +154,8 @@ class FixedPrototypeHead(_Loss):
     """(K, d) moving averages of unit features; zero for classes without samples, and in a static head."""
     calls: int
     """Number of training calls of a dynamic head so far."""
+    reassigned: int
+    """Number of classes that the last refresh gave another point; divided by K it is the curve of [DLP] Fig. 4b."""
 
     @_checks.options_by_name
     def __init__(
@@ -182,7 +184,7 @@ class FixedPrototypeHead(_Loss):
         _checks.integer("ignore_index", ignore_index)
         _checks.choice("reduction", reduction, REDUCTIONS)
         self.dynamic, self.momentum, self.refresh_every = assignment == "dynamic", float(momentum), int(refresh_every)
-        self.ignore_index, self.reduction, self.calls = int(ignore_index), reduction, 0
+        self.ignore_index, self.reduction, self.calls, self.reassigned = int(ignore_index), reduction, 0, 0
         if self.dynamic:
             _solver()
         self.register_buffer("points", points)
@@ -229,7 +231,7 @@ class FixedPrototypeHead(_Loss):
             raise RuntimeError("a head with assignment='static' keeps its assignment")
         ranks = groups.resolve(self.process_group)
         if ranks is None:
-            self.assignment.copy_(assign(self.representatives, self.points))
+            self._assigned(assign(self.representatives, self.points))
             return
         # The sums are the same on all ranks, but different machines may round differently. If rank 0 fails, the other
         # ranks must not wait for it.
@@ -241,6 +243,10 @@ class FixedPrototypeHead(_Loss):
             dist.broadcast(chosen, group_src=0, group=ranks.group)
         if ranks.rank > 0 and int(chosen[0]) == LEFT_OUT:
             raise RuntimeError("rank 0 of process_group could not assign the points to the classes; see its error")
+        self._assigned(chosen)
+
+    def _assigned(self, chosen: Tensor) -> None:
+        self.reassigned = int((chosen != self.assignment).sum())
         self.assignment.copy_(chosen)
 
     @torch.no_grad()
@@ -274,12 +280,12 @@ class FixedPrototypeHead(_Loss):
         return ranks
 
     def get_extra_state(self) -> Tensor:
-        """The number of calls."""
-        return torch.tensor(self.calls)
+        """``calls`` and ``reassigned``."""
+        return torch.tensor([self.calls, self.reassigned])
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore the number of calls."""
-        self.calls = int(state)
+        """Restore ``calls`` and ``reassigned``; 0.2.0 had ``calls`` only."""
+        self.calls, self.reassigned = (*map(int, state.flatten()), 0)[:2]
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         found = state_dict.get(f"{prefix}assignment")

@@ -8,6 +8,7 @@ import importlib
 import math
 import pkgutil
 import re
+import shlex
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import nckernels
+from nckernels.__main__ import COMMANDS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -100,6 +102,43 @@ def test_code_of_pages(page: str, one_rank: None, tmp_path: Path, monkeypatch: p
     if page == "quickstart":
         assert names["accuracy"] > 0.9
         assert names["means_accuracy"] > 0.9
+
+
+def test_what_the_page_of_the_papers_names_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    """Functions, tests, and commands with all their options. Recipes and sweeps are resolved; nothing is trained."""
+    for needed in ("matplotlib", "scipy", "sklearn", "tqdm"):
+        pytest.importorskip(needed)
+    from nckernels.train import load_recipe
+
+    benchmarks = (DOCS.parent / "benchmarks" / "__main__.py").read_text(encoding="utf-8")
+    columns: list[str] = []
+    names = set()
+    for line in (DOCS / "papers.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+        columns = cells if cells[:1] == ["in the paper"] else columns
+        for column, cell in zip(columns, cells, strict=False):
+            if column in ("here", "command", "checked by"):
+                names.update(re.findall(r"`([^`]+)`", cell))
+    assert len(names) > 100  # they have been found
+    for name in sorted(names):
+        command, *arguments = shlex.split(name)
+        if name.startswith("tests/"):
+            assert (DOCS.parent / name).is_file(), name
+        elif name.startswith("python -m benchmarks "):
+            assert f"\npython -m benchmarks {arguments[2]} " in benchmarks, name
+        elif command in COMMANDS:
+            module = importlib.import_module(COMMANDS[command][0])
+            if command == "train":
+                parsed = module.make_parser().parse_args(arguments)
+                load_recipe(parsed.recipe, parsed.set)
+            elif command == "sweep":
+                assert module.main([*arguments, "--dry-run"]) == 0, name
+            elif command == "recipes":
+                assert module.main(arguments) == 0, name
+            else:
+                module.make_parser().parse_args(arguments)
+        else:
+            assert pkgutil.resolve_name(f"nckernels.{name}") is not None, name
 
 
 def test_quoted_messages_are_those_of_the_code() -> None:

@@ -269,18 +269,18 @@ class _Training:
         before, seconds = self.lines
         steps, self.lines = self.done - before, (self.done, self.history.seconds)
         rate = steps * self.recipe.run.batch_size / max(self.history.seconds - seconds, 1e-9)
-        self.log.line(
-            self.done,
-            {
-                "epoch": self.done / self.per_epoch,
-                "loss": means["loss"],
-                "lr": self.optimisation.learning_rate(self.done - 1),
-                "grad_norm": means["grad_norm"],
-                "feature_norm": means["feature_norm"],
-                "samples_per_second": rate,
-                "seconds": self.history.seconds,
-            },
-        )
+        values = {
+            "epoch": self.done / self.per_epoch,
+            "loss": means["loss"],
+            "lr": self.optimisation.learning_rate(self.done - 1),
+            "grad_norm": means["grad_norm"],
+            "feature_norm": means["feature_norm"],
+            "samples_per_second": rate,
+            "seconds": self.history.seconds,
+        }
+        if isinstance(self.head, nckernels.FixedPrototypeHead) and self.head.dynamic:
+            values["reassigned"] = self.head.reassigned / len(self.head.points)
+        self.log.line(self.done, values)
 
 
 def _open(stack: ExitStack, folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ import nckernels
 from nckernels import geometry
 from nckernels.distributed import collectives, groups
 
+from . import checkpoint
 from .cache import cache_folder
 from .recipe import Loss
 from .typed import nearest
@@ -35,9 +36,11 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "scl": ("decoupled",),
     "prototype": (),
     "etf-dr": (),
-    "dlp": ("momentum", "t"),
+    "dlp": ("momentum", "t", "refreshes", "points"),
 }
-"""The valid keys of ``loss.options``, by ``loss.name``."""
+"""The valid keys of ``loss.options``, by ``loss.name``. Of dlp: ``momentum`` of the class averages; ``t`` of the
+Gaussian potential that spreads the points; ``refreshes``, assignments per epoch ([DLP] Fig. 3b); ``points``, the folder
+of a run whose prototypes are the points, instead of uniform ones ([DLP] Table 8, "Ours*")."""
 
 
 class Head(Protocol):
@@ -168,6 +171,7 @@ def make_head(
     steps_per_epoch: int = 1,
     process_group: Group = None,
     device: torch.device | str | None = None,
+    start: bool = True,
 ) -> AnyHead:
     """The classifier that trains with a loss, initialised from torch's global random state.
 
@@ -175,6 +179,7 @@ def make_head(
         dim: size d of the features.
         steps_per_epoch: training steps after which dlp reassigns its points.
         process_group: the ranks whose samples the loss sees. They share the rows of a queue.
+        start: whether to read the run of ``loss.options.points``; False if a state dict will be loaded anyway.
 
     Fixed points are those of rank 0, so all ranks of a distributed run must call this together.
 
@@ -189,7 +194,7 @@ def make_head(
                 f"{nearest(name, OPTIONS[loss.name])}"
             )
     try:
-        head = _make(loss, dim, num_classes, max(1, steps_per_epoch), process_group, device)
+        head = _make(loss, dim, num_classes, max(1, steps_per_epoch), process_group, device, start)
     except (TypeError, ValueError) as error:
         if any(str(error).startswith(f"{name} ") for name in loss.options):  # the losses name their argument first
             raise ValueError(f"loss.options.{error}") from error
@@ -198,7 +203,7 @@ def make_head(
 
 
 def _make(
-    loss: Loss, dim: int, num_classes: int, steps: int, group: Group, device: torch.device | str | None
+    loss: Loss, dim: int, num_classes: int, steps: int, group: Group, device: torch.device | str | None, start: bool
 ) -> AnyHead:
     options: dict[str, Any] = dict(loss.options)
     if loss.name in ("ce", "psc-star", "bce", "etf-dr", "dlp") and (loss.queue or loss.decay):
@@ -219,10 +224,15 @@ def _make(
         return nckernels.FixedPrototypeHead(points, assignment="static", process_group=group)
     if loss.name == "dlp":
         order = torch.randperm(num_classes)
-        points = _of_rank_0(_uniform(num_classes, dim, options.pop("t", 2.0), device)[order], device)
+        source, t, refreshes = options.pop("points", ""), options.pop("t", 2.0), options.pop("refreshes", 1.0)
+        if source:
+            points = _of_run(source, num_classes, dim) if start else torch.ones(num_classes, dim)
+        else:
+            points = _uniform(num_classes, dim, t, device)
         return nckernels.FixedPrototypeHead(
-            points, assignment=loss.assignment, refresh_every=steps, process_group=group, **options
-        )
+            _of_rank_0(points[order], device), assignment=loss.assignment, process_group=group,
+            refresh_every=max(1, round(steps / _positive("refreshes", refreshes))), **options,
+        )  # fmt: skip
     shared: dict[str, Any] = {"temperature": loss.temperature, "process_group": group}
     if loss.name == "scl":
         objective = _with_past(nckernels.SupConLoss(**shared, **options), loss, dim)
@@ -264,12 +274,37 @@ def _uniform(num_classes: int, dim: int, t: float, device: torch.device | str | 
     return points.cpu()
 
 
+def _of_run(source: object, num_classes: int, dim: int) -> Tensor:
+    """The prototypes of another run's classifier."""
+    path = Path(str(source))
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    try:
+        head = checkpoint.load(path)["head"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"loss.options.points: there is no checkpoint {path}") from None
+    except ValueError as error:
+        raise ValueError(f"loss.options.points: {error}") from None
+    shapes = {key: tuple(value.shape) for key, value in head.items() if isinstance(value, Tensor)}
+    for key, shape in shapes.items():
+        if key.rpartition(".")[2] in ("weight", "prototypes") and shape == (num_classes, dim):
+            return cast(Tensor, head[key])
+    raise ValueError(
+        f"loss.options.points: expected prototypes of shape {(num_classes, dim)} in {path}, got {shapes or 'none'}"
+    )
+
+
 def _of_rank_0(points: Tensor, device: torch.device | str | None) -> Tensor:
     """Broadcast the points of rank 0: other machines may round differently."""
     points = points.to(device)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast(points, src=0)
     return points
+
+
+def _positive(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < math.inf:
+        raise ValueError(f"loss.options.{name}: expected a positive number, got {value!r}")
+    return float(value)
 
 
 def _share(name: str, value: object) -> float:

@@ -27,14 +27,21 @@ class Size:
     classes: int
     channels: int = 3
     image_size: int = 224
+    counts: tuple[int, ...] = ()
+    """Samples of each class, where they differ much."""
 
 
+SVHN = (4948, 13861, 10585, 8497, 7458, 6882, 5727, 5595, 5045, 4659)
 SIZES = {
     "digits": Size(1437, 10, 1, 8),
     "cifar10": Size(50_000, 10, 3, 32),
     "cifar100": Size(50_000, 100, 3, 32),
+    "svhn": Size(sum(SVHN), 10, 3, 32, SVHN),
+    "stl10": Size(5000, 10, 3, 96),
     "imagenet": Size(1_281_167, 1000),
     "imagenet100": Size(126_689, 100),  # with the classes of Tian et al.
+    "tiny-imagenet-200": Size(100_000, 200, 3, 64),
+    "ImageNet_LT_train.txt": Size(115_846, 1000),
     "food101": Size(75_750, 101),
     "stanfordcars": Size(8144, 196),
     "dtd": Size(3760, 47),
@@ -42,7 +49,7 @@ SIZES = {
     "flowers102": Size(2040, 102),
     "voc2007": Size(5011, 20),
 }
-"""Training sets by name; folders by the last part of their path, where there is no such folder to count."""
+"""Training sets by name; folders and lists by the last part of their path, where there is none to count."""
 
 NAIVE_BYTES = {"ce": 12, "psc-star": 12, "bce": 12, "normface": 12, "nonl": 21, "ntce": 20, "scl": 19, "prototype": 20}
 """By loss: bytes an entry of the M x K or N x N matrix of the logits that the plain float32 form takes at its peak,
@@ -92,6 +99,9 @@ def training_set(recipe: Recipe) -> Size | None:
         size: Size | None = _glyphs(data.options, data.validation)
     elif data.name == "folder":
         size = _folder(root / "train") or SIZES.get(root.name)
+        listed = data.options.get("train_list")
+        if listed:
+            size = _of_list(size, Path(str(listed)).expanduser())
     else:
         size = SIZES.get(data.name)
     if size is None:
@@ -103,7 +113,8 @@ def training_set(recipe: Recipe) -> Size | None:
     if last:
         samples, classes = samples * (last - first) // classes, last - first
     if data.imbalance < 1:
-        samples = sum(class_counts(samples // classes, classes, data.imbalance))
+        there = size.counts if len(size.counts) == classes else (samples // classes,) * classes
+        samples = sum(map(min, there, class_counts(max(there), classes, data.imbalance)))
     return Size(samples, classes, size.channels, data.image_size or size.image_size)
 
 
@@ -119,6 +130,14 @@ def _folder(path: Path) -> Size | None:
         return None
     counts = [sum(1 for _ in folder.iterdir()) for folder in path.iterdir() if folder.is_dir()]
     return Size(sum(counts), len(counts)) if counts else None
+
+
+def _of_list(size: Size | None, path: Path) -> Size | None:
+    """The part of a set that a file lists, line by line."""
+    if size is None or not path.is_file():
+        return SIZES.get(path.name)
+    with path.open(encoding="utf-8") as lines:
+        return dataclasses.replace(size, samples=sum(bool(line.strip()) for line in lines))
 
 
 def _network(recipe: Recipe, size: Size | None) -> Any:

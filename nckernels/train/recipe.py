@@ -26,7 +26,7 @@ class Data:
     """``[data]``: the training set and the test set."""
 
     name: str = "digits"
-    """digits, glyphs, cifar10, cifar100, folder, or one of torchvision's data sets such as food101."""
+    """digits, glyphs, cifar10, cifar100, svhn, stl10, folder, or one of torchvision's data sets such as food101."""
     root: str = "data"
     """Folder with the files; nothing is downloaded into it."""
     validation: bool = False
@@ -35,6 +35,9 @@ class Data:
     """Keep only the classes [from, to), labelled from 0; (0, 0): all."""
     image_size: int = 0
     """Height and width of the network's input in pixels; 0: those of the data set (224 for files)."""
+    statistics: Literal["own", "imagenet"] = "own"
+    """Mean and deviation that normalise images in memory: those of the data set, or ImageNet's, by which files always
+    are. A frozen encoder needs those that it was trained with."""
     imbalance: float = 1.0
     """Smallest / largest class size of a long-tailed training set, exponential in between; 1: unchanged."""
     balanced: bool = False

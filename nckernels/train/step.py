@@ -32,7 +32,7 @@ def build(recipe: Recipe, data: Any, world: World, *, steps_per_epoch: int = 1, 
     changes; the caller restores it.
 
     Args:
-        start: whether to load ``model.init``; False if other weights will be loaded anyway.
+        start: whether to load ``model.init`` and ``loss.options.points``; False if a checkpoint will be loaded anyway.
     """
     torch.manual_seed(recipe.run.seed)
     network = make_network(recipe.model, data.channels, data.image_size)
@@ -50,6 +50,7 @@ def build(recipe: Recipe, data: Any, world: World, *, steps_per_epoch: int = 1, 
         steps_per_epoch=steps_per_epoch,
         process_group="world" if world.size > 1 and recipe.loss.global_batch else None,
         device=world.device,
+        start=start,
     )
     return network, head
 

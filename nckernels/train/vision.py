@@ -17,10 +17,12 @@ Transform = Callable[[Any], Tensor]
 _RESIZED = 256 / 224  # shorter side of the resized image, as a multiple of the centre crop
 
 
-def train_transform(augment: Augment, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Transform:
+def train_transform(
+    augment: Augment, size: int, mean: tuple[float, ...], std: tuple[float, ...], *, cropped: bool = False
+) -> Transform:
     """One random view. The random numbers are torch's, so ``torch.manual_seed`` makes it reproducible.
 
-    Without a random crop it starts with the centre crop of :func:`eval_transform`. Rotation, zoom and shift fill with
+    Without a random crop it starts with the crop of :func:`eval_transform`. Rotation, zoom and shift fill with
     black from outside of the image.
 
     Raises:
@@ -28,7 +30,7 @@ def train_transform(augment: Augment, size: int, mean: tuple[float, ...], std: t
     """
     v2 = _transforms()
     if augment.crop == (1.0, 1.0):
-        steps = _centre_crop(v2, size)
+        steps = _centre_crop(v2, size, 1.0 if cropped else _RESIZED)
     else:
         steps = [v2.RandomResizedCrop(size, scale=augment.crop, ratio=ASPECT, antialias=True)]
     if augment.rotate or augment.zoom or augment.shift:
@@ -65,7 +67,7 @@ def eval_transform(size: int, mean: tuple[float, ...], std: tuple[float, ...], *
     return _normalised(v2, _centre_crop(v2, size, 1.0 if cropped else _RESIZED), mean, std)
 
 
-def _centre_crop(v2: Any, size: int, share: float = _RESIZED) -> list[Any]:
+def _centre_crop(v2: Any, size: int, share: float) -> list[Any]:
     return [v2.Resize(round(size * share), antialias=True), v2.CenterCrop(size)]
 
 

@@ -235,6 +235,12 @@ def test_unequal_classes() -> None:
         same(p["lambda_w"] * w.T @ w, p["lambda_h"] * h.T @ h, 1e-8)
         same(means @ means.T, gram, 1e-6)
         assert value(w, h, b, y.T[target], lambda_b=lambda_b, **p) == pytest.approx(least, abs=1e-9)
+        # Lemma III.3, Eqs. 6 to 8, with a column for each sample
+        labels, columns, total, gamma = y[:, target], h.T, sum(counts), 1 / (1 + lambda_b)
+        m = torch.eye(total, dtype=torch.float64) - gamma / total
+        same(labels @ m @ h, w @ columns @ m @ h + p["lambda_w"] * total * w, 1e-8)
+        same(w.T @ labels @ m, w.T @ w @ columns @ m + p["lambda_h"] * total * columns, 1e-8)
+        same(b, gamma / total * (labels - w @ columns).sum(1), 1e-8)
         if lambda_b == 0 or name == "centred":
             same(b, (y * torch.tensor(counts)).sum(1) / sum(counts), 1e-6)
 

@@ -305,6 +305,7 @@ def test_refresh_every_n_calls_and_never_when_static() -> None:
         losses.append(h(x, y).item())
         moved = not torch.equal(h.assignment, start)
         assert moved is (call >= 2), call
+        assert h.reassigned == (5 if call >= 2 else 0)  # of the last refresh: all five moved
     assert torch.equal(h.assignment, order)
     assert losses[3] == pytest.approx(0, abs=1e-12)
     assert losses[0] == pytest.approx(losses[2]) != pytest.approx(0)
@@ -328,6 +329,9 @@ def test_state_dict_round_trip() -> None:
         assert torch.equal(first.assignment, second.assignment)
         assert torch.equal(first.representatives, second.representatives)
     same(first.prototypes, second.prototypes, 0)
+    assert (second.calls, second.reassigned) == (first.calls, first.reassigned)
+    second.load_state_dict({**first.state_dict(), "_extra_state": torch.tensor(3)})  # that of 0.2.0
+    assert (second.calls, second.reassigned) == (3, 0)
 
 
 def test_another_number_of_classes_is_an_error() -> None:

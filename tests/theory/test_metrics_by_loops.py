@@ -255,8 +255,22 @@ def test_relu_optimum_agrees_with_table_3() -> None:
         best = optimum(k, features="relu")
         assert best.weight_alignment == pytest.approx(alignment, abs=0.0075)
         assert best.mir == pytest.approx(mir, abs=0.0075)
-        if k == 10:
-            assert best.hdr == pytest.approx(hdr, abs=0.0075)
+        assert best.hdr == pytest.approx(hdr, abs=0.0075)
+
+
+def test_table_3_contradicts_itself_for_scl_with_probing() -> None:
+    """[NCD] Table 3, CIFAR-10: |u - w| >= |m - w| - |m - u| in the mean square, m the directions of the class means.
+
+    Weight alignment, 0.99, is |m - w|^2, and the row without probing has |m - u|^2 = 0.10 for the same features.
+    """
+    assert (math.sqrt(0.99) - math.sqrt(0.10)) ** 2 == pytest.approx(0.46, abs=0.005)  # the table: 0.10
+    y = torch.arange(4).repeat(25)
+    u = F.normalize(randn(4, 6, seed=0)[y] + 0.2 * randn(100, 6, seed=1))
+    means = torch.stack([u[y == c].mean(0) for c in range(4)])
+    for w in (randn(4, 6, seed=2), -means, means):
+        with_w, with_means = neural_collapse(u, y, w), neural_collapse(u, y, means)
+        bound = math.sqrt(with_w.weight_alignment) - math.sqrt(with_means.instance_alignment)
+        assert math.sqrt(with_w.instance_alignment) >= bound - 1e-12
 
 
 @pytest.mark.parametrize("features", ["signed", "relu"])

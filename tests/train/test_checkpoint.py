@@ -56,7 +56,7 @@ def interrupted(folder: Path, changes: dict[str, Any], *after: int) -> None:
     [
         {"loss.queue": 100, "run.save_every": 5},
         {"loss.decay": 0.9, "run.eval_every": 7, "optimizer.nesterov": True},
-        {"loss.name": "dlp", "model.dim": 2, "run.save_every": 3},
+        {"loss.name": "dlp", "model.dim": 2, "run.save_every": 4, "loss.options": {"refreshes": 9, "momentum": 0.5}},
         {"loss.name": "scl", "augment.views": 2, "augment.rotate": 10.0, "run.probes": ("FP", "LP")},
         {"loss.name": "normface", "loss.options": {"class_fraction": 0.5}, "run.save_every": 4},
         {"loss.name": "ntce", "run.micro_batch_size": 20, "data.balanced": True},
@@ -69,6 +69,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(changes: dict[str, Any], tmp_
     interrupted(parts, changes, 2, 9, 4)  # before the first checkpoint, in the first epoch, in the second
     assert outcome(parts) == outcome(whole)
     assert outcome(whole)["step"] == 18
+    if changes.get("loss.name") == "dlp":  # the share of the classes that the last assignment moved, [DLP] Fig. 4b
+        assert 0 < max(line["reassigned"] for line in outcome(whole)["log"]) <= 1
     assert json.loads((whole / "history.json").read_text())["finished"] is True
 
 

@@ -149,6 +149,7 @@ def test_files_can_be_split_into_subsets() -> None:
     [
         ({"name": "cifr10"}, r"data.name: expected one of digits, .*, got 'cifr10' \(did you mean 'cifar10'\?\)"),
         ({"options": {"size": 3}}, "data.options.size: digits has no such option; it has none"),
+        ({"statistics": "imagenet"}, "data.statistics: ImageNet's are of 3 channels, digits has 1"),
         ({"name": "food101", "options": {"split": "x"}}, "data.options.split: food101 has no such option"),
     ],
 )

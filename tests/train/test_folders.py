@@ -92,6 +92,19 @@ def test_classes_file_selects_classes(tmp_path: Path) -> None:
         opened(tmp_path, options={"class_file": "x"})
 
 
+def test_a_list_selects_training_images(tmp_path: Path) -> None:
+    """As ImageNet-LT's, whose lines end with a class number that is not needed."""
+    listed = tree(tmp_path) / "list.txt"
+    listed.write_text("train/n03/n03_1.JPEG 2\ntrain/n01/n01_0.JPEG 0\n")
+    made = opened(tmp_path, options={"train_list": str(listed), "cropped": True})
+    assert [Path(path).name for path in made.train.paths] == ["n01_0.JPEG", "n03_1.JPEG"]
+    assert made.train.labels.tolist() == [0, 2]
+    assert (len(made.test), made.num_classes, made.train.cropped, made.test.cropped) == (6, 3, True, True)
+    listed.write_text("train/n03/n03_9.JPEG 2\n")
+    with pytest.raises(DataError, match=r"list.txt: 1 images that are not there, or in no class: .*n03_9"):
+        opened(tmp_path, options={"train_list": str(listed)})
+
+
 def test_missing_folders_have_a_source_and_a_layout(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"there is no .*train; expected train/CLASS/.*https://image-net.org/download"):
         opened(tmp_path)
@@ -191,6 +204,37 @@ def test_incomplete_errors_are_named(changes: dict[str, Any], message: str) -> N
     errors = {**{name: [0.5] * 5 for name in ALEXNET}, **changes}
     with pytest.raises(ValueError, match=message):
         mean_corruption_error({name: values for name, values in errors.items() if values is not None})
+
+
+# SVHN and STL-10
+
+
+def test_svhn_and_stl10_are_read_as_their_pages_say(tmp_path: Path) -> None:
+    scipy = pytest.importorskip("scipy.io")
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 96, 96), dtype=np.uint8)  # sample, colour, row, column
+    labels = np.array([10, 1, 9, 3], dtype=np.uint8)
+    folder = tmp_path / "stl10_binary"
+    folder.mkdir()
+    for split in ("train", "test"):
+        digits = pixels[:, :, :32, :32].transpose(2, 3, 1, 0)
+        scipy.savemat(tmp_path / f"{split}_32x32.mat", {"X": digits, "y": labels[:, None]})
+        pixels.transpose(0, 1, 3, 2).tofile(folder / f"{split}_X.bin")
+        labels.tofile(folder / f"{split}_y.bin")
+    for name, size, wanted in (("svhn", 32, [0, 1, 9, 3]), ("stl10", 96, [9, 0, 8, 2])):
+        made = open_data(Data(name=name, root=str(tmp_path)))
+        assert made.train.labels.tolist() == made.test.labels.tolist() == wanted
+        assert torch.equal(made.train.images, torch.from_numpy(pixels[:, :, :size, :size]))
+        assert (made.num_classes, made.channels, made.image_size) == (10, 3, size)
+        other = open_data(Data(name=name, root=str(tmp_path), statistics="imagenet"))
+        assert (other.mean, other.std) == (folders.MEAN, folders.STD) != (made.mean, made.std)
+    (folder / "test_y.bin").write_bytes(b"\x01\x02")
+    with pytest.raises(DataError, match=r"^stl10: expected .*test_y.bin of https?://.* 2 labels and uint8 images"):
+        open_data(Data(name="stl10", root=str(tmp_path)))
+    for content in (b"", (tmp_path / "train_32x32.mat").read_bytes()[:50], None):
+        file = tmp_path / "train_32x32.mat"
+        file.unlink() if content is None else file.write_bytes(content)
+        with pytest.raises(DataError, match=r"^svhn: expected train_32x32.mat of https?://"):
+            open_data(Data(name="svhn", root=str(tmp_path)))
 
 
 # Transfer

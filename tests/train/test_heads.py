@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import nckernels
+from nckernels.train import checkpoint
 from nckernels.train.heads import OPTIONS, ContrastiveHead, Head, make_head
 from nckernels.train.recipe import CONTRASTIVE, LOSSES, Loss
 
@@ -162,6 +163,31 @@ def test_points_of_dlp_come_from_the_cache(tmp_path: Path, monkeypatch: pytest.M
     assert head("dlp", 4, 7).prototypes.shape == (7, 4)
 
 
+def assert_same_rows(one: Tensor, other: Tensor) -> None:
+    torch.testing.assert_close(one[one[:, 0].argsort()], other[other[:, 0].argsort()])
+
+
+def test_dlp_with_the_prototypes_of_another_run(tmp_path: Path) -> None:
+    """[DLP] Table 8, "Ours*", and assignments per epoch, Fig. 3b. ``start=False`` reads no run."""
+    run, learnt = tmp_path / "psc", head("nonl", 4, 7)
+    run.mkdir()
+    parts = {"step": 0, "recipe": {}, "network": {}, "optimizer": {}, "history": {}, "ranks": []}
+    checkpoint.save(run / "checkpoint.pt", {**parts, "head": learnt.state_dict()})
+    loss = Loss(name="dlp", options={"points": str(run), "refreshes": 0.25})
+    one = make_head(loss, 4, 7, steps_per_epoch=3)
+    assert_same_rows(one.prototypes, F.normalize(learnt.prototypes.detach()))
+    assert one.refresh_every == 12
+    assert make_head(Loss(name="dlp", options={"refreshes": 10}), 4, 7, steps_per_epoch=3).refresh_every == 1
+    with pytest.raises(ValueError, match=r"loss.options.points: expected prototypes of shape \(6, 4\) in .*\(7, 4\)"):
+        make_head(loss, 4, 6)
+    (run / "checkpoint.pt").unlink()
+    with pytest.raises(ValueError, match=r"loss.options.points: there is no checkpoint"):
+        make_head(loss, 4, 7)
+    other = make_head(loss, 4, 7, start=False)
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(other.prototypes, one.prototypes)
+
+
 # Losses with a past
 
 
@@ -216,6 +242,7 @@ def test_running_denominators_are_part_of_the_head(name: str) -> None:
         ("normface", {"options": {"label_smoothing": 2.0}}, "loss.options.*label_smoothing"),
         ("nonl", {"options": {"direction": "up"}}, "loss.options.*direction"),
         ("dlp", {"options": {"momentum": 2.0}}, "loss.options.*momentum"),
+        ("dlp", {"options": {"refreshes": 0}}, "loss.options.refreshes: expected a positive number, got 0"),
         ("ce", {"queue": 8}, "loss.queue: ce contrasts no samples"),
         ("dlp", {"decay": 0.5}, "loss.decay: dlp contrasts no samples"),
         ("normface", {"queue": 8}, "loss.queue: criterion must be .* got NormFaceLoss"),

@@ -72,6 +72,9 @@ def test_networks_of_libraries_are_built(name: str) -> None:
         ("cifar100/nonl", ["data.validation=true"], "data: 40,000 training images of 3 x 32 x 32, 100 classes"),
         ("cifar10-lt/nonl", [], "data: 12,406 training images of 3 x 32 x 32, 10 classes"),  # the usual CIFAR-10-LT
         ("cifar100-lt/nonl", [], "data: 10,847 training images of 3 x 32 x 32, 100 classes"),
+        # No class has more than 13,861 x 0.01 ** (c / 9) samples, and SVHN has 4,948 images of a 0.
+        ("dlp-cifar-lt/svhn-dlp", [], "data: 25,484 training images of 3 x 32 x 32, 10 classes"),
+        ("dlp-imagenet-lt/dynamic", [], "steps: 452 an epoch"),
         ("imagenet1k/nonl", [], "steps: 156 an epoch, 78,000 in 500 epochs, batches of 8,192"),
         ("glyphs/nonl", [], "data: 9,600 training images of 1 x 20 x 20, 100 classes"),
         ("glyphs/nonl", ["data.validation=true"], "data: 6,400 training images of 1 x 20 x 20, 100 classes"),
@@ -94,6 +97,10 @@ def test_folders_that_are_there_are_counted(tmp_path: Path) -> None:
     printed = facts("imagenet1k/nonl", f"data.root={tmp_path}", "run.batch_size=2")
     assert "data: 8 training images of 3 x 224 x 224, 2 classes" in printed
     assert "steps: 4 an epoch" in printed
+    listed = tmp_path / "list.txt"
+    for content, line in (("train/a/0.png 0\ntrain/b/1.png 1\n", "data: 2 training images"), (None, "steps: unknown")):
+        listed.unlink() if content is None else listed.write_text(content)
+        assert line in facts("imagenet1k/nonl", f"data.root={tmp_path}", f"data.options.train_list={listed}")
 
 
 @pytest.mark.parametrize("name", [n for f in recipes.names() for n in (f, *(f"{f}/{r}" for r in recipes.rows(f)))])

@@ -75,7 +75,7 @@ PAPER: dict[str, dict[str, Any]] = {
     "imagenet-probe/imagenet1k-lp": {**IMAGENET_LINEAR, "optimizer.lr": 0.8, "loss.name": "ce"},
     "imagenet-probe/imagenet1k-nlp": {**IMAGENET_LINEAR, "optimizer.lr": 0.8, "loss.name": "normface"},
     "transfer/voc2007": {**LINEAR, "loss.name": "bce", "data.name": "voc2007"},
-    # [DLP] section 4.1, Tables 1, 3, 4 and 6.
+    # [DLP] section 4.1, Tables 1 to 6.
     "dlp-cifar100/dynamic": {"model.name": "resnet32", "loss.name": "dlp", "loss.assignment": "dynamic"},
     "dlp-cifar100/static": {"model.name": "resnet32", "loss.name": "dlp", "loss.assignment": "static"},
     "dlp-cifar100/psc": {"model.name": "resnet32", "loss.name": "ce"},
@@ -86,7 +86,13 @@ PAPER: dict[str, dict[str, Any]] = {
     "dlp-imagenet/psc-swin-t": {"model.name": "torchvision:swin_t", "optimizer.name": "adamw", "schedule.epochs": 100},
     "dlp-cifar-lt/cifar100-dlp": {"model.name": "resnet32", "model.dim": 128},
     "dlp-cifar-lt/cifar100-dlp-50": {"model.name": "resnet32", "model.dim": 50, "data.name": "cifar100"},
+    "dlp-cifar100/etf": {"model.name": "resnet32", "loss.name": "etf-dr", "model.dim": 100},
     "dlp-cifar-lt/cifar10-dlp": {"model.name": "resnet32", "model.dim": 64, "data.name": "cifar10"},
+    "dlp-cifar-lt/svhn-dlp": {"model.name": "resnet32", "model.dim": 64, "data.name": "svhn", "augment.flip": 0.0},
+    "dlp-cifar-lt/stl10-etf": {"model.name": "resnet32", "model.dim": 64, "data.name": "stl10", "loss.name": "etf-dr"},
+    "dlp-imagenet200/etf": {"model.name": "resnet32", "model.dim": 200, "loss.name": "etf-dr"},
+    "dlp-imagenet-lt/dynamic": {"model.name": "torchvision:resnet50", "model.dim": 512, "loss.name": "dlp"},
+    "dlp-imagenet-lt/etf": {"model.name": "torchvision:resnet50", "model.dim": 4096, "loss.name": "etf-dr"},
 }  # fmt: skip
 for loss in ("ce", "etf-dr", "normface", "ntce", "nonl"):
     for classes in (10, 100):
@@ -137,7 +143,8 @@ def test_every_row_of_the_papers_but_sweeps_and_glyphs_is_checked() -> None:
         ("cifar10-lt", {"data.imbalance": [0.1, 0.02, 0.01]}, 15),  # Table 6
         ("cifar100-lt", {"data.imbalance": [0.1, 0.02, 0.01]}, 15),
         ("dlp-cifar100", {"model.dim": [10, 25, 50, 100]}, 16),  # Table 1
-        ("dlp-cifar-lt", {"data.imbalance": [0.005, 0.01, 0.02]}, 21),  # Tables 4 and 6
+        ("dlp-imagenet200", {"model.dim": [25, 50, 100, 200]}, 12),
+        ("dlp-cifar-lt", {"data.imbalance": [0.005, 0.01, 0.02]}, 39),  # Tables 4 and 6
         (
             "cifar-temperature-batch",  # App. G.2
             {
@@ -169,6 +176,8 @@ def test_probes_and_transfer_start_from_folders_that_sweeps_make() -> None:
 
 
 def test_transfer_goes_to_the_eight_data_sets_of_table_4() -> None:
+    in_memory = {recipes.load(f"transfer/{row}").data.statistics for row in ("cifar10", "cifar100")}
+    assert in_memory == {"imagenet"}  # those of the frozen encoder, as for files
     assert recipes.rows("transfer") == ("food", "cifar10", "cifar100", "cars", "dtd", "pets", "flowers", "voc2007")
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from ..recipe import Data
 from ..typed import nearest
-from . import cifar, digits, folders, glyphs, longtail, subsets, transfer
+from . import cifar, digits, folders, glyphs, longtail, small, subsets, transfer
 from .batches import Batches, passes
 from .files import readable
 from .sets import DataError, Dataset, Files, Memory, Split
@@ -25,6 +25,7 @@ _LOADERS = {
     "cifar10": cifar.load,
     "cifar100": cifar.load,
     "folder": folders.load,
+    **dict.fromkeys(small.NAMES, small.load),
     **dict.fromkeys(transfer.NAMES, transfer.load),
 }
 
@@ -56,4 +57,8 @@ def open_data(data: Data, *, seed: int = 42) -> Dataset:
         dataset = subsets.select_classes(dataset, *data.classes)
     if data.imbalance < 1:
         dataset = longtail.long_tailed(dataset, data.imbalance, seed)
+    if data.statistics == "imagenet":
+        if dataset.channels != 3:
+            raise ValueError(f"data.statistics: ImageNet's are of 3 channels, {data.name} has {dataset.channels}")
+        dataset = replace(dataset, mean=folders.MEAN, std=folders.STD)
     return replace(dataset, image_size=data.image_size or dataset.image_size)

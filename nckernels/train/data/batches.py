@@ -51,7 +51,9 @@ class Batches:
         self._classes = _Classes(dataset.train.labels) if recipe.data.balanced else None
         self._source: FileReader | _Memory
         if isinstance(dataset.train, Files):
-            transform = vision.train_transform(recipe.augment, dataset.image_size, dataset.mean, dataset.std)
+            transform = vision.train_transform(
+                recipe.augment, dataset.image_size, dataset.mean, dataset.std, cropped=dataset.train.cropped
+            )
             self._source = FileReader(
                 dataset.train,
                 transform,

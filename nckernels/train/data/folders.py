@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,12 +30,14 @@ def load(data: Data) -> Dataset:
     """The images below ``train`` and ``val`` (or ``validation``, ``test``) in ``data.root``, in classes sorted by name.
 
     The option ``classes_file`` names a text file with a class, for instance a WordNet id, at the start of each line;
-    only these classes are kept. Images are not opened here.
+    only these classes are kept. The option ``train_list`` names one with an image, such as ``train/CLASS/a.JPEG``, at
+    the start of each line; only these training images are kept, as in ImageNet-LT. With ``cropped`` images are used
+    whole, and not only their centres: that is for small ones such as Tiny ImageNet's. Images are not opened here.
 
     Raises:
         DataError: for folders that are missing, empty or not sorted into classes.
     """
-    check_options("folder", data.options, ("classes_file",))
+    check_options("folder", data.options, ("classes_file", "train_list", "cropped"))
     root = Path(data.root).expanduser()
     if not (root / "train").is_dir():
         raise DataError(f"folder: there is no {root / 'train'}; {_LAYOUT}")
@@ -47,6 +50,10 @@ def load(data: Data) -> Dataset:
     if len(names) < 2:
         raise DataError(f"{root / 'train'}: expected at least two folders named after classes; {_LAYOUT}")
     train, test = scan(root / "train", names), scan(tests[0], names)
+    if data.options.get("train_list"):
+        train = _kept(train, Path(str(data.options["train_list"])).expanduser(), root)
+    if data.options.get("cropped"):
+        train, test = replace(train, cropped=True), replace(test, cropped=True)
     return files_dataset(train, test, names)
 
 
@@ -96,13 +103,27 @@ def _images(folder: Path) -> list[str]:
     return [f"{folder}/{name}" for name in sorted(names) if name.lower().endswith(_SUFFIXES) and name[0] != "."]
 
 
-def _listed(path: Path, names: Sequence[str]) -> list[str]:
-    """The classes that a file lists, sorted."""
+def _kept(files: Files, path: Path, root: Path) -> Files:
+    """The images that a file lists; their labels are those of their folders."""
+    wanted = {f"{root}/{name}" for name in _first_words(path, "train_list")}
+    rows = torch.tensor([i for i, name in enumerate(files.paths) if str(name) in wanted], dtype=torch.int64)
+    if len(rows) < len(wanted):
+        missing = sorted(wanted.difference(map(str, files.paths)))
+        raise DataError(f"{path}: {len(missing)} images that are not there, or in no class: {', '.join(missing[:3])}")
+    return files.take(rows)
+
+
+def _first_words(path: Path, option: str) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"data.options.classes_file: {path} cannot be read: {error}") from None
-    wanted = [line.split()[0] for line in lines if line.strip()]
+        raise DataError(f"data.options.{option}: {path} cannot be read: {error}") from None
+    return [line.split()[0] for line in lines if line.strip()]
+
+
+def _listed(path: Path, names: Sequence[str]) -> list[str]:
+    """The classes that a file lists, sorted."""
+    wanted = _first_words(path, "classes_file")
     unknown = sorted(set(wanted) - set(names))
     if unknown:
         raise DataError(f"{path}: {len(unknown)} classes that data.root does not have: {', '.join(unknown[:5])}")

@@ -51,7 +51,7 @@ class Files:
     paths: tuple[Path | str, ...]
     labels: Tensor
     cropped: bool = False
-    """Whether the images are already centre crops; an evaluation then uses the whole image."""
+    """Whether the images are already centre crops, and used whole where otherwise their centre is cropped."""
 
     def __len__(self) -> int:
         return len(self.labels)
