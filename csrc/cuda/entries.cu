@@ -88,7 +88,7 @@ entries_kernel(const __grid_constant__ EntriesArgs a) {
 #pragma unroll
         for (int r = 0; r < 4; r++) {
           float& x = acc[r / 2][j][2 * (r % 2) + e];
-          x = entry<false>(x, row[r], column) * row[r].factor * column.factor;
+          x = in_range(entry<false>(x, row[r], column) * row[r].factor * column.factor, a.norm_limit);
         }
       }
     }

@@ -203,8 +203,9 @@ NCK_DEVICE float largest_rnorm(const float* x, int n, float limit) {
 // The entries A r of the gradient's tiles are of the size of the upstream gradients, usually 1 / M, times a
 // softmax probability, and would underflow in float16. No entry of A exceeds the sum of the largest upstream
 // gradients. With the largest inverse norms, these scales therefore bring every A r to at most 2^14, a
-// quarter of float16's range (2^15 where two samples are each other's positives). Rows shorter than eps (r >=
-// limit) count as 1. Runs as one thread block.
+// quarter of float16's range (2^15 where two samples are each other's positives). Zero rows (r >= limit)
+// count as 1. [2] leaves out the entries of two rows shorter than eps, see in_range. Runs as one thread
+// block.
 NCK_KERNEL(kScaleThreads, 1) half_scale_kernel(const __grid_constant__ HalfScaleArgs a) {
   SharedArena arena;
   float* scratch = arena.take<float>(kScaleThreads / 32);
@@ -213,11 +214,16 @@ NCK_KERNEL(kScaleThreads, 1) half_scale_kernel(const __grid_constant__ HalfScale
   bound += block_max<kScaleThreads>(largest(a.pos_grad, nullptr, a.m), scratch);
   float z = block_max<kScaleThreads>(largest_rnorm(a.z_rnorm, a.m, a.limit), scratch);
   float w = block_max<kScaleThreads>(largest_rnorm(a.w_rnorm, a.k, a.limit), scratch);
+  float short_rows = 0.999998f * a.limit;
+  float rest_z = block_max<kScaleThreads>(largest_rnorm(a.z_rnorm, a.m, short_rows), scratch);
+  float rest_w = block_max<kScaleThreads>(largest_rnorm(a.w_rnorm, a.k, short_rows), scratch);
   if (threadIdx.x == 0) {
     // For upstream gradients of zero any finite scale is correct. The clamp keeps the scale finite.
     float top = 14.0f - log2f(bound > 0 ? bound : 1.0f);
     float z_bits = log2f(z > 0 ? z : 1.0f), w_bits = log2f(w > 0 ? w : 1.0f);
-    float exponent[3] = {top - w_bits, top - z_bits, top - z_bits - w_bits};
+    float both =
+        fmaxf(z_bits + log2f(rest_w > 0 ? rest_w : 1.0f), log2f(rest_z > 0 ? rest_z : 1.0f) + w_bits);
+    float exponent[3] = {top - w_bits, top - z_bits, top - both};
     for (int i = 0; i < 3; i++) a.scale[i] = exp2f(fminf(fmaxf(floorf(exponent[i]), -100.0f), 100.0f));
   }
 }

@@ -11,8 +11,10 @@ inline constexpr float kLn2 = 0.6931471805599453f;
 
 NCK_DEVICE float infinity() { return bits_float(0x7f800000u); }
 
-// The comparison propagates NaN, which fmaxf would not: rows with NaN must give NaN.
+// The comparison propagates NaN, which fmaxf would not: rows with NaN must give NaN. In float16 (a large eps)
+// summand_rnorm tells zero rows by an inverse norm that is larger than any other's.
 NCK_DEVICE float inverse_norm(float square_sum, float eps) {
+  if (eps > 1e-6f && square_sum == 0) return 1.000002f / eps;
   float norm = sqrtf(square_sum);
   return 1.0f / (norm < eps ? eps : norm);
 }
@@ -98,11 +100,18 @@ NCK_DEVICE Upstream upstream_of(const Side& side, const Slot& s) {
   return u;
 }
 
-// The factor of a row that is summed up: its inverse norm, except 1 for float16 rows shorter than eps. Their
-// 1 / eps = 16384 would push entries out of float16's range, for rows that are practically zero.
+// The factor of a row that is summed up: its inverse norm, except 1 for float16 rows of zeros. Their
+// 1 / eps = 16384 would push the other entries out of float16's range, and adds nothing to a sum.
 // `finish` applies the true factor to the row's own gradient.
 NCK_DEVICE float summand_rnorm(float rnorm, float norm_limit) {
   return norm_limit > 0 && rnorm >= norm_limit ? 1.0f : rnorm;
+}
+
+// Float16: entries of two rows shorter than eps can exceed the range. Room for them would leave none for
+// others.
+NCK_DEVICE float in_range(float h, float norm_limit) {
+  if (norm_limit > 0 && h > 65504.0f) return 65504.0f;
+  return norm_limit > 0 && h < -65504.0f ? -65504.0f : h;
 }
 
 // The multiple of a row x to subtract from its sum, (u . acc) r, given along = x . acc. It is 0 for rows

@@ -194,7 +194,7 @@ panel_entries_kernel(const __grid_constant__ PanelArgs a) {
       for (int c = 0; c < kLaneColumns; c++) {
         // Selected: the products of left-out rows may be NaN.
         float product = here[r] && q_here[c] ? x[c] : 0.0f;
-        x[c] = entry<false>(product, row[r], other[c]) * row[r].factor * other[c].factor;
+        x[c] = in_range(entry<false>(product, row[r], other[c]) * row[r].factor * other[c].factor, a.norm_limit);
       }
       store_entries(static_cast<T*>(a.h) + (first + r) * a.h_stride + column, x);
     }

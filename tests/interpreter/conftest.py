@@ -18,21 +18,30 @@ if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Blocks of 16, so that small problems, which the interpreter runs quickly, have several and a ragged tail."""
-    from nckernels.backends.triton import config
+    """Blocks of 16 or 32, so that small problems, which the interpreter runs quickly, have several and a ragged tail.
 
-    def shrunk(choose: Callable, whole_rows: bool) -> Callable:
+    As on devices, tiles are not square, their epilogues process a part of the columns at a time, and long rows take
+    several blocks of columns.
+    """
+    from nckernels.backends.triton import config, launch, step
+
+    def shrunk(choose: Callable, p: int, q: int, parts: int) -> Callable:
         def chosen(*args: object) -> object:
             tile = choose(*args)
             if tile is None:
                 return None
-            return tile._replace(p=16, q=16, d=tile.d if whole_rows else min(tile.d, 16))
+            whole_rows = choose.__name__.endswith("grad_tile")
+            return tile._replace(p=p, q=q, parts=parts, d=tile.d if whole_rows else min(tile.d, 16))
 
         return chosen
 
-    for name in ("lse_tile", "entries_tile", "grad_tile", "pairs_lse_tile", "pairs_grad_tile"):
-        monkeypatch.setattr(config, name, shrunk(getattr(config, name), name.endswith("grad_tile")))
-    monkeypatch.setattr(config, "panel_tile", lambda: config.PanelTile(16, 16, 4, 4))
+    tiles = {"lse": (16, 32, 4), "entries": (32, 16, 2), "grad": (16, 16, 1), "pairs_lse": (32, 16, 2)}
+    for name, sizes in {**tiles, "pairs_grad": (16, 16, 1)}.items():
+        monkeypatch.setattr(config, f"{name}_tile", shrunk(getattr(config, f"{name}_tile"), *sizes))
+    row_blocks = launch.row_blocks
+    for module in (launch, step):
+        monkeypatch.setattr(module, "row_blocks", lambda d: row_blocks(min(d, 128)))
+    monkeypatch.setattr(config, "panel_tile", lambda: config.PanelTile(16, 16, 4, 8))
     with nckernels.use_backend("triton"):
         yield
 

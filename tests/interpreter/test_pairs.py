@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import nckernels
+from nckernels.backends.base import norm_eps
 from nckernels.backends.triton import config
 
 LABELS = torch.tensor([0, 3, -7, 10**9, 2**40, 2**40 + 2**33, -(2**40)])
@@ -128,9 +129,11 @@ def test_opposite_classes_at_low_temperature(launched: Counter[str]) -> None:
 
 def test_nan_and_zero_rows(launched: Counter[str]) -> None:
     x, y = problem(20, 16, 2)
-    x[3] = 0
-    for dtype in (torch.float32, torch.float16):
-        check(x, y, dtype)
+    x[3] = 0  # in float16 the gradient of this row is much larger than the others
+    found, expected = (way(x, y, torch.float16)[1].double() for way in (run, eager))
+    assert ((found - expected).norm(dim=1) <= 1e-2 * expected.norm(dim=1)).all()
+    x[4] *= 0.5 * norm_eps(torch.float32) / x[4].norm()  # divided by the least norm, and not projected
+    check(x, y, torch.float32)
     x[3] = torch.nan
     value, by_x, _ = run(x, y, torch.float32)
     assert value.isnan()
@@ -142,9 +145,9 @@ def test_nan_and_zero_rows(launched: Counter[str]) -> None:
 def test_a_mean_does_not_depend_on_the_size_of_the_weights(size: float) -> None:
     x, y = problem(30, 16, 7)
     weight = 0.5 + torch.rand(30)
-    usual = run(x, y, torch.float32, sample_weight=weight)
-    for a, b in zip(run(x, y, torch.float32, sample_weight=weight * size), usual, strict=True):
-        assert (a - b).norm() <= 5e-6 * b.norm()  # exponents of 100 are rounded
+    usual = run(x, y, torch.float32, 0.03, sample_weight=weight)  # exp(-lse) times the smaller weights is 0
+    for a, b in zip(run(x, y, torch.float32, 0.03, sample_weight=weight * size), usual, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()  # exponents of 150 are rounded
 
 
 @pytest.mark.parametrize("size", [1e-3, 1e3])

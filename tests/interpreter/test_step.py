@@ -12,7 +12,7 @@ from steps import LOSSES, D, assert_close, exact, narrow_panels, problem, run  #
 
 import nckernels
 from nckernels.backends import tiled
-from nckernels.backends.base import Inputs, Needs, Reduced, Spec
+from nckernels.backends.base import Inputs, Needs, Reduced, Spec, norm_eps
 from nckernels.backends.triton import launch, norms
 from nckernels.backends.triton.step import TritonStep
 
@@ -132,9 +132,11 @@ def test_nan_and_zero_rows(panels: Panels) -> None:
     x, w, y = problem(20, 5, 6, ignored=0.0)
     x[3] = 0
     assert all(t.isfinite().all() for t in run("nonl", x, w, y, torch.float16))
+    x[4] *= 0.5 * norm_eps(torch.float32) / x[4].norm()  # divided by the least norm, and not projected
+    assert_close(run("nonl", x, w, y, torch.float32), exact("nonl", x, w, y, torch.float32), torch.float32)
     x[3] = torch.nan
     assert run("nonl", x, w, y, torch.float32)[0].isnan()
-    assert panels.steps == 2
+    assert panels.steps == 3
 
 
 def test_collapsed_features_at_low_temperature(panels: Panels) -> None:
@@ -165,11 +167,12 @@ def test_separated_samples_at_low_temperature(panels: Panels) -> None:
 def test_upstream_gradient_scales_the_gradients(panels: Panels) -> None:
     """In place without retain_graph; with it a copy of the same numbers."""
     x, w, y = (t.requires_grad_() if t.is_floating_point() else t for t in problem(20, 5, 7))
-    once = torch.autograd.grad(nckernels.nonl_loss(x, w, y), (x, w))
-    value = nckernels.nonl_loss(x, w, y)
-    factors = (torch.tensor(3.0), torch.tensor(0.5), torch.tensor(1.0))
+    tau = torch.tensor(0.1, requires_grad=True)
+    once = torch.autograd.grad(nckernels.nonl_loss(x, w, y, temperature=tau), (x, w, tau))
+    value = nckernels.nonl_loss(x, w, y, temperature=tau)
+    factors = (torch.tensor(4.0), torch.tensor(0.5), torch.tensor(1.0))
     for i, factor in enumerate(factors):
-        found = torch.autograd.grad(value, (x, w), factor, retain_graph=i < len(factors) - 1)
+        found = torch.autograd.grad(value, (x, w, tau), factor, retain_graph=i < len(factors) - 1)
         for a, b in zip(found, once, strict=True):
             assert torch.equal(a, b * factor)
     by_x = torch.autograd.grad(nckernels.nonl_loss(x, w, y), x, create_graph=True)[0]

@@ -6,13 +6,15 @@ few roundings. Blocks are 16 x 16 here, so 37 samples and 21 classes are several
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
-from oracle import check, check_float16_zero_row, check_spoilt, make_problem, package, run, simplex
+from oracle import check, check_float16_zero_row, check_spoilt, dense, make_problem, package, run, simplex
 from parts import check_in_parts
 
 import nckernels
-from nckernels.backends.base import Inputs, Spec
+from nckernels.backends.base import Inputs, Spec, norm_eps
 from nckernels.backends.triton import config, launch
 
 DIRECTIONS = ("class", "instance", "both")
@@ -58,7 +60,7 @@ def test_half_types(dtype: torch.dtype, d: int) -> None:
 @pytest.mark.parametrize("direction", ["class", "instance"])
 @pytest.mark.parametrize(
     ("beta", "bias", "dtype"),
-    [(10.0, False, torch.float32), (61.0, False, torch.bfloat16), (10.0, True, torch.float16)],
+    [(10.0, False, torch.float32), (200.0, False, torch.bfloat16), (10.0, True, torch.float16)],
     ids=["cool", "hot", "bias"],
 )
 def test_features_against_themselves(
@@ -129,20 +131,42 @@ def test_collapsed_features(loss: str) -> None:
     assert abs(float(value) - float(expected)) < 1e-4  # logits of 120 have float32 roundings of 4e-6 each
 
 
-def test_nan_and_zero_rows() -> None:
+@pytest.mark.parametrize(("dtype", "d"), [(torch.float32, LONG), (torch.float16, SHORT), (torch.float16, LONG)])
+def test_zero_and_short_rows(dtype: torch.dtype, d: int) -> None:
+    """Rows shorter than the least norm are divided by it, and take part like others; their gradient is not projected.
+
+    With such rows on both sides, float16's range has room for all entries but those of two of them.
+    """
+    p = make_problem(37, 21, d, direction="both", exclude="target")
+    for rows in (p.features, p.prototypes):
+        rows /= rows.norm(dim=1, keepdim=True)
+        rows[3] = 0
+    p.features[4] *= 0.5 * norm_eps(dtype)
+    small = {name: 0.05 * upstream for name, upstream in p.upstream.items()}  # the short row's gradient fits float16
+    p = dataclasses.replace(p, upstream=small)
+    check(p, dtype)
+    p.prototypes[4] *= 0.5 * norm_eps(dtype)
+    exact, (_, grads) = run(dense, p.to(dtype).to(torch.float64), eps=norm_eps(dtype))[1], run(package, p.to(dtype))
+    for name in ("features", "prototypes"):
+        found, expected = grads[name][5:].double(), exact[name][5:]
+        assert (found - expected).norm() <= 2 * torch.finfo(dtype).eps * expected.norm()
+
+
+def test_a_nan_row_gives_nan() -> None:
+    """Except to an ignored sample, whose sum is empty."""
     z, w, y = torch.randn(20, SHORT), torch.randn(5, SHORT), torch.randint(5, (20,))
-    zero = z.clone()
-    zero[3] = 0
-    zero.requires_grad_()
-    nckernels.nonl_loss(zero, w, y).backward()
-    assert zero.grad is not None
-    assert zero.grad.isfinite().all()
-    z[3] = torch.nan
+    z[3], y[4] = torch.nan, -100
     assert nckernels.nonl_loss(z, w, y).isnan()
+    w[2] = torch.nan
+    for direction in ("instance", "both"):
+        lse, _ = nckernels.cosine_lse(z[4:], w, y[4:], 10.0, direction=direction)
+        instance = lse[1] if direction == "both" else lse
+        assert instance[0] == -torch.inf
+        assert instance[1:].isnan().all()
 
 
 @pytest.mark.parametrize("d", [SHORT, LONG])
-@pytest.mark.parametrize("length", [1.0, 100.0])
+@pytest.mark.parametrize("length", [0.01, 100.0])
 def test_float16_zero_row_among_others(length: float, d: int) -> None:
     check_float16_zero_row(length, d)
 

@@ -39,8 +39,8 @@ class Kernels(ABC):
         self.beta = inputs.inv_temperature
         self.eps = norm_eps(inputs.features.dtype)
         half = inputs.features.dtype == torch.float16
-        self.norm_limit = 0.999999 / self.eps if half else 0.0
-        """Float16: the inverse norm from which on rows are shorter than eps; 0 in other dtypes."""
+        self.norm_limit = 1.000001 / self.eps if half else 0.0
+        """Float16: zero rows have an inverse norm above it, 1.000002 / eps, and no other row has; 0 in other dtypes."""
 
     def matmul(self, a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
         """``out = a @ b`` (+ out) with a float32 result, by the vendor's library."""

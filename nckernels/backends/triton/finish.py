@@ -21,14 +21,22 @@ from .tiles import (
 
 @triton.jit
 def summand_rnorm(rnorm, NORM_LIMIT: tl.constexpr):
-    """The factor of a row that is summed up: its inverse norm, except 1 for float16 rows shorter than eps.
+    """The factor of a row that is summed up: its inverse norm, except 1 for float16 rows of zeros.
 
-    Their 1 / eps = 16384 would push a tile's entries out of float16's range, for rows that are practically
-    zero. ``finish_kernel`` applies the true factor to the row's own gradient.
+    Their 1 / eps = 16384 would push the other entries of a tile out of float16's range, and adds nothing to a sum.
+    ``finish_kernel`` applies the true factor to the row's own gradient.
     """
     if NORM_LIMIT > 0:
         rnorm = tl.where(rnorm >= NORM_LIMIT, 1.0, rnorm)
     return rnorm
+
+
+@triton.jit
+def in_range(h, NORM_LIMIT: tl.constexpr):
+    """Float16: entries of two rows shorter than eps can exceed the range. Room for them would leave none for others."""
+    if NORM_LIMIT > 0:
+        h = tl.clamp(h, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
+    return h
 
 
 @triton.jit

@@ -30,7 +30,7 @@ There are two methods:
 import triton
 import triton.language as tl
 
-from .finish import project, summand_rnorm
+from .finish import in_range, project, summand_rnorm
 from .tiles import (
     LOG2E,
     column_parts,
@@ -293,7 +293,7 @@ def entries_kernel(
             q_tag, row, q_positive, q_bias, q_lse, q_grad, q_pos,
             EXCLUDE, P_grad is not None, Q_grad is not None, P_pos is not None, Q_pos is not None,
         )  # fmt: skip
-        h = a * p_factor[:, None] * summand_rnorm(q_rnorm, NORM_LIMIT)[None, :]
+        h = in_range(a * p_factor[:, None] * summand_rnorm(q_rnorm, NORM_LIMIT)[None, :], NORM_LIMIT)
         columns = q_local + i * B + tl.arange(0, B)
         inside = (rows < p_stop - p_start)[:, None] & (columns < width)[None, :]
         tl.store(h_ptr + columns[None, :], h.to(H.dtype.element_ty), mask=inside)

@@ -15,7 +15,10 @@ from .tiles import INF, NOT_FINITE
 @triton.jit
 def inverse_norm(square_sum, EPS: tl.constexpr):
     # The maximum must propagate NaN (by default it returns the other operand): NaN rows give NaN results.
-    return 1.0 / tl.maximum(tl.sqrt(square_sum), EPS, propagate_nan=tl.PropagateNan.ALL)
+    rnorm = 1.0 / tl.maximum(tl.sqrt(square_sum), EPS, propagate_nan=tl.PropagateNan.ALL)
+    if EPS > 1e-6:  # float16, where ``summand_rnorm`` tells zero rows by a norm that is larger than any other's
+        rnorm = tl.where(square_sum == 0.0, 1.000002 / EPS, rnorm)
+    return rnorm
 
 
 @triton.jit
@@ -242,13 +245,13 @@ def largest(X, Lse, n, B: tl.constexpr):
 
 
 @triton.jit
-def largest_rnorm(Rnorm, n, LIMIT: tl.constexpr, B: tl.constexpr):
+def largest_rnorm(Rnorm, n, limit, B: tl.constexpr):
     """The largest factor of a row's entries, see ``summand_rnorm``, without left-out rows (negative norms)."""
     best = tl.zeros((B,), tl.float32)
     for i in range(0, n, B):
         index = i + tl.arange(0, B)
         r = tl.load(Rnorm + index, mask=index < n, other=0.0)
-        best = tl.maximum(best, tl.where(r < LIMIT, r, tl.where(r >= LIMIT, 1.0, 0.0)))
+        best = tl.maximum(best, tl.where(r < limit, r, tl.where(r >= limit, 1.0, 0.0)))
     best = tl.max(best, 0)
     return tl.where(best > 0, best, 1.0)
 
@@ -263,8 +266,9 @@ def half_scale_kernel(
     The entries ``A r`` are of the size of the upstream gradients, usually 1 / M, times a softmax probability, and would
     underflow in float16. No entry of A exceeds the sum of the largest upstream gradients. With the largest inverse
     norms, the scale therefore brings every ``A r`` to at most 2^14, a quarter of float16's range (2^15 where two
-    samples are each other's positives). [0] is for tiles multiplied by r_w, [1] by r_z, [2] by both. Rows shorter than
-    eps (r >= LIMIT) count as 1, see ``summand_rnorm`` in finish.py. Runs as one program.
+    samples are each other's positives). [0] is for tiles multiplied by r_w, [1] by r_z, [2] by both. Zero rows
+    (r >= LIMIT) count as 1, see ``summand_rnorm`` in finish.py. [2] does not make room for the entries of two rows
+    shorter than eps, see ``in_range``. Runs as one program.
     """
     bound = 0.0
     if Class_grad is not None:
@@ -275,9 +279,13 @@ def half_scale_kernel(
         bound += largest(Pos_grad, None, m, B)
     r_z = largest_rnorm(Z_rnorm, m, LIMIT, B)
     r_w = largest_rnorm(W_rnorm, k, LIMIT, B)
+    short = 0.999998 * LIMIT
+    rest_z = largest_rnorm(Z_rnorm, m, short, B)
+    rest_w = largest_rnorm(W_rnorm, k, short, B)
     # For upstream gradients of zero any finite scale is correct. The clamp keeps the scale finite.
     bound = tl.where(bound > 0, bound, 1.0)
     top = 14.0 - tl.log2(bound)
     tl.store(Scale, tl.exp2(tl.clamp(tl.floor(top - tl.log2(r_w)), -100.0, 100.0)))
     tl.store(Scale + 1, tl.exp2(tl.clamp(tl.floor(top - tl.log2(r_z)), -100.0, 100.0)))
-    tl.store(Scale + 2, tl.exp2(tl.clamp(tl.floor(top - tl.log2(r_z) - tl.log2(r_w)), -100.0, 100.0)))
+    both = tl.maximum(tl.log2(r_z) + tl.log2(rest_w), tl.log2(rest_z) + tl.log2(r_w))
+    tl.store(Scale + 2, tl.exp2(tl.clamp(tl.floor(top - both), -100.0, 100.0)))

@@ -12,7 +12,7 @@ operand, so the sums are complete before the second reading, and forward and bac
 import triton
 import triton.language as tl
 
-from .finish import summand_rnorm
+from .finish import in_range, summand_rnorm
 from .grad import entries
 from .lse import shift_of, without_excluded
 from .tiles import INF, LN2, LOG2E, positive_of, row_bias, slot_rows, summed_rows, used_slots
@@ -64,7 +64,7 @@ def panel_lse_kernel(
     n = p_stop - p_start
     at = part.to(tl.int64) * n + slot
     tl.store(Partial + at, tl.where(p_valid, largest, -INF), mask=slot < n)
-    tl.store(Partial + split.to(tl.int64) * n + at, tl.where(p_valid, total, 0.0), mask=slot < n)
+    tl.store(Partial + split.to(tl.int64) * n + at, total, mask=slot < n)
 
 
 @triton.jit
@@ -138,7 +138,7 @@ def panel_entries_kernel(
     p_factor = summand_rnorm(p_rnorm, NORM_LIMIT)
     if Scale is not None:
         p_factor *= tl.load(Scale)
-    h = a * p_factor[:, None] * summand_rnorm(q_rnorm, NORM_LIMIT)[None, :]
+    h = in_range(a * p_factor[:, None] * summand_rnorm(q_rnorm, NORM_LIMIT)[None, :], NORM_LIMIT)
     columns = q_first + tl.arange(0, BQ)
     width = h_stride * 16
     at = H + slot.to(tl.int64)[:, None] * width + columns[None, :]
