@@ -16,6 +16,7 @@ from nckernels.backends import tiled
 from nckernels.backends.base import Inputs, Needs, Reduced, Spec
 from nckernels.backends.tiled import plan
 from nckernels.backends.triton import launch, norms
+from nckernels.backends.triton import step as one_step
 from nckernels.backends.triton.step import TritonStep
 
 LOSSES = {"nonl": nckernels.nonl_loss, "ntce": nckernels.ntce_loss, "normface": nckernels.normface_loss}
@@ -114,6 +115,18 @@ def test_one_panel(loss: str, m: int, k: int, dtype: torch.dtype, panels: Panels
     x[y < 0] = torch.nan  # the same
     assert_close(run(loss, x, w, y, dtype, **options), expected, dtype)
     assert panels.steps == (2 if loss == "normface" else 3)
+
+
+@pytest.mark.usefixtures("narrow_panels")
+def test_short_rows(panels: Panels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a program finishes up to 128 of them, and mends as many."""
+    monkeypatch.setattr(one_step, "row_blocks", lambda _: {"BR": 64, "BD": 32, "warps": 8})
+    monkeypatch.setattr(one_step, "_finish_options", one_step._finish_options.__wrapped__)
+    x, w, y = (t[..., :24] if t.ndim == 2 else t for t in problem(90, 21, 2))
+    expected = exact("nonl", x, w, y, torch.float32)
+    x[y < 0] = torch.nan
+    assert_close(run("nonl", x, w, y, torch.float32), expected, torch.float32)
+    assert panels.steps == 1
 
 
 @pytest.mark.usefixtures("narrow_panels")

@@ -201,6 +201,7 @@ def finish_step_kernel(
                 GATHER, False, True, WHOLE_D, EPS, NORM_LIMIT, BR, BD,
             )  # fmt: skip
         else:
+            tl.static_assert(BP % BR == 0, "rows are mended in whole blocks")
             BLOCKS: tl.constexpr = BP // BR
             broken = tl.load(Broken) != 0
             mends = broken & (program % BLOCKS == 0)

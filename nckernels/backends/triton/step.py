@@ -59,9 +59,10 @@ def _prepare_options(columns: int, nothing_is_zero: bool, unit: int, eps: float)
 def _finish_options(
     columns: int, whole: bool, gather: bool, by_class: bool, unit: int, eps: float, limit: float, precision: str
 ) -> Options:
+    blocks = row_blocks(columns)
     return Options(
         GATHER=gather, BY_CLASS=by_class, WHOLE_D=whole, UNIT=unit, EPS=eps, NORM_LIMIT=limit, PRECISION=precision,
-        BP=32, BQ=16, BN=32, B=2048, **row_blocks(columns),
+        BP=max(32, blocks["BR"]), BQ=16, BN=32, B=2048, **blocks,
     )  # fmt: skip
 
 
