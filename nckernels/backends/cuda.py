@@ -178,10 +178,8 @@ class CudaKernels(Kernels):
         self.ops.combine(*partial, side.label, side.used, out, side.skip, first, parts, side.slots, side.gather, keep)
 
     def short_grad(
-        self, result: Result, q: Side, part: Tensor | None, scale: Tensor | None, split: int, blocks: Blocks,
-        divisor: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        assert divisor is None  # this backend has no step
+        self, result: Result, q: Side, part: Tensor | None, scale: Tensor | None, split: int, blocks: Blocks
+    ) -> None:
         out, dot = (result.out, result.dot) if part is None else (None, None)
         self.ops.short_grad(
             *self._side(result.side), *self._side(q), self.beta, scale, out, dot, part,

@@ -117,6 +117,16 @@ def test_one_panel(loss: str, m: int, k: int, dtype: torch.dtype, panels: Panels
     assert panels.steps == (2 if loss == "normface" else 3)
 
 
+def test_tiny_weights_of_long_rows(panels: Panels) -> None:
+    """See test_passes.py."""
+    x, w, y = problem(20, 30, 13)
+    weight = 1e-30 * (0.5 + torch.rand(20))
+    for dtype in (torch.float32, torch.bfloat16):
+        args = "nonl", 3e7 * x, 3e7 * w, y, dtype
+        assert_close(run(*args, sample_weight=weight), exact(*args, sample_weight=weight), dtype)
+    assert panels.steps == 2
+
+
 @pytest.mark.usefixtures("narrow_panels")
 def test_short_rows(panels: Panels, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU a program finishes up to 128 of them, and mends as many."""

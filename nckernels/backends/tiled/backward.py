@@ -92,7 +92,7 @@ def _short_rows(
     p, d = result.side, result.side.x.shape[1]
     split = blocks.split(p.slots, q.slots, kernels.spec.workspace, 4 * p.slots * d)
     if split == 1:
-        kernels.short_grad(result, q, None, scale, split, blocks, divisor)
+        kernels.short_grad(result, q, None, scale, split, blocks)
     else:
         part = torch.empty(split, p.slots, d, dtype=torch.float32, device=p.x.device)
         kernels.short_grad(result, q, part, scale, split, blocks)

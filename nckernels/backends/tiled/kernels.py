@@ -108,11 +108,10 @@ class Kernels(ABC):
 
     @abstractmethod
     def short_grad(
-        self, result: Result, q: Side, part: Tensor | None, scale: Tensor | None, split: int, blocks: Blocks,
-        divisor: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        """One side's gradient, accumulated on the chip and divided by the ``divisor`` of a step, or ``split`` partial
-        sums of a_p in ``part``, which are not."""
+        self, result: Result, q: Side, part: Tensor | None, scale: Tensor | None, split: int, blocks: Blocks
+    ) -> None:
+        """One side's gradient, accumulated on the chip and divided by the divisor of a step, or ``split`` partial sums
+        of a_p in ``part``, which are not."""
 
     @abstractmethod
     def entries(
@@ -172,7 +171,7 @@ class Vectors(NamedTuple):
     beta: Tensor
     """(1,): the inverse temperature."""
     divisor: Tensor | None
-    """(2,): the divisors of a mean's gradients and of its sum; None for a sum."""
+    """(3,): the divisors of a mean's gradients and of its sum, and a factor of its entries; None for a sum."""
     z_broken: Tensor
     """(1,): 1 if an ignored sample is broken. ``Finish`` looks here, ``mend`` at the inverse norms."""
     w_broken: Tensor | None

@@ -144,7 +144,7 @@ def _vectors(m: int, k: int, spec: Spec, looks: bool, mean: bool, dots: int, dev
 @lru_cache(maxsize=1024)
 def _lengths(m: int, k: int, by_class: bool, both: bool, marked: bool, dots: int) -> tuple[int, list[int]]:
     of_both = m if both else 0
-    lengths = [m, m, m, m, k if by_class else m, of_both, of_both, k, 1, 2, 1, 1]
+    lengths = [m, m, m, m, k if by_class else m, of_both, of_both, k, 1, 3, 1, 1]
     lengths += [k if marked else 0, k if by_class else 0, dots]
     padded = [pad16(length) for length in lengths]
     return sum(padded), padded

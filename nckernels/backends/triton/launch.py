@@ -169,6 +169,8 @@ class TritonKernels(Kernels):
         """Row length in units."""
         self.precision = "upcast" if INTERPRETED else "ieee" if self.kind == "ieee" else "tf32"
         """Precision of float32 products; 16-bit dtypes ignore it."""
+        self.divisor: Tensor | None = None
+        """That of a step's mean."""
         self._entries_tiles: dict[tuple[bool, int], Tile] = {}
         """Tiles by (two terms, entries): cached, because every panel has a launch."""
 
@@ -237,8 +239,8 @@ class TritonKernels(Kernels):
     def half_scale(self, samples: Side, classes: Side, scale: Tensor) -> None:
         launch(
             norms.half_scale_kernel, (1,),
-            classes.grad, classes.lse, samples.grad, samples.lse, samples.pos, samples.rnorm, classes.rnorm, scale,
-            samples.x.shape[0], classes.x.shape[0],
+            classes.grad, classes.lse, samples.grad, samples.lse, samples.pos, samples.rnorm, classes.rnorm,
+            self.divisor, scale, samples.x.shape[0], classes.x.shape[0],
             options=_scale_options(self.norm_limit),
         )  # fmt: skip
 
@@ -268,15 +270,14 @@ class TritonKernels(Kernels):
         )  # fmt: skip
 
     def short_grad(
-        self, result: Result, q: Side, part: Tensor | None, scale: Tensor | None, split: int, blocks: Blocks,
-        divisor: Tensor | None = None,
-    ) -> None:  # fmt: skip
+        self, result: Result, q: Side, part: Tensor | None, scale: Tensor | None, split: int, blocks: Blocks
+    ) -> None:
         p, tile = result.side, blocks.tile
         out, dot = (result.out, result.dot) if part is None else (None, None)
         share = self.spec.symmetric and p.grad is not None and p.bias is None
         launch(
             grad.grad_kernel, (ceil_div(p.slots, tile.p) * split,),
-            *_all_of(p), *_all_of(q), self.beta, scale, divisor, out, dot, part,
+            *_all_of(p), *_all_of(q), self.beta, scale, self.divisor, out, dot, part,
             p.slots, q.slots, p.slots, self.d, self._units(p.x), self._units(q.x), p.skip, q.skip, split,
             options=_grad_options(
                 self._entry(p, q), share and config.may_share(tile, self.arch), self.unit,
@@ -294,7 +295,7 @@ class TritonKernels(Kernels):
             tile = self._entries_tiles[chosen] = config.entries_tile(self._shape(*chosen))
         launch(
             grad.entries_kernel, (ceil_div(stop - start, tile.p) * ceil_div(end - begin, tile.q),),
-            *_all_of(p), *_all_of(q), self.beta, scale, h,
+            *_all_of(p), *_all_of(q), self.beta, scale, self.divisor, h,
             start, stop, begin, end, self.d, self._units(p.x), self._units(q.x), h.stride(0) // 16, p.skip, q.skip,
             options=_entries_options(
                 self._entry(p, q), self.unit, self._even(tile), self.norm_limit, self.precision, tile

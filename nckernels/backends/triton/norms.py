@@ -255,7 +255,7 @@ def largest_rnorm(Rnorm, n, LIMIT: tl.constexpr, B: tl.constexpr):
 
 @triton.jit(do_not_specialize=["m", "k"])
 def half_scale_kernel(
-    Class_grad, Class_lse, Instance_grad, Instance_lse, Pos_grad, Z_rnorm, W_rnorm, Scale,
+    Class_grad, Class_lse, Instance_grad, Instance_lse, Pos_grad, Z_rnorm, W_rnorm, Divisor, Scale,
     m, k, LIMIT: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """``Scale[0..2]``: powers of two that scale float16 tiles of the gradient to the top of their range.
@@ -273,6 +273,8 @@ def half_scale_kernel(
         bound += largest(Instance_grad, Instance_lse, m, B)
     if Pos_grad is not None:
         bound += largest(Pos_grad, None, m, B)
+    if Divisor is not None:
+        bound *= tl.load(Divisor + 2)
     r_z = largest_rnorm(Z_rnorm, m, LIMIT, B)
     r_w = largest_rnorm(W_rnorm, k, LIMIT, B)
     # For upstream gradients of zero any finite scale is correct. The clamp keeps the scale finite.

@@ -99,7 +99,7 @@ class TritonStep(launch.TritonKernels, StepKernels):
         on_device, bits = launch.known_number(self.inputs.inv_temperature, self.host_beta)
         # Atomics add in any order, which shows if weights differ within a class.
         in_order = weight is not None and torch.are_deterministic_algorithms_enabled()
-        self.beta = v.beta
+        self.beta, self.divisor = v.beta, v.divisor
         launch.launch(
             norms.prepare_step_kernel, (1 + of_samples + of_classes,),
             z, w, target, weight, on_device, v.z_rnorm, v.pos, v.share, v.pos_grad, v.instance_grad, v.z_broken,
@@ -171,7 +171,7 @@ class TritonStep(launch.TritonKernels, StepKernels):
         launch.launch(
             panel.panel_entries_kernel, (ceil_div(stop - start, tile.p) * ceil_div(q.slots, tile.q),),
             products, partial, p.rnorm, p.label, p.used, p.grad, p.pos, q.rnorm, q.label, q.pos,
-            self.beta, scale, p.lse, h,
+            self.beta, scale, self.divisor, p.lse, h,
             start, stop, q.slots, products.stride(0) // 16, h.stride(0) // 16, p.skip, q.skip, split,
             options=_entries_options(self.spec.exclude, p.samples, p.gather, self.norm_limit, tile),
         )  # fmt: skip
@@ -198,7 +198,7 @@ class TritonStep(launch.TritonKernels, StepKernels):
     def weighted_entries(self, p: Side, sums: Tensor, weight: Tensor, h: Tensor, start: int, stop: int) -> None:
         launch.launch(
             epilogue.weighted_entries_kernel, (ceil_div(stop - start, 8), ceil_div(h.shape[1], 1024)),
-            sums, p.rnorm, p.label, p.used, p.grad, self.beta, p.lse, weight, h,
+            sums, p.rnorm, p.label, p.used, p.grad, self.beta, self.divisor, p.lse, weight, h,
             start, stop, sums.shape[1], h.stride(0) // 16, p.skip,
             options=_WEIGHTED[p.gather],
         )  # fmt: skip
@@ -209,7 +209,7 @@ class TritonStep(launch.TritonKernels, StepKernels):
         m, k, pos_grad = pos.shape[0], self.inputs.prototypes.shape[0], (p if p.samples else q).pos
         launch.launch(
             epilogue.positives_kernel, (ceil_div(m, 1024),),
-            self.inputs.target, pos, pos_grad, p.rnorm, q.rnorm, weight, slot, self.beta, h,
+            self.inputs.target, pos, pos_grad, p.rnorm, q.rnorm, weight, slot, self.beta, self.divisor, h,
             m, k, start, stop, h.stride(0) // 16, self.spec.ignore_index,
             options=_positives_options(self.spec.by_class, self.spec.exclude),
         )  # fmt: skip
