@@ -140,7 +140,7 @@ def _gather_options(gather: bool, unsummed: bool, unit: int) -> Options:
 
 @_made_once
 def _mend_options(unsummed: bool, unit: int, precision: str) -> Options:
-    return Options(UNSUMMED=unsummed, UNIT=unit, PRECISION=precision, BP=64, BQ=32, BD=64, BN=2048, warps=8)
+    return Options(UNSUMMED=unsummed, UNIT=unit, PRECISION=precision, BP=64, BQ=32, BD=64, BN=2048, warps=8, stages=1)
 
 
 @_made_once

@@ -62,7 +62,7 @@ def _finish_options(
     blocks = row_blocks(columns)
     return Options(
         GATHER=gather, BY_CLASS=by_class, WHOLE_D=whole, UNIT=unit, EPS=eps, NORM_LIMIT=limit, PRECISION=precision,
-        BP=max(32, blocks["BR"]), BQ=16, BN=32, B=2048, **blocks,
+        BP=max(32, blocks["BR"]), BQ=16, BN=32, B=2048, stages=1, **blocks,
     )  # fmt: skip
 
 
