@@ -15,7 +15,7 @@ import nckernels
 from nckernels.backends import tiled
 from nckernels.backends.base import Inputs, Needs, Reduced, Spec
 from nckernels.backends.tiled import plan
-from nckernels.backends.triton import launch, norms
+from nckernels.backends.triton import launch, prepare
 from nckernels.backends.triton import step as one_step
 from nckernels.backends.triton.step import TritonStep
 
@@ -131,7 +131,8 @@ def test_tiny_weights_of_long_rows(panels: Panels) -> None:
 def test_short_rows(panels: Panels, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU a program finishes up to 128 of them, and mends as many."""
     monkeypatch.setattr(one_step, "row_blocks", lambda _: {"BR": 64, "BD": 32, "warps": 8})
-    monkeypatch.setattr(one_step, "_finish_options", one_step._finish_options.__wrapped__)
+    for name in ("_prepare_options", "_finish_options"):  # neither made before nor kept
+        monkeypatch.setattr(one_step, name, getattr(one_step, name).__wrapped__)
     x, w, y = (t[..., :24] if t.ndim == 2 else t for t in problem(90, 21, 2))
     expected = exact("nonl", x, w, y, torch.float32)
     x[y < 0] = torch.nan
@@ -261,7 +262,7 @@ def test_weights_of_a_class_are_added_in_order_on_request(panels: Panels, monkey
     launched = launch.launch
 
     def remembered(kernel: object, grid: object, *args: object, **options: object) -> None:
-        if kernel is norms.prepare_step_kernel:
+        if kernel is prepare.prepare_step_kernel:
             places.append(args[14] is None)
         launched(kernel, grid, *args, **options)  # type: ignore[arg-type]
 

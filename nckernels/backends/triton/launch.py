@@ -38,7 +38,7 @@ _FLOAT, _INTEGER = struct.Struct("f"), struct.Struct("i")
 
 
 def known_number(tensor: Tensor, number: float | None) -> tuple[Tensor | None, int]:
-    """The two arguments of ``norms.known_number``: the tensor, if the host does not know the number, or its bits."""
+    """The two arguments of ``prepare.known_number``: the tensor, if the host does not know the number, or its bits."""
     return (tensor, 0) if number is None else (None, int(_INTEGER.unpack(_FLOAT.pack(number))[0]))
 
 

@@ -28,7 +28,8 @@ import triton.language as tl
 
 from .finish import project, summand_rnorm
 from .lse import shift_of
-from .norms import inverse_norm, known_number, square_sums
+from .norms import inverse_norm, square_sums
+from .prepare import known_number
 from .reduce import power_of, sum_of
 from .tiles import INF, LN2, LOG2E, column_parts, dot, dot_rows, load_rows
 

@@ -14,7 +14,7 @@ from ..tiled import StepKernels
 from ..tiled.kernels import Finish, Vectors
 from ..tiled.plan import ceil_div
 from ..tiled.sides import Result, Side
-from . import config, epilogue, finish, launch, norms, panel, reduce
+from . import config, epilogue, finish, launch, panel, prepare, reduce
 from .dispatch import Options
 from .launch import CHECKS, row_blocks
 
@@ -101,7 +101,7 @@ class TritonStep(launch.TritonKernels, StepKernels):
         in_order = weight is not None and torch.are_deterministic_algorithms_enabled()
         self.beta, self.divisor = v.beta, v.divisor
         launch.launch(
-            norms.prepare_step_kernel, (1 + of_samples + of_classes,),
+            prepare.prepare_step_kernel, (1 + of_samples + of_classes,),
             z, w, target, weight, on_device, v.z_rnorm, v.pos, v.share, v.pos_grad, v.instance_grad, v.z_broken,
             v.w_rnorm, v.w_broken, v.mark, None if in_order else v.of_class, v.divisor, v.beta,
             m, k, self.d, self._units(z), self._units(w), self.spec.ignore_index, bits, of_samples,
