@@ -258,6 +258,8 @@ def job_of(kernel: Any, arch: int, scenario: Scenario, args: tuple[Any, ...], op
     flags += ["mends"] if values.get("Broken") is not None else []
     flags += ["bias"] if values.get("P_bias") is not None or values.get("Q_bias") is not None else []
     with_product = kernel.__name__ in KERNELS_WITH_PRODUCT or values.get("Broken") is not None
+    if kernel.__name__ == "entries_kernel" and values["P_grad"] is None and values["Q_grad"] is None:
+        with_product = False  # the entries of positives alone need none, and the compiler removes it
     return Job(
         f"{kernel.__name__:22} {' '.join(f for f in flags if f)}",
         kernel,
