@@ -292,9 +292,8 @@ class Counted(one_step.TritonStep):
             super().combine(partial, side, out, first, parts, keep)
 
     def short_grad(
-        self, result: Result, q: Side, part: Tensor | None, scale: Tensor | None, split: int, blocks: Blocks,
-        divisor: Tensor | None = None,
-    ) -> None:  # fmt: skip
+        self, result: Result, q: Side, part: Tensor | None, scale: Tensor | None, split: int, blocks: Blocks
+    ) -> None:
         p = result.side
         n, others = self._used(p), self._used(q)
         terms = (p.grad is not None) + (q.grad is not None)
@@ -309,7 +308,7 @@ class Counted(one_step.TritonStep):
             "short_grad", own=4 * n * others * self.columns, exps=terms * n * others,
             read=[self._rows(p), self._rows(q)], written=written,
         ):  # fmt: skip
-            super().short_grad(result, q, part, scale, split, blocks, divisor)
+            super().short_grad(result, q, part, scale, split, blocks)
 
     def entries(
         self, p: Side, q: Side, h: Tensor, start: int, stop: int, begin: int, end: int, scale: Tensor | None

@@ -224,11 +224,11 @@ def sizes_of_kernels() -> None:
     decide whether a thread accesses several numbers at once."""
     import triton
 
-    from nckernels.backends.triton import epilogue, finish, grad, lse, norms, pairs, panel, reduce
+    from nckernels.backends.triton import epilogue, finish, grad, lse, norms, pairs, panel, prepare, reduce
 
     specialised = {
         name: numbers
-        for module in (epilogue, finish, grad, lse, norms, pairs, panel, reduce)
+        for module in (epilogue, finish, grad, lse, norms, pairs, panel, prepare, reduce)
         for name, kernel in vars(module).items()
         if name.endswith("_kernel") and isinstance(kernel, triton.JITFunction)
         if (numbers := [p.name for p in kernel.params if p.name.islower() and not p.do_not_specialize])

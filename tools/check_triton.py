@@ -2,10 +2,15 @@
 
     python tools/check_triton.py [--arch 90] [--only grad_kernel] [--jobs 2]
 
-The backend's own launch code runs on small CPU tensors, with its launch function replaced by a recorder. The tool
-compiles the recorded kernels, with the tiles that ``config.py`` chooses for the architecture. Exits with 1 if a kernel
-spills registers, needs more shared or tensor memory than the device has, stores a panel two bytes at a time, or has a
-matrix product that does not run on tensor cores (except float32 at "highest", which must run as fused multiply-adds).
+The backend's own launch code runs on small CPU tensors, with its launch function replaced by a recorder, and with the
+tiles that ``config.py`` chooses for the architecture. The tool compiles the products of all ``scenarios``. Of the other
+recorded kernels, and of those of many ``drawn`` problems, it compiles as many as it takes that every two values of a
+kernel's parameters that meet in a launch meet in a compiled kernel. With --quick it compiles a few kernels of the
+``scenarios``.
+
+It exits with 1 if a kernel spills registers, needs more shared or tensor memory than the device has, stores a panel two
+bytes at a time, or has a matrix product that does not run on tensor cores (except float32 at "highest", which must run
+as fused multiply-adds).
 
 The row of a kernel without findings is kept in out/check_triton. The kernel is compiled again when its source, its
 specialisation, Triton or this file changes.
@@ -15,16 +20,19 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import heapq
+import itertools
 import json
+import math
 import multiprocessing
 import os
+import random
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +49,7 @@ from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
 
 from nckernels.backends import quack
+from nckernels.backends import triton as triton_backend
 from nckernels.backends.base import Inputs, Needs, OutputGrads, Reduced, Spec
 from nckernels.backends.triton import TritonBackend, config, dispatch, launch
 
@@ -78,6 +87,18 @@ class Scenario:
     """Loss and gradient in one step, and their scaling by the upstream gradient."""
     epilogue: bool = False
     """The step uses a product with an epilogue, which ``check_quack.py`` compiles."""
+    wanted: str = "zwbo"
+    """The wanted gradients: z features, w prototypes, b beta, o bias."""
+    upstream: str = "lip"
+    """The upstream gradients of two passes: l and i those of both directions' log-sum-exps, p that of the positives."""
+    reduction: str = "mean"
+    """Of a step. "nothing": a mean that is 0 if no sample counts."""
+    weight: str = ""
+    """The samples' weights in a step: "" none, "any" given, "ordered" given and added in order."""
+    beta_on_device: bool = False
+    """The host does not know the inverse temperature of a step."""
+    ignore_index: int = -100
+    workspace: int = 32 << 20
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -133,6 +154,39 @@ def scenarios() -> Iterator[Scenario]:
     yield Scenario(BF16, 2048, "class", "target", m=128, present_only=True, step=True, epilogue=True)
 
 
+def drawn(count: int) -> Iterator[Scenario]:
+    """Problems with every option that a caller has, drawn at random, always the same ones."""
+    r = random.Random(0)
+    for _ in range(count):
+        dtype, step = r.choice((BF16, FP16, FP32)), r.random() < 0.5
+        direction, exclude = r.choice(("class", "instance", "both")), r.choice(("none", "target", "self", "same_label"))
+        d = r.choice((16, 30, 64, 100, 128, 256, 512, 1001, 2048))
+        m, k = r.choice(((256, 192), (128, 192), (48, 4000), (100, 36), (1, 1)))
+        square = exclude in ("self", "same_label")
+        itself = square and direction != "both" and r.random() < 0.6
+        if square:
+            m = k = r.choice((m, 2048)) if itself else m
+        present_only = direction == "class" and not square and (step or r.random() < 0.5)
+        yield Scenario(
+            dtype, d, direction, exclude, m, k,
+            precision=r.choice(("high", "highest")) if dtype == FP32 else "high",
+            present_only=present_only,
+            bias=not step and r.random() < 0.4,
+            busy=r.random() < 0.5,
+            itself=itself,
+            shifted=r.random() < 0.2,
+            step=step,
+            epilogue=step and r.random() < 0.7,
+            wanted=r.choice(("zwbo", "zwo", "zb", "wb", "z", "w", "bo", "o")),
+            upstream=r.choice(("lip", "lip", "li", "lp", "ip", "l", "i", "p")),
+            reduction=r.choice(("mean", "sum", "nothing")),
+            weight=r.choice(("", "any", "ordered")),
+            beta_on_device=r.random() < 0.5,
+            ignore_index=r.choice((-100, 2**40)),
+            workspace=r.choice((32 << 20, 1 << 16)),
+        )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Job:
     """One specialisation of one kernel."""
@@ -147,6 +201,24 @@ class Job:
     constants: tuple[tuple[int, Any], ...]
     divisible: tuple[int, ...]
     options: tuple[tuple[str, Any], ...]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What the compiler is given."""
+        return self.kernel.__name__, self.arch, self.signature, self.constants, self.divisible, self.options
+
+    @property
+    def described(self) -> str:
+        """Every parameter's type or constant value."""
+        constants = dict(self.constants)
+        return " ".join(f"{n}={constants.get(i, kind)}" for i, (n, kind) in enumerate(self.signature))
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """The architecture, and each parameter's type and alignment or constant value."""
+        constants = dict(self.constants)
+        of_parameters = ((kind, i in self.divisible, constants.get(i)) for i, (_, kind) in enumerate(self.signature))
+        return self.arch, *of_parameters, self.options
 
 
 _TYPES = {
@@ -170,7 +242,7 @@ def job_of(kernel: Any, arch: int, scenario: Scenario, args: tuple[Any, ...], op
             if value.data_ptr() % 16 == 0:
                 divisible.append(index)
         else:
-            signature.append((parameter.name, "i32"))
+            signature.append((parameter.name, "i32" if -(2**31) <= value < 2**31 else "i64"))
             if special and value % 16 == 0:
                 divisible.append(index)
     tile = "x".join(str(values[n]) for n in ("BP", "BQ", "BD") if n in values)
@@ -182,9 +254,12 @@ def job_of(kernel: Any, arch: int, scenario: Scenario, args: tuple[Any, ...], op
     flags += ["parts"] if values.get("Part") is not None or values.get("P_max") is not None else []
     flags += [n.lower() for n in ("P_GATHER", "Q_GATHER", "GATHER") if values.get(n)]
     flags += ["shifted"] if scenario.shifted else []
+    flags += ["i64"] if any(kind == "i64" for _, kind in signature) else []
     flags += ["mends"] if values.get("Broken") is not None else []
     flags += ["bias"] if values.get("P_bias") is not None or values.get("Q_bias") is not None else []
     with_product = kernel.__name__ in KERNELS_WITH_PRODUCT or values.get("Broken") is not None
+    if kernel.__name__ == "entries_kernel" and values["P_grad"] is None and values["Q_grad"] is None:
+        with_product = False  # the entries of positives alone need none, and the compiler removes it
     return Job(
         f"{kernel.__name__:22} {' '.join(f for f in flags if f)}",
         kernel,
@@ -199,7 +274,7 @@ def job_of(kernel: Any, arch: int, scenario: Scenario, args: tuple[Any, ...], op
 
 
 def record(scenario: Scenario, arch: int) -> list[Job]:
-    """The kernels that a forward and a backward pass launch."""
+    """The kernels that a step, or a forward and a backward pass, launch; none if there is no step."""
     jobs: list[Job] = []
 
     def recorder(
@@ -216,45 +291,83 @@ def record(scenario: Scenario, arch: int) -> list[Job]:
     launch.TritonKernels.matmul = lambda *_, **__: None  # type: ignore[method-assign]
     config.arch_of = lambda _: device  # type: ignore[assignment]
     torch.set_float32_matmul_precision(scenario.precision)
+    triton_backend.number = lambda *_: None if scenario.beta_on_device else 10.0  # type: ignore
+    torch.use_deterministic_algorithms(scenario.weight == "ordered")
     m, k, d = scenario.m, scenario.k, scenario.d
     spec = Spec(
         scenario.direction,  # type: ignore[arg-type]
         scenario.exclude,  # type: ignore[arg-type]
         scenario.present_only,
-        -100,
-        32 << 20,
+        scenario.ignore_index,
+        scenario.workspace,
         scenario.itself,
     )
 
-    def operand(rows: int) -> torch.Tensor:
-        skipped = 8 // scenario.dtype.itemsize if scenario.shifted else 0
-        return torch.zeros(rows * d + skipped, dtype=scenario.dtype)[skipped:].view(rows, d)
+    def tensor(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        skipped = 8 // dtype.itemsize if scenario.shifted else 0
+        return torch.zeros(math.prod(size) + skipped, dtype=dtype)[skipped:].view(size)
 
-    features = operand(m)
+    def given(wanted: bool, rows: int) -> torch.Tensor | None:
+        return tensor(rows) if wanted else None
+
+    features = tensor(m, d, dtype=scenario.dtype)
     inputs = Inputs(
         features,
-        features if scenario.itself else operand(k),
-        torch.zeros(m, dtype=torch.int64),
+        features if scenario.itself else tensor(k, d, dtype=scenario.dtype),
+        tensor(m, dtype=torch.int64),
         torch.tensor(10.0),
-        torch.zeros(m) if scenario.bias and spec.by_class else None,
-        torch.zeros(k) if scenario.bias and spec.by_instance else None,
+        given(scenario.bias and spec.by_class, m),
+        given(scenario.bias and spec.by_instance, k),
     )
     backend = TritonBackend()
-    needs = Needs(True, not scenario.itself, True, inputs.sample_bias is not None, inputs.class_bias is not None)
+    z, w, b, o = (name in scenario.wanted for name in "zwbo")
+    w = w and not scenario.itself
     if scenario.step:
-        found = backend.step(inputs, Reduced(torch.ones(m), True, 0.0), spec, needs)
+        if not backend.can_step(features, inputs.prototypes, spec) or not (z or w):
+            return []
+        reduced = Reduced(
+            given(scenario.weight != "", m),
+            scenario.reduction != "sum",
+            0.0 if scenario.reduction == "nothing" else math.nan,
+        )
+        found = backend.step(inputs, reduced, spec, Needs(z, w, b, False, False))
         steps = [x for x in found[1:] if x is not None]
         for in_place in (True, False):
             backend.scaled(steps, found.loss, [scenario.dtype] * len(steps), in_place)
         return jobs
     saved = backend.forward(inputs, spec, True)
     grads = OutputGrads(
-        torch.zeros(k) if spec.by_class else None,
-        torch.zeros(m) if spec.by_instance else None,
-        torch.zeros(m),
+        given("l" in scenario.upstream and spec.by_class, k),
+        given("i" in scenario.upstream and spec.by_instance, m),
+        given("p" in scenario.upstream, m),
     )
+    needs = Needs(z, w, b, o and inputs.sample_bias is not None, o and inputs.class_bias is not None)
     backend.backward(inputs, saved, grads, spec, needs)
     return jobs
+
+
+def covering(jobs: Sequence[Job], chosen: Sequence[Job]) -> list[Job]:
+    """Some of a kernel's ``jobs``: every pair of values that any job holds is held by one of them or of the ``chosen``.
+
+    Always takes the job that adds the most pairs.
+    """
+    # Parameters that vary together are one column.
+    rows = [job.values for job in (*chosen, *jobs)]
+    columns = {tuple(map({v: i for i, v in enumerate(dict.fromkeys(c))}.get, c)) for c in zip(*rows, strict=True)}
+    pairs = [set(itertools.combinations(enumerate(row), 2)) for row in zip(*sorted(columns), strict=True)]
+    missing = set().union(*pairs).difference(*pairs[: len(chosen)])
+    left = [(-len(held), i) for i, held in enumerate(pairs[len(chosen) :])]
+    heapq.heapify(left)
+    found = []
+    while missing:
+        _, i = heapq.heappop(left)
+        held = pairs[len(chosen) + i] & missing
+        if left and -len(held) > left[0][0]:  # others have become better
+            heapq.heappush(left, (-len(held), i))
+        else:
+            missing -= held
+            found.append(jobs[i])
+    return found
 
 
 @dataclass(frozen=True)
@@ -354,6 +467,12 @@ def compile_(job: Job) -> Outcome:
 JOBS: list[Job] = []
 
 
+def unique(problems: Iterable[Scenario], archs: Sequence[int]) -> list[Job]:
+    """The specialisations that the problems launch."""
+    jobs = (job for problem in problems for arch in archs for job in record(problem, arch))
+    return list({job.key: job for job in jobs}.values())
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_KB), help="default: 80 90 100")
@@ -362,22 +481,18 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
 
-    unique: dict[Any, Job] = {}
-    per_kernel: Counter[Any] = Counter()
-    for arch in options.arch or (80, 90, 100):
-        for scenario in scenarios():
-            for job in record(scenario, arch):
-                name = job.kernel.__name__
-                key = (name, arch, job.signature, job.constants, job.divisible, job.options)
-                # Kernels that only stream rows hardly differ between specialisations: compile one per block size.
-                streams = job.tensor_cores is None and "EXCLUDE" not in dict(job.signature)
-                if key in unique or (streams and per_kernel[name, arch, job.tile] == 1):
-                    continue
-                per_kernel[name, arch, job.tile] += 1
-                unique[key] = job
-    jobs = list(unique.values())
+    archs = options.arch or (80, 90, 100)
+    jobs = unique(scenarios(), archs)
     if options.quick:  # the last one of each group: scenarios are ordered from simple to complex
         jobs = list({(job.kernel.__name__, job.label.split()[1], job.arch): job for job in jobs}.values())
+    else:
+        known = [job for job in jobs if job.tensor_cores is not None]
+        by_kernel: dict[str, list[Job]] = {}
+        for job in (*jobs, *unique(drawn(2000), archs)):
+            by_kernel.setdefault(job.kernel.__name__, []).append(job)
+        jobs = known.copy()
+        for name, of_kernel in by_kernel.items():
+            jobs += covering(of_kernel, [job for job in known if job.kernel.__name__ == name])
     JOBS.extend(job for job in jobs if options.only in job.label)
     JOBS.sort(key=lambda job: (job.label, job.arch))
 
@@ -388,8 +503,8 @@ def main() -> int:
         os.environ["TRITON_CACHE_DIR"] = cache  # an empty cache, removed afterwards
         context = multiprocessing.get_context("fork")  # workers inherit JOBS
         with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
-            for outcome in pool.map(build, range(len(JOBS))):
-                print(outcome.row, *outcome.problems, flush=True)
+            for job, outcome in zip(JOBS, pool.map(build, range(len(JOBS))), strict=True):
+                print(outcome.row, *outcome.problems, *((job.described,) if outcome.problems else ()), flush=True)
                 failed += bool(outcome.problems)
     print(f"{failed} of {len(JOBS)} failed" if failed else "all good")
     return int(failed > 0)

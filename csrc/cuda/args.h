@@ -87,7 +87,7 @@ struct PrepareStepArgs {
   float* w_rnorm;              // (k,) of all prototypes, with `mark` of those that occur
   int64_t* mark;               // (k,) 1 for the classes that occur
   float* of_class;             // (k,) sums of the weights by class, of `half_share` if that is wanted
-  float* divisor;              // (2,) of a mean's gradients, and of its sum
+  float* divisor;              // (3,) of a mean's gradients, of its sum, and a factor of its entries
   float* own_beta;             // (1,) the inverse temperature
   int64_t z_stride, w_stride, skip;
   int m, k, d;
@@ -107,6 +107,7 @@ struct CompactArgs {
 // multiplied by the prototypes' inverse norms, by the samples', and by both.
 struct HalfScaleArgs {
   const float *class_grad, *class_lse, *instance_grad, *instance_lse, *pos_grad;
+  const float* divisor;  // null, or that of a step
   const float *z_rnorm, *w_rnorm;
   float* scale;
   int m, k;
@@ -146,10 +147,11 @@ struct BiasGradArgs {
   Exclude exclude;
 };
 
-// A panel of H = A r_p r_q in the type of the rows, see gradient.h.
+// A panel of H = A r_p r_q in the type of the rows, see gradient.h. Entries are multiplied by the scale and
+// by divisor[2], if these are not null.
 struct EntriesArgs {
   Side p, q;
-  const float *beta, *scale;
+  const float *beta, *scale, *divisor;
   void* h;
   int64_t h_stride;
   int p_start, p_stop, q_start, q_stop, d;
@@ -161,9 +163,10 @@ struct EntriesArgs {
 // Gradient of p's rows if they are short (16-bit types, d <= 256); with `part`, float32 partial sums instead.
 struct GradArgs {
   Side p, q;
-  const float *beta, *scale, *divisor;  // divisor: null, or what divides the finished gradient
-  void* out;                            // (rows, d) or null
-  float* dot;                           // (slots,) or null: each slot's share of the gradient of beta
+  const float *beta, *scale,
+      *divisor;  // divisor: null, or [0] divides the finished gradient, [2] is as in EntriesArgs
+  void* out;     // (rows, d) or null
+  float* dot;    // (slots,) or null: each slot's share of the gradient of beta
   float* part;
   int split, d;
   float eps, norm_limit;
@@ -212,7 +215,7 @@ struct MendArgs {
 // `split`, at most 32, thread blocks share the sums of their anchors.
 struct PanelArgs {
   Side p, q;
-  const float *beta, *scale, *products;
+  const float *beta, *scale, *divisor, *products;
   float* partial;  // (2, split, stop - start): largest logits in base 2, and sums relative to them
   float* lse;      // (rows,) output of the entries: p's log-sum-exps
   void* h;         // the entries, see EntriesArgs; may be `products`

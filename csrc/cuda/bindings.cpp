@@ -160,14 +160,14 @@ void op_compact(const Tensor& rank, const Tensor& list, int64_t k, int64_t slots
 
 void op_half_scale(const MaybeTensor& class_grad, const MaybeTensor& class_lse,
                    const MaybeTensor& instance_grad, const MaybeTensor& instance_lse,
-                   const MaybeTensor& pos_grad, const Tensor& z_rnorm, const Tensor& w_rnorm,
-                   const Tensor& scale, double limit) {
+                   const MaybeTensor& pos_grad, const MaybeTensor& divisor, const Tensor& z_rnorm,
+                   const Tensor& w_rnorm, const Tensor& scale, double limit) {
   OnDevice device(scale);
-  half_scale(
-      {pointer<float>(class_grad), pointer<float>(class_lse), pointer<float>(instance_grad),
-       pointer<float>(instance_lse), pointer<float>(pos_grad), pointer<float>(z_rnorm),
-       pointer<float>(w_rnorm), pointer<float>(scale), rows_of(z_rnorm), rows_of(w_rnorm), float(limit)},
-      device.stream());
+  half_scale({pointer<float>(class_grad), pointer<float>(class_lse), pointer<float>(instance_grad),
+              pointer<float>(instance_lse), pointer<float>(pos_grad), pointer<float>(divisor),
+              pointer<float>(z_rnorm), pointer<float>(w_rnorm), pointer<float>(scale), rows_of(z_rnorm),
+              rows_of(w_rnorm), float(limit)},
+             device.stream());
 }
 
 void op_log_sum_exp(NCK_SIDE(p), NCK_SIDE(q), const Tensor& beta, const MaybeTensor& out,
@@ -210,13 +210,13 @@ void op_bias_grad(NCK_SIDE(p), NCK_SIDE(q), const Tensor& beta, const Tensor& pa
             device.stream());
 }
 
-void op_entries(NCK_SIDE(p), NCK_SIDE(q), const Tensor& beta, const MaybeTensor& scale, const Tensor& h,
-                int64_t p_start, int64_t p_stop, int64_t q_start, int64_t q_stop, int64_t exclude,
-                double norm_limit, bool exact) {
+void op_entries(NCK_SIDE(p), NCK_SIDE(q), const Tensor& beta, const MaybeTensor& scale,
+                const MaybeTensor& divisor, const Tensor& h, int64_t p_start, int64_t p_stop, int64_t q_start,
+                int64_t q_stop, int64_t exclude, double norm_limit, bool exact) {
   OnDevice device(p);
-  entries({NCK_MAKE_SIDE(p), NCK_MAKE_SIDE(q), pointer<float>(beta), pointer<float>(scale), h.data_ptr(),
-           h.stride(0), int(p_start), int(p_stop), int(q_start), int(q_stop), width_of(p), float(norm_limit),
-           kind_of(p, exact), Exclude(exclude)},
+  entries({NCK_MAKE_SIDE(p), NCK_MAKE_SIDE(q), pointer<float>(beta), pointer<float>(scale),
+           pointer<float>(divisor), h.data_ptr(), h.stride(0), int(p_start), int(p_stop), int(q_start),
+           int(q_stop), width_of(p), float(norm_limit), kind_of(p, exact), Exclude(exclude)},
           device.stream());
 }
 
@@ -259,20 +259,21 @@ void op_mend(NCK_SIDE(q), const MaybeTensor& broken, const Tensor& h, const Tens
 void op_panel_log_sum_exp(NCK_SIDE(p), NCK_SIDE(q), const Tensor& beta, const Tensor& products,
                           const Tensor& partial, int64_t start, int64_t stop, int64_t exclude) {
   OnDevice device(p);
-  panel_log_sum_exp({NCK_MAKE_SIDE(p), NCK_MAKE_SIDE(q), pointer<float>(beta), nullptr,
+  panel_log_sum_exp({NCK_MAKE_SIDE(p), NCK_MAKE_SIDE(q), pointer<float>(beta), nullptr, nullptr,
                      pointer<float>(products), pointer<float>(partial), nullptr, nullptr, products.stride(0),
                      0, int(start), int(stop), int(partial.size(1)), 0.0f, kind_of(p), Exclude(exclude)},
                     device.stream());
 }
 
 void op_panel_entries(NCK_SIDE(p), NCK_SIDE(q), const Tensor& beta, const MaybeTensor& scale,
-                      const Tensor& products, const Tensor& partial, const Tensor& lse, const Tensor& h,
-                      int64_t start, int64_t stop, int64_t exclude, double norm_limit) {
+                      const MaybeTensor& divisor, const Tensor& products, const Tensor& partial,
+                      const Tensor& lse, const Tensor& h, int64_t start, int64_t stop, int64_t exclude,
+                      double norm_limit) {
   OnDevice device(p);
   panel_entries({NCK_MAKE_SIDE(p), NCK_MAKE_SIDE(q), pointer<float>(beta), pointer<float>(scale),
-                 pointer<float>(products), pointer<float>(partial), pointer<float>(lse), h.data_ptr(),
-                 products.stride(0), h.stride(0), int(start), int(stop), int(partial.size(1)),
-                 float(norm_limit), kind_of(p), Exclude(exclude)},
+                 pointer<float>(divisor), pointer<float>(products), pointer<float>(partial),
+                 pointer<float>(lse), h.data_ptr(), products.stride(0), h.stride(0), int(start), int(stop),
+                 int(partial.size(1)), float(norm_limit), kind_of(p), Exclude(exclude)},
                 device.stream());
 }
 
@@ -308,7 +309,8 @@ STABLE_TORCH_LIBRARY(nckernels_cuda, m) {
   m.def("compact(Tensor rank, Tensor(a!) list, int k, int slots) -> ()");
   m.def(
       "half_scale(Tensor? class_grad, Tensor? class_lse, Tensor? instance_grad, Tensor? instance_lse, "
-      "Tensor? pos_grad, Tensor z_rnorm, Tensor w_rnorm, Tensor(a!) scale, float limit) -> ()");
+      "Tensor? pos_grad, Tensor? divisor, Tensor z_rnorm, Tensor w_rnorm, Tensor(a!) scale, float limit) -> "
+      "()");
   m.def("log_sum_exp(" NCK_SIDE_SCHEMA("p") NCK_SIDE_SCHEMA(
       "q") "Tensor beta, Tensor(a!)? out, Tensor(b!)? p_max, Tensor(c!)? p_sum, Tensor(d!)? q_max, "
            "Tensor(e!)? q_sum, int first_tile, int tiles, int split, int exclude, bool exact) -> ()");
@@ -321,7 +323,8 @@ STABLE_TORCH_LIBRARY(nckernels_cuda, m) {
   m.def("bias_grad(" NCK_SIDE_SCHEMA("p")
             NCK_SIDE_SCHEMA("q") "Tensor beta, Tensor(a!) part, int split, int exclude, bool exact) -> ()");
   m.def("entries(" NCK_SIDE_SCHEMA("p") NCK_SIDE_SCHEMA(
-      "q") "Tensor beta, Tensor? scale, Tensor(a!) h, int p_start, int p_stop, int q_start, int q_stop, "
+      "q") "Tensor beta, Tensor? scale, Tensor? divisor, Tensor(a!) h, int p_start, int p_stop, int q_start, "
+           "int q_stop, "
            "int exclude, float norm_limit, bool exact) -> ()");
   m.def("short_grad(" NCK_SIDE_SCHEMA("p") NCK_SIDE_SCHEMA(
       "q") "Tensor beta, Tensor? scale, Tensor? divisor, Tensor(a!)? out, Tensor(b!)? dot, Tensor(c!)? part, "
@@ -337,7 +340,8 @@ STABLE_TORCH_LIBRARY(nckernels_cuda, m) {
       "q") "Tensor beta, Tensor products, Tensor(a!) partial, int start, int stop, int exclude) -> ()");
   // `h` may be `products`.
   m.def("panel_entries(" NCK_SIDE_SCHEMA("p") NCK_SIDE_SCHEMA(
-      "q") "Tensor beta, Tensor? scale, Tensor(a!) products, Tensor partial, Tensor(b!) lse, Tensor(a!) h, "
+      "q") "Tensor beta, Tensor? scale, Tensor? divisor, Tensor(a!) products, Tensor partial, Tensor(b!) "
+           "lse, Tensor(a!) h, "
            "int start, int stop, int exclude, float norm_limit) -> ()");
   m.def(
       "write_loss(Tensor target, Tensor share, Tensor pos, Tensor? class_lse, Tensor? instance_lse, "

@@ -65,7 +65,7 @@ entries_kernel(const __grid_constant__ EntriesArgs a) {
     return;
   }
 
-  const float scale = a.scale ? *a.scale : 1.0f;
+  const float scale = (a.scale ? *a.scale : 1.0f) * (a.divisor ? a.divisor[2] : 1.0f);
   Terms<Tag, kSums> row[4];
 #pragma unroll
   for (int r = 0; r < 4; r++) {

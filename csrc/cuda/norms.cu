@@ -94,8 +94,16 @@ prepare_samples_kernel(const __grid_constant__ PrepareArgs a) {
   }
 }
 
-// The divisors of a mean. If all samples are ignored, the gradients are 0, and the mean is NaN, or 0 with
-// `nothing_is_zero`.
+// A power of two that brings a positive number to between 1 and 2; 1 for others.
+NCK_DEVICE float power_of(float size) {
+  if (!(size > 0 && size < infinity())) size = 1.0f;
+  return exp2f(-floorf(fminf(fmaxf(log2f(size), -126.0f), 126.0f)));
+}
+
+// The divisors of a mean: [0] of its gradients and [1] of its sum. The gradients' entries are multiplied by
+// [2], a power of two, and [0] is what remains: between 1 and 2. Without it the entries of tiny weights would
+// underflow, multiplied by the inverse norms of long rows. If all samples are ignored, the gradients are 0,
+// and the mean is NaN, or 0 with `nothing_is_zero`.
 NCK_DEVICE void write_divisors(const PrepareStepArgs& a, float* scratch) {
   float sum = 0.0f, found = 0.0f;
 #pragma unroll 4
@@ -109,8 +117,10 @@ NCK_DEVICE void write_divisors(const PrepareStepArgs& a, float* scratch) {
   found = block_max<kThreads>(found, scratch);
   if (a.nothing_is_zero && sum == 0.0f) sum = 1.0f;
   if (threadIdx.x == 0) {
-    a.divisor[0] = found == 0.0f ? 1.0f : sum;
+    float of_gradients = found == 0.0f ? 1.0f : sum, factor = power_of(of_gradients);
+    a.divisor[0] = of_gradients * factor;
     a.divisor[1] = sum;
+    a.divisor[2] = factor;
   }
 }
 
@@ -218,6 +228,7 @@ NCK_KERNEL(kScaleThreads, 1) half_scale_kernel(const __grid_constant__ HalfScale
   float rest_z = block_max<kScaleThreads>(largest_rnorm(a.z_rnorm, a.m, short_rows), scratch);
   float rest_w = block_max<kScaleThreads>(largest_rnorm(a.w_rnorm, a.k, short_rows), scratch);
   if (threadIdx.x == 0) {
+    if (a.divisor) bound *= a.divisor[2];
     // For upstream gradients of zero any finite scale is correct. The clamp keeps the scale finite.
     float top = 14.0f - log2f(bound > 0 ? bound : 1.0f);
     float z_bits = log2f(z > 0 ? z : 1.0f), w_bits = log2f(w > 0 ? w : 1.0f);

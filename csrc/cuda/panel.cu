@@ -152,7 +152,8 @@ panel_entries_kernel(const __grid_constant__ PanelArgs a) {
   const int first = int(blockIdx.x) / blocks * kRows + warp * kAnchors;
   const int begin = int(blockIdx.x) % blocks * kBlockColumns;
   const int used = min_of(used_slots(a.p), a.stop);
-  const float beta = *a.beta * kLog2e, scale = a.scale ? *a.scale : 1.0f;
+  const float beta = *a.beta * kLog2e;
+  const float scale = (a.scale ? *a.scale : 1.0f) * (a.divisor ? a.divisor[2] : 1.0f);
   Terms<Tag, Sums::kOne> row[kAnchors];
   bool here[kAnchors];
 #pragma unroll
@@ -194,7 +195,8 @@ panel_entries_kernel(const __grid_constant__ PanelArgs a) {
       for (int c = 0; c < kLaneColumns; c++) {
         // Selected: the products of left-out rows may be NaN.
         float product = here[r] && q_here[c] ? x[c] : 0.0f;
-        x[c] = in_range(entry<false>(product, row[r], other[c]) * row[r].factor * other[c].factor, a.norm_limit);
+        x[c] =
+            in_range(entry<false>(product, row[r], other[c]) * row[r].factor * other[c].factor, a.norm_limit);
       }
       store_entries(static_cast<T*>(a.h) + (first + r) * a.h_stride + column, x);
     }

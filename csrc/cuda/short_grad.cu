@@ -62,7 +62,7 @@ short_grad_kernel(const __grid_constant__ GradArgs a) {
   if (p_first >= p_used) return;
   const bool p_aligned = rows_aligned<T>(a.p.x, a.p.stride), q_aligned = rows_aligned<T>(a.q.x, a.q.stride);
   const int tiles = (q_used + kRowsQ - 1) / kRowsQ;
-  const float scale = a.scale ? *a.scale : 1.0f;
+  const float scale = a.scale ? *a.scale : 1.0f, factor = a.divisor ? scale * a.divisor[2] : scale;
   // Exponentials take as long as these products. For features against themselves, the two terms of an entry
   // share one exponential if the factors stay in range: with |t| and |lse| - log M up to 64 in base 2 they
   // lie between 2^-64 and 2^64, apart from the contributions of log M and g. This holds for temperatures of
@@ -95,7 +95,7 @@ short_grad_kernel(const __grid_constant__ GradArgs a) {
     if (threadIdx.x < kRowsQ) {
       Slot s = slot_at(a.q, tile * kRowsQ + int(threadIdx.x), q_used);
       auto terms = terms_of<Tag, kSums>(a.q, s, a.p.grad, once, a.exclude, a.norm_limit);
-      terms.factor *= scale;
+      terms.factor *= factor;
       columns[buffer * kRowsQ + threadIdx.x] = terms;
     }
     if (!planted(Fault::kMissingWait)) cp_wait<0>();

@@ -187,8 +187,8 @@ class CudaKernels(Kernels):
 
     def half_scale(self, samples: Side, classes: Side, scale: Tensor) -> None:
         self.ops.half_scale(
-            classes.grad, classes.lse, samples.grad, samples.lse, samples.pos, samples.rnorm, classes.rnorm,
-            scale, self.norm_limit,
+            classes.grad, classes.lse, samples.grad, samples.lse, samples.pos, self.divisor, samples.rnorm,
+            classes.rnorm, scale, self.norm_limit,
         )  # fmt: skip
 
     # --- tiles of products
@@ -208,12 +208,11 @@ class CudaKernels(Kernels):
         self.ops.combine(*partial, side.label, side.used, out, side.skip, first, parts, side.slots, side.gather, keep)
 
     def short_grad(
-        self, result: Result, q: Side, part: Tensor | None, scale: Tensor | None, split: int, blocks: Blocks,
-        divisor: Tensor | None = None,
-    ) -> None:  # fmt: skip
+        self, result: Result, q: Side, part: Tensor | None, scale: Tensor | None, split: int, blocks: Blocks
+    ) -> None:
         out, dot = (result.out, result.dot) if part is None else (None, None)
         self.ops.short_grad(
-            *self._side(result.side), *self._side(q), self.beta, scale, divisor, out, dot, part,
+            *self._side(result.side), *self._side(q), self.beta, scale, self.divisor, out, dot, part,
             split, self.exclude, self.eps, self.norm_limit,
         )  # fmt: skip
 
@@ -221,7 +220,7 @@ class CudaKernels(Kernels):
         self, p: Side, q: Side, h: Tensor, start: int, stop: int, begin: int, end: int, scale: Tensor | None
     ) -> None:
         self.ops.entries(
-            *self._side(p), *self._side(q), self.beta, scale, h, start, stop, begin, end,
+            *self._side(p), *self._side(q), self.beta, scale, self.divisor, h, start, stop, begin, end,
             self.exclude, self.norm_limit, self.exact,
         )  # fmt: skip
 
@@ -271,7 +270,7 @@ class CudaStep(CudaKernels, StepKernels):
         m, k, v, known = z.shape[0], w.shape[0], vectors, self.host_beta
         # Atomics add in any order, which shows if weights differ within a class.
         in_order = weight is not None and torch.are_deterministic_algorithms_enabled()
-        self.beta = v.beta
+        self.beta, self.divisor = v.beta, v.divisor
         self.ops.prepare_step(
             z, w, target, weight, self.inputs.inv_temperature if known is None else None, known or 0.0,
             v.z_rnorm, v.pos, v.share, v.pos_grad, v.instance_grad, v.z_broken, v.w_broken, v.w_rnorm, v.mark,
@@ -312,7 +311,7 @@ class CudaStep(CudaKernels, StepKernels):
         scale: Tensor | None,
     ) -> None:  # fmt: skip
         self.ops.panel_entries(
-            *self._side(p), *self._side(q), self.beta, scale, products, partial, p.lse, h, start, stop,
+            *self._side(p), *self._side(q), self.beta, scale, self.divisor, products, partial, p.lse, h, start, stop,
             self.exclude, self.norm_limit,
         )  # fmt: skip
 

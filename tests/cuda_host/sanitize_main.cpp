@@ -65,7 +65,7 @@ uint64_t step(const Problem& o, char* z, char* w, int64_t* target) {
     return x;
   };
   Array<float> z_rnorm = zeros(m), pos = zeros(m), share = zeros(m), pos_grad = zeros(m), z_broken = zeros(1),
-               w_broken = zeros(1), w_rnorm = zeros(k), of_class = zeros(k), divisor(2), beta(1), lse(k),
+               w_broken = zeros(1), w_rnorm = zeros(k), of_class = zeros(k), divisor(3), beta(1), lse(k),
                loss(1);
   Array<int64_t> mark(k);
   for (int i = 0; i < k; i++) mark[i] = 0;
@@ -79,8 +79,8 @@ uint64_t step(const Problem& o, char* z, char* w, int64_t* target) {
   Array<float> products(size_t(k) * width), partial(size_t(2) * o.split * k), dot(k);
   for (int i = 0; i < k * width; i++) products[i] = uniform(seed);
   Array<char> h(size_t(k) * width * (half ? 2 : 4)), out(size_t(k) * d * 4);
-  PanelArgs panel{classes, samples, beta, nullptr, products, partial, lse,    h,
-                  width,   width,   0,    k,       o.split,  0.0f,    o.kind, o.exclude};
+  PanelArgs panel{classes, samples, beta, nullptr, divisor, products, partial, lse,      h,
+                  width,   width,   0,    k,       o.split, 0.0f,     o.kind,  o.exclude};
   panel_log_sum_exp(panel, nullptr);
   panel_entries(panel, nullptr);
   Array<float> sums(size_t(k) * d);
@@ -185,7 +185,8 @@ uint64_t run(const Problem& o) {
                        1, d, o.kind, o.exclude},
                       nullptr);
   }
-  half_scale({w_grad, w_lse, z_grad, z_lse, pos_grad, z_rnorm, w_rnorm, scale, m, k, 1e12f}, nullptr);
+  half_scale({w_grad, w_lse, z_grad, z_lse, pos_grad, nullptr, z_rnorm, w_rnorm, scale, m, k, 1e12f},
+             nullptr);
   const float* use = o.kind == Kind::kF16 ? static_cast<float*>(scale) : nullptr;
 
   Array<char> z_out(z.bytes());
@@ -210,7 +211,8 @@ uint64_t run(const Problem& o) {
     print ^= fingerprint(copy) * 23;
     int stride = (k + 15) / 16 * 16;
     Array<char> h(size_t(m) * stride * (half ? 2 : 4));
-    entries({samples, classes_side, beta, use, h, stride, 0, m, 0, k, d, 0.0f, o.kind, o.exclude}, nullptr);
+    entries({samples, classes_side, beta, use, nullptr, h, stride, 0, m, 0, k, d, 0.0f, o.kind, o.exclude},
+            nullptr);
     if (!w_label) {  // an ignored sample's NaN has reached a product with all samples
       Array<float> product(size_t(k) * d);
       for (int i = 0; i < m; i++) z_rnorm[i] = i == 3 ? -2.0f : z_rnorm[i];

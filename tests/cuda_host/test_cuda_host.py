@@ -121,7 +121,7 @@ def test_half_scale(emulator: Emulator, schedule: int) -> None:
     for seed in range(5):
         emulator.configure(schedule, seed=seed)
         lse = torch.zeros(1300)
-        torch.ops.nckernels_cuda.half_scale(g, lse[:50], h, lse, None, r_z, r_w, scale, 0.9e4)
+        torch.ops.nckernels_cuda.half_scale(g, lse[:50], h, lse, None, None, r_z, r_w, scale, 0.9e4)
         for factor, largest in zip(scale.tolist(), (r_w.max(), r_z.max(), r_w.max() * r_z.max()), strict=True):
             assert 2.0**13 * 0.99 < factor * bound * float(largest) < 2.0**14 * 1.01
             assert math.log2(factor).is_integer()
@@ -199,6 +199,18 @@ def test_zero_rows(emulator: Emulator, dtype: torch.dtype, d: int) -> None:
     for upstream in problem.upstream.values():
         upstream *= 1e-3  # the gradient of a zero row is up to 1 / eps times that: float16 must hold it
     oracle.check(problem, dtype)
+
+
+@pytest.mark.parametrize("d", [40, 264])
+def test_rows_shorter_than_the_least_norm(emulator: Emulator, d: int) -> None:
+    """They are divided by it, and take part in the gradients of the rows that they are compared with."""
+    problem = oracle.make_problem(140, 130, d, direction="both", exclude="target")
+    for rows in (problem.features, problem.prototypes):
+        rows /= rows.norm(dim=1, keepdim=True)
+    problem.features[4] *= 2.0**-15
+    for upstream in problem.upstream.values():
+        upstream *= 0.05  # the short row's gradient fits float16
+    oracle.check(problem, torch.float16)
 
 
 @pytest.mark.parametrize("d", [40, 264])

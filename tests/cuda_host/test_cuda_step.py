@@ -181,6 +181,17 @@ def test_weights_are_added_by_class_in_any_order(emulator: Emulator) -> None:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("d", [40, D])
+def test_tiny_weights_of_long_rows(emulator: Emulator, d: int) -> None:
+    """A mean does not depend on the size of its weights, and its entries, of tiny weights times tiny inverse norms, do
+    not underflow."""
+    x, w, y = problem(140, 130, 13, d=d)
+    weight = 1e-30 * (0.5 + torch.rand(140))
+    for dtype in (torch.float32, torch.bfloat16):
+        args = "nonl", 3e7 * x, 3e7 * w, y, dtype
+        assert_close(run(*args, sample_weight=weight), exact(*args, sample_weight=weight), dtype)
+
+
 def test_temperature_on_the_device(emulator: Emulator) -> None:
     """The host does not know it: a kernel copies it to where it would write the host's number."""
     x, w, y = problem(20, 5, 12)

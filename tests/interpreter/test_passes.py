@@ -93,6 +93,20 @@ def test_random_problems(loss: str, d: int, launched: Counter[str]) -> None:
     assert launched["grad_kernel" if d == SHORT else "entries_kernel"] >= 6
 
 
+@pytest.mark.parametrize(("loss", "d"), [("nonl", SHORT), ("clip", LONG)])
+def test_tiny_weights_of_long_rows(loss: str, d: int, launched: Counter[str]) -> None:
+    """A mean does not depend on the size of its weights, and its entries, of tiny weights times tiny inverse norms, do
+    not underflow. Small workspaces allow fewer programs to share a block."""
+    torch.manual_seed(4)
+    z, w, y = 3e7 * torch.randn(20, d), 3e7 * torch.randn(20, d), torch.randint(20, (20,))
+    weight = 1e-30 * (0.5 + torch.rand(20))
+    for dtype, workspace in ((torch.float32, 10), (torch.float32, 20), (torch.bfloat16, 20), (torch.float16, 20)):
+        size = 1e-4 if dtype == torch.float16 else 1.0  # its range ends at 65504
+        with nckernels.use_workspace(2**workspace):
+            check(loss, size * z, size * w, None if loss == "clip" else y, dtype, sample_weight=weight)
+    assert launched["prepare_step_kernel"] == 4
+
+
 def test_few_launches(launched: Counter[str]) -> None:
     torch.manual_seed(0)
     w, y = torch.randn(7, SHORT, requires_grad=True), torch.randint(7, (40,))

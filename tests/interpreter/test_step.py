@@ -13,7 +13,8 @@ from steps import LOSSES, D, assert_close, exact, narrow_panels, problem, run  #
 import nckernels
 from nckernels.backends import tiled
 from nckernels.backends.base import Inputs, Needs, Reduced, Spec, norm_eps
-from nckernels.backends.triton import launch, norms
+from nckernels.backends.triton import launch, prepare
+from nckernels.backends.triton import step as one_step
 from nckernels.backends.triton.step import TritonStep
 
 
@@ -55,6 +56,29 @@ def test_one_panel(loss: str, m: int, k: int, dtype: torch.dtype, panels: Panels
     x[y < 0] = torch.nan  # the same
     assert_close(run(loss, x, w, y, dtype, **options), expected, dtype)
     assert panels.steps == (2 if loss == "normface" else 3)
+
+
+def test_tiny_weights_of_long_rows(panels: Panels) -> None:
+    """See test_passes.py."""
+    x, w, y = problem(20, 30, 13)
+    weight = 1e-30 * (0.5 + torch.rand(20))
+    for dtype in (torch.float32, torch.bfloat16):
+        args = "nonl", 3e7 * x, 3e7 * w, y, dtype
+        assert_close(run(*args, sample_weight=weight), exact(*args, sample_weight=weight), dtype)
+    assert panels.steps == 2
+
+
+@pytest.mark.usefixtures("narrow_panels")
+def test_short_rows(panels: Panels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a program finishes up to 128 of them, and mends as many."""
+    monkeypatch.setattr(one_step, "row_blocks", lambda _: {"BR": 64, "BD": 32, "warps": 8})
+    for name in ("_prepare_options", "_finish_options"):  # neither made before nor kept
+        monkeypatch.setattr(one_step, name, getattr(one_step, name).__wrapped__)
+    x, w, y = (t[..., :24] if t.ndim == 2 else t for t in problem(90, 21, 2))
+    expected = exact("nonl", x, w, y, torch.float32)
+    x[y < 0] = torch.nan
+    assert_close(run("nonl", x, w, y, torch.float32), expected, torch.float32)
+    assert panels.steps == 1
 
 
 @pytest.mark.usefixtures("narrow_panels")
@@ -198,7 +222,7 @@ def test_weights_of_a_class_are_added_in_order_on_request(panels: Panels, monkey
     launched = launch.launch
 
     def remembered(kernel: object, grid: object, *args: object, **options: object) -> None:
-        if kernel is norms.prepare_step_kernel:
+        if kernel is prepare.prepare_step_kernel:
             places.append(args[14] is None)
         launched(kernel, grid, *args, **options)  # type: ignore[arg-type]
 

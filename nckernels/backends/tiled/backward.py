@@ -65,8 +65,8 @@ def _no_gradients(kernels: Kernels, needs: Needs) -> Gradients:
     return Gradients(*zeros)
 
 
-def both_sides(kernels: Kernels, for_samples: Result, for_classes: Result, divisor: Tensor | None = None) -> None:
-    """The gradients of both sides, whose log-sum-exps are known, divided by the ``divisor`` of a step."""
+def both_sides(kernels: Kernels, for_samples: Result, for_classes: Result) -> None:
+    """The gradients of both sides, whose log-sum-exps are known, divided by the divisor of a step."""
     samples, classes = for_samples.side, for_classes.side
     scales: tuple[Tensor | None, ...] = (None, None, None)
     if samples.x.dtype == torch.float16:
@@ -75,28 +75,26 @@ def both_sides(kernels: Kernels, for_samples: Result, for_classes: Result, divis
         scales = three[0:], three[1:], three[2:]
     blocks = kernels.short_blocks(samples, classes)
     if blocks is not None:
-        _short_rows(kernels, for_samples, classes, scales[0], blocks, divisor)
-        _short_rows(kernels, for_classes, samples, scales[1], blocks, divisor)
+        _short_rows(kernels, for_samples, classes, scales[0], blocks)
+        _short_rows(kernels, for_classes, samples, scales[1], blocks)
     elif samples.slots >= classes.slots:
-        _long_rows(kernels, for_samples, for_classes, scales[2], divisor)
+        _long_rows(kernels, for_samples, for_classes, scales[2])
     else:
-        _long_rows(kernels, for_classes, for_samples, scales[2], divisor)
+        _long_rows(kernels, for_classes, for_samples, scales[2])
 
 
-def _short_rows(
-    kernels: Kernels, result: Result, q: Side, scale: Tensor | None, blocks: Blocks, divisor: Tensor | None
-) -> None:
+def _short_rows(kernels: Kernels, result: Result, q: Side, scale: Tensor | None, blocks: Blocks) -> None:
     """One side's gradient, accumulated on the chip."""
     if not result.wanted:
         return
     p, d = result.side, result.side.x.shape[1]
     split = blocks.split(p.slots, q.slots, kernels.spec.workspace, 4 * p.slots * d)
     if split == 1:
-        kernels.short_grad(result, q, None, scale, split, blocks, divisor)
+        kernels.short_grad(result, q, None, scale, split, blocks)
     else:
         part = torch.empty(split, p.slots, d, dtype=torch.float32, device=p.x.device)
         kernels.short_grad(result, q, part, scale, split, blocks)
-        kernels.finish(result, part, 0, p.slots, split, _product(scale, divisor), norm_inside=False)
+        kernels.finish(result, part, 0, p.slots, split, _product(scale, kernels.divisor), norm_inside=False)
 
 
 def _product(scale: Tensor | None, divisor: Tensor | None) -> Tensor | None:
@@ -106,7 +104,7 @@ def _product(scale: Tensor | None, divisor: Tensor | None) -> Tensor | None:
     return scale[0] * divisor[0]
 
 
-def _long_rows(kernels: Kernels, p: Result, q: Result, scale: Tensor | None, divisor: Tensor | None) -> None:
+def _long_rows(kernels: Kernels, p: Result, q: Result, scale: Tensor | None) -> None:
     """Both gradients by panels of entries and the library's matrix products; p is the longer side.
 
     The gradient of p's rows in a panel is complete before the next panel of p. The gradient of q is accumulated over
@@ -136,7 +134,7 @@ def _long_rows(kernels: Kernels, p: Result, q: Result, scale: Tensor | None, div
         q_sums = buffer(y.slots, d, torch.float32, q.wanted)
     x_copy, y_copy = buffer(rows, d, x.x.dtype, copy_x), buffer(columns, d, x.x.dtype, copy_y)
     whole = dense(kernels, y, 0, y.slots, y_copy) if columns >= y.slots else None
-    finished = _product(scale, divisor)
+    finished = _product(scale, kernels.divisor)
     for start in range(0, x.slots, rows):
         stop = min(start + rows, x.slots)
         x_rows = dense(kernels, x, start, stop, x_copy)

@@ -41,6 +41,8 @@ class Kernels(ABC):
         half = inputs.features.dtype == torch.float16
         self.norm_limit = 1.000001 / self.eps if half else 0.0
         """Float16: zero rows have an inverse norm above it, 1.000002 / eps, and no other row has; 0 in other dtypes."""
+        self.divisor: Tensor | None = None
+        """That of a step's mean, see :class:`Vectors`."""
 
     def matmul(self, a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
         """``out = a @ b`` (+ out) with a float32 result, by the vendor's library."""
@@ -108,11 +110,10 @@ class Kernels(ABC):
 
     @abstractmethod
     def short_grad(
-        self, result: Result, q: Side, part: Tensor | None, scale: Tensor | None, split: int, blocks: Blocks,
-        divisor: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        """One side's gradient, accumulated on the chip and divided by the ``divisor`` of a step, or ``split`` partial
-        sums of a_p in ``part``, which are not."""
+        self, result: Result, q: Side, part: Tensor | None, scale: Tensor | None, split: int, blocks: Blocks
+    ) -> None:
+        """One side's gradient, accumulated on the chip and divided by the divisor of a step, or ``split`` partial sums
+        of a_p in ``part``, which are not."""
 
     @abstractmethod
     def entries(
@@ -172,7 +173,7 @@ class Vectors(NamedTuple):
     beta: Tensor
     """(1,): the inverse temperature."""
     divisor: Tensor | None
-    """(2,): the divisors of a mean's gradients and of its sum; None for a sum."""
+    """(3,): the divisors of a mean's gradients and of its sum, and a factor of its entries; None for a sum."""
     z_broken: Tensor
     """(1,): 1 if an ignored sample is broken. ``Finish`` looks here, ``mend`` at the inverse norms."""
     w_broken: Tensor | None

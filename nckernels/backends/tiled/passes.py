@@ -26,7 +26,7 @@ def passes(kernels: StepKernels, reduced: Reduced, needs: Needs) -> Step:
     p, q = (classes, samples) if kernels.spec.by_class else (samples, classes)
     log_sum_exp(kernels, p, q, vectors.lse, vectors.instance_lse)
     for_samples, for_classes = results(samples, classes, needs, vectors)
-    both_sides(kernels, for_samples, for_classes, vectors.divisor)
+    both_sides(kernels, for_samples, for_classes)
     kernels.write_loss(vectors)
     dot = vectors.dot
     return Step(vectors.loss, for_samples.out, for_classes.out, None if dot is None else dot.sum())

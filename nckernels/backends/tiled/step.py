@@ -157,7 +157,7 @@ def _vectors(
 @lru_cache(maxsize=1024)
 def _lengths(m: int, k: int, by_class: bool, both: bool, marks: int, dots: int) -> tuple[int, list[int]]:
     of_both = m if both else 0
-    lengths = [m, m, m, m, k if by_class else m, of_both, of_both, k, 1, 2, 1, 1]
+    lengths = [m, m, m, m, k if by_class else m, of_both, of_both, k, 1, 3, 1, 1]
     lengths += [marks, k if by_class else 0, dots]
     padded = [pad16(length) for length in lengths]
     return sum(padded), padded

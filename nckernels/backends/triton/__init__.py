@@ -1,10 +1,10 @@
 """The Triton backend: tiles of the similarity matrix on a GPU, which are reduced and dropped.
 
 Reading order: ``tiles`` (the vocabulary), ``lse`` (the forward pass), ``grad`` and ``finish`` (the
-backward pass), ``norms``; ``panel``, ``epilogue`` and ``reduce`` (both passes in one step); ``pairs`` (SupCon, the
-shortest complete loss) and ``pairs_step`` (its launches); then ``config`` (tile sizes), ``launch`` and ``step``
-(arguments), ``dispatch`` (fast launches). The order of the other launches is in ``tiled``, which the CUDA backend
-shares.
+backward pass), ``norms``; ``prepare``, ``reduce``, ``panel`` and ``epilogue`` (both passes in one step); ``pairs``
+(SupCon, the shortest complete loss) and ``pairs_step`` (its launches); then ``config`` (tile sizes), ``launch`` and
+``step`` (arguments), ``dispatch`` (fast launches). The order of the other launches is in ``tiled``, which the CUDA
+backend shares.
 
 Importing this package does not import Triton, which may be missing.
 """

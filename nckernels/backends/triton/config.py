@@ -213,7 +213,7 @@ def entries_tile(shape: Shape) -> Tile:
     """For ``entries_kernel``, which loops over the columns for every d."""
     heavy = shape.heavy
     if not shape.aligned:
-        return Tile(64, 64, 32, 8, 1)
+        return Tile(64, 64, 32, 8, 1, parts=2 if shape.kind == "ieee" else 1)
     if shape.family == 0:
         return Tile(64, 64, 64 if shape.kind == "half" else 32, 4, 2)
     if shape.kind == "ieee":

@@ -51,7 +51,7 @@ def operands_kernel(
 
 @triton.jit(do_not_specialize=["p_start", "p_stop", "parts", "h_stride", "skip"])
 def weighted_entries_kernel(
-    Sums, Rnorm, Label, Count, Grad, Beta, Lse, Weight, H, p_start, p_stop, parts, h_stride, skip,
+    Sums, Rnorm, Label, Count, Grad, Beta, Divisor, Lse, Weight, H, p_start, p_stop, parts, h_stride, skip,
     GATHER: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """Turn ``E`` into ``H`` in place, except for the positives, by the weights ``c_p`` from
@@ -72,6 +72,8 @@ def weighted_entries_kernel(
     total = tl.sum(total, 1)
     empty = total == 0.0  # has no gradient
     weight = tl.load(Grad + row, mask=valid, other=0.0) / tl.where(empty, 1.0, total)
+    if Divisor is not None:
+        weight *= tl.load(Divisor + 2)
     weight = tl.where(empty, 0.0, weight)
     if tl.program_id(1) == 0:
         lse = tl.log2(total) * LN2 + tl.load(Beta)
@@ -91,7 +93,7 @@ def weighted_entries_kernel(
 
 @triton.jit(do_not_specialize=["m", "k", "p_start", "p_stop", "h_stride", "skip"])
 def positives_kernel(
-    Target, Pos, Pos_grad, P_rnorm, Q_rnorm, Weight, Slot, Beta, H, m, k, p_start, p_stop, h_stride, skip,
+    Target, Pos, Pos_grad, P_rnorm, Q_rnorm, Weight, Slot, Beta, Divisor, H, m, k, p_start, p_stop, h_stride, skip,
     BY_CLASS: tl.constexpr, EXCLUDE: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Write the positives' entries of a panel, one for each sample whose anchor is in [p_start, p_stop).
@@ -113,6 +115,8 @@ def positives_kernel(
         anchor = tl.load(Slot + label, mask=valid, other=-1)
     valid = valid & (anchor >= p_start) & (anchor < p_stop)
     a = tl.load(Pos_grad + sample, mask=valid, other=0.0)
+    if Divisor is not None:
+        a *= tl.load(Divisor + 2)
     if EXCLUDE == "none":
         e = tl.exp2((tl.load(Pos + sample, mask=valid, other=0.0) - tl.load(Beta)) * LOG2E)
         a = tl.fma(tl.load(Weight + anchor - p_start, mask=valid, other=0.0), e, a)

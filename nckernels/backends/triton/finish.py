@@ -81,13 +81,10 @@ def finish_rows(
         weight = tl.where(rnorm == summand_rnorm(rnorm, NORM_LIMIT), 1.0, rnorm)
     if divisor is not None:
         weight = weight / divisor
-    scale = weight * tl.load(Beta)
 
     col = tl.arange(0, BD)
     acc_ptr = Acc + local.to(tl.int64)[:, None] * d + col[None, :]
     x_ptr = X + row.to(tl.int64)[:, None] * x_stride + col[None, :]
-    if Out is not None:
-        out_ptr = Out + row.to(tl.int64)[:, None] * d + col[None, :]
     if WHOLE_D:
         mask = valid[:, None] & (col < d)[None, :]
         acc = tl.zeros((BR, BD), tl.float32)
@@ -95,9 +92,11 @@ def finish_rows(
             acc += tl.load(acc_ptr, mask=mask, other=0.0)
             acc_ptr += part_stride
         x = tl.load(x_ptr, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        grad, along = project(acc, x, rnorm, scale, EPS)
+        # Beta and the addresses of Out come late: while rows are loaded, they would occupy registers.
+        grad, along = project(acc, x, rnorm, weight * tl.load(Beta), EPS)
         if Out is not None:
             grad = tl.where(valid[:, None], grad, 0.0).to(Out.dtype.element_ty)
+            out_ptr = Out + row.to(tl.int64)[:, None] * d + col[None, :]
             tl.store(out_ptr, grad, mask=written[:, None] & (col < d)[None, :], eviction_policy="evict_first")
     else:
         # Rows too long for registers are read twice, for the dot product and for the result.
@@ -108,7 +107,9 @@ def finish_rows(
             sums = tl.fma(tl.load(acc_ptr + k, mask=mask, other=0.0), x, sums)
         along = tl.sum(sums, 1)
         if Out is not None:
+            scale = weight * tl.load(Beta)
             factor = radial(rnorm, along, EPS)
+            out_ptr = Out + row.to(tl.int64)[:, None] * d + col[None, :]
             for k in range(0, d, BD):
                 mask = valid[:, None] & (col < d - k)[None, :]
                 x = tl.load(x_ptr + k, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
@@ -209,6 +210,7 @@ def finish_step_kernel(
                 GATHER, False, True, WHOLE_D, EPS, NORM_LIMIT, BR, BD,
             )  # fmt: skip
         else:
+            tl.static_assert(BP % BR == 0, "rows are mended in whole blocks")
             BLOCKS: tl.constexpr = BP // BR
             broken = tl.load(Broken) != 0
             mends = broken & (program % BLOCKS == 0)

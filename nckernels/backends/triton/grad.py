@@ -133,7 +133,7 @@ def grad_kernel(
 
     ``split`` programs share a block when there are too few blocks to fill the device. Each then writes
     its float32 sum to ``Part[s, slot]`` for ``finish_kernel``. A single program finishes the rows itself, and divides
-    them by the ``Divisor`` of a step.
+    them by the ``Divisor`` of a step; for this see ``write_divisors``.
 
     Exponentials take as long as the products. For features against themselves (``MAY_SHARE``) the two terms of an entry
     are ``exp(t) (g_i exp(-lse_i) + g_j exp(-lse_j))``, with one exponential, if the factors stay in range: with |t| and
@@ -167,6 +167,9 @@ def grad_kernel(
     scale = 1.0
     if Scale is not None:
         scale = tl.load(Scale)
+    factor = scale
+    if Divisor is not None:
+        factor *= tl.load(Divisor + 2)
     p = load_rows(P, p_row, p_here, p_stride, d, BD, EVEN_D)
     acc = tl.zeros((BP, BD), tl.float32)
 
@@ -186,7 +189,7 @@ def grad_kernel(
             q_tag, q_row, q_positive, q_bias, q_lse, q_grad, q_pos,
             EXCLUDE, P_grad is not None, Q_grad is not None, P_pos is not None, Q_pos is not None,
         )  # fmt: skip
-        a *= (summand_rnorm(q_rnorm, NORM_LIMIT) * scale)[None, :]
+        a *= (summand_rnorm(q_rnorm, NORM_LIMIT) * factor)[None, :]
         acc = dot(a.to(q.dtype), q, acc, PRECISION)
 
     slot = p_first + tl.arange(0, BP)
@@ -221,7 +224,7 @@ def grad_kernel(
 def entries_kernel(
     P, P_rnorm, P_label, P_count, P_bias, P_lse, P_grad, P_pos,
     Q, Q_rnorm, Q_label, Q_count, Q_bias, Q_lse, Q_grad, Q_pos,
-    Beta, Scale,
+    Beta, Scale, Divisor,
     H,
     p_start, p_stop, q_start, q_stop, d, p_stride, q_stride, h_stride, skip_p, skip_q,
     EXCLUDE: tl.constexpr, P_SAMPLES: tl.constexpr, P_UNSUMMED: tl.constexpr, Q_UNSUMMED: tl.constexpr,
@@ -229,7 +232,8 @@ def entries_kernel(
     BP: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr, UNIT: tl.constexpr, EVEN_D: tl.constexpr,
     PARTS: tl.constexpr, GROUP: tl.constexpr, NORM_LIMIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of ``H = A r_p r_q`` (times ``Scale``) for the panel [p_start, p_stop) x [q_start, q_stop).
+    """One tile of ``H = A r_p r_q`` for the panel [p_start, p_stop) x [q_start, q_stop), times ``Scale`` and, see
+    ``write_divisors``, ``Divisor[2]``.
 
     ``h_stride`` is in units of 16 numbers. The tail of a row is also written, with finite values. Because H contains
     both norms, it serves both products: ``H Q`` is r_p a_p and ``H^T P`` is r_q a_q.
@@ -274,6 +278,8 @@ def entries_kernel(
     p_factor = summand_rnorm(p_rnorm, NORM_LIMIT)
     if Scale is not None:
         p_factor *= tl.load(Scale)
+    if Divisor is not None:
+        p_factor *= tl.load(Divisor + 2)
 
     B: tl.constexpr = BQ // PARTS
     rows = p_local + tl.arange(0, BP)

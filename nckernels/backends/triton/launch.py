@@ -38,7 +38,7 @@ _FLOAT, _INTEGER = struct.Struct("f"), struct.Struct("i")
 
 
 def known_number(tensor: Tensor, number: float | None) -> tuple[Tensor | None, int]:
-    """The two arguments of ``norms.known_number``: the tensor, if the host does not know the number, or its bits."""
+    """The two arguments of ``prepare.known_number``: the tensor, if the host does not know the number, or its bits."""
     return (tensor, 0) if number is None else (None, int(_INTEGER.unpack(_FLOAT.pack(number))[0]))
 
 
@@ -140,7 +140,7 @@ def _gather_options(gather: bool, unsummed: bool, unit: int) -> Options:
 
 @_made_once
 def _mend_options(unsummed: bool, unit: int, precision: str) -> Options:
-    return Options(UNSUMMED=unsummed, UNIT=unit, PRECISION=precision, BP=64, BQ=32, BD=64, BN=2048, warps=8)
+    return Options(UNSUMMED=unsummed, UNIT=unit, PRECISION=precision, BP=64, BQ=32, BD=64, BN=2048, warps=8, stages=1)
 
 
 @_made_once
@@ -237,8 +237,8 @@ class TritonKernels(Kernels):
     def half_scale(self, samples: Side, classes: Side, scale: Tensor) -> None:
         launch(
             norms.half_scale_kernel, (1,),
-            classes.grad, classes.lse, samples.grad, samples.lse, samples.pos, samples.rnorm, classes.rnorm, scale,
-            samples.x.shape[0], classes.x.shape[0],
+            classes.grad, classes.lse, samples.grad, samples.lse, samples.pos, samples.rnorm, classes.rnorm,
+            self.divisor, scale, samples.x.shape[0], classes.x.shape[0],
             options=_scale_options(self.norm_limit),
         )  # fmt: skip
 
@@ -268,15 +268,14 @@ class TritonKernels(Kernels):
         )  # fmt: skip
 
     def short_grad(
-        self, result: Result, q: Side, part: Tensor | None, scale: Tensor | None, split: int, blocks: Blocks,
-        divisor: Tensor | None = None,
-    ) -> None:  # fmt: skip
+        self, result: Result, q: Side, part: Tensor | None, scale: Tensor | None, split: int, blocks: Blocks
+    ) -> None:
         p, tile = result.side, blocks.tile
         out, dot = (result.out, result.dot) if part is None else (None, None)
         share = self.spec.symmetric and p.grad is not None and p.bias is None
         launch(
             grad.grad_kernel, (ceil_div(p.slots, tile.p) * split,),
-            *_all_of(p), *_all_of(q), self.beta, scale, divisor, out, dot, part,
+            *_all_of(p), *_all_of(q), self.beta, scale, self.divisor, out, dot, part,
             p.slots, q.slots, p.slots, self.d, self._units(p.x), self._units(q.x), p.skip, q.skip, split,
             options=_grad_options(
                 self._entry(p, q), share and config.may_share(tile, self.arch), self.unit,
@@ -294,7 +293,7 @@ class TritonKernels(Kernels):
             tile = self._entries_tiles[chosen] = config.entries_tile(self._shape(*chosen))
         launch(
             grad.entries_kernel, (ceil_div(stop - start, tile.p) * ceil_div(end - begin, tile.q),),
-            *_all_of(p), *_all_of(q), self.beta, scale, h,
+            *_all_of(p), *_all_of(q), self.beta, scale, self.divisor, h,
             start, stop, begin, end, self.d, self._units(p.x), self._units(q.x), h.stride(0) // 16, p.skip, q.skip,
             options=_entries_options(
                 self._entry(p, q), self.unit, self._even(tile), self.norm_limit, self.precision, tile

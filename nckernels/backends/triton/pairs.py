@@ -28,8 +28,9 @@ import triton.language as tl
 
 from .finish import project, summand_rnorm
 from .lse import shift_of
-from .norms import inverse_norm, known_number, square_sums
-from .reduce import sum_of
+from .norms import inverse_norm, square_sums
+from .prepare import known_number
+from .reduce import power_of, sum_of
 from .tiles import INF, LN2, LOG2E, column_parts, dot, dot_rows, load_rows
 
 PADDING = 256
@@ -157,9 +158,9 @@ def pairs_reduce_kernel(
     """Combine the parts of every row, in order, to its numbers in T.
 
     ``Shift[i] = lse_i - log2 g_i``, so that a term is ``exp2(t_ij - Shift[i])``; +inf where there is none: without
-    positives, which means g = 0, and for an empty sum. ``Factor[i] = exp2(-Shift[i])`` and ``Pos[i] = -g_i / n_i``,
-    both times the factor of a row that is summed up. Of each block ``Totals[0..3, block]`` are the sum of the weighted
-    losses, the sum of the weights, the largest weight and the largest such factor.
+    positives, which means g = 0, and for an empty sum. ``Factor[i] = exp2(-Shift[i])`` and ``Pos[i] = -g_i / n_i``. Of
+    each block ``Totals[0..3, block]`` are the sum of the weighted losses, the sum of the weights, the largest weight
+    and the largest factor of a row that is summed up.
     """
     slot = tl.program_id(0) * B + tl.arange(0, B)
     plane = parts.to(tl.int64) * width
@@ -188,8 +189,8 @@ def pairs_reduce_kernel(
     shift = tl.where(empty, INF, lse - tl.log2(weight))
     r = summand_rnorm(tl.load(Rnorm + slot), NORM_LIMIT)
     tl.store(Shift + slot, shift)
-    tl.store(Factor + slot, tl.exp2(-shift) * r)
-    tl.store(Pos + slot, -weight / others * r)
+    tl.store(Factor + slot, tl.exp2(-shift))
+    tl.store(Pos + slot, -weight / others)
     out = Totals + tl.program_id(0)
     blocks = tl.num_programs(0)
     tl.store(out, tl.sum(tl.where(counted, weight * loss, 0.0), 0))
@@ -224,8 +225,8 @@ def sum_of_entries(
     NEGATIVES: tl.constexpr, ONCE: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr,
     EVEN_D: tl.constexpr, NORM_LIMIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``sum_j T_ij r_j x_j`` over the blocks of one part, ``p_weight`` being ``-g_i / n_i``. With ``ONCE`` the two
-    exponentials of an entry are one, ``exp2(t) (exp2(-Shift[i]) + exp2(-Shift[j]))``."""
+    """``scale * sum_j T_ij r_j x_j`` over the blocks of one part, ``p_weight`` being ``-g_i / n_i``. With ``ONCE`` the
+    two exponentials of an entry are one, ``exp2(t) (exp2(-Shift[i]) + exp2(-Shift[j]))``."""
     acc = tl.zeros((BP, BD), tl.float32)
     p_factor = tl.exp2(-p_shift)
     for q_block in range(part, tl.cdiv(n, BQ), split):
@@ -235,22 +236,20 @@ def sum_of_entries(
         q = load_rows(X, q_slot, q_bias == 0, stride, d, BD, EVEN_D)
         s = dot(p, tl.trans(q), tl.zeros((BP, BQ), tl.float32), PRECISION)
         q_rnorm = tl.load(Rnorm + q_slot)
-        r = summand_rnorm(q_rnorm, NORM_LIMIT)[None, :]
+        r = summand_rnorm(q_rnorm, NORM_LIMIT) * scale
         # Without the bias the term of a left-out row would be 0 times exp2(-Shift[i]), which can be infinite.
         t = tl.fma(s * p_scale[:, None], q_rnorm[None, :], q_bias[None, :])
         if ONCE:
-            a = tl.exp2(t) * tl.fma(p_factor[:, None], r, tl.load(Factor + q_slot)[None, :])
+            a = tl.exp2(t) * tl.fma(p_factor[:, None], r[None, :], (tl.load(Factor + q_slot) * r)[None, :])
         else:
-            a = (tl.exp2(t - p_shift[:, None]) + tl.exp2(t - tl.load(Shift + q_slot)[None, :])) * r
+            a = (tl.exp2(t - p_shift[:, None]) + tl.exp2(t - tl.load(Shift + q_slot)[None, :])) * r[None, :]
         different, positive = relation(p_tag, tl.load(Tag + q_slot), p_first, q_first)
-        pair = tl.fma(p_weight[:, None], r, tl.load(Pos + q_slot)[None, :])
+        pair = tl.fma(p_weight[:, None], r[None, :], (tl.load(Pos + q_slot) * r)[None, :])
         if NEGATIVES:
             a = tl.where(positive, pair, a)
         else:
             a += tl.where(positive, pair, 0.0)
         a = tl.where(different, a, 0.0)
-        if NORM_LIMIT > 0:
-            a *= scale
         acc = dot(a.to(q.dtype), q, acc, PRECISION)
     return acc
 
@@ -266,20 +265,22 @@ def pairs_grad_kernel(
 ):  # fmt: skip
     """The gradient of a block of rows of at most BD columns, as ``grad_kernel``; and the ``Loss``.
 
-    The entries have no divisor, which is that of the finished gradient. ``split`` programs that share a block leave
-    their sums in ``Part``, and in ``Divisor`` the divisor for ``finish_kernel``. For ``MAY_SHARE`` see ``grad_kernel``.
+    The entries are scaled by a power of two, see ``half_scale`` and ``write_divisors``, and the finished gradient is
+    divided by the rest of the divisor. ``split`` programs that share a block leave their sums in ``Part``, and in
+    ``Divisor`` the divisor for ``finish_kernel``. For ``MAY_SHARE`` see ``grad_kernel``.
     """
     d *= UNIT
     stride *= UNIT
     part = tl.program_id(0) % split
     p_first = tl.program_id(0) // split * BP
     scale = 1.0
-    if NORM_LIMIT > 0:
-        scale = half_scale(Totals, blocks)
     total = 1.0
     if MEAN:
         total = sum_of(Totals + blocks, blocks, 256)
         total = tl.where(total == 0.0, 1.0, total)  # the mean of nothing is 0
+        scale = power_of(total)
+    if NORM_LIMIT > 0:
+        scale = half_scale(Totals, blocks)
     divisor = scale * total
     if tl.program_id(0) == 0:
         tl.store(Loss, sum_of(Totals, blocks, 256) / total)
@@ -295,7 +296,7 @@ def pairs_grad_kernel(
     p_valid = tl.load(Bias + p_slot) == 0
     p_rnorm = tl.load(Rnorm + p_slot)
     p_shift = tl.load(Shift + p_slot)
-    p_weight = tl.load(Pos + p_slot) / tl.where(p_valid, summand_rnorm(p_rnorm, NORM_LIMIT), 1.0)
+    p_weight = tl.load(Pos + p_slot)
     p_scale = p_rnorm * (beta * LOG2E)
     p = load_rows(X, p_slot, p_valid, stride, d, BD, EVEN_D)
     if once:

@@ -82,12 +82,13 @@ def combined(Partial, slot, n, parts, BP: tl.constexpr, BS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["p_start", "p_stop", "n_q", "t_stride", "h_stride", "skip_p", "skip_q", "parts"])
 def panel_entries_kernel(
-    T, Partial, P_rnorm, P_label, P_count, P_grad, P_pos, Q_rnorm, Q_label, Q_pos, Beta, Scale, Lse, H,
+    T, Partial, P_rnorm, P_label, P_count, P_grad, P_pos, Q_rnorm, Q_label, Q_pos, Beta, Scale, Divisor, Lse, H,
     p_start, p_stop, n_q, t_stride, h_stride, skip_p, skip_q, parts,
     EXCLUDE: tl.constexpr, P_SAMPLES: tl.constexpr, P_GATHER: tl.constexpr,
     BP: tl.constexpr, BQ: tl.constexpr, BS: tl.constexpr, NORM_LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the gradient's entries ``H = A r_p r_q`` (times ``Scale``), see grad.py, and the anchors' ``Lse``.
+    """One tile of the gradient's entries ``H = A r_p r_q`` with the factors of ``entries_kernel``, and the anchors'
+    ``Lse``.
 
     Only the anchors have log-sum-exps here: ``P_grad`` is their upstream gradient, ``P_pos`` or ``Q_pos`` that of the
     samples' positive logits. ``H`` may be ``T`` itself.
@@ -138,6 +139,8 @@ def panel_entries_kernel(
     p_factor = summand_rnorm(p_rnorm, NORM_LIMIT)
     if Scale is not None:
         p_factor *= tl.load(Scale)
+    if Divisor is not None:
+        p_factor *= tl.load(Divisor + 2)
     h = in_range(a * p_factor[:, None] * summand_rnorm(q_rnorm, NORM_LIMIT)[None, :], NORM_LIMIT)
     columns = q_first + tl.arange(0, BQ)
     width = h_stride * 16

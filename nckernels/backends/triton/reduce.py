@@ -23,8 +23,18 @@ def sum_of(X, n, B: tl.constexpr):
 
 
 @triton.jit
+def power_of(size):
+    """A power of two that brings a positive number to between 1 and 2; 1 for others."""
+    size = tl.where((size > 0) & (size < INF), size, 1.0)
+    return tl.exp2(-tl.floor(tl.clamp(tl.log2(size), -126.0, 126.0)))
+
+
+@triton.jit
 def write_divisors(Target, Weight, Divisor, m, k, skip, NOTHING_IS_ZERO: tl.constexpr, B: tl.constexpr):
     """The divisors of a mean: ``Divisor[0]`` of the gradients, ``Divisor[1]`` of the sum.
+
+    The gradients' entries are multiplied by ``Divisor[2]``, a power of two, and ``Divisor[0]`` is what remains: between
+    1 and 2. Without it the entries of tiny weights would underflow, multiplied by the inverse norms of long rows.
 
     If all samples are ignored, the gradients are 0, and the mean is NaN, or 0 with ``NOTHING_IS_ZERO``.
     """
@@ -42,8 +52,11 @@ def write_divisors(Target, Weight, Divisor, m, k, skip, NOTHING_IS_ZERO: tl.cons
     total = tl.sum(sums, 0)
     if NOTHING_IS_ZERO:
         total = tl.where(total == 0.0, 1.0, total)
-    tl.store(Divisor, tl.where(tl.max(found, 0) == 0, 1.0, total))
+    of_gradients = tl.where(tl.max(found, 0) == 0, 1.0, total)
+    factor = power_of(of_gradients)
+    tl.store(Divisor, of_gradients * factor)
     tl.store(Divisor + 1, total)
+    tl.store(Divisor + 2, factor)
 
 
 @triton.jit

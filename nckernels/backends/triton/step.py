@@ -14,7 +14,7 @@ from ..tiled import EpilogueKernels
 from ..tiled.kernels import Finish, Vectors
 from ..tiled.plan import ceil_div
 from ..tiled.sides import Result, Side
-from . import config, epilogue, finish, launch, norms, panel, reduce
+from . import config, epilogue, finish, launch, panel, prepare, reduce
 from .dispatch import Options
 from .launch import CHECKS, row_blocks
 
@@ -59,9 +59,10 @@ def _prepare_options(columns: int, nothing_is_zero: bool, unit: int, eps: float)
 def _finish_options(
     columns: int, whole: bool, gather: bool, by_class: bool, unit: int, eps: float, limit: float, precision: str
 ) -> Options:
+    blocks = row_blocks(columns)
     return Options(
         GATHER=gather, BY_CLASS=by_class, WHOLE_D=whole, UNIT=unit, EPS=eps, NORM_LIMIT=limit, PRECISION=precision,
-        BP=32, BQ=16, BN=32, B=2048, **row_blocks(columns),
+        BP=max(32, blocks["BR"]), BQ=16, BN=32, B=2048, stages=1, **blocks,
     )  # fmt: skip
 
 
@@ -92,9 +93,9 @@ class TritonStep(launch.TritonKernels, EpilogueKernels):
         on_device, bits = launch.known_number(self.inputs.inv_temperature, self.host_beta)
         # Atomics add in any order, which shows if weights differ within a class.
         in_order = weight is not None and torch.are_deterministic_algorithms_enabled()
-        self.beta = v.beta
+        self.beta, self.divisor = v.beta, v.divisor
         launch.launch(
-            norms.prepare_step_kernel, (1 + of_samples + of_classes,),
+            prepare.prepare_step_kernel, (1 + of_samples + of_classes,),
             z, w, target, weight, on_device, v.z_rnorm, v.pos, v.share, v.pos_grad, v.instance_grad, v.z_broken,
             v.w_rnorm, v.w_broken, v.mark, None if in_order else v.of_class, v.divisor, v.beta,
             m, k, self.d, self._units(z), self._units(w), self.spec.ignore_index, bits, of_samples,
@@ -164,7 +165,7 @@ class TritonStep(launch.TritonKernels, EpilogueKernels):
         launch.launch(
             panel.panel_entries_kernel, (ceil_div(stop - start, tile.p) * ceil_div(q.slots, tile.q),),
             products, partial, p.rnorm, p.label, p.used, p.grad, p.pos, q.rnorm, q.label, q.pos,
-            self.beta, scale, p.lse, h,
+            self.beta, scale, self.divisor, p.lse, h,
             start, stop, q.slots, products.stride(0) // 16, h.stride(0) // 16, p.skip, q.skip, split,
             options=_entries_options(self.spec.exclude, p.samples, p.gather, self.norm_limit, tile),
         )  # fmt: skip
@@ -191,7 +192,7 @@ class TritonStep(launch.TritonKernels, EpilogueKernels):
     def weighted_entries(self, p: Side, sums: Tensor, weight: Tensor, h: Tensor, start: int, stop: int) -> None:
         launch.launch(
             epilogue.weighted_entries_kernel, (ceil_div(stop - start, 8), ceil_div(h.shape[1], 1024)),
-            sums, p.rnorm, p.label, p.used, p.grad, self.beta, p.lse, weight, h,
+            sums, p.rnorm, p.label, p.used, p.grad, self.beta, self.divisor, p.lse, weight, h,
             start, stop, sums.shape[1], h.stride(0) // 16, p.skip,
             options=_WEIGHTED[p.gather],
         )  # fmt: skip
@@ -202,7 +203,7 @@ class TritonStep(launch.TritonKernels, EpilogueKernels):
         m, k, pos_grad = pos.shape[0], self.inputs.prototypes.shape[0], (p if p.samples else q).pos
         launch.launch(
             epilogue.positives_kernel, (ceil_div(m, 1024),),
-            self.inputs.target, pos, pos_grad, p.rnorm, q.rnorm, weight, slot, self.beta, h,
+            self.inputs.target, pos, pos_grad, p.rnorm, q.rnorm, weight, slot, self.beta, self.divisor, h,
             m, k, start, stop, h.stride(0) // 16, self.spec.ignore_index,
             options=_positives_options(self.spec.by_class, self.spec.exclude),
         )  # fmt: skip
