@@ -80,8 +80,8 @@ class SymmetricBackward {
 
   void prepare() {
     const T* g = static_cast<const T*>(p_.by_class ? g_.class_lse : g_.instance_lse);
-    const T* lse = static_cast<const T*>(p_.by_class ? p_.class_lse : p_.instance_lse);
-    for (int64_t j = 0; g && j < p_.m; j++) s_.upstream(g[j], lse[j], scale_[j], shift_[j]);
+    const auto lse = p_.by_class ? LogSumExps<T>::of_classes(p_) : LogSumExps<T>::of_instances(p_);
+    for (int64_t j = 0; g && j < p_.m; j++) s_.upstream(g[j], lse.get(j), scale_[j], shift_[j]);
     if (!in_entries_) return;
     label_.assign(s_.all_panels * NR, -1);
     weight_.assign(s_.all_panels * NR, T(0));
