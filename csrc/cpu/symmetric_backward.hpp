@@ -24,7 +24,7 @@ class SymmetricBackward {
         columns_(columns),
         g_(g),
         positives_(positives),
-        in_entries_(G::RESTS && positives && p.exclude == kSelf),
+        in_entries_(positives && p.exclude == kSelf),
         s_(p, columns, true),
         grad_z_(static_cast<T*>(g.z)),
         grad_bias_(static_cast<T*>(g.sample_bias ? g.sample_bias : g.class_bias)),
