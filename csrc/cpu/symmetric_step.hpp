@@ -104,8 +104,8 @@ class SymmetricStep {
       return;
     }
     go_back(&*positives_);
-    if (step_.z || !step_.beta) return;
-    // Without a gradient of the features, positives have not been added to dL/dbeta yet.
+    if (step_.z || !step_.beta || p_.exclude == kSelf) return;
+    // Neither the entries nor a gradient of the features have added positives to dL/dbeta.
     for (int64_t j = 0; j < p_.m; j++) *step_.beta -= double(share_[j]) * pos(j);
   }
 

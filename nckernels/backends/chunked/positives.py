@@ -22,6 +22,10 @@ class Pairs:
         """The logit of each pair, from ``compute_logits`` or gathered from the tiles."""
         self.exact = False
         """Whether ``compute_logits`` has computed the logits."""
+        self.added = False
+        """Whether the positives are added to the sums of the matrix, which leaves them out."""
+        self.by_logit = share
+        """The derivative of the loss by each logit, from ``begin``; the matrix completes it."""
 
     def sort(self) -> None:
         """Sort the pairs by row, as ``within`` requires for a range of rows."""
@@ -29,6 +33,11 @@ class Pairs:
         if not self.in_order:
             self.row, order = self.row.sort(stable=True)
             self.col, self.share = self.col[order], self.share[order]
+
+    def begin(self, added: bool) -> None:
+        """Initialise the derivatives, once the pairs are in order."""
+        self.added = added
+        self.by_logit = torch.zeros_like(self.share) if added else -self.share
 
     def compute_logits(self, factor: float, at_once: int) -> None:
         """Compute the logits in the dtype of the shares, ``at_once`` pairs at a time."""
@@ -57,6 +66,36 @@ class Pairs:
             self.place = self.row * self.cols.size + self.col
         place = self.place[here]
         return here, place if rows.start == 0 else place - rows.start * self.cols.size
+
+
+def with_positives(
+    lse: Tensor, weight: Tensor, anchor: Tensor, logit: Tensor, share: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add positives to the log-sum-exps of other entries, in float64.
+
+    Where a positive has a probability near 1, its derivative is the sum of the other probabilities, of which a rounded
+    probability less 1 retains nothing.
+
+    Args:
+        lse: (n,) log-sum-exps of the anchors over the other entries.
+        weight: (n,) sums of the shares of each anchor's positives.
+        anchor: (p,) the anchor of each positive, and its logit and share.
+
+    Returns:
+        The log-sum-exps with the positives, the loss, and its derivatives by the logits, which are
+        ``weight * e / total - share`` with the positive's exponential ``e``, without cancellation.
+    """
+    top = lse.scatter_reduce(0, anchor, logit, "amax")
+    top.masked_fill_(top == -torch.inf, 0.0)
+    e = (logit - top[anchor]).exp_()
+    own = torch.zeros_like(top).index_add_(0, anchor, e)
+    others = (lse - top).exp_()
+    total = own + others
+    whole = total.log().add_(top)
+    rest = own[anchor].sub_(e).add_(others[anchor])
+    above = torch.where(rest < e, (rest / e).log1p_(), whole[anchor] - logit)
+    by_logit = (weight[anchor] * e).sub_(share * own[anchor]).sub_(share * others[anchor]).div_(total[anchor])
+    return whole, share.dot(above), by_logit
 
 
 class SameLabel:
@@ -99,7 +138,7 @@ class SameLabel:
         group, weight = self.group[some], self.weight[some, None]
         unit = self.rows.unit(some)
         rest = self.sums.index_select(0, group).sub_(unit)
-        total = torch.linalg.vecdot(unit, rest).dot(self.weight[some])
+        total = torch.linalg.vecdot(unit, rest).double().dot(self.weight[some].double())
         rest.mul_(weight)
         if self.weighted is None:
             rest.mul_(2.0)
