@@ -13,10 +13,11 @@ struct Joined {
     const double infinity = std::numeric_limits<double>::infinity();
     const bool empty = a == -infinity && b == -infinity;
     const double less = empty ? 0 : std::exp(-std::fabs(a - b)), more = 1 / (1 + less);
-    lse = empty ? a : std::max(a, b) + std::log1p(less);
+    const double beyond = std::log1p(less);
+    lse = empty ? a : std::max(a, b) + beyond;
     of_a = a > b ? more : less * more;
     of_b = a > b ? less * more : more;
-    above_b = (a > b ? a - b : 0) + std::log1p(less);
+    above_b = (a > b ? a - b : 0) + beyond;
   }
 };
 
@@ -31,45 +32,48 @@ class ClassSums {
   // `others(c)`: the log-sum-exp of column c over the other samples; `weight(j)`: of a sample.
   template <class Lse, class Weight>
   ClassSums(const Columns& columns, const T* pos, Lse&& others, Weight&& weight)
-      : columns_(columns), pos_(pos), of_(columns.count) {
+      : columns_(columns), pos_(pos), exponential_(columns.positive.size()), of_(columns.count) {
     for (int64_t c = 0; c < columns.count; c++) of_[c].top = of_[c].others = others(c);
     each([&](int64_t j, Sums& s) { s.top = std::max(s.top, double(pos_[j])); });
     each([&](int64_t j, Sums& s) {
-      s.own += std::exp(pos_[j] - s.top);
+      s.own += exponential_[j] = std::exp(pos_[j] - s.top);
       s.weight += weight(j);
     });
-    for (Sums& s : of_) s.others = s.top == minus_infinity<double> ? 0 : std::exp(s.others - s.top);
+    for (Sums& s : of_) {
+      s.others = s.top == minus_infinity<double> ? 0 : std::exp(s.others - s.top);
+      s.lse = s.top + std::log(s.own + s.others);
+    }
   }
 
-  bool has(int64_t j) const { return columns_.positive[j] >= 0 && columns_.positive[j] < columns_.count; }
-  double weight(int64_t c) const { return of_[c].weight; }
-  double lse(int64_t c) const { return of_[c].top + std::log(of_[c].own + of_[c].others); }
+  double lse(int64_t c) const { return of_[c].lse; }
 
   // The log-sum-exp of a sample's class less the sample's logit, and the derivative by that logit.
   double above(int64_t j) const {
     const Sums& s = of_[columns_.positive[j]];
-    const double e = std::exp(pos_[j] - s.top), rest = (s.own - e) + s.others;
-    return rest < e ? std::log1p(rest / e) : lse(columns_.positive[j]) - pos_[j];
+    const double e = exponential_[j], rest = (s.own - e) + s.others;
+    return rest < e ? std::log1p(rest / e) : s.lse - pos_[j];
   }
   double by_positive(int64_t j, double weight) const {
     const Sums& s = of_[columns_.positive[j]];
-    const double e = std::exp(pos_[j] - s.top);
-    return ((s.weight * e - weight * s.own) - weight * s.others) / (s.own + s.others);
+    return ((s.weight * exponential_[j] - weight * s.own) - weight * s.others) / (s.own + s.others);
   }
 
  private:
   struct Sums {
-    double top, others, own = 0, weight = 0;
+    double top, others, lse, own = 0, weight = 0;
   };
 
   template <class F>
   void each(F&& visit) {
-    for (size_t j = 0; j < columns_.positive.size(); j++)
-      if (has(j)) visit(j, of_[columns_.positive[j]]);
+    for (size_t j = 0; j < columns_.positive.size(); j++) {
+      const int64_t c = columns_.positive[j];
+      if (c >= 0 && c < columns_.count) visit(j, of_[c]);
+    }
   }
 
   const Columns& columns_;
   const T* pos_;
+  std::vector<double> exponential_;  // of each sample, relative to the top of its class
   std::vector<Sums> of_;
 };
 

@@ -186,13 +186,16 @@ class SymmetricBackward {
       std::memcpy(&group, label_.data() + first, sizeof group);
       for (int x = 0; x < W; x++) column[x] = static_cast<Int>(first + x);
       const Vec<T> weight = load(weight_.data() + first);
-      for (int64_t r = 0; r < n; r++) {
-        const int64_t i = row0 + r;
-        if (label_[i] < 0) continue;
+      auto subtract = [&](int64_t r, auto positive) {
         T* to = a + r * NR + v * W;
-        const auto positive = (group == label_[i]) & (column > static_cast<Int>(i));
-        store(to, positive ? load(to) - (weight + weight_[i]) : load(to));
-      }
+        store(to, positive ? load(to) - (weight + weight_[row0 + r]) : load(to));
+      };
+      const int64_t left = std::clamp<int64_t>(first - row0, 0, n);  // rows whose diagonal is left of the vector
+      for (int64_t r = 0; r < left; r++)
+        if (label_[row0 + r] >= 0) subtract(r, group == label_[row0 + r]);
+      for (int64_t r = left; r < n; r++)
+        if (const auto label = label_[row0 + r]; label >= 0)
+          subtract(r, (group == label) & (column > static_cast<Int>(row0 + r)));
     }
   }
 
