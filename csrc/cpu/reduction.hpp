@@ -124,8 +124,9 @@ class Reduction {
   };
 
   // The loss of sample j with this log-sum-exp and positive logit. Of an empty log-sum-exp, -inf, only the
-  // positive remains. If the step adds positives, the log-sum-exp is over the other classes, and the positive,
-  // with its margins, is added here. The term of label smoothing is not included, see smoothing.hpp.
+  // positive remains. If the step adds positives, the log-sum-exp is over the other classes, and the
+  // positive, with its margins, is added here. The term of label smoothing is not included, see
+  // smoothing.hpp.
   Sample sample(int64_t j, double lse, double pos) const {
     const double all = weight(j), eps = step_.smoothing, of_pos = (1 - eps) * all;
     const double of_lse = eps == 0 ? all : of_pos + eps * sample_weight(j) * mean_class_weight_;

@@ -262,8 +262,8 @@ class StepPass {
         [&](int64_t j) { return reduction_.weight(j); });
   }
 
-  // Losses and upstream gradients of the samples [first, first + count) whose positives are among the columns.
-  // Their sums are complete. The backward pass handles empty sums.
+  // Losses and upstream gradients of the samples [first, first + count) whose positives are among the
+  // columns. Their sums are complete. The backward pass handles empty sums.
   void flow_back(const Columns& columns, int64_t first, int64_t count) {
     const double scale = reduction_.scale();
     const auto classes = sums_of_classes(columns);

@@ -190,7 +190,8 @@ class SymmetricBackward {
         T* to = a + r * NR + v * W;
         store(to, positive ? load(to) - (weight + weight_[row0 + r]) : load(to));
       };
-      const int64_t left = std::clamp<int64_t>(first - row0, 0, n);  // rows whose diagonal is left of the vector
+      const int64_t left =
+          std::clamp<int64_t>(first - row0, 0, n);  // rows whose diagonal is left of the vector
       for (int64_t r = 0; r < left; r++)
         if (label_[row0 + r] >= 0) subtract(r, group == label_[row0 + r]);
       for (int64_t r = left; r < n; r++)
