@@ -143,7 +143,7 @@ class Matrix:
             logit = self.pairs.logit[here].double() / self.nat
             share = self.pairs.share[here].double() / self.directions
             if self.pairs.added:
-                anchor = self.pairs.col if by_column else self.pairs.row[here] - tile.start
+                anchor = self.pairs.anchor_columns() if by_column else self.pairs.anchors(tile)
                 lse, loss, by_logit = with_positives(lse, weight, anchor, logit, share)
                 self.pairs.by_logit[here] += by_logit
         empty = lse == -torch.inf

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from .sides import Side
 
@@ -29,7 +30,7 @@ class Pairs:
 
     def sort(self) -> None:
         """Sort the pairs by row, as ``within`` requires for a range of rows."""
-        self.in_order = self.row.shape[0] == self.rows.size and _is_range(self.row)
+        self.in_order = _is_range(self.row, self.rows.size)
         if not self.in_order:
             self.row, order = self.row.sort(stable=True)
             self.col, self.share = self.col[order], self.share[order]
@@ -38,6 +39,15 @@ class Pairs:
         """Initialise the derivatives, once the pairs are in order."""
         self.added = added
         self.by_logit = torch.zeros_like(self.share) if added else -self.share
+        self.in_order = self.in_order or _is_range(self.row, self.rows.size)
+
+    def anchors(self, rows: slice) -> Tensor | None:
+        """The place of each pair's row among some rows; None if they are the rows themselves in order."""
+        return None if self.in_order else self.row[self.within(rows)[0]] - rows.start
+
+    def anchor_columns(self) -> Tensor | None:
+        """The column of each pair; None if they are all columns in order."""
+        return None if _is_range(self.col, self.cols.size) else self.col
 
     def compute_logits(self, factor: float, at_once: int) -> None:
         """Compute the logits in the dtype of the shares, ``at_once`` pairs at a time."""
@@ -69,7 +79,7 @@ class Pairs:
 
 
 def with_positives(
-    lse: Tensor, weight: Tensor, anchor: Tensor, logit: Tensor, share: Tensor
+    lse: Tensor, weight: Tensor, anchor: Tensor | None, logit: Tensor, share: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Add positives to the log-sum-exps of other entries, in float64.
 
@@ -79,22 +89,26 @@ def with_positives(
     Args:
         lse: (n,) log-sum-exps of the anchors over the other entries.
         weight: (n,) sums of the shares of each anchor's positives.
-        anchor: (p,) the anchor of each positive, and its logit and share.
+        anchor: (p,) the anchor of each positive; None if the i-th one is the only one of anchor i.
+        logit: (p,) logits, and the shares of the samples in the loss.
 
     Returns:
         The log-sum-exps with the positives, the loss, and its derivatives by the logits, which are
         ``weight * e / total - share`` with the positive's exponential ``e``, without cancellation.
     """
+    if anchor is None:
+        below = logit - lse
+        return torch.logaddexp(lse, logit), -share.dot(logsigmoid(below)), -share * below.neg_().sigmoid_()
     top = lse.scatter_reduce(0, anchor, logit, "amax")
     top.masked_fill_(top == -torch.inf, 0.0)
-    e = (logit - top[anchor]).exp_()
+    e = (logit - top.index_select(0, anchor)).exp_()
     own = torch.zeros_like(top).index_add_(0, anchor, e)
     others = (lse - top).exp_()
-    total = own + others
-    whole = total.log().add_(top)
-    rest = own[anchor].sub_(e).add_(others[anchor])
-    above = torch.where(rest < e, (rest / e).log1p_(), whole[anchor] - logit)
-    by_logit = (weight[anchor] * e).sub_(share * own[anchor]).sub_(share * others[anchor]).div_(total[anchor])
+    whole = (own + others).log_().add_(top)
+    own, others, of_anchor, weight = torch.stack((own, others, whole, weight)).index_select(1, anchor)
+    rest = (own - e).add_(others)
+    above = torch.where(rest < e, (rest / e).log1p_(), of_anchor - logit)
+    by_logit = (weight * e).addcmul_(share, own, value=-1.0).addcmul_(share, others, value=-1.0).div_(own + others)
     return whole, share.dot(above), by_logit
 
 
@@ -150,5 +164,5 @@ class SameLabel:
         return total
 
 
-def _is_range(row: Tensor) -> bool:
-    return torch.equal(row, torch.arange(row.shape[0], device=row.device))
+def _is_range(index: Tensor, size: int) -> bool:
+    return index.shape[0] == size and torch.equal(index, torch.arange(size, device=index.device))
