@@ -57,7 +57,7 @@ def evaluate(
 @pytest.mark.parametrize("k", [20, 60])
 def test_errors_of_learnt_samples(k: int, backend: str, loss: str) -> None:
     """With one positive an error is a few roundings of the logits, and eager PyTorch's is up to 1000 times that. With
-    several the roundings of their logits do not cancel, and the error is at most eager PyTorch's. Features are the
+    several the roundings of their logits do not cancel, and the error is close to eager PyTorch's. Features are the
     vertices of a simplex with a little noise; 20 classes fit the kernels for few classes."""
     tau = TEMPERATURES[loss]
     errors, eagers = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
