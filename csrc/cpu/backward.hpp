@@ -153,15 +153,14 @@ class BackwardPass {
 
   // Upstream gradients and log-sum-exps; those of classes in the order of the columns.
   void prepare() {
-    const T *g_class = static_cast<const T*>(g_.class_lse), *lse = static_cast<const T*>(p_.class_lse);
+    const T *g_class = static_cast<const T*>(g_.class_lse), *g_row = static_cast<const T*>(g_.instance_lse);
+    const auto of_classes = LogSumExps<T>::of_classes(p_), of_rows = LogSumExps<T>::of_instances(p_);
     for (int64_t c = 0; c < columns_.count && g_class; c++) {
       const int64_t id = columns_.class_of(c);
-      s_.upstream(g_class[id], lse[id], class_scale_[c], class_shift_[c]);
+      s_.upstream(g_class[id], of_classes.get(id), class_scale_[c], class_shift_[c]);
     }
-    const T *g_row = static_cast<const T*>(g_.instance_lse),
-            *row_lse = static_cast<const T*>(p_.instance_lse);
     for (int64_t j = 0; j < p_.m && g_row; j++)
-      s_.upstream(g_row[j], row_lse[j], row_scale_[j], row_shift_[j]);
+      s_.upstream(g_row[j], of_rows.get(j), row_scale_[j], row_shift_[j]);
   }
 
   // A of one tile and block of columns, and its column sums, the gradients of class biases.

@@ -32,7 +32,7 @@ class FewClasses {
   }
 
   FewClasses(const Problem& p, const Columns& columns, const Step& step)
-      : p_(p),
+      : p_(without_positives(p, step)),
         columns_(columns),
         step_(step),
         reduction_(p, step),
@@ -58,6 +58,7 @@ class FewClasses {
         grad_v_(step.w ? chunks_ * width_ * d_pad_ : 0),
         zeros_(p.d),
         smoothing_(p_, step, reduction_, chunks_),
+        adds_positives_(adds_positives(p, step)),
         scale_(width_, T(0)),
         inside_(width_, T(0)) {
     p_.w_rnorm = w_rnorm_;
@@ -200,8 +201,7 @@ class FewClasses {
     }
   }
 
-  // The scale of the loss and, in the class direction, the factors of A = scale_c e and the log-sum-exps in
-  // the loss.
+  // The scale of the loss and, in the class direction, the factors of A = scale_c e.
   void share_out() {
     std::vector<double> of_class(count_, 0.0);
     for (int64_t j = 0; j < p_.m; j++) {
@@ -212,22 +212,30 @@ class FewClasses {
     per_weight_ = reduction_.scale();
     if (smoothing_) loss_ += smoothing_.finish(columns_, per_weight_);
     beside_ = smoothing_.gradient();
-    for (int64_t c = 0; c < count_ && p_.by_class; c++) {
+    if (!p_.by_class) return;
+    for (int64_t c = 0; c < count_; c++)
       for (int64_t chunk = 1; chunk < chunks_; chunk++) sums_[c] += sums_[chunk * width_ + c];
-      if (sums_[c] == 0) continue;  // nothing to sum over
-      loss_ += of_class[c] * double(std::log(sums_[c]));
-      scale_[c] = static_cast<T>(of_class[c] * per_weight_) / sums_[c];
+    const auto lse = [&](int64_t c) { return std::log(double(sums_[c])); };
+    if (adds_positives_)
+      classes_.emplace(columns_, pos_.data(), lse, [&](int64_t j) { return reduction_.weight(j); });
+    for (int64_t c = 0; c < count_; c++) {
+      const double total = classes_ ? std::exp(classes_->lse(c)) : sums_[c];
+      if (total != 0) scale_[c] = static_cast<T>(of_class[c] * per_weight_ / total);
     }
   }
 
-  // The loss of sample j without the log-sum-exp of its class, and the factors of A = scale_j e and of its
-  // positive.
+  // The weighted loss of sample j, and the factors of A = scale_j e and of its positive.
   void flow_back(int64_t j, T& row, T& positive, Totals& totals) {
     row = positive = T(0);
     if (!valid(j)) return;
-    const T sum = p_.by_instance ? sums_[j] : T(0);
-    const auto sample = reduction_.sample(j, sum == 0 ? minus_infinity<T> : std::log(sum), pos_[j]);
-    if (sum != 0) row = static_cast<T>(sample.by_lse * per_weight_) / sum;
+    if (classes_) {
+      totals.loss += reduction_.weight(j) * classes_->above(j);
+      positive = static_cast<T>(classes_->by_positive(j, reduction_.weight(j)) * per_weight_);
+      return;
+    }
+    const double sum = sums_[p_.by_instance ? j : columns_.positive[j]];
+    const auto sample = reduction_.sample(j, std::log(sum), pos_[j]);
+    if (sum != 0 && p_.by_instance) row = static_cast<T>(sample.by_lse * per_weight_ / sum);
     positive = static_cast<T>(sample.by_pos * per_weight_);
     totals.loss += sample.loss;
     totals.by_beta += sample.by_beta * per_weight_;
@@ -347,6 +355,8 @@ class FewClasses {
   int64_t count_, panels_, width_, d_panels_, d_pad_, tall_, tiles_, chunks_;
   Buffer<T> v_, v_rows_, e_, z_rnorm_, w_rnorm_, pos_, sums_, grad_v_, zeros_;
   Smoothing<T> smoothing_;
+  bool adds_positives_;
+  std::optional<ClassSums<T>> classes_;  // in the class direction, if the step adds positives
   RankOne<T> beside_ = {};
   std::vector<T> scale_, inside_;
   double per_weight_ = 0, loss_ = 0;  // dL / d (weighted sum), and that sum

@@ -15,6 +15,7 @@ struct Sums {
     total[i] = total[i] * std::exp(largest[i] - shift) + other_total * std::exp(other_largest - shift);
     largest[i] = top;
   }
+  double lse(int64_t i) const { return largest[i] + std::log(double(total[i])); }
 };
 
 // Computes the norms, and initialises results that no tile writes.
@@ -26,7 +27,8 @@ void begin_forward(const Problem& p, const Columns& columns) {
   if (columns.compact) std::fill_n(w_rnorm, p.k, T(1));
   inverse_norms(p, w, columns.count, w_rnorm, [&](int64_t c) { return columns.class_of(c); });
   std::fill_n(static_cast<T*>(p.pos), p.m, T(0));
-  if (columns.compact && p.by_class) std::fill_n(static_cast<T*>(p.class_lse), p.k, minus_infinity<T>);
+  for (int64_t c = 0; c < p.k && columns.compact && p.by_class; c++)
+    LogSumExps<T>::of_classes(p).put(c, minus_infinity<double>);
 }
 
 template <class G>
@@ -90,9 +92,8 @@ class ForwardPass {
     }
     if (p_.by_class) finish_classes(chunks, n, column_sums);
     if (sums_rows) {
-      T* out = static_cast<T*>(p_.instance_lse);
-      for (int64_t j = 0; j < p_.m; j++)
-        out[j] = s.valid(j) ? by_row.largest[j] + std::log(by_row.total[j]) : minus_infinity<T>;
+      const auto out = LogSumExps<T>::of_instances(p_);
+      for (int64_t j = 0; j < p_.m; j++) out.put(j, s.valid(j) ? by_row.lse(j) : minus_infinity<double>);
     }
   }
 
@@ -185,21 +186,17 @@ class ForwardPass {
   }
 
   void finish_classes(int64_t chunks, int64_t n, T* sums) const {
-    T* out = static_cast<T*>(p_.class_lse);
+    const auto out = LogSumExps<T>::of_classes(p_);
     for (int64_t c = 0; c < columns_.count; c++) {
-      T value;
-      if (tiles_.shift_free) {
-        T total = 0;
-        for (int64_t i = 0; i < chunks; i++) total += sums[(chunks + i) * n + c];
-        value = std::log(total);
-      } else {
-        T largest = minus_infinity<T>, total = 0;
-        Sums<T> merged{&largest, &total};
-        for (int64_t i = 0; i < chunks; i++) merged.merge(0, sums[i * n + c], sums[(chunks + i) * n + c]);
-        value = largest + std::log(total);
-      }
+      T largest = tiles_.shift_free ? T(0) : minus_infinity<T>, total = 0;
+      Sums<T> merged{&largest, &total};
+      for (int64_t i = 0; i < chunks; i++)
+        if (tiles_.shift_free)
+          total += sums[(chunks + i) * n + c];
+        else
+          merged.merge(0, sums[i * n + c], sums[(chunks + i) * n + c]);
       const bool left_out = tiles_.square() && !tiles_.valid(c);
-      out[columns_.class_of(c)] = left_out ? minus_infinity<T> : value;
+      out.put(columns_.class_of(c), left_out ? minus_infinity<double> : merged.lse(0));
     }
   }
 

@@ -51,6 +51,9 @@ struct Problem {
   int64_t kept_row;
   // Whether the backward pass may write its entries over the kept tiles, if all tiles are kept.
   int64_t kept_once;
+  // In a step: the log-sum-exps of classes and instances in double, or null. The backward pass then reads
+  // them instead of those of type T, whose rounding would be a relative error of all entries.
+  double *exact_class_lse, *exact_instance_lse;
 };
 
 struct Gradients {
@@ -192,6 +195,23 @@ class Rows {
 
 template <class T>
 constexpr T minus_infinity = -std::numeric_limits<T>::infinity();
+
+// The log-sum-exps of one direction, as a forward pass writes them: as numbers of T, in double, or both.
+template <class T>
+struct LogSumExps {
+  T* rounded;
+  double* exact;
+
+  static LogSumExps of_classes(const Problem& p) { return {static_cast<T*>(p.class_lse), p.exact_class_lse}; }
+  static LogSumExps of_instances(const Problem& p) {
+    return {static_cast<T*>(p.instance_lse), p.exact_instance_lse};
+  }
+  double get(int64_t i) const { return exact ? exact[i] : double(rounded[i]); }
+  void put(int64_t i, double lse) const {
+    if (rounded) rounded[i] = static_cast<T>(lse);
+    if (exact) exact[i] = lse;
+  }
+};
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 

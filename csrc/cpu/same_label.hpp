@@ -32,6 +32,22 @@ class SameLabel {
 
   bool any(int64_t j) const { return group_[j] >= 0; }
 
+  // The other sample of each sample's label, or the sample itself without one; empty if a label has more than
+  // two samples.
+  std::vector<int64_t> partners() const {
+    for (T others : others_)
+      if (others != 1) return {};
+    std::vector<int64_t> first(others_.size(), -1), partner(p_.m);
+    for (int64_t j = 0; j < p_.m; j++) {
+      partner[j] = j;
+      if (!any(j)) continue;
+      int64_t& other = first[group_[j]];
+      if (other >= 0) partner[j] = other, partner[other] = j;
+      other = j;
+    }
+    return partner;
+  }
+
   // The group of a sample, -1 if it has no other samples, and the derivative of the weighted sum by the
   // cosine of the sample with another one, from the sample's own term.
   int64_t group(int64_t j) const { return group_[j]; }

@@ -29,12 +29,13 @@ class StepPass {
 
  public:
   StepPass(const Problem& p, const Columns& columns, const Step& step)
-      : p_(p),
+      : p_(without_positives(p, step)),
         columns_(columns),
         step_(step),
         reduction_(p, step),
         smoothing_(p_, step, reduction_, CHUNKS),
-        sums_(p.pos ? 0 : (p.by_class ? p.k : 0) + (p.by_instance ? p.m : 0)),
+        adds_positives_(adds_positives(p, step)),
+        sums_((p.by_class ? p.k : 0) + (p.by_instance ? p.m : 0)),
         pos_(p.pos ? 0 : p.m),
         rnorm_(p.pos ? 0 : p.m + p.k),
         per_class_(p.by_class ? p.k : 0),
@@ -42,10 +43,10 @@ class StepPass {
         per_pos_(p.m),
         height_(p.by_class || p.pos || fits_gradient() ? 0 : height_of_part()),
         kept_(numbers_to_keep()) {
+    p_.exact_class_lse = p.by_class ? sums_.data() : nullptr;
+    p_.exact_instance_lse = p.by_instance ? sums_ + (p.by_class ? p.k : 0) : nullptr;
     if (p.pos) return;
     p_.kept_once = height_ > 0;
-    p_.class_lse = sums_;
-    p_.instance_lse = sums_ + (p.by_class ? p.k : 0);
     p_.pos = pos_;
     p_.z_rnorm = rnorm_;
     p_.w_rnorm = rnorm_ + p.m;
@@ -76,9 +77,10 @@ class StepPass {
     if (smoothing_) smoothing_.average_prototypes();
     const Rows<T> z(p_.z, p_.z_stride, p_.d, p_.half);
     Buffer<T> line(z.line());
+    const auto classes = sums_of_classes(columns_);
     for (int64_t j = 0; j < p_.m; j++) {
       double loss = 0;
-      if (valid(j)) loss = reduction_.sample(j, sums_of(j).lse, pos(j)).loss;
+      if (valid(j)) loss = sample(j, classes).loss;
       if (valid(j) && smoothing_) loss += smoothing_.of_row(j, z.get(j, line), z_rnorm(j));
       static_cast<T*>(step_.loss)[j] = static_cast<T>(loss);
     }
@@ -86,8 +88,13 @@ class StepPass {
 
   // The gradient, from the results of `losses`. The upstream gradients are factors of the weights.
   void resume() {
+    const auto restore = [](const void* saved, int64_t n, double* exact) {
+      if (exact) std::copy_n(static_cast<const T*>(saved), n, exact);
+    };
+    restore(p_.class_lse, p_.k, p_.exact_class_lse);
+    restore(p_.instance_lse, p_.m, p_.exact_instance_lse);
     begin();
-    flow_back(0, p_.m);
+    flow_back(columns_, 0, p_.m);
     backward(p_, columns_, 0, output(step_.z), output(step_.w));
     if (step_.beta) *step_.beta += by_beta_;
   }
@@ -132,7 +139,6 @@ class StepPass {
   }
 
   void by_columns() {
-    share_out();
     const int64_t n = columns_.count;
     const int64_t width = p_.kept_row ? n : part(n, kept_.size() / padded(p_.m), NR);
     const Buffer<T> sums(step_.z && step_.rounded && width < n ? p_.m * p_.d : 0);
@@ -145,8 +151,6 @@ class StepPass {
         if (c >= 0) c = c < first ? n : c - first;
       both_ways(p_, some, 0, {rows(step_.z), sums.data(), first == 0, first + count >= n}, output(step_.w));
     }
-    for (int64_t j = 0; j < p_.m; j++)
-      if (valid(j)) sum_ += reduction_.sample(j, sums_of(j).lse, pos(j)).loss;
   }
 
   void by_rows() {
@@ -163,7 +167,7 @@ class StepPass {
       p.m = count;
       p.z = static_cast<const char*>(p_.z) + first * p_.z_stride * (p_.half ? 2 : sizeof(T));
       p.target = p_.target + first;
-      p.instance_lse = static_cast<T*>(p_.instance_lse) + first;
+      p.exact_instance_lse = p_.exact_instance_lse + first;
       p.pos = static_cast<T*>(p_.pos) + first;
       p.z_rnorm = static_cast<T*>(p_.z_rnorm) + first;
       both_ways(p, some, first, {rows(step_.z).from_row(first)},
@@ -204,7 +208,7 @@ class StepPass {
 
   void both_ways(const Problem& p, const Columns& columns, int64_t first_row, Output<T> z, Output<T> w) {
     ForwardPass<G>(p, columns).run();
-    if (p.by_instance) flow_back(first_row, p.m);
+    flow_back(columns, first_row, p.m);
     backward(p, columns, first_row, z, w);
   }
 
@@ -217,46 +221,69 @@ class StepPass {
     BackwardPass<G>(p, columns, g, z, w, smoothing_.gradient(first_row)).run();
   }
 
-  // dL/dlse and dL/dpos in the class direction: each sample's share of the loss, summed per class.
-  void share_out() {
-    const double scale = reduction_.scale();
-    for (int64_t j = 0; j < p_.m; j++) {
-      const T share = valid(j) ? static_cast<T>(reduction_.weight(j) * scale) : T(0);
-      per_pos_[j] = -share;
-      if (valid(j)) per_class_[p_.target[j]] += share;
-    }
-  }
-
-  // The log-sum-exp of a sample and its derivatives by the log-sum-exps of its row and its class.
-  struct SumsOf {
-    double lse, by_row, by_class;
+  // The weighted loss of a sample and its derivatives by the log-sum-exps of its row and its class, by its
+  // positive, and by beta other than through the logits. If the step adds positives, the log-sum-exp of the
+  // row is that of its other entries.
+  struct Sample {
+    double loss, by_row, by_class, by_pos, by_beta;
   };
 
-  SumsOf sums_of(int64_t j) const {
-    const auto at = [](const void* lse, int64_t i) { return double(static_cast<const T*>(lse)[i]); };
-    if (!p_.by_class) return {at(p_.instance_lse, j), 1, 0};
-    const double of_class = at(p_.class_lse, p_.target[j]);
-    if (!p_.by_instance) return {of_class, 0, 1};
-    const double of_row = at(p_.instance_lse, j);
-    if (!step_.joined) return {0.5 * (reduction_.finite(of_row) + reduction_.finite(of_class)), 0.5, 0.5};
-    const Joined both(of_row, of_class);
-    return {both.lse, both.of_a, both.of_b};
+  // `classes`: the sums of classes, if the step adds their positives.
+  Sample sample(int64_t j, const std::optional<ClassSums<T>>& classes) const {
+    const double of_class = p_.by_class ? p_.exact_class_lse[p_.target[j]] : 0;
+    const double of_row = p_.by_instance ? p_.exact_instance_lse[j] : 0;
+    if (classes) {
+      const double weight = reduction_.weight(j), part = p_.by_instance ? 0.5 : 1;
+      double loss = classes->above(j), by_row = 0, by_pos = classes->by_positive(j, weight);
+      if (p_.by_instance) {
+        const Joined row(of_row, pos(j));
+        loss += row.above_b;
+        by_row = weight * row.of_a;
+        by_pos -= by_row;
+      }
+      return {part * weight * loss, part * by_row, part * weight, part * by_pos, 0};
+    }
+    double lse = p_.by_class ? of_class : of_row, row = p_.by_class ? 0 : 1, column = 1 - row;
+    if (p_.by_class && p_.by_instance && step_.joined) {
+      const Joined both(of_row, of_class);
+      lse = both.lse, row = both.of_a, column = both.of_b;
+    } else if (p_.by_class && p_.by_instance) {
+      lse = 0.5 * (reduction_.finite(of_row) + reduction_.finite(of_class)), row = column = 0.5;
+    }
+    const auto s = reduction_.sample(j, lse, pos(j));
+    return {s.loss, s.by_lse * row, s.by_lse * column, s.by_pos, s.by_beta};
   }
 
-  // Losses and upstream gradients of samples whose sums are complete. The backward pass handles empty sums.
-  void flow_back(int64_t first, int64_t count) {
+  std::optional<ClassSums<T>> sums_of_classes(const Columns& columns) const {
+    if (!p_.by_class || !adds_positives_) return std::nullopt;
+    return std::optional<ClassSums<T>>(
+        std::in_place, columns, static_cast<const T*>(p_.pos),
+        [&](int64_t c) { return p_.exact_class_lse[columns.class_of(c)]; },
+        [&](int64_t j) { return reduction_.weight(j); });
+  }
+
+  // Losses and upstream gradients of the samples [first, first + count) whose positives are among the
+  // columns. Their sums are complete. The backward pass handles empty sums.
+  void flow_back(const Columns& columns, int64_t first, int64_t count) {
     const double scale = reduction_.scale();
+    const auto classes = sums_of_classes(columns);
+    std::vector<double> by_class(p_.by_class ? columns.count : 0, 0.0);
     for (int64_t j = first; j < first + count; j++) {
+      const int64_t c = columns.positive[j - first];
       per_pos_[j] = T(0);
       if (p_.by_instance) per_row_[j] = T(0);
-      if (!valid(j)) continue;
-      const SumsOf sums = sums_of(j);
-      const auto sample = reduction_.sample(j, sums.lse, pos(j));
-      sum_ += sample.loss;
-      by_beta_ += sample.by_beta * scale;
-      per_pos_[j] = static_cast<T>(sample.by_pos * scale);
-      if (p_.by_instance) per_row_[j] = static_cast<T>(sample.by_lse * sums.by_row * scale);
-      if (p_.by_class) per_class_[p_.target[j]] += static_cast<T>(sample.by_lse * sums.by_class * scale);
+      if (c < 0 || c >= columns.count) continue;
+      const Sample s = sample(j, classes);
+      sum_ += s.loss;
+      by_beta_ += s.by_beta * scale;
+      per_pos_[j] = static_cast<T>(s.by_pos * scale);
+      if (p_.by_instance) per_row_[j] = static_cast<T>(s.by_row * scale);
+      if (p_.by_class) by_class[c] += s.by_class * scale;
+    }
+    for (int64_t c = 0; c < columns.count && p_.by_class; c++) {
+      const int64_t id = columns.class_of(c);
+      per_class_[id] = static_cast<T>(by_class[c]);
+      if (classes) p_.exact_class_lse[id] = classes->lse(c);
     }
   }
 
@@ -265,8 +292,10 @@ class StepPass {
   const Step& step_;
   Reduction<T> reduction_;
   Smoothing<T> smoothing_;
+  bool adds_positives_;
   double sum_ = 0, by_beta_ = 0;  // weighted losses; dL/dbeta other than through the logits
-  Buffer<T> sums_, pos_, rnorm_;  // unless the problem has them
+  Buffer<double> sums_;           // log-sum-exps
+  Buffer<T> pos_, rnorm_;         // unless the problem has them
   Buffer<T> per_class_, per_row_, per_pos_;
   int64_t height_;  // see height_of_part
   Buffer<T> kept_;

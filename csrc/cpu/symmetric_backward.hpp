@@ -24,7 +24,7 @@ class SymmetricBackward {
         columns_(columns),
         g_(g),
         positives_(positives),
-        in_entries_(G::RESTS && positives && p.exclude == kSelf),
+        in_entries_(positives && p.exclude == kSelf),
         s_(p, columns, true),
         grad_z_(static_cast<T*>(g.z)),
         grad_bias_(static_cast<T*>(g.sample_bias ? g.sample_bias : g.class_bias)),
@@ -80,8 +80,8 @@ class SymmetricBackward {
 
   void prepare() {
     const T* g = static_cast<const T*>(p_.by_class ? g_.class_lse : g_.instance_lse);
-    const T* lse = static_cast<const T*>(p_.by_class ? p_.class_lse : p_.instance_lse);
-    for (int64_t j = 0; g && j < p_.m; j++) s_.upstream(g[j], lse[j], scale_[j], shift_[j]);
+    const auto lse = p_.by_class ? LogSumExps<T>::of_classes(p_) : LogSumExps<T>::of_instances(p_);
+    for (int64_t j = 0; g && j < p_.m; j++) s_.upstream(g[j], lse.get(j), scale_[j], shift_[j]);
     if (!in_entries_) return;
     label_.assign(s_.all_panels * NR, -1);
     weight_.assign(s_.all_panels * NR, T(0));
@@ -186,13 +186,17 @@ class SymmetricBackward {
       std::memcpy(&group, label_.data() + first, sizeof group);
       for (int x = 0; x < W; x++) column[x] = static_cast<Int>(first + x);
       const Vec<T> weight = load(weight_.data() + first);
-      for (int64_t r = 0; r < n; r++) {
-        const int64_t i = row0 + r;
-        if (label_[i] < 0) continue;
+      auto subtract = [&](int64_t r, auto positive) {
         T* to = a + r * NR + v * W;
-        const auto positive = (group == label_[i]) & (column > static_cast<Int>(i));
-        store(to, positive ? load(to) - (weight + weight_[i]) : load(to));
-      }
+        store(to, positive ? load(to) - (weight + weight_[row0 + r]) : load(to));
+      };
+      const int64_t left =
+          std::clamp<int64_t>(first - row0, 0, n);  // rows whose diagonal is left of the vector
+      for (int64_t r = 0; r < left; r++)
+        if (label_[row0 + r] >= 0) subtract(r, group == label_[row0 + r]);
+      for (int64_t r = left; r < n; r++)
+        if (const auto label = label_[row0 + r]; label >= 0)
+          subtract(r, (group == label) & (column > static_cast<Int>(row0 + r)));
     }
   }
 

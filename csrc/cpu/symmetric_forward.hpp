@@ -47,9 +47,8 @@ class SymmetricForward {
           total.merge(first + c, of_chunk(i).largest[c], of_chunk(i).total[c]);
     }
 
-    T* lse = static_cast<T*>(p_.by_class ? p_.class_lse : p_.instance_lse);
-    for (int64_t j = 0; j < p_.m; j++)
-      lse[j] = s_.valid(j) ? total.largest[j] + std::log(total.total[j]) : minus_infinity<T>;
+    const auto out = p_.by_class ? LogSumExps<T>::of_classes(p_) : LogSumExps<T>::of_instances(p_);
+    for (int64_t j = 0; j < p_.m; j++) out.put(j, s_.valid(j) ? total.lse(j) : minus_infinity<double>);
   }
 
   // The kept tiles are an output of the operator, so that all of them is initialised.

@@ -254,11 +254,12 @@ struct Tiles {
   }
 
   // Turns a log-sum-exp and its upstream gradient into the scale and shift of entries A = scale exp(t -
-  // shift). The scale is 0 where the sum is empty. Without a shift, A = scale exp(t).
-  void upstream(T g, T lse, T& scale, T& shift) const {
-    const bool empty = lse == minus_infinity<T>;
-    shift = empty ? T(0) : lse;
-    scale = empty ? T(0) : shift_free ? g * std::exp(-lse) : g;
+  // shift). The scale is 0 where the sum is empty. Without a shift, A = scale exp(t). What the shift loses by
+  // rounding is in the scale.
+  void upstream(T g, double lse, T& scale, T& shift) const {
+    const bool empty = lse == minus_infinity<double>;
+    shift = empty ? T(0) : static_cast<T>(lse);
+    scale = empty ? T(0) : static_cast<T>(g * std::exp(shift_free ? -lse : double(shift) - lse));
   }
 
   // Logits t of panels [begin, end) of a block of columns, whose prototypes are packed in `v`, for at least

@@ -119,6 +119,8 @@ struct Triangle : Tiles<G> {
       make(q, q + 1, rows_above(tile, q));
     make(q, end, padded);
     if (pos) each_positive(tile, begin, end, t, [&](int64_t j, T value) { pos[j] = value; });
+    if (p.exclude == kTarget)
+      each_positive(tile, begin, end, t, [&](int64_t, T& value) { value = minus_infinity<T>; });
     for (q = begin; q < end; q++) mask(tile, q, t + (q - begin) * padded * NR);
   }
 

@@ -47,7 +47,7 @@ SUPPORTED = sys.platform == "linux"
 
 # The structures of problem.hpp, packed as bytes: filling ctypes structures of so many fields takes several times
 # longer, which matters in small problems.
-_PROBLEM = struct.Struct("@5q 5P 2q d 8i d 6P 3q")
+_PROBLEM = struct.Struct("@5q 5P 2q d 8i d 6P 3q 2P")
 _GRADIENTS = struct.Struct("@8P")
 _STEP = struct.Struct("@6P 4d 3q")
 _SIZES = (_PROBLEM.size << 32) | (_GRADIENTS.size << 16) | _STEP.size
@@ -284,6 +284,7 @@ def _allocate_grads(
 
 
 _NOTHING = (0,) * 7
+_OF_STEPS = (0,) * 4  # fields for the library's own use
 
 
 def _problem(inputs: Inputs, spec: Spec, forward: Forward | None = None) -> tuple[bytes, list[Tensor | None]]:
@@ -321,8 +322,7 @@ def _problem(inputs: Inputs, spec: Spec, forward: Forward | None = None) -> tupl
         _HALF.get(dtype, 0),
         norm_eps(dtype),
         *((*map(_pointer, forward), forward.kept.numel()) if forward else _NOTHING),
-        0,
-        0,
+        *_OF_STEPS,
     )
     return problem, [z, w, target, *biases]
 

@@ -86,8 +86,8 @@ class ChunkedBackend(Backend):
 
         kept[tiles.m * tiles.k :] = 0.0  # space for classes that do not occur
         return Forward(
-            z.new_empty(0, dtype=acc) if by_class is None else tiles.all_classes(by_class.result(), -torch.inf),
-            z.new_empty(0, dtype=acc) if by_instance is None else by_instance.result(),
+            z.new_empty(0, dtype=acc) if by_class is None else tiles.all_classes(by_class.result(acc), -torch.inf),
+            z.new_empty(0, dtype=acc) if by_instance is None else by_instance.result(acc),
             pos,
             tiles.z_rnorm,
             tiles.w_rnorm,

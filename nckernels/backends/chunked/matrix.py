@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from ..base import Exclude, Spec
-from .positives import Pairs
+from .positives import Pairs, with_positives
 from .sides import Side, total
 from .sums import PlainLSE, StreamingLSE
 from .tiles import SHIFT_FREE_LIMIT
-from .weights import over_sum
 
 _TILE = 2**18  # entries of a tile
 _LOG2_E = 1.0 / math.log(2.0)
@@ -31,7 +30,8 @@ class Matrix:
     Without a shift logits are in base 2, because PyTorch's exp2 takes a third of the time of its exp.
 
     Args:
-        pairs: the positives that are entries of the matrix; None if they are handled elsewhere.
+        pairs: the positives that are entries of the matrix; None if they are handled elsewhere. They are left out of
+            the sums of the matrix, and added afterwards unless ``spec`` excludes them.
         labels: labels of the rows, which are also the columns: entries with equal labels are excluded.
     """
 
@@ -40,6 +40,7 @@ class Matrix:
     ) -> None:
         self.rows, self.cols, self.beta, self.pairs, self.labels = rows, cols, beta, pairs, labels
         self.exclude: Exclude = spec.exclude
+        self.directions = 2 if spec.direction == "both" else 1
         self.acc, self.half = rows.acc, rows.half
         self.dtype = rows.x.dtype if self.half else self.acc
         self.width = rows_of_a_part(rows.size, cols.size, rows.dim, self.dtype.itemsize, spec) or 1
@@ -60,6 +61,8 @@ class Matrix:
         """Unit of the logits: log2(e) in base 2, else 1."""
         if pairs is not None and min(self.width, self.tile_of_rows) < rows.size:
             pairs.sort()
+        if pairs is not None:
+            pairs.begin(added=spec.exclude == "none")
         if pairs is not None and self.half:
             pairs.compute_logits(self.nat * beta, self.vectors)
 
@@ -100,12 +103,9 @@ class Matrix:
         if self.pairs is not None:
             here, at = self.pairs.within(tile)
             entries = t.view(-1)
-            if self.pairs.exact:
-                entries.scatter_(0, at, self.pairs.logit[here])
-            else:
+            if not self.pairs.exact:
                 torch.gather(entries, 0, at, out=self.pairs.logit[here])
-            if self.exclude == "target":
-                entries.index_fill_(0, at, -torch.inf)
+            entries.index_fill_(0, at, -torch.inf)
         if self.exclude == "self":
             t.diagonal(tile.start).fill_(-torch.inf)
         elif self.labels is not None:
@@ -116,10 +116,10 @@ class Matrix:
             t.add_(self.rows.mask[tile, None])
 
     def store(self, tile: slice, weights: Tensor, stored: Tensor) -> None:
-        """Subtract the positives' shares from beta times the weights, multiply by the columns' scales, and store."""
+        """Add the positives' derivatives to beta times the weights, multiply by the columns' scales, and store."""
         if self.pairs is not None:
             here, at = self.pairs.within(tile)
-            by_pair = self.pairs.share[here] * -self.beta
+            by_pair = self.pairs.by_logit[here] * self.beta
             if self.rows.scale is not None:
                 by_pair *= self.rows.scale.index_select(0, self.pairs.row[here])
             weights.view(-1).index_add_(0, at, by_pair)
@@ -127,6 +127,36 @@ class Matrix:
             weights.mul_(self.cols.scale)
         if self.half:
             stored.copy_(weights)
+
+    def losses(
+        self, lse: Tensor, weight: Tensor, tile: slice, by_column: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss, from the log-sum-exps of some rows, or of all columns, over the entries of the matrix in float64.
+
+        Returns:
+            The log-sum-exps, with the positives if ``pairs`` adds them, and their weights; zeros for empty sums. The
+            loss, which contains the logits of ``pairs`` but not positives that are handled elsewhere.
+        """
+        weight, loss = weight.double(), None
+        if self.pairs is not None:
+            here, _ = self.pairs.within(tile)
+            logit = self.pairs.logit[here].double() / self.nat
+            share = self.pairs.share[here].double() / self.directions
+            if self.pairs.added:
+                anchor = self.pairs.anchor_columns() if by_column else self.pairs.anchors(tile)
+                lse, loss, by_logit = with_positives(lse, weight, anchor, logit, share)
+                self.pairs.by_logit[here] += by_logit
+        empty = lse == -torch.inf
+        lse, weight = lse.masked_fill_(empty, 0.0), weight.masked_fill(empty, 0.0)
+        if loss is None:
+            loss = weight.dot(lse) if self.pairs is None else weight.dot(lse) - share.dot(logit)
+        return lse, weight, loss
+
+    def shift_and_scale(self, lse: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Shift and scale of the exponentials in beta times the weights of an anchor's entries. What the shift loses by
+        rounding is in the scale."""
+        shift = lse.to(self.acc) if self.shifted else torch.zeros_like(lse, dtype=self.acc)
+        return shift, (weight * self.beta * (shift - lse).exp_()).to(self.acc)
 
     def add_to_rows(self, grad: Tensor, block: Tensor) -> None:
         """Add the gradient of a block's rows, times their scale, to ``grad``."""
@@ -172,7 +202,7 @@ class Matrix:
 
 
 def one_way(matrix: Matrix, part: slice, block: Tensor, weight: Tensor) -> Tensor:
-    """Turn a part's products into weights, in place, given each row's share. Returns the loss without positives."""
+    """Turn a part's products into weights, in place, given each row's share. Returns its :meth:`Matrix.losses`."""
     losses = []
     for tile, stored, t in matrix.tiles(part, block):
         matrix.to_logits(tile, t)
@@ -181,27 +211,26 @@ def one_way(matrix: Matrix, part: slice, block: Tensor, weight: Tensor) -> Tenso
             top = t.amax(1)
             top.masked_fill_(top == -torch.inf, 0.0)
             t.sub_(top[:, None])
-        sums = matrix.exp_(t).sum(1)
-        empty = sums == 0.0
-        of_row = weight[tile]
-        losses.append(of_row.dot((sums.log() + top).masked_fill_(empty, 0.0)))
-        by_sum = (of_row / sums).masked_fill_(empty, 0.0).mul_(matrix.beta)
+        lse = matrix.exp_(t).sum(1).double().log_().add_(top)
+        lse, of_row, loss = matrix.losses(lse, weight[tile], tile)
+        losses.append(loss)
+        by_sum = (of_row * matrix.beta * (top - lse).exp_()).to(matrix.acc)
         if matrix.rows.scale is not None:
             by_sum *= matrix.rows.scale[tile]
         t.mul_(by_sum[:, None])
         matrix.store(tile, t, stored)
-    return total(losses) if losses else weight.new_zeros(())
+    return total(losses) if losses else weight.new_zeros((), dtype=torch.float64)
 
 
 def both_ways(matrix: Matrix, block: Tensor, by_row: Tensor, by_col: Tensor | None) -> Tensor:
-    """Turn the products of the whole matrix into weights, in place. Returns the loss without positives.
+    """Turn the products of the whole matrix into weights, in place. Returns its :meth:`Matrix.losses`.
 
     Args:
         by_row: shares of the rows' log-sum-exps in the loss.
         by_col: shares of the columns'. None if columns are the rows: then an entry gets the weights of its row and of
             its column, and the loss only the rows' log-sum-exps.
     """
-    everything, pairs = slice(0, matrix.rows.size), matrix.pairs
+    everything = slice(0, matrix.rows.size)
     lse = StreamingLSE if matrix.shifted else PlainLSE
     of_rows = lse(matrix.rows.size, None, by_row, matrix.acc)
     of_cols = None if by_col is None else lse(matrix.cols.size, None, by_row, matrix.acc)
@@ -214,34 +243,20 @@ def both_ways(matrix: Matrix, block: Tensor, by_row: Tensor, by_col: Tensor | No
             of_cols.update(t, 0, slice(0, matrix.cols.size), tile)
         if matrix.half:
             stored.copy_(t)
-    row_lse, r = _finite(of_rows.result(), by_row)
-    loss = r.dot(row_lse)
-    col_lse, c = row_lse, r
+    row_lse, row_weight, loss = matrix.losses(of_rows.result(torch.float64), by_row, everything)
+    of_row = of_col = matrix.shift_and_scale(row_lse, row_weight)
     if of_cols is not None and by_col is not None:
-        col_lse, c = _finite(of_cols.result(), by_col)
-        loss += c.dot(col_lse)
-    r, c = (
-        g * matrix.beta if matrix.shifted else over_sum(g * matrix.beta, lse) for g, lse in ((r, row_lse), (c, col_lse))
-    )
-    of_pairs = None  # exact exponentials of positives, which a 16-bit block has rounded
-    if pairs is not None and pairs.exact and matrix.exclude != "target":
-        of_pairs = pairs.logit.exp2()
+        col_lse, col_weight, by_cols = matrix.losses(of_cols.result(torch.float64), by_col, everything, by_column=True)
+        of_col = matrix.shift_and_scale(col_lse, col_weight)
+        loss = loss + by_cols
+    (row_shift, r), (col_shift, c) = of_row, of_col
     for tile, stored, t in matrix.tiles(everything, block):
         if matrix.shifted:
-            back = (t - col_lse).exp_().mul_(c)
-            t.sub_(row_lse[tile, None]).exp_().mul_(r[tile, None]).add_(back)
+            back = (t - col_shift).exp_().mul_(c)
+            t.sub_(row_shift[tile, None]).exp_().mul_(r[tile, None]).add_(back)
         else:
-            if pairs is not None and of_pairs is not None:
-                here, at = pairs.within(tile)
-                t.view(-1).scatter_(0, at, of_pairs[here])
             t.mul_(r[tile, None] + c)
         if matrix.rows.scale is not None:
             t.mul_(matrix.rows.scale[tile, None])
         matrix.store(tile, t, stored)
     return loss
-
-
-def _finite(lse: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-sum-exps and weights with zeros for empty sums."""
-    empty = lse == -torch.inf
-    return lse.masked_fill_(empty, 0.0), weight.masked_fill(empty, 0.0)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from .sides import Side
 
@@ -22,13 +23,31 @@ class Pairs:
         """The logit of each pair, from ``compute_logits`` or gathered from the tiles."""
         self.exact = False
         """Whether ``compute_logits`` has computed the logits."""
+        self.added = False
+        """Whether the positives are added to the sums of the matrix, which leaves them out."""
+        self.by_logit = share
+        """The derivative of the loss by each logit, from ``begin``; the matrix completes it."""
 
     def sort(self) -> None:
         """Sort the pairs by row, as ``within`` requires for a range of rows."""
-        self.in_order = self.row.shape[0] == self.rows.size and _is_range(self.row)
+        self.in_order = _is_range(self.row, self.rows.size)
         if not self.in_order:
             self.row, order = self.row.sort(stable=True)
             self.col, self.share = self.col[order], self.share[order]
+
+    def begin(self, added: bool) -> None:
+        """Initialise the derivatives, once the pairs are in order."""
+        self.added = added
+        self.by_logit = torch.zeros_like(self.share) if added else -self.share
+        self.in_order = self.in_order or _is_range(self.row, self.rows.size)
+
+    def anchors(self, rows: slice) -> Tensor | None:
+        """The place of each pair's row among some rows; None if they are the rows themselves in order."""
+        return None if self.in_order else self.row[self.within(rows)[0]] - rows.start
+
+    def anchor_columns(self) -> Tensor | None:
+        """The column of each pair; None if they are all columns in order."""
+        return None if _is_range(self.col, self.cols.size) else self.col
 
     def compute_logits(self, factor: float, at_once: int) -> None:
         """Compute the logits in the dtype of the shares, ``at_once`` pairs at a time."""
@@ -57,6 +76,40 @@ class Pairs:
             self.place = self.row * self.cols.size + self.col
         place = self.place[here]
         return here, place if rows.start == 0 else place - rows.start * self.cols.size
+
+
+def with_positives(
+    lse: Tensor, weight: Tensor, anchor: Tensor | None, logit: Tensor, share: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add positives to the log-sum-exps of other entries, in float64.
+
+    Where a positive has a probability near 1, its derivative is the sum of the other probabilities, of which a rounded
+    probability less 1 retains nothing.
+
+    Args:
+        lse: (n,) log-sum-exps of the anchors over the other entries.
+        weight: (n,) sums of the shares of each anchor's positives.
+        anchor: (p,) the anchor of each positive; None if the i-th one is the only one of anchor i.
+        logit: (p,) logits, and the shares of the samples in the loss.
+
+    Returns:
+        The log-sum-exps with the positives, the loss, and its derivatives by the logits, which are
+        ``weight * e / total - share`` with the positive's exponential ``e``, without cancellation.
+    """
+    if anchor is None:
+        below = logit - lse
+        return torch.logaddexp(lse, logit), -share.dot(logsigmoid(below)), -share * below.neg_().sigmoid_()
+    top = lse.scatter_reduce(0, anchor, logit, "amax")
+    top.masked_fill_(top == -torch.inf, 0.0)
+    e = (logit - top.index_select(0, anchor)).exp_()
+    own = torch.zeros_like(top).index_add_(0, anchor, e)
+    others = (lse - top).exp_()
+    whole = (own + others).log_().add_(top)
+    own, others, of_anchor, weight = torch.stack((own, others, whole, weight)).index_select(1, anchor)
+    rest = (own - e).add_(others)
+    above = torch.where(rest < e, (rest / e).log1p_(), of_anchor - logit)
+    by_logit = (weight * e).addcmul_(share, own, value=-1.0).addcmul_(share, others, value=-1.0).div_(own + others)
+    return whole, share.dot(above), by_logit
 
 
 class SameLabel:
@@ -99,7 +152,7 @@ class SameLabel:
         group, weight = self.group[some], self.weight[some, None]
         unit = self.rows.unit(some)
         rest = self.sums.index_select(0, group).sub_(unit)
-        total = torch.linalg.vecdot(unit, rest).dot(self.weight[some])
+        total = torch.linalg.vecdot(unit, rest).double().dot(self.weight[some].double())
         rest.mul_(weight)
         if self.weighted is None:
             rest.mul_(2.0)
@@ -111,5 +164,5 @@ class SameLabel:
         return total
 
 
-def _is_range(row: Tensor) -> bool:
-    return torch.equal(row, torch.arange(row.shape[0], device=row.device))
+def _is_range(index: Tensor, size: int) -> bool:
+    return index.shape[0] == size and torch.equal(index, torch.arange(size, device=index.device))

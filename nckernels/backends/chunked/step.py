@@ -55,7 +55,7 @@ def step(inputs: Inputs, reduced: Reduced, spec: Spec, needs: Needs) -> Step:
         loss, energy, by_w = _with_classes(samples, w, needs.prototypes, target, share, beta, spec)
     if reduced.mean:
         loss = loss.masked_fill(total == 0.0, reduced.of_nothing)
-    return Step(loss, samples.grad, by_w, energy / beta if needs.inv_temperature else None)
+    return Step(loss.to(acc), samples.grad, by_w, energy / beta if needs.inv_temperature else None)
 
 
 def _shares(reduced: Reduced, counted: Tensor, acc: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -86,7 +86,8 @@ def _with_classes(
     pairs = Pairs(row, col, share, rows, cols)
     matrix = Matrix(rows, cols, beta, spec, pairs, None)
     weight = _sums(share, row, rows.size)
-    loss, by_rows, by_cols = share.new_zeros(3)
+    by_rows, by_cols = share.new_zeros(2)
+    loss = share.new_zeros((), dtype=torch.float64)
     for part, block in matrix.blocks():
         if spec.direction == "both":
             loss = both_ways(matrix, block, 0.5 * weight, 0.5 * _sums(share, col, cols.size))
@@ -100,13 +101,12 @@ def _with_classes(
             by_rows += matrix.finish_rows(part, block)
     if cols.wanted and not matrix.one_part:
         by_cols = matrix.finish_columns(None)
-    loss = loss - pairs.share.dot(pairs.logit) / matrix.nat
     return loss, by_cols if cols.wanted else by_rows, classes.grad
 
 
 def _sums(share: Tensor, group: Tensor, groups: int) -> Tensor:
     """The sum of the shares of each group. In float64, because the rounding errors of equal terms do not cancel."""
-    return share.new_zeros(groups, dtype=torch.float64).index_add_(0, group, share.double()).to(share.dtype)
+    return share.new_zeros(groups, dtype=torch.float64).index_add_(0, group, share.double())
 
 
 def _present(label: Tensor, classes: int) -> tuple[Tensor | None, Tensor]:
@@ -127,7 +127,7 @@ def _with_itself(
     """
     matrix = Matrix(rows, rows, beta, spec, None, target if spec.exclude == "same_label" else None)
     assert rows.grad is not None
-    loss = share.new_zeros(())
+    loss = share.new_zeros((), dtype=torch.float64)
     for part, block in matrix.blocks():
         if matrix.one_part:
             loss = both_ways(matrix, block, share, None)

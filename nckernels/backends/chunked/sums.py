@@ -19,8 +19,8 @@ class PlainLSE:
         else:
             self.total[kept] += torch.mv(e.T if dim == 0 else e, self.factor[reduced])
 
-    def result(self) -> Tensor:
-        return self.total.log_()
+    def result(self, dtype: torch.dtype) -> Tensor:
+        return self.total.to(dtype).log_()
 
 
 class StreamingLSE:
@@ -40,5 +40,5 @@ class StreamingLSE:
         self.total[kept] = total + (t - shift.unsqueeze(dim)).exp_().sum(dim)
         self.maximum[kept] = maximum
 
-    def result(self) -> Tensor:
-        return self.total.log_().add_(self.maximum)
+    def result(self, dtype: torch.dtype) -> Tensor:
+        return self.total.to(dtype).log_().add_(self.maximum)

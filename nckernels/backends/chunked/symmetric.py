@@ -32,7 +32,7 @@ def forward(inputs: Inputs, spec: Spec) -> Forward:
             sums.update(t, 1, rows, cols)
             if cols != rows:
                 sums.update(t, 0, cols, rows)
-    lse, other, kept = sums.result(), z.new_empty(0, dtype=acc), z.new_empty(0, dtype=acc)
+    lse, other, kept = sums.result(acc), z.new_empty(0, dtype=acc), z.new_empty(0, dtype=acc)
     both = (lse, other) if spec.by_class else (other, lse)
     return Forward(*both, tiles.positive_logits(), tiles.z_rnorm, tiles.w_rnorm, kept)
 
