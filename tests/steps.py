@@ -72,3 +72,8 @@ def assert_close(
         error, norm = (a.double() - b).norm(), b.norm()
         allowed = bound * norm + (logit * terms if name == "loss" else 0.0)
         assert error <= allowed, f"{name}: {error:.1e} of {norm:.1e} {note}"
+
+
+def after(n: int, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The same without the first n rows of the gradients."""
+    return tuple(x[n:] if x.dim() else x for x in results)

@@ -61,14 +61,16 @@ struct Terms<Tag, Sums::kOne> {
 };
 
 // `other_has_grad`: whether the opposite side's log-sum-exp has an upstream gradient. `once`: for
-// entry<true>.
+// entry<true>. `of_gradients`: a factor of upstream gradients, which comes before all others: an inverse norm
+// can be 1e12.
 template <class Tag, Sums kSums>
 NCK_DEVICE Terms<Tag, kSums> terms_of(const Side& side, const Slot& s, bool other_has_grad, bool once,
-                                      Exclude exclude, float norm_limit) {
+                                      Exclude exclude, float norm_limit, float of_gradients) {
   Terms<Tag, kSums> terms;
   terms.rnorm = rnorm_of(side, s);
   terms.factor = summand_rnorm(terms.rnorm, norm_limit);
   Upstream up = upstream_of(side, s);
+  up.grad *= of_gradients;
   if constexpr (kSums != Sums::kOne) {
     terms.add = -up.lse;
     terms.times = up.grad;
@@ -86,7 +88,7 @@ NCK_DEVICE Terms<Tag, kSums> terms_of(const Side& side, const Slot& s, bool othe
     terms.add = other_has_grad ? summand_bias(side, s) : -infinity();
     terms.times = other_has_grad ? 1.0f : 0.0f;
   }
-  terms.pos = side.pos && s.summed ? side.pos[s.row] : 0.0f;
+  terms.pos = side.pos && s.summed ? side.pos[s.row] * of_gradients : 0.0f;
   terms.partner = partner_tag(side, s, exclude);
   terms.tag = mask_tag<Tag>(side, s, exclude);
   return terms;

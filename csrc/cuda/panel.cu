@@ -153,7 +153,7 @@ panel_entries_kernel(const __grid_constant__ PanelArgs a) {
   const int begin = int(blockIdx.x) % blocks * kBlockColumns;
   const int used = min_of(used_slots(a.p), a.stop);
   const float beta = *a.beta * kLog2e;
-  const float scale = (a.scale ? *a.scale : 1.0f) * (a.divisor ? a.divisor[2] : 1.0f);
+  const float scale = a.scale ? *a.scale : 1.0f, of_gradients = a.divisor ? a.divisor[2] : 1.0f;
   Terms<Tag, Sums::kOne> row[kAnchors];
   bool here[kAnchors];
 #pragma unroll
@@ -171,8 +171,8 @@ panel_entries_kernel(const __grid_constant__ PanelArgs a) {
     row[r].rnorm = rnorm * beta;
     row[r].factor = summand_rnorm(rnorm, a.norm_limit) * scale;
     row[r].add = empty ? -infinity() : -sum.largest;
-    row[r].times = empty ? 0.0f : a.p.grad[s.row] / sum.total;
-    row[r].pos = a.p.pos && s.summed ? a.p.pos[s.row] : 0.0f;
+    row[r].times = empty ? 0.0f : a.p.grad[s.row] * of_gradients / sum.total;
+    row[r].pos = a.p.pos && s.summed ? a.p.pos[s.row] * of_gradients : 0.0f;
     row[r].partner = partner_tag(a.p, s, a.exclude);
     row[r].tag = mask_tag<Tag>(a.p, s, a.exclude);
   }
@@ -184,7 +184,7 @@ panel_entries_kernel(const __grid_constant__ PanelArgs a) {
     for (int c = 0; c < kLaneColumns; c++) {
       Slot s = slot_at(a.q, column + c, a.q.slots);
       q_here[c] = s.here;
-      other[c] = terms_of<Tag, Sums::kOne>(a.q, s, true, false, a.exclude, a.norm_limit);
+      other[c] = terms_of<Tag, Sums::kOne>(a.q, s, true, false, a.exclude, a.norm_limit, of_gradients);
     }
 #pragma unroll
     for (int r = 0; r < kAnchors; r++) {

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from emulation import LARGE, NAN, ROUND_ROBIN, RUN_AHEAD, UNIFORM, Emulator
-from steps import LOSSES, D, assert_close, exact, narrow_panels, problem, run  # noqa: F401
+from steps import LOSSES, D, after, assert_close, exact, narrow_panels, problem, run  # noqa: F401
 
 import nckernels
 from nckernels.backends import tiled
@@ -186,10 +186,12 @@ def test_tiny_weights_of_long_rows(emulator: Emulator, d: int) -> None:
     """A mean does not depend on the size of its weights, and its entries, of tiny weights times tiny inverse norms, do
     not underflow."""
     x, w, y = problem(140, 130, 13, d=d)
+    x[3], w[4] = 0, 0  # their inverse norms are 1e12
     weight = 1e-30 * (0.5 + torch.rand(140))
     for dtype in (torch.float32, torch.bfloat16):
         args = "nonl", 3e7 * x, 3e7 * w, y, dtype
-        assert_close(run(*args, sample_weight=weight), exact(*args, sample_weight=weight), dtype)
+        found, expected = run(*args, sample_weight=weight), exact(*args, sample_weight=weight)
+        assert_close(after(5, found), after(5, expected), dtype)
 
 
 def test_temperature_on_the_device(emulator: Emulator) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import simplex
-from steps import LOSSES, D, assert_close, exact, narrow_panels, problem, run  # noqa: F401
+from steps import LOSSES, D, after, assert_close, exact, narrow_panels, problem, run  # noqa: F401
 
 import nckernels
 from nckernels.backends import tiled
@@ -61,10 +61,12 @@ def test_one_panel(loss: str, m: int, k: int, dtype: torch.dtype, panels: Panels
 def test_tiny_weights_of_long_rows(panels: Panels) -> None:
     """See test_passes.py."""
     x, w, y = problem(20, 30, 13)
+    x[3], w[4] = 0, 0  # their inverse norms are 1e12
     weight = 1e-30 * (0.5 + torch.rand(20))
     for dtype in (torch.float32, torch.bfloat16):
         args = "nonl", 3e7 * x, 3e7 * w, y, dtype
-        assert_close(run(*args, sample_weight=weight), exact(*args, sample_weight=weight), dtype)
+        found, expected = run(*args, sample_weight=weight), exact(*args, sample_weight=weight)
+        assert_close(after(5, found), after(5, expected), dtype)
     assert panels.steps == 2
 
 

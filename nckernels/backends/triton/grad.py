@@ -47,11 +47,12 @@ from .tiles import (
 
 
 @triton.jit
-def load_terms(Bias, Lse, Grad, Pos, Other_grad, row, valid):
+def load_terms(Bias, Lse, Grad, Pos, Other_grad, Divisor, row, valid):
     """The vectors of one side's rows in A: bias, lse, upstream gradient, gradient of the positive logit.
 
     Each is loaded only if it is used; otherwise it is a placeholder that the compiler removes. The bias enters the
-    log-sum-exps of the other side, so it is used if those have an upstream gradient.
+    log-sum-exps of the other side, so it is used if those have an upstream gradient. Gradients are multiplied by
+    ``Divisor[2]``, see ``write_divisors``, before anything else: an inverse norm can be 1e12.
     """
     bias = tl.zeros(row.shape, tl.float32)
     lse = bias
@@ -61,8 +62,12 @@ def load_terms(Bias, Lse, Grad, Pos, Other_grad, row, valid):
         bias = row_bias(Bias, row, valid)
     if Grad is not None:
         lse, grad = load_lse(Lse, Grad, row, valid)
+        if Divisor is not None:
+            grad *= tl.load(Divisor + 2)
     if Pos is not None:
         pos = tl.load(Pos + row, mask=valid, other=0.0)
+        if Divisor is not None:
+            pos *= tl.load(Divisor + 2)
     return bias, lse, grad, pos
 
 
@@ -161,15 +166,12 @@ def grad_kernel(
     once = None
     if MAY_SHARE:
         once = beta * LOG2E < 64.0
-    p_bias, p_lse, p_grad, p_pos = load_terms(P_bias, P_lse, P_grad, P_pos, Q_grad, p_row, p_valid)
+    p_bias, p_lse, p_grad, p_pos = load_terms(P_bias, P_lse, P_grad, P_pos, Q_grad, Divisor, p_row, p_valid)
     p_bias, p_grad = factors(p_bias, p_lse, p_grad, once)
     p_scale = p_rnorm * (beta * LOG2E)
     scale = 1.0
     if Scale is not None:
         scale = tl.load(Scale)
-    factor = scale
-    if Divisor is not None:
-        factor *= tl.load(Divisor + 2)
     p = load_rows(P, p_row, p_here, p_stride, d, BD, EVEN_D)
     acc = tl.zeros((BP, BD), tl.float32)
 
@@ -181,7 +183,7 @@ def grad_kernel(
         q_tag = mask_tag(q_row, q_label, EXCLUDE, not P_SAMPLES)
         q_positive = positive_of(q_row, q_label, EXCLUDE)
         q_rnorm = tl.load(Q_rnorm + q_row, mask=q_here, other=0.0)
-        q_bias, q_lse, q_grad, q_pos = load_terms(Q_bias, Q_lse, Q_grad, Q_pos, P_grad, q_row, q_valid)
+        q_bias, q_lse, q_grad, q_pos = load_terms(Q_bias, Q_lse, Q_grad, Q_pos, P_grad, Divisor, q_row, q_valid)
         q_bias, q_grad = factors(q_bias, q_lse, q_grad, once)
         a = entries(
             s, q_rnorm, once,
@@ -189,7 +191,7 @@ def grad_kernel(
             q_tag, q_row, q_positive, q_bias, q_lse, q_grad, q_pos,
             EXCLUDE, P_grad is not None, Q_grad is not None, P_pos is not None, Q_pos is not None,
         )  # fmt: skip
-        a *= (summand_rnorm(q_rnorm, NORM_LIMIT) * factor)[None, :]
+        a *= (summand_rnorm(q_rnorm, NORM_LIMIT) * scale)[None, :]
         acc = dot(a.to(q.dtype), q, acc, PRECISION)
 
     slot = p_first + tl.arange(0, BP)
@@ -273,13 +275,11 @@ def entries_kernel(
     p_tag = mask_tag(p_row, p_label, EXCLUDE, P_SAMPLES)
     p_positive = positive_of(p_row, p_label, EXCLUDE)
     p_rnorm = tl.load(P_rnorm + p_row, mask=p_here, other=0.0)
-    p_bias, p_lse, p_grad, p_pos = load_terms(P_bias, P_lse, P_grad, P_pos, Q_grad, p_row, p_valid)
+    p_bias, p_lse, p_grad, p_pos = load_terms(P_bias, P_lse, P_grad, P_pos, Q_grad, Divisor, p_row, p_valid)
     p_scale = p_rnorm * (tl.load(Beta) * LOG2E)
     p_factor = summand_rnorm(p_rnorm, NORM_LIMIT)
     if Scale is not None:
         p_factor *= tl.load(Scale)
-    if Divisor is not None:
-        p_factor *= tl.load(Divisor + 2)
 
     B: tl.constexpr = BQ // PARTS
     rows = p_local + tl.arange(0, BP)
@@ -292,7 +292,7 @@ def entries_kernel(
         q_tag = mask_tag(row, label, EXCLUDE, not P_SAMPLES)
         q_positive = positive_of(row, label, EXCLUDE)
         q_rnorm = tl.load(Q_rnorm + row, mask=here, other=0.0)
-        q_bias, q_lse, q_grad, q_pos = load_terms(Q_bias, Q_lse, Q_grad, Q_pos, P_grad, row, valid)
+        q_bias, q_lse, q_grad, q_pos = load_terms(Q_bias, Q_lse, Q_grad, Q_pos, P_grad, Divisor, row, valid)
         a = entries(
             products[i] * p_scale[:, None], q_rnorm, None,
             p_tag, p_row, p_positive, p_bias, p_lse, p_grad, p_pos,

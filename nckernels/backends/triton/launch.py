@@ -180,7 +180,8 @@ class TritonKernels(Kernels):
     # --- tiles
 
     def _shape(self, heavy: bool, entries: int) -> config.Shape:
-        wide = self.spec.exclude == "same_label"  # masks compare 64-bit labels
+        # 64-bit numbers in comparisons: labels in masks, and a label that does not fit 32 bits.
+        wide = self.spec.exclude == "same_label" or not -(2**31) <= self.spec.ignore_index < 2**31
         d = self.d * self.unit
         return config.Shape(self.arch, self.kind, d, self.aligned, heavy or wide, self.spec.square, entries)
 
@@ -198,7 +199,8 @@ class TritonKernels(Kernels):
         return self.d * self.unit % tile.d == 0
 
     def lse_blocks(self, p: Side, q: Side, both: bool) -> Blocks:
-        return self._loop_blocks(config.lse_tile(self._shape(both or p.gather, p.slots * q.slots)))
+        biased = self.spec.square and (p.bias is not None or q.bias is not None)
+        return self._loop_blocks(config.lse_tile(self._shape(both or p.gather or biased, p.slots * q.slots)))
 
     def short_blocks(self, samples: Side, classes: Side) -> Blocks | None:
         two = samples.grad is not None and classes.grad is not None

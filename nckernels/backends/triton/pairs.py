@@ -228,7 +228,11 @@ def sum_of_entries(
     """``scale * sum_j T_ij r_j x_j`` over the blocks of one part, ``p_weight`` being ``-g_i / n_i``. With ``ONCE`` the
     two exponentials of an entry are one, ``exp2(t) (exp2(-Shift[i]) + exp2(-Shift[j]))``."""
     acc = tl.zeros((BP, BD), tl.float32)
+    # The scale is applied before the inverse norms, which can be 1e12.
+    exponent = tl.log2(scale)
+    p_shift -= exponent
     p_factor = tl.exp2(-p_shift)
+    p_weight *= scale
     for q_block in range(part, tl.cdiv(n, BQ), split):
         q_first = q_block * BQ
         q_slot = q_first + tl.arange(0, BQ)
@@ -236,15 +240,16 @@ def sum_of_entries(
         q = load_rows(X, q_slot, q_bias == 0, stride, d, BD, EVEN_D)
         s = dot(p, tl.trans(q), tl.zeros((BP, BQ), tl.float32), PRECISION)
         q_rnorm = tl.load(Rnorm + q_slot)
-        r = summand_rnorm(q_rnorm, NORM_LIMIT) * scale
+        r = summand_rnorm(q_rnorm, NORM_LIMIT)
         # Without the bias the term of a left-out row would be 0 times exp2(-Shift[i]), which can be infinite.
         t = tl.fma(s * p_scale[:, None], q_rnorm[None, :], q_bias[None, :])
         if ONCE:
-            a = tl.exp2(t) * tl.fma(p_factor[:, None], r[None, :], (tl.load(Factor + q_slot) * r)[None, :])
+            a = tl.exp2(t) * tl.fma(p_factor[:, None], r[None, :], (tl.load(Factor + q_slot) * scale * r)[None, :])
         else:
-            a = (tl.exp2(t - p_shift[:, None]) + tl.exp2(t - tl.load(Shift + q_slot)[None, :])) * r[None, :]
+            q_shift = tl.load(Shift + q_slot) - exponent
+            a = (tl.exp2(t - p_shift[:, None]) + tl.exp2(t - q_shift[None, :])) * r[None, :]
         different, positive = relation(p_tag, tl.load(Tag + q_slot), p_first, q_first)
-        pair = tl.fma(p_weight[:, None], r[None, :], (tl.load(Pos + q_slot) * r)[None, :])
+        pair = tl.fma(p_weight[:, None], r[None, :], (tl.load(Pos + q_slot) * scale * r)[None, :])
         if NEGATIVES:
             a = tl.where(positive, pair, a)
         else:

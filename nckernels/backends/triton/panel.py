@@ -120,14 +120,17 @@ def panel_entries_kernel(
     # a rounding, which would matter where a probability is near 1, and 1 is subtracted.
     empty = largest == -INF
     shift = tl.where(empty, INF, largest)
-    grad = tl.where(empty, 0.0, tl.load(P_grad + p_row, mask=p_valid, other=0.0) / total)
+    factor = 1.0
+    if Divisor is not None:
+        factor = tl.load(Divisor + 2)
+    grad = tl.where(empty, 0.0, tl.load(P_grad + p_row, mask=p_valid, other=0.0) * factor / total)
     nothing = tl.zeros((BP,), tl.float32)
     p_pos = nothing
     q_pos = tl.zeros((BQ,), tl.float32)
     if P_pos is not None:
-        p_pos = tl.load(P_pos + p_row, mask=p_valid, other=0.0)
+        p_pos = tl.load(P_pos + p_row, mask=p_valid, other=0.0) * factor
     if Q_pos is not None:
-        q_pos = tl.load(Q_pos + q_row, mask=q_valid, other=0.0)
+        q_pos = tl.load(Q_pos + q_row, mask=q_valid, other=0.0) * factor
 
     products = stored_products(T, p_local, q_first, p_valid, q_valid, t_stride, BP, BQ)
     a = entries(
@@ -139,8 +142,6 @@ def panel_entries_kernel(
     p_factor = summand_rnorm(p_rnorm, NORM_LIMIT)
     if Scale is not None:
         p_factor *= tl.load(Scale)
-    if Divisor is not None:
-        p_factor *= tl.load(Divisor + 2)
     h = in_range(a * p_factor[:, None] * summand_rnorm(q_rnorm, NORM_LIMIT)[None, :], NORM_LIMIT)
     columns = q_first + tl.arange(0, BQ)
     width = h_stride * 16
