@@ -101,8 +101,7 @@ class Shape(NamedTuple):
     aligned: bool
     """Whether the rows of both operands are, see the function of that name."""
     heavy: bool
-    """Whether registers are short: two directions at once, 64-bit labels to compare, gathered anchors, biases beside
-    two sides of labels."""
+    """Whether registers are short: two directions at once, 64-bit labels to compare, gathered anchors."""
     square: bool = False
     """Whether both operands have labels to skip, which takes a few registers."""
     entries: int = 0

@@ -166,12 +166,15 @@ def grad_kernel(
     once = None
     if MAY_SHARE:
         once = beta * LOG2E < 64.0
-    p_bias, p_lse, p_grad, p_pos = load_terms(P_bias, P_lse, P_grad, P_pos, Q_grad, Divisor, p_row, p_valid)
+    p_bias, p_lse, p_grad, p_pos = load_terms(P_bias, P_lse, P_grad, P_pos, Q_grad, None, p_row, p_valid)
     p_bias, p_grad = factors(p_bias, p_lse, p_grad, once)
     p_scale = p_rnorm * (beta * LOG2E)
     scale = 1.0
     if Scale is not None:
         scale = tl.load(Scale)
+    factor = scale
+    if Divisor is not None:
+        factor *= tl.load(Divisor + 2)
     p = load_rows(P, p_row, p_here, p_stride, d, BD, EVEN_D)
     acc = tl.zeros((BP, BD), tl.float32)
 
@@ -183,7 +186,7 @@ def grad_kernel(
         q_tag = mask_tag(q_row, q_label, EXCLUDE, not P_SAMPLES)
         q_positive = positive_of(q_row, q_label, EXCLUDE)
         q_rnorm = tl.load(Q_rnorm + q_row, mask=q_here, other=0.0)
-        q_bias, q_lse, q_grad, q_pos = load_terms(Q_bias, Q_lse, Q_grad, Q_pos, P_grad, Divisor, q_row, q_valid)
+        q_bias, q_lse, q_grad, q_pos = load_terms(Q_bias, Q_lse, Q_grad, Q_pos, P_grad, None, q_row, q_valid)
         q_bias, q_grad = factors(q_bias, q_lse, q_grad, once)
         a = entries(
             s, q_rnorm, once,
@@ -191,7 +194,11 @@ def grad_kernel(
             q_tag, q_row, q_positive, q_bias, q_lse, q_grad, q_pos,
             EXCLUDE, P_grad is not None, Q_grad is not None, P_pos is not None, Q_pos is not None,
         )  # fmt: skip
-        a *= (summand_rnorm(q_rnorm, NORM_LIMIT) * scale)[None, :]
+        r = summand_rnorm(q_rnorm, NORM_LIMIT) * factor
+        if Divisor is not None:
+            # Infinite for rows of zeros, which add nothing.
+            r = tl.minimum(r, 1e38, propagate_nan=tl.PropagateNan.ALL)
+        a *= r[None, :]
         acc = dot(a.to(q.dtype), q, acc, PRECISION)
 
     slot = p_first + tl.arange(0, BP)

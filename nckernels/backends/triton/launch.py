@@ -199,8 +199,7 @@ class TritonKernels(Kernels):
         return self.d * self.unit % tile.d == 0
 
     def lse_blocks(self, p: Side, q: Side, both: bool) -> Blocks:
-        biased = self.spec.square and (p.bias is not None or q.bias is not None)
-        return self._loop_blocks(config.lse_tile(self._shape(both or p.gather or biased, p.slots * q.slots)))
+        return self._loop_blocks(config.lse_tile(self._shape(both or p.gather, p.slots * q.slots)))
 
     def short_blocks(self, samples: Side, classes: Side) -> Blocks | None:
         two = samples.grad is not None and classes.grad is not None
@@ -251,6 +250,9 @@ class TritonKernels(Kernels):
         first: int, count: int, split: int, blocks: Blocks,
     ) -> None:  # fmt: skip
         tile = blocks.tile
+        if split == 1 and not self._whole(tile):
+            # Anchors are shared if there is enough work. If not, the limit of registers would only make them spill.
+            tile = tile._replace(resident=1)
         launch(
             lse.lse_kernel, (count * split,),
             p.x, p.rnorm, p.label, p.bias, p.used, q.x, q.rnorm, q.label, q.bias, self.beta,
