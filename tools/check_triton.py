@@ -8,9 +8,9 @@ recorded kernels, and of those of many ``drawn`` problems, it compiles as many a
 kernel's parameters that meet in a launch meet in a compiled kernel. With --quick it compiles a few kernels of the
 ``scenarios``.
 
-It exits with 1 if a kernel spills registers (one that only ``drawn`` problems launch, more than FEW_BYTES), needs more shared or tensor memory than the device has, stores a panel two
-bytes at a time, or has a matrix product that does not run on tensor cores (except float32 at "highest", which must run
-as fused multiply-adds).
+It exits with 1 if a kernel spills registers (one that only ``drawn`` problems launch, more than FEW_BYTES), needs more
+shared or tensor memory than the device has, stores a panel two bytes at a time, or has a matrix product that does not
+run on tensor cores (except float32 at "highest", which must run as fused multiply-adds).
 
 The row of a kernel without findings is kept in out/check_triton. The kernel is compiled again when its source, its
 specialisation, Triton or this file changes.
