@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import nckernels
@@ -77,3 +78,18 @@ def assert_close(
 def after(n: int, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The same without the first n rows of the gradients."""
     return tuple(x[n:] if x.dim() else x for x in results)
+
+
+def check_separated_samples(m: int, k: int) -> None:
+    """Probabilities near 1, from which 1 is subtracted: the gradient's error is eager PyTorch's, give or take chance.
+
+    With the rounding of a log-sum-exp it would be four times that.
+    """
+    x, w, y = problem(m, k, 7, ignored=0.0)
+    expected = exact("normface", x, w, y, torch.float32, 0.03)
+    found = run("normface", x, w, y, torch.float32, 0.03)
+    leaves = [t.clone().requires_grad_() for t in (x, w)]
+    logits = F.normalize(leaves[0]) @ F.normalize(leaves[1]).T / 0.03
+    eager = torch.autograd.grad(F.cross_entropy(logits, y), leaves)
+    for a, b, c in zip(found[1:], eager, expected[1:], strict=False):
+        assert (a - c).norm() <= 1.5 * (b - c).norm()

@@ -2,7 +2,7 @@
 
 It is for machines without Triton. It shares the decomposition and the host side (``tiled``) with the Triton backend;
 this file loads the library and passes the arguments. Sums are taken in a fixed order, so the same inputs always give
-the same bits. An exception are the sums of sample weights by class, see ``CudaStep.prepare_step``.
+the same bits. An exception are the sums of sample weights by class, see ``tiled.step.prepared``.
 """
 
 from __future__ import annotations
@@ -267,18 +267,13 @@ class CudaStep(CudaKernels, StepKernels):
 
     def prepare_step(self, weight: Tensor | None, vectors: Vectors, nothing_is_zero: bool) -> None:
         z, w, target = self.inputs[:3]
-        m, k, v, known = z.shape[0], w.shape[0], vectors, self.host_beta
-        # Atomics add in any order, which shows if weights differ within a class.
-        in_order = weight is not None and torch.are_deterministic_algorithms_enabled()
+        v, known = vectors, self.host_beta
         self.beta, self.divisor = v.beta, v.divisor
         self.ops.prepare_step(
             z, w, target, weight, self.inputs.inv_temperature if known is None else None, known or 0.0,
             v.z_rnorm, v.pos, v.share, v.pos_grad, v.instance_grad, v.z_broken, v.w_broken, v.w_rnorm, v.mark,
-            None if in_order else v.of_class, v.divisor, v.beta, self.spec.ignore_index, self.eps, nothing_is_zero,
+            v.of_class, v.divisor, v.beta, self.spec.ignore_index, self.eps, nothing_is_zero,
         )  # fmt: skip
-        if v.of_class is not None and in_order:
-            shares = v.share if v.instance_grad is None else v.instance_grad
-            v.of_class.index_add_(0, target.clamp(0, k - 1), shares[:m])
 
     def finisher(self, result: Result, scale: Tensor | None, other: Side | None, vectors: Vectors) -> Finish:
         def finished(sums: Tensor, h: Tensor, start: int, stop: int, is_last: bool) -> None:

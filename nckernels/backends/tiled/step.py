@@ -99,7 +99,13 @@ def prepared(kernels: StepKernels, reduced: Reduced, needs: Needs, looks: bool) 
     if needs.inv_temperature:
         dots = m if needs.features else slots
     vectors = _vectors(m, k, spec, looks, reduced.mean, dots, kernels.index_dtype, z.device)
-    kernels.prepare_step(reduced.weight, vectors, nothing_is_zero=reduced.of_nothing == 0.0)
+    # Atomics add in any order, which shows if weights differ within a class.
+    in_order = reduced.weight is not None and torch.are_deterministic_algorithms_enabled()
+    without = vectors._replace(of_class=None) if in_order else vectors
+    kernels.prepare_step(reduced.weight, without, nothing_is_zero=reduced.of_nothing == 0.0)
+    if in_order and vectors.of_class is not None:
+        shares = vectors.share if vectors.instance_grad is None else vectors.instance_grad
+        vectors.of_class.index_add_(0, inputs.target.clamp(0, k - 1), shares[:m])
     label, skip, used = vectors.mark, 0, None
     if label is not None and compacted:
         label, skip = _compact(kernels, label, m, k), -1

@@ -2,8 +2,8 @@
 
 Sums are taken in a fixed order. The sums of the weights by class are added by atomics in ``prepare_step_kernel``.
 Without weights of single samples these are equal numbers, whose order does not matter. With such weights the sum of a
-class can differ in its last bits from run to run, and ``TritonStep.prepare_step`` adds them in order where
-deterministic algorithms are asked for.
+class can differ in its last bits from run to run, and ``tiled.step.prepared`` adds them in order where deterministic
+algorithms are asked for.
 """
 
 import triton

@@ -91,19 +91,14 @@ class TritonStep(launch.TritonKernels, EpilogueKernels):
         of_samples = ceil_div(m, blocks["BR"])
         of_classes = ceil_div(k, blocks["BR"]) if v.mark is None or v.w_broken is not None else 0
         on_device, bits = launch.known_number(self.inputs.inv_temperature, self.host_beta)
-        # Atomics add in any order, which shows if weights differ within a class.
-        in_order = weight is not None and torch.are_deterministic_algorithms_enabled()
         self.beta, self.divisor = v.beta, v.divisor
         launch.launch(
             prepare.prepare_step_kernel, (1 + of_samples + of_classes,),
             z, w, target, weight, on_device, v.z_rnorm, v.pos, v.share, v.pos_grad, v.instance_grad, v.z_broken,
-            v.w_rnorm, v.w_broken, v.mark, None if in_order else v.of_class, v.divisor, v.beta,
+            v.w_rnorm, v.w_broken, v.mark, v.of_class, v.divisor, v.beta,
             m, k, self.d, self._units(z), self._units(w), self.spec.ignore_index, bits, of_samples,
             options=_prepare_options(blocks["BD"], nothing_is_zero, self.unit, self.eps),
         )  # fmt: skip
-        if v.of_class is not None and in_order:
-            shares = v.share if v.instance_grad is None else v.instance_grad
-            v.of_class.index_add_(0, target.clamp(0, k - 1), shares[:m])
 
     def finisher(self, result: Result, scale: Tensor | None, other: Side | None, vectors: Vectors) -> Finish:
         # One call for each block of rows: what its arguments have in common is prepared here.
