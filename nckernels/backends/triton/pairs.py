@@ -46,10 +46,6 @@ def pairs_prepare_kernel(
 
     The kernel is launched with Triton's debug option, which compiles the assertion.
     """
-    if tl.program_id(0) == 0:
-        beta = known_number(Beta_in, beta_bits)
-        tl.device_assert((beta > 0) & (beta < INF), "the inverse temperature must be positive and finite")
-        tl.store(Beta, beta)
     d *= UNIT
     stride *= UNIT
     row = tl.program_id(0) * BR + tl.arange(0, BR)
@@ -59,6 +55,10 @@ def pairs_prepare_kernel(
     tl.store(Rnorm + row, tl.where(valid, inverse_norm(square_sum, EPS), 0.0))
     tl.store(Bias + row, tl.where(valid, 0.0, -INF))
     tl.store(Tag + row, label)
+    if tl.program_id(0) == 0:  # at the end, where the assertion's call has no registers to save
+        beta = known_number(Beta_in, beta_bits)
+        tl.device_assert((beta > 0) & (beta < INF), "the inverse temperature must be positive and finite")
+        tl.store(Beta, beta)
 
 
 @triton.jit
