@@ -17,7 +17,7 @@ from test_memory import BYTES_PER_ROW, MIB, replay
 from nckernels.backends import tiled
 from nckernels.backends.base import Inputs, Needs, OutputGrads, Reduced, Spec
 from nckernels.backends.quack import Product
-from nckernels.backends.tiled import StepKernels, plan
+from nckernels.backends.tiled import EpilogueKernels, plan
 from nckernels.backends.tiled.kernels import Finish
 from nckernels.backends.tiled.plan import Blocks
 
@@ -32,7 +32,7 @@ class NoProduct(Product):
         self.launched.append("product")
 
 
-class NoKernels(StepKernels):
+class NoKernels(EpilogueKernels):
     """Records the launches."""
 
     index_dtype = torch.int64
@@ -45,8 +45,8 @@ class NoKernels(StepKernels):
         super().__init__(inputs, spec)
         self.launched: list[str] = []
 
-    def epilogue_product(self) -> tuple[Product, float] | None:
-        return (NoProduct(self.launched), 10.0) if self.epilogue else None
+    def epilogue_product(self) -> tuple[EpilogueKernels, Product, float] | None:
+        return (self, NoProduct(self.launched), 10.0) if self.epilogue else None
 
     def lse_blocks(self, *_: Any) -> Blocks:
         return Blocks(128, 128, 264, plan.FULL_WAVE)
@@ -90,7 +90,7 @@ def _nothing(name: str) -> Any:
 
 
 # The methods of an abstract class must exist when the class is created.
-NAMES = [name for name in StepKernels.__abstractmethods__ if name not in NoKernels.__dict__] + ["matmul"]
+NAMES = [name for name in EpilogueKernels.__abstractmethods__ if name not in NoKernels.__dict__] + ["matmul"]
 Stub = type("Stub", (NoKernels,), {name: _nothing(name) for name in NAMES})
 
 

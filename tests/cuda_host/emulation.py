@@ -1,13 +1,16 @@
-"""The emulated backend and its settings."""
+"""The emulated backend, its settings, and the fixtures of its tests."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 
 import host_build
+import pytest
 import torch
 
-from nckernels.backends import cuda
+import nckernels
+from nckernels.backends import cuda, registry
 
 ROUND_ROBIN, UNIFORM, RUN_AHEAD = SCHEDULES = range(3)
 NAN, LARGE = 0xFFFFFFFF, 0x7E007E00
@@ -34,3 +37,21 @@ class Emulator:
 
     def configure(self, schedule: int = UNIFORM, seed: int = 1, fault: int = 0, poison: int = NAN) -> None:
         self._configure(schedule, seed, fault, poison)
+
+
+@pytest.fixture(scope="session")
+def loaded() -> Emulator:
+    return Emulator()
+
+
+@pytest.fixture
+def emulator(loaded: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
+    """Makes the emulated backend the backend "cuda", and fills the tensors that it allocates with NaN."""
+    monkeypatch.setitem(registry.BACKENDS, "cuda", HostBackend())
+    loaded.configure()
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns
+    with nckernels.use_backend("cuda"):
+        yield loaded
+    torch.use_deterministic_algorithms(before)
+    loaded.configure()

@@ -25,6 +25,7 @@ from torch import Tensor
 import nckernels
 from nckernels.backends import cuda
 
+pytest_plugins = ("emulation",)  # its fixtures
 pytestmark = [
     pytest.mark.skipif(host_build.missing() is not None, reason=str(host_build.missing())),
 ]

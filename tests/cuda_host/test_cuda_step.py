@@ -15,6 +15,7 @@ from nckernels.backends import tiled
 from nckernels.backends.base import Inputs, Needs, Reduced, Spec
 from nckernels.backends.cuda import CudaStep
 
+pytest_plugins = ("emulation",)  # its fixtures
 pytestmark = pytest.mark.skipif(host_build.missing() is not None, reason=str(host_build.missing()))
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -113,7 +113,8 @@ def test_two_ranks_train_like_one(case: str, ranks2: Ranks) -> None:
     changes = {**GROUP, **CASES[case], "run.log_every": 1}
     one = fit(recipe(**changes), progress=False).history
     first, second = ranks2.run(train, changes, None)
-    assert first.loss[1:] == pytest.approx(one.loss[1:], rel=1e-5, abs=1e-5)
+    # One process with other backends ends 2e-5 away: training amplifies roundings.
+    assert first.loss[1:] == pytest.approx(one.loss[1:], rel=1e-5, abs=5e-5)
     for name in ("nc1", "weight_alignment"):
         assert first.metrics[name] == pytest.approx(one.metrics[name], rel=1e-3, abs=1e-6)
     assert {**first.to_dict(), "seconds": 0} == {**second.to_dict(), "seconds": 0}
