@@ -88,7 +88,8 @@ def compiled_equals_eager(
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
         grads = [torch.autograd.grad(value.sum(), (x, w)) for value in (got, expected)]
         for a, b in zip(*grads, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+            # Losses without a reduction add positives in float64 where nothing is compiled.
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * max(1.0, float(b.abs().max())))
 
 
 COMPILED: dict[str, tuple[str, dict[str, Any]]] = {
