@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import nckernels
+from nckernels.backends import tiled
+from nckernels.backends.base import Inputs, Needs, Reduced, Spec
 from nckernels.backends.tiled import plan
 
 LOSSES = {"nonl": nckernels.nonl_loss, "ntce": nckernels.ntce_loss, "normface": nckernels.normface_loss}
@@ -93,3 +95,26 @@ def check_separated_samples(m: int, k: int) -> None:
     eager = torch.autograd.grad(F.cross_entropy(logits, y), leaves)
     for a, b, c in zip(found[1:], eager, expected[1:], strict=False):
         assert (a - c).norm() <= 1.5 * (b - c).norm()
+
+
+def check_tiny_weights(m: int, k: int, d: int) -> None:
+    """A mean does not depend on the size of its weights, and its entries, of tiny weights times the tiny inverse norms
+    of long rows, do not underflow."""
+    x, w, y = problem(m, k, 13, d=d)
+    x[3], w[4] = 0, 0  # their inverse norms are 1e12
+    weight = 1e-30 * (0.5 + torch.rand(m))
+    for dtype in (torch.float32, torch.bfloat16):
+        args = "nonl", 3e7 * x, 3e7 * w, y, dtype
+        found, expected = run(*args, sample_weight=weight), exact(*args, sample_weight=weight)
+        assert_close(after(5, found), after(5, expected), dtype)
+
+
+def check_temperature_on_the_device(kernels: Callable[[Inputs, Spec, float | None], tiled.StepKernels]) -> None:
+    """The host does not know it: a kernel copies it to where it would write the host's number."""
+    x, w, y = problem(20, 5, 12)
+    inputs = Inputs(x, w, y, torch.tensor(7.3), None, None)
+    spec = Spec("class", "target", True, -100, 1 << 20)
+    rest = Reduced(None, True, torch.nan), Needs(True, True, True, False, False)
+    known, unknown = (tiled.step(kernels(inputs, spec, beta), *rest) for beta in (float(inputs[3]), None))
+    for a, b in zip(known, unknown, strict=True):
+        assert torch.equal(a, b)

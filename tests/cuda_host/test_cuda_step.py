@@ -8,11 +8,20 @@ import host_build
 import pytest
 import torch
 from emulation import LARGE, NAN, ROUND_ROBIN, RUN_AHEAD, UNIFORM, Emulator
-from steps import LOSSES, D, after, assert_close, check_separated_samples, exact, narrow_panels, problem, run  # noqa: F401
+from steps import (  # noqa: F401
+    LOSSES,
+    D,
+    assert_close,
+    check_separated_samples,
+    check_temperature_on_the_device,
+    check_tiny_weights,
+    exact,
+    narrow_panels,
+    problem,
+    run,
+)
 
 import nckernels
-from nckernels.backends import tiled
-from nckernels.backends.base import Inputs, Needs, Reduced, Spec
 from nckernels.backends.cuda import CudaStep
 
 pytest_plugins = ("emulation",)  # its fixtures
@@ -172,26 +181,11 @@ def test_weights_are_added_by_class_in_any_order(emulator: Emulator) -> None:
 
 @pytest.mark.parametrize("d", [40, D])
 def test_tiny_weights_of_long_rows(emulator: Emulator, d: int) -> None:
-    """A mean does not depend on the size of its weights, and its entries, of tiny weights times tiny inverse norms, do
-    not underflow."""
-    x, w, y = problem(140, 130, 13, d=d)
-    x[3], w[4] = 0, 0  # their inverse norms are 1e12
-    weight = 1e-30 * (0.5 + torch.rand(140))
-    for dtype in (torch.float32, torch.bfloat16):
-        args = "nonl", 3e7 * x, 3e7 * w, y, dtype
-        found, expected = run(*args, sample_weight=weight), exact(*args, sample_weight=weight)
-        assert_close(after(5, found), after(5, expected), dtype)
+    check_tiny_weights(140, 130, d)
 
 
 def test_temperature_on_the_device(emulator: Emulator) -> None:
-    """The host does not know it: a kernel copies it to where it would write the host's number."""
-    x, w, y = problem(20, 5, 12)
-    inputs = Inputs(x, w, y, torch.tensor(7.3), None, None)
-    spec = Spec("class", "target", True, -100, 1 << 20)
-    rest = Reduced(None, True, torch.nan), Needs(True, True, True, False, False)
-    known, unknown = (tiled.step(CudaStep(inputs, spec, beta), *rest) for beta in (float(inputs[3]), None))
-    for a, b in zip(known, unknown, strict=True):
-        assert torch.equal(a, b)
+    check_temperature_on_the_device(CudaStep)
 
 
 def test_upstream_gradient_scales_the_gradients(emulator: Emulator) -> None:

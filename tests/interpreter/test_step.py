@@ -8,11 +8,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import simplex
-from steps import LOSSES, D, after, assert_close, check_separated_samples, exact, narrow_panels, problem, run  # noqa: F401
+from steps import (  # noqa: F401
+    LOSSES,
+    D,
+    assert_close,
+    check_separated_samples,
+    check_temperature_on_the_device,
+    check_tiny_weights,
+    exact,
+    narrow_panels,
+    problem,
+    run,
+)
 
 import nckernels
-from nckernels.backends import tiled
-from nckernels.backends.base import Inputs, Needs, Reduced, Spec, norm_eps
+from nckernels.backends.base import norm_eps
 from nckernels.backends.triton import launch, prepare
 from nckernels.backends.triton import step as one_step
 from nckernels.backends.triton.step import TritonStep
@@ -59,14 +69,7 @@ def test_one_panel(loss: str, m: int, k: int, dtype: torch.dtype, panels: Panels
 
 
 def test_tiny_weights_of_long_rows(panels: Panels) -> None:
-    """See test_passes.py."""
-    x, w, y = problem(20, 30, 13)
-    x[3], w[4] = 0, 0  # their inverse norms are 1e12
-    weight = 1e-30 * (0.5 + torch.rand(20))
-    for dtype in (torch.float32, torch.bfloat16):
-        args = "nonl", 3e7 * x, 3e7 * w, y, dtype
-        found, expected = run(*args, sample_weight=weight), exact(*args, sample_weight=weight)
-        assert_close(after(5, found), after(5, expected), dtype)
+    check_tiny_weights(20, 30, D)
     assert panels.steps == 2
 
 
@@ -232,14 +235,7 @@ def test_weights_of_a_class_are_added_in_order_on_request(panels: Panels, monkey
 
 
 def test_temperature_on_the_device(panels: Panels) -> None:
-    """The host does not know it: a kernel copies it to where it would write the host's number."""
-    x, w, y = problem(20, 5, 12)
-    inputs = Inputs(x, w, y, torch.tensor(7.3), None, None)
-    spec = Spec("class", "target", True, -100, 1 << 20)
-    rest = Reduced(None, True, torch.nan), Needs(True, True, True, False, False)
-    known, unknown = (tiled.step(TritonStep(inputs, spec, beta), *rest) for beta in (float(inputs[3]), None))
-    for a, b in zip(known, unknown, strict=True):
-        assert torch.equal(a, b)
+    check_temperature_on_the_device(TritonStep)
     assert panels.steps == 2
 
 

@@ -172,6 +172,7 @@ def grad_kernel(
     scale = 1.0
     if Scale is not None:
         scale = tl.load(Scale)
+    # One factor for all terms, and not in load_terms, whose loads in the loop below would make registers spill.
     factor = scale
     if Divisor is not None:
         factor *= tl.load(Divisor + 2)
