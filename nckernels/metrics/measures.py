@@ -376,8 +376,9 @@ def nearest_mean_agreement(features: Tensor, prototypes: Tensor, means: Tensor, 
     """NC4: share of samples that argmax_c z.w_c + b_c assigns to the class of the nearest mean m_c.
 
     Features (N, d), prototypes and means (K, d) and bias (K,) are taken as they are: with unit features and
-    unit prototypes and no bias the classifier compares cosines. Ties go to the lower class, and so do all samples
-    where all prototypes are zero. The (N, K) matrices exist in blocks only.
+    unit prototypes and no bias the classifier compares cosines. Ties, which are values within the rounding error of
+    float64 products, go to the lower class; so do all samples where all prototypes are zero. The (N, K) matrices
+    exist in blocks only.
 
     Example:
         >>> y = torch.arange(4).repeat(5)
@@ -400,9 +401,19 @@ def nearest_mean_agreement(features: Tensor, prototypes: Tensor, means: Tensor, 
     m = m - centre
     agree = 0
     for rows in z.split(_block_size(len(w))):
-        nearest = (m.square().sum(1) / 2 - (rows - centre) @ m.T).argmin(1)
-        agree += int(((rows @ w.T + offset).argmax(1) == nearest).sum())
+        agree += int((_largest(rows, w, offset) == _largest(rows - centre, m, -m.square().sum(1) / 2)).sum())
     return agree / len(z)
+
+
+def _largest(rows: Tensor, columns: Tensor, offset: Tensor) -> Tensor:
+    """(N,) the first class c whose rows . columns_c + offset_c is the largest, up to the rounding error of a product.
+
+    How a matrix product rounds depends on its shape and on the CPU, so that ties would otherwise go anywhere.
+    """
+    scores = rows @ columns.T + offset
+    sizes = rows.norm(dim=1, keepdim=True) * columns.norm(dim=1).max() + offset.abs().max()
+    slack = columns.shape[1] * torch.finfo(torch.float64).eps * sizes
+    return (scores >= scores.amax(1, keepdim=True) - slack).byte().argmax(1)
 
 
 class SimplexDeviation(NamedTuple):

@@ -145,7 +145,7 @@ WIDE, ROWS = 256, 512
 
 
 def peaks(rank: int, world_size: int) -> list[tuple[str, int, int, int]]:
-    """For each case the peak in bytes by the model, the largest allowed value, and the measured one."""
+    """For each case the least and the largest allowed peak in bytes, by the model, and the measured one."""
     found = []
     for case, dtype, ring in itertools.product(HELD, (torch.float32, torch.bfloat16), (False, True)):
         loss = case.split()[0]
@@ -172,8 +172,10 @@ def peaks(rank: int, world_size: int) -> list[tuple[str, int, int, int]]:
         gradients, vectors = sum(leaf.numel() for leaf in leaves) * 4, 256 * (step.total + ROWS + classes)
         # A step in parts has the sums of the keys' gradient in float32 and the gradient itself.
         rounded = keys if (case, dtype, ring) == ("info_nce", torch.bfloat16, False) else 0
-        most = int(1.1 * held) + gradients + rounded + workspace + vectors
-        found.append((f"{case} {dtype}{' ring' if ring else ''}", held, most, measured))
+        late = x.numel() * dtype.itemsize  # a thread of gloo may release the features after the call has returned
+        most = int(1.1 * held) + gradients + rounded + late + workspace + vectors
+        # Scratch depends on the CPU's instructions, and some of what is held may be gone when it is largest.
+        found.append((f"{case} {dtype}{' ring' if ring else ''}", int(0.98 * held), most, measured))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -239,6 +240,9 @@ def test_agreement_with_the_nearest_mean() -> None:
     assert nearest_mean_agreement(x, torch.zeros(3, 2), means) == pytest.approx(2 / 5)  # always the first class
     x, means, bias, far = x.double(), means.double(), bias.double(), 1e8
     assert nearest_mean_agreement(x + far, means, means + far, bias - far * means.sum(1)) == 1
+    tied = torch.tensor(list(itertools.permutations((0.1, 0.2, 0.3, 0.7))), dtype=torch.float64)
+    x = torch.ones(5, 4)  # as far from every mean, up to rounding: the first class, in both decisions
+    assert nearest_mean_agreement(x, tied, tied) == 1
 
 
 def test_bias_makes_the_classifier_linear() -> None:
