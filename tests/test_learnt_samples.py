@@ -57,8 +57,9 @@ def evaluate(
 @pytest.mark.parametrize("k", [20, 60])
 def test_errors_of_learnt_samples(k: int, backend: str, loss: str) -> None:
     """With one positive an error is a few roundings of the logits, and eager PyTorch's is up to 1000 times that. With
-    several the roundings of their logits do not cancel, and the error is close to eager PyTorch's. Features are the
-    vertices of a simplex with a little noise; 20 classes fit the kernels for few classes."""
+    several the roundings of their logits do not cancel in the gradients of features and prototypes, and these errors
+    are close to eager PyTorch's. Features are the vertices of a simplex with a little noise; 20 classes fit the kernels
+    for few classes."""
     tau = TEMPERATURES[loss]
     errors, eagers = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
     for seed in range(4):
@@ -74,7 +75,7 @@ def test_errors_of_learnt_samples(k: int, backend: str, loss: str) -> None:
             total += torch.stack(
                 [(a - b).norm() / b.norm().clamp_min(1e-300) for a, b in zip(found, exact, strict=True)]
             )
-    allowed = 4 * 16 * 2.0**-24 / tau
+    allowed = torch.full_like(errors, 4 * 16 * 2.0**-24 / tau)
     if loss in ("ntce", "supcon"):
-        allowed = allowed + 1.1 * eagers
+        allowed[1:3] += 1.1 * eagers[1:3]
     assert (errors <= allowed).all(), (errors.tolist(), eagers.tolist())

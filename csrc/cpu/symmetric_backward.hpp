@@ -17,14 +17,15 @@ class SymmetricBackward {
   static constexpr int NV = G::NV, NR = G::NR, W = G::W;
 
  public:
-  // `positives`, or null: pairs of one label, whose gradient is added.
+  // `positives`, or null: pairs of one label, whose gradient is added, and a typical cosine of such a pair.
   SymmetricBackward(const Problem& p, const Columns& columns, const Gradients& g,
-                    SameLabel<T>* positives = nullptr)
+                    SameLabel<T>* positives = nullptr, double typical = 0)
       : p_(p),
         columns_(columns),
         g_(g),
         positives_(positives),
         in_entries_(positives && p.exclude == kSelf),
+        typical_(typical),
         s_(p, columns, true),
         grad_z_(static_cast<T*>(g.z)),
         grad_bias_(static_cast<T*>(g.sample_bias ? g.sample_bias : g.class_bias)),
@@ -172,6 +173,7 @@ class SymmetricBackward {
     else
       scaled<false>(panel, n, row0, from, a, share);
     if (in_entries_) subtract_positives(panel, n, row0, a);
+    if (in_entries_ && g_.beta) lost_[tile] -= typical_ * sum_of(n, a);
     std::fill_n(a + n * NR, (padded - n) * NR, T(0));
     if (const T* g_pos = static_cast<const T*>(g_.pos))
       s_.each_positive(tile, panel, panel + 1, a, [&](int64_t j, T& entry) { entry += g_pos[j]; });
@@ -198,6 +200,17 @@ class SymmetricBackward {
         if (const auto label = label_[row0 + r]; label >= 0)
           subtract(r, (group == label) & (column > static_cast<Int>(row0 + r)));
     }
+  }
+
+  // With positives subtracted the entries of all pairs add up to 0, but for the rounding of the log-sum-exps.
+  // Their products with cosines near 1 would keep this error, those with 1 - cosine do not.
+  static double sum_of(int64_t n, const T* a) {
+    Vec<T> total[NV] = {};
+    for (int64_t r = 0; r < n; r++)
+      for (int v = 0; v < NV; v++) total[v] += load(a + r * NR + v * W);
+    double whole = 0;
+    for (int v = 0; v < NV; v++) whole += sum<T>(total[v]);
+    return whole;
   }
 
   // One panel, T = E (e^{b_i} scale_j + scale_i e^{b_j}).
@@ -312,6 +325,7 @@ class SymmetricBackward {
   // Whether positives are subtracted from entries before rounding: the entries of a sample that has been
   // learnt are differences of nearly equal numbers. In decoupled losses positives are not among the entries.
   bool in_entries_;
+  double typical_;
   Tri s_;
   std::vector<typename Simd<T>::Int>
       label_;  // and the weights of positives, if they are in the entries; by column

@@ -87,9 +87,11 @@ class SymmetricStep {
     const double scale = reduction.scale();
     for (int64_t j = 0; j < p_.m; j++)
       share_[j] = positives_->any(j) ? static_cast<T>(reduction.weight(j) * scale) : T(0);
-    if (!in_pairs_) positives_->add_up(share_, !step_.weight);
+    if (!in_pairs_) {
+      positives_->add_up(share_, !step_.weight);
+      if (step_.loss || step_.beta) find_positives();
+    }
     if (step_.loss) {
-      if (!in_pairs_) find_positives();
       double sum = 0;
       for (int64_t j = 0; j < p_.m; j++) sum += weighted(reduction, j);
       *static_cast<T*>(step_.loss) = static_cast<T>(reduction.result(sum));
@@ -103,7 +105,7 @@ class SymmetricStep {
       go_back(nullptr, of_positives);
       return;
     }
-    go_back(&*positives_);
+    go_back(&*positives_, nullptr, typical());
     if (step_.z || !step_.beta || p_.exclude == kSelf) return;
     // Neither the entries nor a gradient of the features have added positives to dL/dbeta.
     for (int64_t j = 0; j < p_.m; j++) *step_.beta -= double(share_[j]) * pos(j);
@@ -139,13 +141,23 @@ class SymmetricStep {
     return reduction.weight(j) * (reduction.finite(lse(j)) - p_.beta * pos(j));
   }
 
-  void go_back(SameLabel<T>* positives, const T* of_pairs = nullptr) {
+  // The mean of `pos`, weighted by the samples' shares.
+  double typical() {
+    double sum = 0, shares = 0;
+    for (int64_t j = 0; step_.beta && j < p_.m; j++) {
+      sum += double(share_[j]) * pos(j);
+      shares += double(share_[j]);
+    }
+    return shares == 0 ? 0 : sum / shares;
+  }
+
+  void go_back(SameLabel<T>* positives, const T* of_pairs = nullptr, double typical = 0) {
     Gradients g{};
     g.pos = of_pairs;
     (p_.by_class ? g.class_lse : g.instance_lse) = share_;
     g.z = step_.z;
     g.beta = step_.beta;
-    SymmetricBackward<G>(p_, columns_, g, positives).run();
+    SymmetricBackward<G>(p_, columns_, g, positives, typical).run();
   }
 
   Problem p_;
