@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -245,9 +246,10 @@ import os, sys, torch, nckernels
 torch.set_num_threads(2)
 torch.manual_seed(0)
 x, w, y = torch.randn(2000, 64, requires_grad=True), torch.randn(100, 64, requires_grad=True), torch.arange(2000) % 100
+x16, w16 = x.detach().bfloat16().requires_grad_(), w.detach().bfloat16()
 nckernels.set_backend("native")
 def forward():
-    return nckernels.nonl_loss(x, w, y)
+    return nckernels.nonl_loss(x, w, y) + nckernels.nonl_loss(x16, w16, y)
 before = forward()
 before.backward()
 child = os.fork()
@@ -414,6 +416,34 @@ def test_bfloat16_entries_that_nearly_cancel(form: str) -> None:
         exact = gradients(*(t.detach().double().requires_grad_() for t in (x, w)))
     for got, truth in zip(gradients(x, w), exact, strict=True):
         assert (got.double() - truth).norm() <= 2.0**-8.5 * truth.norm()
+
+
+@pytest.mark.usefixtures("_restore_threads")
+def test_bfloat16_between_products_of_other_libraries_and_signals() -> None:
+    """oneDNN configures the tile registers of AMX as well, and a signal may arrive while they are in use."""
+    case = problem(400, 100, 200, torch.bfloat16)
+    query, image = torch.randn(2, 4, 100, 64).bfloat16(), torch.randn(2, 32, 12, 12).bfloat16()
+
+    def others() -> tuple[Tensor, ...]:
+        return (
+            torch.mm(*(t.detach() for t in (case[1], case[0].T))),
+            torch.nn.functional.scaled_dot_product_attention(query, query, query),
+            torch.nn.functional.conv2d(image, image[:, :, :3, :3]),
+        )
+
+    signals: list[int] = []
+    torch.set_num_threads(1)
+    expected = step(*case), others()
+    before = signal.signal(signal.SIGALRM, lambda number, _: signals.append(number))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1e-3, 1e-3)
+        for i in range(40):
+            torch.set_num_threads(1 + i % 2)
+            assert_same((*step(*case), *others()), (*expected[0], *expected[1]))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert signals
 
 
 @pytest.mark.parametrize("loss", LOSSES)
