@@ -94,7 +94,7 @@ NCK_INLINE void put_scaled(const Vec<float> (&acc)[R][NV], float* c, long c_stri
 
 // The vector unit: vdpbf16ps (AVX512-BF16), or a model of it that differs only in the order of additions.
 struct VectorPairs {
-  static constexpr int MR = 12, PR = 8, INNER = 2;
+  static constexpr int MR = 12, PR = 8, INNER = 2, FEW = 4 * lanes<float>;
   struct Session {};  // set-up of a thread for some products: none
 
   static NCK_INLINE Vec<float> add(Vec<float> c, uint32_t a, Vec<float> b) {
