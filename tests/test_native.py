@@ -323,7 +323,7 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
     ("capability", "bf16", "tiles", "permission", "best"),
     [
         ("AVX512", True, True, True, "amx"),
-        ("AVX512", True, True, False, "avx512_bf16"),  # the kernel lacks AMX, or a sandbox forbids the request
+        ("AVX512", True, True, False, "avx512"),  # the kernel lacks AMX, or a sandbox forbids the request
         ("AVX512", True, False, True, "avx512_bf16"),
         ("AVX512", False, False, False, "avx512"),
         ("AVX2", True, True, True, "avx2"),  # $ATEN_CPU_CAPABILITY
@@ -342,14 +342,24 @@ def test_library_choice_by_cpu_and_environment(
         ("_init_amx", permission),
     ):
         monkeypatch.setattr(torch.cpu, name, lambda value=value: value)
-    names = list(build.CPU)
+    names = [name for name in build.CPU if not tiles or name != "avx512_bf16"]
     assert native.libraries() == [build.CPU[name] for name in names[names.index(best) :]]
+
+
+def test_vdpbf16ps_can_be_chosen_on_a_cpu_with_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCKERNELS_CPU_INSTRUCTIONS", "avx512_bf16")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_init_amx"):
+        monkeypatch.setattr(torch.cpu, name, lambda: True)
+    assert native.libraries()[0] == build.CPU["avx512_bf16"]
 
 
 def test_unknown_or_unsupported_instruction_set_is_an_error() -> None:
     """An unknown name, or that of a library that would end in SIGILL, is an error that lists the valid names."""
     code = "import nckernels; nckernels.set_backend('native')"
-    for name in {"sse9", *build.CPU} - {library.name.removeprefix("cpu_") for library in native.libraries()}:
+    widest = native.libraries()[0].name.removeprefix("cpu_")
+    names = list(build.CPU)
+    for name in ("sse9", *names[: names.index(widest)]):
         result = run_python(code, NCKERNELS_CPU_INSTRUCTIONS=name)
         assert "NCKERNELS_CPU_INSTRUCTIONS must be one of " in result.stderr, name
         assert f"default on this CPU, got {name!r}" in result.stderr
