@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -245,9 +246,10 @@ import os, sys, torch, nckernels
 torch.set_num_threads(2)
 torch.manual_seed(0)
 x, w, y = torch.randn(2000, 64, requires_grad=True), torch.randn(100, 64, requires_grad=True), torch.arange(2000) % 100
+x16, w16 = x.detach().bfloat16().requires_grad_(), w.detach().bfloat16()
 nckernels.set_backend("native")
 def forward():
-    return nckernels.nonl_loss(x, w, y)
+    return nckernels.nonl_loss(x, w, y) + nckernels.nonl_loss(x16, w16, y)
 before = forward()
 before.backward()
 child = os.fork()
@@ -321,7 +323,7 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
     ("capability", "bf16", "tiles", "permission", "best"),
     [
         ("AVX512", True, True, True, "amx"),
-        ("AVX512", True, True, False, "avx512_bf16"),  # the kernel lacks AMX, or a sandbox forbids the request
+        ("AVX512", True, True, False, "avx512"),  # the kernel lacks AMX, or a sandbox forbids the request
         ("AVX512", True, False, True, "avx512_bf16"),
         ("AVX512", False, False, False, "avx512"),
         ("AVX2", True, True, True, "avx2"),  # $ATEN_CPU_CAPABILITY
@@ -340,14 +342,24 @@ def test_library_choice_by_cpu_and_environment(
         ("_init_amx", permission),
     ):
         monkeypatch.setattr(torch.cpu, name, lambda value=value: value)
-    names = list(build.CPU)
+    names = [name for name in build.CPU if not tiles or name != "avx512_bf16"]
     assert native.libraries() == [build.CPU[name] for name in names[names.index(best) :]]
+
+
+def test_vdpbf16ps_can_be_chosen_on_a_cpu_with_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCKERNELS_CPU_INSTRUCTIONS", "avx512_bf16")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_init_amx"):
+        monkeypatch.setattr(torch.cpu, name, lambda: True)
+    assert native.libraries()[0] == build.CPU["avx512_bf16"]
 
 
 def test_unknown_or_unsupported_instruction_set_is_an_error() -> None:
     """An unknown name, or that of a library that would end in SIGILL, is an error that lists the valid names."""
     code = "import nckernels; nckernels.set_backend('native')"
-    for name in {"sse9", *build.CPU} - {library.name.removeprefix("cpu_") for library in native.libraries()}:
+    widest = native.libraries()[0].name.removeprefix("cpu_")
+    names = list(build.CPU)
+    for name in ("sse9", *names[: names.index(widest)]):
         result = run_python(code, NCKERNELS_CPU_INSTRUCTIONS=name)
         assert "NCKERNELS_CPU_INSTRUCTIONS must be one of " in result.stderr, name
         assert f"default on this CPU, got {name!r}" in result.stderr
@@ -414,6 +426,34 @@ def test_bfloat16_entries_that_nearly_cancel(form: str) -> None:
         exact = gradients(*(t.detach().double().requires_grad_() for t in (x, w)))
     for got, truth in zip(gradients(x, w), exact, strict=True):
         assert (got.double() - truth).norm() <= 2.0**-8.5 * truth.norm()
+
+
+@pytest.mark.usefixtures("_restore_threads")
+def test_bfloat16_between_products_of_other_libraries_and_signals() -> None:
+    """oneDNN configures the tile registers of AMX as well, and a signal may arrive while they are in use."""
+    case = problem(400, 100, 200, torch.bfloat16)
+    query, image = torch.randn(2, 4, 100, 64).bfloat16(), torch.randn(2, 32, 12, 12).bfloat16()
+
+    def others() -> tuple[Tensor, ...]:
+        return (
+            torch.mm(*(t.detach() for t in (case[1], case[0].T))),
+            torch.nn.functional.scaled_dot_product_attention(query, query, query),
+            torch.nn.functional.conv2d(image, image[:, :, :3, :3]),
+        )
+
+    signals: list[int] = []
+    torch.set_num_threads(1)
+    expected = step(*case), others()
+    before = signal.signal(signal.SIGALRM, lambda number, _: signals.append(number))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1e-3, 1e-3)
+        for i in range(40):
+            torch.set_num_threads(1 + i % 2)
+            assert_same((*step(*case), *others()), (*expected[0], *expected[1]))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert signals
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -87,7 +87,7 @@ void multiply() {
 // The unit of GemmBfloat16: two by two tiles of C, in registers 0 to 3; two of A in 4 and 5, two of B in 6
 // and 7.
 struct AmxPairs {
-  static constexpr int MR = 32, PR = 32, INNER = 32;
+  static constexpr int MR = 32, PR = 32, INNER = 32, FEW = 16;
   using Session = amx::Session;
 
   // As VectorPairs::multiply, for a depth that is a multiple of 16 pairs.
@@ -125,12 +125,13 @@ struct AmxPairs {
     amx::store<1>(c + 16, c_row);
     amx::store<2>(lower_half, c_row);
     amx::store<3>(lower_half + 16, c_row);
-    for (int r = 0; r < R && factors.of_rows; r++)
-      for (int x = 0; x < NR; x += lanes<float>) {
-        float* to = c + r * c_stride + x;
-        nckernels::store(
-            to, nckernels::load(to) * (nckernels::load(factors.of_columns + x) * factors.of_rows[r]));
-      }
+    if (!factors.of_rows) return;
+    const Vec<float> left = nckernels::load(factors.of_columns),
+                     right = nckernels::load(factors.of_columns + 16);
+    for (int r = 0; r < R; r++, c += c_stride) {
+      nckernels::store(c, nckernels::load(c) * (left * factors.of_rows[r]));
+      nckernels::store(c + 16, nckernels::load(c + 16) * (right * factors.of_rows[r]));
+    }
   }
 };
 

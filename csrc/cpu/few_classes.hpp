@@ -16,7 +16,6 @@ template <class T, int NV>
 class FewClasses {
   using G = Gemm<T, NV>;
   static constexpr int W = G::W, NR = G::NR;
-  static constexpr int64_t PANELS = 2;  // of classes; with more, packing features pays off
   // The most numbers and rows of features in a tile, which fit the L2 cache; and the rows whose share of
   // dL/dV accumulates in registers.
   static constexpr int64_t TILE = 24576, TALL = 96, SLICE = 32;
@@ -27,7 +26,7 @@ class FewClasses {
   // the prototypes in two layouts. The other half is for the gradients of the prototypes.
   static bool takes(const Problem& p, const Columns& columns) {
     const int64_t width = round_up(columns.count, NR);
-    return p.by_class != p.by_instance && p.beta <= 30.0 && width > 0 && width <= PANELS * NR &&
+    return p.by_class != p.by_instance && p.beta <= 30.0 && width > 0 &&
            (p.m + TALL + 2 * (p.d + NR)) * width <= half_of(p);
   }
 

@@ -133,6 +133,8 @@ struct Gemm {
   static constexpr int FIT = MR == 6 ? 4 : 8, PR = NR < FIT ? NR : FIT;
   static_assert(NR % PR == 0);
   static constexpr long BLOCK = DEPTH < NR ? 1 : DEPTH / NR;  // panels of columns that make up DEPTH
+  // The most classes for which packing features takes longer than it saves, see few_classes.hpp.
+  static constexpr int64_t FEW = 2 * NR;
 
   // --- sizes in operands: an inner dimension of n, a tile's U by features, an entry ---
   static int64_t inner(int64_t n) { return n; }

@@ -27,6 +27,7 @@ struct GemmBfloat16 {
   static constexpr long DEPTH = 2 * nckernels::DEPTH;
   static constexpr long BLOCK = DEPTH / NR;
   static constexpr int PR = Unit::PR < NR ? Unit::PR : NR;  // features of dV^T in a register tile
+  static constexpr int64_t FEW = Unit::FEW;  // the most classes that are multiplied as floats instead
   static_assert(MR % 2 == 0 && NR % PR == 0 && DEPTH % NR == 0 && DEPTH % Unit::INNER == 0 &&
                 (2 * W) % Unit::INNER == 0);
 

@@ -55,6 +55,14 @@ Status backward(const Problem& p, const Gradients& g) {
   return kOk;
 }
 
+// Takes the step if there are few classes, and returns whether it has.
+template <class T, int NV>
+bool few_classes(const Problem& p, const Columns& columns, const Step& s) {
+  if (!FewClasses<T, NV>::takes(p, columns)) return false;
+  FewClasses<T, NV>(p, columns, s).run();
+  return true;
+}
+
 // Calls run(pass) with the pass that takes the step. `in_one`: loss and gradient in one call.
 template <template <int> class Engine, class F>
 Status with_step(const Problem& p, const Step& s, bool in_one, F&& run) {
@@ -63,13 +71,13 @@ Status with_step(const Problem& p, const Step& s, bool in_one, F&& run) {
     columns = samples_as_columns(p);
   else if (!find_columns(p, columns))
     return kBadTarget;
+  using T = typename Engine<2>::T;
+  const bool few = in_one && !p.symmetric && columns.count <= Engine<2>::FEW;
+  if (few && (columns.count <= lanes<T> ? few_classes<T, 1> : few_classes<T, 2>)(p, columns, s)) return kOk;
   with_engine<Engine>(columns, [&](auto engine) {
     using G = decltype(engine);
-    using Few = FewClasses<typename G::T, G::NV>;
     if (p.symmetric)
       run(SymmetricStep<G>(p, columns, s));
-    else if (in_one && Few::takes(p, columns))
-      Few(p, columns, s).run();
     else
       run(StepPass<G>(p, columns, s));
   });

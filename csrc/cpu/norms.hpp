@@ -55,10 +55,16 @@ class GradientRows {
   // Stores row j, which is complete, unless it was computed in place.
   void put(int64_t j, const T* x) const {
     if (!data_ || !rounded_) return;
-    char* const to = at(j);
-    for (int64_t i = 0; i < d_; i++) {
-      const uint16_t rounded = to_bfloat16(static_cast<float>(x[i]));
-      std::memcpy(to + i * sizeof rounded, &rounded, sizeof rounded);  // may replace numbers of T
+    char* const to = at(j);  // may hold numbers of T until now
+    int64_t i = 0;
+    if constexpr (sizeof(T) == sizeof(float))
+      for (; i + lanes<T> <= d_; i += lanes<T>) {
+        const Halves some = halves_of(nckernels::rounded(load(x + i)));
+        std::memcpy(to + i * sizeof(uint16_t), &some, sizeof some);
+      }
+    for (; i < d_; i++) {
+      const uint16_t one = to_bfloat16(static_cast<float>(x[i]));
+      std::memcpy(to + i * sizeof one, &one, sizeof one);
     }
   }
   void clear(int64_t j) const {

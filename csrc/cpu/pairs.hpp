@@ -8,21 +8,6 @@
 #include "gemm.hpp"
 
 namespace nckernels {
-typedef uint32_t Bits __attribute__((vector_size(NCK_VECTOR_BYTES)));
-typedef uint16_t Halves __attribute__((vector_size(NCK_VECTOR_BYTES / 2)));
-
-NCK_INLINE Bits bits_of(Vec<float> x) {
-  Bits bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-NCK_INLINE Vec<float> floats_of(Bits bits) {
-  Vec<float> x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
 NCK_INLINE float* as_floats(uint16_t* p) { return reinterpret_cast<float*>(p); }
 
 // The lower and the upper number of each pair.
@@ -64,27 +49,28 @@ NCK_INLINE Vec<float> pair_of_rows(const uint16_t* const* rows, const float* sca
   return paired(numbers_of_row(rows[0], x, n, scale[0]), numbers_of_row(rows[1], x, n, scale[1]));
 }
 
-// To the nearest bfloat16, ties to even, in the upper half of each lane. NaN stays NaN.
-NCK_INLINE Bits rounded(Vec<float> x) {
-  const Bits bits = bits_of(x), up = bits + 0x7fffu + ((bits >> 16) & 1u);
-  return x == x ? up : bits | 0x00400000u;
-}
-
+// The units' own conversions take subnormal numbers for zeros, as their products do.
 #if defined(__AVX512BF16__)
 NCK_INLINE void store_rounded(Vec<float> x, uint16_t* to) {
   const __m256bh y = _mm512_cvtneps_pbh(x);
   std::memcpy(to, &y, sizeof y);
 }
+
+NCK_INLINE Vec<float> rounded_pairs(Vec<float> low, Vec<float> high) {
+  const __m512i in_turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23,
+                                            7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return (__m512)_mm512_permutexvar_epi16(in_turns, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+}
 #else
 NCK_INLINE void store_rounded(Vec<float> x, uint16_t* to) {
-  const Halves y = __builtin_convertvector(rounded(x) >> 16, Halves);
+  const Halves y = halves_of(rounded(x));
   std::memcpy(to, &y, sizeof y);
 }
-#endif
 
 NCK_INLINE Vec<float> rounded_pairs(Vec<float> low, Vec<float> high) {
   return paired(floats_of(rounded(low)), floats_of(rounded(high)));
 }
+#endif
 
 // Factors of the rows and columns of a complete product. Null `of_rows` stand for none of both.
 struct Factors {
@@ -108,7 +94,7 @@ NCK_INLINE void put_scaled(const Vec<float> (&acc)[R][NV], float* c, long c_stri
 
 // The vector unit: vdpbf16ps (AVX512-BF16), or a model of it that differs only in the order of additions.
 struct VectorPairs {
-  static constexpr int MR = 12, PR = 8, INNER = 2;
+  static constexpr int MR = 12, PR = 8, INNER = 2, FEW = 4 * lanes<float>;
   struct Session {};  // set-up of a thread for some products: none
 
   static NCK_INLINE Vec<float> add(Vec<float> c, uint32_t a, Vec<float> b) {

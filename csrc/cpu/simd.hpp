@@ -202,4 +202,28 @@ NCK_INLINE Vec<float> rough_logarithm(Vec<float> x) {
   return n * 0.69314718f + 2.0f * s * series;
 }
 
+// Floats as bits, and bfloat16 numbers, which are the upper halves of floats.
+typedef uint32_t Bits __attribute__((vector_size(NCK_VECTOR_BYTES)));
+typedef uint16_t Halves __attribute__((vector_size(NCK_VECTOR_BYTES / 2)));
+
+NCK_INLINE Bits bits_of(Vec<float> x) {
+  Bits bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+NCK_INLINE Vec<float> floats_of(Bits bits) {
+  Vec<float> x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+NCK_INLINE Halves halves_of(Bits bits) { return __builtin_convertvector(bits >> 16, Halves); }
+
+// To the nearest bfloat16, ties to even, in the upper half of each lane. NaN stays NaN.
+NCK_INLINE Bits rounded(Vec<float> x) {
+  const Bits bits = bits_of(x), up = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return x == x ? up : bits | 0x00400000u;
+}
+
 }  // namespace nckernels

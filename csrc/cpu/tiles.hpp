@@ -80,6 +80,8 @@ struct Tiles {
     tile_m = in_place ? height_in_place(std::max<int64_t>(threads, 2))
                       : std::clamp<int64_t>(std::min(quarter / per_row, even), MR, TALLEST) / MR * MR;
     tiles = (p.m + tile_m - 1) / tile_m;
+    // One thread adds up columns after each tile, whose entries are then still in its L2 cache.
+    if (p.threads <= 1) group = 1;
     if (in_place)
       group = std::max<int64_t>(group, IN_CACHE / (tile_m * block_k * static_cast<int64_t>(sizeof(T))));
     const int64_t per_tile = tile_m * all_panels * NR, all = round_up(p.m, MR) * all_panels * NR;

@@ -54,26 +54,31 @@ _SIZES = (_PROBLEM.size << 32) | (_GRADIENTS.size << 16) | _STEP.size
 
 
 _CHOICE = "NCKERNELS_CPU_INSTRUCTIONS"
+_FAST_WITH_TILES = tuple(name for name in build.CPU if name != "avx512_bf16")
+"""The libraries that a CPU with AMX uses unless told otherwise."""
 
 
 def libraries() -> list[build.Library]:
     """The libraries that this CPU can run, the fastest first.
 
     They follow torch's choice of instruction set, which $ATEN_CPU_CAPABILITY can lower, and the CPU's bfloat16 units.
-    $NCKERNELS_CPU_INSTRUCTIONS names the first library of the list, for example ``avx512`` to exclude bfloat16 units.
+    CPUs with AMX take longer for vdpbf16ps than for the same product in float32, so that without permission for AMX
+    they do not use the former. $NCKERNELS_CPU_INSTRUCTIONS names the first library of the list, for example ``avx512``
+    to exclude bfloat16 units.
 
     Raises:
         ValueError: if $NCKERNELS_CPU_INSTRUCTIONS does not name a library for this CPU.
     """
-    best = torch.backends.cpu.get_cpu_capability().lower()
+    best, tiles = torch.backends.cpu.get_cpu_capability().lower(), torch.cpu._is_amx_tile_supported()
     if best == "avx512" and torch.cpu._is_avx512_bf16_supported():
-        best = "amx" if torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx() else "avx512_bf16"
+        best = "amx" if tiles and torch.cpu._init_amx() else "avx512_bf16"
     names = list(build.CPU)
     names = names[names.index(best) :] if best in names else ["default"]
-    wanted = os.environ.get(_CHOICE) or names[0]
-    if wanted not in names:
+    wanted = os.environ.get(_CHOICE)
+    if wanted and wanted not in names:
         raise ValueError(f"{_CHOICE} must be one of {', '.join(names)} on this CPU, got {wanted!r}")
-    return [build.CPU[name] for name in names[names.index(wanted) :]]
+    chosen = names[names.index(wanted) :] if wanted else names
+    return [build.CPU[name] for name in chosen if not tiles or name in (wanted, *_FAST_WITH_TILES)]
 
 
 def library() -> build.Library | None:
