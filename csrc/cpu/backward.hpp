@@ -210,12 +210,12 @@ class BackwardPass {
   // The rounding error of the last panel's share of dL/dbeta. `e` is t or exp(t).
   double lost(const EntriesOf<G>& entries, const PositivesOf<G>& positives, int64_t tile, int64_t n,
               const T* e, bool exponentials) const {
-    const bool in_pairs = !need_rows_;
-    double total = entries.lost(n, in_pairs, e, exponentials);
+    const Rounding rounding = need_rows_ ? Rounding::kByRows : Rounding::kInPairs;
+    double total = entries.lost(n, rounding, e, exponentials);
     positives.of_last_panel([&](int64_t r, int64_t x) {
       const T* pos = static_cast<const T*>(p_.pos) + s_.first_row(tile);
       if (e[r * NR + x] == (exponentials ? T(0) : minus_infinity<T>))
-        total += entries.lost(r, x, in_pairs, pos[r]);
+        total += entries.lost(r, x, rounding, pos[r]);
     });
     return total;
   }

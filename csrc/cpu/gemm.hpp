@@ -121,6 +121,10 @@ NCK_INLINE void panel_times_rows(long depth, const T* a, const T* const* rows, l
 // rows of the tile, and the tile's part of A, 192 x DEPTH numbers, stays in the L2 cache for all panels of B.
 constexpr long DEPTH = 128;
 
+// How the entries of a sum have been rounded where an engine rounds them: by rows, in pairs of samples, or
+// the mean of both sums.
+enum class Rounding { kByRows, kInPairs, kMean };
+
 template <class Number, int VECTORS>
 struct Gemm {
   using T = Number;        // of t, sums and results

@@ -110,32 +110,42 @@ struct GemmBfloat16 {
     }
   }
 
-  // The rounding error of the sum of A t over a panel: the sum of (A - rounded A) t. `in_pairs`: of the
-  // entries in pairs of samples, otherwise of those by rows. `e`: t or exp(t). Excluded entries have no t and
-  // add 0.
-  static double lost(const T* panel, int64_t rows, const T* of_rows, const T* of_columns, bool in_pairs,
+  // The rounding error of the sum of A t over a panel: the sum of (A - rounded A) t, where A is rounded as
+  // told. `e`: t or exp(t). Excluded entries have no t and add 0.
+  static double lost(const T* panel, int64_t rows, const T* of_rows, const T* of_columns, Rounding rounding,
                      const T* e, bool exponentials) {
-    double total = 0;
+    Vec<T> column[NV], of_column[NV], total{};
+    for (int v = 0; v < NV; v++) {
+      column[v] = load(of_columns + v * W);
+      of_column[v] = 1.0f / column[v];
+    }
     for (int64_t r = 0; r < rows; r++) {
-      Vec<T> sum{};
+      const Vec<T> row = splat(of_rows[r]), of_row = splat(1.0f / of_rows[r]);
       for (int v = 0; v < NV; v++) {
         const Vec<T> a = load(panel + r * NR + v * W), x = load(e + r * NR + v * W);
-        const Vec<T> factor = in_pairs ? splat(of_rows[r]) : load(of_columns + v * W);
-        // Where rounding is exact, t may be undefined.
-        const Vec<T> loss = factor == 0.0f ? Vec<T>{} : a - upper(rounded(a * factor)) / factor;
+        Vec<T> loss{};
+        if (rounding != Rounding::kInPairs) loss += lost_by(a, column[v], of_column[v]);
+        if (rounding != Rounding::kByRows) loss += lost_by(a, row, of_row);
         const Vec<T> t = exponentials ? rough_logarithm(x) : x;
-        sum += (exponentials ? x > 0.0f : x > minus_infinity<T>) ? loss * t : Vec<T>{};
+        total += (exponentials ? x > 0.0f : x > minus_infinity<T>) ? loss * t : Vec<T>{};
       }
-      total += nckernels::sum<T>(sum);
     }
-    return total;
+    return sum<T>(total) * (rounding == Rounding::kMean ? 0.5 : 1.0);
   }
 
   // The same for a single entry.
-  static double lost(T a, T of_row, T of_column, bool in_pairs, T t) {
-    const T factor = in_pairs ? of_row : of_column;
-    Vec<T> product = splat(a * factor);
-    return factor == 0 ? 0.0 : double((a - upper(rounded(product))[0] / factor) * t);
+  static double lost(T a, T of_row, T of_column, Rounding rounding, T t) {
+    auto by = [&](T factor) { return double(lost_by(splat(a), splat(factor), splat(1 / factor))[0]); };
+    const double loss = rounding == Rounding::kByRows    ? by(of_column)
+                        : rounding == Rounding::kInPairs ? by(of_row)
+                                                         : 0.5 * (by(of_row) + by(of_column));
+    return loss * t;
+  }
+
+  // What an entry loses if it is rounded after multiplication by a factor, whose inverse is given. Without a
+  // factor it is not used, and t may be undefined.
+  static NCK_INLINE Vec<T> lost_by(Vec<T> a, Vec<T> factor, Vec<T> inverse) {
+    return factor == 0.0f ? Vec<T>{} : a - upper(rounded(a * factor)) * inverse;
   }
 
   // --- products, see Gemm ---

@@ -187,8 +187,8 @@ NCK_INLINE Vec<T> exponential(Vec<T> x) {
   return underflow ? Vec<T>{} : p;
 }
 
-// ln x for normal numbers, to 1e-5: with x = 2^n m and s = (m - 1) / (m + 1), ln m = 2 (s + s^3 / 3 + s^5 / 5
-// + ...).
+// ln x for normal numbers, to 1e-5: with x = 2^n m, ln m is the Chebyshev interpolation of degree 5 on [1,
+// 2].
 NCK_INLINE Vec<float> rough_logarithm(Vec<float> x) {
   using S = Simd<float>;
   S::I bits;
@@ -197,9 +197,9 @@ NCK_INLINE Vec<float> rough_logarithm(Vec<float> x) {
   Vec<float> m;
   std::memcpy(&m, &mantissa, sizeof m);
   const Vec<float> n = __builtin_convertvector((bits >> S::mantissa) - S::bias, Vec<float>);
-  const Vec<float> s = (m - 1.0f) / (m + 1.0f), square = s * s;
-  const Vec<float> series = 1.0f + square * (1.0f / 3 + square * (1.0f / 5 + square * (1.0f / 7)));
-  return n * 0.69314718f + 2.0f * s * series;
+  const Vec<float> y = m - 1.0f;
+  const Vec<float> most = -0.49023072f + y * (0.28527268f + y * (-0.13158183f + y * 0.030449f));
+  return n * 0.69314718f + (9.9750326e-6f + y * (0.99923548f + y * most));
 }
 
 // Floats as bits, and bfloat16 numbers, which are the upper halves of floats.

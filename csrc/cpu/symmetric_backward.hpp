@@ -136,19 +136,16 @@ class SymmetricBackward {
   // the error of the entries for columns, as `finish` adds them.
   double lost(const EntriesOf<G>& entries, int64_t tile, int64_t panel, const T* e) const {
     const bool exponentials = tile < s_.kept_tiles && s_.shift_free;
-    const int64_t n = s_.rows_above(tile, panel);
-    auto of_form = [&](bool in_pairs) {
-      double total = entries.lost(n, in_pairs, e, exponentials);
-      if (g_.pos)
-        s_.each_positive(tile, panel, panel + 1, e, [&](int64_t j, const T& entry) {
-          const int64_t at = &entry - e, c = columns_.positive[j];
-          if (c < j && columns_.positive[c] == j) return;  // the entry of both
-          if (entry == (exponentials ? T(0) : minus_infinity<T>))
-            total += entries.lost(at / NR, at % NR, in_pairs, static_cast<const T*>(p_.pos)[j]);
-        });
-      return total;
-    };
-    return (grad_z_ ? 0.5 * (of_form(false) + of_form(true)) : of_form(false)) / p_.beta;
+    const Rounding rounding = grad_z_ ? Rounding::kMean : Rounding::kByRows;
+    double total = entries.lost(s_.rows_above(tile, panel), rounding, e, exponentials);
+    if (g_.pos)
+      s_.each_positive(tile, panel, panel + 1, e, [&](int64_t j, const T& entry) {
+        const int64_t at = &entry - e, c = columns_.positive[j];
+        if (c < j && columns_.positive[c] == j) return;  // the entry of both
+        if (entry == (exponentials ? T(0) : minus_infinity<T>))
+          total += entries.lost(at / NR, at % NR, rounding, static_cast<const T*>(p_.pos)[j]);
+      });
+    return total / p_.beta;
   }
 
   // If only dL/dbeta is wanted: the sum of T_ij u_i . u_j over all pairs.

@@ -354,14 +354,14 @@ class EntriesOf {
 
   // The rounding error of the sum of A t over that panel, see `lost` of an engine. `e` is t or exp(t), -inf
   // or 0 where excluded.
-  double lost(int64_t n, bool in_pairs, const T* e, bool exponentials) const {
-    if constexpr (G::RESTS) return G::lost(panel_, n, rests_, of_columns_, in_pairs, e, exponentials);
+  double lost(int64_t n, Rounding rounding, const T* e, bool exponentials) const {
+    if constexpr (G::RESTS) return G::lost(panel_, n, rests_, of_columns_, rounding, e, exponentials);
     return 0;
   }
 
   // The same for one entry, whose logit is t.
-  double lost(int64_t r, int64_t x, bool in_pairs, T t) const {
-    if constexpr (G::RESTS) return G::lost(panel_[r * NR + x], rests_[r], of_columns_[x], in_pairs, t);
+  double lost(int64_t r, int64_t x, Rounding rounding, T t) const {
+    if constexpr (G::RESTS) return G::lost(panel_[r * NR + x], rests_[r], of_columns_[x], rounding, t);
     return 0;
   }
 
