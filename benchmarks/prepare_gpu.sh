@@ -31,7 +31,7 @@ for library in (build.CUDA, *build.cpu_libraries()):
     print(build.find_or_build(library))'
 rm -rf "$dir/wheels"
 "$python" -m pip download -q --no-deps --only-binary=:all: -d "$dir/wheels" tqdm "liger-kernel>=0.8.2" cut-cross-entropy
-du -sh "$dir" "$dir"/*/*
+du -hd 2 "$dir"
 
 [ -n "$quack" ] || exit 0
 # Bindings of CUDA, NumPy, protobuf and einops are left out: the GPU machine has them with its torch.
