@@ -6,8 +6,8 @@ are complete, so its exponentials become weights before the next part begins, an
 directions, and for samples with themselves where that saves a product, the whole matrix is one part.
 
 A part's block of entries is processed in tiles of rows that stay in cache. Where bfloat16 multiplies fast, the block is
-bfloat16 and a tile float32: logits are rounded once and weights are rounded once. The logits of positives are exact,
-because the gradient of a sample that has been learnt is the difference of two nearly equal numbers.
+bfloat16 and a tile float32: logits are rounded once and weights are rounded once. The logits of single positives are
+exact, because the gradient of a sample that has been learnt is the difference of two nearly equal numbers.
 """
 
 from __future__ import annotations
