@@ -175,19 +175,26 @@ class Matrix:
             The log-sum-exps, with the positives if ``pairs`` adds them, and their weights; zeros for empty sums. The
             loss, which contains the logits of ``pairs`` but not those of ``others``.
         """
-        weight, loss = weight.double(), None
+        weight = weight.double()
         if self.pairs is not None:
             here, _ = self.pairs.within(tile)
-            logit = self.pairs.logit[here].double() / self.nat
-            share = self.pairs.share[here].double() / self.directions
+            logit, share = self.pairs.logit[here].double(), self.pairs.share[here].double()
+            if self.nat != 1.0:
+                logit = logit / self.nat
+            if self.directions == 2:
+                share = share / 2.0
             if self.pairs.added:
                 anchor = self.pairs.anchor_columns() if by_column else self.pairs.anchors(tile)
                 lse, loss, by_logit = with_positives(lse, weight, anchor, logit, share)
                 self.pairs.by_logit[here] += by_logit
+                if anchor is None:  # no sum is empty
+                    return lse, weight, loss
         empty = lse == -torch.inf
         lse, weight = lse.masked_fill_(empty, 0.0), weight.masked_fill(empty, 0.0)
-        if loss is None:
-            loss = weight.dot(lse) if self.pairs is None else weight.dot(lse) - share.dot(logit)
+        if self.pairs is None:
+            loss = weight.dot(lse)
+        elif not self.pairs.added:
+            loss = weight.dot(lse) - share.dot(logit)
         return lse, weight, loss
 
     def shift_and_scale(self, lse: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -103,7 +103,8 @@ def with_positives(
     """
     if anchor is None:
         below = logit - lse
-        return torch.logaddexp(lse, logit), -share.dot(logsigmoid(below)), -share * below.neg_().sigmoid_()
+        above = logsigmoid(below)
+        return logit - above, -share.dot(above), below.neg_().sigmoid_().mul_(share).neg_()
     top = lse.scatter_reduce(0, anchor, logit, "amax")
     top.masked_fill_(top == -torch.inf, 0.0)
     e = (logit - top.index_select(0, anchor)).exp_()

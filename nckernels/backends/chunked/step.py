@@ -91,7 +91,7 @@ def _with_classes(
         rows, cols, row, col = samples, classes, sample, target
     pairs = Pairs(row, col, share, rows, cols)
     matrix = Matrix(rows, cols, beta, spec, pairs, None)
-    weight = _sums(share, row, rows.size)
+    weight = share.double() if row is sample and pairs.in_order else _sums(share, row, rows.size)
     by_rows, by_cols = share.new_zeros(2)
     loss = share.new_zeros((), dtype=torch.float64)
     for part, block in matrix.blocks():
