@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_left, bisect_right
 
 import torch
 from torch import Tensor
@@ -64,6 +64,11 @@ class Pairs:
                     dot.mul_(side.scale[which])
             torch.mul(dot, factor, out=self.logit[some])
 
+    def both_ways(self) -> None:
+        """Of pairs that occur in both orders, one after the other: give both entries the sum of their derivatives."""
+        pairs = self.by_logit.view(-1, 2)
+        self.by_logit = (pairs + pairs.flip(1)).flatten()
+
     def within(self, rows: slice) -> tuple[slice, Tensor]:
         """The range of the pairs in some rows, and their positions in the flattened entries of these rows."""
         if self.in_order:
@@ -98,7 +103,8 @@ def with_positives(
     """
     if anchor is None:
         below = logit - lse
-        return torch.logaddexp(lse, logit), -share.dot(logsigmoid(below)), -share * below.neg_().sigmoid_()
+        above = logsigmoid(below)
+        return logit - above, -share.dot(above), below.neg_().sigmoid_().mul_(share).neg_()
     top = lse.scatter_reduce(0, anchor, logit, "amax")
     top.masked_fill_(top == -torch.inf, 0.0)
     e = (logit - top.index_select(0, anchor)).exp_()
@@ -113,55 +119,59 @@ def with_positives(
 
 
 class SameLabel:
-    """The mean cosine of each sample with the others of its label, and its gradient.
+    """The positives of the supervised contrastive loss: the other samples of each sample's label.
 
-    With unit rows u, n samples of a label and their sum m, the mean is ``u_j . (m - u_j) / (n - 1)``, which costs O(M
-    d) for all pairs. With shares s and ``a_j = s_j / (n - 1)`` the gradient of ``sum_j s_j pos_j`` by u_j is ``a_j (m -
-    u_j) + sum_others a_l u_l``.
+    The samples are sorted by label, so that the positives of some rows are in few columns.
+
+    Args:
+        target: (M,) labels.
+        valid: (M,) bool, the samples that are not ignored; None for all.
+        acc: the dtype of the matrix.
     """
 
-    def __init__(self, rows: Side, label: Tensor) -> None:
-        self.rows = rows
-        sample = None if rows.valid is None else rows.valid.nonzero().squeeze(1)
-        _, group, count = (label if sample is None else label[sample]).unique(return_inverse=True, return_counts=True)
-        several = count > 1
-        self.groups = int(several.sum())
-        place = (several.cumsum(0) - 1).masked_fill_(~several, self.groups)  # the last one: samples without others
-        self.group, others = place[group], (count - 1)[group]
-        if sample is not None:
-            self.group = self.group.new_full(label.shape, self.groups).index_copy_(0, sample, self.group)
-            others = others.new_zeros(label.shape).index_copy_(0, sample, others)
+    def __init__(self, target: Tensor, valid: Tensor | None, acc: torch.dtype) -> None:
+        sample = None if valid is None else valid.nonzero().squeeze(1)
+        label, order = (target if sample is None else target[sample]).sort(stable=True)
+        self.ids = order if sample is None else sample[order]
+        """(N,) the samples that are not ignored, sorted by label. All other attributes are in this order."""
+        _, group, count = label.unique_consecutive(return_inverse=True, return_counts=True)
+        self.group = group.to(acc)
+        """(N,) the number of each sample's label. Floats are compared fastest."""
+        self._ends: list[int] = count.cumsum(0).tolist()
+        others = (count - 1)[group]
         self.any = others > 0
-        """(M,) bool: whether the label of a sample has other samples."""
-        self.others = others.clamp_min_(1).to(rows.acc)
+        """(N,) bool: whether the label of a sample has other samples."""
+        self.in_pairs = not bool((count > 2).any())
+        """Whether a sample has at most one positive."""
+        self.others = others.clamp_min_(1).to(acc)
 
-    def compute_sums(self, share: Tensor, even: bool, tiles: Iterable[slice]) -> None:
-        """Compute the sums of the labels from the samples' shares; ``even``: all non-zero shares are equal."""
-        self.weight = share / self.others
-        self.sums = share.new_zeros(self.groups + 1, self.rows.dim)
-        self.weighted = None if even else torch.zeros_like(self.sums)
-        for tile in tiles:
-            unit = self.rows.unit(tile)
-            self.sums.index_add_(0, self.group[tile], unit)
-            if self.weighted is not None:
-                self.weighted.index_add_(0, self.group[tile], unit * self.weight[tile, None])
+    def set_shares(self, share: Tensor, even: bool) -> None:
+        """Set the samples' shares in the loss; ``even``: those of samples with positives are equal."""
+        self.share, self.even, self.weight = share, even, share / self.others
+        self.logit = torch.zeros_like(share)
+        """The sum of the logits of each sample's positives, which the matrix computes."""
+        self.excess: Tensor | None = None
+        """The sum of the matrix of weights, which but for rounding is 0, if it is wanted."""
 
-    def subtract(self, grad: Tensor, some: slice, beta: float) -> Tensor:
-        """Subtract beta times the gradient of ``sum_j s_j pos_j`` by some unit rows, times their scale, from ``grad``.
-        Returns the part of the sum that belongs to these samples."""
-        group, weight = self.group[some], self.weight[some, None]
-        unit = self.rows.unit(some)
-        rest = self.sums.index_select(0, group).sub_(unit)
-        total = torch.linalg.vecdot(unit, rest).double().dot(self.weight[some].double())
-        rest.mul_(weight)
-        if self.weighted is None:
-            rest.mul_(2.0)
-        else:
-            rest.add_(self.weighted.index_select(0, group)).sub_(unit * weight)
-        if self.rows.scale is not None:
-            rest.mul_(self.rows.scale[some, None])
-        grad.sub_(rest, alpha=beta)
-        return total
+    def columns(self, rows: slice) -> slice:
+        """The columns of the labels of some rows."""
+        first, last = bisect_right(self._ends, rows.start), bisect_left(self._ends, rows.stop)
+        return slice(self._ends[first - 1] if first else 0, self._ends[last])
+
+    def loss(self) -> Tensor:
+        """The sum of the mean logits of the samples' positives, times the shares."""
+        return (self.share.double() / self.others).dot(self.logit.double())
+
+    def typical(self) -> Tensor:
+        """The mean logit of a positive, weighted by the shares of the samples."""
+        total = self.share.sum()
+        return (self.weight.dot(self.logit) / total).masked_fill_(total == 0.0, 0.0)
+
+    def pairs(self, rows: Side) -> Pairs:
+        """The positives as entries of the matrix, if the samples are ``in_pairs``."""
+        row = self.any.nonzero().squeeze(1)
+        partner = row.view(-1, 2).flip(1).flatten()
+        return Pairs(row, partner, self.share[row], rows, rows)
 
 
 def _is_range(index: Tensor, size: int) -> bool:

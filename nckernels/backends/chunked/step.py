@@ -6,8 +6,8 @@ are complete, so its exponentials become weights before the next part begins, an
 directions, and for samples with themselves where that saves a product, the whole matrix is one part.
 
 A part's block of entries is processed in tiles of rows that stay in cache. Where bfloat16 multiplies fast, the block is
-bfloat16 and a tile float32: logits are rounded once and weights are rounded once. The logits of positives are exact,
-because the gradient of a sample that has been learnt is the difference of two nearly equal numbers.
+bfloat16 and a tile float32: logits are rounded once and weights are rounded once. The logits of single positives are
+exact, because the gradient of a sample that has been learnt is the difference of two nearly equal numbers.
 """
 
 from __future__ import annotations
@@ -44,13 +44,19 @@ def step(inputs: Inputs, reduced: Reduced, spec: Spec, needs: Needs) -> Step:
     half = small and z.dtype == torch.bfloat16 and products.use_half(z, w, small)  # small weights underflow in float16
     counted = target != spec.ignore_index
     valid = None if bool(counted.all()) else counted
-    samples = Side(z, rnorm_of(z, acc, valid), needs.features, valid, None, half)
+    rnorm = rnorm_of(z, acc, valid)
     if spec.symmetric:
-        others = SameLabel(samples, target)
-        share, total = _shares(reduced, others.any, acc)
+        others = SameLabel(target, valid, acc)
+        samples = Side(z, rnorm, needs.features, None, others.ids, half)
+        weight = None if reduced.weight is None else reduced.weight[others.ids]
+        share, total = _shares(reduced._replace(weight=weight), others.any, acc)
+        others.set_shares(share, even=weight is None)
+        if needs.inv_temperature and spec.exclude == "self":
+            others.excess = share.new_zeros(())
         by_w = None
-        loss, energy = _with_itself(samples, target, others, share, reduced.weight is None, beta, spec)
+        loss, energy = _with_itself(samples, others, beta, spec)
     else:
+        samples = Side(z, rnorm, needs.features, valid, None, half)
         share, total = _shares(reduced, counted, acc)
         loss, energy, by_w = _with_classes(samples, w, needs.prototypes, target, share, beta, spec)
     if reduced.mean:
@@ -85,7 +91,7 @@ def _with_classes(
         rows, cols, row, col = samples, classes, sample, target
     pairs = Pairs(row, col, share, rows, cols)
     matrix = Matrix(rows, cols, beta, spec, pairs, None)
-    weight = _sums(share, row, rows.size)
+    weight = share.double() if row is sample and pairs.in_order else _sums(share, row, rows.size)
     by_rows, by_cols = share.new_zeros(2)
     loss = share.new_zeros((), dtype=torch.float64)
     for part, block in matrix.blocks():
@@ -117,29 +123,29 @@ def _present(label: Tensor, classes: int) -> tuple[Tensor | None, Tensor]:
     return there.nonzero().squeeze(1), (there.cumsum(0) - 1).index_select(0, label)
 
 
-def _with_itself(
-    rows: Side, target: Tensor, others: SameLabel, share: Tensor, even: bool, beta: float, spec: Spec
-) -> tuple[Tensor, Tensor]:
+def _with_itself(rows: Side, others: SameLabel, beta: float, spec: Spec) -> tuple[Tensor, Tensor]:
     """The loss and the sum of dL/dt t.
 
     If the whole matrix is one part, an entry gets the weights of its row and of its column, and one product is saved.
     Otherwise a part's weights are those of its rows, and the gradient of the columns is added up part by part.
     """
-    matrix = Matrix(rows, rows, beta, spec, None, target if spec.exclude == "same_label" else None)
-    assert rows.grad is not None
-    loss = share.new_zeros((), dtype=torch.float64)
+    share, pairs = others.share, others.pairs(rows) if others.in_pairs else None
+    matrix = Matrix(rows, rows, beta, spec, pairs, None if others.in_pairs else others)
+    loss, energy = share.new_zeros((), dtype=torch.float64), share.new_zeros(())
     for part, block in matrix.blocks():
         if matrix.one_part:
-            loss = both_ways(matrix, block, share, None)
+            loss, energy = both_ways(matrix, block, share, None), matrix.finish_rows(part, block)
         else:
             loss += one_way(matrix, part, block, share)
-            matrix.add_to_columns(part, block)
-        matrix.add_to_rows(rows.grad[part], block)
-    del block
-    tiles = list(rows.parts(matrix.tile_of_columns))
-    others.compute_sums(share, even, tiles)
-    energy = share.new_zeros(())
-    for some in tiles:
-        loss -= beta * others.subtract(rows.grad[some], some, beta)
-        energy += rows.finish(rows.grad[some], some)
-    return loss, energy / 2  # every pair is counted twice
+            matrix.add_to_itself(part, block)
+    if not matrix.one_part:
+        energy = matrix.finish_itself()
+    energy = energy / 2.0  # every pair is counted twice
+    if matrix.others is not None:
+        loss = loss - others.loss() / matrix.nat
+        if others.excess is not None:
+            # The weights add up to 0, but for the rounding of log-sum-exps. Their products with cosines near 1 would
+            # keep this error, those with the difference of a cosine and a typical one do not.
+            excess = others.excess / 2.0 if matrix.one_part else others.excess
+            energy -= excess * others.typical() / (beta * matrix.nat)
+    return loss, energy
