@@ -172,7 +172,8 @@ class Problem:
             return self
         target = torch.cat([torch.arange(m) for m in queries]) if self.target is None else self.target
         offsets = torch.tensor([0, *keys[:-1]]).cumsum(0).repeat_interleave(torch.tensor(queries))
-        return dataclasses.replace(self, target=torch.where(target < 0, target, target + offsets))
+        ignored = target == self.options.get("ignore_index", IGNORED)
+        return dataclasses.replace(self, target=torch.where(ignored, target, target + offsets))
 
     def call(self, function: Callable[..., Tensor], leaves: dict[str, Tensor], **more: Any) -> Tensor:
         """The loss with these leaves in place of the problem's own."""
@@ -414,12 +415,12 @@ def check(ranks: Ranks, problems: dict[str, Problem], dtype: torch.dtype = torch
 
 
 def otherwise(p: Problem) -> Problem:
-    """The same batch with narrow integers, non-contiguous rows and another ignore_index."""
+    """The same batch with narrow integers, non-contiguous rows and an ignore_index beyond the classes."""
     if p.target is not None:
         wide = p.loss == "supcon" or (p.loss == "prototype" and "num_classes" not in p.options)  # any labels
-        target = p.target.masked_fill(p.target == IGNORED, -5)
+        target = p.target.masked_fill(p.target == IGNORED, 120)
         p = dataclasses.replace(
-            p, target=target if wide else target.to(torch.int8), options={**p.options, "ignore_index": -5}
+            p, target=target if wide else target.to(torch.int8), options={**p.options, "ignore_index": 120}
         )
     return dataclasses.replace(p, rows=tuple(x.mT.contiguous().mT for x in p.rows))
 
