@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import __version__
+from . import __version__, _flops
 from ._checks import no_autocast
 from .backends import reference, registry
 from .backends.base import (
@@ -95,7 +95,10 @@ def plain(*values: object, refuse: bool = True) -> bool:
     transform = _transform(tensors)
     if transform is not None and refuse:
         raise NotImplementedError(_ONLY_REFERENCE.format(transform))
-    if transform is not None or torch._C._len_torch_dispatch_stack():
+    if torch._C._len_torch_dispatch_stack():
+        _flops.tell_counters()
+        return False
+    if transform is not None:
         return False
     return not any(x.is_meta or type(x) not in _PLAIN for x in tensors)
 

@@ -33,6 +33,7 @@ from oracle import (
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.flop_counter import FlopCounterMode
 
 import nckernels
 from nckernels.backends import native
@@ -307,6 +308,41 @@ def test_opcheck(
 def test_opcheck_of_features_against_themselves(backend: Backend, direction: str) -> None:
     arguments = operator_arguments(backend.name, backend.device, torch.float32, direction, "self", True, False, True)
     torch.library.opcheck(torch.ops.nckernels.cosine_lse.default, arguments)
+
+
+@operators
+def test_fake_gradients(backend: Backend) -> None:
+    """Gradients have the layout of PyTorch, whatever that of the inputs; one that is not wanted has no numbers."""
+    arguments = operator_arguments(backend.name, backend.device, torch.float32, "both", "none", True, False)
+    inputs = [x.detach().mT.contiguous().mT if x.dim() == 2 else x.detach() for x in arguments[:6]]
+    saved = torch.ops.nckernels.cosine_lse(*inputs, *arguments[6:])
+    for wanted in itertools.product([False, True], repeat=2):
+        call = (*inputs, *saved, *saved[:3], *arguments[6:13], [*wanted, False, False, True])
+        torch.library.opcheck(torch.ops.nckernels.cosine_lse_backward.default, call, test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize("name", ["chunked", "native"])
+def test_flops(name: str, keeps: bool) -> None:
+    """FlopCounterMode counts the products of the naive form, and one more for similarities that are not kept."""
+    m, k, d = 40, 13, 24
+    z, w, y = torch.randn(m, d, requires_grad=True), torch.randn(k, d, requires_grad=True), torch.arange(m) % k
+
+    def count(loss: Callable[[], Tensor]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            loss().backward()
+        return counter.get_total_flops()
+
+    one, square = 2 * m * k * d, 2 * m * m * d
+    assert count(lambda: F.cross_entropy(F.normalize(z) @ F.normalize(w).T, y)) == 3 * one
+    with nckernels.use_backend(name), nckernels.use_workspace(2**20 if keeps else 1):
+        once_more = 0 if keeps else one
+        assert count(lambda: nckernels.normface_loss(z, w, y)) == 3 * one + once_more
+        assert count(lambda: nckernels.normface_loss(z, w.detach(), y)) == 2 * one + once_more
+        few = torch.arange(5)  # of whose classes a loss needs no more than five
+        assert count(lambda: nckernels.ntce_loss(z[:5], w, few)) == (3 if keeps else 4) * 2 * 5 * 5 * d
+        products = 2 if keeps and name == "native" else 3  # one gradient; the chunked backend keeps no symmetric matrix
+        assert count(lambda: nckernels.uniformity_loss(z)) == products * square
 
 
 @pytest.fixture

@@ -118,7 +118,7 @@ def supcon_terms(
     if counts.total == 0:
         nothing = unit(visible).sum(1)
         return nothing, nothing, ignored
-    group, classes, key_group = _groups_here(labels, ignored, everybody, all_ignored)
+    group, classes, key_group = _groups_here(labels, ignored, everybody)
     of_class = visible.new_zeros(classes, dtype=accumulation_dtype(visible.dtype))
     of_class.index_add_(0, key_group.clamp_min(0), (key_group >= 0).to(of_class.dtype))
     if decoupled:
@@ -197,16 +197,18 @@ def _travel(keys: Tensor, counts: Sizes) -> bool:
     return counts.total * keys.shape[1] * keys.element_size() > counts.workspace
 
 
-def _groups_here(labels: Tensor, ignored: Tensor, everybody: Tensor, all_ignored: Tensor) -> tuple[Tensor, int, Tensor]:
-    """Groups of this rank's labels, their number, and the group of each label of all ranks, -1 if it is not here."""
+def _groups_here(labels: Tensor, ignored: Tensor, everybody: Tensor) -> tuple[Tensor, int, Tensor]:
+    """Groups of this rank's labels, their number, and the group of each label of all ranks, -1 if it is not here.
+
+    Ignored labels have no group: those of this rank are not among the labels that are looked through.
+    """
     nothing = torch.iinfo(torch.int64).max
     if len(labels) == 0:
         return labels, 1, torch.full_like(everybody, -1)
     group, classes = groups(labels, ignored)
     in_order = labels.new_full((classes,), nothing).scatter_(0, group, labels.masked_fill(ignored, nothing))
     found = torch.searchsorted(in_order, everybody).clamp_max(classes - 1)
-    here = (in_order[found] == everybody) & ~all_ignored
-    return group, classes, found.masked_fill(~here, -1)
+    return group, classes, found.masked_fill(in_order[found] != everybody, -1)
 
 
 class _UnitSums(torch.autograd.Function):
