@@ -487,6 +487,26 @@ def test_autocast(backend: Backend, name: str, dtype: torch.dtype) -> None:
         assert error <= allowed + 2 * torch.finfo(dtype).eps, f"{what}: error {error:.3g}, eager {allowed:.3g}"
 
 
+@operators
+def test_backward_under_autocast(backend: Backend) -> None:
+    """It computes what it computes outside."""
+    x, w, y = (value.to(backend.device) for value in batch(12, 5, 4))
+    x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+    calls: dict[str, Callable[[], Tensor]] = {
+        "primitive": lambda: nckernels.cosine_lse(x, w, y, 10.0, logit_bias=torch.ones_like(x[:, 0]))[0].sum(),
+        "samples": lambda: nckernels.normface_loss(x, w, y, reduction="none").sum(),
+        "mean": lambda: nckernels.nonl_loss(x, w, y),
+        "supcon": lambda: nckernels.supcon_loss(x, y),
+    }
+    for name, call in calls.items():
+        with torch.autocast(backend.device, torch.bfloat16):
+            value = call()
+            inside = torch.autograd.grad(value, (x, w), retain_graph=True, allow_unused=True)
+        outside = torch.autograd.grad(value, (x, w), allow_unused=True)
+        assert inside[0].equal(outside[0]), name
+        assert name == "supcon" or inside[1].equal(outside[1]), name
+
+
 def test_autocast_off_inside_keeps_the_inputs_dtype(cpu_backend: Backend) -> None:
     """Mixed dtypes are an error again where autocast is disabled."""
     x, w, y = batch(12, 5, 4)
