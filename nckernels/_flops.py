@@ -1,4 +1,4 @@
-"""What :class:`torch.utils.flop_counter.FlopCounterMode` counts for the operators: products of matrices, as for PyTorch's.
+"""What :class:`torch.utils.flop_counter.FlopCounterMode` counts for the operators: matrix products, as for PyTorch's.
 
 The package does not import that module, which imports Triton. A counter that is active when an operator is to be called
 is given the formulas then.

@@ -309,8 +309,7 @@ def _losses_backward(
     reduced = reduced._replace(weight=weight, class_weight=class_weight)
     with no_autocast(z):
         chosen = registry.BACKENDS[backend]
-        grads = chosen.losses_backward(inputs, Forward(*results), upstream, reduced, spec, needs)
-    return tuple(None if g is None else g.to(x.dtype) for g, x in zip(grads, (z, w, beta), strict=True))
+        return chosen.losses_backward(inputs, Forward(*results), upstream, reduced, spec, needs)  # autograd casts them
 
 
 class HalfSquares(torch.autograd.Function):

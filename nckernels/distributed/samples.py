@@ -106,7 +106,7 @@ def supcon_terms(
 
     Returns:
         (n,) log-sum-exp over the other samples, or with ``decoupled`` over the samples of other labels; (n,) mean
-        cosine with the other samples of the label; (n,) whether there are any.
+        cosine with the other samples of the label; (n,) whether there are any, without which the others do not count.
     """
     counts = collectives.sizes(rows, ranks)
     if distinct:
@@ -248,15 +248,15 @@ def _lse_of_other_labels(
     ignore_index: int,
     inv_temperature: float | Tensor,
 ) -> Tensor:
-    """Log-sum-exp over the keys of other labels, in tiles that the backward pass recomputes.
+    """Log-sum-exp over the keys of other labels, in tiles that the backward pass recomputes; any number for an ignored
+    row.
 
     The primitive has this mask only for samples against themselves, where rows and columns share their labels.
     """
     u = unit(rows)
-    counted = (labels != ignore_index)[:, None]
 
     def tile(u: Tensor, keys: Tensor, key_labels: Tensor, beta: float | Tensor) -> Tensor:
-        allowed = counted & (labels[:, None] != key_labels) & (key_labels != ignore_index)
+        allowed = (labels[:, None] != key_labels) & (key_labels != ignore_index)
         return masked_logsumexp(beta * (u @ unit(keys).T), allowed, dim=1)
 
     width = max(1, registry.get_workspace(rows.device) // (4 * u.element_size() * max(1, len(rows))))

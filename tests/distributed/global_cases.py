@@ -308,7 +308,9 @@ def on_ranks(rank: int, world_size: int, problems: dict[str, Problem], how: dict
     return results
 
 
-def on_two_pairs(rank: int, world_size: int, problems: dict[str, tuple[Problem, Problem]]) -> dict[str, Any]:
+def on_two_pairs(
+    rank: int, world_size: int, problems: dict[str, tuple[Problem, Problem]], how: dict[str, Any]
+) -> dict[str, Any]:
     """In one of four ranks: the first problems are those of ranks 0 and 3, the second ones those of 1 and 2."""
     members = [0, 3] if rank in (0, 3) else [1, 2]
     groups = [dist.new_group(ranks) for ranks in ([0, 3], [1, 2])]
@@ -316,7 +318,8 @@ def on_two_pairs(rank: int, world_size: int, problems: dict[str, tuple[Problem, 
     results = {}
     for name, pair in problems.items():
         part = pair[mine].part(members.index(rank))
-        results[name] = value_and_grads(part, package(part.loss), process_group=groups[mine])
+        with setting(**how):
+            results[name] = value_and_grads(part, package(part.loss), process_group=groups[mine])
     return results
 
 
@@ -457,14 +460,14 @@ def check_some_gradients(ranks: Ranks, problems: dict[str, Problem], **how: Any)
     assert_none(lines)
 
 
-def check_two_pairs(ranks4: Ranks, problems: dict[str, tuple[Problem, Problem]]) -> None:
+def check_two_pairs(ranks4: Ranks, problems: dict[str, tuple[Problem, Problem]], **how: Any) -> None:
     """The same for two groups of two ranks at the same time, each with its own problems."""
-    results = ranks4.run(on_two_pairs, problems)
+    results = ranks4.run(on_two_pairs, problems, how)
     assert_none(
         f"{name} of ranks {members}: {fault}"
         for name, pair in problems.items()
         for p, members in zip(pair, ((0, 3), (1, 2)), strict=True)
-        for fault in faults(p, [results[member][name] for member in members])
+        for fault in faults(p, [results[member][name] for member in members], **how)
     )
 
 

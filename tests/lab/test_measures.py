@@ -223,6 +223,7 @@ def test_rotated_self_duality_at_its_ends() -> None:
     frame = torch.eye(6, dtype=torch.float64)
     assert rotated_self_duality(frame[:3], frame[3:]) == 2
     assert rotated_self_duality(frame[:3], frame[[2, 0, 1]]) == pytest.approx(0, abs=1e-15)
+    assert min(rotated_self_duality(w, w) for w in (normal(3, 3, seed=seed) for seed in range(9))) == 0  # not below
     assert math.isnan(rotated_self_duality(torch.zeros(3, 6), frame[:3]))
     assert math.isnan(rotated_self_duality(frame[:3], torch.zeros(3, 6)))
     # Prototypes that are attached to the wrong means: NC3 fails, NC3' holds.
