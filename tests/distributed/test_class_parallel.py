@@ -326,6 +326,27 @@ def test_checkpoints_load_on_another_number_of_ranks(ranks2: Ranks, ranks4: Rank
     assert all(torch.equal(m, momenta[0]) for m in momenta)
 
 
+def grad_of_class_weights(rank: int, world_size: int) -> Tensor:
+    x, w, y = data()
+    mine = slice(0, 5) if rank == 0 else slice(5, None)
+    weight = torch.linspace(0.5, 2.0, CLASSES, dtype=torch.float64, requires_grad=True)
+    spread = distribute_tensor(w, init_device_mesh("cpu", (world_size,)), [Shard(0)])
+    loss = nckernels.normface_loss(
+        x[mine, :DIM], spread, y[mine], weight=weight, label_smoothing=0.1, process_group="world"
+    )
+    loss.backward()
+    assert weight.grad is not None
+    return weight.grad
+
+
+def test_gradient_of_class_weights(ranks2: Ranks) -> None:
+    """Its average over the ranks, as that of all that is the same on them."""
+    x, w, y = data()
+    weight = torch.linspace(0.5, 2.0, CLASSES, dtype=torch.float64, requires_grad=True)
+    nckernels.normface_loss(x[:, :DIM], w, y, weight=weight, label_smoothing=0.1).backward()
+    assert_close(sum(ranks2.run(grad_of_class_weights)) / 2, weight.grad)
+
+
 def groups_of_two(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
     """Two groups with their own prototypes, in a mesh of two dimensions; then each rank alone in a third group."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "classes"))
