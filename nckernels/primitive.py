@@ -101,8 +101,9 @@ def cosine_lse(
         (float64 for float64 features). An empty sum is -inf and passes no gradient.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was expected. On a GPU, where looking
-            at values would stall, targets out of range trip a device-side assertion instead.
+        TypeError, ValueError: naming the argument, what came and what was expected. On CUDA, where looking at
+            values would stall, targets out of range trip a device-side assertion instead; on devices other than
+            that and the CPU nothing notices them.
         NotImplementedError: on double backward, forward-mode differentiation and ``torch.func`` transforms,
             except under backend ``"reference"``, which supports them all.
 

@@ -10,7 +10,7 @@ import torch
 from conftest import SINGLE_BACKWARD, Backend
 from oracle import DIRECTIONS, EXCLUDES, LOSSES, dense, loss, make_problem, package, package_loss, run
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import nckernels
 
@@ -329,6 +329,28 @@ def test_vmap_is_right_or_refused(cpu_backend: Backend) -> None:
         assert any(word in message for word in ("torch.func", "vmap")), message
     else:
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_forward_mode_is_right_or_refused(cpu_backend: Backend, reduction: str) -> None:
+    """Tangents are never dropped."""
+    x, w, y, _temperature = loss_inputs("nonl")
+    direction = torch.randn_like(x)
+
+    def value(x: Tensor) -> Tensor:
+        return nckernels.nonl_loss(x, w.detach(), y, reduction=reduction).sum()
+
+    def tangent() -> Tensor:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(value(forward_ad.make_dual(x.detach(), direction))).tangent
+
+    (grad,) = torch.autograd.grad(value(x), x)
+    got, message = attempt(tangent)
+    if got is None:
+        assert "forward-mode" in message
+        assert "use_backend('reference')" in message
+    else:
+        torch.testing.assert_close(got, (grad * direction).sum(), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

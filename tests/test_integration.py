@@ -33,6 +33,7 @@ from oracle import (
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.flop_counter import FlopCounterMode
 
 import nckernels
 from nckernels.backends import native
@@ -309,6 +310,41 @@ def test_opcheck_of_features_against_themselves(backend: Backend, direction: str
     torch.library.opcheck(torch.ops.nckernels.cosine_lse.default, arguments)
 
 
+@operators
+def test_fake_gradients(backend: Backend) -> None:
+    """Gradients have the layout of PyTorch, whatever that of the inputs; one that is not wanted has no numbers."""
+    arguments = operator_arguments(backend.name, backend.device, torch.float32, "both", "none", True, False)
+    inputs = [x.detach().mT.contiguous().mT if x.dim() == 2 else x.detach() for x in arguments[:6]]
+    saved = torch.ops.nckernels.cosine_lse(*inputs, *arguments[6:])
+    for wanted in itertools.product([False, True], repeat=2):
+        call = (*inputs, *saved, *saved[:3], *arguments[6:13], [*wanted, False, False, True])
+        torch.library.opcheck(torch.ops.nckernels.cosine_lse_backward.default, call, test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize("name", ["chunked", "native"])
+def test_flops(name: str, keeps: bool) -> None:
+    """FlopCounterMode counts the products of the naive form, and one more for similarities that are not kept."""
+    m, k, d = 40, 13, 24
+    z, w, y = torch.randn(m, d, requires_grad=True), torch.randn(k, d, requires_grad=True), torch.arange(m) % k
+
+    def count(loss: Callable[[], Tensor]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            loss().backward()
+        return counter.get_total_flops()
+
+    one, square = 2 * m * k * d, 2 * m * m * d
+    assert count(lambda: F.cross_entropy(F.normalize(z) @ F.normalize(w).T, y)) == 3 * one
+    with nckernels.use_backend(name), nckernels.use_workspace(2**20 if keeps else 1):
+        once_more = 0 if keeps else one
+        assert count(lambda: nckernels.normface_loss(z, w, y)) == 3 * one + once_more
+        assert count(lambda: nckernels.normface_loss(z, w.detach(), y)) == 2 * one + once_more
+        few = torch.arange(5)  # of whose classes a loss needs no more than five
+        assert count(lambda: nckernels.ntce_loss(z[:5], w, few)) == (3 if keeps else 4) * 2 * 5 * 5 * d
+        products = 2 if keeps and name == "native" else 3  # one gradient; the chunked backend keeps no symmetric matrix
+        assert count(lambda: nckernels.uniformity_loss(z)) == products * square
+
+
 @pytest.fixture
 def poisoned() -> Iterator[None]:
     """Deterministic mode fills every torch.empty with NaN."""
@@ -449,6 +485,25 @@ def test_autocast(backend: Backend, name: str, dtype: torch.dtype) -> None:
         scale = reference.abs().max()
         error, allowed = (worst((v.double() - reference).abs() / scale) for v in (value, rival))
         assert error <= allowed + 2 * torch.finfo(dtype).eps, f"{what}: error {error:.3g}, eager {allowed:.3g}"
+
+
+@operators
+def test_autocast_lowers_the_inputs_and_nothing_inside(backend: Backend) -> None:
+    """Losses are those of inputs that were cast before, and a backward pass under autocast is that outside of it."""
+    x, w, y = (value.to(backend.device) for value in batch(12, 5, 4))
+    x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+    calls: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "primitive": lambda x, w: nckernels.cosine_lse(x, w, y, 10.0, logit_bias=torch.ones_like(x[:, 0]))[0].sum(),
+        "samples": lambda x, w: nckernels.normface_loss(x, w, y, reduction="none").sum(),
+        "mean": lambda x, w: nckernels.nonl_loss(x, w, y),
+        "supcon": lambda x, w: nckernels.supcon_loss(x, y) + 0 * w.sum(),
+    }
+    for name, call in calls.items():
+        with torch.autocast(backend.device, torch.bfloat16):
+            value = call(x, w)
+            inside = torch.autograd.grad(value, (x, w), retain_graph=True)
+        assert value.equal(call(x.bfloat16(), w.bfloat16())), name
+        assert all(map(torch.equal, inside, torch.autograd.grad(value, (x, w)))), name
 
 
 def test_autocast_off_inside_keeps_the_inputs_dtype(cpu_backend: Backend) -> None:

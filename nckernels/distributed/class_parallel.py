@@ -190,7 +190,7 @@ def _over_classes(
     )  # fmt: skip
     if exclude == "target":
         # A sample of another rank's class had an arbitrary class of this rank excluded; add that term back.
-        lse = lse.where(batch.own | batch.ignored, logaddexp(lse, pos))
+        lse = lse.where(batch.own, logaddexp(lse, pos))
     if k == 0:
         lse = lse.masked_fill(torch.ones_like(batch.own), -torch.inf)
     return lse, pos.where(batch.own, 0.0)

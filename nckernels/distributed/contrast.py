@@ -113,7 +113,7 @@ def reduced_contrast(
     """
     ignored = target == ignore_index
     own = _counted_weights(~ignored, weight, pos)
-    own_lse = None if instance_lse is None else instance_lse.masked_fill(ignored | (instance_lse == -torch.inf), 0.0)
+    own_lse = None if instance_lse is None else _common.or_zero(instance_lse)  # ignored samples sum nothing
     if class_lse is None:
         assert own_lse is not None
         return reduce_weighted(own * (own_lse - pos), own, reduction, ranks, of_nothing)

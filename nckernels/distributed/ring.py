@@ -154,7 +154,7 @@ def _round(keys: Tensor, job: Job) -> Iterator[tuple[int, Tensor]]:
             yield owner, block
             return
         arriving = places[step % 2][: job.counts.counts[following]]
-        under_way = _pass_on(block, arriving, ranks, tag=0)
+        under_way = _pass_on(block, arriving, ranks)
         yield owner, block
         for work in under_way:
             work.wait()
@@ -176,7 +176,7 @@ class _Train:
         self.step += 1
         self.leaving = grad  # keeps it alive until it has been sent
         self.arriving = self.like.new_empty(counts[(ranks.rank + self.step) % ranks.size], self.columns)
-        self.under_way = _pass_on(grad, self.arriving, ranks, tag=1)
+        self.under_way = _pass_on(grad, self.arriving, ranks)
 
     def arrived(self) -> Tensor:
         """The sum that arrived from the right; after the last step it is the gradient of this rank's keys."""
@@ -186,11 +186,11 @@ class _Train:
         return self.arriving
 
 
-def _pass_on(leaving: Tensor, arriving: Tensor, ranks: Ranks, tag: int) -> list[Any]:
-    """Start to send to the left and to receive from the right."""
+def _pass_on(leaving: Tensor, arriving: Tensor, ranks: Ranks) -> list[Any]:
+    """Start to send to the left and to receive from the right. All ranks do it in the same order."""
     left, right = (dist.get_global_rank(ranks.group, (ranks.rank + side) % ranks.size) for side in (-1, 1))
     ends = [
-        dist.P2POp(operation, tensor, peer, ranks.group, tag)
+        dist.P2POp(operation, tensor, peer, ranks.group)
         for operation, tensor, peer in ((dist.isend, leaving, left), (dist.irecv, arriving, right))
         if tensor.numel()
     ]

@@ -106,7 +106,7 @@ def supcon_terms(
 
     Returns:
         (n,) log-sum-exp over the other samples, or with ``decoupled`` over the samples of other labels; (n,) mean
-        cosine with the other samples of the label; (n,) whether there are any.
+        cosine with the other samples of the label; (n,) whether there are any, without which the others do not count.
     """
     counts = collectives.sizes(rows, ranks)
     if distinct:
@@ -118,7 +118,7 @@ def supcon_terms(
     if counts.total == 0:
         nothing = unit(visible).sum(1)
         return nothing, nothing, ignored
-    group, classes, key_group = _groups_here(labels, ignored, everybody, all_ignored)
+    group, classes, key_group = _groups_here(labels, ignored, everybody)
     of_class = visible.new_zeros(classes, dtype=accumulation_dtype(visible.dtype))
     of_class.index_add_(0, key_group.clamp_min(0), (key_group >= 0).to(of_class.dtype))
     if decoupled:
@@ -197,16 +197,18 @@ def _travel(keys: Tensor, counts: Sizes) -> bool:
     return counts.total * keys.shape[1] * keys.element_size() > counts.workspace
 
 
-def _groups_here(labels: Tensor, ignored: Tensor, everybody: Tensor, all_ignored: Tensor) -> tuple[Tensor, int, Tensor]:
-    """Groups of this rank's labels, their number, and the group of each label of all ranks, -1 if it is not here."""
+def _groups_here(labels: Tensor, ignored: Tensor, everybody: Tensor) -> tuple[Tensor, int, Tensor]:
+    """Groups of this rank's labels, their number, and the group of each label of all ranks, -1 if it is not here.
+
+    Ignored labels have no group: those of this rank are not among the labels that are looked through.
+    """
     nothing = torch.iinfo(torch.int64).max
     if len(labels) == 0:
         return labels, 1, torch.full_like(everybody, -1)
     group, classes = groups(labels, ignored)
     in_order = labels.new_full((classes,), nothing).scatter_(0, group, labels.masked_fill(ignored, nothing))
     found = torch.searchsorted(in_order, everybody).clamp_max(classes - 1)
-    here = (in_order[found] == everybody) & ~all_ignored
-    return group, classes, found.masked_fill(~here, -1)
+    return group, classes, found.masked_fill(in_order[found] != everybody, -1)
 
 
 class _UnitSums(torch.autograd.Function):
@@ -246,15 +248,15 @@ def _lse_of_other_labels(
     ignore_index: int,
     inv_temperature: float | Tensor,
 ) -> Tensor:
-    """Log-sum-exp over the keys of other labels, in tiles that the backward pass recomputes.
+    """Log-sum-exp over the keys of other labels, in tiles that the backward pass recomputes; any number for an ignored
+    row.
 
     The primitive has this mask only for samples against themselves, where rows and columns share their labels.
     """
     u = unit(rows)
-    counted = (labels != ignore_index)[:, None]
 
     def tile(u: Tensor, keys: Tensor, key_labels: Tensor, beta: float | Tensor) -> Tensor:
-        allowed = counted & (labels[:, None] != key_labels) & (key_labels != ignore_index)
+        allowed = (labels[:, None] != key_labels) & (key_labels != ignore_index)
         return masked_logsumexp(beta * (u @ unit(keys).T), allowed, dim=1)
 
     width = max(1, registry.get_workspace(rows.device) // (4 * u.element_size() * max(1, len(rows))))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
 
 
 def write_atomically(path: Path, content: Callable[[IO[bytes]], Any], part: Path | None = None) -> None:
@@ -56,8 +61,8 @@ def hold(path: Path) -> IO[str]:
     """
     file = open(path, "a+")  # noqa: SIM115 - the caller closes it
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        _lock(file.fileno())
+    except (BlockingIOError, PermissionError):  # Windows raises the latter
         file.seek(0)
         owner = file.read().strip()
         file.close()
@@ -69,17 +74,29 @@ def hold(path: Path) -> IO[str]:
     return file
 
 
+def _lock(file: int) -> None:
+    """Lock an open file, or raise an error at once."""
+    if sys.platform == "win32":
+        os.lseek(file, 2**20, os.SEEK_SET)  # a byte far behind the process id: nobody else can read what is locked
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def _leave_to_parent() -> None:
     """Close the locks in a forked worker: a lock lasts while any copy of its file is open, even if the parent ends."""
     for file in _held:
         file.close()
 
 
-os.register_at_fork(after_in_child=_leave_to_parent)
+if sys.platform != "win32":  # where processes do not fork
+    os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Flush a folder to disk, without which a renamed file may be lost in a power failure."""
+    """Flush a folder to disk, without which a renamed file may be lost in a power failure. Windows cannot do it."""
+    if sys.platform == "win32":
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

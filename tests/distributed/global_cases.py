@@ -172,7 +172,8 @@ class Problem:
             return self
         target = torch.cat([torch.arange(m) for m in queries]) if self.target is None else self.target
         offsets = torch.tensor([0, *keys[:-1]]).cumsum(0).repeat_interleave(torch.tensor(queries))
-        return dataclasses.replace(self, target=torch.where(target < 0, target, target + offsets))
+        ignored = target == self.options.get("ignore_index", IGNORED)
+        return dataclasses.replace(self, target=torch.where(ignored, target, target + offsets))
 
     def call(self, function: Callable[..., Tensor], leaves: dict[str, Tensor], **more: Any) -> Tensor:
         """The loss with these leaves in place of the problem's own."""
@@ -307,7 +308,9 @@ def on_ranks(rank: int, world_size: int, problems: dict[str, Problem], how: dict
     return results
 
 
-def on_two_pairs(rank: int, world_size: int, problems: dict[str, tuple[Problem, Problem]]) -> dict[str, Any]:
+def on_two_pairs(
+    rank: int, world_size: int, problems: dict[str, tuple[Problem, Problem]], how: dict[str, Any]
+) -> dict[str, Any]:
     """In one of four ranks: the first problems are those of ranks 0 and 3, the second ones those of 1 and 2."""
     members = [0, 3] if rank in (0, 3) else [1, 2]
     groups = [dist.new_group(ranks) for ranks in ([0, 3], [1, 2])]
@@ -315,7 +318,8 @@ def on_two_pairs(rank: int, world_size: int, problems: dict[str, tuple[Problem, 
     results = {}
     for name, pair in problems.items():
         part = pair[mine].part(members.index(rank))
-        results[name] = value_and_grads(part, package(part.loss), process_group=groups[mine])
+        with setting(**how):
+            results[name] = value_and_grads(part, package(part.loss), process_group=groups[mine])
     return results
 
 
@@ -414,12 +418,12 @@ def check(ranks: Ranks, problems: dict[str, Problem], dtype: torch.dtype = torch
 
 
 def otherwise(p: Problem) -> Problem:
-    """The same batch with narrow integers, non-contiguous rows and another ignore_index."""
+    """The same batch with narrow integers, non-contiguous rows and an ignore_index beyond the classes."""
     if p.target is not None:
         wide = p.loss == "supcon" or (p.loss == "prototype" and "num_classes" not in p.options)  # any labels
-        target = p.target.masked_fill(p.target == IGNORED, -5)
+        target = p.target.masked_fill(p.target == IGNORED, 120)
         p = dataclasses.replace(
-            p, target=target if wide else target.to(torch.int8), options={**p.options, "ignore_index": -5}
+            p, target=target if wide else target.to(torch.int8), options={**p.options, "ignore_index": 120}
         )
     return dataclasses.replace(p, rows=tuple(x.mT.contiguous().mT for x in p.rows))
 
@@ -456,14 +460,14 @@ def check_some_gradients(ranks: Ranks, problems: dict[str, Problem], **how: Any)
     assert_none(lines)
 
 
-def check_two_pairs(ranks4: Ranks, problems: dict[str, tuple[Problem, Problem]]) -> None:
+def check_two_pairs(ranks4: Ranks, problems: dict[str, tuple[Problem, Problem]], **how: Any) -> None:
     """The same for two groups of two ranks at the same time, each with its own problems."""
-    results = ranks4.run(on_two_pairs, problems)
+    results = ranks4.run(on_two_pairs, problems, how)
     assert_none(
         f"{name} of ranks {members}: {fault}"
         for name, pair in problems.items()
         for p, members in zip(pair, ((0, 3), (1, 2)), strict=True)
-        for fault in faults(p, [results[member][name] for member in members])
+        for fault in faults(p, [results[member][name] for member in members], **how)
     )
 
 

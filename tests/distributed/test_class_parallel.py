@@ -7,6 +7,7 @@ complete on its rank.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Iterable
@@ -33,6 +34,7 @@ from nckernels.distributed import collectives
 
 from .global_cases import (
     CLASSES,
+    IGNORED,
     PROTOTYPE_VARIANTS,
     REDUCTIONS,
     Batch,
@@ -108,7 +110,13 @@ def test_equals_one_process_in_float64(ranks: Ranks) -> None:
 
 
 def test_equals_one_process_in_float32(ranks: Ranks) -> None:
-    check(ranks, problems({"unequal": batches(ranks.world_size)["unequal"]}, reductions=("mean",)), torch.float32)
+    """One of the classes, which rank 0 holds, is what is ignored."""
+    cases = problems({"unequal": batches(ranks.world_size)["unequal"]}, reductions=("mean",))
+    for name, p in cases.items():
+        assert p.target is not None
+        target = p.target.masked_fill(p.target == IGNORED, 2)
+        cases[name] = dataclasses.replace(p, target=target, options={**p.options, "ignore_index": 2})
+    check(ranks, cases, torch.float32)
 
 
 def test_a_rank_without_classes(ranks4: Ranks) -> None:
@@ -316,6 +324,27 @@ def test_checkpoints_load_on_another_number_of_ranks(ranks2: Ranks, ranks4: Rank
     assert shapes == [(n, DIM) for n in (6, 5, 3, 3, 3, 2)]
     assert momenta[0].abs().min() > 0
     assert all(torch.equal(m, momenta[0]) for m in momenta)
+
+
+def grad_of_class_weights(rank: int, world_size: int) -> Tensor:
+    x, w, y = data()
+    mine = slice(0, 5) if rank == 0 else slice(5, None)
+    weight = torch.linspace(0.5, 2.0, CLASSES, dtype=torch.float64, requires_grad=True)
+    spread = distribute_tensor(w, init_device_mesh("cpu", (world_size,)), [Shard(0)])
+    loss = nckernels.normface_loss(
+        x[mine, :DIM], spread, y[mine], weight=weight, label_smoothing=0.1, process_group="world"
+    )
+    loss.backward()
+    assert weight.grad is not None
+    return weight.grad
+
+
+def test_gradient_of_class_weights(ranks2: Ranks) -> None:
+    """Its average over the ranks, as that of all that is the same on them."""
+    x, w, y = data()
+    weight = torch.linspace(0.5, 2.0, CLASSES, dtype=torch.float64, requires_grad=True)
+    nckernels.normface_loss(x[:, :DIM], w, y, weight=weight, label_smoothing=0.1).backward()
+    assert_close(sum(ranks2.run(grad_of_class_weights)) / 2, weight.grad)
 
 
 def groups_of_two(rank: int, world_size: int) -> tuple[Tensor, Tensor]:

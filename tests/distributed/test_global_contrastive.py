@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import pytest
 import torch
 from ranks import Ranks
+from torch import Tensor
 
 import nckernels
+from nckernels.distributed import collectives, groups
 
 from .global_cases import (
     CONTRASTIVE_VARIANTS,
@@ -86,6 +88,22 @@ def test_bfloat16_gradients_of_four_ranks_add_up_in_float32(ranks4: Ranks, works
         check(ranks4, problems(ranks4, loss, "unequal", seed=1), torch.bfloat16, workspace=workspace)
 
 
+def grad_of_gathered(rank: int, world_size: int, upstream: Tensor) -> Tensor:
+    ranks = groups.resolve("world")
+    assert ranks is not None
+    rows = torch.ones(1, upstream.shape[2], dtype=torch.bfloat16, requires_grad=True)
+    collectives.gather(rows, collectives.sizes(rows, ranks), ranks).backward(upstream[rank])
+    assert rows.grad is not None
+    return rows.grad
+
+
+def test_gradients_of_gathered_keys_are_rounded_once(ranks4: Ranks) -> None:
+    """After the sum over the ranks: to the last bit."""
+    upstream = torch.randn(4, 4, 100, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = torch.cat(ranks4.run(grad_of_gathered, upstream))
+    assert found.equal(upstream.double().sum(0).bfloat16())
+
+
 @pytest.mark.parametrize("workspace", [None, 512], ids=["gathered", "travelling"])
 def test_autocast(ranks2: Ranks, workspace: int | None) -> None:
     for loss in NAMES:
@@ -149,7 +167,10 @@ def test_two_groups_at_the_same_time(ranks4: Ranks) -> None:
             for i, name in enumerate(("unequal", "empty-shard"))
         ]
         cases[f"{loss}-{reduction}"] = (pair[0], pair[1])
-    check_two_pairs(ranks4, cases)
+    travelling = {name: pair for name, pair in cases.items() if pair[0].reduction == "mean"}
+    gathered = {name: pair for name, pair in cases.items() if name not in travelling}
+    check_two_pairs(ranks4, gathered)
+    check_two_pairs(ranks4, travelling, workspace=512)
 
 
 def without_pairs(rank: int, world_size: int, rows: int) -> None:

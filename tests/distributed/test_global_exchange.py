@@ -111,14 +111,21 @@ def test_bytes_do_not_depend_on_samples_or_dimension(ranks2: Ranks) -> None:
 
 
 def call(
-    name: str = "nonl", m: int = 6, k: int = 5, d: int = 4, dtype: torch.dtype = torch.float32, **options: Any
+    name: str = "nonl",
+    m: int = 6,
+    k: int = 5,
+    d: int = 4,
+    dtype: torch.dtype = torch.float32,
+    autocast: bool = False,
+    **options: Any,
 ) -> Tensor:
     """A loss of random samples, with gradient."""
     x, w = (torch.randn(n, d, dtype=dtype, requires_grad=True) for n in (m, k))
     y = torch.arange(m) % k
     rows = {"clip": (x, x * 2), "info_nce": (x, x * 2), "alignment": (x, x * 2), "uniformity": (x,)}
     args = rows.get(name, (x, w, y) if name in LOSSES else (x, y))
-    return package(name)(*args, **{"process_group": "world", **options})
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        return package(name)(*args, **{"process_group": "world", **options})
 
 
 # What the last rank does differently, and what the message is to say.
@@ -129,6 +136,7 @@ DIFFERENT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "dimension-clip": ({"name": "clip"}, {"d": 3}, r"\bd\b|columns|dimension"),
     "dtype": ({}, {"dtype": torch.float64}, "dtype|float64"),
     "dtype-supcon": ({"name": "supcon"}, {"dtype": torch.float64}, "dtype|float64"),
+    "autocast": ({}, {"autocast": True}, "autocast"),
     "temperature": ({"temperature": 0.1}, {"temperature": 0.2}, "temperature"),
     "temperature-supcon": ({"name": "supcon"}, {"temperature": 0.2}, "temperature"),
     "direction": ({}, {"direction": "both"}, "direction"),
@@ -144,10 +152,11 @@ DIFFERENT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 
 
 def disagreements(rank: int, world_size: int) -> dict[str, str]:
-    found = {}
+    """In a group that knows no configuration yet: what other tests have called is compared no more."""
+    group, found = dist.new_group(), {}
     for name, (common, differently, _) in DIFFERENT.items():
         try:
-            value = call(**{**common, **(differently if rank == world_size - 1 else {})})
+            value = call(process_group=group, **{**common, **(differently if rank == world_size - 1 else {})})
             found[name] = f"returned {value}"
         except ValueError as error:
             found[name] = f"ValueError: {error}"
@@ -167,10 +176,11 @@ def test_ranks_that_disagree_get_an_error_that_names_the_option(ranks: Ranks) ->
 def numbers_of_collectives(rank: int, world_size: int, check: bool) -> list[int]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NCKERNELS_CHECK_RANKS", str(int(check)))
+        call(k=5)  # by the ranks of another group
         group, found = dist.new_group(), []
-        for k in (5, 5, 7):
+        for k, temperature in ((5, 0.1), (5, 0.2), (7, 0.2)):  # a new number is no new configuration
             with counted() as log:
-                call(k=k, process_group=group)
+                call(k=k, temperature=temperature, process_group=group)
             found.append(len(log))
     return found
 

@@ -72,6 +72,23 @@ def test_leading_dimensions(ranks2: Ranks) -> None:
     torch.testing.assert_close(sum(found) / 2, nckernels.nonl_loss(x, w, y), rtol=1e-12, atol=1e-12)
 
 
+def grad_of_weights(rank: int, world_size: int, x: Tensor, w: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    mine = slice(0, 3) if rank == 0 else slice(3, None)
+    weight = weight[mine].clone().requires_grad_()
+    nckernels.nonl_loss(x[mine], w, y[mine], sample_weight=weight, process_group="world").backward()
+    assert weight.grad is not None
+    return weight.grad
+
+
+def test_gradient_of_sample_weights(ranks2: Ranks) -> None:
+    """All ranks' losses depend on the sum of all weights."""
+    x, w = torch.randn(10, 6, dtype=torch.float64), torch.randn(CLASSES, 6, dtype=torch.float64)
+    y, weight = torch.arange(10) % 4, torch.rand(10, dtype=torch.float64, requires_grad=True)
+    found = torch.cat(ranks2.run(grad_of_weights, x, w, y, weight.detach()))
+    nckernels.nonl_loss(x, w, y, sample_weight=weight).backward()
+    torch.testing.assert_close(found / 2, weight.grad, rtol=1e-12, atol=1e-12)
+
+
 def smoothed_over_nothing(rank: int, world_size: int) -> Tensor:
     weight = torch.tensor([0.0, 0.0, 1.0])
     return nckernels.normface_loss(

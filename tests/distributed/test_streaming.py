@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict
 
@@ -11,6 +12,7 @@ from ranks import Ranks
 from torch import Tensor
 
 from nckernels.metrics import neural_collapse
+from nckernels.metrics.measures import rounding_noise
 
 pytest.importorskip("torchmetrics")
 
@@ -70,6 +72,24 @@ def test_ranks_measure_the_same_as_one_process(ranks2: Ranks, at: int, offset: f
         for number, (got, expected) in enumerate(zip(results, want, strict=True)):
             assert_equal(got, expected, skip=("intra_erank", "nc4") if number < 2 else ())
     assert [repr(result) for result in of_ranks[0]] == [repr(result) for result in of_ranks[1]]  # to the last bit
+
+
+def unlike(rank: int, world_size: int) -> tuple[float, float]:
+    """The noise of ranks whose features have different dtypes; NC4 where the second rank has no samples."""
+    metric = CollapseMetric(K, D)
+    metric.update(torch.randn(8, D, dtype=(torch.bfloat16, torch.float32)[rank]), torch.arange(8) % K)
+    metric.sync()
+    x, y = torch.ones(8, D, dtype=torch.float64), torch.arange(8) % 2
+    x[1::2] += torch.finfo(torch.float64).eps
+    of_one = [(x, y)] if rank == 0 else []
+    return metric.noise.item(), measure(of_one, prototypes=torch.eye(K, D), bias=torch.zeros(K)).nc4
+
+
+def test_all_ranks_go_by_the_same_rounding_errors(ranks2: Ranks) -> None:
+    """The largest; means that differ by no more than those coincide on a rank without samples too."""
+    for noise, nc4 in ranks2.run(unlike):
+        assert noise == rounding_noise(torch.bfloat16)
+        assert math.isnan(nc4)
 
 
 def disagree(rank: int, world_size: int, what: str) -> float:

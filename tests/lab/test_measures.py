@@ -156,13 +156,20 @@ def test_one_class_and_classes_of_one_sample() -> None:
 
 
 def test_rank_counts_what_is_above_rounding() -> None:
-    """Five means, off their plane by less and by more than the precision of float32."""
-    means = torch.cat([normal(5, 2), torch.zeros(5, 2, dtype=torch.float64)], 1)
-    for off, rank in ((1e-9, 2), (1e-5, 3)):
-        means[:, 2] = off * torch.tensor([1.0, -1, 1, -1, 0])
+    """Five means, each off their plane by less and by more than the rounding error of a mean in float32."""
+    means = torch.tensor([[1.0, 1, 0, 0], [1, 1, 0, 0], [-1, 1, 0, 0], [-1, 1, 0, 0], [0, -4, 0, 0]]).double()
+    rounding = measures.rounding_noise(torch.float32) * means.square().sum(1).mean().sqrt()
+    for off, rank in ((0.9, 2), (1.3, 3)):
+        means[:, 2] = off * rounding * torch.tensor([1.0, -1, 1, -1, 0])
         x, y = isotropic(means, 0.0)
         assert between_class_rank(x.float(), y) == rank
         assert between_class_rank(x, y) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_neighbouring_numbers_differ(dtype: torch.dtype) -> None:
+    """By twice what counts as rounding."""
+    assert covariance_rank(torch.tensor([[1.0], [1.0 + torch.finfo(dtype).eps]], dtype=dtype)) == 1
 
 
 class Largest(TorchDispatchMode):
@@ -216,6 +223,7 @@ def test_rotated_self_duality_at_its_ends() -> None:
     frame = torch.eye(6, dtype=torch.float64)
     assert rotated_self_duality(frame[:3], frame[3:]) == 2
     assert rotated_self_duality(frame[:3], frame[[2, 0, 1]]) == pytest.approx(0, abs=1e-15)
+    assert min(rotated_self_duality(w, w) for w in (normal(3, 3, seed=seed) for seed in range(9))) == 0  # not below
     assert math.isnan(rotated_self_duality(torch.zeros(3, 6), frame[:3]))
     assert math.isnan(rotated_self_duality(frame[:3], torch.zeros(3, 6)))
     # Prototypes that are attached to the wrong means: NC3 fails, NC3' holds.
@@ -243,6 +251,8 @@ def test_agreement_with_the_nearest_mean() -> None:
     tied = torch.tensor(list(itertools.permutations((0.1, 0.2, 0.3, 0.7))), dtype=torch.float64)
     x = torch.ones(5, 4)  # as far from every mean, up to rounding: the first class, in both decisions
     assert nearest_mean_agreement(x, tied, tied) == 1
+    w, bias = torch.tensor([[0.0, 0.05], [1e6 + 0.1, 1e6 + 0.05]], dtype=torch.float64)  # sums that round apart
+    assert nearest_mean_agreement(torch.ones(1, 1), w[:, None], torch.tensor([[1.0], [2.0]]), bias) == 1
 
 
 def test_bias_makes_the_classifier_linear() -> None:

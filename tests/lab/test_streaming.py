@@ -22,6 +22,7 @@ pytest.importorskip("torchmetrics")
 from test_memory import replay
 from torchmetrics import MetricCollection
 
+from nckernels.metrics.measures import rounding_noise
 from nckernels.metrics.streaming import CollapseMetric, measure
 
 K, D = 7, 12
@@ -190,6 +191,11 @@ def test_merging_forward_and_reset() -> None:
             one_pass=True,
         )
     close(metric.report(), want, one_pass=True)
+    metric.reset()
+    assert metric.noise == 0
+    metric.update(features[:1].bfloat16(), target[:1])
+    metric.update(features[:50], target[:50])
+    assert metric.noise == rounding_noise(torch.bfloat16)  # that of the least exact batch
     metric.reset()
     metric.update(features[:50], target[:50])
     close(metric.report(), a.report(), one_pass=True)

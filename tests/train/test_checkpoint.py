@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import os
 import signal
+import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +218,34 @@ def test_two_processes_in_one_folder_are_an_error(tmp_path: Path) -> None:
         Folder(tmp_path).close()
     finally:
         os.kill(child, signal.SIGKILL)
+
+
+def test_windows_has_no_fcntl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There a byte is locked, which others cannot read: none of those of the process id. Folders are not flushed."""
+    locked = set()
+
+    def locking(file: int, mode: int, count: int) -> None:
+        place = os.fstat(file).st_ino, os.lseek(file, 0, os.SEEK_CUR)
+        assert (mode, count) == (2, 1)
+        assert place[1] > 100
+        if place in locked:
+            raise PermissionError(13, "Permission denied")
+        locked.add(place)
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", types.SimpleNamespace(locking=locking, LK_NBLCK=2))
+    monkeypatch.delattr(os, "register_at_fork")
+    spec = importlib.util.spec_from_file_location("files_of_windows", write_atomically.__code__.co_filename)
+    assert spec is not None
+    assert spec.loader is not None
+    files = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(files)
+    with files.hold(tmp_path / "lock"), pytest.raises(BlockingIOError, match=f"^{os.getpid()}$"):
+        files.hold(tmp_path / "lock")
+    monkeypatch.setattr(os, "open", lambda *_: pytest.fail("a folder was opened"))
+    files.write_text(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "new"
 
 
 # A full disk: with the rest of it in test_contract_resume.py
