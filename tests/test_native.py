@@ -273,6 +273,31 @@ def test_fork_after_use() -> None:
     assert result.returncode == 0, result.stderr
 
 
+FORK_OF_ONE_THREAD = """
+import os, signal, threading
+from nckernels.backends import native
+def allocate():
+    while True:
+        native.peak_scratch()
+for _ in range(2):
+    threading.Thread(target=allocate, daemon=True).start()
+for _ in range(200):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # ends the process
+        native.peak_scratch()
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        os._exit(1)
+os._exit(0)
+"""
+
+
+def test_fork_while_other_threads_hold_the_lock_of_scratch_memory() -> None:
+    """The child, which does not have these threads, would wait for ever."""
+    assert run_python(FORK_OF_ONE_THREAD, timeout=60).returncode == 0
+
+
 # Models of instructions that this CPU may lack, which run on any CPU.
 PAIRS = "-O1 -DNCK_BFLOAT16"
 TILES = "-O1 -DNCK_AMX -DNCK_VECTOR_BYTES=64 -Wno-psabi"

@@ -3,6 +3,9 @@
 #include <mutex>
 #include <new>
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -29,6 +32,11 @@ namespace scratch {
 static std::mutex mutex;
 static std::multimap<size_t, void*> free_buffers;
 static size_t free_bytes = 0, used_bytes = 0, peak_bytes = 0;
+#if defined(__unix__) || defined(__APPLE__)
+// A forked child has no other threads, none of which may therefore hold the lock at that moment.
+[[maybe_unused]] static const int lock_at_fork =
+    pthread_atfork([] { mutex.lock(); }, [] { mutex.unlock(); }, [] { mutex.unlock(); });
+#endif
 #if defined(__SANITIZE_ADDRESS__)
 // No buffer is reused or rounded up further than alignment needs, so that the sanitizer sees every error.
 constexpr size_t kept_at_most = 0, alignment = 64;
