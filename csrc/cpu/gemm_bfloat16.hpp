@@ -114,18 +114,18 @@ struct GemmBfloat16 {
   // told. `e`: t or exp(t). Excluded entries have no t and add 0.
   static double lost(const T* panel, int64_t rows, const T* of_rows, const T* of_columns, Rounding rounding,
                      const T* e, bool exponentials) {
-    Vec<T> column[NV], of_column[NV], total{};
+    Vec<T> column[NV], column_inverse[NV], total{};
     for (int v = 0; v < NV; v++) {
       column[v] = load(of_columns + v * W);
-      of_column[v] = 1.0f / column[v];
+      column_inverse[v] = 1.0f / column[v];
     }
     for (int64_t r = 0; r < rows; r++) {
-      const Vec<T> row = splat(of_rows[r]), of_row = splat(1.0f / of_rows[r]);
+      const Vec<T> row = splat(of_rows[r]), row_inverse = splat(1.0f / of_rows[r]);
       for (int v = 0; v < NV; v++) {
         const Vec<T> a = load(panel + r * NR + v * W), x = load(e + r * NR + v * W);
         Vec<T> loss{};
-        if (rounding != Rounding::kInPairs) loss += lost_by(a, column[v], of_column[v]);
-        if (rounding != Rounding::kByRows) loss += lost_by(a, row, of_row);
+        if (rounding != Rounding::kInPairs) loss += lost_by(a, column[v], column_inverse[v]);
+        if (rounding != Rounding::kByRows) loss += lost_by(a, row, row_inverse);
         const Vec<T> t = exponentials ? rough_logarithm(x) : x;
         total += (exponentials ? x > 0.0f : x > minus_infinity<T>) ? loss * t : Vec<T>{};
       }

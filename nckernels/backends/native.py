@@ -54,8 +54,8 @@ _SIZES = (_PROBLEM.size << 32) | (_GRADIENTS.size << 16) | _STEP.size
 
 
 _CHOICE = "NCKERNELS_CPU_INSTRUCTIONS"
-_FAST_WITH_TILES = tuple(name for name in build.CPU if name != "avx512_bf16")
-"""The libraries that a CPU with AMX uses unless told otherwise."""
+_SLOW_WITH_TILES = "avx512_bf16"
+"""The library that a CPU with AMX does not use unless told to."""
 
 
 def libraries() -> list[build.Library]:
@@ -78,7 +78,7 @@ def libraries() -> list[build.Library]:
     if wanted and wanted not in names:
         raise ValueError(f"{_CHOICE} must be one of {', '.join(names)} on this CPU, got {wanted!r}")
     chosen = names[names.index(wanted) :] if wanted else names
-    return [build.CPU[name] for name in chosen if not tiles or name in (wanted, *_FAST_WITH_TILES)]
+    return [build.CPU[name] for name in chosen if not tiles or name == wanted or name != _SLOW_WITH_TILES]
 
 
 def library() -> build.Library | None:
