@@ -85,8 +85,8 @@ short_grad_kernel(const __grid_constant__ GradArgs a) {
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     slot[h] = slot_at(a.p, p_first + 16 * warp + 8 * h + g, p_used);
-    row[h] = terms_of<Tag, kSums>(a.p, slot[h], a.q.grad, once, a.exclude, a.norm_limit, of_gradients);
-    row[h].rnorm *= *a.beta * kLog2e;
+    row[h] =
+        terms_of<Tag, kSums>(a.p, slot[h], *a.beta, a.q.grad, once, a.exclude, a.norm_limit, of_gradients);
   }
   float sum[kD / 8][4] = {};
 
@@ -94,7 +94,8 @@ short_grad_kernel(const __grid_constant__ GradArgs a) {
   for (int tile = part; tile < tiles; tile += a.split) {
     if (threadIdx.x < kRowsQ) {
       Slot s = slot_at(a.q, tile * kRowsQ + int(threadIdx.x), q_used);
-      auto terms = terms_of<Tag, kSums>(a.q, s, a.p.grad, once, a.exclude, a.norm_limit, of_gradients);
+      auto terms =
+          terms_of<Tag, kSums>(a.q, s, *a.beta, a.p.grad, once, a.exclude, a.norm_limit, of_gradients);
       terms.factor *= scale;
       columns[buffer * kRowsQ + threadIdx.x] = terms;
     }

@@ -5,11 +5,11 @@ import triton.language as tl
 
 from .reduce import write_loss
 from .tiles import (
-    LOG2E,
     NOT_FINITE,
     dot,
     load_lse,
     load_rows,
+    logit_scale,
     paired_rows,
     row_bias,
     slot_rows,
@@ -287,7 +287,7 @@ def mend_kernel(
 @triton.jit(do_not_specialize=["n_p", "n_q", "d", "p_stride", "q_stride", "skip_p", "skip_q", "split"])
 def bias_grad_kernel(
     P, P_rnorm, P_label, P_bias,
-    Q, Q_rnorm, Q_label, Q_count, Q_lse, Q_grad,
+    Q, Q_rnorm, Q_label, Q_count, Q_lse, Q_ratio, Q_grad,
     Beta, Part,
     n_p, n_q, d, p_stride, q_stride, skip_p, skip_q, split,
     EXCLUDE: tl.constexpr, P_SAMPLES: tl.constexpr, Q_GATHER: tl.constexpr,
@@ -309,7 +309,8 @@ def bias_grad_kernel(
     if Q_count is not None:
         n_q = tl.load(Q_count)
     p_row, p_valid, p_tag, p_rnorm = summed_rows(P_rnorm, P_label, p_first, n_p, skip_p, EXCLUDE, P_SAMPLES, False, BP)
-    p_scale = p_rnorm * (tl.load(Beta) * LOG2E)
+    beta = tl.load(Beta)
+    p_scale = logit_scale(logit_scale(p_rnorm, beta), beta)  # of both sides
     p_bias = row_bias(P_bias, p_row, p_valid)
     p = None
     if WHOLE_D:
@@ -325,7 +326,7 @@ def bias_grad_kernel(
             row, valid, tag, rnorm = summed_rows(
                 Q_rnorm, Q_label, q_first + i * B, n_q, skip_q, EXCLUDE, not P_SAMPLES, Q_GATHER, B
             )
-            lse, grad = load_lse(Q_lse, Q_grad, row, valid)
+            lse, grad = load_lse(Q_lse, Q_ratio, Q_grad, row, valid)
             t = tl.fma(products[i] * p_scale[:, None], rnorm[None, :], p_bias[:, None])
             e = grad[None, :] * tl.exp2(t - lse[None, :])
             if EXCLUDE != "none":
