@@ -36,7 +36,7 @@ class Bench:
             return run(*args, **options)
 
         self.kernel.run = counted
-        self.tensors = [torch.empty(4, 100), torch.empty(4, 100), None, None, torch.empty(100)]
+        self.tensors = [torch.empty(4, 100), torch.empty(4, 100), None, None, torch.empty(100), None]
         self.numbers = [0, 4, 100, -1]
 
     def launch(self, *tensors: Any, numbers: list[Any] | None = None, options: Any = None, grid: Any = (2,)) -> bool:

@@ -30,7 +30,7 @@ bias_grad_kernel(const __grid_constant__ BiasGradArgs a) {
 #pragma unroll
   for (int r = 0; r < 4; r++) {
     Slot s = slot_at(a.p, p_first + me.row(r / 2, r % 2), p_used);
-    scale[r] = logit_scale(logit_scale(rnorm_of(a.p, s), *a.beta), *a.beta);  // of both sides
+    scale[r] = rnorm_of(a.p, s) * (*a.beta * kLog2e);
     bias[r] = summand_bias(a.p, s);
     tag[r] = mask_tag<Tag>(a.p, s, a.exclude);
   }

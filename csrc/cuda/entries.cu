@@ -65,19 +65,20 @@ entries_kernel(const __grid_constant__ EntriesArgs a) {
     return;
   }
 
+  const Betas betas = betas_of(a.p, *a.beta);
   const float scale = a.scale ? *a.scale : 1.0f, of_gradients = a.divisor ? a.divisor[2] : 1.0f;
   Terms<Tag, kSums> row[4];
 #pragma unroll
   for (int r = 0; r < 4; r++) {
     Slot s = slot_at(a.p, p_first + me.row(r / 2, r % 2), p_used);
-    row[r] = terms_of<Tag, kSums>(a.p, s, *a.beta, a.q.grad, false, a.exclude, a.norm_limit, of_gradients);
+    row[r] = terms_of<Tag, kSums>(a.p, s, betas.p, a.q.grad, false, a.exclude, a.norm_limit, of_gradients);
     row[r].factor *= scale;
   }
   auto prologue = [&](int) {
     if (threadIdx.x >= kTile) return;
     Slot s = slot_at(a.q, q_first + int(threadIdx.x), q_used);
     columns[threadIdx.x] =
-        terms_of<Tag, kSums>(a.q, s, *a.beta, a.p.grad, false, a.exclude, a.norm_limit, of_gradients);
+        terms_of<Tag, kSums>(a.q, s, betas.q, a.p.grad, false, a.exclude, a.norm_limit, of_gradients);
   };
   auto epilogue = [&](int, float (&acc)[2][8][4]) {
 #pragma unroll

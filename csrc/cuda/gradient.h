@@ -42,7 +42,7 @@ void with_sums(const Side& p, const Side& q, F f) {
 // The terms of a row in its entries, in base 2; `entry` combines them.
 template <class Tag, Sums kSums>
 struct Terms {
-  float scale;   // see logit_scale
+  float scale;   // see Betas
   float factor;  // of its entries in the matrix products
   float add, times;
   float bias;
@@ -68,7 +68,7 @@ NCK_DEVICE Terms<Tag, kSums> terms_of(const Side& side, const Slot& s, float bet
                                       bool once, Exclude exclude, float norm_limit, float of_gradients) {
   Terms<Tag, kSums> terms;
   float rnorm = rnorm_of(side, s);
-  terms.scale = logit_scale(rnorm, beta);
+  terms.scale = rnorm * beta;
   terms.factor = summand_rnorm(rnorm, norm_limit);
   Upstream up = upstream_of(side, s);
   up.grad *= of_gradients;

@@ -44,7 +44,7 @@ lse_kernel(const __grid_constant__ LseArgs a) {
 #pragma unroll
   for (int r = 0; r < 4; r++) {
     Slot s = slot_at(a.p, p_first + me.row(r / 2, r % 2), p_used);
-    scale[r] = logit_scale(rnorm_of(a.p, s), *a.beta);
+    scale[r] = rnorm_of(a.p, s) * betas_of(a.p, *a.beta).p;
     tag[r] = mask_tag<Tag>(a.p, s, a.exclude);
     if constexpr (kBoth) p_bias[r] = summand_bias(a.p, s);
     sum[r] = empty_pair();
@@ -53,7 +53,8 @@ lse_kernel(const __grid_constant__ LseArgs a) {
   auto prologue = [&](int tile) {
     if (threadIdx.x >= kTile) return;
     int c = int(threadIdx.x);
-    columns[tile / a.split & 1].set(c, a.q, slot_at(a.q, tile * kTile + c, q_used), *a.beta, a.exclude);
+    columns[tile / a.split & 1].set(c, a.q, slot_at(a.q, tile * kTile + c, q_used), betas_of(a.p, *a.beta).q,
+                                    a.exclude);
   };
 
   auto epilogue = [&](int tile, float (&acc)[2][8][4]) {

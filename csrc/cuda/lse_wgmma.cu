@@ -110,7 +110,7 @@ lse_wgmma_kernel(const __grid_constant__ WgmmaArgs args) {
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     Slot s = slot_at(a.p, slot_of(h), a.p.slots);
-    scale[h] = logit_scale(rnorm_of(a.p, s), *a.beta);
+    scale[h] = rnorm_of(a.p, s) * betas_of(a.p, *a.beta).p;
     tag[h] = mask_tag<Tag>(a.p, s, a.exclude);
     sum[h] = empty_pair();
   }
@@ -119,7 +119,8 @@ lse_wgmma_kernel(const __grid_constant__ WgmmaArgs args) {
   for (int tile = part; tile < tiles; tile += a.split, buffer ^= 1) {
     if (threadIdx.x < kTile) {
       int c = int(threadIdx.x);
-      columns[buffer].set(c, a.q, slot_at(a.q, tile * kTile + c, a.q.slots), *a.beta, a.exclude);
+      columns[buffer].set(c, a.q, slot_at(a.q, tile * kTile + c, a.q.slots), betas_of(a.p, *a.beta).q,
+                          a.exclude);
     }
 
     float acc[64] = {};

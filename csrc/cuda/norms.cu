@@ -68,7 +68,7 @@ NCK_DEVICE Pair with_partner(const RowTeam& team, const Args& a, int64_t partner
   ww = team.sum(ww);
   zw = team.sum(zw);
   float z_rnorm = inverse_norm(zz, a.eps), w_rnorm = inverse_norm(ww, a.eps);
-  return {zz, z_rnorm, w_rnorm, zw * (logit_scale(z_rnorm, beta) * logit_scale(w_rnorm, beta)) * kLn2};
+  return {zz, z_rnorm, w_rnorm, zw * (z_rnorm * (beta * kLog2e) * w_rnorm) * kLn2};
 }
 
 // All threads that write to one place write the same mark or norm, so their order does not matter.

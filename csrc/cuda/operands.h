@@ -84,10 +84,17 @@ NCK_DEVICE float summand_bias(const Side& side, const Slot& s) {
 
 NCK_DEVICE float rnorm_of(const Side& side, const Slot& s) { return s.here ? side.rnorm[s.row] : 0.0f; }
 
-// The factor of a row in its logits in base 2, t = (p . q) (p_scale q_scale). Each side has the root of beta,
-// so that a logit is the same number whichever side is P. Where a probability is near 1, and 1 is subtracted,
-// a logit that differs by one rounding between the passes would be an error.
-NCK_DEVICE float logit_scale(float rnorm, float beta) { return rnorm * sqrtf(beta * kLog2e); }
+// The factors of P's and of Q's inverse norms in a logit in base 2, t = (p . q) (p_scale q_scale). The
+// samples have beta, whether they are P or Q, so that a logit is the same number in both passes. Where a
+// probability is near 1, and 1 is subtracted, one rounding would be an error. (Of features against
+// themselves, P are the samples.)
+struct Betas {
+  float p, q;
+};
+NCK_DEVICE Betas betas_of(const Side& p, float beta) {
+  beta *= kLog2e;
+  return p.samples ? Betas{beta, 1.0f} : Betas{1.0f, beta};
+}
 
 struct Upstream {
   float lse;  // in base 2

@@ -37,12 +37,12 @@ NCK_DEVICE void store_log_sum(float* out, float* ratio, int64_t at, Pair pair) {
 // The vectors of the rows of a Q tile.
 template <class Tag, int kRows>
 struct Columns {
-  float scale[kRows];  // see logit_scale
+  float scale[kRows];  // see Betas
   float bias[kRows];
   Tag tag[kRows];
 
   NCK_DEVICE void set(int c, const Side& side, const Slot& s, float beta, Exclude exclude) {
-    scale[c] = logit_scale(rnorm_of(side, s), beta);
+    scale[c] = rnorm_of(side, s) * beta;
     bias[c] = summand_bias(side, s);
     tag[c] = mask_tag<Tag>(side, s, exclude);
   }

@@ -5,11 +5,11 @@ import triton.language as tl
 
 from .reduce import write_loss
 from .tiles import (
+    LOG2E,
     NOT_FINITE,
     dot,
     load_lse,
     load_rows,
-    logit_scale,
     paired_rows,
     row_bias,
     slot_rows,
@@ -309,8 +309,7 @@ def bias_grad_kernel(
     if Q_count is not None:
         n_q = tl.load(Q_count)
     p_row, p_valid, p_tag, p_rnorm = summed_rows(P_rnorm, P_label, p_first, n_p, skip_p, EXCLUDE, P_SAMPLES, False, BP)
-    beta = tl.load(Beta)
-    p_scale = logit_scale(logit_scale(p_rnorm, beta), beta)  # of both sides
+    p_scale = p_rnorm * (tl.load(Beta) * LOG2E)
     p_bias = row_bias(P_bias, p_row, p_valid)
     p = None
     if WHOLE_D:

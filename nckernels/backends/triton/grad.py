@@ -170,7 +170,7 @@ def grad_kernel(
         once = beta * LOG2E < 64.0
     p_bias, p_lse, p_grad, p_pos = load_terms(P_bias, P_lse, P_ratio, P_grad, P_pos, Q_grad, None, p_row, p_valid)
     p_bias, p_grad = factors(p_bias, p_lse, p_grad, once)
-    p_scale = logit_scale(p_rnorm, beta)
+    p_scale = logit_scale(p_rnorm, beta, P_SAMPLES)
     scale = 1.0
     if Scale is not None:
         scale = tl.load(Scale)
@@ -192,7 +192,7 @@ def grad_kernel(
         q_bias, q_lse, q_grad, q_pos = load_terms(Q_bias, Q_lse, Q_ratio, Q_grad, Q_pos, P_grad, None, q_row, q_valid)
         q_bias, q_grad = factors(q_bias, q_lse, q_grad, once)
         a = entries(
-            products, p_scale, logit_scale(q_rnorm, beta), once,
+            products, p_scale, logit_scale(q_rnorm, beta, not P_SAMPLES), once,
             p_tag, p_row, p_positive, p_bias, p_lse, p_grad, p_pos,
             q_tag, q_row, q_positive, q_bias, q_lse, q_grad, q_pos,
             EXCLUDE, P_grad is not None, Q_grad is not None, P_pos is not None, Q_pos is not None,
@@ -287,7 +287,7 @@ def entries_kernel(
     p_rnorm = tl.load(P_rnorm + p_row, mask=p_here, other=0.0)
     p_bias, p_lse, p_grad, p_pos = load_terms(P_bias, P_lse, P_ratio, P_grad, P_pos, Q_grad, Divisor, p_row, p_valid)
     beta = tl.load(Beta)
-    p_scale = logit_scale(p_rnorm, beta)
+    p_scale = logit_scale(p_rnorm, beta, P_SAMPLES)
     p_factor = summand_rnorm(p_rnorm, NORM_LIMIT)
     if Scale is not None:
         p_factor *= tl.load(Scale)
@@ -305,7 +305,7 @@ def entries_kernel(
         q_rnorm = tl.load(Q_rnorm + row, mask=here, other=0.0)
         q_bias, q_lse, q_grad, q_pos = load_terms(Q_bias, Q_lse, Q_ratio, Q_grad, Q_pos, P_grad, Divisor, row, valid)
         a = entries(
-            products[i], p_scale, logit_scale(q_rnorm, beta), None,
+            products[i], p_scale, logit_scale(q_rnorm, beta, not P_SAMPLES), None,
             p_tag, p_row, p_positive, p_bias, p_lse, p_grad, p_pos,
             q_tag, row, q_positive, q_bias, q_lse, q_grad, q_pos,
             EXCLUDE, P_grad is not None, Q_grad is not None, P_pos is not None, Q_pos is not None,

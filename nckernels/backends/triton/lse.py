@@ -98,7 +98,7 @@ def lse_kernel(
         P_rnorm, P_label, p_first, n_p, skip_p, EXCLUDE, P_SAMPLES, P_GATHER, BP
     )
     beta = tl.load(Beta)
-    p_scale = logit_scale(p_rnorm, beta)
+    p_scale = logit_scale(p_rnorm, beta, P_SAMPLES)
     p = None
     if WHOLE_D:
         p = load_rows(P, p_row, p_valid, p_stride, d, BD, EVEN_D)
@@ -115,7 +115,7 @@ def lse_kernel(
             row, valid, tag, rnorm = summed_rows(
                 Q_rnorm, Q_label, q_first + i * B, n_q, skip_q, EXCLUDE, not P_SAMPLES, False, B
             )
-            scale = p_scale[:, None] * logit_scale(rnorm, beta)[None, :]
+            scale = p_scale[:, None] * logit_scale(rnorm, beta, not P_SAMPLES)[None, :]
             # One fused multiply-add for scale, bias and mask: the bias of left-out rows is -inf.
             t = tl.fma(products[i], scale, row_bias(Q_bias, row, valid)[None, :])
             t = without_excluded(t, p_tag, tag, p_first, q_first + i * B, EXCLUDE)

@@ -62,7 +62,7 @@ def with_partners(
     z_square = tl.sum(zz, 1)
     r_z = inverse_norm(z_square, EPS)
     r_w = inverse_norm(tl.sum(ww, 1), EPS)
-    logit = tl.sum(zw, 1) * (logit_scale(r_z, beta) * logit_scale(r_w, beta)) * LN2
+    logit = tl.sum(zw, 1) * (logit_scale(r_z, beta, True) * r_w) * LN2
     return z_square, r_z, r_w, logit
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from .finish import in_range, summand_rnorm
 from .grad import entries
 from .lse import shift_of, without_excluded
-from .tiles import INF, LN2, logit_scale, positive_of, row_bias, slot_rows, summed_rows, used_slots
+from .tiles import INF, LN2, LOG2E, positive_of, row_bias, slot_rows, summed_rows, used_slots
 
 
 @triton.jit
@@ -28,13 +28,6 @@ def stored_products(T, p_local, q_first, p_valid, q_valid, t_stride, BP: tl.cons
     products = tl.load(at, mask=p_valid[:, None] & (columns < width)[None, :], other=0.0)
     # Selected after the load: a mask of single columns would split it.
     return tl.where(q_valid[None, :], products, 0.0)
-
-
-@triton.jit
-def scale_of_anchors(rnorm, beta):
-    """Both sides' roots of beta. Q's inverse norms come later, in both kernels, where the other order takes more
-    registers."""
-    return logit_scale(logit_scale(rnorm, beta), beta)
 
 
 @triton.jit(do_not_specialize=["p_start", "p_stop", "n_q", "t_stride", "skip_p", "skip_q", "split"])
@@ -54,7 +47,7 @@ def panel_lse_kernel(
     p_first = p_start + p_local
     used = used_slots(P_count, p_stop)
     _, p_valid, p_tag, p_rnorm = summed_rows(P_rnorm, P_label, p_first, used, skip_p, EXCLUDE, P_SAMPLES, P_GATHER, BP)
-    p_scale = scale_of_anchors(p_rnorm, tl.load(Beta))
+    p_scale = p_rnorm * (tl.load(Beta) * LOG2E)
     largest = tl.full((BP,), -INF, tl.float32)
     total = tl.zeros((BP,), tl.float32)
     for q_block in range(part, tl.cdiv(n_q, BQ), split):
@@ -141,7 +134,7 @@ def panel_entries_kernel(
 
     products = stored_products(T, p_local, q_first, p_valid, q_valid, t_stride, BP, BQ)
     a = entries(
-        products * scale_of_anchors(p_rnorm, tl.load(Beta))[:, None], tl.full((BP,), 1.0, tl.float32), q_rnorm, None,
+        products * (p_rnorm * (tl.load(Beta) * LOG2E))[:, None], tl.full((BP,), 1.0, tl.float32), q_rnorm, None,
         p_tag, p_row, positive_of(p_row, p_label, EXCLUDE), nothing, shift, grad, p_pos,
         q_tag, q_row, positive_of(q_row, q_label, EXCLUDE), row_bias(None, q_row, q_valid), q_pos, q_pos, q_pos,
         EXCLUDE, True, False, P_pos is not None, Q_pos is not None,

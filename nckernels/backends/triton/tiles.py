@@ -123,13 +123,16 @@ def row_bias(Bias, row, valid):
 
 
 @triton.jit
-def logit_scale(rnorm, beta):
+def logit_scale(rnorm, beta, SAMPLES: tl.constexpr):
     """The factor of a row in its logits in base 2, ``t = (p . q) (p_scale q_scale)``.
 
-    Each side has the root of beta, so that a logit is the same number whichever side is P. Where a probability is near
-    1, and 1 is subtracted, a logit that differs by one rounding between the passes would be an error.
+    The samples have beta, whether they are P or Q, so that a logit is the same number in both passes. Where a
+    probability is near 1, and 1 is subtracted, one rounding would be an error. (Of features against themselves, P are
+    the samples.)
     """
-    return rnorm * tl.sqrt(beta * LOG2E)
+    if SAMPLES:
+        rnorm *= beta * LOG2E
+    return rnorm
 
 
 @triton.jit
