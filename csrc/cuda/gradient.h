@@ -109,7 +109,9 @@ NCK_DEVICE int row_of(const Terms<Tag, Sums::kShared>& terms) {
 // bias and its `times` is 1. kOnce (with kShared) computes g_p exp(t - lse_p) + g_q exp(t - lse_q) with one
 // exponential, as exp(t) (g_p exp(-lse_p) + g_q exp(-lse_q)); then `times` is g exp(-lse), and `bias` is 1
 // for rows that are summed over, else 0.
-template <bool kOnce, class Tag, Sums kSums>
+// kOfQ (with kOne): Q is the side with the log-sum-exp, which is subtracted from a logit that has been
+// rounded, as in the forward pass; see Betas.
+template <bool kOnce, bool kOfQ = false, class Tag, Sums kSums>
 NCK_DEVICE float entry(float product, const Terms<Tag, kSums>& p, const Terms<Tag, kSums>& q) {
   float scale = p.scale * q.scale, a;
   if constexpr (kOnce) {
@@ -118,7 +120,7 @@ NCK_DEVICE float entry(float product, const Terms<Tag, kSums>& p, const Terms<Ta
     a = p.times * exp2_fast(fmaf(product, scale, q.bias) + p.add);
     a = fmaf(q.times, exp2_fast(fmaf(product, scale, p.bias) + q.add), a);
   } else {
-    a = p.times * q.times * exp2_fast(fmaf(product, scale, q.add) + p.add);
+    a = p.times * q.times * exp2_fast(fmaf(product, scale, kOfQ ? p.add : q.add) + (kOfQ ? q.add : p.add));
   }
   // Selected, not multiplied by 0: a masked entry can have any value, inf included.
   if (p.tag == q.tag) a = 0.0f;

@@ -201,7 +201,8 @@ class CudaKernels(Kernels):
             self.ops.log_sum_exp_wgmma(*sides, self.beta, out, p.ratio, *p_partial, first, count, split, self.exclude)
         else:
             partial = (*p_partial, *q_partial)
-            self.ops.log_sum_exp(*sides, self.beta, out, p.ratio, *partial, first, count, split, self.exclude, self.exact)
+            shares = first, count, split, self.exclude, self.exact
+            self.ops.log_sum_exp(*sides, self.beta, out, p.ratio, *partial, *shares)
 
     def combine(self, partial: Partial, side: Side, out: Tensor, first: int, parts: int, keep: bool) -> None:
         self.ops.combine(

@@ -23,4 +23,6 @@ from .passes import passes
 from .sides import Kept
 from .step import fits, known, step
 
-__all__ = ["EpilogueKernels", "Kept", "Kernels", "StepKernels", "backward", "fits", "forward", "known", "passes", "step"]
+__all__ = [
+    "EpilogueKernels", "Kept", "Kernels", "StepKernels", "backward", "fits", "forward", "known", "passes", "step",
+]  # fmt: skip

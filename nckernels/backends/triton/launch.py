@@ -267,7 +267,8 @@ class TritonKernels(Kernels):
     def combine(self, partial: Partial, side: Side, out: Tensor, first: int, parts: int, keep: bool) -> None:
         launch(
             lse.combine_kernel, (ceil_div(side.slots, 64),),
-            *partial, side.label if side.gather else None, side.used, out, side.ratio, first, parts, side.slots, side.skip,
+            *partial, side.label if side.gather else None, side.used, out, side.ratio,
+            first, parts, side.slots, side.skip,
             options=_combine_options(side.gather, keep),
         )  # fmt: skip
 

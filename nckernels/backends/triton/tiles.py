@@ -137,8 +137,8 @@ def logit_scale(rnorm, beta, SAMPLES: tl.constexpr):
 
 @triton.jit
 def in_base_2(lse):
-    """Natural log-sum-exps in base 2. An empty set has lse = -inf. It is replaced by +inf, so that every exp(t - lse) is
-    zero; -inf would give inf or NaN."""
+    """Natural log-sum-exps in base 2. An empty set has lse = -inf. It is replaced by +inf, so that every exp(t - lse)
+    is zero; -inf would give inf or NaN."""
     return tl.where(lse == -INF, INF, lse * LOG2E)
 
 
