@@ -36,7 +36,7 @@ class Bench:
             return run(*args, **options)
 
         self.kernel.run = counted
-        self.tensors = [torch.empty(4, 100), torch.empty(4, 100), None, None, torch.empty(100)]
+        self.tensors = [torch.empty(4, 100), torch.empty(4, 100), None, None, torch.empty(100), None]
         self.numbers = [0, 4, 100, -1]
 
     def launch(self, *tensors: Any, numbers: list[Any] | None = None, options: Any = None, grid: Any = (2,)) -> bool:
@@ -88,7 +88,7 @@ def same_arguments() -> None:
 def another_kernel() -> None:
     bench = Bench()
     bench.learn()
-    largest, sums, _, _, out = bench.tensors
+    largest, sums, _, _, out, _ = bench.tensors
     assert isinstance(sums, torch.Tensor)
     assert isinstance(out, torch.Tensor)
     shifted = torch.empty(404)[1:401].view(4, 100)
@@ -96,10 +96,10 @@ def another_kernel() -> None:
     kept = bench.dispatch.Options(GATHER=False, KEEP=True, BR=16, BN=64)
     warps = bench.dispatch.Options(GATHER=False, KEEP=False, BR=16, BN=64, warps=8)
     cases: list[tuple[tuple[Any, ...], Any]] = [
-        ((shifted, sums, None, None, out), None),  # alignment
-        ((largest, shifted, None, None, out), None),
-        ((largest, sums, None, count, out), None),  # a tensor or None
-        ((largest, sums.half(), None, None, out), None),  # dtype
+        ((shifted, sums, None, None, out, None), None),  # alignment
+        ((largest, shifted, None, None, out, None), None),
+        ((largest, sums, None, count, out, None), None),  # a tensor or None
+        ((largest, sums.half(), None, None, out, None), None),  # dtype
         ((), kept),  # a constexpr
         ((), warps),  # a compile option
     ]

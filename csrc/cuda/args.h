@@ -34,6 +34,7 @@ struct Side {
   const int64_t* count;  // null, or the number of slots in use
   const float* bias;     // (rows,) or null: added to the logits of these rows where they are summed over
   const float* lse;      // (rows,) this side's log-sum-exp, with `grad`
+  const float* ratio;    // (rows,) or null: exp(lse) over the sum of which `lse` is the rounded logarithm
   const float* grad;     // (rows,) or null: upstream gradient of `lse`
   const float* pos;      // (rows,) or null: upstream gradient of the positive logits, samples only
   int64_t stride;        // of rows, in numbers
@@ -114,24 +115,24 @@ struct HalfScaleArgs {
   float limit;
 };
 
-// Log-sum-exps of p's rows over q: into `out`, or as `split` partials (largest logit in base 2, sum relative
-// to it). With q_max, also the contribution of every tile of p to the log-sum-exps of q's rows over p, from
-// part 1 on; part 0 is for `combine`.
+// Log-sum-exps of p's rows over q: into `out` and, if not null, `ratio`, or as `split` partials (largest
+// logit in base 2, sum relative to it). With q_max, also the contribution of every tile of p to the
+// log-sum-exps of q's rows over p, from part 1 on; part 0 is for `combine`.
 struct LseArgs {
   Side p, q;
   const float* beta;
-  float *out, *p_max, *p_sum, *q_max, *q_sum;
+  float *out, *ratio, *p_max, *p_sum, *q_max, *q_sum;
   int first_tile, tiles, split, d;
   Kind kind;
   Exclude exclude;
 };
 
-// out[row of slot], if not null: the log-sum-exp of the partials [first, parts). With `keep` part 0 becomes
-// their combination.
+// out[row of slot], if not null: the log-sum-exp of the partials [first, parts), and its `ratio`. With `keep`
+// part 0 becomes their combination.
 struct CombineArgs {
   float *max, *sum;
   const int64_t *label, *count;
-  float* out;
+  float *out, *ratio;
   int64_t skip;
   int first, parts, slots;
   bool gather, keep;

@@ -79,21 +79,21 @@ int width_of(const Tensor& x) {
 }
 
 // The arguments of an operand, in C++ and in the schemas.
-#define NCK_SIDE(P)                                                                                       \
-  const Tensor &P, const Tensor &P##_rnorm, const MaybeTensor &P##_label, const MaybeTensor &P##_count,   \
-      const MaybeTensor &P##_bias, const MaybeTensor &P##_lse, const MaybeTensor &P##_grad,               \
-      const MaybeTensor &P##_pos, int64_t P##_slots, int64_t P##_skip, bool P##_samples, bool P##_gather, \
-      bool P##_unsummed
-#define NCK_SIDE_SCHEMA(P)                                                                   \
-  "Tensor " P ", Tensor " P "_rnorm, Tensor? " P "_label, Tensor? " P "_count, Tensor? " P   \
-  "_bias, Tensor? " P "_lse, Tensor? " P "_grad, Tensor? " P "_pos, int " P "_slots, int " P \
-  "_skip, bool " P "_samples, bool " P "_gather, bool " P "_unsummed, "
+#define NCK_SIDE(P)                                                                                     \
+  const Tensor &P, const Tensor &P##_rnorm, const MaybeTensor &P##_label, const MaybeTensor &P##_count, \
+      const MaybeTensor &P##_bias, const MaybeTensor &P##_lse, const MaybeTensor &P##_ratio,            \
+      const MaybeTensor &P##_grad, const MaybeTensor &P##_pos, int64_t P##_slots, int64_t P##_skip,     \
+      bool P##_samples, bool P##_gather, bool P##_unsummed
+#define NCK_SIDE_SCHEMA(P)                                                                       \
+  "Tensor " P ", Tensor " P "_rnorm, Tensor? " P "_label, Tensor? " P "_count, Tensor? " P       \
+  "_bias, Tensor? " P "_lse, Tensor? " P "_ratio, Tensor? " P "_grad, Tensor? " P "_pos, int " P \
+  "_slots, int " P "_skip, bool " P "_samples, bool " P "_gather, bool " P "_unsummed, "
 #define NCK_MAKE_SIDE(P)                                                                               \
   Side {                                                                                               \
     P.data_ptr(), pointer<float>(P##_rnorm), pointer<int64_t>(P##_label), pointer<int64_t>(P##_count), \
-        pointer<float>(P##_bias), pointer<float>(P##_lse), pointer<float>(P##_grad),                   \
-        pointer<float>(P##_pos), P.stride(0), P##_skip, int(P##_slots), P##_samples, P##_gather,       \
-        P##_unsummed                                                                                   \
+        pointer<float>(P##_bias), pointer<float>(P##_lse), pointer<float>(P##_ratio),                  \
+        pointer<float>(P##_grad), pointer<float>(P##_pos), P.stride(0), P##_skip, int(P##_slots),      \
+        P##_samples, P##_gather, P##_unsummed                                                          \
   }
 
 void op_row_rnorm(const Tensor& x, const MaybeTensor& label, const Tensor& rnorm, int64_t skip, double eps) {
@@ -171,35 +171,37 @@ void op_half_scale(const MaybeTensor& class_grad, const MaybeTensor& class_lse,
 }
 
 void op_log_sum_exp(NCK_SIDE(p), NCK_SIDE(q), const Tensor& beta, const MaybeTensor& out,
-                    const MaybeTensor& p_max, const MaybeTensor& p_sum, const MaybeTensor& q_max,
-                    const MaybeTensor& q_sum, int64_t first_tile, int64_t tiles, int64_t split,
-                    int64_t exclude, bool exact) {
+                    const MaybeTensor& ratio, const MaybeTensor& p_max, const MaybeTensor& p_sum,
+                    const MaybeTensor& q_max, const MaybeTensor& q_sum, int64_t first_tile, int64_t tiles,
+                    int64_t split, int64_t exclude, bool exact) {
   OnDevice device(p);
-  log_sum_exp({NCK_MAKE_SIDE(p), NCK_MAKE_SIDE(q), pointer<float>(beta), pointer<float>(out),
-               pointer<float>(p_max), pointer<float>(p_sum), pointer<float>(q_max), pointer<float>(q_sum),
-               int(first_tile), int(tiles), int(split), width_of(p), kind_of(p, exact), Exclude(exclude)},
-              device.stream());
+  log_sum_exp(
+      {NCK_MAKE_SIDE(p), NCK_MAKE_SIDE(q), pointer<float>(beta), pointer<float>(out), pointer<float>(ratio),
+       pointer<float>(p_max), pointer<float>(p_sum), pointer<float>(q_max), pointer<float>(q_sum),
+       int(first_tile), int(tiles), int(split), width_of(p), kind_of(p, exact), Exclude(exclude)},
+      device.stream());
 }
 
 void op_log_sum_exp_wgmma(NCK_SIDE(p), NCK_SIDE(q), const Tensor& beta, const MaybeTensor& out,
-                          const MaybeTensor& p_max, const MaybeTensor& p_sum, int64_t first_tile,
-                          int64_t tiles, int64_t split, int64_t exclude) {
+                          const MaybeTensor& ratio, const MaybeTensor& p_max, const MaybeTensor& p_sum,
+                          int64_t first_tile, int64_t tiles, int64_t split, int64_t exclude) {
   OnDevice device(p);
   STD_TORCH_CHECK(kind_of(p) == Kind::kBf16 || kind_of(p) == Kind::kF16,
                   "nckernels_cuda: expected 16-bit rows");
   log_sum_exp_wgmma({NCK_MAKE_SIDE(p), NCK_MAKE_SIDE(q), pointer<float>(beta), pointer<float>(out),
-                     pointer<float>(p_max), pointer<float>(p_sum), nullptr, nullptr, int(first_tile),
-                     int(tiles), int(split), width_of(p), kind_of(p), Exclude(exclude)},
+                     pointer<float>(ratio), pointer<float>(p_max), pointer<float>(p_sum), nullptr, nullptr,
+                     int(first_tile), int(tiles), int(split), width_of(p), kind_of(p), Exclude(exclude)},
                     device.stream());
 }
 
 void op_combine(const Tensor& max, const Tensor& sum, const MaybeTensor& label, const MaybeTensor& count,
-                const MaybeTensor& out, int64_t skip, int64_t first, int64_t parts, int64_t slots,
-                bool gather, bool keep) {
+                const MaybeTensor& out, const MaybeTensor& ratio, int64_t skip, int64_t first, int64_t parts,
+                int64_t slots, bool gather, bool keep) {
   OnDevice device(max);
-  combine({pointer<float>(max), pointer<float>(sum), pointer<int64_t>(label), pointer<int64_t>(count),
-           pointer<float>(out), skip, int(first), int(parts), int(slots), gather, keep},
-          device.stream());
+  combine(
+      {pointer<float>(max), pointer<float>(sum), pointer<int64_t>(label), pointer<int64_t>(count),
+       pointer<float>(out), pointer<float>(ratio), skip, int(first), int(parts), int(slots), gather, keep},
+      device.stream());
 }
 
 void op_bias_grad(NCK_SIDE(p), NCK_SIDE(q), const Tensor& beta, const Tensor& part, int64_t split,
@@ -312,13 +314,16 @@ STABLE_TORCH_LIBRARY(nckernels_cuda, m) {
       "Tensor? pos_grad, Tensor? divisor, Tensor z_rnorm, Tensor w_rnorm, Tensor(a!) scale, float limit) -> "
       "()");
   m.def("log_sum_exp(" NCK_SIDE_SCHEMA("p") NCK_SIDE_SCHEMA(
-      "q") "Tensor beta, Tensor(a!)? out, Tensor(b!)? p_max, Tensor(c!)? p_sum, Tensor(d!)? q_max, "
+      "q") "Tensor beta, Tensor(a!)? out, Tensor(f!)? ratio, Tensor(b!)? p_max, Tensor(c!)? p_sum, "
+           "Tensor(d!)? q_max, "
            "Tensor(e!)? q_sum, int first_tile, int tiles, int split, int exclude, bool exact) -> ()");
   m.def("log_sum_exp_wgmma(" NCK_SIDE_SCHEMA("p") NCK_SIDE_SCHEMA(
-      "q") "Tensor beta, Tensor(a!)? out, Tensor(b!)? p_max, Tensor(c!)? p_sum, int first_tile, int tiles, "
+      "q") "Tensor beta, Tensor(a!)? out, Tensor(d!)? ratio, Tensor(b!)? p_max, Tensor(c!)? p_sum, int "
+           "first_tile, int tiles, "
            "int split, int exclude) -> ()");
   m.def(
-      "combine(Tensor(a!) max, Tensor(b!) sum, Tensor? label, Tensor? count, Tensor(c!)? out, int skip, "
+      "combine(Tensor(a!) max, Tensor(b!) sum, Tensor? label, Tensor? count, Tensor(c!)? out, Tensor(d!)? "
+      "ratio, int skip, "
       "int first, int parts, int slots, bool gather, bool keep) -> ()");
   m.def("bias_grad(" NCK_SIDE_SCHEMA("p")
             NCK_SIDE_SCHEMA("q") "Tensor beta, Tensor(a!) part, int split, int exclude, bool exact) -> ()");

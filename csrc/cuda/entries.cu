@@ -65,22 +65,22 @@ entries_kernel(const __grid_constant__ EntriesArgs a) {
     return;
   }
 
+  const Betas betas = betas_of(a.p, *a.beta);
   const float scale = a.scale ? *a.scale : 1.0f, of_gradients = a.divisor ? a.divisor[2] : 1.0f;
   Terms<Tag, kSums> row[4];
 #pragma unroll
   for (int r = 0; r < 4; r++) {
     Slot s = slot_at(a.p, p_first + me.row(r / 2, r % 2), p_used);
-    row[r] = terms_of<Tag, kSums>(a.p, s, a.q.grad, false, a.exclude, a.norm_limit, of_gradients);
-    row[r].rnorm *= *a.beta * kLog2e;
+    row[r] = terms_of<Tag, kSums>(a.p, s, betas.p, a.q.grad, false, a.exclude, a.norm_limit, of_gradients);
     row[r].factor *= scale;
   }
   auto prologue = [&](int) {
     if (threadIdx.x >= kTile) return;
     Slot s = slot_at(a.q, q_first + int(threadIdx.x), q_used);
     columns[threadIdx.x] =
-        terms_of<Tag, kSums>(a.q, s, a.p.grad, false, a.exclude, a.norm_limit, of_gradients);
+        terms_of<Tag, kSums>(a.q, s, betas.q, a.p.grad, false, a.exclude, a.norm_limit, of_gradients);
   };
-  auto epilogue = [&](int, float (&acc)[2][8][4]) {
+  auto make_entries = [&](float (&acc)[2][8][4], auto of_q) {
 #pragma unroll
     for (int j = 0; j < 8; j++) {
 #pragma unroll
@@ -89,9 +89,17 @@ entries_kernel(const __grid_constant__ EntriesArgs a) {
 #pragma unroll
         for (int r = 0; r < 4; r++) {
           float& x = acc[r / 2][j][2 * (r % 2) + e];
-          x = in_range(entry<false>(x, row[r], column) * row[r].factor * column.factor, a.norm_limit);
+          float h = entry<false, of_q.value>(x, row[r], column);
+          x = in_range(h * row[r].factor * column.factor, a.norm_limit);
         }
       }
+    }
+  };
+  auto epilogue = [&](int, float (&acc)[2][8][4]) {
+    if constexpr (kSums == Sums::kOne && !kHalf<K>) {
+      a.q.grad ? make_entries(acc, std::true_type{}) : make_entries(acc, std::false_type{});
+    } else {
+      make_entries(acc, std::false_type{});
     }
     each_pair([&](int j, int r, Number<K>* to) {
       store_pair(to, acc[r / 2][j][2 * (r % 2)], acc[r / 2][j][2 * (r % 2) + 1]);

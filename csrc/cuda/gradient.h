@@ -42,7 +42,7 @@ void with_sums(const Side& p, const Side& q, F f) {
 // The terms of a row in its entries, in base 2; `entry` combines them.
 template <class Tag, Sums kSums>
 struct Terms {
-  float rnorm;   // of P, times beta log2 e
+  float scale;   // see Betas
   float factor;  // of its entries in the matrix products
   float add, times;
   float bias;
@@ -53,7 +53,7 @@ struct Terms {
 
 template <class Tag>
 struct Terms<Tag, Sums::kOne> {
-  float rnorm, factor;
+  float scale, factor;
   float add, times;
   float pos;
   int partner;
@@ -64,11 +64,12 @@ struct Terms<Tag, Sums::kOne> {
 // entry<true>. `of_gradients`: a factor of upstream gradients, which comes before all others: an inverse norm
 // can be 1e12.
 template <class Tag, Sums kSums>
-NCK_DEVICE Terms<Tag, kSums> terms_of(const Side& side, const Slot& s, bool other_has_grad, bool once,
-                                      Exclude exclude, float norm_limit, float of_gradients) {
+NCK_DEVICE Terms<Tag, kSums> terms_of(const Side& side, const Slot& s, float beta, bool other_has_grad,
+                                      bool once, Exclude exclude, float norm_limit, float of_gradients) {
   Terms<Tag, kSums> terms;
-  terms.rnorm = rnorm_of(side, s);
-  terms.factor = summand_rnorm(terms.rnorm, norm_limit);
+  float rnorm = rnorm_of(side, s);
+  terms.scale = rnorm * beta;
+  terms.factor = summand_rnorm(rnorm, norm_limit);
   Upstream up = upstream_of(side, s);
   up.grad *= of_gradients;
   if constexpr (kSums != Sums::kOne) {
@@ -108,16 +109,18 @@ NCK_DEVICE int row_of(const Terms<Tag, Sums::kShared>& terms) {
 // bias and its `times` is 1. kOnce (with kShared) computes g_p exp(t - lse_p) + g_q exp(t - lse_q) with one
 // exponential, as exp(t) (g_p exp(-lse_p) + g_q exp(-lse_q)); then `times` is g exp(-lse), and `bias` is 1
 // for rows that are summed over, else 0.
-template <bool kOnce, class Tag, Sums kSums>
+// kOfQ (with kOne): Q is the side with the log-sum-exp, which is subtracted from a logit that has been
+// rounded, as in the forward pass; see Betas.
+template <bool kOnce, bool kOfQ = false, class Tag, Sums kSums>
 NCK_DEVICE float entry(float product, const Terms<Tag, kSums>& p, const Terms<Tag, kSums>& q) {
-  float s = product * p.rnorm, a;
+  float scale = p.scale * q.scale, a;
   if constexpr (kOnce) {
-    a = exp2_fast(s * q.rnorm) * fmaf(p.times, q.bias, p.bias * q.times);
+    a = exp2_fast(product * scale) * fmaf(p.times, q.bias, p.bias * q.times);
   } else if constexpr (kSums != Sums::kOne) {
-    a = p.times * exp2_fast(fmaf(s, q.rnorm, q.bias) + p.add);
-    a = fmaf(q.times, exp2_fast(fmaf(s, q.rnorm, p.bias) + q.add), a);
+    a = p.times * exp2_fast(fmaf(product, scale, q.bias) + p.add);
+    a = fmaf(q.times, exp2_fast(fmaf(product, scale, p.bias) + q.add), a);
   } else {
-    a = p.times * q.times * exp2_fast(fmaf(s, q.rnorm, q.add) + p.add);
+    a = p.times * q.times * exp2_fast(fmaf(product, scale, kOfQ ? p.add : q.add) + (kOfQ ? q.add : p.add));
   }
   // Selected, not multiplied by 0: a masked entry can have any value, inf included.
   if (p.tag == q.tag) a = 0.0f;

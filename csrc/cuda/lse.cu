@@ -44,8 +44,7 @@ lse_kernel(const __grid_constant__ LseArgs a) {
 #pragma unroll
   for (int r = 0; r < 4; r++) {
     Slot s = slot_at(a.p, p_first + me.row(r / 2, r % 2), p_used);
-    // beta and log2 e are multiplied into the anchors' norms, which costs nothing per entry.
-    scale[r] = rnorm_of(a.p, s) * (*a.beta * kLog2e);
+    scale[r] = rnorm_of(a.p, s) * betas_of(a.p, *a.beta).p;
     tag[r] = mask_tag<Tag>(a.p, s, a.exclude);
     if constexpr (kBoth) p_bias[r] = summand_bias(a.p, s);
     sum[r] = empty_pair();
@@ -54,7 +53,8 @@ lse_kernel(const __grid_constant__ LseArgs a) {
   auto prologue = [&](int tile) {
     if (threadIdx.x >= kTile) return;
     int c = int(threadIdx.x);
-    columns[tile / a.split & 1].set(c, a.q, slot_at(a.q, tile * kTile + c, q_used), a.exclude);
+    columns[tile / a.split & 1].set(c, a.q, slot_at(a.q, tile * kTile + c, q_used), betas_of(a.p, *a.beta).q,
+                                    a.exclude);
   };
 
   auto epilogue = [&](int tile, float (&acc)[2][8][4]) {
@@ -65,12 +65,12 @@ lse_kernel(const __grid_constant__ LseArgs a) {
 #pragma unroll
       for (int e = 0; e < 2; e++) {
         int c = me.column(j, e);
-        float rnorm = column.rnorm[c], bias = column.bias[c];
+        float q_scale = column.scale[c], bias = column.bias[c];
         Tag other = column.tag[c];
 #pragma unroll
         for (int r = 0; r < 4; r++) {
           float& x = acc[r / 2][j][2 * (r % 2) + e];
-          float t = kBoth ? x * scale[r] * rnorm : fmaf(x * scale[r], rnorm, bias);
+          float both = scale[r] * q_scale, t = kBoth ? x * both : fmaf(x, both, bias);
           x = tag[r] == other ? -infinity() : t;
         }
       }
@@ -163,7 +163,7 @@ NCK_KERNEL(kThreads, 4) combine_kernel(const __grid_constant__ CombineArgs a) {
   if (!a.out) return;
   bool summed = !a.label || a.label[slot] != a.skip;
   if (a.gather && !summed) return;
-  a.out[a.gather ? a.label[slot] : slot] = log_sum(pair);
+  store_log_sum(a.out, a.ratio, a.gather ? a.label[slot] : slot, pair);
 }
 
 }  // namespace

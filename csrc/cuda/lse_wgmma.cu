@@ -110,7 +110,7 @@ lse_wgmma_kernel(const __grid_constant__ WgmmaArgs args) {
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     Slot s = slot_at(a.p, slot_of(h), a.p.slots);
-    scale[h] = rnorm_of(a.p, s) * (*a.beta * kLog2e);
+    scale[h] = rnorm_of(a.p, s) * betas_of(a.p, *a.beta).p;
     tag[h] = mask_tag<Tag>(a.p, s, a.exclude);
     sum[h] = empty_pair();
   }
@@ -119,7 +119,8 @@ lse_wgmma_kernel(const __grid_constant__ WgmmaArgs args) {
   for (int tile = part; tile < tiles; tile += a.split, buffer ^= 1) {
     if (threadIdx.x < kTile) {
       int c = int(threadIdx.x);
-      columns[buffer].set(c, a.q, slot_at(a.q, tile * kTile + c, a.q.slots), a.exclude);
+      columns[buffer].set(c, a.q, slot_at(a.q, tile * kTile + c, a.q.slots), betas_of(a.p, *a.beta).q,
+                          a.exclude);
     }
 
     float acc[64] = {};
@@ -153,13 +154,13 @@ lse_wgmma_kernel(const __grid_constant__ WgmmaArgs args) {
 #pragma unroll
       for (int e = 0; e < 2; e++) {
         int c = 8 * j + 2 * (lane & 3) + e;
-        float rnorm = column.rnorm[c], bias = column.bias[c];
+        float q_scale = column.scale[c], bias = column.bias[c];
         Tag other = column.tag[c];
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           float& x = acc[4 * j + 2 * h + e];
           bool out = tag[h] == other || bias == -infinity();
-          x = out ? -infinity() : fmaf(x * scale[h], rnorm, bias);
+          x = out ? -infinity() : fmaf(x, scale[h] * q_scale, bias);
         }
       }
     }

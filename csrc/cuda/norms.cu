@@ -41,12 +41,12 @@ row_rnorm_kernel(const __grid_constant__ NormArgs a) {
 // What a sample and its positive prototype, row `partner`, have in common. The partner's norm comes from the
 // same loads, so that no pass over the prototypes is needed first.
 struct Pair {
-  float z_square, z_rnorm, w_rnorm, cosine;
+  float z_square, z_rnorm, w_rnorm, logit;
 };
 
 // Args: PrepareArgs or PrepareStepArgs. Without a partner (`valid`) only the sample's square is of use.
 template <class T, class Args>
-NCK_DEVICE Pair with_partner(const RowTeam& team, const Args& a, int64_t partner, bool valid) {
+NCK_DEVICE Pair with_partner(const RowTeam& team, const Args& a, int64_t partner, bool valid, float beta) {
   const T* z_row = static_cast<const T*>(a.z) + team.row * a.z_stride;
   const T* w_row = static_cast<const T*>(a.w) + partner * a.w_stride;
   bool z_aligned = rows_aligned<T>(a.z, a.z_stride), w_aligned = rows_aligned<T>(a.w, a.w_stride);
@@ -68,8 +68,7 @@ NCK_DEVICE Pair with_partner(const RowTeam& team, const Args& a, int64_t partner
   ww = team.sum(ww);
   zw = team.sum(zw);
   float z_rnorm = inverse_norm(zz, a.eps), w_rnorm = inverse_norm(ww, a.eps);
-  // The product is multiplied by one norm at a time: z_rnorm * w_rnorm can leave float32's range.
-  return {zz, z_rnorm, w_rnorm, zw * z_rnorm * w_rnorm};
+  return {zz, z_rnorm, w_rnorm, zw * (z_rnorm * (beta * kLog2e) * w_rnorm) * kLn2};
 }
 
 // All threads that write to one place write the same mark or norm, so their order does not matter.
@@ -82,10 +81,10 @@ prepare_samples_kernel(const __grid_constant__ PrepareArgs a) {
   // Targets out of range are reported elsewhere; here they must only not be used as an index.
   bool valid = target != a.skip && (a.same_label || (target >= 0 && target < a.k));
   int64_t partner = !valid ? 0 : a.same_label ? team.row : target;
-  Pair pair = with_partner<T>(team, a, partner, valid);
+  Pair pair = with_partner<T>(team, a, partner, valid, *a.beta);
   if (inside && team.column == 0) {
     a.z_rnorm[team.row] = valid ? pair.z_rnorm : left_out(pair.z_square);
-    a.pos[team.row] = valid ? *a.beta * pair.cosine : 0.0f;
+    a.pos[team.row] = valid ? pair.logit : 0.0f;
     if (a.mark && valid) store_relaxed(a.mark + partner, partner);
     if (a.w_rnorm && valid) {
       store_relaxed(a.w_rnorm + partner, pair.w_rnorm);
@@ -130,11 +129,11 @@ NCK_DEVICE void prepare_sample(const PrepareStepArgs& a, const RowTeam& team, fl
   int64_t target = inside ? a.target[team.row] : a.skip;
   bool valid = target != a.skip && target >= 0 && target < a.k;
   int64_t partner = valid ? target : 0;
-  Pair pair = with_partner<T>(team, a, partner, valid);
+  Pair pair = with_partner<T>(team, a, partner, valid, beta);
   if (!inside || team.column != 0) return;
   float share = !valid ? 0.0f : a.weight ? a.weight[team.row] : 1.0f;
   a.z_rnorm[team.row] = valid ? pair.z_rnorm : left_out(pair.z_square);
-  a.pos[team.row] = valid ? beta * pair.cosine : 0.0f;
+  a.pos[team.row] = valid ? pair.logit : 0.0f;
   a.share[team.row] = share;
   a.pos_grad[team.row] = -share;
   if (a.half_share) a.half_share[team.row] = share *= 0.5f;

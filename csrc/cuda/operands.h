@@ -84,18 +84,34 @@ NCK_DEVICE float summand_bias(const Side& side, const Slot& s) {
 
 NCK_DEVICE float rnorm_of(const Side& side, const Slot& s) { return s.here ? side.rnorm[s.row] : 0.0f; }
 
+// The factors of P's and of Q's inverse norms in a logit in base 2, t = (p . q) (p_scale q_scale). The
+// samples have beta, whether they are P or Q, so that a logit is the same number in both passes. Where a
+// probability is near 1, and 1 is subtracted, one rounding would be an error. (Of features against
+// themselves, P are the samples.)
+struct Betas {
+  float p, q;
+};
+NCK_DEVICE Betas betas_of(const Side& p, float beta) {
+  beta *= kLog2e;
+  return p.samples ? Betas{beta, 1.0f} : Betas{1.0f, beta};
+}
+
 struct Upstream {
   float lse;  // in base 2
   float grad;
 };
 
-// A row's log-sum-exp and its gradient, without a contribution from empty sets. Their lse of -inf is replaced
-// by +inf, so that every exp(t - lse) is zero (-inf would give inf or NaN), and their gradient by 0.
+// A natural log-sum-exp in base 2. An empty set has -inf, and its result is +inf, so that every exp(t - lse)
+// is zero (-inf would give inf or NaN).
+NCK_DEVICE float in_base_2(float lse) { return lse == -infinity() ? infinity() : lse * kLog2e; }
+
+// A row's log-sum-exp and its gradient, times the ratio of `store_log_sum`, without a contribution from empty
+// sets.
 NCK_DEVICE Upstream upstream_of(const Side& side, const Slot& s) {
   Upstream u{infinity(), 0.0f};
   if (side.grad && s.summed) {
-    float lse = side.lse[s.row];
-    if (lse != -infinity()) u = {lse * kLog2e, side.grad[s.row]};
+    float lse = in_base_2(side.lse[s.row]);
+    if (lse != infinity()) u = {lse, side.grad[s.row] * (side.ratio ? side.ratio[s.row] : 1.0f)};
   }
   return u;
 }

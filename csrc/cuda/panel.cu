@@ -63,9 +63,9 @@ NCK_KERNEL(kThreads, 3) panel_lse_kernel(const __grid_constant__ PanelArgs a) {
   const int part = int(blockIdx.x) % a.split, n = a.stop - a.start;
   const int first = int(blockIdx.x) / a.split * kRows + warp * kAnchors;
   const int used = min_of(used_slots(a.p), a.stop);
-  const float beta = *a.beta * kLog2e;
+  const Betas betas = betas_of(a.p, *a.beta);
   Tag tag[kAnchors];
-  float rnorm[kAnchors];
+  float scale[kAnchors];
   bool summed[kAnchors];
   Sum sum[kAnchors];
 #pragma unroll
@@ -73,16 +73,16 @@ NCK_KERNEL(kThreads, 3) panel_lse_kernel(const __grid_constant__ PanelArgs a) {
     Slot s = slot_at(a.p, a.start + first + r, used);
     tag[r] = mask_tag<Tag>(a.p, s, a.exclude);
     summed[r] = s.summed && first + r < n;
-    rnorm[r] = rnorm_of(a.p, s) * beta;
+    scale[r] = rnorm_of(a.p, s) * betas.p;
   }
   for (int column = part * kColumns + lane * kLaneColumns; column < a.q.slots; column += a.split * kColumns) {
     Tag q_tag[kLaneColumns];
-    float q_rnorm[kLaneColumns], bias[kLaneColumns];
+    float q_scale[kLaneColumns], bias[kLaneColumns];
 #pragma unroll
     for (int c = 0; c < kLaneColumns; c++) {
       Slot s = slot_at(a.q, column + c, a.q.slots);
       q_tag[c] = mask_tag<Tag>(a.q, s, a.exclude);
-      q_rnorm[c] = rnorm_of(a.q, s);
+      q_scale[c] = rnorm_of(a.q, s) * betas.q;
       bias[c] = summand_bias(a.q, s);
     }
 #pragma unroll
@@ -95,7 +95,7 @@ NCK_KERNEL(kThreads, 3) panel_lse_kernel(const __grid_constant__ PanelArgs a) {
       for (int c = 0; c < kLaneColumns; c++) {
         // Selected: the products of left-out rows may be NaN.
         bool out = bias[c] == -infinity() || tag[r] == q_tag[c];
-        t[c] = out ? -infinity() : fmaf(t[c] * rnorm[r], q_rnorm[c], bias[c]);
+        t[c] = out ? -infinity() : fmaf(t[c], scale[r] * q_scale[c], bias[c]);
         top = fmaxf(top, t[c]);
       }
       float shift = shift_of(top), total = sum[r].total * exp2_fast(sum[r].largest - shift);
@@ -152,7 +152,7 @@ panel_entries_kernel(const __grid_constant__ PanelArgs a) {
   const int first = int(blockIdx.x) / blocks * kRows + warp * kAnchors;
   const int begin = int(blockIdx.x) % blocks * kBlockColumns;
   const int used = min_of(used_slots(a.p), a.stop);
-  const float beta = *a.beta * kLog2e;
+  const Betas betas = betas_of(a.p, *a.beta);
   const float scale = a.scale ? *a.scale : 1.0f, of_gradients = a.divisor ? a.divisor[2] : 1.0f;
   Terms<Tag, Sums::kOne> row[kAnchors];
   bool here[kAnchors];
@@ -168,7 +168,7 @@ panel_entries_kernel(const __grid_constant__ PanelArgs a) {
     // An empty set has no gradient, see upstream_of. The exponentials are exp(t - largest) / total: the
     // log-sum-exp has a rounding, which would matter where a probability is near 1, and 1 is subtracted.
     bool empty = !s.summed || sum.largest == -infinity();
-    row[r].rnorm = rnorm * beta;
+    row[r].scale = rnorm * betas.p;
     row[r].factor = summand_rnorm(rnorm, a.norm_limit) * scale;
     row[r].add = empty ? -infinity() : -sum.largest;
     row[r].times = empty ? 0.0f : a.p.grad[s.row] * of_gradients / sum.total;
@@ -184,7 +184,8 @@ panel_entries_kernel(const __grid_constant__ PanelArgs a) {
     for (int c = 0; c < kLaneColumns; c++) {
       Slot s = slot_at(a.q, column + c, a.q.slots);
       q_here[c] = s.here;
-      other[c] = terms_of<Tag, Sums::kOne>(a.q, s, true, false, a.exclude, a.norm_limit, of_gradients);
+      other[c] =
+          terms_of<Tag, Sums::kOne>(a.q, s, betas.q, true, false, a.exclude, a.norm_limit, of_gradients);
     }
 #pragma unroll
     for (int r = 0; r < kAnchors; r++) {

@@ -62,6 +62,7 @@ short_grad_kernel(const __grid_constant__ GradArgs a) {
   if (p_first >= p_used) return;
   const bool p_aligned = rows_aligned<T>(a.p.x, a.p.stride), q_aligned = rows_aligned<T>(a.q.x, a.q.stride);
   const int tiles = (q_used + kRowsQ - 1) / kRowsQ;
+  const Betas betas = betas_of(a.p, *a.beta);
   const float scale = a.scale ? *a.scale : 1.0f, of_gradients = a.divisor ? a.divisor[2] : 1.0f;
   // Exponentials take as long as these products. For features against themselves, the two terms of an entry
   // share one exponential if the factors stay in range: with |t| and |lse| - log M up to 64 in base 2 they
@@ -85,8 +86,8 @@ short_grad_kernel(const __grid_constant__ GradArgs a) {
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     slot[h] = slot_at(a.p, p_first + 16 * warp + 8 * h + g, p_used);
-    row[h] = terms_of<Tag, kSums>(a.p, slot[h], a.q.grad, once, a.exclude, a.norm_limit, of_gradients);
-    row[h].rnorm *= *a.beta * kLog2e;
+    row[h] =
+        terms_of<Tag, kSums>(a.p, slot[h], betas.p, a.q.grad, once, a.exclude, a.norm_limit, of_gradients);
   }
   float sum[kD / 8][4] = {};
 
@@ -94,7 +95,8 @@ short_grad_kernel(const __grid_constant__ GradArgs a) {
   for (int tile = part; tile < tiles; tile += a.split) {
     if (threadIdx.x < kRowsQ) {
       Slot s = slot_at(a.q, tile * kRowsQ + int(threadIdx.x), q_used);
-      auto terms = terms_of<Tag, kSums>(a.q, s, a.p.grad, once, a.exclude, a.norm_limit, of_gradients);
+      auto terms =
+          terms_of<Tag, kSums>(a.q, s, betas.q, a.p.grad, once, a.exclude, a.norm_limit, of_gradients);
       terms.factor *= scale;
       columns[buffer * kRowsQ + threadIdx.x] = terms;
     }

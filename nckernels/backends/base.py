@@ -189,14 +189,16 @@ class Backend(ABC):
 
     @abstractmethod
     def forward(self, inputs: Inputs, spec: Spec, keep: bool) -> Forward:
-        """Compute the forward pass; ``keep`` is False if no backward pass will follow."""
+        """Compute the forward pass; ``keep`` is False if no backward pass will follow, or one that is given other
+        log-sum-exps."""
 
     @abstractmethod
     def backward(self, inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, needs: Needs) -> Gradients:
         """Compute the wanted gradients, without changing ``inputs`` or ``saved``.
 
         If the prototypes are a shard of the classes, ``saved.instance_lse`` may be the log-sum-exp over all shards.
-        Exponentials are normalised by it, so it must not be recomputed from this call's classes.
+        Exponentials are normalised by it, so it must not be recomputed from this call's classes. Then ``saved.kept`` is
+        empty: the forward pass was called without ``keep``.
         """
 
     def can_step(self, features: Tensor, prototypes: Tensor, spec: Spec) -> bool:

@@ -85,8 +85,7 @@ class CudaBackend(Backend):
         return _missing()
 
     def kept_numel(self, device: torch.device, dtype: torch.dtype, m: int, k: int, spec: Spec) -> int:
-        # The list of classes that occur and its length, as 64-bit integers.
-        return 2 * (min(m, k) + 1) if spec.present_only and m else 0
+        return sum(tiled.Kept.sizes(m, k, dtype, torch.int64, spec))
 
     def forward(self, inputs: Inputs, spec: Spec, keep: bool) -> Forward:
         return tiled.forward(CudaKernels(inputs, spec), keep)
@@ -143,7 +142,7 @@ class CudaKernels(Kernels):
 
     def _side(self, side: Side, positives: bool = True) -> tuple[Any, ...]:
         """The arguments of ``Side`` in args.h. Without ``positives``, for sums only, left-out slots are not read."""
-        vectors = (side.label, side.used, side.bias, side.lse, side.grad, side.pos)
+        vectors = (side.label, side.used, side.bias, side.lse, side.ratio, side.grad, side.pos)
         kind = (side.samples, side.gather, side.unsummed and positives)
         return side.x, side.rnorm, *vectors, side.slots, side.skip, *kind
 
@@ -199,13 +198,16 @@ class CudaKernels(Kernels):
     ) -> None:  # fmt: skip
         both, sides = q_partial[0] is not None, (*self._side(p, False), *self._side(q, False))
         if self.hopper and self.half and not both and _fits_boxes(p) and _fits_boxes(q):
-            self.ops.log_sum_exp_wgmma(*sides, self.beta, out, *p_partial, first, count, split, self.exclude)
+            self.ops.log_sum_exp_wgmma(*sides, self.beta, out, p.ratio, *p_partial, first, count, split, self.exclude)
         else:
             partial = (*p_partial, *q_partial)
-            self.ops.log_sum_exp(*sides, self.beta, out, *partial, first, count, split, self.exclude, self.exact)
+            shares = first, count, split, self.exclude, self.exact
+            self.ops.log_sum_exp(*sides, self.beta, out, p.ratio, *partial, *shares)
 
     def combine(self, partial: Partial, side: Side, out: Tensor, first: int, parts: int, keep: bool) -> None:
-        self.ops.combine(*partial, side.label, side.used, out, side.skip, first, parts, side.slots, side.gather, keep)
+        self.ops.combine(
+            *partial, side.label, side.used, out, side.ratio, side.skip, first, parts, side.slots, side.gather, keep
+        )  # fmt: skip
 
     def short_grad(
         self, result: Result, q: Side, part: Tensor | None, scale: Tensor | None, split: int, blocks: Blocks

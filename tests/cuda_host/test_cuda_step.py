@@ -8,6 +8,7 @@ import host_build
 import pytest
 import torch
 from emulation import LARGE, NAN, ROUND_ROBIN, RUN_AHEAD, UNIFORM, Emulator
+from learnt import check_two_passes
 from steps import (  # noqa: F401
     LOSSES,
     D,
@@ -97,6 +98,12 @@ def test_both_directions(emulator: Emulator, dtype: torch.dtype, steps: list[str
             results.append((value.detach(), *torch.autograd.grad(value, inputs)))
         assert_close(*results, dtype)
     assert steps.count("write_loss") == 2
+
+
+@pytest.mark.parametrize("loss", ["normface", "ntce", "clip"])
+def test_learnt_samples_in_two_passes(emulator: Emulator, loss: str) -> None:
+    check_two_passes(loss, 40)
+    check_two_passes(loss, 40, "none")
 
 
 @pytest.mark.usefixtures("narrow_panels")

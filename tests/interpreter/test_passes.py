@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from learnt import check_two_passes
 from torch import Tensor
 
 import nckernels
+from nckernels import operators
 from nckernels.backends import tiled
 from nckernels.backends.triton import config
 
@@ -105,6 +107,15 @@ def test_tiny_weights_of_long_rows(loss: str, d: int, launched: Counter[str]) ->
         with nckernels.use_workspace(2**workspace):
             check(loss, size * z, size * w, None if loss == "clip" else y, dtype, sample_weight=weight)
     assert launched["prepare_step_kernel"] == 4
+
+
+@pytest.mark.parametrize("loss", ["normface", "ntce", "clip"])
+def test_learnt_samples(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one call, in two, and by the operators, as compilers call them; on the chip and by panels of entries."""
+    check_two_passes(loss, 16)  # NumPy adds up the products of longer rows in another order on the chip
+    check_two_passes(loss, 60, "none")
+    monkeypatch.setattr(operators, "plain", lambda *_, **__: False)
+    check_two_passes(loss, 60)
 
 
 def test_few_launches(launched: Counter[str]) -> None:

@@ -20,6 +20,9 @@ from .backward import backward
 from .forward import forward
 from .kernels import EpilogueKernels, Kernels, StepKernels
 from .passes import passes
+from .sides import Kept
 from .step import fits, known, step
 
-__all__ = ["EpilogueKernels", "Kernels", "StepKernels", "backward", "fits", "forward", "known", "passes", "step"]
+__all__ = [
+    "EpilogueKernels", "Kept", "Kernels", "StepKernels", "backward", "fits", "forward", "known", "passes", "step",
+]  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..base import Forward, Gradients, Needs, OutputGrads, Spec
 from .kernels import Kernels
 from .plan import Blocks, pad16, panel_shape
-from .sides import Result, Side, two_sides, vector
+from .sides import Kept, Result, Side, two_sides, vector
 
 
 def backward(kernels: Kernels, saved: Forward, grads: OutputGrads, needs: Needs) -> Gradients:
@@ -19,8 +19,8 @@ def backward(kernels: Kernels, saved: Forward, grads: OutputGrads, needs: Needs)
     z, device = inputs.features, inputs.features.device
     if z.shape[0] == 0 or all(g is None for g in grads):
         return _no_gradients(kernels, needs)
-    present = saved.kept.view(kernels.index_dtype)
-    samples, classes = two_sides(inputs, spec, saved.feature_rnorm, saved.prototype_rnorm, present)
+    kept = Kept.of(saved.kept, inputs, kernels.index_dtype, spec)
+    samples, classes = two_sides(inputs, spec, saved.feature_rnorm, saved.prototype_rnorm, kept)
     if spec.symmetric:
         # The gradient A U + A^T U is (A + A^T) U: one pass over entries with two terms each.
         direction = "class_lse" if spec.by_class else "instance_lse"

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..base import Forward
 from .kernels import Kernels, Partial
 from .plan import ceil_div
-from .sides import Side, two_sides
+from .sides import Kept, Side, two_sides
 
 
 def forward(kernels: Kernels, keep: bool) -> Forward:
@@ -19,8 +19,10 @@ def forward(kernels: Kernels, keep: bool) -> Forward:
     def new(n: int) -> Tensor:
         return torch.empty(n, dtype=torch.float32, device=device)
 
-    z_rnorm, pos, w_rnorm, present = prepare(kernels)
-    samples, classes = two_sides(kernels.inputs, spec, z_rnorm, w_rnorm, present)
+    memory = new(sum(Kept.sizes(m, k, kernels.inputs.features.dtype, kernels.index_dtype, spec, keep)))
+    kept = Kept.of(memory, kernels.inputs, kernels.index_dtype, spec)
+    z_rnorm, pos, w_rnorm = prepare(kernels, kept.present)
+    samples, classes = two_sides(kernels.inputs, spec, z_rnorm, w_rnorm, kept)
     class_lse, instance_lse = new(0), new(0)
     if spec.by_class:
         # Compacted prototypes: the kernels write only the classes that occur.
@@ -31,11 +33,11 @@ def forward(kernels: Kernels, keep: bool) -> Forward:
         log_sum_exp(kernels, classes, samples, class_lse, instance_lse if spec.by_instance else None)
     elif m:
         log_sum_exp(kernels, samples, classes, instance_lse, None)
-    return Forward(class_lse, instance_lse, pos, z_rnorm, w_rnorm, present.view(torch.float32) if keep else new(0))
+    return Forward(class_lse, instance_lse, pos, z_rnorm, w_rnorm, memory if keep else new(0))
 
 
-def prepare(kernels: Kernels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Inverse norms, positives and, with ``present_only``, the labels of the prototypes' slots and their count."""
+def prepare(kernels: Kernels, present: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The samples' inverse norms, positives and the prototypes' inverse norms. Writes ``present``, see ``Kept``."""
     z, w, spec, index = kernels.inputs.features, kernels.inputs.prototypes, kernels.spec, kernels.index_dtype
     m, k, device = z.shape[0], w.shape[0], z.device
     z_rnorm, pos = (torch.empty(m, dtype=torch.float32, device=device) for _ in range(2))
@@ -51,17 +53,16 @@ def prepare(kernels: Kernels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             kernels.prepare_samples(z_rnorm, pos, w_rnorm if positives else None, None)
         if spec.symmetric and not positives:
             w_rnorm.copy_(z_rnorm)  # results of an operator must not share memory
-        return z_rnorm, pos, w_rnorm, torch.empty(0, dtype=index, device=device)
+        return z_rnorm, pos, w_rnorm
     w_rnorm = torch.zeros(k, dtype=torch.float32, device=device)
     if m == 0:
-        return z_rnorm, pos, w_rnorm, torch.empty(0, dtype=index, device=device)
-    mark = torch.full((k + 1,), -1, dtype=index, device=device)
+        return z_rnorm, pos, w_rnorm
+    # If a list would not be shorter, the marks are the labels.
+    mark = (present if k <= m else torch.empty(k, dtype=index, device=device)).fill_(-1)
     kernels.prepare_samples(z_rnorm, pos, w_rnorm, mark)
-    if k <= m:  # a list would not be shorter: the marks are the labels
-        return z_rnorm, pos, w_rnorm, mark
-    present = torch.empty(m + 1, dtype=index, device=device)
-    kernels.compact(torch.cumsum(mark[:k] >= 0, 0, dtype=index), present, k, m)
-    return z_rnorm, pos, w_rnorm, present
+    if k > m:
+        kernels.compact(torch.cumsum(mark >= 0, 0, dtype=index), present, k, m)
+    return z_rnorm, pos, w_rnorm
 
 
 def log_sum_exp(kernels: Kernels, p: Side, q: Side, p_out: Tensor, q_out: Tensor | None) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..base import Inputs, Spec
+from .plan import pad16
 
 NOT_FINITE = -2.0
 """Stored instead of the inverse norm of a left-out row that holds NaN or infinities."""
@@ -51,6 +52,8 @@ class Side(NamedTuple):
     """(rows,): added to the logits of these rows where they are summed over."""
     lse: Tensor | None = None
     """(rows,): this side's log-sum-exp, with ``grad``."""
+    ratio: Tensor | None = None
+    """(rows,): exp(lse) over the sum whose logarithm, rounded, is ``lse``; None for 1, in 16-bit types."""
     grad: Tensor | None = None
     """(rows,): upstream gradient of ``lse``."""
     pos: Tensor | None = None
@@ -89,6 +92,37 @@ class Result(NamedTuple):
         return None
 
 
+class Kept(NamedTuple):
+    """The parts of ``Forward.kept``; without a backward pass, or if the log-sum-exps are replaced, without ratios."""
+
+    present: Tensor
+    """The labels of the prototypes' slots, and the number of slots in use; empty without ``present_only``."""
+    class_ratio: Tensor | None
+    instance_ratio: Tensor | None
+
+    @staticmethod
+    def sizes(m: int, k: int, dtype: torch.dtype, index: torch.dtype, spec: Spec, ratios: bool = True) -> list[int]:
+        """Numbers of float32 of each part; ``index``: the dtype of the labels."""
+        listed = min(m, k) + 1 if spec.present_only and m else 0
+        of_ratios = ratios and dtype == torch.float32
+        parts = (listed * index.itemsize // 4, k * (of_ratios and spec.by_class), m * (of_ratios and spec.by_instance))
+        return [pad16(part) for part in parts]
+
+    @classmethod
+    def of(cls, memory: Tensor, inputs: Inputs, index: torch.dtype, spec: Spec) -> Kept:
+        m, k = inputs.features.shape[0], inputs.prototypes.shape[0]
+        sizes = cls.sizes(m, k, inputs.features.dtype, index, spec)
+        if sum(sizes) > memory.numel():
+            sizes[1:] = 0, 0
+        present, class_ratio, instance_ratio = memory.split(sizes)
+        listed = min(m, k) + 1 if sizes[0] else 0
+        return cls(
+            present.view(index)[:listed],
+            class_ratio[:k] if sizes[1] else None,
+            instance_ratio[:m] if sizes[2] else None,
+        )
+
+
 def plain(inputs: Inputs, spec: Spec) -> Inputs:
     """The same tensors in the layout that kernels expect: matrices of contiguous rows, contiguous vectors."""
     z = _rows(inputs.features)
@@ -112,23 +146,26 @@ def vector(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def two_sides(inputs: Inputs, spec: Spec, z_rnorm: Tensor, w_rnorm: Tensor, present: Tensor) -> tuple[Side, Side]:
-    """Samples and prototypes; ``present`` has the labels of the prototypes with ``present_only``.
+def two_sides(inputs: Inputs, spec: Spec, z_rnorm: Tensor, w_rnorm: Tensor, kept: Kept) -> tuple[Side, Side]:
+    """Samples and prototypes, without log-sum-exps.
 
     If both are one tensor, S is symmetric, and one side is returned twice. Its bias, log-sum-exps and their gradients
     are those of the wanted direction.
     """
+    present, class_ratio, instance_ratio = kept
     z, w, target, _, sample_bias, class_bias = inputs
     m, k, positives = z.shape[0], w.shape[0], spec.exclude == "self"
     if spec.symmetric:
-        bias = sample_bias if spec.by_class else class_bias
-        both = Side(z, w_rnorm, True, m, target, spec.ignore_index, unsummed=positives, unread=positives, bias=bias)
+        bias, ratio = (sample_bias, class_ratio) if spec.by_class else (class_bias, instance_ratio)
+        both = Side(
+            z, w_rnorm, True, m, target, spec.ignore_index, unsummed=positives, unread=positives, bias=bias, ratio=ratio
+        )  # fmt: skip
         return both, both
-    samples = Side(z, z_rnorm, True, m, target, spec.ignore_index, bias=sample_bias)
+    samples = Side(z, z_rnorm, True, m, target, spec.ignore_index, bias=sample_bias, ratio=instance_ratio)
+    classes = Side(w, w_rnorm, False, k, bias=class_bias, ratio=class_ratio)
     if spec.square:
-        return samples, Side(w, w_rnorm, False, k, target, spec.ignore_index, unsummed=positives, bias=class_bias)
+        return samples, classes._replace(label=target, skip=spec.ignore_index, unsummed=positives)
     if present.numel():
-        slots, compacted = min(m, k), k > m
-        used = present[slots:] if compacted else None
-        return samples, Side(w, w_rnorm, False, slots, present, -1, compacted, unread=True, used=used, bias=class_bias)
-    return samples, Side(w, w_rnorm, False, k, bias=class_bias)
+        classes = classes._replace(slots=min(m, k), label=present, skip=-1, gather=k > m, unread=True)
+        return samples, classes._replace(used=present[m:]) if classes.gather else classes
+    return samples, classes

@@ -67,8 +67,7 @@ class TritonBackend(Backend):
         return None
 
     def kept_numel(self, device: torch.device, dtype: torch.dtype, m: int, k: int, spec: Spec) -> int:
-        # The list of classes that occur and its length, as 32-bit integers.
-        return min(m, k) + 1 if spec.present_only and m else 0
+        return sum(tiled.Kept.sizes(m, k, dtype, torch.int32, spec))
 
     def forward(self, inputs: Inputs, spec: Spec, keep: bool) -> Forward:
         from . import launch

@@ -287,7 +287,7 @@ def mend_kernel(
 @triton.jit(do_not_specialize=["n_p", "n_q", "d", "p_stride", "q_stride", "skip_p", "skip_q", "split"])
 def bias_grad_kernel(
     P, P_rnorm, P_label, P_bias,
-    Q, Q_rnorm, Q_label, Q_count, Q_lse, Q_grad,
+    Q, Q_rnorm, Q_label, Q_count, Q_lse, Q_ratio, Q_grad,
     Beta, Part,
     n_p, n_q, d, p_stride, q_stride, skip_p, skip_q, split,
     EXCLUDE: tl.constexpr, P_SAMPLES: tl.constexpr, Q_GATHER: tl.constexpr,
@@ -325,7 +325,7 @@ def bias_grad_kernel(
             row, valid, tag, rnorm = summed_rows(
                 Q_rnorm, Q_label, q_first + i * B, n_q, skip_q, EXCLUDE, not P_SAMPLES, Q_GATHER, B
             )
-            lse, grad = load_lse(Q_lse, Q_grad, row, valid)
+            lse, grad = load_lse(Q_lse, Q_ratio, Q_grad, row, valid)
             t = tl.fma(products[i] * p_scale[:, None], rnorm[None, :], p_bias[:, None])
             e = grad[None, :] * tl.exp2(t - lse[None, :])
             if EXCLUDE != "none":

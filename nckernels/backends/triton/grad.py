@@ -38,6 +38,7 @@ from .tiles import (
     dot_rows,
     load_lse,
     load_rows,
+    logit_scale,
     mask_tag,
     paired_rows,
     positive_of,
@@ -47,7 +48,7 @@ from .tiles import (
 
 
 @triton.jit
-def load_terms(Bias, Lse, Grad, Pos, Other_grad, Divisor, row, valid):
+def load_terms(Bias, Lse, Ratio, Grad, Pos, Other_grad, Divisor, row, valid):
     """The vectors of one side's rows in A: bias, lse, upstream gradient, gradient of the positive logit.
 
     Each is loaded only if it is used; otherwise it is a placeholder that the compiler removes. The bias enters the
@@ -61,7 +62,7 @@ def load_terms(Bias, Lse, Grad, Pos, Other_grad, Divisor, row, valid):
     if Other_grad is not None:
         bias = row_bias(Bias, row, valid)
     if Grad is not None:
-        lse, grad = load_lse(Lse, Grad, row, valid)
+        lse, grad = load_lse(Lse, Ratio, Grad, row, valid)
         if Divisor is not None:
             grad *= tl.load(Divisor + 2)
     if Pos is not None:
@@ -82,36 +83,37 @@ def factors(bias, lse, grad, once):
 
 @triton.jit
 def two_terms(
-    s, q_rnorm, p_bias, p_lse, p_grad, q_bias, q_lse, q_grad, USE_P: tl.constexpr, USE_Q: tl.constexpr
+    products, scale, p_bias, p_lse, p_grad, q_bias, q_lse, q_grad, USE_P: tl.constexpr, USE_Q: tl.constexpr
 ):  # fmt: skip
     """The terms of A from the log-sum-exps, with one exponential per term."""
-    a = tl.zeros(s.shape, tl.float32)
+    a = tl.zeros(products.shape, tl.float32)
     if USE_P:
-        t = tl.fma(s, q_rnorm[None, :], q_bias[None, :])
+        t = tl.fma(products, scale, q_bias[None, :])
         a = p_grad[:, None] * tl.exp2(t - p_lse[:, None])
     if USE_Q:
-        t = tl.fma(s, q_rnorm[None, :], p_bias[:, None])
+        t = tl.fma(products, scale, p_bias[:, None])
         a = tl.fma(q_grad[None, :], tl.exp2(t - q_lse[None, :]), a)
     return a
 
 
 @triton.jit
 def entries(
-    s, q_rnorm, once,
+    products, p_scale, q_scale, once,
     p_tag, p_row, p_positive, p_bias, p_lse, p_grad, p_pos,
     q_tag, q_row, q_positive, q_bias, q_lse, q_grad, q_pos,
     EXCLUDE: tl.constexpr, USE_P: tl.constexpr, USE_Q: tl.constexpr,
     USE_P_POS: tl.constexpr, USE_Q_POS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of A, from ``s = (p . q) r_p beta log2 e``; ``once``: see ``grad_kernel``, and None for never."""
+    """A tile of A, from the products of the rows; ``once``: see ``grad_kernel``, and None for never."""
+    scale = p_scale[:, None] * q_scale[None, :]
     if once is not None:
         if once:
             weight = tl.fma(p_grad[:, None], q_bias[None, :], p_bias[:, None] * q_grad[None, :])
-            a = tl.exp2(s * q_rnorm[None, :]) * weight
+            a = tl.exp2(products * scale) * weight
         else:
-            a = two_terms(s, q_rnorm, p_bias, p_lse, p_grad, q_bias, q_lse, q_grad, USE_P, USE_Q)
+            a = two_terms(products, scale, p_bias, p_lse, p_grad, q_bias, q_lse, q_grad, USE_P, USE_Q)
     else:
-        a = two_terms(s, q_rnorm, p_bias, p_lse, p_grad, q_bias, q_lse, q_grad, USE_P, USE_Q)
+        a = two_terms(products, scale, p_bias, p_lse, p_grad, q_bias, q_lse, q_grad, USE_P, USE_Q)
     # Selected, not multiplied by 0: a masked entry can have any value, inf included.
     if EXCLUDE != "none":
         a = tl.where(p_tag[:, None] == q_tag[None, :], 0.0, a)
@@ -124,8 +126,8 @@ def entries(
 
 @triton.jit(do_not_specialize=["n_p", "n_q", "slots_p", "d", "p_stride", "q_stride", "skip_p", "skip_q", "split"])
 def grad_kernel(
-    P, P_rnorm, P_label, P_count, P_bias, P_lse, P_grad, P_pos,
-    Q, Q_rnorm, Q_label, Q_count, Q_bias, Q_lse, Q_grad, Q_pos,
+    P, P_rnorm, P_label, P_count, P_bias, P_lse, P_ratio, P_grad, P_pos,
+    Q, Q_rnorm, Q_label, Q_count, Q_bias, Q_lse, Q_ratio, Q_grad, Q_pos,
     Beta, Scale, Divisor,
     Out, Dot, Part,
     n_p, n_q, slots_p, d, p_stride, q_stride, skip_p, skip_q, split,
@@ -166,9 +168,9 @@ def grad_kernel(
     once = None
     if MAY_SHARE:
         once = beta * LOG2E < 64.0
-    p_bias, p_lse, p_grad, p_pos = load_terms(P_bias, P_lse, P_grad, P_pos, Q_grad, None, p_row, p_valid)
+    p_bias, p_lse, p_grad, p_pos = load_terms(P_bias, P_lse, P_ratio, P_grad, P_pos, Q_grad, None, p_row, p_valid)
     p_bias, p_grad = factors(p_bias, p_lse, p_grad, once)
-    p_scale = p_rnorm * (beta * LOG2E)
+    p_scale = logit_scale(p_rnorm, beta, P_SAMPLES)
     scale = 1.0
     if Scale is not None:
         scale = tl.load(Scale)
@@ -183,14 +185,14 @@ def grad_kernel(
         q_row, q_label, q_valid = slot_rows(Q_label, q_block * BQ, n_q, skip_q, Q_GATHER, BQ)
         q_here = paired_rows(Q_rnorm, q_valid, q_block * BQ, n_q, Q_UNSUMMED, BQ)
         q = load_rows(Q, q_row, q_here, q_stride, d, BD, EVEN_D)
-        s = dot(p, tl.trans(q), tl.zeros((BP, BQ), tl.float32), PRECISION) * p_scale[:, None]
+        products = dot(p, tl.trans(q), tl.zeros((BP, BQ), tl.float32), PRECISION)
         q_tag = mask_tag(q_row, q_label, EXCLUDE, not P_SAMPLES)
         q_positive = positive_of(q_row, q_label, EXCLUDE)
         q_rnorm = tl.load(Q_rnorm + q_row, mask=q_here, other=0.0)
-        q_bias, q_lse, q_grad, q_pos = load_terms(Q_bias, Q_lse, Q_grad, Q_pos, P_grad, None, q_row, q_valid)
+        q_bias, q_lse, q_grad, q_pos = load_terms(Q_bias, Q_lse, Q_ratio, Q_grad, Q_pos, P_grad, None, q_row, q_valid)
         q_bias, q_grad = factors(q_bias, q_lse, q_grad, once)
         a = entries(
-            s, q_rnorm, once,
+            products, p_scale, logit_scale(q_rnorm, beta, not P_SAMPLES), once,
             p_tag, p_row, p_positive, p_bias, p_lse, p_grad, p_pos,
             q_tag, q_row, q_positive, q_bias, q_lse, q_grad, q_pos,
             EXCLUDE, P_grad is not None, Q_grad is not None, P_pos is not None, Q_pos is not None,
@@ -232,8 +234,8 @@ def grad_kernel(
     ]
 )  # fmt: skip
 def entries_kernel(
-    P, P_rnorm, P_label, P_count, P_bias, P_lse, P_grad, P_pos,
-    Q, Q_rnorm, Q_label, Q_count, Q_bias, Q_lse, Q_grad, Q_pos,
+    P, P_rnorm, P_label, P_count, P_bias, P_lse, P_ratio, P_grad, P_pos,
+    Q, Q_rnorm, Q_label, Q_count, Q_bias, Q_lse, Q_ratio, Q_grad, Q_pos,
     Beta, Scale, Divisor,
     H,
     p_start, p_stop, q_start, q_stop, d, p_stride, q_stride, h_stride, skip_p, skip_q,
@@ -283,8 +285,9 @@ def entries_kernel(
     p_tag = mask_tag(p_row, p_label, EXCLUDE, P_SAMPLES)
     p_positive = positive_of(p_row, p_label, EXCLUDE)
     p_rnorm = tl.load(P_rnorm + p_row, mask=p_here, other=0.0)
-    p_bias, p_lse, p_grad, p_pos = load_terms(P_bias, P_lse, P_grad, P_pos, Q_grad, Divisor, p_row, p_valid)
-    p_scale = p_rnorm * (tl.load(Beta) * LOG2E)
+    p_bias, p_lse, p_grad, p_pos = load_terms(P_bias, P_lse, P_ratio, P_grad, P_pos, Q_grad, Divisor, p_row, p_valid)
+    beta = tl.load(Beta)
+    p_scale = logit_scale(p_rnorm, beta, P_SAMPLES)
     p_factor = summand_rnorm(p_rnorm, NORM_LIMIT)
     if Scale is not None:
         p_factor *= tl.load(Scale)
@@ -300,9 +303,9 @@ def entries_kernel(
         q_tag = mask_tag(row, label, EXCLUDE, not P_SAMPLES)
         q_positive = positive_of(row, label, EXCLUDE)
         q_rnorm = tl.load(Q_rnorm + row, mask=here, other=0.0)
-        q_bias, q_lse, q_grad, q_pos = load_terms(Q_bias, Q_lse, Q_grad, Q_pos, P_grad, Divisor, row, valid)
+        q_bias, q_lse, q_grad, q_pos = load_terms(Q_bias, Q_lse, Q_ratio, Q_grad, Q_pos, P_grad, Divisor, row, valid)
         a = entries(
-            products[i] * p_scale[:, None], q_rnorm, None,
+            products[i], p_scale, logit_scale(q_rnorm, beta, not P_SAMPLES), None,
             p_tag, p_row, p_positive, p_bias, p_lse, p_grad, p_pos,
             q_tag, row, q_positive, q_bias, q_lse, q_grad, q_pos,
             EXCLUDE, P_grad is not None, Q_grad is not None, P_pos is not None, Q_pos is not None,

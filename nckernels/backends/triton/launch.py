@@ -256,7 +256,7 @@ class TritonKernels(Kernels):
         launch(
             lse.lse_kernel, (count * split,),
             p.x, p.rnorm, p.label, p.bias, p.used, q.x, q.rnorm, q.label, q.bias, self.beta,
-            out, *p_partial, *q_partial,
+            out, p.ratio, *p_partial, *q_partial,
             first, p.slots, q.slots, p.slots, self.d, self._units(p.x), self._units(q.x), p.skip, q.skip, split,
             options=_lse_options(
                 self.spec.exclude, p.samples, p.gather, self.unit, self._whole(tile), self._even(tile),
@@ -267,7 +267,8 @@ class TritonKernels(Kernels):
     def combine(self, partial: Partial, side: Side, out: Tensor, first: int, parts: int, keep: bool) -> None:
         launch(
             lse.combine_kernel, (ceil_div(side.slots, 64),),
-            *partial, side.label if side.gather else None, side.used, out, first, parts, side.slots, side.skip,
+            *partial, side.label if side.gather else None, side.used, out, side.ratio,
+            first, parts, side.slots, side.skip,
             options=_combine_options(side.gather, keep),
         )  # fmt: skip
 
@@ -308,7 +309,7 @@ class TritonKernels(Kernels):
         n, tile = p.x.shape[0], blocks.tile
         launch(
             finish.bias_grad_kernel, (ceil_div(n, tile.p) * split,),
-            p.x, p.rnorm, p.label, p.bias, q.x, q.rnorm, q.label, q.used, q.lse, q.grad, self.beta, part,
+            p.x, p.rnorm, p.label, p.bias, q.x, q.rnorm, q.label, q.used, q.lse, q.ratio, q.grad, self.beta, part,
             n, q.slots, self.d, self._units(p.x), self._units(q.x), p.skip, q.skip, split,
             options=_bias_options(
                 self.spec.exclude, p.samples, q.gather, self.unit, self._whole(tile), self._even(tile),
@@ -356,4 +357,4 @@ class TritonKernels(Kernels):
 
 def _all_of(side: Side) -> tuple[Tensor | None, ...]:
     """A side's arguments of the kernels that compute entries."""
-    return side.x, side.rnorm, side.label, side.used, side.bias, side.lse, side.grad, side.pos
+    return side.x, side.rnorm, side.label, side.used, side.bias, side.lse, side.ratio, side.grad, side.pos

@@ -14,8 +14,9 @@ import triton.language as tl
 from .tiles import (
     INF,
     LN2,
-    LOG2E,
+    in_base_2,
     load_rows,
+    logit_scale,
     row_bias,
     slot_rows,
     summed_rows,
@@ -27,6 +28,19 @@ from .tiles import (
 def shift_of(largest):
     """The maximum to subtract: 0 for an empty set, where -inf - -inf would be NaN."""
     return tl.where(largest == -INF, 0.0, largest)
+
+
+@triton.jit
+def log_sum(Out, Ratio, at, mask, largest, total):
+    """The natural log-sum-exp ``Out[at]``, and ``Ratio[at] = exp(Out[at]) / sum of the exponentials``, if wanted.
+
+    The ratio is 1 but for the rounding of ``Out``, which is an error of every probability ``exp(t - lse)``. It would
+    matter where a probability is near 1, and 1 is subtracted. The backward pass multiplies by the ratio.
+    """
+    lse = (largest + tl.log2(total)) * LN2  # empty: -inf + log2(0) = -inf
+    tl.store(Out + at, lse, mask=mask)
+    if Ratio is not None:
+        tl.store(Ratio + at, 1.0 / (total * tl.exp2(largest - in_base_2(lse))), mask=mask)
 
 
 @triton.jit
@@ -53,7 +67,7 @@ def lse_kernel(
     P, P_rnorm, P_label, P_bias, P_count,
     Q, Q_rnorm, Q_label, Q_bias,
     Beta,
-    Out, P_max, P_sum, Q_max, Q_sum,
+    Out, Ratio, P_max, P_sum, Q_max, Q_sum,
     first_block, n_p, n_q, slots_p, d, p_stride, q_stride, skip_p, skip_q, split,
     EXCLUDE: tl.constexpr, P_SAMPLES: tl.constexpr, P_GATHER: tl.constexpr,
     BP: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr, UNIT: tl.constexpr,
@@ -64,8 +78,8 @@ def lse_kernel(
     Programs that run at the same time read neighbouring blocks of both operands, which stay in the L2 cache. The number
     of partial results is ``split`` per anchor for any size of Q.
 
-    Results for the anchors: ``Out`` (the natural log-sum-exp; split = 1) or the partials ``P_max[s, slot]``
-    and ``P_sum[s, slot]``. With ``Q_max`` the same tiles also serve the other direction: each program
+    Results for the anchors: ``Out`` and ``Ratio`` (see ``log_sum``; split = 1) or the partials ``P_max[s, slot]`` and
+    ``P_sum[s, slot]``. With ``Q_max`` the same tiles also serve the other direction: each program
     writes what its anchors contribute to every row of Q, ``Q_max[1 + block, slot]`` (row 0 belongs to
     ``combine_kernel``).
     """
@@ -83,8 +97,8 @@ def lse_kernel(
     p_row, p_valid, p_tag, p_rnorm = summed_rows(
         P_rnorm, P_label, p_first, n_p, skip_p, EXCLUDE, P_SAMPLES, P_GATHER, BP
     )
-    # beta and log2 e are multiplied into the anchors' norms, which costs nothing per entry.
-    p_scale = p_rnorm * (tl.load(Beta) * LOG2E)
+    beta = tl.load(Beta)
+    p_scale = logit_scale(p_rnorm, beta, P_SAMPLES)
     p = None
     if WHOLE_D:
         p = load_rows(P, p_row, p_valid, p_stride, d, BD, EVEN_D)
@@ -101,16 +115,16 @@ def lse_kernel(
             row, valid, tag, rnorm = summed_rows(
                 Q_rnorm, Q_label, q_first + i * B, n_q, skip_q, EXCLUDE, not P_SAMPLES, False, B
             )
-            s = products[i] * p_scale[:, None]
-            # One fused multiply-add for norm, bias and mask: the bias of left-out rows is -inf.
-            t = tl.fma(s, rnorm[None, :], row_bias(Q_bias, row, valid)[None, :])
+            scale = p_scale[:, None] * logit_scale(rnorm, beta, not P_SAMPLES)[None, :]
+            # One fused multiply-add for scale, bias and mask: the bias of left-out rows is -inf.
+            t = tl.fma(products[i], scale, row_bias(Q_bias, row, valid)[None, :])
             t = without_excluded(t, p_tag, tag, p_first, q_first + i * B, EXCLUDE)
             new = tl.maximum(largest, tl.max(t, 1))
             shift = shift_of(new)
             total = tl.fma(total, tl.exp2(largest - shift), tl.sum(tl.exp2(t - shift[:, None]), 1))
             largest = new
             if Q_max is not None:
-                t = tl.fma(s, rnorm[None, :], row_bias(P_bias, p_row, p_valid)[:, None])
+                t = tl.fma(products[i], scale, row_bias(P_bias, p_row, p_valid)[:, None])
                 t = without_excluded(t, p_tag, tag, p_first, q_first + i * B, EXCLUDE)
                 q_largest = tl.max(t, 0)
                 q_total = tl.sum(tl.exp2(t - shift_of(q_largest)[None, :]), 0)
@@ -124,11 +138,10 @@ def lse_kernel(
     total = tl.where(p_valid, total, 0.0)
     slot = p_first + tl.arange(0, BP)
     if Out is not None:
-        lse = (largest + tl.log2(total)) * LN2  # empty: -inf + log2(0) = -inf
         if P_GATHER:
-            tl.store(Out + p_row, lse, mask=p_valid)
+            log_sum(Out, Ratio, p_row, p_valid, largest, total)
         else:
-            tl.store(Out + slot, lse, mask=slot < n_p)
+            log_sum(Out, Ratio, slot, slot < n_p, largest, total)
     else:
         at = part.to(tl.int64) * slots_p + slot
         tl.store(P_max + at, largest, mask=slot < n_p)
@@ -137,10 +150,10 @@ def lse_kernel(
 
 @triton.jit(do_not_specialize=["first", "parts", "n", "skip"])
 def combine_kernel(
-    Max, Sum, Label, Count, Out, first, parts, n, skip,
+    Max, Sum, Label, Count, Out, Ratio, first, parts, n, skip,
     GATHER: tl.constexpr, KEEP: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """``Out[row of slot]``: the log-sum-exp of the partials ``first <= part < parts``, in a fixed order.
+    """``Out[row of slot]`` and ``Ratio``: ``log_sum`` of the partials ``first <= part < parts``, in a fixed order.
 
     With ``KEEP`` the combined pair replaces part 0, where the next panel of anchors finds it.
     """
@@ -165,8 +178,7 @@ def combine_kernel(
         tl.store(Max + slot, largest, mask=inside)
         tl.store(Sum + slot, total, mask=inside)
     row, _, valid = slot_rows(Label, tl.program_id(0) * BN, used, skip, GATHER, BN)
-    lse = (largest + tl.log2(total)) * LN2
     if GATHER:
-        tl.store(Out + row, lse, mask=valid)
+        log_sum(Out, Ratio, row, valid, largest, total)
     else:
-        tl.store(Out + slot, lse, mask=inside)
+        log_sum(Out, Ratio, slot, inside, largest, total)

@@ -8,7 +8,7 @@ tensor cores multiply the caller's numbers without rounding. For both passes in 
 import triton
 import triton.language as tl
 
-from .tiles import INF, NOT_FINITE
+from .tiles import INF, LN2, NOT_FINITE, logit_scale
 
 
 @triton.jit
@@ -41,9 +41,10 @@ def square_sums(X, row, inside, d, stride, BR: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def with_partners(
-    Z, W, row, inside, partner, valid, d, z_stride, w_stride, EPS: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr
+    Z, W, row, inside, partner, valid, beta, d, z_stride, w_stride,
+    EPS: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """The square sums of some samples, their inverse norms and those of their partners, and the cosines of the two, in
+    """The square sums of some samples, their inverse norms and those of their partners, and the logits of the two, in
     one pass over both."""
     col = tl.arange(0, BD)
     z_ptr = Z + row.to(tl.int64)[:, None] * z_stride + col[None, :]
@@ -61,8 +62,8 @@ def with_partners(
     z_square = tl.sum(zz, 1)
     r_z = inverse_norm(z_square, EPS)
     r_w = inverse_norm(tl.sum(ww, 1), EPS)
-    # The product is multiplied by one norm at a time: r_z * r_w can leave float32's range for tiny rows.
-    return z_square, r_z, r_w, tl.sum(zw, 1) * r_z * r_w
+    logit = tl.sum(zw, 1) * (logit_scale(r_z, beta, True) * r_w) * LN2
+    return z_square, r_z, r_w, logit
 
 
 @triton.jit(do_not_specialize=["n", "d", "stride", "skip"])
@@ -126,11 +127,11 @@ def prepare_samples_kernel(
     else:
         valid, partner = positives_of(target, k, skip)
 
-    z_square, r_z, r_w, cosine = with_partners(
-        Z, W, row, inside, partner, valid, d, z_stride, w_stride, EPS, BR, BD
+    z_square, r_z, r_w, logit = with_partners(
+        Z, W, row, inside, partner, valid, beta, d, z_stride, w_stride, EPS, BR, BD
     )  # fmt: skip
     tl.store(Z_rnorm + row, tl.where(valid, r_z, left_out(z_square)), mask=inside)
-    tl.store(Pos + row, tl.where(valid, beta * cosine, 0.0), mask=inside)
+    tl.store(Pos + row, tl.where(valid, logit, 0.0), mask=inside)
     if Mark is not None:
         tl.store(Mark + partner, partner, mask=valid)
     if W_rnorm is not None:

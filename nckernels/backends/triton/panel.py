@@ -134,7 +134,7 @@ def panel_entries_kernel(
 
     products = stored_products(T, p_local, q_first, p_valid, q_valid, t_stride, BP, BQ)
     a = entries(
-        products * (p_rnorm * (tl.load(Beta) * LOG2E))[:, None], q_rnorm, None,
+        products * (p_rnorm * (tl.load(Beta) * LOG2E))[:, None], tl.full((BP,), 1.0, tl.float32), q_rnorm, None,
         p_tag, p_row, positive_of(p_row, p_label, EXCLUDE), nothing, shift, grad, p_pos,
         q_tag, q_row, positive_of(q_row, q_label, EXCLUDE), row_bias(None, q_row, q_valid), q_pos, q_pos, q_pos,
         EXCLUDE, True, False, P_pos is not None, Q_pos is not None,

@@ -55,14 +55,14 @@ def prepare_step_kernel(
         inside = row < m
         target = tl.load(Target + row, mask=inside, other=skip)
         valid, partner = positives_of(target, k, skip)
-        z_square, r_z, r_w, cosine = with_partners(
-            Z, W, row, inside, partner, valid, d, z_stride, w_stride, EPS, BR, BD
+        z_square, r_z, r_w, logit = with_partners(
+            Z, W, row, inside, partner, valid, beta, d, z_stride, w_stride, EPS, BR, BD
         )  # fmt: skip
         share = tl.where(valid, 1.0, 0.0)
         if Weight is not None:
             share = tl.load(Weight + row, mask=valid, other=0.0)
         tl.store(Z_rnorm + row, tl.where(valid, r_z, left_out(z_square)), mask=inside)
-        tl.store(Pos + row, tl.where(valid, beta * cosine, 0.0), mask=inside)
+        tl.store(Pos + row, tl.where(valid, logit, 0.0), mask=inside)
         tl.store(Share + row, share, mask=inside)
         tl.store(Pos_grad + row, -share, mask=inside)
         if Z_broken is not None:

@@ -123,16 +123,34 @@ def row_bias(Bias, row, valid):
 
 
 @triton.jit
-def load_lse(Lse, Grad, row, valid):
-    """(lse in base 2, upstream gradient) of some rows, without a contribution from empty sets.
+def logit_scale(rnorm, beta, SAMPLES: tl.constexpr):
+    """The factor of a row in its logits in base 2, ``t = (p . q) (p_scale q_scale)``.
 
-    An empty set has lse = -inf. It is replaced by +inf, so that every exp(t - lse) is zero (-inf would give inf or
-    NaN), and its upstream gradient by 0. Left-out rows are treated alike.
+    The samples have beta, whether they are P or Q, so that a logit is the same number in both passes. Where a
+    probability is near 1, and 1 is subtracted, one rounding would be an error. (Of features against themselves, P are
+    the samples.)
     """
+    if SAMPLES:
+        rnorm *= beta * LOG2E
+    return rnorm
+
+
+@triton.jit
+def in_base_2(lse):
+    """Natural log-sum-exps in base 2. An empty set has lse = -inf. It is replaced by +inf, so that every exp(t - lse)
+    is zero; -inf would give inf or NaN."""
+    return tl.where(lse == -INF, INF, lse * LOG2E)
+
+
+@triton.jit
+def load_lse(Lse, Ratio, Grad, row, valid):
+    """(lse in base 2, upstream gradient times the ratio of ``log_sum``) of some rows, without a contribution from empty
+    sets and left-out rows: their gradients are 0."""
     lse = tl.load(Lse + row, mask=valid, other=-INF)
     grad = tl.load(Grad + row, mask=valid, other=0.0)
-    empty = lse == -INF
-    return tl.where(empty, INF, lse * LOG2E), tl.where(empty, 0.0, grad)
+    if Ratio is not None:
+        grad *= tl.load(Ratio + row, mask=valid, other=0.0)
+    return in_base_2(lse), tl.where(lse == -INF, 0.0, grad)
 
 
 @triton.jit
