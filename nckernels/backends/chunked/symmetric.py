@@ -55,9 +55,9 @@ def backward(inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, nee
                     continue
                 if tiles.halves is not None:
                     weights = tiles.operand_weights(weights, rows, cols)
-                _add_product(grad_u[rows], weights, tiles.v(cols))
+                products.add_product(grad_u[rows], weights, tiles.v(cols))
                 if cols != rows:
-                    _add_product(grad_u[cols], weights.T, v)
+                    products.add_product(grad_u[cols], weights.T, v)
     if grad_u is not None and grads.pos is not None:
         g_pos = tiles.only_valid(grads.pos)
         for rows in tiles.row_tiles():
@@ -84,13 +84,6 @@ def backward(inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, nee
         grad_bias if needs.sample_bias else None,
         grad_bias if needs.class_bias else None,
     )
-
-
-def _add_product(grad: Tensor, a: Tensor, b: Tensor) -> None:
-    if a.dtype == grad.dtype:
-        grad.addmm_(a, b)
-    else:
-        grad.add_(products.product(a, b))
 
 
 def _bias(inputs: Inputs, spec: Spec) -> Tensor | None:
