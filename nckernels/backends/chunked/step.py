@@ -24,10 +24,11 @@ from . import products
 from .directions import both_ways, one_way
 from .gradients import add_to_columns, add_to_itself, finish_columns, finish_itself, finish_rows
 from .matrix import Matrix, rows_of_a_part
+from .norms import rnorm_of
 from .positives import Pairs, Positives
 from .same_label import Labels
 from .sides import Side
-from .tiles import SHIFT_FREE_LIMIT, rnorm_of
+from .tiles import SHIFT_FREE_LIMIT
 
 _NARROWEST = 64  # rows of a part; with fewer, thin products cost more than computing some of them twice
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..base import Forward, Gradients, Inputs, Needs, OutputGrads, Spec
 from . import products
+from .norms import through_normalisation
 from .sums import PlainLSE, StreamingLSE
-from .tiles import Tiles, through_normalisation
+from .tiles import Tiles
 from .weights import finite, over_sum
 
 
