@@ -15,7 +15,7 @@ from torch import Tensor
 from . import _checks, operators
 from .backends import registry
 from .backends.base import accumulation_dtype, norm_eps, number
-from .backends.chunked.tiles import through_normalisation
+from .backends.chunked.norms import through_normalisation
 
 _SHARE = 4
 """The matrix takes at most the workspace divided by this; there are up to three of its size at a time."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from . import _checks
 from ._common import norms
 from .backends.base import accumulation_dtype
-from .backends.chunked.tiles import rnorm_of, through_normalisation
+from .backends.chunked.norms import rnorm_of, through_normalisation
 
 
 def groups(labels: Tensor, ignored: Tensor) -> tuple[Tensor, int]:

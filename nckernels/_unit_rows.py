@@ -19,7 +19,7 @@ from ._checks import no_autocast
 from ._common import norms
 from .backends import registry
 from .backends.base import accumulation_dtype
-from .backends.chunked.tiles import rnorm_of, through_normalisation
+from .backends.chunked.norms import rnorm_of, through_normalisation
 
 
 def sum_of_unit_rows(rows: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:

@@ -246,6 +246,21 @@ def test_bfloat16_steps_in_parts(name: str) -> None:
             assert _relative(evaluate(FORMS[name][0], x, w, y, torch.bfloat16), whole) <= 1e-2
 
 
+@pytest.mark.usefixtures("half")
+@pytest.mark.parametrize("workspace", [160 * KIB, 8192 * KIB])
+def test_bfloat16_steps_with_positives_of_various_weights(workspace: int) -> None:
+    """In one part an entry gets a share of its row and one of its column, which differ, times the scale of its row."""
+    x, w, y = batch(240, 6, 24, torch.bfloat16)
+
+    def loss(x: Tensor, _w: Tensor, y: Tensor, **options: Any) -> Tensor:
+        return nckernels.supcon_loss(x, y, **options)
+
+    options = {"sample_weight": torch.rand(240, generator=torch.Generator().manual_seed(1))}
+    exact = evaluate(loss, x, w, y, torch.float64, **options)
+    with nckernels.use_workspace(workspace):
+        assert _relative(evaluate(loss, x, w, y, torch.bfloat16, **options), exact) <= 1e-2
+
+
 @pytest.mark.parametrize(
     ("form", "m", "k", "workspace", "parts"),
     [

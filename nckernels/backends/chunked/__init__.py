@@ -34,8 +34,9 @@ from ..base import (
     accumulation_dtype,
 )
 from . import halves, step, symmetric
+from .norms import through_normalisation
 from .sums import PlainLSE, StreamingLSE
-from .tiles import Tiles, through_normalisation, where
+from .tiles import Tiles, where
 from .weights import Weights
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

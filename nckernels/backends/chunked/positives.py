@@ -1,86 +1,154 @@
-"""The positives of a step: one entry of the matrix per sample, or all other samples of its label."""
+"""The positives of a step: what the other files know of them, and single positives. For more see same_label.py."""
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .sides import Side
+from .matrix import Matrix, Tile
 
 
-class Pairs:
-    """The entries (row, col) of the matrix that are positives, and their shares in the loss."""
+class Positives(ABC):
+    """The positives of the samples, and the samples' shares in the loss.
 
-    def __init__(self, row: Tensor, col: Tensor, share: Tensor, rows: Side, cols: Side) -> None:
-        self.row, self.col, self.share, self.rows, self.cols = row, col, share, rows, cols
-        self.in_order = False
+    The methods are called in the order in which they stand here. For an entry of the matrix ``add_derivatives`` is
+    called once, after ``complete`` has been called for its row, and for its column where that has a loss too.
+    """
+
+    @abstractmethod
+    def leave_out(self, tile: Tile) -> None:
+        """Read the positives' logits in a tile, and write -inf where the sums over the matrix leave them out."""
+
+    @abstractmethod
+    def complete(self, lse: Tensor, rows: slice, by_column: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Add the positives that the matrix leaves out to the log-sum-exps of some rows, or of all columns, in float64.
+
+        Returns:
+            The log-sum-exps, and their weights in the loss; zeros for empty sums. The loss, but for what ``finish``
+            adds.
+        """
+
+    @abstractmethod
+    def mirror(self) -> None:
+        """Where columns are the rows: let each entry have the derivatives of its mirror image too."""
+
+    @abstractmethod
+    def add_derivatives(self, tile: Tile) -> None:
+        """Add beta times the derivatives by the positives' logits to a tile of weights, before it is rounded.
+
+        The weights contain the scales of the rows already, those of the columns not yet.
+        """
+
+    def finish(self, loss: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
+        """Complete the loss, and the sum of dL/dt t over the matrix."""
+        return loss, energy
+
+
+class Pairs(Positives):
+    """At most one positive for each sample: entries (row, col) of the matrix.
+
+    The sums over the matrix leave them out, and ``complete`` adds them.
+
+    Args:
+        row: (p,) the rows of the positives, and their columns.
+        share: (p,) their shares in the loss.
+        excluded: whether the loss has sums without positives, so that they are not added.
+    """
+
+    def __init__(self, row: Tensor, col: Tensor, share: Tensor, matrix: Matrix, excluded: bool) -> None:
+        self.row, self.col, self.share, self.matrix, self.excluded = row, col, share, matrix, excluded
+        rows, cols = matrix.rows, matrix.cols
+        self.in_order = _is_range(row, rows.size)
         """Whether the i-th pair is in row i."""
-        self.place: Tensor | None = None
+        if not self.in_order and not matrix.one_tile:
+            self._sort()
+        self.place = self.row * cols.size + self.col
+        """(p,) positions in the flattened matrix."""
+        self.by_logit = -self.share if excluded else torch.zeros_like(share)
+        """(p,) the derivatives of the loss by the logits; ``complete`` adds those of the sums."""
+        if matrix.directions == 2:
+            self.share = self.share / 2.0  # in one direction
+        self.weight = self.share.double() if self.in_order else _sums(self.share, self.row, rows.size)
+        """(rows,) the sums of the shares of each row's pairs."""
         self.logit = torch.empty_like(share)
-        """The logit of each pair, from ``compute_logits`` or gathered from the tiles."""
-        self.exact = False
-        """Whether ``compute_logits`` has computed the logits."""
-        self.added = False
-        """Whether the positives are added to the sums of the matrix, which leaves them out."""
-        self.by_logit = share
-        """The derivative of the loss by each logit, from ``begin``; the matrix completes it."""
+        """(p,) the logits from the tiles, or from the vectors where those in the tiles are rounded to 16 bits."""
+        if matrix.half:
+            self._compute_logits()
 
-    def sort(self) -> None:
-        """Sort the pairs by row, as ``within`` requires for a range of rows."""
-        self.in_order = _is_range(self.row, self.rows.size)
-        if not self.in_order:
-            self.row, order = self.row.sort(stable=True)
-            self.col, self.share = self.col[order], self.share[order]
+    def leave_out(self, tile: Tile) -> None:
+        here, at = self._within(tile.rows)
+        entries = tile.entries.view(-1)
+        if not self.matrix.half:
+            torch.gather(entries, 0, at, out=self.logit[here])
+        entries.index_fill_(0, at, -torch.inf)
 
-    def begin(self, added: bool) -> None:
-        """Initialise the derivatives, once the pairs are in order."""
-        self.added = added
-        self.by_logit = torch.zeros_like(self.share) if added else -self.share
-        self.in_order = self.in_order or _is_range(self.row, self.rows.size)
+    def complete(self, lse: Tensor, rows: slice, by_column: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        here, _ = self._within(rows)
+        logit, share = self.logit[here].double(), self.share[here].double()
+        if self.matrix.unit != 1.0:
+            logit = logit / self.matrix.unit
+        weight = _sums(self.share, self.col, self.matrix.cols.size) if by_column else self.weight[rows]
+        if self.excluded:
+            lse, weight = without_empty(lse, weight)
+            return lse, weight, weight.dot(lse) - share.dot(logit)
+        anchor = self._columns() if by_column else self._rows(rows)
+        lse, loss, by_logit = with_positives(lse, weight, anchor, logit, share)
+        self.by_logit[here].add_(by_logit)
+        if anchor is not None:
+            lse, weight = without_empty(lse, weight)
+        return lse, weight, loss
 
-    def anchors(self, rows: slice) -> Tensor | None:
-        """The place of each pair's row among some rows; None if they are the rows themselves in order."""
-        return None if self.in_order else self.row[self.within(rows)[0]] - rows.start
+    def mirror(self) -> None:
+        """See the base class. Each pair stands next to its mirror image."""
+        pairs = self.by_logit.view(-1, 2)
+        self.by_logit = (pairs + pairs.flip(1)).flatten()
 
-    def anchor_columns(self) -> Tensor | None:
-        """The column of each pair; None if they are all columns in order."""
-        return None if _is_range(self.col, self.cols.size) else self.col
+    def add_derivatives(self, tile: Tile) -> None:
+        here, at = self._within(tile.rows)
+        by_logit = self.by_logit[here] * self.matrix.beta
+        if self.matrix.rows.scale is not None:
+            by_logit *= self.matrix.rows.scale.index_select(0, self.row[here])
+        tile.entries.view(-1).index_add_(0, at, by_logit)
 
-    def compute_logits(self, factor: float, at_once: int) -> None:
-        """Compute the logits in the dtype of the shares, ``at_once`` pairs at a time."""
-        self.exact = True
+    def _sort(self) -> None:
+        """Sort the pairs by row, as ``_within`` requires for a range of rows."""
+        self.row, order = self.row.sort(stable=True)
+        self.col, self.share = self.col[order], self.share[order]
+        self.in_order = _is_range(self.row, self.matrix.rows.size)
+
+    def _compute_logits(self) -> None:
+        rows, cols, at_once = self.matrix.rows, self.matrix.cols, self.matrix.vectors
         for start in range(0, self.row.shape[0], at_once):
             some = slice(start, start + at_once)
             row: slice | Tensor = some if self.in_order else self.row[some]
             col = self.col[some]
-            dot = torch.linalg.vecdot(
-                self.rows.operands(row).to(self.share.dtype), self.cols.operands(col).to(self.share.dtype)
-            )
-            for side, which in ((self.rows, row), (self.cols, col)):
+            dot = torch.linalg.vecdot(rows.operands(row).to(self.share.dtype), cols.operands(col).to(self.share.dtype))
+            for side, which in ((rows, row), (cols, col)):
                 if side.scale is not None:
                     dot.mul_(side.scale[which])
-            torch.mul(dot, factor, out=self.logit[some])
+            torch.mul(dot, self.matrix.unit * self.matrix.beta, out=self.logit[some])
 
-    def both_ways(self) -> None:
-        """Of pairs that occur in both orders, one after the other: give both entries the sum of their derivatives."""
-        pairs = self.by_logit.view(-1, 2)
-        self.by_logit = (pairs + pairs.flip(1)).flatten()
-
-    def within(self, rows: slice) -> tuple[slice, Tensor]:
+    def _within(self, rows: slice) -> tuple[slice, Tensor]:
         """The range of the pairs in some rows, and their positions in the flattened entries of these rows."""
         if self.in_order:
             here = rows
-        elif rows.stop - rows.start == self.rows.size:
+        elif rows.stop - rows.start == self.matrix.rows.size:
             here = slice(0, self.row.shape[0])
         else:
             here = slice(*torch.searchsorted(self.row, torch.tensor([rows.start, rows.stop])).tolist())
-        if self.place is None:
-            self.place = self.row * self.cols.size + self.col
         place = self.place[here]
-        return here, place if rows.start == 0 else place - rows.start * self.cols.size
+        return here, place if rows.start == 0 else place - rows.start * self.matrix.cols.size
+
+    def _rows(self, rows: slice) -> Tensor | None:
+        """The place of each pair's row among some rows; None if they are the rows themselves in order."""
+        return None if self.in_order else self.row[self._within(rows)[0]] - rows.start
+
+    def _columns(self) -> Tensor | None:
+        """The column of each pair; None if they are all columns in order."""
+        return None if _is_range(self.col, self.matrix.cols.size) else self.col
 
 
 def with_positives(
@@ -118,60 +186,15 @@ def with_positives(
     return whole, share.dot(above), by_logit
 
 
-class SameLabel:
-    """The positives of the supervised contrastive loss: the other samples of each sample's label.
+def without_empty(lse: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exps, changed in place, and their weights, with zeros for empty sums."""
+    empty = lse == -torch.inf
+    return lse.masked_fill_(empty, 0.0), weight.masked_fill(empty, 0.0)
 
-    The samples are sorted by label, so that the positives of some rows are in few columns.
 
-    Args:
-        target: (M,) labels.
-        valid: (M,) bool, the samples that are not ignored; None for all.
-        acc: the dtype of the matrix.
-    """
-
-    def __init__(self, target: Tensor, valid: Tensor | None, acc: torch.dtype) -> None:
-        sample = None if valid is None else valid.nonzero().squeeze(1)
-        label, order = (target if sample is None else target[sample]).sort(stable=True)
-        self.ids = order if sample is None else sample[order]
-        """(N,) the samples that are not ignored, sorted by label. All other attributes are in this order."""
-        _, group, count = label.unique_consecutive(return_inverse=True, return_counts=True)
-        self.group = group.to(acc)
-        """(N,) the number of each sample's label. Floats are compared fastest."""
-        self._ends: list[int] = count.cumsum(0).tolist()
-        others = (count - 1)[group]
-        self.any = others > 0
-        """(N,) bool: whether the label of a sample has other samples."""
-        self.in_pairs = not bool((count > 2).any())
-        """Whether a sample has at most one positive."""
-        self.others = others.clamp_min_(1).to(acc)
-
-    def set_shares(self, share: Tensor, even: bool) -> None:
-        """Set the samples' shares in the loss; ``even``: those of samples with positives are equal."""
-        self.share, self.even, self.weight = share, even, share / self.others
-        self.logit = torch.zeros_like(share)
-        """The sum of the logits of each sample's positives, which the matrix computes."""
-        self.excess: Tensor | None = None
-        """The sum of the matrix of weights, which but for rounding is 0, if it is wanted."""
-
-    def columns(self, rows: slice) -> slice:
-        """The columns of the labels of some rows."""
-        first, last = bisect_right(self._ends, rows.start), bisect_left(self._ends, rows.stop)
-        return slice(self._ends[first - 1] if first else 0, self._ends[last])
-
-    def loss(self) -> Tensor:
-        """The sum of the mean logits of the samples' positives, times the shares."""
-        return (self.share.double() / self.others).dot(self.logit.double())
-
-    def typical(self) -> Tensor:
-        """The mean logit of a positive, weighted by the shares of the samples."""
-        total = self.share.sum()
-        return (self.weight.dot(self.logit) / total).masked_fill_(total == 0.0, 0.0)
-
-    def pairs(self, rows: Side) -> Pairs:
-        """The positives as entries of the matrix, if the samples are ``in_pairs``."""
-        row = self.any.nonzero().squeeze(1)
-        partner = row.view(-1, 2).flip(1).flatten()
-        return Pairs(row, partner, self.share[row], rows, rows)
+def _sums(share: Tensor, group: Tensor, groups: int) -> Tensor:
+    """The sum of the shares of each group. In float64, because the rounding errors of equal terms do not cancel."""
+    return share.new_zeros(groups, dtype=torch.float64).index_add_(0, group, share.double())
 
 
 def _is_range(index: Tensor, size: int) -> bool:

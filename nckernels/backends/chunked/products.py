@@ -72,6 +72,14 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b)
 
 
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add the product of two matrices, of the dtype of ``total`` or of 16 bits."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(product(a, b))
+
+
 @functools.cache
 def has_wide_product(device: str) -> bool:
     """Whether torch.mm of 16-bit matrices can return float32 on this device type, found by trying once."""

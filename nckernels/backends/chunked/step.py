@@ -8,6 +8,10 @@ directions, and for samples with themselves where that saves a product, the whol
 A part's block of entries is processed in tiles of rows that stay in cache. Where bfloat16 multiplies fast, the block is
 bfloat16 and a tile float32: logits are rounded once and weights are rounded once. The logits of single positives are
 exact, because the gradient of a sample that has been learnt is the difference of two nearly equal numbers.
+
+The files in the order of their imports: sides.py has the vectors of rows and columns, matrix.py the products,
+positives.py and same_label.py what is known of positives, directions.py the way from products to weights, gradients.py
+the way from weights to gradients.
 """
 
 from __future__ import annotations
@@ -17,10 +21,14 @@ from torch import Tensor
 
 from ..base import Inputs, Needs, Reduced, Spec, Step, accumulation_dtype, number
 from . import products
-from .matrix import Matrix, both_ways, one_way, rows_of_a_part
-from .positives import Pairs, SameLabel
+from .directions import both_ways, one_way
+from .gradients import add_to_columns, add_to_itself, finish_columns, finish_itself, finish_rows
+from .matrix import Matrix, rows_of_a_part
+from .norms import rnorm_of
+from .positives import Pairs, Positives
+from .same_label import Labels
 from .sides import Side
-from .tiles import SHIFT_FREE_LIMIT, rnorm_of
+from .tiles import SHIFT_FREE_LIMIT
 
 _NARROWEST = 64  # rows of a part; with fewer, thin products cost more than computing some of them twice
 
@@ -46,15 +54,14 @@ def step(inputs: Inputs, reduced: Reduced, spec: Spec, needs: Needs) -> Step:
     valid = None if bool(counted.all()) else counted
     rnorm = rnorm_of(z, acc, valid)
     if spec.symmetric:
-        others = SameLabel(target, valid, acc)
-        samples = Side(z, rnorm, needs.features, None, others.ids, half)
-        weight = None if reduced.weight is None else reduced.weight[others.ids]
-        share, total = _shares(reduced._replace(weight=weight), others.any, acc)
-        others.set_shares(share, even=weight is None)
-        if needs.inv_temperature and spec.exclude == "self":
-            others.excess = share.new_zeros(())
-        by_w = None
-        loss, energy = _with_itself(samples, others, beta, spec)
+        labels = Labels(target, valid, acc)
+        samples, by_w = Side(z, rnorm, needs.features, None, labels.ids, half), None
+        weight = None if reduced.weight is None else reduced.weight[labels.ids]
+        share, total = _shares(reduced._replace(weight=weight), labels.any, acc)
+        matrix = Matrix(samples, samples, beta, spec)
+        excluded = spec.exclude == "same_label"
+        positives = labels.positives(share, weight is None, matrix, excluded, needs.inv_temperature)
+        loss, energy = _with_itself(matrix, positives)
     else:
         samples = Side(z, rnorm, needs.features, valid, None, half)
         share, total = _shares(reduced, counted, acc)
@@ -89,30 +96,25 @@ def _with_classes(
         rows, cols, row, col = classes, samples, target, sample
     else:
         rows, cols, row, col = samples, classes, sample, target
-    pairs = Pairs(row, col, share, rows, cols)
-    matrix = Matrix(rows, cols, beta, spec, pairs, None)
-    weight = share.double() if row is sample and pairs.in_order else _sums(share, row, rows.size)
+    matrix = Matrix(rows, cols, beta, spec)
+    positives = Pairs(row, col, share, matrix, excluded=spec.exclude == "target")
     by_rows, by_cols = share.new_zeros(2)
     loss = share.new_zeros((), dtype=torch.float64)
-    for part, block in matrix.blocks():
+    for block in matrix.blocks():
         if spec.direction == "both":
-            loss = both_ways(matrix, block, 0.5 * weight, 0.5 * _sums(share, col, cols.size))
+            loss = both_ways(matrix, positives, block)
         else:
-            loss += one_way(matrix, part, block, weight)
+            loss += one_way(matrix, positives, block)
         if cols.wanted and matrix.one_part:
-            by_cols = matrix.finish_columns(block)
+            by_cols = finish_columns(matrix, block)
         elif cols.wanted:
-            matrix.add_to_columns(part, block)
+            add_to_columns(matrix, block)
         if rows.wanted:
-            by_rows += matrix.finish_rows(part, block)
+            by_rows += finish_rows(matrix, block)
     if cols.wanted and not matrix.one_part:
-        by_cols = matrix.finish_columns(None)
-    return loss, by_cols if cols.wanted else by_rows, classes.grad
-
-
-def _sums(share: Tensor, group: Tensor, groups: int) -> Tensor:
-    """The sum of the shares of each group. In float64, because the rounding errors of equal terms do not cancel."""
-    return share.new_zeros(groups, dtype=torch.float64).index_add_(0, group, share.double())
+        by_cols = finish_columns(matrix, None)
+    loss, energy = positives.finish(loss, by_cols if cols.wanted else by_rows)
+    return loss, energy, classes.grad
 
 
 def _present(label: Tensor, classes: int) -> tuple[Tensor | None, Tensor]:
@@ -123,29 +125,19 @@ def _present(label: Tensor, classes: int) -> tuple[Tensor | None, Tensor]:
     return there.nonzero().squeeze(1), (there.cumsum(0) - 1).index_select(0, label)
 
 
-def _with_itself(rows: Side, others: SameLabel, beta: float, spec: Spec) -> tuple[Tensor, Tensor]:
+def _with_itself(matrix: Matrix, positives: Positives) -> tuple[Tensor, Tensor]:
     """The loss and the sum of dL/dt t.
 
     If the whole matrix is one part, an entry gets the weights of its row and of its column, and one product is saved.
     Otherwise a part's weights are those of its rows, and the gradient of the columns is added up part by part.
     """
-    share, pairs = others.share, others.pairs(rows) if others.in_pairs else None
-    matrix = Matrix(rows, rows, beta, spec, pairs, None if others.in_pairs else others)
-    loss, energy = share.new_zeros((), dtype=torch.float64), share.new_zeros(())
-    for part, block in matrix.blocks():
+    loss, energy = matrix.rows.rnorm.new_zeros((), dtype=torch.float64), matrix.rows.rnorm.new_zeros(())
+    for block in matrix.blocks():
         if matrix.one_part:
-            loss, energy = both_ways(matrix, block, share, None), matrix.finish_rows(part, block)
+            loss, energy = both_ways(matrix, positives, block), finish_rows(matrix, block)
         else:
-            loss += one_way(matrix, part, block, share)
-            matrix.add_to_itself(part, block)
+            loss += one_way(matrix, positives, block)
+            add_to_itself(matrix, block)
     if not matrix.one_part:
-        energy = matrix.finish_itself()
-    energy = energy / 2.0  # every pair is counted twice
-    if matrix.others is not None:
-        loss = loss - others.loss() / matrix.nat
-        if others.excess is not None:
-            # The weights add up to 0, but for the rounding of log-sum-exps. Their products with cosines near 1 would
-            # keep this error, those with the difference of a cosine and a typical one do not.
-            excess = others.excess / 2.0 if matrix.one_part else others.excess
-            energy -= excess * others.typical() / (beta * matrix.nat)
-    return loss, energy
+        energy = finish_itself(matrix)
+    return positives.finish(loss, energy / 2.0)  # every pair is counted twice

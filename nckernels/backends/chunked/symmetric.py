@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..base import Forward, Gradients, Inputs, Needs, OutputGrads, Spec
 from . import products
+from .norms import through_normalisation
 from .sums import PlainLSE, StreamingLSE
-from .tiles import Tiles, through_normalisation
+from .tiles import Tiles
 from .weights import finite, over_sum
 
 
@@ -55,9 +56,9 @@ def backward(inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, nee
                     continue
                 if tiles.halves is not None:
                     weights = tiles.operand_weights(weights, rows, cols)
-                _add_product(grad_u[rows], weights, tiles.v(cols))
+                products.add_product(grad_u[rows], weights, tiles.v(cols))
                 if cols != rows:
-                    _add_product(grad_u[cols], weights.T, v)
+                    products.add_product(grad_u[cols], weights.T, v)
     if grad_u is not None and grads.pos is not None:
         g_pos = tiles.only_valid(grads.pos)
         for rows in tiles.row_tiles():
@@ -84,13 +85,6 @@ def backward(inputs: Inputs, saved: Forward, grads: OutputGrads, spec: Spec, nee
         grad_bias if needs.sample_bias else None,
         grad_bias if needs.class_bias else None,
     )
-
-
-def _add_product(grad: Tensor, a: Tensor, b: Tensor) -> None:
-    if a.dtype == grad.dtype:
-        grad.addmm_(a, b)
-    else:
-        grad.add_(products.product(a, b))
 
 
 def _bias(inputs: Inputs, spec: Spec) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""The logits of one call in tiles: norms, masks, tile sizes, and the gradient of the normalisation."""
+"""The logits of one call in tiles: norms, masks and tile sizes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..base import Forward, Inputs, Spec, accumulation_dtype, norm_eps
+from ..base import Forward, Inputs, Spec, accumulation_dtype
 from . import products
+from .norms import rnorm_of
 from .sides import Side
 
-_CONVERTED = 2**17  # numbers that are converted to float32 at once
 SHIFT_FREE_LIMIT = 30.0  # exp(30) sums over 1e12 entries and exp(-30) / 1e12 are normal float32 numbers
 
 
@@ -254,32 +254,6 @@ class Tiles:
             full[self.classes[cols]] = values.to(full.dtype)
         else:  # columns of padding hold zeros, which are added to the last class
             full.index_add_(0, self.classes[cols].clamp_max(self.num_classes - 1), values.to(full.dtype))
-
-
-def rnorm_of(x: Tensor, acc: torch.dtype, valid: Tensor | None = None) -> Tensor:
-    """1 / max(|x|, eps) of each row; 1 where ``valid`` is False."""
-    if x.dtype in products.HALF and x.device.type == "cpu" and x.numel() > _CONVERTED:  # bounds the float32 copy
-        rows = x.split(max(_CONVERTED // x.shape[1], 1))
-        norm = torch.cat([torch.linalg.vector_norm(some, dim=1, dtype=acc) for some in rows])
-    else:
-        norm = torch.linalg.vector_norm(x, dim=1, dtype=acc)
-    rnorm = norm.clamp_min_(norm_eps(x.dtype)).reciprocal_()
-    return rnorm if valid is None else rnorm.masked_fill_(~valid, 1.0)
-
-
-def through_normalisation(grad: Tensor, unit: Tensor, rnorm: Tensor, x: Tensor, beta: Tensor | None = None) -> Tensor:
-    """Turn dL/du into dL/dx for u = x / |x|, in place: (dL/du - (dL/du . u) u) / |x|. Returns dL/du . u.
-
-    ``unit`` and ``grad`` are u and dL/du, or with ``beta`` they are beta u and dL/d(beta u). Where |x| was
-    clamped to eps (rnorm at its largest), u is linear in x and nothing is projected out.
-    """
-    dot = torch.linalg.vecdot(grad, unit)
-    radial, scale = dot.masked_fill(rnorm >= 1.0 / norm_eps(x.dtype), 0.0), rnorm
-    if beta is not None:
-        radial, scale = radial / (beta * beta), rnorm * beta
-    grad.addcmul_(unit, radial[:, None], value=-1.0)
-    grad.mul_(scale[:, None])
-    return dot
 
 
 def where(condition: Tensor | None, value: Tensor) -> Tensor:
