@@ -83,9 +83,10 @@ def step(kernels: PairKernels, reduced: Reduced, needs: Needs) -> Step:
     part = torch.empty(split, n, d, dtype=torch.float32, device=device) if split > 1 else None
     # Not views of one tensor: a loss that is a view could not be changed in place.
     loss, divisor = (torch.empty((), dtype=torch.float32, device=device) for _ in range(2))
+    kernels.divisor = divisor
     kernels.grad_of_pairs(rows, result, part, divisor, loss, reduced.mean, split, blocks)
     if part is not None:
-        kernels.finish(result, part, 0, n, split, divisor, norm_inside=False)
+        kernels.finish(result, part, 0, n, split, None, norm_inside=False)
     # Every pair is counted twice.
     return Step(loss, out if needs.features else None, None, None if dot is None else dot.sum() / 2)
 
