@@ -26,6 +26,12 @@ OPERATIONS_PER_BYTE = 266
 """Operations of the tensor cores in the time of one byte of memory traffic: an H100 multiplies bfloat16 matrices of
 8192 x 8192 at 798 TFLOP/s and copies at 3.0 TB/s."""
 
+OPERATIONS_PER_LAUNCH = 2_400_000_000
+"""Operations of the tensor cores in the 3 us that the smallest kernel takes."""
+
+PAIR_LAUNCHES = 90
+"""Launches of SupCon in two passes, most of them PyTorch's, for the sums of the classes."""
+
 
 class Blocks(NamedTuple):
     """How a kernel covers its operands."""
@@ -146,14 +152,15 @@ def pairs_cost(n: int, d: int, itemsize: int, rows: int) -> float:
     panel = (2 if rows < n else 1) * _time(products, itemsize * (rows + n) * d + 4 * entries)
     panel += _time(0, (4 + 4 + itemsize) * entries)  # reads products for statistics and for entries, writes entries
     panel += _time(products, itemsize * (entries + n * d) + 4 * rows * d)
-    return panel * ceil_div(n, rows)
+    return (panel + 8 * OPERATIONS_PER_LAUNCH) * ceil_div(n, rows)
 
 
 def two_pair_passes_cost(n: int, d: int, itemsize: int) -> float:
     """As ``two_passes_cost``, for samples with themselves: one product makes the gradient."""
     products = 2 * n * n * d
     own = _time(products / OWN_RATE, 2 * itemsize * n * d)
-    return 2 * own + _time(0, itemsize * n * n) + _time(products, itemsize * (n * n + n * d) + 4 * n * d)
+    gradient = _time(0, itemsize * n * n) + _time(products, itemsize * (n * n + n * d) + 4 * n * d)
+    return 2 * own + gradient + PAIR_LAUNCHES * OPERATIONS_PER_LAUNCH
 
 
 def step_cost(n_p: int, n_q: int, d: int, itemsize: int, rows: int, epilogue: bool = False) -> float:

@@ -88,14 +88,15 @@ def add_three(a, b, c, x, y, z):
 
 @triton.jit
 def add_logits(
-    s, scale, p_tag, q_tag, p_first, q_first, largest, total, positives, count, NEGATIVES: tl.constexpr
+    s, scale, beta, p_tag, q_tag, p_first, q_first, largest, total, positives, count, NEGATIVES: tl.constexpr
 ):  # fmt: skip
     """Add a tile of logits ``s`` times the ``scale`` of their row, -inf for left-out columns, to the statistics of the
     rows: the largest logit, without the scale, the sum of exponentials relative to it, and the sum of the positives'
-    logits relative to it and their number.
+    logits relative to ``beta``, that of equal rows, and their number.
 
-    Where samples have been learnt, the positives are near the largest logit: their differences have no rounding error,
-    and the loss is a sum of small numbers. The statistics are (BP, L), for the columns of each residue modulo L.
+    Where samples have been learnt, the positives and the largest logit are near beta: their differences have no
+    rounding error, and the loss is a sum of small numbers. The statistics are (BP, L), for the columns of each residue
+    modulo L.
     """
     BP: tl.constexpr = s.shape[0]
     L: tl.constexpr = largest.shape[1]
@@ -119,8 +120,7 @@ def add_logits(
         (tl.exp2(t), tl.where(positive, relative, 0.0), tl.where(positive, 1.0, 0.0)), 1, add_three
     )
     total = tl.fma(total, tl.exp2(tl.fma(largest, scale[:, None], -shift)), e_sum)
-    before = shift_of(largest) * scale[:, None]
-    positives = tl.fma(count, before - shift, positives) + logits
+    positives += tl.fma(ones, shift - beta, logits)
     return new, total, positives, count + ones
 
 
@@ -128,12 +128,11 @@ def add_logits(
 def store_logits(Partial, part, split, width, slot, mask, largest, total, positives, count):
     """``Partial[0..3, part, slot]``: the statistics of ``add_logits``, (BP, L), with the scale in ``largest``."""
     top = tl.max(largest, 1)
-    moved = shift_of(largest) - shift_of(top)[:, None]
     plane = split.to(tl.int64) * width
     at = Partial + part.to(tl.int64) * width + slot
     tl.store(at, top, mask=mask)
     tl.store(at + plane, tl.sum(total * tl.exp2(largest - shift_of(top)[:, None]), 1), mask=mask)
-    tl.store(at + 2 * plane, tl.sum(tl.fma(count, moved, positives), 1), mask=mask)
+    tl.store(at + 2 * plane, tl.sum(positives, 1), mask=mask)
     tl.store(at + 3 * plane, tl.sum(count, 1), mask=mask)
 
 
@@ -153,7 +152,8 @@ def pairs_lse_kernel(
     p_slot = p_first + tl.arange(0, BP)
     p_tag = tl.load(Tag + p_slot)
     p_valid = tl.load(Bias + p_slot) == 0
-    p_scale = tl.load(Rnorm + p_slot) * (tl.load(Beta) * LOG2E)
+    beta = tl.load(Beta) * LOG2E
+    p_scale = tl.load(Rnorm + p_slot) * beta
     p = None
     if WHOLE_D:
         p = load_rows(X, p_slot, p_valid, stride, d, BD, EVEN_D)
@@ -177,14 +177,25 @@ def pairs_lse_kernel(
             # Logits without the factor of their row, which the exponential's argument gets.
             s = tl.fma(products[i], tl.load(Rnorm + slot)[None, :], tl.load(Bias + slot)[None, :])
             largest, total, positives, count = add_logits(
-                s, p_scale, p_tag, tl.load(Tag + slot), p_first, q_first, largest, total, positives, count, NEGATIVES
+                s,
+                p_scale,
+                beta,
+                p_tag,
+                tl.load(Tag + slot),
+                p_first,
+                q_first,
+                largest,
+                total,
+                positives,
+                count,
+                NEGATIVES,
             )
     store_logits(Partial, part, split, width, p_slot, None, largest * p_scale[:, None], total, positives, count)
 
 
 @triton.jit(do_not_specialize=["parts"])
 def pairs_reduce_kernel(
-    Partial, Rnorm, Bias, Weight, Shift, Factor, Ratio, Pos, Totals, width, parts,
+    Partial, Rnorm, Bias, Weight, Beta, Shift, Factor, Ratio, Pos, Totals, width, parts,
     NORM_LIMIT: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Combine the parts of every row, in order, to its numbers in T.
@@ -207,10 +218,8 @@ def pairs_reduce_kernel(
         new = tl.maximum(largest, top)
         shift = shift_of(new)
         total = tl.fma(tl.load(at + plane), tl.exp2(top - shift), total * tl.exp2(largest - shift))
-        more = tl.load(at + 3 * plane)
-        positives += tl.fma(more, shift_of(top) - shift, tl.load(at + 2 * plane))
-        positives = tl.fma(count, shift_of(largest) - shift, positives)
-        count += more
+        positives += tl.load(at + 2 * plane)
+        count += tl.load(at + 3 * plane)
         largest = new
         at += width
     counted = (tl.load(Bias + slot) == 0) & (count > 0)
@@ -220,8 +229,9 @@ def pairs_reduce_kernel(
     others = tl.maximum(count, 1.0)
     log_total = tl.log2(total)
     empty = (largest == -INF) | (counted == 0)
-    # Of logits relative to the largest one. That of an empty set counts as 0, like its log-sum-exp.
-    loss = LN2 * (tl.where(empty, 0.0, log_total) - positives / others)
+    # Of logits relative to beta. The log-sum-exp of an empty set counts as 0.
+    beta = tl.load(Beta) * LOG2E
+    loss = LN2 * (tl.where(empty, -beta, largest - beta) - positives / others + tl.where(empty, 0.0, log_total))
     shift = tl.where(empty, INF, largest + log_total - tl.log2(weight))
     r = summand_rnorm(tl.load(Rnorm + slot), NORM_LIMIT)
     tl.store(Shift + slot, shift)
@@ -238,7 +248,7 @@ def pairs_reduce_kernel(
     tl.store(out + blocks, tl.sum(weight, 0))
     tl.store(out + 2 * blocks, tl.max(weight, 0))
     tl.store(out + 3 * blocks, tl.max(r, 0))
-    tl.store(out + 4 * blocks, tl.sum(tl.where(empty, 0.0, weight * (largest + positives / others)), 0))
+    tl.store(out + 4 * blocks, tl.sum(tl.where(empty, 0.0, weight * (beta + positives / others)), 0))
 
 
 @triton.jit
@@ -389,7 +399,8 @@ def pairs_grad_kernel(
         )  # fmt: skip
 
     if Rest is not None:
-        tl.store(Rest + tl.program_id(0), -typical_cosine(Totals, blocks, beta) * tl.sum(added, 0) / divisor)
+        rest = tl.sum(tl.where(p_valid, added, 0.0), 0) / divisor
+        tl.store(Rest + tl.program_id(0), -typical_cosine(Totals, blocks, beta) * rest)
     col = tl.arange(0, BD)
     inside = (p_slot < n)[:, None] & (col < d)[None, :]
     if Part is not None:

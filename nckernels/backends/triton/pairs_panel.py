@@ -34,8 +34,9 @@ def panel_rows(Rnorm, Bias, Tag, first, stop, B: tl.constexpr):
 
 @triton.jit
 def logits_of(products, p_rnorm, q_rnorm, beta, q_valid):
-    """Logits in base 2, -inf for left-out columns. The norms are multiplied first, so that t_ij and t_ji are equal."""
-    scale = (p_rnorm[:, None] * q_rnorm[None, :]) * (beta * LOG2E)
+    """Logits in base 2, like ``beta``, -inf for left-out columns. The norms are multiplied first, so that t_ij and t_ji
+    are equal."""
+    scale = (p_rnorm[:, None] * q_rnorm[None, :]) * beta
     return tl.where(q_valid[None, :], products * scale, -INF)
 
 
@@ -50,7 +51,7 @@ def pairs_panel_lse_kernel(
     p_local = tl.program_id(0) // split * BP
     p_first = p_start + p_local
     slot, p_valid, p_rnorm, p_tag = panel_rows(Rnorm, Bias, Tag, p_first, p_stop, BP)
-    beta = tl.load(Beta)
+    beta = tl.load(Beta) * LOG2E
     largest = tl.full((BP, 1), -INF, tl.float32)
     total = tl.zeros((BP, 1), tl.float32)
     positives = tl.zeros((BP, 1), tl.float32)
@@ -62,7 +63,7 @@ def pairs_panel_lse_kernel(
         products = stored_products(Products, p_local, q_first, p_valid, q_valid, t_stride, BP, BQ)
         s = logits_of(products, p_rnorm, q_rnorm, beta, q_valid)
         largest, total, positives, count = add_logits(
-            s, one, p_tag, q_tag, p_first, q_first, largest, total, positives, count, NEGATIVES
+            s, one, beta, p_tag, q_tag, p_first, q_first, largest, total, positives, count, NEGATIVES
         )  # fmt: skip
     store_logits(Partial, part, split, width, slot, slot < p_stop, largest, total, positives, count)
 
@@ -94,7 +95,7 @@ def pairs_panel_entries_kernel(
     p_slot, p_valid, p_rnorm, p_tag = panel_rows(Rnorm, Bias, Tag, p_first, p_stop, BP)
     q_slot, q_valid, q_rnorm, q_tag = panel_rows(Rnorm, Bias, Tag, q_first, n, BQ)
     products = stored_products(Products, p_local, q_first, p_valid, q_valid, t_stride, BP, BQ)
-    t = logits_of(products, p_rnorm, q_rnorm, tl.load(Beta), q_valid)
+    t = logits_of(products, p_rnorm, q_rnorm, tl.load(Beta) * LOG2E, q_valid)
     a = tl.exp2(t - tl.load(Shift + p_slot)[:, None]) * tl.load(Ratio + p_slot)[:, None]
     a = tl.fma(tl.exp2(t - tl.load(Shift + q_slot)[None, :]), tl.load(Ratio + q_slot)[None, :], a)
     different, positive = relation(p_tag, q_tag, p_first, q_first)

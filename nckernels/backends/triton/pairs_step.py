@@ -277,7 +277,7 @@ class PairKernels(launch.TritonKernels):
         factor, ratio = (None, rows.factor) if exact else (rows.factor, None)
         launch.launch(
             pairs.pairs_reduce_kernel, (rows.totals.shape[1],),
-            partial, rows.rnorm, rows.bias, weight, rows.shift, factor, ratio, rows.pos, rows.totals,
+            partial, rows.rnorm, rows.bias, weight, self.beta, rows.shift, factor, ratio, rows.pos, rows.totals,
             rows.width, partial.shape[1],
             options=_reduce_options(self.norm_limit),
         )  # fmt: skip
