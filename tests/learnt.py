@@ -72,7 +72,7 @@ def check_against_eager(loss: str, d: int, reduction: str = "sum") -> None:
     """
     tau = TEMPERATURES[loss]
     ours_, eager_ = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
-    for seed in range(3):
+    for seed in range(2):
         z, w, y = problem(loss, min(20, d - 4), d, 0.02, seed)
         exact = evaluate(eager, loss, z, w, y, tau, torch.float64)
         ours_ += relative(evaluate(partial(ours, reduction=reduction), loss, z, w, y, tau, torch.float32), exact)
