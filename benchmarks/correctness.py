@@ -147,7 +147,7 @@ def _cases(backend: str, dtype: str) -> Iterator[Case]:
         for reduction, exclude in (("mean", "none"), ("sum", "same_label")):
             yield case("supcon", d, k=40, reduction=reduction, exclude=exclude, **itself)
         if step:
-            yield case("supcon", d, k=40, reduction="mean", workspace=SMALL_WORKSPACE, **itself)
+            yield case("supcon", d, k=40, reduction="mean", workspace=SMALL_WORKSPACE // 2, **itself)
         yield case("clip", d, k=301, reduction="mean")
     for d, exclude, direction in itertools.product(
         (SHORT, LONG), ("none", "target", "self", "same_label"), ("class", "instance", "both")

@@ -176,19 +176,9 @@ def pairs_lse_kernel(
             slot = q_first + tl.arange(0, B)
             # Logits without the factor of their row, which the exponential's argument gets.
             s = tl.fma(products[i], tl.load(Rnorm + slot)[None, :], tl.load(Bias + slot)[None, :])
+            q_tag = tl.load(Tag + slot)
             largest, total, positives, count = add_logits(
-                s,
-                p_scale,
-                beta,
-                p_tag,
-                tl.load(Tag + slot),
-                p_first,
-                q_first,
-                largest,
-                total,
-                positives,
-                count,
-                NEGATIVES,
+                s, p_scale, beta, p_tag, q_tag, p_first, q_first, largest, total, positives, count, NEGATIVES
             )
     store_logits(Partial, part, split, width, p_slot, None, largest * p_scale[:, None], total, positives, count)
 
