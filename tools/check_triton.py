@@ -57,8 +57,8 @@ KEPT = Path(__file__).resolve().parents[1] / "out" / "check_triton"
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 TENSOR_MEMORY_COLUMNS = 512
 FEW_BYTES = 64
-"""Spills of a rare specialisation that are no failure: a few registers outside of what most callers launch. Often the
-assembler prefers them to fewer programs on a multiprocessor."""
+"""Spills of a rare specialisation that are no failure: a few registers outside of what most callers launch, or in what
+is rarely executed. Often the assembler prefers them to fewer programs on a multiprocessor."""
 TENSOR_CORES = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)")
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 KERNELS_WITH_PRODUCT = (
@@ -280,6 +280,7 @@ def job_of(kernel: Any, arch: int, scenario: Scenario, args: tuple[Any, ...], op
         tuple(constants),
         tuple(divisible),
         tuple(sorted(options.items())),
+        FEW_BYTES if values.get("Broken") is not None else 0,  # rows are rarely mended
     )
 
 
