@@ -143,9 +143,11 @@ def _cases(backend: str, dtype: str) -> Iterator[Case]:
                 yield case(loss, d, reduction="mean", direction=direction, workspace=SMALL_WORKSPACE, **step)
         yield case("nonl", d, reduction="mean", direction="both")
         yield case("nonl", d, reduction="none")
-        in_tiles = backend == "triton" and d == SHORT and dtype in ("bfloat16", "float16")  # long rows take two passes
+        itself = {"one_step": backend == "triton"}
         for reduction, exclude in (("mean", "none"), ("sum", "same_label")):
-            yield case("supcon", d, k=40, reduction=reduction, exclude=exclude, one_step=in_tiles)
+            yield case("supcon", d, k=40, reduction=reduction, exclude=exclude, **itself)
+        if step:
+            yield case("supcon", d, k=40, reduction="mean", workspace=SMALL_WORKSPACE // 2, **itself)
         yield case("clip", d, k=301, reduction="mean")
     for d, exclude, direction in itertools.product(
         (SHORT, LONG), ("none", "target", "self", "same_label"), ("class", "instance", "both")
@@ -191,9 +193,11 @@ def _examine(case: Case, device: torch.device) -> tuple[Status, str, dict[str, l
             stack.enter_context(nckernels.use_workspace(case.workspace))
         steps: list[bool] = []
         if case.one_step:
-            stack.enter_context(mock.patch.object(plan, "two_passes_cost", return_value=math.inf))
-            plan.step_panels.cache_clear()
-            stack.callback(plan.step_panels.cache_clear)
+            for cost in ("two_passes_cost", "two_pair_passes_cost"):
+                stack.enter_context(mock.patch.object(plan, cost, return_value=math.inf))
+            for panels in (plan.step_panels, plan.pair_panels):
+                panels.cache_clear()
+                stack.callback(panels.cache_clear)
             where, asked = (registry, "can_step") if case.alone else (tiled, "fits")
             stack.enter_context(mock.patch.object(where, asked, _noting(getattr(where, asked), steps)))
         found = _outputs(case, leaves, others, case.backend, device, DTYPES[case.dtype])

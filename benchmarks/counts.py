@@ -431,10 +431,10 @@ class Counted(one_step.TritonStep):
 class CountedPairs(Counted, pairs_step.PairKernels):
     """The kernels of SupCon in one step."""
 
-    def prepare_rows(self, rows: pairs_step.Rows) -> None:
+    def prepare_rows(self, rows: pairs_step.Rows, looks: bool) -> None:
         vectors = _bytes(self.inputs.target, rows.rnorm, rows.bias, rows.tag)
         with self.tally.stage("prepare_rows", read=[self._all_rows()], vectors=vectors):
-            super().prepare_rows(rows)
+            super().prepare_rows(rows, looks)
 
     def log_sum_exp_of_pairs(self, rows: pairs_step.Rows, partial: Tensor, blocks: Blocks) -> None:
         entries = len(self.inputs.features) ** 2
@@ -444,23 +444,49 @@ class CountedPairs(Counted, pairs_step.PairKernels):
         ):  # fmt: skip
             super().log_sum_exp_of_pairs(rows, partial, blocks)
 
-    def reduce_pairs(self, rows: pairs_step.Rows, partial: Tensor, weight: Tensor | None) -> None:
+    def reduce_pairs(self, rows: pairs_step.Rows, partial: Tensor, weight: Tensor | None, exact: bool) -> None:
         with self.tally.stage("reduce_pairs", vectors=_bytes(partial, weight, *rows)):
-            super().reduce_pairs(rows, partial, weight)
+            super().reduce_pairs(rows, partial, weight, exact)
 
     def grad_of_pairs(
-        self, rows: pairs_step.Rows, result: Result, part: Tensor | None, divisor: Tensor, loss: Tensor,
+        self, rows: pairs_step.Rows, grad: pairs_step.Gradient, part: Tensor | None, loss: Tensor,
         mean: bool, split: int, blocks: Blocks,
     ) -> None:  # fmt: skip
         entries = len(self.inputs.features) ** 2
         terms = 1 if config.may_share(blocks.tile, self.arch) else 2  # at the temperatures of the benchmarks
-        assert result.out is not None
-        written = (INPUTS, result.out, _bytes(result.out)) if part is None else (SUMS, part, _bytes(part))
+        out = grad.result.out
+        assert out is not None
+        written = (INPUTS, out, _bytes(out)) if part is None else (SUMS, part, _bytes(part))
         with self.tally.stage(
             "grad_of_pairs", own=4 * entries * self.columns, exps=terms * entries, read=[self._all_rows()],
             written=[written], vectors=_bytes(*rows),
         ):  # fmt: skip
-            super().grad_of_pairs(rows, result, part, divisor, loss, mean, split, blocks)
+            super().grad_of_pairs(rows, grad, part, loss, mean, split, blocks)
+
+    def panel_log_sum_exp_of_pairs(
+        self, rows: pairs_step.Rows, products: Tensor, partial: Tensor, start: int, stop: int
+    ) -> None:
+        entries = products.numel()
+        with self.tally.stage(
+            "panel_log_sum_exp_of_pairs", exps=entries, read=[(PANELS, products, 4 * entries)],
+            vectors=16 * partial.shape[1] * (stop - start),
+        ):  # fmt: skip
+            super().panel_log_sum_exp_of_pairs(rows, products, partial, start, stop)
+
+    def scale_pairs(self, rows: pairs_step.Rows, loss: Tensor, mean: bool) -> None:
+        with self.tally.stage("scale_pairs", vectors=_bytes(rows.totals)):
+            super().scale_pairs(rows, loss, mean)
+
+    def panel_entries_of_pairs(
+        self, rows: pairs_step.Rows, products: Tensor, h: Tensor, rest: Tensor | None, start: int, stop: int
+    ) -> None:
+        entries = products.numel()
+        self.tally.know(h, PANELS)
+        with self.tally.stage(
+            "panel_entries_of_pairs", exps=2 * entries, read=[(PANELS, products, 4 * entries)],
+            written=[(PANELS, h, entries * self.itemsize)], vectors=_bytes(rest),
+        ):  # fmt: skip
+            super().panel_entries_of_pairs(rows, products, h, rest, start, stop)
 
     def _all_rows(self) -> Access:
         z = self.inputs.features

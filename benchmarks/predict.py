@@ -130,7 +130,7 @@ class Prediction:
     def way(self) -> str:
         """How the backend computes it: in one step, or by two passes, in one call or two."""
         names = {stage.name for stage in self.chosen.stages}
-        if names & {"panel_entries", "grad_of_pairs"}:
+        if names & {"panel_entries", "grad_of_pairs", "panel_entries_of_pairs"}:
             return "one step"
         return "one call" if "prepare_step" in names else "two passes"
 

@@ -24,10 +24,13 @@ D = 264
 def narrow_panels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Panels and blocks of a few rows, for small problems, which the interpreter runs quickly."""
     monkeypatch.setattr(plan, "MIN_PANEL", 4)
-    monkeypatch.setattr(plan, "two_passes_cost", lambda *_: float("inf"))
-    plan.step_panels.cache_clear()
+    for cost in ("two_passes_cost", "two_pair_passes_cost"):
+        monkeypatch.setattr(plan, cost, lambda *_: float("inf"))
+    for panels in (plan.step_panels, plan.pair_panels):
+        panels.cache_clear()
     yield
-    plan.step_panels.cache_clear()
+    for panels in (plan.step_panels, plan.pair_panels):
+        panels.cache_clear()
 
 
 def problem(m: int, k: int, seed: int, ignored: float = 0.2, d: int = D) -> tuple[Tensor, Tensor, Tensor]:

@@ -244,15 +244,9 @@ class CudaKernels(Kernels):
     def finish(
         self, result: Result, sums: Tensor, start: int, stop: int, parts: int, scale: Tensor | None, norm_inside: bool
     ) -> None:
-        self._finish(result, sums, start, stop, parts, scale, None, norm_inside)
-
-    def _finish(
-        self, result: Result, sums: Tensor, start: int, stop: int, parts: int, scale: Tensor | None,
-        divisor: Tensor | None, norm_inside: bool,
-    ) -> None:  # fmt: skip
         side = result.side
         self.ops.finish(
-            *self._side(side), sums, self.beta, scale, divisor, result.out, result.dot, start, stop, parts,
+            *self._side(side), sums, self.beta, scale, self.divisor, result.out, result.dot, start, stop, parts,
             side.slots * side.x.shape[1], self.eps, self.norm_limit, norm_inside,
         )  # fmt: skip
 
@@ -281,7 +275,7 @@ class CudaStep(CudaKernels, StepKernels):
         def finished(sums: Tensor, h: Tensor, start: int, stop: int, is_last: bool) -> None:
             if other is not None:
                 self._mend(other, vectors.z_broken if other.samples else vectors.w_broken, h, sums)
-            self._finish(result, sums, start, stop, 1, scale, vectors.divisor, norm_inside=True)
+            self.finish(result, sums, start, stop, 1, scale, norm_inside=True)
             if is_last:
                 self.write_loss(vectors)
 

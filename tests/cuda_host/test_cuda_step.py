@@ -8,7 +8,7 @@ import host_build
 import pytest
 import torch
 from emulation import LARGE, NAN, ROUND_ROBIN, RUN_AHEAD, UNIFORM, Emulator
-from learnt import check_two_passes
+from learnt import check_against_eager
 from steps import (  # noqa: F401
     LOSSES,
     D,
@@ -102,8 +102,8 @@ def test_both_directions(emulator: Emulator, dtype: torch.dtype, steps: list[str
 
 @pytest.mark.parametrize("loss", ["normface", "ntce", "clip"])
 def test_learnt_samples_in_two_passes(emulator: Emulator, loss: str) -> None:
-    check_two_passes(loss, 40)
-    check_two_passes(loss, 40, "none")
+    check_against_eager(loss, 40)
+    check_against_eager(loss, 40, "none")
 
 
 @pytest.mark.usefixtures("narrow_panels")

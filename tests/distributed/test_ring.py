@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from ranks import Ranks
 from test_memory import replay
 
 import nckernels
+from nckernels.distributed import ring
+from nckernels.distributed.groups import Ranks as GroupOfRanks
 
 LOSSES = {
     "supcon": lambda x: nckernels.supcon_loss(x, torch.arange(len(x)) % 3, process_group="world"),
@@ -67,3 +70,27 @@ def test_memory_does_not_grow_with_the_number_of_ranks(ranks4: Ranks, backward: 
     """Two blocks in the forward pass. Then the gradients of one block in use, leaving, arriving; of the rows twice."""
     for found in ranks4.run(peak, backward):
         assert found < blocks + 0.4  # vectors and tiles
+
+
+def travelling(rank: int, world_size: int) -> tuple[set[torch.dtype], set[torch.dtype]]:
+    """The dtypes of what is sent and received in a forward and in a backward pass of bfloat16 features."""
+    sent: set[torch.dtype] = set()
+
+    def spied(leaving: torch.Tensor, arriving: torch.Tensor, ranks: GroupOfRanks) -> list[object]:
+        sent.update((leaving.dtype, arriving.dtype))
+        return pass_on(leaving, arriving, ranks)
+
+    pass_on = ring._pass_on
+    x = torch.randn(6, 4, dtype=torch.bfloat16, requires_grad=True)
+    with mock.patch.object(ring, "_pass_on", spied), nckernels.use_workspace(64):
+        loss = LOSSES["clip"](x)
+        forward = sent.copy()
+        sent.clear()
+        loss.backward()
+    return forward, sent
+
+
+def test_gradients_travel_in_float32(ranks2: Ranks) -> None:
+    """Rounded to 16 bits on every rank, the sums would have errors that grow with the number of ranks."""
+    half = {torch.bfloat16}
+    assert ranks2.run(travelling) == [(half, half | {torch.float32})] * 2

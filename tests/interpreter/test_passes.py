@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from learnt import check_two_passes
+from learnt import check_against_eager
 from torch import Tensor
 
 import nckernels
@@ -112,10 +112,10 @@ def test_tiny_weights_of_long_rows(loss: str, d: int, launched: Counter[str]) ->
 @pytest.mark.parametrize("loss", ["normface", "ntce", "clip"])
 def test_learnt_samples(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one call, in two, and by the operators, as compilers call them; on the chip and by panels of entries."""
-    check_two_passes(loss, 16)  # NumPy adds up the products of longer rows in another order on the chip
-    check_two_passes(loss, 60, "none")
+    check_against_eager(loss, 16)  # NumPy adds up the products of longer rows in another order on the chip
+    check_against_eager(loss, 60, "none")
     monkeypatch.setattr(operators, "plain", lambda *_, **__: False)
-    check_two_passes(loss, 60)
+    check_against_eager(loss, 60)
 
 
 def test_few_launches(launched: Counter[str]) -> None:

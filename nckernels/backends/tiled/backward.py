@@ -94,14 +94,7 @@ def _short_rows(kernels: Kernels, result: Result, q: Side, scale: Tensor | None,
     else:
         part = torch.empty(split, p.slots, d, dtype=torch.float32, device=p.x.device)
         kernels.short_grad(result, q, part, scale, split, blocks)
-        kernels.finish(result, part, 0, p.slots, split, _product(scale, kernels.divisor), norm_inside=False)
-
-
-def _product(scale: Tensor | None, divisor: Tensor | None) -> Tensor | None:
-    """What ``finish`` divides by: the scale of the entries, of float16, times the divisor of a mean."""
-    if scale is None or divisor is None:
-        return divisor if scale is None else scale
-    return scale[0] * divisor[0]
+        kernels.finish(result, part, 0, p.slots, split, scale, norm_inside=False)
 
 
 def _long_rows(kernels: Kernels, p: Result, q: Result, scale: Tensor | None) -> None:
@@ -134,7 +127,6 @@ def _long_rows(kernels: Kernels, p: Result, q: Result, scale: Tensor | None) -> 
         q_sums = buffer(y.slots, d, torch.float32, q.wanted)
     x_copy, y_copy = buffer(rows, d, x.x.dtype, copy_x), buffer(columns, d, x.x.dtype, copy_y)
     whole = dense(kernels, y, 0, y.slots, y_copy) if columns >= y.slots else None
-    finished = _product(scale, kernels.divisor)
     for start in range(0, x.slots, rows):
         stop = min(start + rows, x.slots)
         x_rows = dense(kernels, x, start, stop, x_copy)
@@ -149,9 +141,9 @@ def _long_rows(kernels: Kernels, p: Result, q: Result, scale: Tensor | None) -> 
             if q_sums is not None:
                 multiply(kernels, panel.t(), x_rows, q_sums[begin:end], accumulate=start > 0)
         if p_panel is not None:
-            kernels.finish(p, p_panel, start, stop, 1, finished, norm_inside=True)
+            kernels.finish(p, p_panel, start, stop, 1, scale, norm_inside=True)
     if q_sums is not None:
-        kernels.finish(q, q_sums, 0, y.slots, 1, finished, norm_inside=True)
+        kernels.finish(q, q_sums, 0, y.slots, 1, scale, norm_inside=True)
 
 
 class Dense(NamedTuple):

@@ -135,7 +135,8 @@ class Kernels(ABC):
         self, result: Result, sums: Tensor, start: int, stop: int, parts: int, scale: Tensor | None, norm_inside: bool
     ) -> None:
         """Gradients of the slots [start, stop) from ``parts`` float32 partial sums of a_p (of r_p a_p if
-        ``norm_inside``): add, project, scale, cast. ``sums`` may be the gradient itself."""
+        ``norm_inside``): add, project, divide by ``scale`` and by the divisor, cast. ``sums`` may be the gradient
+        itself."""
 
     @abstractmethod
     def bias_blocks(self, p: Side, q: Side) -> Blocks:

@@ -26,6 +26,12 @@ OPERATIONS_PER_BYTE = 266
 """Operations of the tensor cores in the time of one byte of memory traffic: an H100 multiplies bfloat16 matrices of
 8192 x 8192 at 798 TFLOP/s and copies at 3.0 TB/s."""
 
+OPERATIONS_PER_LAUNCH = 2_400_000_000
+"""Operations of the tensor cores in the 3 us that the smallest kernel takes."""
+
+PAIR_LAUNCHES = 90
+"""Launches of SupCon in two passes, most of them PyTorch's, for the sums of the classes."""
+
 
 class Blocks(NamedTuple):
     """How a kernel covers its operands."""
@@ -104,17 +110,57 @@ def step_panels(n_p: int, n_q: int, d: int, itemsize: int, workspace: int, epilo
         row = pad16(n_q) * itemsize + 4 * ceil_div(n_q, EPILOGUE_COLUMNS) + d * itemsize
     else:
         row = pad16(n_q) * (4 + (itemsize if itemsize < 4 else 0)) + d * itemsize
+    panels = _equal_panels(n_p, row, d, workspace)
+    if panels is None or step_cost(n_p, n_q, d, itemsize, panels.rows, epilogue) > two_passes_cost(
+        n_p, n_q, d, itemsize
+    ):
+        return None
+    return StepPanels(panels.rows, min(panels.block, max(panels.rows, n_q)))
+
+
+def _equal_panels(n: int, row: int, d: int, workspace: int) -> StepPanels | None:
+    """Panels of equal height, whose rows take ``row`` bytes each, with float32 sums for one block of rows; None if the
+    workspace has no room for them."""
     block = max(MIN_PANEL, 1 << (max(1, min(workspace // 4, IN_L2) // (4 * d)).bit_length() - 1))
-    rows = min(n_p, (workspace - block * 4 * d) // row)
-    if rows < n_p:
+    rows = min(n, (workspace - block * 4 * d) // row)
+    if rows < n:
         rows -= rows % MIN_PANEL
         if rows <= 0:
             return None
-        equal = ceil_div(n_p, ceil_div(n_p, rows))
-        rows = ceil_div(equal, MIN_PANEL) * MIN_PANEL  # equal panels, of whole tiles of the library
-    if step_cost(n_p, n_q, d, itemsize, rows, epilogue) > two_passes_cost(n_p, n_q, d, itemsize):
+        equal = ceil_div(n, ceil_div(n, rows))
+        rows = ceil_div(equal, MIN_PANEL) * MIN_PANEL  # of whole tiles of the library
+    return StepPanels(rows, block)
+
+
+@lru_cache(maxsize=1024)
+def pair_panels(n: int, d: int, itemsize: int, workspace: int) -> StepPanels | None:
+    """The panels of SupCon's step, see ``triton/pairs_step.py``; None as in ``step_panels``, but float32 rows, whose
+    own products are slow, have panels if there is room for them."""
+    row = pad16(n) * (4 + (itemsize if itemsize < 4 else 0))
+    panels = _equal_panels(n, row, d, workspace - workspace // 8)  # the rest is for the statistics
+    if panels is None or (
+        itemsize < 4 and pairs_cost(n, d, itemsize, panels.rows) > two_pair_passes_cost(n, d, itemsize)
+    ):
         return None
-    return StepPanels(rows, min(block, max(rows, n_q)))
+    return StepPanels(panels.rows, min(panels.block, panels.rows))
+
+
+def pairs_cost(n: int, d: int, itemsize: int, rows: int) -> float:
+    """The time of SupCon's step by panels of ``rows`` samples, as ``step_cost``. If there are several, their products
+    are computed twice."""
+    products, entries = 2 * rows * n * d, rows * n
+    panel = (2 if rows < n else 1) * _time(products, itemsize * (rows + n) * d + 4 * entries)
+    panel += _time(0, (4 + 4 + itemsize) * entries)  # reads products for statistics and for entries, writes entries
+    panel += _time(products, itemsize * (entries + n * d) + 4 * rows * d)
+    return (panel + 8 * OPERATIONS_PER_LAUNCH) * ceil_div(n, rows)
+
+
+def two_pair_passes_cost(n: int, d: int, itemsize: int) -> float:
+    """As ``two_passes_cost``, for samples with themselves: one product makes the gradient."""
+    products = 2 * n * n * d
+    own = _time(products / OWN_RATE, 2 * itemsize * n * d)
+    gradient = _time(0, itemsize * n * n) + _time(products, itemsize * (n * n + n * d) + 4 * n * d)
+    return 2 * own + gradient + PAIR_LAUNCHES * OPERATIONS_PER_LAUNCH
 
 
 def step_cost(n_p: int, n_q: int, d: int, itemsize: int, rows: int, epilogue: bool = False) -> float:

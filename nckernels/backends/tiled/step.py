@@ -202,18 +202,18 @@ def _by_panels(
         last = stop == x.slots
         x_rows = dense(kernels, x, start, stop, x_copy)
         h = engine.entries(x_rows.matrix, start, stop)
-        for begin, end, of_block, part in _blocks(h, sums, block) if p.wanted else ():
+        for begin, end, of_block, part in blocks_of(h, sums, block) if p.wanted else ():
             kernels.matmul(of_block, y_rows.matrix, part, accumulate=False)
             finish_p(part, of_block, start + begin, start + end, last and start + end == stop and not q.wanted)
         if total is not None and not last:
             kernels.matmul(h.t(), x_rows.matrix, total, accumulate=start > 0)
             continue
-        for begin, end, of_block, part in _blocks(h.t(), sums if total is None else total, block) if q.wanted else ():
+        for begin, end, of_block, part in blocks_of(h.t(), sums if total is None else total, block) if q.wanted else ():
             kernels.matmul(of_block, x_rows.matrix, part, accumulate=start > 0)
             finish_q(part, of_block, begin, end, end == y.slots)
 
 
-def _blocks(h: Tensor, sums: Tensor, block: int) -> Iterable[tuple[int, int, Tensor, Tensor]]:
+def blocks_of(h: Tensor, sums: Tensor, block: int) -> Iterable[tuple[int, int, Tensor, Tensor]]:
     """Begin and end of each block of rows of h, the block, and a place for its sums: its own rows of ``sums`` if there
     are that many, else the first rows of it."""
     n = h.shape[0]

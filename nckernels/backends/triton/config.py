@@ -277,6 +277,8 @@ def pairs_lse_tile(shape: Shape) -> Tile:
             return Tile(128, 64, whole, 4, 2, parts=4)
         if shape.family == 80 and whole <= 64:
             return Tile(64, 64, whole, 4, 2)
+        if shape.family == 80 and whole == 256:
+            return Tile(64, 64, whole, 8, 2)  # with four warps decoupled SupCon spills
     return lse_tile(shape._replace(heavy=False, square=True))
 
 

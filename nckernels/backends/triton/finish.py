@@ -58,6 +58,19 @@ def project(acc, x, rnorm, weight, EPS: tl.constexpr):
 
 
 @triton.jit
+def divisor_of(Scale, Divisor):
+    """What finished gradients are divided by: the scale of the entries, of float16, times the divisor of a mean; None
+    for 1."""
+    divisor = None
+    if Divisor is not None:
+        divisor = tl.load(Divisor)
+    if Scale is not None:
+        scale = tl.load(Scale)
+        divisor = scale if divisor is None else scale * divisor
+    return divisor
+
+
+@triton.jit
 def finish_rows(
     Acc, X, Rnorm, Label, Count, Beta, Out, Dot, divisor,
     start, stop, local_start, parts, part_stride, d, x_stride, skip,
@@ -125,7 +138,7 @@ def finish_rows(
 
 @triton.jit(do_not_specialize=["start", "stop", "parts", "part_stride", "d", "x_stride", "skip"])
 def finish_kernel(
-    Acc, X, Rnorm, Label, Count, Beta, Scale, Out, Dot,
+    Acc, X, Rnorm, Label, Count, Beta, Scale, Divisor, Out, Dot,
     start, stop, parts, part_stride, d, x_stride, skip,
     GATHER: tl.constexpr, UNSUMMED: tl.constexpr, NORM_INSIDE: tl.constexpr, WHOLE_D: tl.constexpr,
     UNIT: tl.constexpr, EPS: tl.constexpr, NORM_LIMIT: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
@@ -141,11 +154,8 @@ def finish_kernel(
     d *= UNIT
     x_stride *= UNIT
     part_stride = part_stride.to(tl.int64) * UNIT
-    divisor = None
-    if Scale is not None:
-        divisor = tl.load(Scale)
     finish_rows(
-        Acc, X, Rnorm, Label, Count, Beta, Out, Dot, divisor,
+        Acc, X, Rnorm, Label, Count, Beta, Out, Dot, divisor_of(Scale, Divisor),
         start, stop, tl.program_id(0) * BR, parts, part_stride, d, x_stride, skip,
         GATHER, UNSUMMED, NORM_INSIDE, WHOLE_D, EPS, NORM_LIMIT, BR, BD,
     )  # fmt: skip
@@ -197,12 +207,7 @@ def finish_step_kernel(
             write_loss(Target, Share, Lse, None, Pos, Divisor, Loss, m, k, target_skip, BY_CLASS, B)
         program -= 1
     if program >= 0:
-        divisor = None
-        if Divisor is not None:
-            divisor = tl.load(Divisor)
-        if Scale is not None:
-            scale = tl.load(Scale)
-            divisor = scale if divisor is None else scale * divisor
+        divisor = divisor_of(Scale, Divisor)
         if Broken is None:
             finish_rows(
                 Acc, X, Rnorm, Label, Count, Beta, Out, Dot, divisor,

@@ -38,6 +38,7 @@ from .tiles import (
     dot_rows,
     load_lse,
     load_rows,
+    logit_factors,
     logit_scale,
     mask_tag,
     paired_rows,
@@ -83,15 +84,15 @@ def factors(bias, lse, grad, once):
 
 @triton.jit
 def two_terms(
-    products, scale, p_bias, p_lse, p_grad, q_bias, q_lse, q_grad, USE_P: tl.constexpr, USE_Q: tl.constexpr
+    x, y, p_bias, p_lse, p_grad, q_bias, q_lse, q_grad, USE_P: tl.constexpr, USE_Q: tl.constexpr
 ):  # fmt: skip
-    """The terms of A from the log-sum-exps, with one exponential per term."""
-    a = tl.zeros(products.shape, tl.float32)
+    """The terms of A from the log-sum-exps, with one exponential per term; x and y: see ``logit_factors``."""
+    a = tl.zeros(x.shape, tl.float32)
     if USE_P:
-        t = tl.fma(products, scale, q_bias[None, :])
+        t = tl.fma(x, y, q_bias[None, :])
         a = p_grad[:, None] * tl.exp2(t - p_lse[:, None])
     if USE_Q:
-        t = tl.fma(products, scale, p_bias[:, None])
+        t = tl.fma(x, y, p_bias[:, None])
         a = tl.fma(q_grad[None, :], tl.exp2(t - q_lse[None, :]), a)
     return a
 
@@ -102,18 +103,18 @@ def entries(
     p_tag, p_row, p_positive, p_bias, p_lse, p_grad, p_pos,
     q_tag, q_row, q_positive, q_bias, q_lse, q_grad, q_pos,
     EXCLUDE: tl.constexpr, USE_P: tl.constexpr, USE_Q: tl.constexpr,
-    USE_P_POS: tl.constexpr, USE_Q_POS: tl.constexpr,
+    USE_P_POS: tl.constexpr, USE_Q_POS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """A tile of A, from the products of the rows; ``once``: see ``grad_kernel``, and None for never."""
-    scale = p_scale[:, None] * q_scale[None, :]
+    x, y = logit_factors(products, p_scale, q_scale, EXACT)
     if once is not None:
         if once:
             weight = tl.fma(p_grad[:, None], q_bias[None, :], p_bias[:, None] * q_grad[None, :])
-            a = tl.exp2(products * scale) * weight
+            a = tl.exp2(x * y) * weight
         else:
-            a = two_terms(products, scale, p_bias, p_lse, p_grad, q_bias, q_lse, q_grad, USE_P, USE_Q)
+            a = two_terms(x, y, p_bias, p_lse, p_grad, q_bias, q_lse, q_grad, USE_P, USE_Q)
     else:
-        a = two_terms(products, scale, p_bias, p_lse, p_grad, q_bias, q_lse, q_grad, USE_P, USE_Q)
+        a = two_terms(x, y, p_bias, p_lse, p_grad, q_bias, q_lse, q_grad, USE_P, USE_Q)
     # Selected, not multiplied by 0: a masked entry can have any value, inf included.
     if EXCLUDE != "none":
         a = tl.where(p_tag[:, None] == q_tag[None, :], 0.0, a)
@@ -170,7 +171,8 @@ def grad_kernel(
         once = beta * LOG2E < 64.0
     p_bias, p_lse, p_grad, p_pos = load_terms(P_bias, P_lse, P_ratio, P_grad, P_pos, Q_grad, None, p_row, p_valid)
     p_bias, p_grad = factors(p_bias, p_lse, p_grad, once)
-    p_scale = logit_scale(p_rnorm, beta, P_SAMPLES)
+    EXACT: tl.constexpr = P.dtype.element_ty == tl.float32 and PRECISION != "tf32"
+    p_scale = logit_scale(p_rnorm, beta, P_SAMPLES or not EXACT)
     scale = 1.0
     if Scale is not None:
         scale = tl.load(Scale)
@@ -192,10 +194,10 @@ def grad_kernel(
         q_bias, q_lse, q_grad, q_pos = load_terms(Q_bias, Q_lse, Q_ratio, Q_grad, Q_pos, P_grad, None, q_row, q_valid)
         q_bias, q_grad = factors(q_bias, q_lse, q_grad, once)
         a = entries(
-            products, p_scale, logit_scale(q_rnorm, beta, not P_SAMPLES), once,
+            products, p_scale, logit_scale(q_rnorm, beta, EXACT and not P_SAMPLES), once,
             p_tag, p_row, p_positive, p_bias, p_lse, p_grad, p_pos,
             q_tag, q_row, q_positive, q_bias, q_lse, q_grad, q_pos,
-            EXCLUDE, P_grad is not None, Q_grad is not None, P_pos is not None, Q_pos is not None,
+            EXCLUDE, P_grad is not None, Q_grad is not None, P_pos is not None, Q_pos is not None, EXACT,
         )  # fmt: skip
         r = summand_rnorm(q_rnorm, NORM_LIMIT) * factor
         if Divisor is not None:
@@ -287,7 +289,8 @@ def entries_kernel(
     p_rnorm = tl.load(P_rnorm + p_row, mask=p_here, other=0.0)
     p_bias, p_lse, p_grad, p_pos = load_terms(P_bias, P_lse, P_ratio, P_grad, P_pos, Q_grad, Divisor, p_row, p_valid)
     beta = tl.load(Beta)
-    p_scale = logit_scale(p_rnorm, beta, P_SAMPLES)
+    EXACT: tl.constexpr = P.dtype.element_ty == tl.float32 and PRECISION != "tf32"
+    p_scale = logit_scale(p_rnorm, beta, P_SAMPLES or not EXACT)
     p_factor = summand_rnorm(p_rnorm, NORM_LIMIT)
     if Scale is not None:
         p_factor *= tl.load(Scale)
@@ -305,10 +308,10 @@ def entries_kernel(
         q_rnorm = tl.load(Q_rnorm + row, mask=here, other=0.0)
         q_bias, q_lse, q_grad, q_pos = load_terms(Q_bias, Q_lse, Q_ratio, Q_grad, Q_pos, P_grad, Divisor, row, valid)
         a = entries(
-            products[i], p_scale, logit_scale(q_rnorm, beta, not P_SAMPLES), None,
+            products[i], p_scale, logit_scale(q_rnorm, beta, EXACT and not P_SAMPLES), None,
             p_tag, p_row, p_positive, p_bias, p_lse, p_grad, p_pos,
             q_tag, row, q_positive, q_bias, q_lse, q_grad, q_pos,
-            EXCLUDE, P_grad is not None, Q_grad is not None, P_pos is not None, Q_pos is not None,
+            EXCLUDE, P_grad is not None, Q_grad is not None, P_pos is not None, Q_pos is not None, EXACT,
         )  # fmt: skip
         h = in_range(a * p_factor[:, None] * summand_rnorm(q_rnorm, NORM_LIMIT)[None, :], NORM_LIMIT)
         columns = q_local + i * B + tl.arange(0, B)

@@ -346,7 +346,7 @@ class TritonKernels(Kernels):
         blocks = row_blocks(d)
         launch(
             finish.finish_kernel, (ceil_div(stop - start, blocks["BR"]),),
-            sums, side.x, side.rnorm, side.label, side.used, self.beta, scale, result.out, result.dot,
+            sums, side.x, side.rnorm, side.label, side.used, self.beta, scale, self.divisor, result.out, result.dot,
             start, stop, parts, side.slots * self.d, self.d, self._units(side.x), side.skip,
             options=_finish_options(
                 blocks["BD"], blocks["BD"] >= d, side.gather, side.unsummed, norm_inside,

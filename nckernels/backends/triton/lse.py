@@ -16,6 +16,7 @@ from .tiles import (
     LN2,
     in_base_2,
     load_rows,
+    logit_factors,
     logit_scale,
     row_bias,
     slot_rows,
@@ -98,7 +99,8 @@ def lse_kernel(
         P_rnorm, P_label, p_first, n_p, skip_p, EXCLUDE, P_SAMPLES, P_GATHER, BP
     )
     beta = tl.load(Beta)
-    p_scale = logit_scale(p_rnorm, beta, P_SAMPLES)
+    EXACT: tl.constexpr = P.dtype.element_ty == tl.float32 and PRECISION != "tf32"
+    p_scale = logit_scale(p_rnorm, beta, P_SAMPLES or not EXACT)
     p = None
     if WHOLE_D:
         p = load_rows(P, p_row, p_valid, p_stride, d, BD, EVEN_D)
@@ -115,16 +117,16 @@ def lse_kernel(
             row, valid, tag, rnorm = summed_rows(
                 Q_rnorm, Q_label, q_first + i * B, n_q, skip_q, EXCLUDE, not P_SAMPLES, False, B
             )
-            scale = p_scale[:, None] * logit_scale(rnorm, beta, not P_SAMPLES)[None, :]
+            x, y = logit_factors(products[i], p_scale, logit_scale(rnorm, beta, EXACT and not P_SAMPLES), EXACT)
             # One fused multiply-add for scale, bias and mask: the bias of left-out rows is -inf.
-            t = tl.fma(products[i], scale, row_bias(Q_bias, row, valid)[None, :])
+            t = tl.fma(x, y, row_bias(Q_bias, row, valid)[None, :])
             t = without_excluded(t, p_tag, tag, p_first, q_first + i * B, EXCLUDE)
             new = tl.maximum(largest, tl.max(t, 1))
             shift = shift_of(new)
             total = tl.fma(total, tl.exp2(largest - shift), tl.sum(tl.exp2(t - shift[:, None]), 1))
             largest = new
             if Q_max is not None:
-                t = tl.fma(products[i], scale, row_bias(P_bias, p_row, p_valid)[:, None])
+                t = tl.fma(x, y, row_bias(P_bias, p_row, p_valid)[:, None])
                 t = without_excluded(t, p_tag, tag, p_first, q_first + i * B, EXCLUDE)
                 q_largest = tl.max(t, 0)
                 q_total = tl.sum(tl.exp2(t - shift_of(q_largest)[None, :]), 0)

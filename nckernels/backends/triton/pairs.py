@@ -11,16 +11,18 @@ that have the label of i,
 and ``sum_j T_ij u_j`` is the gradient by beta u_i, see grad.py. Tiles of t are computed twice and never stored:
 
 * ``pairs_prepare_kernel``: inverse norms;
-* ``pairs_lse_kernel``: for every row the log-sum-exp, and the sum and the number of its positives;
+* ``pairs_lse_kernel``: for every row the sum of its exponentials, and the sum and the number of its positives;
 * ``pairs_reduce_kernel``: from these the loss of every row, and its factors in T;
 * ``pairs_grad_kernel``: the gradient, accumulated on the chip.
+
+For rows that are too long for that, or float32, the library multiplies, and pairs_panel.py takes the other steps.
 
 Positives are found by comparing labels, any 64-bit integers, in the tiles. No list of the classes is needed. Logits and
 log-sum-exps are in base 2.
 
 The vectors that the kernels pass to each other end at a multiple of ``PADDING``, so that they are read without masks. A
-row that is left out is an ignored one, or lies past the end. It has an inverse norm of 0, a bias of -inf, which keeps
-it out of sums, and the tag ``skip``.
+row that is left out is an ignored one, or lies past the end. It has an inverse norm of 0 (if ignored, that of
+``left_out`` for the library's products), a bias of -inf, which keeps it out of sums, and the tag ``skip``.
 """
 
 import triton
@@ -28,7 +30,7 @@ import triton.language as tl
 
 from .finish import project, summand_rnorm
 from .lse import shift_of
-from .norms import inverse_norm, square_sums
+from .norms import inverse_norm, left_out, square_sums
 from .prepare import known_number
 from .reduce import power_of, sum_of
 from .tiles import INF, LN2, LOG2E, column_parts, dot, dot_rows, load_rows
@@ -40,19 +42,25 @@ PADDING = 256
 @triton.jit(do_not_specialize=["n", "d", "stride", "skip", "beta_bits"])
 def pairs_prepare_kernel(
     X, Label, Beta_in, Rnorm, Bias, Tag, Beta, n, d, stride, skip, beta_bits,
-    UNIT: tl.constexpr, EPS: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+    UNIT: tl.constexpr, EPS: tl.constexpr, LOOKS: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """``Rnorm[i] = 1 / max(|X[i]|, EPS)``, the bias and the label of BR rows; and ``Beta``, see ``known_number``.
 
-    The kernel is launched with Triton's debug option, which compiles the assertion.
+    With ``LOOKS`` ignored rows are read too, and ``left_out`` takes the place of their inverse norms, for
+    ``mend_kernel``. The kernel is launched with Triton's debug option, which compiles the assertion.
     """
     d *= UNIT
     stride *= UNIT
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     label = tl.load(Label + row, mask=row < n, other=skip)
     valid = label != skip
-    square_sum = square_sums(X, row, valid, d, stride, BR, BD)
-    tl.store(Rnorm + row, tl.where(valid, inverse_norm(square_sum, EPS), 0.0))
+    if LOOKS:
+        square_sum = square_sums(X, row, row < n, d, stride, BR, BD)
+        otherwise = left_out(square_sum)
+    else:
+        square_sum = square_sums(X, row, valid, d, stride, BR, BD)
+        otherwise = tl.zeros((BR,), tl.float32)
+    tl.store(Rnorm + row, tl.where(valid, inverse_norm(square_sum, EPS), otherwise))
     tl.store(Bias + row, tl.where(valid, 0.0, -INF))
     tl.store(Tag + row, label)
     if tl.program_id(0) == 0:  # at the end, where the assertion's call has no registers to save
@@ -78,6 +86,56 @@ def add_three(a, b, c, x, y, z):
     return a + x, b + y, c + z
 
 
+@triton.jit
+def add_logits(
+    s, scale, beta, p_tag, q_tag, p_first, q_first, largest, total, positives, count, NEGATIVES: tl.constexpr
+):  # fmt: skip
+    """Add a tile of logits ``s`` times the ``scale`` of their row, -inf for left-out columns, to the statistics of the
+    rows: the largest logit, without the scale, the sum of exponentials relative to it, and the sum of the positives'
+    logits relative to ``beta``, that of equal rows, and their number.
+
+    Where samples have been learnt, the positives and the largest logit are near beta: their differences have no
+    rounding error, and the loss is a sum of small numbers. The statistics are (BP, L), for the columns of each residue
+    modulo L.
+    """
+    BP: tl.constexpr = s.shape[0]
+    L: tl.constexpr = largest.shape[1]
+    C: tl.constexpr = s.shape[1] // L
+    different, positive = relation(p_tag, q_tag, p_first, q_first)
+    if NEGATIVES:
+        summed = different & (positive == 0)
+    else:
+        summed = different
+    t = tl.reshape(tl.where(summed, s, -INF), (BP, C, L))
+    new = tl.maximum(largest, tl.max(t, 1))
+    shift = shift_of(new) * scale[:, None]
+    t = tl.fma(t, scale[:, None, None], -shift[:, None, :])
+    if NEGATIVES:  # which t has without the positives
+        relative = tl.fma(tl.reshape(s, (BP, C, L)), scale[:, None, None], -shift[:, None, :])
+    else:
+        relative = t
+    positive = tl.reshape(positive, (BP, C, L))
+    # One reduction of three tiles: reduced alone, the tile of ones would be laid out anew for every thread.
+    e_sum, logits, ones = tl.reduce(
+        (tl.exp2(t), tl.where(positive, relative, 0.0), tl.where(positive, 1.0, 0.0)), 1, add_three
+    )
+    total = tl.fma(total, tl.exp2(tl.fma(largest, scale[:, None], -shift)), e_sum)
+    positives += tl.fma(ones, shift - beta, logits)
+    return new, total, positives, count + ones
+
+
+@triton.jit
+def store_logits(Partial, part, split, width, slot, mask, largest, total, positives, count):
+    """``Partial[0..3, part, slot]``: the statistics of ``add_logits``, (BP, L), with the scale in ``largest``."""
+    top = tl.max(largest, 1)
+    plane = split.to(tl.int64) * width
+    at = Partial + part.to(tl.int64) * width + slot
+    tl.store(at, top, mask=mask)
+    tl.store(at + plane, tl.sum(total * tl.exp2(largest - shift_of(top)[:, None]), 1), mask=mask)
+    tl.store(at + 2 * plane, tl.sum(positives, 1), mask=mask)
+    tl.store(at + 3 * plane, tl.sum(count, 1), mask=mask)
+
+
 @triton.jit(do_not_specialize=["n", "d", "stride", "split"])
 def pairs_lse_kernel(
     X, Rnorm, Bias, Tag, Beta, Partial,
@@ -85,8 +143,7 @@ def pairs_lse_kernel(
     NEGATIVES: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr, UNIT: tl.constexpr,
     WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``Partial[0..3, part, i]`` from the columns of one part: the largest logit, the sum of exponentials relative to
-    it, and the sum of the logits of the positives and their number."""
+    """``Partial[0..3, part, i]``, the statistics of ``add_logits`` over the columns of one part."""
     d *= UNIT
     stride *= UNIT
     B: tl.constexpr = BQ // PARTS
@@ -95,7 +152,8 @@ def pairs_lse_kernel(
     p_slot = p_first + tl.arange(0, BP)
     p_tag = tl.load(Tag + p_slot)
     p_valid = tl.load(Bias + p_slot) == 0
-    p_scale = tl.load(Rnorm + p_slot) * (tl.load(Beta) * LOG2E)
+    beta = tl.load(Beta) * LOG2E
+    p_scale = tl.load(Rnorm + p_slot) * beta
     p = None
     if WHOLE_D:
         p = load_rows(X, p_slot, p_valid, stride, d, BD, EVEN_D)
@@ -118,49 +176,25 @@ def pairs_lse_kernel(
             slot = q_first + tl.arange(0, B)
             # Logits without the factor of their row, which the exponential's argument gets.
             s = tl.fma(products[i], tl.load(Rnorm + slot)[None, :], tl.load(Bias + slot)[None, :])
-            different, positive = relation(p_tag, tl.load(Tag + slot), p_first, q_first)
-            if NEGATIVES:
-                summed = different & (positive == 0)
-            else:
-                summed = different
-            t = tl.reshape(tl.where(summed, s, -INF), (BP, B // LANES, LANES))
-            new = tl.maximum(largest, tl.max(t, 1))
-            shift = shift_of(new) * p_scale[:, None]
-            e = tl.exp2(tl.fma(t, p_scale[:, None, None], -shift[:, None, :]))
-            logits = tl.reshape(tl.where(positive, s, 0.0), (BP, B // LANES, LANES))
-            ones = tl.reshape(tl.where(positive, 1.0, 0.0), (BP, B // LANES, LANES))
-            # One reduction of three tiles: reduced alone, the tile of ones would be laid out anew for every thread.
-            e_sum, logits_sum, ones_sum = tl.reduce((e, logits, ones), 1, add_three)
-            total = tl.fma(total, tl.exp2(tl.fma(largest, p_scale[:, None], -shift)), e_sum)
-            positives += logits_sum
-            count += ones_sum
-            largest = new
-
-    largest *= p_scale[:, None]
-    top = tl.max(largest, 1)
-    total = tl.sum(total * tl.exp2(largest - shift_of(top)[:, None]), 1)
-    positives = tl.sum(positives, 1) * p_scale
-    count = tl.sum(count, 1)
-    largest = top
-    plane = split.to(tl.int64) * width
-    at = Partial + part.to(tl.int64) * width + p_slot
-    tl.store(at, largest)
-    tl.store(at + plane, total)
-    tl.store(at + 2 * plane, positives)
-    tl.store(at + 3 * plane, count)
+            q_tag = tl.load(Tag + slot)
+            largest, total, positives, count = add_logits(
+                s, p_scale, beta, p_tag, q_tag, p_first, q_first, largest, total, positives, count, NEGATIVES
+            )
+    store_logits(Partial, part, split, width, p_slot, None, largest * p_scale[:, None], total, positives, count)
 
 
 @triton.jit(do_not_specialize=["parts"])
 def pairs_reduce_kernel(
-    Partial, Rnorm, Bias, Weight, Shift, Factor, Pos, Totals, width, parts,
+    Partial, Rnorm, Bias, Weight, Beta, Shift, Factor, Ratio, Pos, Totals, width, parts,
     NORM_LIMIT: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Combine the parts of every row, in order, to its numbers in T.
 
     ``Shift[i] = lse_i - log2 g_i``, so that a term is ``exp2(t_ij - Shift[i])``; +inf where there is none: without
-    positives, which means g = 0, and for an empty sum. ``Factor[i] = exp2(-Shift[i])`` and ``Pos[i] = -g_i / n_i``. Of
-    each block ``Totals[0..3, block]`` are the sum of the weighted losses, the sum of the weights, the largest weight
-    and the largest factor of a row that is summed up.
+    positives, which means g = 0, and for an empty sum. ``Factor[i] = exp2(-Shift[i])``, or instead of it ``Ratio[i]``,
+    by which a term must be multiplied because ``Shift[i]`` has been rounded, see ``log_sum``. ``Pos[i] = -g_i / n_i``.
+    Of each block ``Totals[0..4, block]`` are the sum of the weighted losses, the sum of the weights, the largest
+    weight, the largest factor of a row that is summed up, and the sum of the weighted mean logits of the positives.
     """
     slot = tl.program_id(0) * B + tl.arange(0, B)
     plane = parts.to(tl.int64) * width
@@ -183,13 +217,20 @@ def pairs_reduce_kernel(
     if Weight is not None:
         weight = tl.load(Weight + slot, mask=counted, other=0.0)
     others = tl.maximum(count, 1.0)
-    lse = largest + tl.log2(total)
-    empty = (lse == -INF) | (counted == 0)
-    loss = LN2 * (tl.where(empty, 0.0, lse) - positives / others)
-    shift = tl.where(empty, INF, lse - tl.log2(weight))
+    log_total = tl.log2(total)
+    empty = (largest == -INF) | (counted == 0)
+    # Of logits relative to beta. The log-sum-exp of an empty set counts as 0.
+    beta = tl.load(Beta) * LOG2E
+    loss = LN2 * (tl.where(empty, -beta, largest - beta) - positives / others + tl.where(empty, 0.0, log_total))
+    shift = tl.where(empty, INF, largest + log_total - tl.log2(weight))
     r = summand_rnorm(tl.load(Rnorm + slot), NORM_LIMIT)
     tl.store(Shift + slot, shift)
-    tl.store(Factor + slot, tl.exp2(-shift))
+    if Ratio is not None:
+        known = shift < INF  # it is infinite for a weight of 0 too
+        exact = tl.where(known, weight, 0.0) * tl.exp2(tl.where(known, shift, largest) - largest) / total
+        tl.store(Ratio + slot, tl.where(known, exact, 0.0))
+    else:
+        tl.store(Factor + slot, tl.exp2(-shift))
     tl.store(Pos + slot, -weight / others)
     out = Totals + tl.program_id(0)
     blocks = tl.num_programs(0)
@@ -197,6 +238,7 @@ def pairs_reduce_kernel(
     tl.store(out + blocks, tl.sum(weight, 0))
     tl.store(out + 2 * blocks, tl.max(weight, 0))
     tl.store(out + 3 * blocks, tl.max(r, 0))
+    tl.store(out + 4 * blocks, tl.sum(tl.where(empty, 0.0, weight * (beta + positives / others)), 0))
 
 
 @triton.jit
@@ -219,15 +261,50 @@ def half_scale(Totals, blocks):
 
 
 @triton.jit
+def scale_and_total(Totals, blocks, MEAN: tl.constexpr, NORM_LIMIT: tl.constexpr):
+    """The scale of the entries, a power of two, see ``half_scale`` and ``write_divisors``, and a mean's divisor."""
+    scale = 1.0
+    total = 1.0
+    if MEAN:
+        total = sum_of(Totals + blocks, blocks, 256)
+        total = tl.where(total == 0.0, 1.0, total)  # the mean of nothing is 0
+        scale = power_of(total)
+    if NORM_LIMIT > 0:
+        scale = half_scale(Totals, blocks)
+    return scale, total
+
+
+@triton.jit
+def typical_cosine(Totals, blocks, beta):
+    """The mean cosine of positives, or 0 if all log-sum-exps are of empty sets.
+
+    The entries T of all pairs add up to 0, but for their rounding errors. The gradient of beta is half of the sum of
+    ``T_ij cos_ij``; where features have collapsed most cosines are about the same, and the errors would dominate it.
+    Relative to a typical cosine they do not: that cosine times the sum of the entries is subtracted.
+    """
+    weights = sum_of(Totals + blocks, blocks, 256)
+    return sum_of(Totals + 4 * blocks, blocks, 256) / (tl.where(weights == 0.0, 1.0, weights) * (beta * LOG2E))
+
+
+@triton.jit
+def without_rnorm(h, r):
+    """The sums over the columns j of ``T_ij``, from ``h = T_ij r_j`` as it has been rounded."""
+    return tl.sum(h.to(tl.float32) * tl.where(r > 0, 1.0 / r, 0.0)[None, :], 1)
+
+
+@triton.jit
 def sum_of_entries(
     X, Rnorm, Bias, Tag, Shift, Factor, Pos, p, p_tag, p_scale, p_shift, p_weight, p_first, scale,
     part, n, d, stride, split,
-    NEGATIVES: tl.constexpr, ONCE: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr,
+    NEGATIVES: tl.constexpr, ONCE: tl.constexpr, ADDED: tl.constexpr,
+    BP: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr,
     EVEN_D: tl.constexpr, NORM_LIMIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``scale * sum_j T_ij r_j x_j`` over the blocks of one part, ``p_weight`` being ``-g_i / n_i``. With ``ONCE`` the
-    two exponentials of an entry are one, ``exp2(t) (exp2(-Shift[i]) + exp2(-Shift[j]))``."""
+    two exponentials of an entry are one, ``exp2(t) (exp2(-Shift[i]) + exp2(-Shift[j]))``. With ``ADDED`` also
+    ``scale * sum_j T_ij``, of the rounded entries, else zeros."""
     acc = tl.zeros((BP, BD), tl.float32)
+    added = tl.zeros((BP,), tl.float32)
     # The scale is applied before the inverse norms, which can be 1e12.
     exponent = tl.log2(scale)
     p_shift -= exponent
@@ -254,15 +331,17 @@ def sum_of_entries(
             a = tl.where(positive, pair, a)
         else:
             a += tl.where(positive, pair, 0.0)
-        a = tl.where(different, a, 0.0)
-        acc = dot(a.to(q.dtype), q, acc, PRECISION)
-    return acc
+        a = tl.where(different, a, 0.0).to(q.dtype)
+        if ADDED:
+            added += without_rnorm(a, r)
+        acc = dot(a, q, acc, PRECISION)
+    return acc, added
 
 
 @triton.jit(do_not_specialize=["n", "d", "stride", "split", "blocks"])
 def pairs_grad_kernel(
     X, Rnorm, Bias, Tag, Shift, Factor, Pos, Totals, Beta,
-    Out, Dot, Part, Divisor, Loss,
+    Out, Dot, Rest, Part, Divisor, Loss,
     n, d, stride, split, blocks,
     NEGATIVES: tl.constexpr, MEAN: tl.constexpr, MAY_SHARE: tl.constexpr,
     BP: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr, UNIT: tl.constexpr, EVEN_D: tl.constexpr,
@@ -270,22 +349,16 @@ def pairs_grad_kernel(
 ):  # fmt: skip
     """The gradient of a block of rows of at most BD columns, as ``grad_kernel``; and the ``Loss``.
 
-    The entries are scaled by a power of two, see ``half_scale`` and ``write_divisors``, and the finished gradient is
-    divided by the rest of the divisor. ``split`` programs that share a block leave their sums in ``Part``, and in
-    ``Divisor`` the divisor for ``finish_kernel``. For ``MAY_SHARE`` see ``grad_kernel``.
+    The entries are scaled, see ``scale_and_total``, and the finished gradient is divided by the rest of the divisor.
+    ``split`` programs that share a block leave their sums in ``Part``, and in ``Divisor`` the divisor for
+    ``finish_kernel``. ``Rest[program]``, if given, is what is to be added to the sum of ``Dot``, see
+    ``typical_cosine``. For ``MAY_SHARE`` see ``grad_kernel``.
     """
     d *= UNIT
     stride *= UNIT
     part = tl.program_id(0) % split
     p_first = tl.program_id(0) // split * BP
-    scale = 1.0
-    total = 1.0
-    if MEAN:
-        total = sum_of(Totals + blocks, blocks, 256)
-        total = tl.where(total == 0.0, 1.0, total)  # the mean of nothing is 0
-        scale = power_of(total)
-    if NORM_LIMIT > 0:
-        scale = half_scale(Totals, blocks)
+    scale, total = scale_and_total(Totals, blocks, MEAN, NORM_LIMIT)
     divisor = scale * total
     if tl.program_id(0) == 0:
         tl.store(Loss, sum_of(Totals, blocks, 256) / total)
@@ -305,16 +378,19 @@ def pairs_grad_kernel(
     p_scale = p_rnorm * (beta * LOG2E)
     p = load_rows(X, p_slot, p_valid, stride, d, BD, EVEN_D)
     if once:
-        acc = sum_of_entries(
+        acc, added = sum_of_entries(
             X, Rnorm, Bias, Tag, Shift, Factor, Pos, p, p_tag, p_scale, p_shift, p_weight, p_first, scale,
-            part, n, d, stride, split, NEGATIVES, True, BP, BQ, BD, EVEN_D, NORM_LIMIT, PRECISION,
+            part, n, d, stride, split, NEGATIVES, True, Rest is not None, BP, BQ, BD, EVEN_D, NORM_LIMIT, PRECISION,
         )  # fmt: skip
     else:
-        acc = sum_of_entries(
+        acc, added = sum_of_entries(
             X, Rnorm, Bias, Tag, Shift, Factor, Pos, p, p_tag, p_scale, p_shift, p_weight, p_first, scale,
-            part, n, d, stride, split, NEGATIVES, False, BP, BQ, BD, EVEN_D, NORM_LIMIT, PRECISION,
+            part, n, d, stride, split, NEGATIVES, False, Rest is not None, BP, BQ, BD, EVEN_D, NORM_LIMIT, PRECISION,
         )  # fmt: skip
 
+    if Rest is not None:
+        rest = tl.sum(tl.where(p_valid, added, 0.0), 0) / divisor
+        tl.store(Rest + tl.program_id(0), -typical_cosine(Totals, blocks, beta) * rest)
     col = tl.arange(0, BD)
     inside = (p_slot < n)[:, None] & (col < d)[None, :]
     if Part is not None:

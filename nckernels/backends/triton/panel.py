@@ -15,7 +15,7 @@ import triton.language as tl
 from .finish import in_range, summand_rnorm
 from .grad import entries
 from .lse import shift_of, without_excluded
-from .tiles import INF, LN2, LOG2E, positive_of, row_bias, slot_rows, summed_rows, used_slots
+from .tiles import INF, LN2, LOG2E, logit_scale, positive_of, row_bias, slot_rows, summed_rows, used_slots
 
 
 @triton.jit
@@ -134,10 +134,10 @@ def panel_entries_kernel(
 
     products = stored_products(T, p_local, q_first, p_valid, q_valid, t_stride, BP, BQ)
     a = entries(
-        products * (p_rnorm * (tl.load(Beta) * LOG2E))[:, None], tl.full((BP,), 1.0, tl.float32), q_rnorm, None,
+        products, logit_scale(p_rnorm, tl.load(Beta), True), q_rnorm, None,
         p_tag, p_row, positive_of(p_row, p_label, EXCLUDE), nothing, shift, grad, p_pos,
         q_tag, q_row, positive_of(q_row, q_label, EXCLUDE), row_bias(None, q_row, q_valid), q_pos, q_pos, q_pos,
-        EXCLUDE, True, False, P_pos is not None, Q_pos is not None,
+        EXCLUDE, True, False, P_pos is not None, Q_pos is not None, False,
     )  # fmt: skip
     p_factor = summand_rnorm(p_rnorm, NORM_LIMIT)
     if Scale is not None:

@@ -123,16 +123,26 @@ def row_bias(Bias, row, valid):
 
 
 @triton.jit
-def logit_scale(rnorm, beta, SAMPLES: tl.constexpr):
-    """The factor of a row in its logits in base 2, ``t = (p . q) (p_scale q_scale)``.
-
-    The samples have beta, whether they are P or Q, so that a logit is the same number in both passes. Where a
-    probability is near 1, and 1 is subtracted, one rounding would be an error. (Of features against themselves, P are
-    the samples.)
-    """
-    if SAMPLES:
+def logit_scale(rnorm, beta, WITH_BETA: tl.constexpr):
+    """The factor of a row in its logits in base 2, see ``logit_factors``. One of the two sides has beta."""
+    if WITH_BETA:
         rnorm *= beta * LOG2E
     return rnorm
+
+
+@triton.jit
+def logit_factors(products, p_scale, q_scale, EXACT: tl.constexpr):
+    """Two tiles whose product is that of the three arguments: logits in base 2, to which ``tl.fma`` adds a bias.
+
+    With ``EXACT``, in float32, the scales are multiplied first, and the samples have beta, whether they are P or Q. So
+    a logit is the same number in both passes. Where a probability is near 1, and 1 is subtracted, one rounding would be
+    an error. (Of features against themselves, P are the samples.) Otherwise, with beta in P's scale, fewer registers
+    are needed.
+    """
+    if EXACT:
+        return products, p_scale[:, None] * q_scale[None, :]
+    else:
+        return products * p_scale[:, None], q_scale[None, :]
 
 
 @triton.jit
