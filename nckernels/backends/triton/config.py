@@ -162,7 +162,7 @@ def lse_tile(shape: Shape) -> Tile:
     whole, heavy = shape.whole, shape.heavy
     if not shape.aligned:
         # Loads go through registers, so the tile is small. Callers who pad d to a multiple of 8 are faster.
-        return Tile(64, 64, min(whole, 32), 8, 1)
+        return Tile(64, 64, min(whole, 32), 8, 1, parts=2 if shape.kind == "ieee" else 1)
     if shape.family == 0:
         return Tile(64, 64, min(whole, 64 if shape.kind == "half" else 32), 4, 2)
     if shape.kind == "ieee":
