@@ -32,6 +32,9 @@ OPERATIONS_PER_LAUNCH = 2_400_000_000
 PAIR_LAUNCHES = 90
 """Launches of SupCon in two passes, most of them PyTorch's, for the sums of the classes."""
 
+PANEL_LAUNCHES = 8
+"""Launches of a panel of SupCon's step, its products among them, and a panel's share of those before and after."""
+
 
 class Blocks(NamedTuple):
     """How a kernel covers its operands."""
@@ -152,7 +155,7 @@ def pairs_cost(n: int, d: int, itemsize: int, rows: int) -> float:
     panel = (2 if rows < n else 1) * _time(products, itemsize * (rows + n) * d + 4 * entries)
     panel += _time(0, (4 + 4 + itemsize) * entries)  # reads products for statistics and for entries, writes entries
     panel += _time(products, itemsize * (entries + n * d) + 4 * rows * d)
-    return (panel + 8 * OPERATIONS_PER_LAUNCH) * ceil_div(n, rows)
+    return (panel + PANEL_LAUNCHES * OPERATIONS_PER_LAUNCH) * ceil_div(n, rows)
 
 
 def two_pair_passes_cost(n: int, d: int, itemsize: int) -> float:

@@ -33,11 +33,9 @@ def panel_rows(Rnorm, Bias, Tag, first, stop, B: tl.constexpr):
 
 
 @triton.jit
-def logits_of(products, p_rnorm, q_rnorm, beta, q_valid):
-    """Logits in base 2, like ``beta``, -inf for left-out columns. The norms are multiplied first, so that t_ij and t_ji
-    are equal."""
-    scale = (p_rnorm[:, None] * q_rnorm[None, :]) * beta
-    return tl.where(q_valid[None, :], products * scale, -INF)
+def logits_of(products, p_rnorm, q_rnorm, beta):
+    """Logits in base 2, like ``beta``. The norms are multiplied first, so that t_ij and t_ji are equal."""
+    return products * ((p_rnorm[:, None] * q_rnorm[None, :]) * beta)
 
 
 @triton.jit(do_not_specialize=["p_start", "p_stop", "n", "t_stride", "split"])
@@ -61,7 +59,7 @@ def pairs_panel_lse_kernel(
         q_first = q_block * BQ
         _, q_valid, q_rnorm, q_tag = panel_rows(Rnorm, Bias, Tag, q_first, n, BQ)
         products = stored_products(Products, p_local, q_first, p_valid, q_valid, t_stride, BP, BQ)
-        s = logits_of(products, p_rnorm, q_rnorm, beta, q_valid)
+        s = tl.where(q_valid[None, :], logits_of(products, p_rnorm, q_rnorm, beta), -INF)
         largest, total, positives, count = add_logits(
             s, one, beta, p_tag, q_tag, p_first, q_first, largest, total, positives, count, NEGATIVES
         )  # fmt: skip
@@ -95,7 +93,7 @@ def pairs_panel_entries_kernel(
     p_slot, p_valid, p_rnorm, p_tag = panel_rows(Rnorm, Bias, Tag, p_first, p_stop, BP)
     q_slot, q_valid, q_rnorm, q_tag = panel_rows(Rnorm, Bias, Tag, q_first, n, BQ)
     products = stored_products(Products, p_local, q_first, p_valid, q_valid, t_stride, BP, BQ)
-    t = logits_of(products, p_rnorm, q_rnorm, tl.load(Beta) * LOG2E, q_valid)
+    t = logits_of(products, p_rnorm, q_rnorm, tl.load(Beta) * LOG2E)
     a = tl.exp2(t - tl.load(Shift + p_slot)[:, None]) * tl.load(Ratio + p_slot)[:, None]
     a = tl.fma(tl.exp2(t - tl.load(Shift + q_slot)[None, :]), tl.load(Ratio + q_slot)[None, :], a)
     different, positive = relation(p_tag, q_tag, p_first, q_first)

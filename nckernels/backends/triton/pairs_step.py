@@ -76,19 +76,19 @@ def fits(features: Tensor, spec: Spec) -> bool:
     chip."""
     if features.shape[0] == 0 or spec.direction == "both":
         return False
-    return _panels(features, spec) is not None or config.pairs_grad_tile(_shape(features)) is not None
+    shape = _shape(features)
+    return config.pairs_grad_tile(shape) is not None or _panels(features, shape, spec) is not None
 
 
-def _panels(features: Tensor, spec: Spec) -> StepPanels | None:
+def _panels(features: Tensor, shape: config.Shape, spec: Spec) -> StepPanels | None:
     """The panels of the library's products; None if the on-chip kernels are faster, or two passes.
 
     Float32 products of full precision always have panels if these fit the workspace: the library's are faster than
     ours, and the entries of panels are more exact than those on the chip.
     """
-    shape, (n, d) = _shape(features), features.shape
     if shape.kind != "ieee" and config.pairs_grad_tile(shape) is not None:
         return None
-    return pair_panels(n, d, features.element_size(), spec.workspace)
+    return pair_panels(*features.shape, features.element_size(), spec.workspace)
 
 
 def _shape(features: Tensor) -> config.Shape:
@@ -103,7 +103,7 @@ def step(kernels: PairKernels, reduced: Reduced, needs: Needs) -> Step:
     """
     z, spec = kernels.inputs.features, kernels.spec
     n, device = len(z), z.device
-    panels, rows = _panels(z, spec), Rows.empty(n, device)
+    panels, rows = _panels(z, kernels.shape, spec), Rows.empty(n, device)
     kernels.beta = rows.beta
     kernels.prepare_rows(rows, looks=panels is not None)
     # Not a view of one tensor with others: such a loss could not be changed in place.
@@ -190,7 +190,7 @@ def _by_panels(
     kernels.divisor = new(3)
     kernels.scale_pairs(rows, loss, reduced.mean)
     for start in starts:
-        if len(starts) > 1:
+        if len(starts) > 1:  # the products of a single panel are still there
             panel, stop = multiplied(start)
         entries = h[: stop - start]
         kernels.panel_entries_of_pairs(rows, panel, entries, grad.rest, start, stop)
@@ -239,14 +239,15 @@ class PairKernels(launch.TritonKernels):
     def __init__(self, inputs: Inputs, spec: Spec, host_beta: float | None = None) -> None:
         super().__init__(inputs, spec)
         self.host_beta = host_beta
+        self.shape = _shape(self.inputs.features)
         self.negatives = spec.exclude == "same_label"
         self.row_shape = self.d, self._units(self.inputs.features)
 
     def lse_pairs_blocks(self) -> Blocks:
-        return self._loop_blocks(config.pairs_lse_tile(_shape(self.inputs.features)))
+        return self._loop_blocks(config.pairs_lse_tile(self.shape))
 
     def grad_pairs_blocks(self) -> Blocks:
-        tile = config.pairs_grad_tile(_shape(self.inputs.features))
+        tile = config.pairs_grad_tile(self.shape)
         assert tile is not None
         return self._blocks(tile)
 
